@@ -25,16 +25,54 @@ _flags_of = attrgetter(*_TENSOR_FLAGS)
 
 
 class Watch:
-    """A model, an optimizer and the settings as a step has left them: a CUDA graph takes them for granted."""
+    """A model, an optimizer and the settings as a step has left them: a CUDA graph takes them for granted.
+
+    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: a few microseconds a module.
+    """
 
     def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
         self.optimizer, self.scaler, self.device = optimizer, scaler, next(params_of(optimizer)).device
-        self.model, self.settings, self.snapshot = ModelWatch(model), self._settings(), optimizer._snapshot().kept()
+        self.modules = dict(model.named_modules())
+        self.containers = dict(_containers(self.modules))
+        dicts = [container for container in self.containers.values() if isinstance(container, dict)]
+        # Most of the dicts are for hooks, and empty.
+        self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
+        self.lists = [container for container in self.containers.values() if isinstance(container, list)]
+        self.tensors = {name: tensor for name, tensor in tensors_of(model).items() if _has_address(tensor)}
+        self.values, self.labelled, self.snapshot = self._values(), self._labelled(), optimizer._snapshot().kept()
 
     def change(self, now: Snapshot) -> str | None:
-        """What has changed since, in words, or None. ``now``: what the optimizer finds. Every replay asks this."""
-        settings = first_difference(self.settings, self._settings())
-        return self.model.change() or settings or now.words(self.snapshot, self.device)
+        """What has changed since, in words, or None. ``now``: what the optimizer finds."""
+        values = self._values()
+        if any(self.empty) or not same_objects(values, self.values):
+            if words := first_difference(self.labelled, self._labelled()):
+                return words
+            for name, old, new in zip(self.tensors, self.values[-1], values[-1], strict=True):
+                if old != new:
+                    return f"model.{name} has other memory than before"
+        return now.words(self.snapshot, self.device)
+
+    def _values(self) -> list[list[Any]]:
+        """All that is compared. The last are the tensors' addresses."""
+        return [
+            [*chain.from_iterable(map(dict.values, self.filled)), *chain.from_iterable(self.lists)],
+            # accelerate_peft and restore_peft change classes.
+            list(map(type, self.modules.values())),
+            list(map(_flags_of, self.tensors.values())),
+            list(self._settings().values()),
+            list(map(Tensor.data_ptr, self.tensors.values())),
+        ]
+
+    def _labelled(self) -> dict[str, Any]:
+        """The same, but addresses, by its name in a message."""
+        found: dict[str, Any] = {}
+        for label, container in self.containers.items():
+            items = container.items() if isinstance(container, dict) else enumerate(container)
+            found |= {f"{label}.{key}": value for key, value in items if key != "_is_full_backward_hook"}
+        found |= {f"model.{name}": type(module).__name__ for name, module in self.modules.items()}
+        for name, tensor in self.tensors.items():
+            found |= {f"model.{name}.{flag}": getattr(tensor, flag) for flag in _TENSOR_FLAGS}
+        return found | self._settings()
 
     def _settings(self) -> dict[str, Any]:
         """By their names, values that a capture turns into constants."""
@@ -52,54 +90,6 @@ class Watch:
             getters = (self.scaler.get_growth_factor, self.scaler.get_backoff_factor, self.scaler.get_growth_interval)
             found |= {f"grad_scaler.{getter.__name__}()": getter() for getter in (*getters, self.scaler.is_enabled)}
             found["grad_scaler's scale"] = self.scaler._scale
-        return found
-
-
-class ModelWatch:
-    """The modules, attributes and tensors of a model as they were when this was made.
-
-    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: a few microseconds a module.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-        self.containers = dict(_containers(self.modules))
-        dicts = [container for container in self.containers.values() if isinstance(container, dict)]
-        # Most of the dicts are for hooks, and empty.
-        self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
-        self.lists = [container for container in self.containers.values() if isinstance(container, list)]
-        self.tensors = {name: tensor for name, tensor in tensors_of(model).items() if _has_address(tensor)}
-        self.values, self.labelled = self._values(), self._labelled()
-
-    def change(self) -> str | None:
-        """What has changed since, in words, or None."""
-        values = self._values()
-        if not any(self.empty) and same_objects(values, self.values):
-            return None
-        if words := first_difference(self.labelled, self._labelled()):
-            return words
-        moved = [name for name, old, new in zip(self.tensors, self.values[-1], values[-1], strict=True) if old != new]
-        return f"model.{moved[0]} has other memory than before" if moved else None
-
-    def _values(self) -> list[list[Any]]:
-        """All that is compared. The last are the tensors' addresses."""
-        return [
-            [*chain.from_iterable(map(dict.values, self.filled)), *chain.from_iterable(self.lists)],
-            # accelerate_peft and restore_peft change classes.
-            list(map(type, self.modules.values())),
-            list(map(_flags_of, self.tensors.values())),
-            list(map(Tensor.data_ptr, self.tensors.values())),
-        ]
-
-    def _labelled(self) -> dict[str, Any]:
-        """The same, but addresses, by its name in a message."""
-        found: dict[str, Any] = {}
-        for label, container in self.containers.items():
-            items = container.items() if isinstance(container, dict) else enumerate(container)
-            found |= {f"{label}.{key}": value for key, value in items if key != "_is_full_backward_hook"}
-        found |= {f"model.{name}": type(module).__name__ for name, module in self.modules.items()}
-        for name, tensor in self.tensors.items():
-            found |= {f"model.{name}.{flag}": getattr(tensor, flag) for flag in _TENSOR_FLAGS}
         return found
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from stablelora_kernels.dispatch.settings import get_backend
-from stablelora_kernels.utils.dtensor import local_grad
 from stablelora_kernels.utils.validation import shown
 
 # What engines are built from, or checked against as they are built. The seed keys the random rounding.
@@ -94,15 +93,8 @@ class Gradients(NamedTuple):
     layout: GradientLayout | None
 
     @classmethod
-    def read(cls, params: Sequence[Tensor], sharded: bool) -> Gradients:
-        """The gradients of ``params``; of DTensors, those of this process's shards."""
-        tensors = [local_grad(p) for p in params] if sharded else [p.grad for p in params]
+    def of(cls, tensors: list[Tensor | None]) -> Gradients:
         return cls(tensors, layout_of(tensors))
-
-    def at(self, indices: Sequence[int]) -> Gradients:
-        """The gradients of the parameters at ``indices``."""
-        tensors = [self.tensors[i] for i in indices]
-        return Gradients(tensors, layout_of(tensors))
 
     def any(self) -> bool:
         """Whether there is a gradient. RuntimeError if one is not dense."""
@@ -152,7 +144,7 @@ class Snapshot:
     backend: str = ""
     # Of each group, the values of _NAMES.
     groups: Any = None
-    # Of tensors among the live hyperparameters their address, or their number if an engine elsewhere reads it on the host.
+    # Of tensors among the live hyperparameters their address, and on a CPU their number, which an engine elsewhere uploads.
     tensors: list[Any] | None = None
     # The optimizer's own; a snapshot that is kept has a copy.
     state: Any = None
@@ -162,27 +154,17 @@ class Snapshot:
 
     @classmethod
     def take(
-        cls,
-        groups: Sequence[dict[str, Any]],
-        params: Sequence[Tensor],
-        state: Any,
-        watched: Sequence[Tensor],
-        on_cpu: bool,
+        cls, groups: Sequence[dict[str, Any]], params: Sequence[Tensor], state: Any, watched: Sequence[Tensor]
     ) -> Snapshot:
         """What there is now, without gradients.
 
         Args:
             params: all parameters, or this process's shards.
             watched: those whose versions tell that someone else wrote to them.
-            on_cpu: whether all engines are on the CPU.
         """
         rows = [_values_of(group) for group in groups]
-        tensors = [
-            value.item() if value.device.type == "cpu" and not on_cpu else value.data_ptr()
-            for row in rows
-            for value in row[_live]
-            if isinstance(value, Tensor)
-        ]
+        live = [value for row in rows for value in row[_live] if isinstance(value, Tensor)]
+        tensors = [(value.data_ptr(), value.item() if value.device.type == "cpu" else None) for value in live]
         lists, memory = [list(group["params"]) for group in groups], list(map(Tensor.data_ptr, params))
         return cls(lists, memory, get_backend(), rows, tensors, state, versions=sum(map(_version, watched)))
 

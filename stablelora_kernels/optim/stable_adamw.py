@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
-from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of, same_objects
+from stablelora_kernels.optim.snapshot import Gradients, Snapshot, same_objects
 from stablelora_kernels.optim.stability import PairStability, finite_norms
 from stablelora_kernels.optim.state import Member
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.dtensor import is_sharded, local
+from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
 from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.validation import check_float
 from stablelora_kernels.utils.wrappers import check_module, clean, innermost
@@ -196,7 +196,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._engines: list[TorchStep | TritonStep] = []
         # The parameters, or shards, whose versions tell that someone else wrote to them.
         self._watched: list[Tensor] = []
-        self._on_cpu = True
         self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
@@ -215,7 +214,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if not same_objects([list(group["params"]) for group in self.param_groups], self._last.params):
             # Trainers replace the groups' parameters when they shard a model late.
             self._find_pairs()
-        gradients = Gradients.read(self._params, self._any_sharded)
+        gradients = Gradients.of([local_grad(p) if self._any_sharded else p.grad for p in self._params])
         if not gradients.any():
             return loss
         if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
@@ -223,7 +222,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             return loss
         if (scheduled := self._follow_schedule()) is not None:
             # The schedule is user code, which may have moved the gradients.
-            gradients = Gradients(gradients.tensors, layout_of(gradients.tensors))
+            gradients = Gradients.of(gradients.tensors)
         now, capturing = self._snapshot(gradients), snapshot.capturing()
         change = now.since(self._last)
         if change.build:
@@ -245,7 +244,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
             )
-            own = gradients if len(self._engines) == 1 else gradients.at([member.place for member in engine.members])
+            own = gradients
+            if len(self._engines) > 1:
+                own = Gradients.of([gradients.tensors[member.place] for member in engine.members])
             engine.step(own, change, scale, found_inf)
         now.state, self._last = self._last.state, now
         self._count_write()
@@ -262,7 +263,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
         """What there is in Python now."""
         params = [local(p) for p in self._params] if self._any_sharded else self._params
-        found = Snapshot.take(self.param_groups, params, self.state, self._watched, self._on_cpu)
+        found = Snapshot.take(self.param_groups, params, self.state, self._watched)
         found.gradients = gradients and gradients.layout
         return found
 
@@ -294,9 +295,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         classes = [_engine_class(device, members) for device, members in by_device.items()]
         self._engines = []
         for engine_class, (device, members) in zip(classes, by_device.items(), strict=True):
-            if device not in self._skipped_on_device:
-                self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-            skipped = self._skipped_on_device[device]
+            none = torch.zeros((), dtype=torch.int32, device=device)
+            skipped = self._skipped_on_device.setdefault(device, none)
             self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
         for member in (member for engine in self._engines for member in engine.members):
             self.state[member.owner] = state.as_owned(member.entry, member.owner)
@@ -304,7 +304,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._watched = [member.param for member in watched]
         # A shard has a version of its own, which a step leaves alone.
         self._raising = {id(member.owner) for member in watched if member.param is member.owner}
-        self._on_cpu = all(device.type == "cpu" for device in by_device)
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.

@@ -80,9 +80,11 @@ class TorchStep(Engine):
                 self.scratch.append(_Scratch(dtype, [members[i] for i in indices], indices))
                 for i, view in zip(indices, self.scratch[-1].views, strict=True):
                     self.work[i] = view
-        # Whether there are float64 parameters among others.
-        self.mixed = len({w.dtype for w in self.work}) > 1
-        self.present, self.all_present = [True] * len(members), True
+        # Norms of float64 parameters among others need a common dtype.
+        self.norm_dtype = torch.float64 if len({w.dtype for w in self.work}) > 1 else None
+        # Which members have a gradient, and what that adds to their steps.
+        self.present = [True] * len(members)
+        self.taken: int | Tensor = 1
         self.calls_key: tuple[list[bool], list[int]] | None = None
         self.calls: list[_FusedCall] = []
 
@@ -105,7 +107,7 @@ class TorchStep(Engine):
         grads = gradients.tensors
         if change.gradients or not self.direct:
             self.present = [g is not None for g in grads]
-            self.all_present = all(self.present)
+            self.taken = 1 if all(self.present) else upload(self.present, torch.float32, self.device)
             grads, self.direct = gradients.converted(self.work)
         if self.max_grad_norm is not None:
             norm, grad_scale = self._norm_and_clip_scale(grads, grad_scale)
@@ -123,10 +125,7 @@ class TorchStep(Engine):
         # Nothing below allocates.
         if latched is not None:
             self.latched.copy_(latched)
-        if self.all_present:
-            self.steps.add_(1)
-        else:
-            torch._foreach_add_(list(compress(self.step_views, self.present)), 1)
+        self.steps.add_(self.taken)
         for old, new in copies:
             old.copy_(new)
         for call in () if self.low_moments else calls:
@@ -138,8 +137,7 @@ class TorchStep(Engine):
 
     def _norm_and_clip_scale(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
-        each = torch._foreach_norm([g for g in grads if g is not None])
-        norms = torch.stack(self._in_one_dtype(each)).float()
+        norms = torch.stack(torch._foreach_norm([g for g in grads if g is not None], 2, self.norm_dtype)).float()
         if self.grad_sums:
             indices = upload([*compress(range(len(grads)), self.present)], torch.int64, self.device)
             squares = torch.zeros(len(grads), dtype=torch.float32, device=self.device)
@@ -149,9 +147,6 @@ class TorchStep(Engine):
         scale = one if grad_scale is None else grad_scale.reshape(())
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (self.max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
-
-    def _in_one_dtype(self, norms: Sequence[Tensor]) -> list[Tensor]:
-        return [x.double() for x in norms] if self.mixed else list(norms)
 
     def _decide_latch(self) -> tuple[list[int], Tensor | None]:
         """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair.
@@ -195,7 +190,7 @@ class TorchStep(Engine):
             squares[:, live] = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1).square()
             norms = self.pair_sums.all_reduce_sum_(squares.view(-1)).view(2, -1).sqrt()[:, live]
         else:
-            norms = torch.stack(self._in_one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
+            norms = torch.stack(torch._foreach_norm(halves, 2, self.norm_dtype)).double().view(2, -1)
         return norms * (self.inverse_widths if len(live) == len(self.pairs) else self.inverse_widths[:, live])
 
     def _plan(self, shrinking: list[int]) -> list[_FusedCall]:
