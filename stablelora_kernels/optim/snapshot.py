@@ -144,7 +144,7 @@ class Snapshot:
     backend: str = ""
     # Of each group, the values of _NAMES.
     groups: Any = None
-    # Of tensors among the live hyperparameters their address, and on a CPU their number, which an engine elsewhere uploads.
+    # Of tensors among the live hyperparameters their address, or their number if an engine elsewhere reads it on the host.
     tensors: list[Any] | None = None
     # The optimizer's own; a snapshot that is kept has a copy.
     state: Any = None
@@ -154,17 +154,23 @@ class Snapshot:
 
     @classmethod
     def take(
-        cls, groups: Sequence[dict[str, Any]], params: Sequence[Tensor], state: Any, watched: Sequence[Tensor]
+        cls,
+        groups: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        state: Any,
+        watched: Sequence[Tensor],
+        on_cpu: bool,
     ) -> Snapshot:
         """What there is now, without gradients.
 
         Args:
             params: all parameters, or this process's shards.
             watched: those whose versions tell that someone else wrote to them.
+            on_cpu: whether all engines are on the CPU.
         """
         rows = [_values_of(group) for group in groups]
         live = [value for row in rows for value in row[_live] if isinstance(value, Tensor)]
-        tensors = [(value.data_ptr(), value.item() if value.device.type == "cpu" else None) for value in live]
+        tensors = [v.item() if v.device.type == "cpu" and not on_cpu else v.data_ptr() for v in live]
         lists, memory = [list(group["params"]) for group in groups], list(map(Tensor.data_ptr, params))
         return cls(lists, memory, get_backend(), rows, tensors, state, versions=sum(map(_version, watched)))
 

@@ -263,7 +263,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
         """What there is in Python now."""
         params = [local(p) for p in self._params] if self._any_sharded else self._params
-        found = Snapshot.take(self.param_groups, params, self.state, self._watched)
+        on_cpu = all(engine.device.type == "cpu" for engine in self._engines)
+        found = Snapshot.take(self.param_groups, params, self.state, self._watched, on_cpu)
         found.gradients = gradients and gradients.layout
         return found
 
