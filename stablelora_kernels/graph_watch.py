@@ -95,8 +95,24 @@ class Watch:
 
 def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
     """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model`` and ``optimizer``."""
-    check_model_capturable(model)
-    owned, tensors = set(map(id, params_of(optimizer))), tensors_of(model)
+    modules, tensors = dict(model.named_modules()), tensors_of(model)
+    for name, module in modules.items():
+        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
+                f"{repr(name) if name else 'it'} in one"
+            )
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
+            )
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
+    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
+    if hooked or _has_any_global_hook():
+        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
+        raise ValueError(f"model must have no hooks, since a CUDA graph would not call them again, got {where}")
+    owned = set(map(id, params_of(optimizer)))
     for name, tensor in tensors.items():
         if tensor.requires_grad and id(tensor) not in owned:
             raise ValueError(
@@ -137,27 +153,6 @@ def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:
     every = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     return [hook for hooks in (*every, *own) for hook in hooks.values()]
-
-
-def check_model_capturable(model: nn.Module) -> None:
-    """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model``."""
-    modules, tensors = dict(model.named_modules()), tensors_of(model)
-    for name, module in modules.items():
-        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
-            raise ValueError(
-                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
-                f"{repr(name) if name else 'it'} in one"
-            )
-    for name, tensor in tensors.items():
-        if is_sharded(tensor):
-            raise ValueError(
-                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
-            )
-    hooked = [name for name, module in modules.items() if _is_hooked(module)]
-    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
-    if hooked or _has_any_global_hook():
-        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
-        raise ValueError(f"model must have no hooks, since a CUDA graph would not call them again, got {where}")
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -264,11 +264,10 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     return pairs
 
 
-class CopiedSchedule:
+class CopiedSchedule(NamedTuple):
     """A ``shrink_schedule`` in an optimizer's copy or pickle, which says so if the function cannot be pickled."""
 
-    def __init__(self, schedule: Callable[[int], float] | None) -> None:
-        self.schedule = schedule
+    schedule: Callable[[int], float] | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedSchedule:
         return CopiedSchedule(deepcopy(self.schedule, memo))

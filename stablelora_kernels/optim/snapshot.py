@@ -149,7 +149,7 @@ class Snapshot:
     # The optimizer's own; a snapshot that is kept has a copy.
     state: Any = None
     gradients: GradientLayout | None = None
-    # The sum of the versions of the parameters that engines watch: versions only rise.
+    # Of the parameters that engines watch.
     versions: int | None = None
 
     @classmethod
@@ -172,7 +172,7 @@ class Snapshot:
         live = [value for row in rows for value in row[_live] if isinstance(value, Tensor)]
         tensors = [v.item() if v.device.type == "cpu" and not on_cpu else v.data_ptr() for v in live]
         lists, memory = [list(group["params"]) for group in groups], list(map(Tensor.data_ptr, params))
-        return cls(lists, memory, get_backend(), rows, tensors, state, versions=sum(map(_version, watched)))
+        return cls(lists, memory, get_backend(), rows, tensors, state, versions=versions_of(watched))
 
     def kept(self) -> Snapshot:
         """This one with a copy of the state."""
@@ -205,6 +205,11 @@ class Snapshot:
                 if words := difference(f"optimizer.param_groups[{index}][{name!r}]", *reversed(both)):
                     return words
         return None
+
+
+def versions_of(params: Iterable[Tensor]) -> int:
+    """The sum of the versions of ``params``, each of which only rises."""
+    return sum(map(_version, params))
 
 
 def reads_from_memory(value: Any, device: torch.device) -> bool:

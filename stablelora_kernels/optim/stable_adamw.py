@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -214,7 +215,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if not same_objects([list(group["params"]) for group in self.param_groups], self._last.params):
             # Trainers replace the groups' parameters when they shard a model late.
             self._find_pairs()
-        gradients = Gradients.of([local_grad(p) if self._any_sharded else p.grad for p in self._params])
+        read = local_grad if self._any_sharded else attrgetter("grad")
+        gradients = Gradients.of(list(map(read, self._params)))
         if not gradients.any():
             return loss
         if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
@@ -234,10 +236,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         # If this step raises, the next one uploads everything again.
         self._last.tensors = self._last.gradients = None
         if change.gradients:
-            self._written, self._raised = self._params, len(self._raising)
-            if gradients.layout is None or gradients.layout.present is not None:
-                self._written = [p for p, g in zip(self._params, gradients.tensors, strict=True) if g is not None]
-                self._raised = sum(id(p) in self._raising for p in self._written)
+            self._written = [p for p, g in zip(self._params, gradients.tensors, strict=True) if g is not None]
+            self._raised: int | None = None
         for engine in self._engines:
             # torch.amp's scale and verdict, if GradScaler has set them.
             scale, found_inf = (
@@ -272,6 +272,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Raise the versions of what a step has written, so that a backward pass through overwritten values is noticed."""
         torch.autograd.graph.increment_version(self._written)
         assert self._last.versions is not None
+        if self._raised is None:
+            # Of those that are watched: a shard has a version of its own, which this leaves alone.
+            self._raised = snapshot.versions_of(self._watched) - self._last.versions
         self._last.versions += self._raised
 
     def _follow_schedule(self) -> int | None:
@@ -301,10 +304,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
         for member in (member for engine in self._engines for member in engine.members):
             self.state[member.owner] = state.as_owned(member.entry, member.owner)
-        watched = [engine.members[i] for engine in self._engines for i in engine.watched]
-        self._watched = [member.param for member in watched]
-        # A shard has a version of its own, which a step leaves alone.
-        self._raising = {id(member.owner) for member in watched if member.param is member.owner}
+        self._watched = [engine.params[i] for engine in self._engines for i in engine.watched]
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.

@@ -321,10 +321,9 @@ def is_state_init_step(
     groups: Sequence[dict[str, Any]], params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> bool:
     """Whether zero gradients and lr=0 ask for a state alone, as torch.distributed.checkpoint does: nothing else may change."""
-    for group in groups:
-        lr = group["lr"]
-        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
-            return False
+    rates = [group["lr"] for group in groups]
+    if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in rates):
+        return False
     device = params[0].device
     nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
     sums = ShardSums(params)
