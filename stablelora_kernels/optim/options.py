@@ -175,9 +175,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     if isinstance(params, dict):
         raise TypeError(f"params must be an iterable or a list of group dicts, got one dict; {_NAMES_NEEDED}")
     items = list(params)
-    if not items or not isinstance(items[0], dict):
-        return [{"params": items}]
-    return items
+    return items if items and isinstance(items[0], dict) else [{"params": items}]
 
 
 def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
@@ -232,6 +230,16 @@ def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
         "params": [p for _, p in trainable],
         "param_names": [name for name, _ in trainable],
     }
+
+
+def check_groups(
+    new: Sequence[Any], existing: Sequence[dict[str, Any]], defaults: dict[str, Any], storage: Storage
+) -> list[dict[str, Any]]:
+    """The groups ``new`` as :func:`check_group` returns them, which must also fit together and to those ``existing``."""
+    checked = [check_group(group, defaults) for group in new]
+    find_pairs([*existing, *checked])
+    check_shared([*existing, *checked], storage)
+    return checked
 
 
 def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:

@@ -128,13 +128,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         defaults.update(options.check_hyper(defaults, ""))
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
-        storage = options.check_storage(moments_dtype, master_weights)
-        defaults.update(storage._asdict())
-        groups = [options.check_group(group, defaults) for group in options.as_groups(params)]
+        self.storage = options.check_storage(moments_dtype, master_weights)
+        defaults.update(self.storage._asdict())
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
-        options.find_pairs(groups)
-        options.check_shared(groups, storage)
-        self.storage = storage
+        groups = options.check_groups(options.as_groups(params), [], defaults, self.storage)
         super().__init__(groups, defaults)
         self.shrink_schedule = shrink_schedule
         self._find_pairs()
@@ -177,15 +174,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters or pairs. It may not leave an A without its B."""
-        constructed = "_pairs" in self.__dict__
-        if constructed:
-            # All groups share this value, which is not the default once another was set or loaded.
-            param_group = options.check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
-            options.find_pairs([*self.param_groups, param_group])
-            options.check_shared([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
-        super().add_param_group(param_group)
-        if constructed:
-            self._find_pairs()
+        if "_pairs" not in self.__dict__:
+            # The constructor has checked all groups together.
+            return super().add_param_group(param_group)
+        # All groups share this value, which is not the default once another was set or loaded.
+        defaults = {**self.defaults, "max_grad_norm": self.max_grad_norm}
+        super().add_param_group(*options.check_groups([param_group], self.param_groups, defaults, self.storage))
+        self._find_pairs()
 
     def _find_pairs(self) -> None:
         """Find the pairs of ``param_groups`` again, and forget the engines and what the last step found."""
@@ -302,8 +297,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             none = torch.zeros((), dtype=torch.int32, device=device)
             skipped = self._skipped_on_device.setdefault(device, none)
             self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
-        for member in (member for engine in self._engines for member in engine.members):
-            self.state[member.owner] = state.as_owned(member.entry, member.owner)
+        members = [member for engine in self._engines for member in engine.members]
+        self.state.update({member.owner: state.as_owned(member.entry, member.owner) for member in members})
         self._watched = [engine.params[i] for engine in self._engines for i in engine.watched]
 
     def refresh(self) -> None:
@@ -399,10 +394,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
 def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:
     """The class of the engine that takes the step of the ``members`` on ``device``."""
-    if resolve_backend(device) == "torch":
-        return TorchStep
-    if any(member.param.dtype is torch.float64 for member in members):
-        if get_backend() == "triton":
-            raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
-        return TorchStep
-    return TritonStep
+    has_float64 = any(member.param.dtype is torch.float64 for member in members)
+    if has_float64 and get_backend() == "triton":
+        raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
+    return TorchStep if has_float64 or resolve_backend(device) == "torch" else TritonStep
