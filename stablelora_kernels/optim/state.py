@@ -236,15 +236,12 @@ def convert_moment(entry: dict[str, Any], name: str, p: Tensor, storage: Storage
         if dtype is torch.uint8:
             return {name: codes, scale_name: scales}
         saved = decode8(codes, scales, name == "exp_avg")
-    in_8_bits = dtype is torch.uint8
-    value = torch.empty_like(p, dtype=torch.float32 if in_8_bits else dtype, requires_grad=False).copy_(saved)
-    if not in_8_bits:
-        return {name: value}
+    if dtype is not torch.uint8:
+        return {name: torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(saved)}
+    value = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(saved)
     noise = torch.full((p.numel(),), _HALF, dtype=torch.int32, device=p.device)
-    flat_codes, scales = encode8(flat(value), noise, name == "exp_avg")
-    codes = torch.empty_like(value, dtype=dtype)
-    flat(codes).copy_(flat_codes)
-    return {name: codes, scale_name: scales}
+    codes, scales = encode8(flat(value), noise, name == "exp_avg")
+    return {name: codes.as_strided(value.shape, value.stride()), scale_name: scales}
 
 
 def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
@@ -270,9 +267,8 @@ def decode8(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     x = torch.where(magnitude >= 8, ((magnitude + shift) << 20).view(torch.float32), magnitude.float() * step)
     if signed:
         x = torch.where(whole >= 128, -x, x)
-    value = torch.empty_like(codes, dtype=torch.float32)
-    flat(value).copy_(x * scales.repeat_interleave(BLOCK)[: x.numel()])
-    return value
+    value = x * scales.repeat_interleave(BLOCK)[: x.numel()]
+    return value.as_strided(codes.shape, codes.stride())
 
 
 def encode8(x: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

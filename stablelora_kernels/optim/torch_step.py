@@ -13,16 +13,18 @@ from torch import Tensor
 from stablelora_kernels.optim import snapshot, state
 from stablelora_kernels.optim.options import LOW_PRECISION, Storage
 from stablelora_kernels.optim.snapshot import Change, Gradients, upload
-from stablelora_kernels.optim.state import Engine, Member, Setting, mix_
+from stablelora_kernels.optim.state import Engine, Member, mix_
 from stablelora_kernels.pairs import LoRAPair
 
 
 class _FusedCall(NamedTuple):
     """Members that one call of the fused operator updates: same setting, same dtype, all shrink or none."""
 
-    setting: Setting
-    shrinks: bool
+    members: list[Member]
+    # Their places in the engine.
     indices: list[int]
+    shrinks: bool
+    # What the arithmetic runs on.
     params: list[Tensor]
     # Lists of exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
     moments: list[list[Tensor]]
@@ -31,9 +33,10 @@ class _FusedCall(NamedTuple):
     def update(self, grads: Sequence[Any], grad_scale: Tensor | None) -> None:
         """The shrink, weight decay and AdamW."""
         exp_avgs, exp_avg_sqs, *largest = self.moments
-        group = self.setting.group
-        lr, decay, ratio = (v.item() if isinstance(v, Tensor) else v for v in self.setting.live())
-        lr *= self.setting.lr_ratio
+        setting = self.members[0].setting
+        group = setting.group
+        lr, decay, ratio = (v.item() if isinstance(v, Tensor) else v for v in setting.live())
+        lr *= setting.lr_ratio
         if self.shrinks and lr > 1e-12:
             # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
             decay += ratio / lr - ratio * decay
@@ -67,7 +70,6 @@ class TorchStep(Engine):
     def __init__(self, members: Sequence[Member], pairs: Sequence[LoRAPair], storage: Storage, skipped: Tensor) -> None:
         super().__init__(members, pairs, storage, [1] * len(members))
         self.skipped, self.low_moments = skipped, storage.moments_dtype is not torch.float32
-        self.step_views = [member.entry["step"] for member in members]
         self.seeds = upload([state.seed_word(m.setting.group["seed"]) for m in members], torch.int32, self.device)
         # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
         per_n = [1 / max(members[a].owner.shape[1], 1) for a, _ in self.pairs]
@@ -205,11 +207,10 @@ class TorchStep(Engine):
                     alike.setdefault(kind, []).append(i)
             calls = []
             for (_, shrinks, _), indices in alike.items():
-                setting, entries = self.members[indices[0]].setting, [self.members[i].entry for i in indices]
-                names = state.moment_names(setting.group["amsgrad"])
-                moments = [[entry[name] for entry in entries] for name in names]
-                work, steps = [self.work[i] for i in indices], [self.step_views[i] for i in indices]
-                calls.append(_FusedCall(setting, shrinks, indices, work, moments, steps))
+                members, work = [self.members[i] for i in indices], [self.work[i] for i in indices]
+                names = (*state.moment_names(members[0].setting.group["amsgrad"]), "step")
+                *moments, steps = ([member.entry[name] for member in members] for name in names)
+                calls.append(_FusedCall(members, indices, shrinks, work, moments, steps))
             self.calls, self.calls_key = calls, key
         return self.calls
 
@@ -225,18 +226,17 @@ class TorchStep(Engine):
             grads = [g if g is None else g.clone() for g in grads]
         changes: list[tuple[Tensor, Tensor]] = []
         for call in calls:
-            entries = [self.members[i].entry for i in call.indices]
             moments = [
-                [state.load_moment(entry, name, p.dtype) for entry, p in zip(entries, call.params, strict=True)]
+                [state.load_moment(m.entry, name, p.dtype) for m, p in zip(call.members, call.params, strict=True)]
                 for name in state.moment_names(amsgrad=False)
             ]
             params, steps = [p.clone() for p in call.params], [step + 1 for step in call.steps]
             call._replace(params=params, moments=moments, steps=steps).update(grads, grad_scale)
             changes += zip(call.params, params, strict=True)
-            for i, entry, step, *values in zip(call.indices, entries, steps, *moments, strict=True):
-                indices = self.members[i].shard.element_indices(values[0].numel(), self.device)
+            for i, member, step, *values in zip(call.indices, call.members, steps, *moments, strict=True):
+                indices = member.shard.element_indices(values[0].numel(), self.device)
                 words = mix_(indices ^ mix_((step.int() + self.seeds[i]).reshape(1)))
-                changes += _rounded_moments(entry, values, words)
+                changes += _rounded_moments(member.entry, values, words)
         return changes
 
 
