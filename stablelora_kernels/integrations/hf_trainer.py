@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from stablelora_kernels.optim.stability import PairStability
-from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.wrappers import clean, innermost
 

@@ -96,6 +96,12 @@ class Gradients(NamedTuple):
     def of(cls, tensors: list[Tensor | None]) -> Gradients:
         return cls(tensors, layout_of(tensors))
 
+    def owners(self, params: list[Tensor]) -> list[Tensor]:
+        """Those of ``params`` that have a gradient; ``params`` itself if all have one."""
+        if self.layout is not None and self.layout.present is None:
+            return params
+        return [p for p, g in zip(params, self.tensors, strict=True) if g is not None]
+
     def any(self) -> bool:
         """Whether there is a gradient. RuntimeError if one is not dense."""
         if self.layout is not None:

@@ -97,6 +97,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Skipped steps: those that were reported, and those counted by the optimizer that this one is a copy of.
     _reported = _skipped_before = 0
+    # What a step writes to, and by how much that raises the sum of the versions watched; None as long as that is not known.
+    _written: list[Tensor]
+    _raised: int | None = None
 
     def __init__(
         self,
@@ -203,10 +206,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse; nothing has changed then.
             torch.OutOfMemoryError: nothing has changed then, unless parameters are on several devices.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         if not same_objects([list(group["params"]) for group in self.param_groups], self._last.params):
             # Trainers replace the groups' parameters when they shard a model late.
             self._find_pairs()
@@ -230,9 +231,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._last = dataclasses.replace(now, versions=None)
         # If this step raises, the next one uploads everything again.
         self._last.tensors = self._last.gradients = None
-        if change.gradients:
-            self._written = [p for p, g in zip(self._params, gradients.tensors, strict=True) if g is not None]
-            self._raised: int | None = None
+        if change.gradients and (written := gradients.owners(self._params)) is not self._written:
+            self._written, self._raised = written, None
         for engine in self._engines:
             # torch.amp's scale and verdict, if GradScaler has set them.
             scale, found_inf = (
@@ -268,7 +268,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(self._written)
         assert self._last.versions is not None
         if self._raised is None:
-            # Of those that are watched: a shard has a version of its own, which this leaves alone.
+            # A shard has a version of its own, which this leaves alone.
             self._raised = snapshot.versions_of(self._watched) - self._last.versions
         self._last.versions += self._raised
 
@@ -300,6 +300,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         members = [member for engine in self._engines for member in engine.members]
         self.state.update({member.owner: state.as_owned(member.entry, member.owner) for member in members})
         self._watched = [engine.params[i] for engine in self._engines for i in engine.watched]
+        self._written = []
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
@@ -320,13 +321,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _checked_norms(self, local_only: bool = False) -> list[tuple[float, float]]:
         """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's float32 does not hold."""
-        found = self.nonfinite_steps
-        if found > self._reported:
-            new = found - self._reported
+        if (new := self.nonfinite_steps - self._reported) > 0:
             steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
             message = f"{steps} skipped because the norm of {their} gradients was not finite"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
-            self._reported = found
+            self._reported += new
         float32_squares = any(isinstance(engine, TritonStep) for engine in self._engines)
         return finite_norms(self._pairs, float32_squares, local_only)
 
