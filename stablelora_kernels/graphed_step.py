@@ -288,7 +288,7 @@ class GraphedStep:
                     got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                     raise TypeError(f"loss_fn must return a 0-d tensor with a gradient, got {got}")
                 (loss if scaler is None else scaler.scale(loss)).backward()
-            # The optimizer reads them from where replays will.
+            # Let the optimizer read the live hyperparameters from the memory that replays read.
             for (index, name), (cell, _) in self._cells.items():
                 numbers[index, name], groups[index][name] = groups[index][name], cell
             if scaler is None:

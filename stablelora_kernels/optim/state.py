@@ -53,7 +53,7 @@ class Member(NamedTuple):
     param: Tensor
     owner: Tensor
     name: str
-    # Its place among the parameters of all devices.
+    # Its index among the parameters of all devices.
     place: int
     setting: Setting
     shard: Shard
@@ -111,7 +111,7 @@ def _complete(member: Member, wanted: dict[str, Any]) -> None:
 def members_of(
     groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair], state: dict[Tensor, dict[str, Any]], storage: Storage
 ) -> dict[torch.device, list[Member]]:
-    """The members on each device, which the halves of a pair must share. Their state is checked, and changes nothing."""
+    """The members on each device, which the halves of a pair must share. Raises ValueError if the state does not fit them."""
     check_shared(groups, storage)
     bs, pair_of_a = {id(pair.B) for pair in pairs}, {id(pair.A): pair for pair in pairs}
     settings: dict[tuple[int, float, float | None], Setting] = {}
