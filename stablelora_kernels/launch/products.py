@@ -21,8 +21,7 @@ from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
 from stablelora_kernels.kernels.lora.linear_quantized import _dequantize_kernel, _lora_linear_quantized_kernel
 from stablelora_kernels.kernels.lora.linear_split_k import _lora_linear_split_k_kernel
 from stablelora_kernels.kernels.lora.linear_tma import _lora_linear_tma_kernel
-from stablelora_kernels.kernels.lora.shrink import _lora_shrink_kernel
-from stablelora_kernels.kernels.lora.weight_grads import _lora_weight_grads_kernel
+from stablelora_kernels.kernels.lora.thin_products import _lora_shrink_kernel, _lora_weight_grads_kernel
 from stablelora_kernels.launch.base import Launch, flag_words, tile_options
 from stablelora_kernels.launch.jobs import (
     Chain,

@@ -10,7 +10,7 @@ import pytest
 from stablelora_kernels.kernels.common import arrives_last, stores_done
 from stablelora_kernels.kernels.lora import chain
 from stablelora_kernels.kernels.lora.linear import product_program, wait_for_s
-from stablelora_kernels.kernels.lora.shrink import shrink
+from stablelora_kernels.kernels.lora.thin_products import shrink
 from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
 from tests.helpers.interleaving import Interleaving, Mutation
 from tests.helpers.interleaving_cases import CASES, Launched, new_memory_is_poisoned, shrink_sizes

@@ -150,6 +150,15 @@ def test_a_mask_drawn_again_is_the_mask(op, backend):
         assert_close(results(*call), right)
 
 
+@every_op
+def test_what_is_saved_may_come_back_in_another_layout(op, backend):
+    """As from a hook that keeps it elsewhere."""
+    case = small(op, backend=backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().clone().t() if t.dim() == 2 else t):
+        found = run(case)
+    assert_close(found, run(case))
+
+
 @pytest.mark.parametrize("name", ["x", "weight2"])
 def test_what_is_saved_may_not_be_changed_in_between(name, backend):
     """x and the weights are saved as they are; autograd sees a change."""
