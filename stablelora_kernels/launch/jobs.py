@@ -15,8 +15,7 @@ from stablelora_kernels.dispatch.rules import input_precision
 from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
-from stablelora_kernels.launch.counters import counters
-from stablelora_kernels.launch.workspace import scratch
+from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
 
