@@ -283,9 +283,7 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
 
 
-def weight_grads_plan(
-    device: Device, call: Call, need_a: bool, need_b: bool, projections: int = 1
-) -> tuple[Plan, int]:
+def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool, projections: int = 1) -> tuple[Plan, int]:
     """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's.
 
     For dA of several ``projections``, ``call`` has the largest rank.

@@ -110,7 +110,7 @@ def _named(names: Iterable[Any], values: Iterable[Any]) -> Iterator[tuple[str, A
             yield name, value
 
 
-def with_leaves(values: tuple[Any, ...], new: Iterator[Any]) -> tuple[Any, ...]:
+def with_leaves(values: tuple[Any, ...], new: Iterator[Any]) -> Any:
     """``values``, each leaf of which is the next of ``new``."""
     made = [with_leaves(value, new) if isinstance(value, tuple) else next(new) for value in values]
     return tuple(made) if type(values) is tuple else type(values)(*made)

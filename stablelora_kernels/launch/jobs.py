@@ -143,7 +143,8 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
 
 def _shared(s: Tensor | None, strides: tuple[int, ...], plan: Plan, lane: int, sums: int) -> jobs.Shared:
     assert s is not None
-    return jobs.Shared(s.stride(0), *strides, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, s, lane, sums))
+    row, col = strides
+    return jobs.Shared(s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, s, lane, sums))
 
 
 def z_rows(p: Product) -> jobs.Rows | None:

@@ -21,8 +21,8 @@ from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.dispatch.tiles import Tile
+from stablelora_kernels.explanation import mlp_launches
 from stablelora_kernels.launch.base import Launch, VendorProduct
-from stablelora_kernels.ops.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.benchmarks.lab.byte_counter import counted
