@@ -269,8 +269,11 @@ class Prepared:
     """The launches of a call, for operands of the layouts that it was prepared with."""
 
     def __init__(
-        self, given: Sequence[Tensor | None], results: Sequence[Tensor], launches: Sequence[Any], taken: Workspace
+        self, given: Sequence[Tensor | None], results: Sequence[Any], launches: Sequence[Any], taken: Workspace
     ) -> None:
+        # Of each result that is a list, None for a tensor.
+        self.lengths = [None if isinstance(each, Tensor) else len(each) for each in results]
+        results = [t for each in results for t in ([each] if isinstance(each, Tensor) else each)]
         if not all(result.is_contiguous() for result in results):
             raise NotPreparable("a result is not contiguous")
         tensors = _Tensors(given, results, taken)
@@ -311,12 +314,10 @@ class Prepared:
             step.run(tensors, addresses, device, stream)
 
 
-def prepare(
-    given: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Tensor], Sequence[Any]]]
-) -> Prepared | None:
+def prepare(given: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Any], Sequence[Any]]]) -> Prepared | None:
     """Prepare the launches of ``call``, of which ``given`` are the operands, without running them; None if that can't be.
 
-    ``call`` returns results, and the launches that fill them.
+    ``call`` returns results, tensors and lists of tensors, and the launches that fill them.
     """
     with workspace.noted() as taken:
         results, launches = call()

@@ -29,8 +29,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch import autotune
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.library import apply, first_derivative
-from stablelora_kernels.ops.plans import Entry, define_launches
+from stablelora_kernels.ops.plans import Entry, apply, define_launches, first_derivative
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     draw_dropout,

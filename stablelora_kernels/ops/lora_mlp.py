@@ -18,10 +18,8 @@ from torch import Tensor
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.library import apply, first_derivative
 from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
-from stablelora_kernels.ops.matmul import row_count
-from stablelora_kernels.ops.plans import Entry, define_launches
+from stablelora_kernels.ops.plans import Entry, apply, define_launches, first_derivative
 from stablelora_kernels.ops.torch_mlp import Kept, Options, act, torch_mlp_bwd, torch_mlp_fwd
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
@@ -30,6 +28,7 @@ from stablelora_kernels.ops.torch_path import (
     is_few,
     like_rows_of,
     masked,
+    row_count,
     with_branch,
 )
 from stablelora_kernels.projection import (

@@ -1,4 +1,6 @@
-"""Cache of launch plans: whatever depends only on tensor layouts and settings is computed once per key.
+"""The package's torch.library ops, and the cache of their launch plans.
+
+Whatever depends only on tensor layouts and settings is computed once per key.
 
 An :class:`Entry` says that calls with its key pass the checks, on which backend they run, and, from the second call on, holds
 their launches prepared. The key has layouts and settings, never addresses: a parameter may move between calls, and layers of
@@ -7,9 +9,11 @@ one shape share an entry. Traced, transformed and watched calls have no key and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -22,56 +26,89 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from stablelora_kernels.dispatch import problem, settings
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.library import NAMESPACE, define_op
 from stablelora_kernels.projection import split
+from stablelora_kernels.utils.autocast import outside_autocast
 
+NAMESPACE = "stablelora_kernels"
 # Most entries. The oldest half of them goes when it is reached.
 LIMIT = 4096
 
 
+def define_op(
+    name: str, schema: str, fake: Callable[..., Any], device_types: Sequence[str] = ("cpu", "cuda")
+) -> Callable[[Callable[..., Any]], Any]:
+    """Turn the decorated function into the op ``name``. ``fake`` takes its arguments and returns outputs without values."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.define(qualified, schema)
+        torch.library.impl(qualified, device_types, function)  # type: ignore[call-overload]
+        torch.library.register_fake(qualified, fake)
+        return getattr(getattr(torch.ops, NAMESPACE), name)
+
+    return decorate
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward, autocast or not."""
+    careful = once_differentiable(outside_autocast(backward))
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        # The usual backward pass needs no care, which would take longer than the rest of this function's Python.
+        usual = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled())
+        return backward(ctx, *grads) if usual else careful(ctx, *grads)
+
+    return run
+
+
+def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> Any:
+    """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
+    if entry is None:
+        return function.apply(entry, *args)
+    # A call with a key is neither traced nor transformed. Function.apply would ask about every argument, then calls this.
+    return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]
+
+
+@dataclass(slots=True, eq=False)
 class Entry:
     """What is known of the calls with one key."""
 
-    __slots__ = ("backend", "facts", "lengths", "prepared", "seen")
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        # What autograd's side of the op knows of these calls, once one has run.
-        self.facts: Any = None
-        # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
-        self.seen = False
-        # None: not prepared yet. False: it can't be.
-        self.prepared: Any = None
-        # Of what is prepared: the length of each result that is a list, None for a tensor.
-        self.lengths: list[int | None] = []
+    backend: str
+    # What autograd's side of the op knows of these calls, once one has run.
+    facts: Any = None
+    # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
+    seen: bool = False
+    # None: not prepared yet. False: it can't be.
+    prepared: Any = None
 
 
 class _Table:
     """Entries by key. Those that were found or added since the last half of LIMIT keys stay."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.young: dict[Any, Entry] = {}
         self.old: dict[Any, Entry] = {}
 
     def renewed(self, key: Any) -> Entry | None:
         """An old entry, which becomes a young one."""
-        if (entry := self.old.get(key)) is not None:
-            self.add(key, entry)
-        return entry
+        return self.add(key, self.old[key]) if key in self.old else None
 
-    def add(self, key: Any, entry: Entry) -> None:
+    def add(self, key: Any, entry: Entry) -> Entry:
         if len(self.young) >= LIMIT // 2:
             self.old, self.young = self.young, {}
         self.young[key] = entry
-
-    def clear(self) -> None:
-        self.young, self.old = {}, {}
+        return entry
 
 
 _table = _Table()
@@ -152,11 +189,11 @@ def find(key: tuple[Any, ...] | None) -> Entry | None:
 
 def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
     """A new entry for ``key``, if there is one: its calls pass the checks and run on ``backend``."""
-    if key is None:
-        return None
-    entry = Entry(backend)
-    _table.add(key, entry)
-    return entry
+    return None if key is None else _table.add(key, Entry(backend))
+
+
+def _flat(results: Sequence[Any]) -> list[Tensor]:
+    return [t for each in results for t in ((each,) if isinstance(each, Tensor) else each)]
 
 
 class PlannedOp:
@@ -164,12 +201,8 @@ class PlannedOp:
 
     def __init__(self, name: str, schema: str, allocate: Callable[[Any], Any], build: Callable[..., list[Any]]) -> None:
         kinds, names = zip(*map(str.split, schema[1 : schema.index(")")].split(", ")), strict=True)
-        self._name, self._call, self._allocate, self._build = (
-            f"{NAMESPACE}::{name}",
-            namedtuple(name, names),
-            allocate,
-            build,
-        )
+        self._name, self._call = f"{NAMESPACE}::{name}", namedtuple(name, names)
+        self._allocate, self._build = allocate, build
         self._op = define_op(name, schema, lambda *args: allocate(self._call(*args)))(self._run)
         # Where the lists of tensors and the numbers begin.
         self._lists = sum(kind in ("Tensor", "Tensor?") for kind in kinds)
@@ -190,7 +223,8 @@ class PlannedOp:
         known = entry or find(self._key_of(operands, lengths, numbers))
         prepared = None if known is None else known.prepared
         if not prepared:
-            results = _flat(self._op(*self._args(operands, lengths, numbers)))
+            lists = split(operands[self._lists :], lengths)
+            results = _flat(self._op(*operands[: self._lists], *lists, *numbers))
             if entry is not None and prepared is None:
                 own = find(self._key_of(operands, lengths, numbers))
                 entry.prepared = None if own is None else own.prepared
@@ -225,15 +259,12 @@ class PlannedOp:
         entry = find(key) or remember(key, "triton")
         if entry is not None and (entry.prepared or self._prepare(entry, device, args)):
             left = iter(entry.prepared.run(operands))
-            return tuple(next(left) if length is None else [*islice(left, length)] for length in entry.lengths)
+            lengths = entry.prepared.lengths
+            return tuple(next(left) if length is None else [*islice(left, length)] for length in lengths)
         results, launches = self.plan(problem.device_of(device), args)
         for launch in launches:
             launch.run(device)
         return results
-
-    def _args(self, operands: Sequence[Any], lengths: Sequence[int], numbers: Sequence[Any]) -> tuple[Any, ...]:
-        """The schema's arguments."""
-        return (*operands[: self._lists], *split(operands[self._lists :], lengths), *numbers)
 
     def _parts(self, args: Sequence[Any]) -> tuple[list[Tensor | None], tuple[int, ...], tuple[Any, ...]]:
         """The operands, lengths and numbers of :meth:`__call__`."""
@@ -253,19 +284,10 @@ class PlannedOp:
             from stablelora_kernels.launch.prepared import prepare
 
             args = _with_distinct_addresses(args, set())
-
-            def call() -> tuple[Sequence[Tensor], Sequence[Any]]:
-                results, launches = self.plan(problem.device_of(device), args)
-                entry.lengths = [None if isinstance(each, Tensor) else len(each) for each in results]
-                return _flat(results), launches
-
+            call = functools.partial(self.plan, problem.device_of(device), args)
             entry.prepared = prepare(self._parts(args)[0], call) or False
         entry.seen = True
         return entry.prepared
-
-
-def _flat(results: Sequence[Any]) -> list[Tensor]:
-    return [t for each in results for t in ((each,) if isinstance(each, Tensor) else each)]
 
 
 def _with_distinct_addresses(args: Sequence[Any], addresses: set[int]) -> list[Any]:
