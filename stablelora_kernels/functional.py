@@ -223,7 +223,8 @@ def _run(
     """
     # Autocast does not know custom ops, so the caller has to cast.
     autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
-    if autocast and (dtype := _autocast_dtype(x)) is not None:
+    castable = autocast and x.is_floating_point() and x.dtype != torch.float64
+    if castable and (dtype := autocast_dtype(x.device.type)) is not None:
         x, projections = _cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
     shared_mask = (
         activation != "" and projections[0].lora_A is not None and projections[0].lora_A is projections[1].lora_A
@@ -244,11 +245,6 @@ def _run(
     if activation:
         return (lora_mlp_op(x, projections, Options(activation, dropout_p, backend, shared_mask), entry),)
     return lora_linear_op(x, projections, base, dropout_p, backend, entry)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to cast x to, or None."""
-    return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:

@@ -218,8 +218,8 @@ def choose(
     ``build(choice=...)`` returns launches that write all of ``y`` from ``x``, ``w`` and ``bias``.
     """
     off = not get_autotune() or get_kernel() != "auto" or torch.are_deterministic_algorithms_enabled()
-    # Times of the interpreter say nothing about a GPU.
-    meaningless = measure is time_on_gpu and (backend.INTERPRETING or not y.is_cuda)
+    # Times of the interpreter say nothing about a GPU. On the meta device nothing can be measured.
+    meaningless = y.is_meta or (measure is time_on_gpu and (backend.INTERPRETING or not y.is_cuda))
     if off or meaningless or not y.numel():
         return None
     key = f"{call_key(call, x, w, bias)}, on {_made_for(device, y.device)}"

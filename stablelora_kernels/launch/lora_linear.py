@@ -8,12 +8,13 @@ Tensors are 2-D and of any strides unless a docstring says otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stablelora_kernels.dispatch import problem, rules, tiles
+from stablelora_kernels.dispatch import autotune, problem, rules, tiles
 from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice, input_precision
 from stablelora_kernels.dispatch.tiles import Plan, Tile
@@ -59,7 +60,7 @@ def forward_launches(
 
 def member_launches(device: Device, members: Sequence[Product], choice: Choice | None = None) -> Launches:
     """The launches of a forward of projections of one x."""
-    choices = [choice or _choose(device, p) for p in members]
+    choices = [choice or _choose(device, p, alone=len(members) == 1) for p in members]
     shared = len(members) > 1 and rules.choose_group([p.call for p in members], choices).shared
     launches: Launches = [shrink(device, members)] if shared else []
     for p, chosen in zip(members, choices, strict=True):
@@ -86,7 +87,7 @@ def backward_launches(
         make.backward_product(x, grad, p, each_s, seed, dropout_p, (dx, da, db), ds if da is not None else None)
         for grad, p, each_s, seed, da, db, ds in zip(grads, plains, s, seeds, das, dbs, every_ds, strict=True)
     ]
-    choices = [choice or _choose(device, p) for p in members]
+    choices = [choice or _choose(device, p, alone=len(members) == 1) for p in members]
     shared = len(members) > 1 and all(p.da is not None for p in members)
     shared = shared and rules.choose_group([p.call for p in members], choices if dx is not None else ()).shared
     launches: Launches = []
@@ -97,10 +98,16 @@ def backward_launches(
     return [*launches, weight_grads(device, members)] if shared else launches
 
 
-def _choose(device: Device, p: Product) -> Choice:
+def _choose(device: Device, p: Product, alone: bool) -> Choice:
+    """``alone``: without other projections of one x, so that autotuning may measure it, with its dA and dB."""
     if isinstance(p.w, Stored):
         return rules.choose_quantized(device, p.call, p.w.layout.bits, p.w.layout.aligned)
-    return rules.choose_branch(p.call) if p.w is None else rules.choose(device, p.call)
+    if p.w is None:
+        return rules.choose_branch(p.call)
+    w = p.w if p.call.direction == "forward" else p.w.t()
+    build = partial(product_launches, device, p)
+    tuned = autotune.choose(device, p.call, build, p.y, p.x, w, p.bias) if alone and p.wanted else None
+    return tuned or rules.choose(device, p.call)
 
 
 def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool = False) -> Launches:

@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch import autotune
-from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.plans import Entry, apply, define_launches, first_derivative
 from stablelora_kernels.ops.torch_path import (
@@ -37,9 +35,10 @@ from stablelora_kernels.ops.torch_path import (
     few_rows,
     is_few,
     like_rows_of,
-    plain_branch,
+    masked,
     torch_bwd,
     torch_fwd,
+    with_branch,
 )
 from stablelora_kernels.projection import (
     Projection,
@@ -78,14 +77,7 @@ def lora_linear_fwd(
 
     ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
-    first, *others = projections = projections_in(call)
-    build = partial(forward_launches, device, x, projections, call.seeds, s, ys, call.dropout_p, base)
-    # On the meta device nothing can be measured.
-    if choice is None and not others and isinstance(first.weight, Tensor) and autotune.get_autotune() and not x.is_meta:
-        (m, k), (n, r) = x.shape, call.lora_Bs[0].shape
-        product = Call("forward", m, n, k, r, x.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
-        choice = autotune.choose(device, product, build, ys[0], x, first.weight, first.bias)
-    return build(choice=choice)
+    return forward_launches(device, x, projections_in(call), call.seeds, s, ys, call.dropout_p, base, choice)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -119,16 +111,10 @@ def lora_linear_bwd(
     x, grads = None if call.x is None else as_matrix(call.x), [as_matrix(grad) for grad in call.grads]
     nothing = [None] * len(grads)
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
-    first, *others = projections = projections_in(call)
     s = _each_s(call.s, call.lora_As) or nothing
-    build = partial(backward_launches, device, x, grads, projections, s, call.seeds, call.dropout_p, wanted)
-    if choice is None and not others:
-        grad, (n, r), k = grads[0], call.lora_Bs[0].shape, call.lora_As[0].shape[1]
-        product = Call("backward", grad.shape[0], k, n, r, grad.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
-        if call.need_x and isinstance(first.weight, Tensor) and autotune.get_autotune() and not grad.is_meta:
-            # Time it with dA and dB: some kernels compute them in the same launch as dX.
-            choice = autotune.choose(device, product, build, as_matrix(dx), grad, first.weight, None)
-    return build(choice=choice)
+    return backward_launches(
+        device, x, grads, projections_in(call), s, call.seeds, call.dropout_p, wanted, choice
+    )  # fmt: skip
 
 
 def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
@@ -353,5 +339,7 @@ def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: f
     else:
         assert p.weight is not None
         matrix = torch.nn.functional.linear(rows, as_plain(p.weight, x.dtype), p.bias)
-    y = plain_branch(matrix, rows, p.lora_A, p.lora_B, p.scaling, dropout_p)
+    keep, scaling = draw_dropout(rows, dropout_p, p.scaling)
+    s = torch.nn.functional.linear(masked(rows, keep), p.lora_A.to(x.dtype))
+    y = with_branch(matrix, s, p.lora_B.to(x.dtype), scaling)
     return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])

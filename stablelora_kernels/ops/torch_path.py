@@ -200,13 +200,6 @@ def masked(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * as_float(keep, x.dtype)
 
 
-def plain_branch(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> Tensor:
-    """``base + s' (X ∘ keep) A^T B^T`` of matrices, on plain operators under ordinary autograd."""
-    keep, scaling = draw_dropout(x, dropout_p, scaling)
-    s = torch.nn.functional.linear(masked(x, keep), lora_A.to(x.dtype))
-    return with_branch(base, s, lora_B.to(x.dtype), scaling)
-
-
 def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """``base + scaling S B^T`` of matrices of one dtype."""
     if scaling == 0:
@@ -220,29 +213,21 @@ def add_branch(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return y.copy_(with_branch(y, s, lora_B, scaling)) if scaling == 0 else y.addmm_(s, lora_B.t(), alpha=scaling)
 
 
-def torch_s(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
-    """S = (X ∘ keep) A^T, [M, r], unscaled. All tensors have one dtype."""
-    return product(masked(x, keep), lora_A.t())
-
-
-def _small_first(dtype: torch.dtype) -> bool:
-    """Whether backward should write a thin product with its small operand first.
-
-    Float32 libraries are up to several times faster so. oneDNN's bfloat16 is faster with the tall operand first.
-    """
-    return dtype in (torch.float32, torch.float64)
+# In these dtypes, backward writes a thin product with its small operand first: float32 libraries are up to several times faster
+# so. oneDNN's bfloat16 is faster with the tall operand first.
+_SMALL_FIRST = (torch.float32, torch.float64)
 
 
 def torch_ds(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """dS = s' dY B, [M, r]. All tensors have one dtype."""
-    if _small_first(grad.dtype):
+    if grad.dtype in _SMALL_FIRST:
         return product(lora_B.t(), grad.t()).mul_(scaling).t()
     return scaled_product(grad, lora_B, scaling)
 
 
 def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -> Tensor:
     """dB = s' dY^T S, [N, r], in ``lora_dtype``."""
-    if _small_first(grad.dtype):
+    if grad.dtype in _SMALL_FIRST:
         db = product(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
         return db.mul_(scaling)
     if grad.dtype != torch.float16:
@@ -260,9 +245,9 @@ def torch_fwd(
     lora_As: list[Any] = [p.lora_A for p in projections]
     # S first: then X is in the cache for the wide products.
     if len(lora_As) > 1 and not any(keep is not None for keep in keeps):
-        every_s = [*torch_s(x, torch.cat(lora_As), None).split([a.shape[0] for a in lora_As], 1)]
+        every_s = [*product(x, torch.cat(lora_As).t()).split([a.shape[0] for a in lora_As], 1)]
     else:
-        every_s = [torch_s(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
+        every_s = [product(masked(x, keep), a.t()) for a, keep in zip(lora_As, keeps, strict=True)]
     ys = []
     for (weight, bias, _, lora_B, scaling), s in zip(projections, every_s, strict=True):
         assert lora_B is not None
