@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
+from stablelora_kernels.ops.checks import FLOAT_DTYPES, check
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_mlp import lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
 from stablelora_kernels.ops.torch_mlp import Options
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.validation import check_float
 
@@ -29,9 +30,6 @@ __all__ = [
     "lora_linear_group",
     "lora_mlp",
 ]
-
-#: The dtypes of x. Only the PyTorch backend computes in float64.
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lora_linear(
@@ -223,8 +221,7 @@ def _run(
     """
     # Autocast does not know custom ops, so the caller has to cast.
     autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
-    castable = autocast and x.is_floating_point() and x.dtype != torch.float64
-    if castable and (dtype := autocast_dtype(x.device.type)) is not None:
+    if autocast and (dtype := _autocast_dtype(x)) is not None:
         x, projections = _cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
     shared_mask = (
         activation != "" and projections[0].lora_A is not None and projections[0].lora_A is projections[1].lora_A
@@ -236,7 +233,7 @@ def _run(
     if (entry := find(key)) is None:
         if fits is not None and not fits():
             return None
-        _check(x, projections, base, activation != "")
+        check(x, projections, base, activation != "")
         backend = _backend(x, projections, base, dropout_p)
         entry = remember(key, backend)
     else:
@@ -245,6 +242,11 @@ def _run(
     if activation:
         return (lora_mlp_op(x, projections, Options(activation, dropout_p, backend, shared_mask), entry),)
     return lora_linear_op(x, projections, base, dropout_p, backend, entry)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to cast x to, or None."""
+    return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
@@ -272,103 +274,3 @@ def _backend(x: Tensor, projections: Sequence[Projection], base: Tensor | None, 
     adapters = [t for p in projections for t in (p.lora_A, p.lora_B) if t is not None] or [x]
     # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or nothing.
     return "torch" if backend == "triton" and not all(t.numel() for t in adapters) else backend
-
-
-def _check(x: Tensor, projections: Sequence[Projection], base: Tensor | None, is_mlp: bool) -> None:
-    """Check the operands of projections of x, of gate, up and down of an MLP, or of a lone branch onto ``base``."""
-    if base is not None:
-        _check_lone_branch(x, base, projections[0])
-    elif is_mlp:
-        _check_mlp(x, *projections)
-    else:
-        for p in projections:
-            _check_projection(x, p)
-            dtype, first = cast(Tensor, p.lora_A).dtype, cast(Tensor, projections[0].lora_A).dtype
-            if dtype != first:
-                raise TypeError(f"lora_As must have one dtype, got {first} and {dtype}")
-
-
-def _check_projection(x: Tensor, p: Projection, of: str = "") -> None:
-    """``of``: the projection's name before those of its operands, such as ``"gate."``."""
-    weight, bias = p.weight, p.bias
-    assert weight is not None
-    if len(weight.shape) != 2:
-        raise ValueError(f"{of}weight must be [N, K], got {list(weight.shape)}")
-    n, k = weight.shape
-    shaped = f"{of}weight {[n, k]}"
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x must be [..., {k}] to fit {shaped}, got {list(x.shape)}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"{of}bias must be {[n]} to fit {shaped}, got {list(bias.shape)}")
-    _check_branch(x, p, n, k, shaped, of)
-    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
-        raise TypeError(f"{of}weight must have x's dtype {x.dtype}, got {weight.dtype}")
-    if bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"{of}bias must have x's dtype {x.dtype}, got {bias.dtype}")
-    data = weight.data if isinstance(weight, Stored) else weight
-    _check_devices(x, **{f"{of}weight": data, f"{of}bias": bias, f"{of}lora_A": p.lora_A, f"{of}lora_B": p.lora_B})
-
-
-def _check_branch(x: Tensor, p: Projection, n: int, k: int, other: str, of: str = "") -> None:
-    """Check that A and B fit N and K, which come from the tensor that ``other`` names, and that their dtypes fit x's.
-
-    Without A and B, only x's dtype is checked.
-    """
-    lora_A, lora_B = p.lora_A, p.lora_B
-    if lora_A is None or lora_B is None:
-        _check_float("x", x)
-        if lora_A is not lora_B:
-            missing, given = ("lora_A", "lora_B") if lora_A is None else ("lora_B", "lora_A")
-            raise ValueError(f"{of}{missing} must be given with {of}{given}, or both must be None, got None")
-        return
-    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
-        raise ValueError(f"{of}lora_A must be [r, {k}] with r >= 1 to fit {other}, got {list(lora_A.shape)}")
-    if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
-        raise ValueError(
-            f"{of}lora_B must be {[n, lora_A.shape[0]]} to fit {other} and {of}lora_A {list(lora_A.shape)}, "
-            f"got {list(lora_B.shape)}"
-        )
-    _check_float("x", x)
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"{of}lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
-    if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
-        raise TypeError(f"{of}lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
-
-
-def _check_float(name: str, t: Tensor) -> None:
-    if t.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {t.dtype}")
-
-
-def _check_devices(x: Tensor, **tensors: Any) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-
-
-def _check_lone_branch(x: Tensor, base_out: Tensor, p: Projection) -> None:
-    if base_out.dim() < 1 or x.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base_out.shape)}"
-        )
-    _check_branch(x, p, base_out.shape[-1], x.shape[-1], f"base_out {list(base_out.shape)}")
-    _check_float("base_out", base_out)
-    _check_devices(x, base_out=base_out, lora_A=p.lora_A, lora_B=p.lora_B)
-
-
-def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> None:
-    _check_projection(x, gate, "gate.")
-    assert gate.weight is not None and up.weight is not None and down.weight is not None
-    (f, _), up_shape, down_shape = gate.weight.shape, list(up.weight.shape), list(down.weight.shape)
-    wanted = list(gate.weight.shape)
-    if up_shape != wanted:
-        raise ValueError(f"up.weight must be {wanted} to fit gate.weight, got {up_shape}")
-    _check_projection(x, up, "up.")
-    if len(down_shape) != 2 or down_shape[1] != f:
-        raise ValueError(f"down.weight must be [N, {f}] to fit gate.weight {wanted}, got {down_shape}")
-    _check_projection(x.new_empty(0, f), down, "down.")
-    named = {"gate.lora_A": gate.lora_A, "up.lora_A": up.lora_A, "down.lora_A": down.lora_A}
-    dtypes = {name: lora_A.dtype for name, lora_A in named.items() if lora_A is not None}
-    if len({*dtypes.values()}) > 1:
-        given = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise TypeError(f"the projections' lora_A must have one dtype, got {given}")

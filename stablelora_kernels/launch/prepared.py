@@ -250,19 +250,12 @@ class _Step:
         self.launcher: Any = None
         if isinstance(launch, Launch) and isinstance(launch.kernel, JITFunction):
             self.launcher = _launcher_of(launch, device, [*leaves(self._with_views.args)])
-            self._name = launch.kernel.__name__
+            self.name = launch.kernel.__name__
 
     def again(self, tensors: Sequence[Any], device: torch.device) -> Any:
         """The launch or the product of ``tensors``."""
         found = [leaf.of(tensors, device) if isinstance(leaf, View) else leaf for leaf in self._leaves]
         return with_leaves(self._with_views, iter(found))
-
-    def run(self, tensors: Sequence[Any], addresses: Sequence[int], device: torch.device, stream: int) -> None:
-        if self.launcher is None:
-            self.again(tensors, device).run(device)
-        else:
-            launch_counts[self._name] += 1
-            self.launcher.run(tensors, addresses, stream)
 
 
 class Prepared:
@@ -303,15 +296,16 @@ class Prepared:
 
     def _launch(self, tensors: Sequence[Tensor | None]) -> None:
         """Run the launches on operands, results and workspace, on the current device."""
-        device = self._device
-        if not self._compiled or _needs_triton():
-            for step in self._steps:
-                step.again(tensors, device).run(device)
-            return
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        stream = driver.active.get_current_stream(device.index or 0)
+        device, addresses, stream = self._device, [], 0
+        if compiled := self._compiled and not _needs_triton():
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            stream = driver.active.get_current_stream(device.index or 0)
         for step in self._steps:
-            step.run(tensors, addresses, device, stream)
+            if compiled and step.launcher is not None:
+                launch_counts[step.name] += 1
+                step.launcher.run(tensors, addresses, stream)
+            else:
+                step.again(tensors, device).run(device)
 
 
 def prepare(given: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Any], Sequence[Any]]]) -> Prepared | None:

@@ -112,9 +112,8 @@ def lora_linear_bwd(
     nothing = [None] * len(grads)
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
     s = _each_s(call.s, call.lora_As) or nothing
-    return backward_launches(
-        device, x, grads, projections_in(call), s, call.seeds, call.dropout_p, wanted, choice
-    )  # fmt: skip
+    projections = projections_in(call)
+    return backward_launches(device, x, grads, projections, s, call.seeds, call.dropout_p, wanted, choice)
 
 
 def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:

@@ -119,7 +119,7 @@ clear = _table.clear
 def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
     """The key of a call of ``kind``, any hashable value, with ``args``; None if the call is unusual.
 
-    ``args`` are tensors, numbers, strings, None, and tuples and lists of these.
+    ``args`` are tensors, of which one at least is in no tuple or list, numbers, strings, None, and tuples and lists of these.
     """
     # First, because torch.compile traces no more than this.
     if (
@@ -138,7 +138,7 @@ def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
     except (RuntimeError, NotImplementedError):
         # A sparse or nested tensor, or one without memory, has no strides or no address.
         return None
-    first = args[0] if type(args[0]) is Tensor else _first_tensor(args)
+    first = args[0] if type(args[0]) is Tensor else next((t for t in args if isinstance(t, Tensor)), None)
     if first is None or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     # A tensor's facts have its device's number, not its type.
@@ -172,15 +172,6 @@ def _describe(args: Sequence[Any], key: list[Any]) -> bool:
         else:
             return False
     return True
-
-
-def _first_tensor(args: Sequence[Any]) -> Tensor | None:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            return arg
-        if isinstance(arg, (tuple, list)) and (first := _first_tensor(arg)) is not None:
-            return first
-    return None
 
 
 def find(key: tuple[Any, ...] | None) -> Entry | None:
