@@ -242,15 +242,8 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
     return Plan(fit(tile, device, _linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits)
 
 
-class TMAPlan(NamedTuple):
-    plan: Plan
-    # Parts of a tile's columns, which are finished one after another.
-    parts: int
-    # Programs that stay, each taking tile after tile.
-    programs: int
-
-
-def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> TMAPlan:
+def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> tuple[Plan, int]:
+    """For programs that take tile after tile, and the parts of a tile's columns that they finish one after another."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
         tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would not fit in registers"
@@ -267,7 +260,7 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     finish = _bytes(call, kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
-    return TMAPlan(Plan(tile, reason, block_r, tiles), parts, min(tiles, device.processors))
+    return Plan(tile, reason, block_r, tiles), parts
 
 
 def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:

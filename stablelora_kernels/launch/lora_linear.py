@@ -162,37 +162,34 @@ def _onto_vendors(device: Device, p: Product, s_ready: bool) -> Launches:
 
 def shrink(device: Device, members: Sequence[Product]) -> Launch:
     """S of ``members``, which share X; of a single one with dB, if wanted."""
-    (p, *others), c = members, _of_largest_rank(members)
-    plan = tiles.shrink_plan(device, c, len(members))
+    p, many, c = members[0], len(members), _largest(members)
+    plan = tiles.shrink_plan(device, c, many)
     job, constants = make.s_job(device, members, plan)
-    db = Gradient() if others else make.co_scheduled(device, p, True, plan.tile.num_warps)
+    db = Gradient() if many > 1 else make.co_scheduled(device, p, True, plan.tile.num_warps)
     flags = flag_words(dropout=c.dropout and not c.masked, dB=db.programs > 0)
     args = (rows(p.x, c.k), job, db.job, c.m, plan.splits, db.programs, db.splits, threshold(p))
-    words = f"{_many(members)}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
+    words = f"{f'{many} of ' if many > 1 else ''}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
     return planned(_lora_shrink_kernel, words, plan, plan.programs + db.programs, args, {"S": constants, "DB": db.tile})
 
 
 def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
     """dA of ``members``, which share Z; or dA and dB of a single one, those that are wanted."""
-    (p, *others), c = members, _of_largest_rank(members)
-    need_a, need_b = p.da is not None, p.db is not None and not others
-    plan, tiles_a = tiles.weight_grads_plan(device, c, need_a, need_b, len(members))
+    p, many, c = members[0], len(members), _largest(members)
+    need_a, need_b = p.da is not None, p.db is not None and many == 1
+    plan, tiles_a = tiles.weight_grads_plan(device, c, need_a, need_b, many)
     of_a, of_b = (plan._replace(tiles=count) for count in (tiles_a, plan.tiles - tiles_a))
     da = make.grad_job(device, members, of_a, False) if need_a else Gradient()
     db = make.grad_job(device, members, of_b, True) if need_b else Gradient()
     flags = flag_words(dropout=c.dropout and need_a, **{p.activation: p.activation != ""})
-    words = f"{_many(members)}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
+    words = f"{f'{many} of ' if many > 1 else ''}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
     of_z = make.z_rows(p), da.job, rows(p.x, c.k), db.job
     args = (*of_z, c.m, da.programs, plan.splits, threshold(p))
     return planned(_lora_weight_grads_kernel, words, plan, plan.programs, args, {"DA": da.tile, "DB": db.tile})
 
 
-def _of_largest_rank(members: Sequence[Product]) -> Call:
+def _largest(members: Sequence[Product]) -> Call:
+    """The call of ``members``, with the largest rank."""
     return members[0].call._replace(r=max(p.call.r for p in members))
-
-
-def _many(members: Sequence[Product]) -> str:
-    return f"{len(members)} of " if len(members) > 1 else ""
 
 
 # A kernel, its plan, the operands that follow X, its constants, memory for shared sums, and the product's programs.
@@ -257,7 +254,7 @@ def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, fo
 def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _Form:
     c = p.call
     assert isinstance(p.w, Tensor)
-    plan, parts, programs = tiles.linear_tma_plan(device, c, load_s, tile)
+    plan, parts = tiles.linear_tma_plan(device, c, load_s, tile)
     m, n, k, *_ = plan.tile
     (w, trans_w), (a, trans_a) = rows_contiguous(p.w), rows_contiguous(p.a)
     # A float32 A passes through registers to be rounded, with a descriptor or without.
@@ -273,7 +270,7 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool)
     )
     added, precision = p.base is not None, input_precision(device, c.dtype)
     sizes = jobs.DescribedTile(m, n, k, GROUP_M, parts, trans_w, trans_a, added, p.activation, precision)
-    return _lora_linear_tma_kernel, plan, operands, sizes, (), programs
+    return _lora_linear_tma_kernel, plan, operands, sizes, (), min(plan.tiles, device.processors)
 
 
 def described(t: Tensor) -> bool:

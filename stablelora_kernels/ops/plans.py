@@ -90,30 +90,15 @@ class Entry:
     prepared: Any = None
 
 
-class _Table:
-    """Entries by key. Those that were found or added since the last half of LIMIT keys stay."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.young: dict[Any, Entry] = {}
-        self.old: dict[Any, Entry] = {}
-
-    def renewed(self, key: Any) -> Entry | None:
-        """An old entry, which becomes a young one."""
-        return self.add(key, self.old[key]) if key in self.old else None
-
-    def add(self, key: Any, entry: Entry) -> Entry:
-        if len(self.young) >= LIMIT // 2:
-            self.old, self.young = self.young, {}
-        self.young[key] = entry
-        return entry
+# Entries by key. The young ones were found or added since the last half of LIMIT keys.
+_young: dict[Any, Entry] = {}
+_old: dict[Any, Entry] = {}
 
 
-_table = _Table()
-# Forget every call.
-clear = _table.clear
+def clear() -> None:
+    """Forget every call."""
+    _young.clear()
+    _old.clear()
 
 
 def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -175,12 +160,25 @@ def _describe(args: Sequence[Any], key: list[Any]) -> bool:
 
 
 def find(key: tuple[Any, ...] | None) -> Entry | None:
-    return None if key is None else _table.young.get(key) or _table.renewed(key)
+    if key is None:
+        return None
+    # Other threads may move entries meanwhile.
+    if (entry := _young.get(key)) is None and (entry := _old.get(key)) is not None:
+        _add(key, entry)
+    return entry
 
 
 def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
     """A new entry for ``key``, if there is one: its calls pass the checks and run on ``backend``."""
-    return None if key is None else _table.add(key, Entry(backend))
+    return None if key is None else _add(key, Entry(backend))
+
+
+def _add(key: tuple[Any, ...], entry: Entry) -> Entry:
+    global _young, _old
+    if len(_young) >= LIMIT // 2:
+        _old, _young = _young, {}
+    _young[key] = entry
+    return entry
 
 
 def _flat(results: Sequence[Any]) -> list[Tensor]:

@@ -57,11 +57,6 @@ def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     return torch._C._get_mkldnn_enabled()
 
 
-def onednn_outweighs_function(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN saves more on the product of x [..., K] and weight [N, K] than an autograd function costs."""
-    return row_count(x) * weight.numel() >= FUNCTION_FROM and by_onednn(x.dtype, x.device)
-
-
 def row_count(x: Tensor) -> int:
     """M of x [..., K]."""
     # Not Size.numel(), which turns symbolic sizes into numbers.
@@ -118,8 +113,9 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
     # A compiled graph serves any number of rows and has no Python overhead.
     if torch.compiler.is_compiling() or row_count(x) >= limit:
         return False
-    # oneDNN's product saves more time than the autograd function costs, and autograd does not support it.
-    return not any(w is not None and onednn_outweighs_function(x, w) for w in weights)
+    # A wide product on oneDNN saves more time than the autograd function costs, and autograd does not support it.
+    wide = any(w is not None and row_count(x) * w.numel() >= FUNCTION_FROM for w in weights)
+    return not (wide and by_onednn(x.dtype, x.device))
 
 
 def few_rows(x: Tensor, dropout_p: float) -> int:
@@ -208,11 +204,6 @@ def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tens
     return torch.addmm(base, s, lora_B.t(), alpha=scaling)
 
 
-def add_branch(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """:func:`with_branch` in place of ``y``: the branch needs no second activation. No gradients."""
-    return y.copy_(with_branch(y, s, lora_B, scaling)) if scaling == 0 else y.addmm_(s, lora_B.t(), alpha=scaling)
-
-
 # In these dtypes, backward writes a thin product with its small operand first: float32 libraries are up to several times faster
 # so. oneDNN's bfloat16 is faster with the tall operand first.
 _SMALL_FIRST = (torch.float32, torch.float64)
@@ -253,7 +244,9 @@ def torch_fwd(
         assert lora_B is not None
         if base is None:
             assert weight is not None
-            ys.append(add_branch(wide_product(x, as_plain(weight, x.dtype).t(), bias), s, lora_B, scaling))
+            y = wide_product(x, as_plain(weight, x.dtype).t(), bias)
+            # In place, the branch needs no second activation.
+            ys.append(y.addmm_(s, lora_B.t(), alpha=scaling) if scaling != 0 else with_branch(y, s, lora_B, scaling))
         elif base.dtype == s.dtype:
             ys.append(with_branch(base, s, lora_B, scaling))
         else:
