@@ -18,7 +18,6 @@ from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
 from stablelora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
-from stablelora_kernels.ops.lora_mlp import lora_mlp_bwd, lora_mlp_fwd
 from stablelora_kernels.projection import Projection, flatten, layouts_of, scale_count, split
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.validation import check_float, check_int
@@ -213,37 +212,14 @@ def linear_launches(
     table's, forward and backward.
     """
     ns = (n,) if isinstance(n, int) else tuple(n)
-    projections = [_projection(size, k, r, dtypes, where, weight) for size in ns]
-    x, seeds = _zeros(where, m, k, of=dtypes[0]), [_seed(where, dropout_p) for _ in ns]
+    projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
+    x, seeds = _zeros(where, m, k, of=dtypes[0]), [seed_of(where, dropout_p) for _ in ns]
     base = _zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None
-    lists, numbers = _lists(projections)
+    lists, numbers = lists_of(projections)
     (ys, s), forward = lora_linear_fwd.plan(device, (x, base, *lists, seeds, *numbers, dropout_p, True), choices[0])
     datas, scales, _, lora_As, lora_Bs = lists
     given = (x, ys, datas if base is None else (), scales, lora_As, lora_Bs, [s], seeds)
     _, backward = lora_linear_bwd.plan(device, (*given, *numbers, dropout_p, True, True, True), choices[1])
-    return forward, backward
-
-
-def mlp_launches(
-    device: Device, m: int, sizes: Sequence[int], r: int | Sequence[int], dtypes: DTypes, dropout_p: float,
-    activation: str = "silu", where: str = "meta",
-) -> Ways:  # fmt: skip
-    """:func:`linear_launches` for a gated MLP without biases. ``sizes``: its output, inner and input features.
-
-    ``r``: the rank, or those of gate, up and down, 0 for one without a branch.
-    """
-    n, f, k = sizes
-    ranks = (r,) * 3 if isinstance(r, int) else tuple(r)
-    projections = []
-    for size, rank in zip(((f, k), (f, k), (n, f)), ranks, strict=True):
-        p = _projection(*size, rank, dtypes, where)._replace(bias=None)
-        projections.append(p if rank else p._replace(lora_A=None, lora_B=None))
-    x, seeds = _zeros(where, m, k, of=dtypes[0]), [_seed(where, dropout_p if rank else 0.0) for rank in ranks]
-    lists, numbers = _lists(projections)
-    (y, *kept), forward = lora_mlp_fwd.plan(device, (x, *lists, seeds, *numbers, dropout_p, activation, True))
-    datas, scales, _, lora_As, lora_Bs = lists
-    given = (torch.zeros_like(y), x, *kept, datas, scales, lora_As, lora_Bs, seeds, *numbers, dropout_p, activation)
-    _, backward = lora_mlp_bwd.plan(device, (*given, True, (True,) * 3, (True,) * 3))
     return forward, backward
 
 
@@ -257,7 +233,8 @@ def quantized_weight(kind: str, n: int, k: int, where: str = "meta") -> NF4Weigh
     return NF4Weight(packed, absmax, _zeros(where, 16), (n, k), 64, *nested)
 
 
-def _projection(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any = "plain") -> Projection:
+def projection_of(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any = "plain") -> Projection:
+    """A projection without values; ``weight`` as for :func:`linear_launches`."""
     dtype, lora_dtype = dtypes
     lora_A, lora_B = _zeros(where, r, k, of=lora_dtype), _zeros(where, n, r, of=lora_dtype)
     if weight == "none":
@@ -269,14 +246,15 @@ def _projection(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any 
     return Projection(weight, _zeros(where, n, of=dtype), lora_A, lora_B, 1.0)
 
 
-def _lists(projections: Sequence[Projection]) -> tuple[list[list[Any]], Any]:
+def lists_of(projections: Sequence[Projection]) -> tuple[list[list[Any]], Any]:
     """The lists of tensors that an op takes, then layouts and scalings."""
     n, layouts = len(projections), layouts_of(projections)
     lists = split(flatten(projections), (n, scale_count(layouts), n, n, n))
     return lists, (layouts, [p.scaling for p in projections])
 
 
-def _seed(where: str, dropout_p: float) -> Tensor | None:
+def seed_of(where: str, dropout_p: float) -> Tensor | None:
+    """The seed of dropout's mask, None without dropout."""
     return _zeros(where, 1, of=torch.int64) if dropout_p else None
 
 
