@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stablelora_kernels.dispatch import autotune, problem, rules, tiles
 from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice, input_precision
+from stablelora_kernels.dispatch.settings import get_autotune
 from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
@@ -104,9 +105,10 @@ def _choose(device: Device, p: Product, alone: bool) -> Choice:
         return rules.choose_quantized(device, p.call, p.w.layout.bits, p.w.layout.aligned)
     if p.w is None:
         return rules.choose_branch(p.call)
-    w = p.w if p.call.direction == "forward" else p.w.t()
-    build = partial(product_launches, device, p)
-    tuned = autotune.choose(device, p.call, build, p.y, p.x, w, p.bias) if alone and p.wanted else None
+    tuned = None
+    if alone and p.wanted and get_autotune():
+        w, build = p.w if p.call.direction == "forward" else p.w.t(), partial(product_launches, device, p)
+        tuned = autotune.choose(device, p.call, build, p.y, p.x, w, p.bias)
     return tuned or rules.choose(device, p.call)
 
 

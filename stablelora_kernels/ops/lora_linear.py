@@ -18,16 +18,18 @@ the PyTorch path dequantizes it again in backward.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.plans import Entry, apply, define_launches, first_derivative
+from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     draw_dropout,
@@ -51,6 +53,7 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
+from stablelora_kernels.utils.autocast import outside_autocast
 
 
 def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor]:
@@ -172,6 +175,27 @@ def _forward(
 def _cast(tensors: Sequence[Any], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """The flattened tensors of ``n`` projections, with A's and B's in ``dtype``."""
     return (*tensors[: -2 * n], *[t.to(dtype) for t in tensors[-2 * n :]])
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward, autocast or not."""
+    careful = once_differentiable(outside_autocast(backward))
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        # The usual backward pass needs no care, which would take longer than the rest of this function's Python.
+        usual = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled())
+        return backward(ctx, *grads) if usual else careful(ctx, *grads)
+
+    return run
+
+
+def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> Any:
+    """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
+    if entry is None:
+        return function.apply(entry, *args)
+    # A call with a key is neither traced nor transformed. Function.apply would ask about every argument, then calls this.
+    return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -18,8 +18,8 @@ from torch import Tensor
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
-from stablelora_kernels.ops.plans import Entry, apply, define_launches, first_derivative
+from stablelora_kernels.ops.lora_linear import apply, draw_seed, first_derivative, lora_linear_op
+from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_mlp import Kept, Options, act, torch_mlp_bwd, torch_mlp_fwd
 from stablelora_kernels.ops.torch_path import (
     as_matrix,

@@ -26,7 +26,6 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
@@ -34,7 +33,6 @@ from stablelora_kernels.dispatch import problem, settings
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.projection import split
-from stablelora_kernels.utils.autocast import outside_autocast
 
 NAMESPACE = "stablelora_kernels"
 # Most entries. The oldest half of them goes when it is reached.
@@ -54,27 +52,6 @@ def define_op(
         return getattr(getattr(torch.ops, NAMESPACE), name)
 
     return decorate
-
-
-def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward, autocast or not."""
-    careful = once_differentiable(outside_autocast(backward))
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Any) -> Any:
-        # The usual backward pass needs no care, which would take longer than the rest of this function's Python.
-        usual = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled())
-        return backward(ctx, *grads) if usual else careful(ctx, *grads)
-
-    return run
-
-
-def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> Any:
-    """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
-    if entry is None:
-        return function.apply(entry, *args)
-    # A call with a key is neither traced nor transformed. Function.apply would ask about every argument, then calls this.
-    return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]
 
 
 @dataclass(slots=True, eq=False)
