@@ -249,33 +249,29 @@ class PlannedOp:
         if entry.seen and entry.prepared is None:
             from stablelora_kernels.launch.prepared import prepare
 
-            args = _with_distinct_addresses(args, set())
+            args = _with_distinct_addresses(args)
             call = functools.partial(self.plan, problem.device_of(device), args)
             entry.prepared = prepare(self._parts(args)[0], call) or False
         entry.seen = True
         return entry.prepared
 
 
-def _with_distinct_addresses(args: Sequence[Any], addresses: set[int]) -> list[Any]:
+def _with_distinct_addresses(args: Any) -> Any:
     """``args`` with a stand-in of the same layout for each tensor that shares its address with an earlier one.
 
     Operands are told apart by their addresses, and later calls need not give the same tensor twice.
     """
-    distinct: list[Any] = []
-    for arg in args:
-        if isinstance(arg, (tuple, list)):
-            arg = _with_distinct_addresses(arg, addresses)
-        elif isinstance(arg, Tensor):
-            arg = _stand_in(arg) if arg.data_ptr() in addresses else arg
-            addresses.add(arg.data_ptr())
-        distinct.append(arg)
-    return distinct
+    addresses: set[int] = set()
 
+    def distinct(t: Tensor) -> Tensor:
+        if t.data_ptr() in addresses:
+            before = t.data_ptr() % 16 // t.itemsize
+            size = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
+            t = t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
+        addresses.add(t.data_ptr())
+        return t
 
-def _stand_in(t: Tensor) -> Tensor:
-    before = t.data_ptr() % 16 // t.itemsize
-    size = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
-    return t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
+    return tree_map_only(Tensor, distinct, args)
 
 
 def define_launches(
