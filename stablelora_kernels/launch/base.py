@@ -70,12 +70,14 @@ class VendorProduct(NamedTuple):
     bias: Tensor | None
     y: Tensor
     add: bool = False
-    # Of each, and so no field.
-    reason = "cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS"
 
     @property
     def variant(self) -> str:
         return "the vendor's product" + flag_words(add=self.add)
+
+    @property
+    def reason(self) -> str:
+        return "cuBLAS, hipBLASLt or, on a CPU, PyTorch's BLAS"
 
     def run(self, device: torch.device) -> None:
         launch_counts["vendor"] += 1
