@@ -6,10 +6,10 @@ Counters are for kernels whose programs share a sum: int32, 0 before every launc
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -34,28 +34,24 @@ class Workspace:
         self.counters: Tensor | None = None
 
 
-class _Notes(threading.local):
-    taken: Workspace | None = None
-
-
-_notes = _Notes()
+_taken: ContextVar[Workspace | None] = ContextVar("taken", default=None)
 
 
 @contextmanager
 def noted() -> Iterator[Workspace]:
     """Note what this thread's launchers take in the block."""
-    outer, _notes.taken = _notes.taken, Workspace()
+    token = _taken.set(taken := Workspace())
     try:
-        yield _notes.taken
+        yield taken
     finally:
-        _notes.taken = outer
+        _taken.reset(token)
 
 
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialized memory on ``like``'s device, in its dtype or in ``dtype``, which nothing reads after the launches."""
     memory = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-    if _notes.taken is not None:
-        _notes.taken.scratch.append(memory)
+    if (taken := _taken.get()) is not None:
+        taken.scratch.append(memory)
     return memory
 
 
@@ -93,8 +89,8 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]
     whole = _in_use[stream]
-    if _notes.taken is not None:
-        _notes.taken.counters = whole
+    if (taken := _taken.get()) is not None:
+        taken.counters = whole
     return whole[lane * MAX_SHARED_SUMS : lane * MAX_SHARED_SUMS + n]
 
 
