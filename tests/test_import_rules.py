@@ -174,7 +174,7 @@ def test_every_file_keeps_the_rules():
 PLANTED = [
     ("tests/nn/test_linear.py", "from ..helpers import cases", "imports are absolute"),
     ("stablelora_kernels/model/apply.py", "from stablelora_kernels.testing import make_inputs", "lower levels"),
-    ("stablelora_kernels/ops/matmul.py", "def f():\n    from stablelora_kernels.kernels import common", "only launch/"),
+    ("stablelora_kernels/ops/plans.py", "def f():\n    from stablelora_kernels.kernels import common", "only launch/"),
     ("stablelora_kernels/nn/linear.py", "class C:\n    import stablelora_kernels.launch.base", "inside functions"),
     ("stablelora_kernels/kernels/common.py", "import stablelora_kernels.dispatch.rules", "kernels/ imports kernels/"),
     ("stablelora_kernels/dispatch/rules.py", "import triton", "Triton only inside functions"),

@@ -92,12 +92,12 @@ FORM_RULES = (
 )  # fmt: skip
 
 
-def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
-    """The kernel for ``call``: the table's, or ``forced``, or the one that :func:`use_kernel` forces.
+def choose(device: Device, call: Call) -> Choice:
+    """The kernel for ``call``: the table's, or the one that :func:`use_kernel` forces.
 
     A forced kernel that can't do this call raises ValueError.
     """
-    forced = forced or get_kernel()
+    forced = get_kernel()
     if forced == "auto":
         return Choice(*first(RULES, device, call))
     check_possible(call, forced)
@@ -120,16 +120,18 @@ def choose_form(device: Device, call: Call, described: bool) -> str:
     return first(FORM_RULES, device, call, described)[0]
 
 
-_BRANCH_CHAINED = Choice(
-    "chained",
-    f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product",
-)
-_BRANCH_SPLIT = Choice("split", "many rows or a high rank: the low-rank product has a launch of its own")
+# A branch without a product: one launch, or S (backward dS) has one of its own.
+BRANCH_RULES = (
+    Rule(lambda c: c.m <= CHAINED_M and c.r <= MAX_CHAINED_R,
+         "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
+         "product"),
+    Rule(lambda c: True, "split", "many rows or a high rank: the low-rank product has a launch of its own"),
+)  # fmt: skip
 
 
 def choose_branch(call: Call) -> Choice:
-    """Whether a branch without a product is one launch ("chained"), or S (backward dS) has one of its own ("split")."""
-    return _BRANCH_CHAINED if call.m <= CHAINED_M and call.r <= problem.MAX_CHAINED_R else _BRANCH_SPLIT
+    """``"chained"`` or ``"split"``."""
+    return Choice(*first(BRANCH_RULES, call))
 
 
 class Sharing(NamedTuple):

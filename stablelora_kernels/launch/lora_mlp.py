@@ -22,12 +22,14 @@ from stablelora_kernels.kernels.lora.gate_up import (
 )
 from stablelora_kernels.launch.base import Launch, Launches, flag_words, tile_options
 from stablelora_kernels.launch.jobs import Product, backward_product, branch_job, forward_product, matrix
-from stablelora_kernels.launch.lora_linear import backward_launches, member_launches, product_launches
-from stablelora_kernels.launch.products import (
+from stablelora_kernels.launch.lora_linear import (
     GROUP_M,
+    backward_launches,
     dequantize,
     described,
     descriptor,
+    member_launches,
+    product_launches,
     product_tile,
     rows_contiguous,
     shrink,

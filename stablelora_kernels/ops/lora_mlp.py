@@ -20,9 +20,7 @@ from torch.nn.functional import gelu, linear, silu
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.library import apply, first_derivative
-from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
-from stablelora_kernels.ops.matmul import row_count
+from stablelora_kernels.ops.lora_linear import apply, draw_seed, first_derivative, lora_linear_op
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
@@ -33,6 +31,7 @@ from stablelora_kernels.ops.torch_path import (
     is_few,
     like_rows_of,
     masked,
+    row_count,
     torch_bwd,
     torch_fwd,
 )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels import common
-from stablelora_kernels.launch import counters, jobs
+from stablelora_kernels.launch import jobs, workspace
 from stablelora_kernels.launch.base import Launch
 from tests.helpers.interleaving import Interleaving, Mutation
 from tests.helpers.interleaving_cases import CASES
@@ -34,7 +34,7 @@ def test_every_schedule_leaves_the_same_bytes(name: str, schedules: int) -> None
     runs, case = interleaving(name)
     runs.write_back()
     case.check()
-    assert not any(buffer.any() for buffer in counters._in_use.values())
+    assert not any(buffer.any() for buffer in workspace._in_use.values())
     assert runs.first_failure(range(schedules)) is None
 
 
@@ -59,7 +59,7 @@ def test_a_deadlock_is_reported_with_each_programs_state() -> None:
 
 def test_jobs_of_one_launch_must_not_count_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes keep the counters of dS and dB, dX and dA apart."""
-    original = counters.counters
+    original = workspace.counters
     monkeypatch.setattr(jobs, "counters", lambda n, device, lane=0: original(n, device))
     runs, case = interleaving.__wrapped__("chained split-K, all gradients")
     runs.write_back()

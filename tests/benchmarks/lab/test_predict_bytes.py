@@ -15,6 +15,7 @@ import pandas as pd
 import triton
 import triton.language as tl
 
+from benchmarks.lab.mlp_launches import mlp_launches
 from benchmarks.lab.predict import bytes_moved, formula
 from benchmarks.lab.predict.bytes_moved import APART, ONE_OP, SEPARATE, TOGETHER
 from stablelora_kernels.dispatch import backend
@@ -22,7 +23,6 @@ from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.launch.base import Launch, VendorProduct
-from stablelora_kernels.ops.dry_run import mlp_launches
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.benchmarks.lab.byte_counter import counted
