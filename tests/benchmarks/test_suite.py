@@ -175,23 +175,25 @@ def test_a_training_step_trains_every_arms_own_pairs_alone(kind: Any) -> None:
 
 @pytest.mark.nightly
 def test_a_run_as_a_user_starts_it(tmp_path: Path) -> None:
-    """One arm is broken, host cases run over the null driver, and figures are kept."""
+    """One arm is broken, host cases run over the null driver, figures are kept, and a second run is compared with them."""
     (tmp_path / "breakage.py").write_text("from benchmarks.suite import layers\nlayers.by_loralib = lambda *_: 1 / 0")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON_INTERPRET"))}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
 
-    def run(*options: str) -> str:
+    def run(*options: str, suite: str = "tiny") -> str:
         file = Path(__file__).resolve().parents[2] / "benchmarks" / "suite" / "test_layer.py"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, "--suite", *options]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, "--suite", suite, *options]
         return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300).stdout
 
-    records = f"--records={tmp_path / 'suite.csv'}"
-    text = run("tiny", "-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib", records)
+    stored, records = f"--benchmark-json={tmp_path / 'suite.json'}", f"--records={tmp_path / 'suite.csv'}"
+    text = run("-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib", stored, records)
     assert "3 failed" in text and "FAILED: loralib: ZeroDivisionError: division by zero" in text, text
     assert "/ PEFT's" in text and "skipped: ours, Triton" in text and "Name (time in" not in text
     found = read_records(tmp_path / "suite.csv").query("arm == @OURS_TRITON").groupby("metric")["median"].min()
     assert found["ms"] > 0 and found["first_over_later"] > 1
-    assert "timed in turns" not in run("tiny", "-k", "8x16x24", "--arm", "PEFT", "--benchmark-disable")
+    text = run("-k", "8x16x24 and not projections", "--arm", "PEFT", f"--benchmark-compare={tmp_path / 'suite.json'}")
+    assert "3 passed" in text and text.count("(NOW)") >= 3, text
+    assert "timed in turns" not in run("-k", "8x16x24", "--arm", "PEFT", "--benchmark-disable")
     # Marked cases run only if -m names their mark.
-    text = run("quick", "--collect-only", "-q", "-m", "mlp or not mlp")
+    text = run("--collect-only", "-q", "-m", "mlp or not mlp", suite="quick")
     assert "[mlp " in text and "[layer " in text and "[host " not in text and "[width" not in text
