@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 ARCHS = ["sm_80", "sm_90"]
 # By day, two on each GPU.
-PLANTS = ["optimizer-barrier", "flag-acquire", "store-wait"]
+PLANTS = ["optimizer-barrier", "flag-acquire", "wgmma-wait"]
 # Of copies; and of warps, on sm_90 groups of four, which a wgmma needs whole, and programs.
 SCHEDULES = [
     f"--landing {landing} {others}"
