@@ -28,7 +28,11 @@ PLANTS = ["optimizer-barrier", "flag-acquire", "wgmma-wait"]
 SCHEDULES = [
     f"--landing {landing} {others}"
     for landing in ("late", "early")
-    for others in ("", "--warps first --resident 1 --order reverse", "--warps random --seed 1 --resident 3 --order random")
+    for others in (
+        "",
+        "--warps first --resident 1 --order reverse",
+        "--warps random --seed 1 --resident 3 --order random",
+    )
 ]
 
 
@@ -119,6 +123,7 @@ def test_a_loop_without_end_is_stopped() -> None:
     [
         ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got 'sm_70'"),
         ("--plant nothing", "invalid choice: 'nothing'"),
+        ("--resident 0", "--resident must be at least 1, got 0"),
         ("", "TRITON_INTERPRET is set"),
     ],
 )

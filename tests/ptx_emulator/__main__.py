@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--landing", choices=("late", "early", "random"), help="of asynchronous copies (default: late)")
     parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
     parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)")
-    parser.add_argument("--seed", type=int, help="let CTAs take turns at random")
+    parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
     parser.add_argument("--resident", type=int, metavar="N", help="CTAs that run at a time (default: all)")
     help_ = "each kernel once, copies early, warps apart, four CTAs at a time, the last first"
     parser.add_argument("--quick", action="store_true", help=help_)
@@ -50,6 +50,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.arch = options.arch.split(",")
     if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_120")]:
         parser.error(f"--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got {unknown[0]!r}")
+    if options.resident is not None and options.resident < 1:
+        parser.error(f"--resident must be at least 1, got {options.resident}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, and Triton's interpreter compiles nothing")
     return options
