@@ -85,8 +85,8 @@ RULES = (
     Rule("only tests, testing.py and cli/doctor.py import reference/", ALL, ours("reference"),
          (*ours("__init__", "reference", "testing", "cli.doctor"), "tests")),
     Rule("only tests import cli/", ALL, ours("cli"), (*ours("cli", "__main__"), "tests")),
-    Rule("only benchmarks.lab, its tests, the PTX emulator and the goldens import benchmarks.lab", ALL, ("benchmarks.lab",),
-         ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator", "tests.goldens")),
+    Rule("only benchmarks.lab, its tests and the PTX emulator import benchmarks.lab", ALL, ("benchmarks.lab",),
+         ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")),
     Rule("only tests import tests", ALL, ("tests",), ("tests",)),
 )  # fmt: skip
 # What the package needs. Other packages come by import_extra, which names the extra that brings them; these files are imported
