@@ -18,7 +18,7 @@ from stablelora_kernels.cli.arguments import adapter_directory, from_hub, load_f
 from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
 from stablelora_kernels.model.adapter_files import WEIGHTS_NAME, read_json
 from stablelora_kernels.model.merge import merge_lora, remove_lora
-from stablelora_kernels.model.merged_saving import untie_in_config
+from stablelora_kernels.model.merge import untie_in_config
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter

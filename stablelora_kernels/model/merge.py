@@ -1,18 +1,33 @@
-"""Merge, unmerge and remove the LoRA layers of a model."""
+"""Merge, unmerge and remove the LoRA layers of a model, and ``save_pretrained`` of a merged model, as of transformers.
+
+That writes the merged weights, as if LoRA had been removed. It saves ``state_dict()``, which holds a merged layer's frozen weight
+beside A and B. A directory of those would load as the model without LoRA, since transformers ignores A and B. A model with LoRA
+therefore gets a ``save_pretrained`` of its own, which looks whether layers are merged when it is called.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import weakref
+from typing import Any
 
 from torch import nn
 
-from stablelora_kernels.model.merged_saving import save_as_before, save_merged_layers_plain, untie_in_config
-from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE, replace_modules, require_lora_layers
-from stablelora_kernels.model.reports import MergeReport
+from stablelora_kernels.model.modules import (
+    CONFIG_ATTRIBUTE,
+    lora_layers,
+    parameter_owners,
+    registrations,
+    replace_modules,
+    require_lora_layers,
+    unchanged_on_error,
+)
+from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.nn.fused_mlp import unfuse_mlps
-from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.nn.projection_group import remove_projection_groups
+
+_METHOD = "save_pretrained"
 
 
 def merge_lora(model: nn.Module) -> MergeReport:
@@ -30,27 +45,20 @@ def merge_lora(model: nn.Module) -> MergeReport:
         ValueError: the model has no LoRA layers, or a merged weight would not be finite. Nothing is changed then.
     """
     layers = require_lora_layers(model)
-    untied = _shared_weights(model, layers)
-    merged: list[LoRALinear] = []
+    owners = parameter_owners(model)
+    shared = {
+        name: tuple(path for owner, path in owners[layer.frozen_weight] if owner is not layer)
+        for name, layer in layers.items()
+    }
     errors: dict[str, MergeError] = {}
-    name = ""
-    try:
+    with unchanged_on_error(model):
         for name, layer in layers.items():
-            if layer.merged:
-                errors[name] = layer.merge_error()
-            else:
-                merged.append(layer)
-                errors[name] = layer.merge()
-    except BaseException as error:
-        for layer in merged:
-            # The last one is merged if its rounding error could not be measured.
-            if layer.merged:
-                layer.unmerge()
-        if isinstance(error, ValueError):
-            raise ValueError(f"{name!r}: {error}") from None
-        raise
+            try:
+                errors[name] = layer.merge_error() if layer.merged else layer.merge()
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from None
     save_merged_layers_plain(model)
-    return MergeReport(errors, untied)
+    return MergeReport(errors, {name: others for name, others in shared.items() if others})
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -100,16 +108,94 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     return report
 
 
-def _shared_weights(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, tuple[str, ...]]:
-    """For each layer that shares its frozen weight, by its name, the other names of that parameter."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        parameters = module._parameters | ({"weight": module.frozen_weight} if isinstance(module, LoRALinear) else {})
-        for key, parameter in parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, f"{prefix}.{key}" if prefix else key))
-    shared = {
-        name: tuple(path for owner, path in owners[id(layer.frozen_weight)] if owner is not layer)
-        for name, layer in layers.items()
-    }
-    return {name: others for name, others in shared.items() if others}
+class _SaveMerged:
+    """``save_pretrained`` of one module, which it does not keep alive. Copies and pickles of the module save the copy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        method = getattr(type(module), _METHOD)
+        self.__doc__ = method.__doc__
+        # Others look it up: diffusers' pipelines pass a part only the options that its method has.
+        own = inspect.signature(method)
+        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (module := self.module()) is None:
+            raise ReferenceError(
+                f"the model that this {_METHOD} saves is gone; call the method of a model that is there"
+            )
+        return _save_pretrained(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SaveMerged:
+        module: Any = self.module()
+        return _SaveMerged(memo.get(id(module), module))
+
+    def __reduce__(self) -> Any:
+        return _SaveMerged, (self.module(),)
+
+
+def save_merged_layers_plain(model: nn.Module) -> None:
+    """Make ``save_pretrained`` of ``model`` and its parts write merged layers as plain ones."""
+    for module in model.modules():
+        if callable(getattr(type(module), _METHOD, None)) and _METHOD not in module.__dict__:
+            module.__dict__[_METHOD] = _SaveMerged(module)
+
+
+def save_as_before(model: nn.Module) -> None:
+    """Undo :func:`save_merged_layers_plain`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(_METHOD), _SaveMerged):
+            del module.__dict__[_METHOD]
+
+
+def untie_in_config(model: Any) -> list[Any]:
+    """Say in a transformers model's config that its head is not tied to its embeddings any more, if so.
+
+    Otherwise loading would tie them again and lose what LoRA changed. Return the configs that were changed.
+    """
+    if not callable(getattr(model, "get_input_embeddings", None)) or not hasattr(model, "config"):
+        return []
+    try:
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    weight = getattr(head, "weight", None)
+    if weight is None or weight is getattr(embeddings, "weight", None):
+        return []
+    find = getattr(model.config, "get_text_config", None)
+    configs = {id(config): config for config in (model.config, find() if callable(find) else model.config)}
+    changed = [config for config in configs.values() if getattr(config, "tie_word_embeddings", False)]
+    for config in changed:
+        config.tie_word_embeddings = False
+    return changed
+
+
+def _save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
+    layers = lora_layers(module)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if not merged:
+        return getattr(type(module), _METHOD)(module, *args, **kwargs)
+    if unmerged := [name for name in layers if name not in merged]:
+        raise ValueError(
+            f"model must be merged whole or not at all to be saved, got {list_some(merged)} merged and {list_some(unmerged)} "
+            "not merged; merge_lora or unmerge_lora it"
+        )
+    given = inspect.signature(getattr(type(module), _METHOD)).bind(module, *args, **kwargs)
+    # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not to be written.
+    given.arguments.pop("state_dict", None)
+    args, kwargs = given.args[1:], given.kwargs
+    plain = {layer: layer.to_linear() for layer in layers.values()}
+    places, untied = registrations(module, plain), []
+    try:
+        for parent, key, layer in places:
+            parent._modules[key] = plain[layer]
+        untied = untie_in_config(module)
+        return getattr(type(module), _METHOD)(module, *args, **kwargs)
+    finally:
+        for parent, key, layer in places:
+            parent._modules[key] = layer
+        for layer, base in plain.items():
+            # It may be the layer's own base layer.
+            base.weight = layer.frozen_weight
+        for config in untied:
+            config.tie_word_embeddings = True
