@@ -20,9 +20,8 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
 from stablelora_kernels.optim.snapshot import LIVE, Snapshot, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.utils.model_watch import ModelWatch, check_model_capturable, difference, tensors_of
+from stablelora_kernels.utils.modules import ModelWatch, check_model_capturable, check_module, difference, tensors_of
 from stablelora_kernels.utils.validation import check_bool, check_int
-from stablelora_kernels.utils.wrappers import check_module
 
 # A batch's tensors by their key or index.
 Leaves = list[tuple[Any, Tensor]]

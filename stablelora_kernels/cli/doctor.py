@@ -21,8 +21,8 @@ from stablelora_kernels.cli.output import CommandError, print_json, print_pairs,
 from stablelora_kernels.cli.selftest import Result, run_checks
 from stablelora_kernels.dispatch import backend, settings
 from stablelora_kernels.dispatch.problem import DEVICES, arch_of
-from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.timing import version_of
+from stablelora_kernels.utils.validation import counted
 
 HELP = "which backend runs here and why, versions, and a self-test of every kernel family"
 DESCRIPTION = """\

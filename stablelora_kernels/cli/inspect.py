@@ -25,11 +25,10 @@ from stablelora_kernels.cli.output import (
     width,
     wrapped,
 )
-from stablelora_kernels.config import lookup_pattern
+from stablelora_kernels.config import check_patterns, lookup_pattern
 from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora
 from stablelora_kernels.pairs import split_lora_name
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.validation import check_float, check_patterns, shown
+from stablelora_kernels.utils.validation import check_float, counted, shown
 
 HELP = "list every pair of an adapter: rank, norms, stability and size"
 DESCRIPTION = """\

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from stablelora_kernels.config import LoRAConfig, unmatched_patterns
+from stablelora_kernels.config import LoRAConfig, unmatched_names, unmatched_patterns
 from stablelora_kernels.model.merge import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
@@ -38,10 +38,9 @@ from stablelora_kernels.nn.linear import LoRALinear, make_layer, projection_grou
 from stablelora_kernels.nn.mlp_operands import OWN_LAYERS, compute_projection_group
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
-from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.hooks import HOOKS
-from stablelora_kernels.utils.text import counted, unmatched_names
-from stablelora_kernels.utils.wrappers import check_module, check_not_in_ddp
+from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp
+from stablelora_kernels.utils.tensors import is_sharded
+from stablelora_kernels.utils.validation import counted
 
 
 def apply_lora(

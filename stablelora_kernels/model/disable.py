@@ -13,7 +13,7 @@ from torch import nn
 
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.utils.wrappers import check_module
+from stablelora_kernels.utils.modules import check_module
 
 # The number of open blocks of each module that they have disabled.
 _blocks: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

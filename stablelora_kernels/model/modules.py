@@ -11,8 +11,7 @@ from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.utils.hooks import HOOKS
-from stablelora_kernels.utils.wrappers import clean
+from stablelora_kernels.utils.modules import HOOKS, clean
 
 # The attribute of a model that holds the config of its LoRA layers. save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"

@@ -14,7 +14,7 @@ from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
 from stablelora_kernels.model.reports import list_some
 from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.utils.wrappers import clean
+from stablelora_kernels.utils.modules import clean
 
 PREFIX = "base_model.model."
 # PEFT's default for lora_alpha, which a file may omit. It differs from ours.

@@ -27,10 +27,10 @@ from stablelora_kernels.model.modules import (
 from stablelora_kernels.model.peft_format import PREFIX, config_of, content_of, read_config
 from stablelora_kernels.model.reports import LoRAReport, SkippedModule, list_some, report_on
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.utils.dtensor import copy, is_first_rank, is_sharded, whole
 from stablelora_kernels.utils.extras import import_extra
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.wrappers import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
+from stablelora_kernels.utils.modules import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
+from stablelora_kernels.utils.tensors import copy, is_first_rank, is_sharded, whole
+from stablelora_kernels.utils.validation import counted
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:

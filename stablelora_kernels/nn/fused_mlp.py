@@ -22,7 +22,7 @@ from stablelora_kernels.functional import LoRAWeights, lora_mlp
 from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.mlp_form import Form, form_of, is_unchanged
 from stablelora_kernels.quantized import is_quantized
-from stablelora_kernels.utils.hooks import HOOKS, is_hooked
+from stablelora_kernels.utils.modules import HOOKS, is_hooked
 
 # The keys of a module's __dict__ that hold its MLPState, and a forward that was bound to the instance. state_dict has neither.
 ATTRIBUTE, _OWN_FORWARD = "_stablelora_mlp", "_stablelora_mlp_forward"

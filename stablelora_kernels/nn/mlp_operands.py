@@ -13,8 +13,7 @@ from stablelora_kernels.nn.fused_mlp import LayerKind, Operand
 from stablelora_kernels.nn.linear import LoRALinear, trained_and_bias, weight_and_bias
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.quantized import read
-from stablelora_kernels.utils.autocast import autocast_dtype
-from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
 
 def read_operand(layer: Any, x: Tensor | None) -> Operand | str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from stablelora_kernels.utils.autocast import outside_autocast
+from stablelora_kernels.utils.tensors import outside_autocast
 
 NAMESPACE = "stablelora_kernels"
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.config import lookup_pattern, unmatched_patterns
+from stablelora_kernels.config import check_patterns, lookup_pattern, unmatched_patterns
 from stablelora_kernels.optim.sharding import Shard, check_shards, shard_of
 from stablelora_kernels.pairs import LoRAPair, is_named_parameter, layer_name, lora_pairs, split_lora_name
-from stablelora_kernels.utils.dtensor import is_sharded, local
-from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, check_patterns
+from stablelora_kernels.utils.tensors import is_sharded, local
+from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int
 
 # Computed in float32, and rounded at random or from a float32 master.
 LOW_PRECISION = (torch.bfloat16, torch.float16)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.settings import get_backend
-from stablelora_kernels.utils.dtensor import local_grad
-from stablelora_kernels.utils.model_watch import difference, same_objects
+from stablelora_kernels.utils.modules import difference, same_objects
+from stablelora_kernels.utils.tensors import local_grad
 
 # What engines are built from, or checked against as they are built. The seed keys the random rounding.
 _BUILT = ("amsgrad", "stop_condition", "lr_ratio_B", "max_grad_norm", "moments_dtype", "master_weights", "seed")

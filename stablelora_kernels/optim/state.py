@@ -14,9 +14,9 @@ from stablelora_kernels.optim.options import HYPER, LATER, STORAGE, Member, Sett
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.snapshot import with_strides_of
 from stablelora_kernels.pairs import LoRAPair, split_lora_name
-from stablelora_kernels.utils.dtensor import from_local, is_sharded, local, local_like
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.wrappers import same_anywhere
+from stablelora_kernels.utils.modules import same_anywhere
+from stablelora_kernels.utils.tensors import from_local, is_sharded, local, local_like
+from stablelora_kernels.utils.validation import counted
 
 # Scalars of a parameter's state; its other tensors have the parameter's shape.
 COUNTERS = ("step", "latched_at")

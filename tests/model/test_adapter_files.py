@@ -21,7 +21,7 @@ import torch
 
 from stablelora_kernels.cli import main
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.utils.files import locked
+from stablelora_kernels.utils.extras import locked
 from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, fresh, loaded
 from tests.helpers.dying import NOBODY, as_nobody, in_child, kills, needs_fork, with_room
 from tests.helpers.peft_models import make as make_peft

@@ -1,4 +1,4 @@
-"""A model that a CUDA graph holds: what the graph cannot hold, and changes that it would not notice."""
+"""Modules: their hooks, wrappers around them, and a watch on a model that a CUDA graph holds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,108 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.hooks import HOOKS
+from stablelora_kernels.utils.tensors import is_sharded
 from stablelora_kernels.utils.validation import shown
 
+# The hooks that nn.Module.__call__ runs.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+DATA_PARALLEL = (nn.DataParallel, DistributedDataParallel)
+# The attributes in which torch.compile and torch's checkpoint_wrapper hold the wrapped module.
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 _TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _flags_of = attrgetter(*_TENSOR_FLAGS)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` may do more than run its class's forward."""
+    # Runs at every call of a layer: nn.Module's __getattr__ would take longer.
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
+
+
+def check_module(model: Any) -> None:
+    """Raise TypeError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside its wrappers, which would prefix every name.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a module is in FullyShardedDataParallel, whose flat parameters hold no A and B; or data parallelism wraps a
+            part of the model and not the whole.
+    """
+    check_module(model)
+    for name, module in model.named_modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                f"model must be sharded by fully_shard (FSDP2), got {type(module).__name__} around "
+                f"{repr(name) if name else 'it'}, whose flat parameters hold no A and B"
+            )
+    model = innermost(model)
+    for name, module in model.named_modules():
+        if isinstance(module, DATA_PARALLEL):
+            raise ValueError(f"model must be in {type(module).__name__} as a whole, got its part {name!r} in one")
+    return model
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The module inside its wrappers, without the checks of :func:`unwrap`."""
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def in_ddp(model: nn.Module) -> bool:
+    """Whether ``model`` or a part of it is in DistributedDataParallel."""
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+
+
+def check_not_in_ddp(model: nn.Module) -> None:
+    """Raise ValueError if a model that is about to get parameters is in DistributedDataParallel."""
+    if in_ddp(model):
+        raise ValueError(
+            "model must be given LoRA before DistributedDataParallel is around it, which would not average the gradients of "
+            "parameters that come later, got one around it"
+        )
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """The module that ``module`` wraps, or None."""
+    names = ("module",) if isinstance(module, DATA_PARALLEL) else _INNER
+    return next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
+
+
+def clean(name: str) -> str:
+    """A dotted name without the parts that wrappers inside the model add."""
+    return ".".join(part for part in name.split(".") if part not in _INNER)
+
+
+def same_anywhere(name: str) -> str:
+    """A parameter's dotted name, the same with data parallelism or other wrappers and without."""
+    return clean(name).removeprefix("module.")
+
+
+def wrapped_parts(model: nn.Module) -> list[str]:
+    """The names of the submodules of ``model`` that have their own wrapper."""
+    return [clean(name) for name, module in model.named_modules() if name and _inner(module) is not None]
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) has sharded ``module``. The check needs no import, which is slow."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def reshard(model: nn.Module) -> None:
+    """Reshard ``fully_shard``'s parameters after a forward that left them gathered.
+
+    The next reshard would drop gathered parameters and everything written to them.
+    """
+    for module in filter(is_fully_sharded, model.modules()):
+        module.reshard()  # type: ignore[operator]
 
 
 class _NoTensorsAreEqual(TorchFunctionMode):
@@ -104,7 +200,7 @@ def check_model_capturable(model: nn.Module) -> None:
     """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model``."""
     modules, tensors = dict(model.named_modules()), tensors_of(model)
     for name, module in modules.items():
-        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
+        if isinstance(module, DATA_PARALLEL) or "_fsdp_wrapped_module" in module._modules:
             raise ValueError(
                 f"model must not be in {type(module).__name__}, which runs Python in every step, got "
                 f"{repr(name) if name else 'it'} in one"
