@@ -86,11 +86,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
         ValueError: the model has no LoRA layers or is itself one, or a merged weight would not be finite. Nothing is changed
             then.
     """
-    layers = require_lora_layers(model)
-    if "" in layers:
-        raise ValueError(
-            "model must be a module that contains LoRALinear layers, got a LoRALinear, which can't replace itself"
-        )
+    layers = require_lora_layers(model, not_alone="can't replace itself")
     report = MergeReport({}, {})
     if merge:
         report = merge_lora(model)

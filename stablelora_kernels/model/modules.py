@@ -15,7 +15,10 @@ from stablelora_kernels.utils.modules import HOOKS, clean
 
 # The attribute of a model that holds the config of its LoRA layers. save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"
-_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_HOOK_ATTRIBUTES = (
+    *HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)  # fmt: skip
 
 
 @contextmanager
@@ -50,13 +53,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def require_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """As :func:`lora_layers`; raises ValueError if there are none."""
-    if layers := lora_layers(model):
-        return layers
-    raise ValueError(
-        f"model must have LoRALinear layers (apply_lora makes them), got a {type(model).__name__} without any"
-    )
+def require_lora_layers(model: nn.Module, not_alone: str = "") -> dict[str, LoRALinear]:
+    """As :func:`lora_layers`; raises ValueError if there are none, or if ``model`` is itself one and ``not_alone`` is given."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model must have LoRALinear layers (apply_lora makes them), got a {type(model).__name__} without any"
+        )
+    if "" in layers and not_alone:
+        raise ValueError(f"model must be a module that contains LoRALinear layers, got a LoRALinear, which {not_alone}")
+    return layers
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -80,12 +86,10 @@ def replace_modules(model: nn.Module, new: Mapping[Any, nn.Module]) -> Counter[n
     """Replace each key of ``new`` by its value wherever it is registered, and move its hooks. Count its registrations."""
     places = registrations(model, new)
     for old, module in new.items():
-        # Move the dicts themselves: handles that remove hooks refer to them. The old module gets empty ones, because the new
+        # Swap the dicts themselves: handles that remove hooks refer to them. The old module gets empty ones, because the new
         # module may call it.
-        for attribute in (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
-            hooks = getattr(old, attribute)
-            setattr(module, attribute, hooks)
-            setattr(old, attribute, None if attribute == "_is_full_backward_hook" else type(hooks)())
+        for key in _HOOK_ATTRIBUTES:
+            vars(old)[key], vars(module)[key] = vars(module)[key], vars(old)[key]
     for parent, key, old in places:
         parent.register_module(key, new[old])
     return Counter(old for _, _, old in places)

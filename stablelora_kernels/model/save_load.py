@@ -59,12 +59,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     import_extra("numpy", "adapters", "save_adapter")
     given, model = model, unwrap(model)
     reshard(model)
-    require_lora_layers(model)
+    require_lora_layers(model, not_alone="has no name in a file")
     layers = _layers(model)
-    if "" in layers:
-        raise ValueError(
-            "model must be a module that contains LoRALinear layers, got a LoRALinear, which has no name in a file"
-        )
     directory = Path(path).resolve()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"path must be a directory, got the file {str(path)!r}")
@@ -132,7 +128,12 @@ def load_adapter(
             _check_fits(model, config, layers, config_file)
             report = report_on(model, layers)
         else:
-            _check_may_get_lora(given, model)
+            check_not_in_ddp(given)
+            if parts := wrapped_parts(model):
+                raise ValueError(
+                    f"model must be given LoRA before parts of it are compiled or wrapped, got {list_some(parts)} wrapped in a "
+                    "model without LoRALinear layers"
+                )
             try:
                 plan = plan_lora(model, config)
             except ValueError as error:
@@ -142,8 +143,8 @@ def load_adapter(
         targets = _tensors(model, config, _layers(model))
         _check_not_meta(targets)
         # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
-        parts = ("original_module", "modules_to_save")
-        wrapped = tuple(f"{name}.{part}." for name in saved_modules(model, config) for part in parts)
+        inner = ("original_module", "modules_to_save")
+        wrapped = tuple(f"{name}.{part}." for name in saved_modules(model, config) for part in inner)
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(wrapped)}
         _check_tensors(tensors, targets, report.skipped, weights_file)
         _copy_all(targets, tensors)
@@ -191,23 +192,20 @@ def _check_tensors(
             raise ValueError(f"{key} in {file} must be {target.dtype} or alike, got {dtype}")
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_complex or dtype.is_floating_point:
-        return "complex" if dtype.is_complex else "floating point"
-    return "bool" if dtype == torch.bool else "integer"
+def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+    return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 
 @torch.no_grad()
 def _copy_all(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy all values, or none: if one cannot be copied, those that were are taken back."""
-    done: list[tuple[Tensor, Tensor]] = []
+    before = {key: tensor.detach().clone() for key, tensor in targets.items()}
     try:
         for key, tensor in targets.items():
-            done.append((tensor, tensor.detach().clone()))
             copy(tensor, values[key])
     except BaseException:
-        for tensor, before in done:
-            tensor.copy_(before)
+        for key, tensor in targets.items():
+            tensor.copy_(before[key])
         raise
 
 
@@ -244,16 +242,6 @@ def _warn_of_shared_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -
                 f"{name!r} is registered in {counts[layer]} places; load_adapter adapts them all, peft only the first",
                 stacklevel=3,
             )
-
-
-def _check_may_get_lora(given: nn.Module, model: nn.Module) -> None:
-    """Raise ValueError if ``model``, the unwrapped ``given``, must not get LoRA in its current wrappers."""
-    check_not_in_ddp(given)
-    if parts := wrapped_parts(model):
-        raise ValueError(
-            f"model must be given LoRA before parts of it are compiled or wrapped, got {list_some(parts)} wrapped in a model "
-            "without LoRALinear layers"
-        )
 
 
 def _check_fits(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear], file: Path) -> None:

@@ -18,15 +18,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def import_extra(module: str, extra: str, feature: str) -> Any:
-    """The optional ``module``, given by its full name.
-
-    Args:
-        module: for example "safetensors.torch".
-        extra: the extra of stablelora-kernels that installs it.
-        feature: what needs it, for the error.
-
-    Raises:
-        ImportError: it is not installed, or importing it fails. The message names the pip line and the cause.
+    """The optional ``module``, such as "safetensors.torch". An ImportError says that ``feature`` needs it, and names the pip line
+    with ``extra``, which installs it, and the cause.
     """
     try:
         return importlib.import_module(module)
@@ -48,9 +41,7 @@ def is_hub_id(text: str) -> bool:
 def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """Download the files of ``repository`` that match ``patterns``, and return their directory. Errors name ``argument``.
 
-    Raises:
-        ImportError: huggingface_hub is not installed.
-        ValueError: the hub did not give the files; the message has its reason.
+    It raises ImportError without huggingface_hub, and ValueError with the hub's reason for not giving the files.
     """
     try:
         hub = import_extra("huggingface_hub", "cli", "a hub id")
