@@ -112,9 +112,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_adapter(path: str | os.PathLike[str], convert: Callable[[Tensor], T]) -> Adapter:
     """Read both files in the directory ``path``, of one save. ``convert`` gets one tensor at a time.
 
-    Raises:
-        ValueError: a file is missing or damaged, or the two are of different saves.
-        OSError: a file cannot be read, for example for lack of permission.
+    It raises ValueError if a file is missing or damaged or the two are of different saves, OSError if one cannot be read.
     """
     missing: OSError | None = None
     for _ in range(_ATTEMPTS):

@@ -29,7 +29,7 @@ from stablelora_kernels.model.reports import (
     count_parameters,
     list_some,
     notes_on_mlps,
-    report_on,
+    rows_of,
 )
 from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
@@ -59,22 +59,18 @@ def apply_lora(
     subclasses and layer types, layers that already have LoRA, layers that give their input no gradient, the output head under
     "all-linear", and so on.
 
-    With ``fuse_projections``, layers whose names say that they share an input (q, k and v of an attention; gate and up of an
-    MLP) are computed together. The first layer's call computes the whole projection group from one read of the input; results
-    are those of separate layers up to rounding. Each call checks that the layers really get the same tensor. If they do not,
-    they are computed one by one and a warning says so. The report's notes list the groups.
-
-    With ``fuse_mlp``, a gated MLP, ``down(act(gate(x)) * up(x))``, is computed in one op that keeps less for backward
-    (:func:`~stablelora_kernels.functional.lora_mlp`). Its class must be known by what its forward computes; the activation is
-    SiLU or GELU, and at least one of its projections has LoRA. The report's ``mlps`` lists each MLP, fused or with the reason
-    why not. A call that the op does not fit runs the module's own forward. Where both apply, ``fuse_mlp`` goes before
-    ``fuse_projections``.
-
     Args:
         model: any module.
         config: a :class:`LoRAConfig`, or a ``LoraConfig`` of the ``peft`` package that asks for plain LoRA.
-        fuse_projections: compute layers that share an input together.
-        fuse_mlp: compute each gated MLP in one op.
+        fuse_projections: compute layers together whose names say that they share an input (q, k and v of an attention; gate and
+            up of an MLP). The first layer's call computes the whole projection group from one read of the input; results are
+            those of separate layers up to rounding. Each call checks that the layers really get the same tensor. If they do
+            not, they are computed one by one and a warning says so. The report's notes list the groups.
+        fuse_mlp: compute each gated MLP, ``down(act(gate(x)) * up(x))``, in one op that keeps less for backward
+            (:func:`~stablelora_kernels.functional.lora_mlp`). Its class must be known by what its forward computes; the
+            activation is SiLU or GELU, and at least one of its projections has LoRA. The report's ``mlps`` lists each MLP,
+            fused or with the reason why not. A call that the op does not fit runs the module's own forward. Where both apply,
+            ``fuse_mlp`` goes before ``fuse_projections``.
 
     Returns:
         The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a warning.
@@ -90,7 +86,7 @@ def apply_lora(
         config = config_from_peft(config)
     plan = plan_lora(model, config)
     with unchanged_on_error(model):
-        report = apply_plan(model, config, plan, {}, fuse_projections, fuse_mlp)
+        report = apply_plan(model, plan, {}, fuse_projections, fuse_mlp)
     save_merged_layers_plain(model)
     if plan.unmatched:
         matched = counted(len(report.replaced), "module")
@@ -99,48 +95,33 @@ def apply_lora(
 
 
 def apply_plan(
-    model: nn.Module,
-    config: LoRAConfig,
-    plan: LoRAPlan,
-    lora_dtypes: Mapping[str, torch.dtype],
-    fuse_projections: bool,
-    fuse_mlp: bool,
+    model: nn.Module, plan: LoRAPlan, lora_dtypes: Mapping[str, torch.dtype], fuse_projections: bool, fuse_mlp: bool
 ) -> LoRAReport:
     """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer name, float32 unless given.
 
     Whoever calls it puts the model back if it raises.
     """
-    layers = {
-        name: make_layer(
-            target.layer_class,
-            target.layer,
-            r=config.rank_of(name),
-            lora_alpha=config.alpha_of(name),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            lora_dtype=lora_dtypes.get(name, torch.float32),
-        )
-        for name, target in plan.targets.items()
-    }
-    notes = list(plan.notes)
-    for name, target in plan.targets.items():
-        if hooks := sum(len(getattr(target.layer, attribute)) for attribute in HOOKS):
+    config, layers, notes = plan.config, {}, list(plan.notes)
+    settings = config.lora_dropout, config.use_rslora, config.init_lora_weights
+    for name, (base, layer_class) in plan.targets.items():
+        dtype = lora_dtypes.get(name, torch.float32)
+        layers[name] = make_layer(layer_class, base, config.rank_of(name), config.alpha_of(name), *settings, dtype)
+        if hooks := sum(len(getattr(base, attribute)) for attribute in HOOKS):
             notes.append(f"{counted(hooks, 'hook')} of {name!r} moved to the new layer")
-    counts = replace_modules(model, {target.layer: layers[name] for name, target in plan.targets.items()})
-    for name, target in plan.targets.items():
-        if counts[target.layer] > 1:
-            notes.append(f"{name!r} is registered in {counts[target.layer]} places and stays one layer")
+    counts = replace_modules(model, {base: layers[name] for name, (base, _) in plan.targets.items()})
+    for name, (base, _) in plan.targets.items():
+        if counts[base] > 1:
+            notes.append(f"{name!r} is registered in {counts[base]} places and stays one layer")
     notes += _notes_on_kinds(layers.values())
 
-    lora = {id(parameter) for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)}
+    adapted = lora_layers(model).values()
+    lora = {parameter for layer in adapted for parameter in (layer.lora_A, layer.lora_B)}
+    biases = {layer.bias for layer in adapted} if config.bias == "lora_only" else set()
     for name, parameter in model.named_parameters():
-        if id(parameter) not in lora:
+        if parameter not in lora:
+            is_bias = config.bias == "all" and name.rpartition(".")[2] == "bias"
             # An assignment, not requires_grad_(), which a lazy module's parameters do not have.
-            parameter.requires_grad = config.bias == "all" and (name == "bias" or name.endswith(".bias"))
-    for layer in lora_layers(model).values():
-        if config.bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
+            parameter.requires_grad = is_bias or parameter in biases
     for module in plan.modules_to_save.values():
         for key in untie(model, module):
             notes.append(f"{key!r} was tied to a module outside modules_to_save and is a copy now")
@@ -153,7 +134,7 @@ def apply_plan(
         mlps = fuse_mlps(model, OWN_LAYERS)
         notes += notes_on_mlps(mlps)
     setattr(model, CONFIG_ATTRIBUTE, config)
-    return report_on(model, layers, plan.skipped, tuple(notes), mlps)
+    return LoRAReport(rows_of(layers), plan.skipped, *count_parameters(model), tuple(notes), mlps)
 
 
 def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
@@ -173,17 +154,12 @@ def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
     ]
 
 
-class Target(NamedTuple):
-    """A layer to replace, and the class that replaces it."""
-
-    layer: Any
-    layer_class: type[LoRALinear]
-
-
 class LoRAPlan(NamedTuple):
     """The changes that :func:`~stablelora_kernels.apply_lora` will make, by dotted name."""
 
-    targets: dict[str, Target]
+    config: LoRAConfig
+    # A layer to replace, and the class that replaces it.
+    targets: dict[str, tuple[Any, type[LoRALinear]]]
     skipped: tuple[SkippedModule, ...]
     modules_to_save: dict[str, nn.Module]
     notes: tuple[str, ...]
@@ -197,7 +173,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}; PEFT's LoraConfig will do, too")
     check_not_in_ddp(model)
-    targets: dict[str, Target] = {}
+    targets: dict[str, tuple[Any, type[LoRALinear]]] = {}
     skipped: list[SkippedModule] = []
     names: dict[nn.Module, str] = {}
     heads = _output_heads(model) if config.all_linear else {}
@@ -215,7 +191,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
             skipped.append(SkippedModule(name, reason))
             continue
         try:
-            targets[name] = Target(module, replacement_class(module))
+            targets[name] = module, replacement_class(module)
         except (TypeError, ValueError) as error:
             skipped.append(SkippedModule(name, str(error)))
     if config.all_linear:
@@ -245,13 +221,13 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
         notes += [f"{field} {key!r} matches nothing" for key in unmatched_patterns(getattr(config, field), targets)]
     if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
         notes.append(f"exclude_modules {config.exclude_modules!r} matches nothing that target_modules does")
-    transposed = [name for name, target in targets.items() if is_conv1d(target.layer)]
+    transposed = [name for name, (layer, _) in targets.items() if is_conv1d(layer)]
     if config.fan_in_fan_out and len(transposed) < len(targets):
         others = [name for name in targets if name not in transposed]
         notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
     if not config.fan_in_fan_out and transposed:
         notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
-    return LoRAPlan(targets, tuple(skipped), saved, tuple(notes), unmatched)
+    return LoRAPlan(config, targets, tuple(skipped), saved, tuple(notes), unmatched)
 
 
 def _looks_linear(module: nn.Module) -> bool:

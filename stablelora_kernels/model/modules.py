@@ -24,28 +24,23 @@ _HOOK_ATTRIBUTES = (
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Put modules' classes, attributes and hooks and parameters' flags back if the body raises. Values are not kept."""
-    modules = [
-        (module, type(module), dict(vars(module)), [(own, dict(own)) for own in vars(module).values() if _is_dict(own)])
-        for module in model.modules()
-    ]
+    modules = []
+    for module in model.modules():
+        own = [vars(module), *(value for value in vars(module).values() if type(value) in (dict, OrderedDict))]
+        modules.append((module, type(module), [(each, dict(each)) for each in own]))
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
     except BaseException:
-        for module, kind, attributes, dicts in modules:
+        for module, kind, contents in modules:
             module.__class__ = kind
             # In place, which keeps their order and who else refers to them.
-            for own, content in [(vars(module), attributes), *dicts]:
-                own.clear()
-                own.update(content)
+            for each, content in contents:
+                each.clear()
+                each.update(content)
         for parameter, flag in flags.items():
             parameter.requires_grad = flag
         raise
-
-
-def _is_dict(value: Any) -> bool:
-    """Whether ``value`` is a dict as modules have for their children, parameters and hooks."""
-    return type(value) in (dict, OrderedDict)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.config import LoRAConfig, lookup_pattern
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
 from stablelora_kernels.model.reports import list_some
 from stablelora_kernels.nn.conv1d import LoRAConv1D
@@ -20,6 +20,7 @@ PREFIX = "base_model.model."
 # PEFT's default for lora_alpha, which a file may omit. It differs from ours.
 PEFT_ALPHA = 8
 
+_FIELDS = {field.name for field in fields(LoRAConfig)}
 # Fields of PEFT's config about an adapter's origin, initialization or training. They don't change what the adapter computes.
 # Fields that are neither here nor in LoRAConfig must be empty.
 _HARMLESS = {
@@ -32,15 +33,13 @@ _INITS_OF_AB_ONLY = ("eva", "orthogonal")
 
 def beyond_plain_lora(content: Mapping[str, Any]) -> list[str]:
     """The fields of a PEFT config, such as "use_dora=True", that plain LoRA does not have."""
-    known = {field.name for field in fields(LoRAConfig)} | _HARMLESS
-    return [f"{key}={value!r}" for key, value in content.items() if key not in known and value]
+    return [f"{key}={value!r}" for key, value in content.items() if key not in _FIELDS | _HARMLESS and value]
 
 
 def read_config(content: Mapping[str, Any], source: object, tensors: Iterable[str] = ()) -> LoRAConfig:
     """The config in the fields of one of PEFT's. ``source``, a file for example, is named in errors.
 
-    Raises:
-        ValueError, TypeError: the fields describe something else than plain LoRA, or one is out of range.
+    It raises ValueError or TypeError if they describe something else than plain LoRA, or if one is out of range.
     """
     content = dict(content)
     if content.get("peft_type") != "LORA":
@@ -55,9 +54,8 @@ def read_config(content: Mapping[str, Any], source: object, tensors: Iterable[st
         content["init_lora_weights"] = True
     if unknown := beyond_plain_lora(content):
         raise ValueError(f"{source} must use plain LoRA, got {', '.join(unknown)}, which is not supported")
-    known = {field.name for field in fields(LoRAConfig)}
     try:
-        return LoRAConfig(**{key: value for key, value in content.items() if key in known})
+        return LoRAConfig(**{key: value for key, value in content.items() if key in _FIELDS})
     except (TypeError, ValueError) as error:
         raise type(error)(f"{source}: {error}") from None
 
@@ -88,13 +86,11 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
     )
     fan_in_fan_out = any(isinstance(layer, LoRAConv1D) for layer in layers.values())
     config = replace(config, use_rslora=first.use_rslora, fan_in_fan_out=fan_in_fan_out)
-    for field, pattern, value_of in (
-        ("r", "rank_pattern", config.rank_of),
-        ("lora_alpha", "alpha_pattern", config.alpha_of),
-    ):
+    for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         values = {name: getattr(layer, field) for name, layer in layers.items()}
-        if any(value_of(name) != value for name, value in values.items()):
-            own = {f"^{re.escape(name)}": value for name, value in values.items() if value != getattr(config, field)}
+        patterns, default = getattr(config, pattern), getattr(config, field)
+        if any(lookup_pattern(patterns, (name,), default) != value for name, value in values.items()):
+            own = {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
             config = replace(config, **{pattern: own})  # type: ignore[arg-type]
 
     # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.

@@ -133,19 +133,12 @@ class MergeReport(_Report):
         return "\n".join(lines)
 
 
-def report_on(
-    model: nn.Module,
-    layers: Mapping[str, LoRALinear],
-    skipped: tuple[SkippedModule, ...] = (),
-    notes: tuple[str, ...] = (),
-    mlps: tuple[GatedMLP, ...] = (),
-) -> LoRAReport:
-    """The report on a model whose ``layers`` now have LoRA."""
-    replaced = tuple(
+def rows_of(layers: Mapping[str, LoRALinear]) -> tuple[ReplacedModule, ...]:
+    """The report's rows on ``layers``."""
+    return tuple(
         ReplacedModule(name, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling)
         for name, layer in layers.items()
     )
-    return LoRAReport(replaced, skipped, *count_parameters(model), notes, mlps)
 
 
 def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
@@ -175,7 +168,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         TypeError: ``model`` is no module.
     """
     check_module(model)
-    # Lazy parameters have no shape yet.
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     trainable = sum(_elements(parameter) for parameter in parameters if parameter.requires_grad)
     return trainable, sum(map(_elements, parameters))

@@ -25,7 +25,7 @@ from stablelora_kernels.model.modules import (
     unchanged_on_error,
 )
 from stablelora_kernels.model.peft_format import PREFIX, config_of, content_of, read_config
-from stablelora_kernels.model.reports import LoRAReport, SkippedModule, list_some, report_on
+from stablelora_kernels.model.reports import LoRAReport, SkippedModule, count_parameters, list_some, rows_of
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
@@ -67,7 +67,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     config = config_of(model, layers)
     tensors = _tensors(model, config, layers)
     _check_not_meta(tensors)
-    _warn_of_shared_layers(model, layers)
+    counts = Counter(layer for _, _, layer in registrations(model, set(layers.values())))
+    for name, layer in layers.items():
+        if counts[layer] > 1:
+            warnings.warn(
+                f"{name!r} is registered in {counts[layer]} places; load_adapter adapts them all, peft only the first",
+                stacklevel=2,
+            )
 
     if (in_ddp(given) or any(map(is_sharded, tensors.values()))) and not is_first_rank():
         for tensor in tensors.values():
@@ -126,7 +132,7 @@ def load_adapter(
     with unchanged_on_error(model):
         if layers := _layers(model):
             _check_fits(model, config, layers, config_file)
-            report = report_on(model, layers)
+            report = LoRAReport(rows_of(layers), (), *count_parameters(model))
         else:
             check_not_in_ddp(given)
             if parts := wrapped_parts(model):
@@ -138,8 +144,8 @@ def load_adapter(
                 plan = plan_lora(model, config)
             except ValueError as error:
                 raise ValueError(f"{config_file}: {error}") from None
-            _check_not_meta({f"{name}.weight": target.layer.weight for name, target in plan.targets.items()})
-            report = apply_plan(model, config, plan, _lora_dtypes(plan, tensors), fuse_projections, fuse_mlp)
+            _check_not_meta({f"{name}.weight": layer.weight for name, (layer, _) in plan.targets.items()})
+            report = apply_plan(model, plan, _lora_dtypes(plan, tensors), fuse_projections, fuse_mlp)
         targets = _tensors(model, config, _layers(model))
         _check_not_meta(targets)
         # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
@@ -232,16 +238,6 @@ def _tensors(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALine
         state = saved.state_dict(prefix=f"{prefix}.")
         tensors.update({clean(key): value for key, value in state.items() if isinstance(value, Tensor)})
     return tensors
-
-
-def _warn_of_shared_layers(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
-    counts = Counter(layer for _, _, layer in registrations(model, set(layers.values())))
-    for name, layer in layers.items():
-        if counts[layer] > 1:
-            warnings.warn(
-                f"{name!r} is registered in {counts[layer]} places; load_adapter adapts them all, peft only the first",
-                stacklevel=3,
-            )
 
 
 def _check_fits(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear], file: Path) -> None:

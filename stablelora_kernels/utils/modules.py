@@ -41,10 +41,7 @@ def check_module(model: Any) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside its wrappers, which would prefix every name.
 
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a module is in FullyShardedDataParallel, whose flat parameters hold no A and B; or data parallelism wraps a
-            part of the model and not the whole.
+    It raises ValueError if a module is in FullyShardedDataParallel, or if data parallelism wraps a part of the model alone.
     """
     check_module(model)
     for name, module in model.named_modules():
@@ -152,48 +149,44 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
-        self.classes = list(map(type, self.modules.values()))
         self.containers = dict(_containers(self.modules))
         dicts = [container for container in self.containers.values() if isinstance(container, dict)]
         # Most of the dicts are for hooks, and empty.
         self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
         self.lists = [container for container in self.containers.values() if isinstance(container, list)]
         self.contents = {label: _copy(container) for label, container in self.containers.items()}
-        self.values = self._values()
         self.tensors = {name: tensor for name, tensor in tensors_of(model).items() if _has_address(tensor)}
-        self.addresses, self.flags = self._addresses(), self._flags()
+        self.known = self._now()
+
+    def _now(self) -> tuple[list[Any], ...]:
+        """The values in containers, the modules' classes, and the tensors' addresses and flags."""
+        values = [*chain.from_iterable(map(dict.values, self.filled)), *chain.from_iterable(self.lists)]
+        tensors = self.tensors.values()
+        addresses, flags = map(Tensor.data_ptr, tensors), map(_flags_of, tensors)
+        return values, list(map(type, self.modules.values())), list(addresses), list(flags)
 
     def change(self) -> str | None:
         """What has changed since, in words, or None."""
-        return next(filter(None, self._changes()), None)
+        now = self._now()
+        if not any(self.empty) and same_objects(now, self.known):
+            return None
+        return next(filter(None, self._changes(*now[1:])), None)
 
-    def _changes(self) -> Iterator[str | None]:
-        if any(self.empty) or not same_objects(self._values(), self.values):
-            for label, container in self.containers.items():
-                known, found = self.contents[label], _copy(container)
-                for key in {**known, **found}:
-                    if key != "_is_full_backward_hook":
-                        yield difference(f"{label}.{key}", known.get(key, "absent"), found.get(key, "absent"))
+    def _changes(self, classes: list[Any], addresses: list[Any], flags: list[Any]) -> Iterator[str | None]:
+        for label, container in self.containers.items():
+            known, found = self.contents[label], _copy(container)
+            for key in {**known, **found}:
+                if key != "_is_full_backward_hook":
+                    yield difference(f"{label}.{key}", known.get(key, "absent"), found.get(key, "absent"))
         # accelerate_peft and restore_peft change classes.
-        for (name, module), kind in zip(self.modules.items(), self.classes, strict=True):
-            if type(module) is not kind:
-                yield difference(f"model.{name}", kind.__name__, type(module).__name__)
-        if self.addresses != (addresses := self._addresses()):
-            moved = [name for name, old, new in zip(self.tensors, self.addresses, addresses, strict=True) if old != new]
-            yield f"model.{moved[0]} has other memory than before"
-        if self.flags != (flags := self._flags()):
-            for name, *both in zip(self.tensors, self.flags, flags, strict=True):
-                for flag, old, new in zip(_TENSOR_FLAGS, *both, strict=True):
-                    yield difference(f"model.{name}.{flag}", old, new)
-
-    def _values(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self.filled)), *chain.from_iterable(self.lists)]
-
-    def _addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.tensors.values()))
-
-    def _flags(self) -> list[tuple[Any, ...]]:
-        return list(map(_flags_of, self.tensors.values()))
+        for name, old, new in zip(self.modules, self.known[1], classes, strict=True):
+            yield difference(f"model.{name}", old.__name__, new.__name__)
+        for name, old, new in zip(self.tensors, self.known[2], addresses, strict=True):
+            if old != new:
+                yield f"model.{name} has other memory than before"
+        for name, *both in zip(self.tensors, self.known[3], flags, strict=True):
+            for flag, old, new in zip(_TENSOR_FLAGS, *both, strict=True):
+                yield difference(f"model.{name}.{flag}", old, new)
 
 
 def check_model_capturable(model: nn.Module) -> None:
