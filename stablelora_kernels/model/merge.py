@@ -212,11 +212,38 @@ class _SaveMerged:
         self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (module := self.module()) is None:
+        module: Any = self.module()
+        if module is None:
             raise ReferenceError(
                 f"the model that this {_METHOD} saves is gone; call the method of a model that is there"
             )
-        return _save_pretrained(module, *args, **kwargs)
+        save, layers = getattr(type(module), _METHOD), lora_layers(module)
+        merged = [name for name, layer in layers.items() if layer.merged]
+        if not merged:
+            return save(module, *args, **kwargs)
+        if unmerged := [name for name in layers if name not in merged]:
+            raise ValueError(
+                f"model must be merged whole or not at all to be saved, got {list_some(merged)} merged and "
+                f"{list_some(unmerged)} not merged; merge_lora or unmerge_lora it"
+            )
+        given = inspect.signature(save).bind(module, *args, **kwargs)
+        # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not to be written.
+        given.arguments.pop("state_dict", None)
+        plain = {layer: layer.to_linear() for layer in layers.values()}
+        places, untied = registrations(module, plain), []
+        try:
+            for parent, key, layer in places:
+                parent._modules[key] = plain[layer]
+            untied = untie_in_config(module)
+            return save(*given.args, **given.kwargs)
+        finally:
+            for parent, key, layer in places:
+                parent._modules[key] = layer
+            for layer, base in plain.items():
+                # It may be the layer's own base layer.
+                base.weight = layer.frozen_weight
+            for config in untied:
+                config.tie_word_embeddings = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SaveMerged:
         module: Any = self.module()
@@ -260,34 +287,3 @@ def untie_in_config(model: Any) -> list[Any]:
     for config in changed:
         config.tie_word_embeddings = False
     return changed
-
-
-def _save_pretrained(module: Any, *args: Any, **kwargs: Any) -> Any:
-    layers = lora_layers(module)
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if not merged:
-        return getattr(type(module), _METHOD)(module, *args, **kwargs)
-    if unmerged := [name for name in layers if name not in merged]:
-        raise ValueError(
-            f"model must be merged whole or not at all to be saved, got {list_some(merged)} merged and {list_some(unmerged)} "
-            "not merged; merge_lora or unmerge_lora it"
-        )
-    given = inspect.signature(getattr(type(module), _METHOD)).bind(module, *args, **kwargs)
-    # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not to be written.
-    given.arguments.pop("state_dict", None)
-    args, kwargs = given.args[1:], given.kwargs
-    plain = {layer: layer.to_linear() for layer in layers.values()}
-    places, untied = registrations(module, plain), []
-    try:
-        for parent, key, layer in places:
-            parent._modules[key] = plain[layer]
-        untied = untie_in_config(module)
-        return getattr(type(module), _METHOD)(module, *args, **kwargs)
-    finally:
-        for parent, key, layer in places:
-            parent._modules[key] = layer
-        for layer, base in plain.items():
-            # It may be the layer's own base layer.
-            base.weight = layer.frozen_weight
-        for config in untied:
-            config.tie_word_embeddings = True
