@@ -12,9 +12,8 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check
 from stablelora_kernels.ops.lora_linear import lora_linear_op
-from stablelora_kernels.ops.lora_mlp import lora_mlp_op
+from stablelora_kernels.ops.lora_mlp import Options, lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
-from stablelora_kernels.ops.torch_mlp import Options
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.tensors import autocast_dtype

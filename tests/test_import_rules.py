@@ -82,8 +82,8 @@ RULES = (
     Rule("dispatch/ imports neither launch/ nor ops/", ours("dispatch"), ours("launch", "ops")),
     Rule("dispatch/ imports Triton only inside functions", ours("dispatch"), ("triton",), eager=True),
     Rule("nn/ does not import optim/", ours("nn"), ours("optim")),
-    Rule("only tests, testing.py and cli/selftest.py import reference/", ALL, ours("reference"),
-         (*ours("__init__", "reference", "testing", "cli.selftest"), "tests")),
+    Rule("only tests, testing.py and cli/doctor.py import reference/", ALL, ours("reference"),
+         (*ours("__init__", "reference", "testing", "cli.doctor"), "tests")),
     Rule("only tests import cli/", ALL, ours("cli"), (*ours("cli", "__main__"), "tests")),
     Rule("only benchmarks.lab, its tests, the PTX emulator and the goldens import benchmarks.lab", ALL, ("benchmarks.lab",),
          ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator", "tests.goldens")),
@@ -95,7 +95,6 @@ NEEDED = {*sys.stdlib_module_names, "torch", "triton", PACKAGE}
 BEHIND_IMPORT_EXTRA = {
     "integrations.peft": {"peft"},
     "integrations.peft_layers": {"peft", "bitsandbytes"},
-    "integrations.peft_mlp": {"peft"},
 }
 
 

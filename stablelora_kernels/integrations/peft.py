@@ -87,9 +87,7 @@ def accelerate_peft(
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
-        from stablelora_kernels.integrations.peft_mlp import PEFT_LAYERS
-
-        mlps = fuse_mlps(model, PEFT_LAYERS)
+        mlps = fuse_mlps(model, layers.PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
 

@@ -15,11 +15,20 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora import layer as _layer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group, lora_linear_if
+from stablelora_kernels.functional import (
+    FLOAT_DTYPES,
+    LoRAWeights,
+    lora_branch,
+    lora_linear,
+    lora_linear_group,
+    lora_linear_if,
+)
+from stablelora_kernels.nn.fused_mlp import LayerKind, Operand
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
@@ -298,6 +307,58 @@ def projection_group_key(layer: Any) -> tuple[Any, ...]:
     base = layer.base_layer
     # A layer of another type gets a key of its own.
     return (layer.in_features, base.weight.dtype) if type(base) is nn.Linear else (id(layer),)
+
+
+def read_operand(layer: Any, x: Tensor | None) -> Operand | str:
+    """What a fused MLP reads of a PEFT layer or of a frozen one beside it, or why that must compute by itself.
+
+    For an input like ``x``, or for any.
+    """
+    base, branch, modules = layer, None, layer._modules
+    if isinstance(layer, BaseTunerLayer):
+        base, branch = modules["base_layer"], _active_branch(layer, x)
+    if isinstance(branch, str):
+        return branch
+    operand = base_operand(base, x)
+    if isinstance(operand, str):
+        return operand
+    weight, bias, dtype = operand
+    if x is not None and not isinstance(weight, Tensor) and dtype != x.dtype:
+        return f"would cast its result from {dtype} to {x.dtype}"
+    if branch is None:
+        return Operand(LoRAWeights(weight, bias, None, None, 1.0), None, dtype)
+    if x is not None and not fits(x, branch.lora_A, branch.lora_B, weight.shape[1]):
+        return "has an adapter that does not fit its input"
+    return Operand(LoRAWeights(weight, bias, branch.lora_A, branch.lora_B, branch.scaling), branch.dropout_p, dtype)
+
+
+def _active_branch(layer: Any, x: Tensor | None) -> Branch | str | None:
+    """The branch of a PEFT layer's only active adapter, None without one, or why its own forward must compute it."""
+    if type(layer) not in ORIGINAL:
+        adapters = getattr(layer, "lora_A", ())
+        reasons = [reason_against(layer, name) for name in adapters if type(layer) in KNOWN]
+        return f"runs PEFT's own forward: {next(filter(None, reasons), f'it is a {type(layer).__name__}')}"
+    if layer.merged:
+        return "is merged"
+    if layer.disable_adapters:
+        return "is disabled"
+    if x is not None and is_observed(layer):
+        return "is watched"
+    active = [name for name in layer.active_adapters if name in layer._modules["lora_A"]._modules]
+    if len(active) > 1:
+        return f"has {len(active)} active adapters, {', '.join(map(repr, active))}"
+    if not active:
+        return None
+    branch = read_branch(layer, active[0])
+    if isinstance(branch, str):
+        return f"runs PEFT's own forward: {branch}"
+    if branch.bias is not None:
+        return f"has a bias in lora_B of adapter {active[0]!r}, which trains"
+    # Without an x, the dropout of training.
+    return branch if x is not None else branch._replace(dropout_p=getattr(layer.lora_dropout[active[0]], "p", 0.0))
+
+
+PEFT_LAYERS = LayerKind(BaseTunerLayer, read_operand)
 
 
 class AcceleratedLinear(Accelerated, lora.Linear):

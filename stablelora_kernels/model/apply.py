@@ -33,9 +33,8 @@ from stablelora_kernels.model.reports import (
 )
 from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
-from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
+from stablelora_kernels.nn.fused_mlp import OWN_LAYERS, GatedMLP, compute_projection_group, fuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear, make_layer, projection_group_key
-from stablelora_kernels.nn.mlp_operands import OWN_LAYERS, compute_projection_group
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp
