@@ -16,7 +16,7 @@ from stablelora_kernels.ops.lora_mlp import Options, lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.tensors import autocast_dtype
 from stablelora_kernels.utils.validation import check_float
 
 __all__ = [

@@ -17,8 +17,8 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
 from stablelora_kernels.optim.snapshot import Snapshot, first_difference, same_objects
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.hooks import HOOKS
+from stablelora_kernels.utils.modules import HOOKS
+from stablelora_kernels.utils.tensors import is_sharded
 
 _TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _flags_of = attrgetter(*_TENSOR_FLAGS)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from stablelora_kernels.graph_watch import Watch, check_capturable, params_of
 from stablelora_kernels.optim.snapshot import LIVE, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.utils.modules import check_module
 from stablelora_kernels.utils.validation import check_bool, check_int
-from stablelora_kernels.utils.wrappers import check_module
 
 # A batch's tensors by their key or index.
 Leaves = list[tuple[Any, Tensor]]

@@ -35,8 +35,8 @@ from stablelora_kernels.functional import FP8Weight, NF4Weight, lora_branch, lor
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef
-from stablelora_kernels.utils.text import counted
 from stablelora_kernels.utils.timing import version_of
+from stablelora_kernels.utils.validation import counted
 
 HELP = "which backend runs here and why, versions, and a self-test of every kernel family"
 # Optional packages and the features that need them.

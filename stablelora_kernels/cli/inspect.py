@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.cli.common import Report, failing, load_files, positive, printable, shorten, size, width
-from stablelora_kernels.config import lookup_pattern
+from stablelora_kernels.config import check_patterns, lookup_pattern
 from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora
 from stablelora_kernels.pairs import split_lora_name
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.validation import check_float, check_patterns, shown
+from stablelora_kernels.utils.validation import check_float, counted, shown
 
 HELP = "list every pair of an adapter: rank, norms, stability and size"
 # Elements to convert to float64 at a time.

@@ -26,15 +26,13 @@ from torch import nn
 
 from stablelora_kernels.cli.common import CommandError, Report, failing, find, load_files, size
 from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_json
-from stablelora_kernels.model.merge import merge_lora, remove_lora
-from stablelora_kernels.model.merged_saving import untie_in_config
+from stablelora_kernels.model.merge import merge_lora, remove_lora, untie_in_config
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
 from stablelora_kernels.testing import DTYPES
-from stablelora_kernels.utils.extras import import_extra
-from stablelora_kernels.utils.files import locked
-from stablelora_kernels.utils.text import counted
+from stablelora_kernels.utils.extras import import_extra, locked
+from stablelora_kernels.utils.validation import counted
 
 HELP = "fold an adapter into its model, with the rounding error stated"
 # Files that transformers may need besides the weights and the config, which save_pretrained writes.

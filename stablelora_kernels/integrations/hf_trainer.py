@@ -12,7 +12,7 @@ from torch import nn
 
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.utils.extras import import_extra
-from stablelora_kernels.utils.wrappers import clean, innermost
+from stablelora_kernels.utils.modules import clean, innermost
 
 # The optimizer's keywords for which TrainingArguments has values.
 _OF_ARGS = ("lr", "weight_decay", "betas", "eps")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from stablelora_kernels.config import unmatched_names
 from stablelora_kernels.model.reports import (
     LoRAReport,
     ReplacedModule,
@@ -18,8 +19,7 @@ from stablelora_kernels.model.reports import (
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.utils.extras import import_extra, release
-from stablelora_kernels.utils.text import unmatched_names
-from stablelora_kernels.utils.wrappers import check_module
+from stablelora_kernels.utils.modules import check_module
 
 
 def accelerate_peft(

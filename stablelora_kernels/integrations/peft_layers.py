@@ -32,9 +32,8 @@ from stablelora_kernels.nn.fused_mlp import LayerKind, Operand
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
-from stablelora_kernels.utils.autocast import autocast_dtype
-from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.hooks import is_hooked
+from stablelora_kernels.utils.modules import is_hooked
+from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))

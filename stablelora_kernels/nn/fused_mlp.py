@@ -26,8 +26,7 @@ from stablelora_kernels.nn.mlp_form import Form, form_of, reason_to_skip
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.quantized import is_quantized
 from stablelora_kernels.quantized import read as read_stored
-from stablelora_kernels.utils.autocast import autocast_dtype
-from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
 # The key of a module's __dict__ that holds its State. state_dict does not have it.
 ATTRIBUTE = "_stablelora_mlp"

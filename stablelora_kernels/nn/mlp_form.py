@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from torch.overrides import TorchFunctionMode
 
-from stablelora_kernels.utils.hooks import HOOKS, is_hooked
+from stablelora_kernels.utils.modules import HOOKS, is_hooked
 
 # Values of these types never change in place, except functions that are closures.
 _CONSTANTS = {type(None), bool, int, float, str, type, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}

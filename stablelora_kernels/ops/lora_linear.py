@@ -53,7 +53,7 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
-from stablelora_kernels.utils.autocast import outside_autocast
+from stablelora_kernels.utils.tensors import outside_autocast
 
 
 def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor]:

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.config import unmatched_patterns
+from stablelora_kernels.config import check_patterns, unmatched_patterns
 from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.pairs import LoRAPair, is_named_parameter, layer_name, lora_pairs, split_lora_name
-from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, check_patterns
-from stablelora_kernels.utils.wrappers import same_anywhere
+from stablelora_kernels.utils.modules import same_anywhere
+from stablelora_kernels.utils.tensors import is_sharded
+from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, counted
 
 # Computed in float32, and rounded at random or from a float32 master.
 LOW_PRECISION = (torch.bfloat16, torch.float16)

@@ -24,10 +24,9 @@ from stablelora_kernels.optim.state import Member
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.dtensor import is_sharded, local, local_grad
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.validation import check_float
-from stablelora_kernels.utils.wrappers import check_module, clean, innermost
+from stablelora_kernels.utils.modules import check_module, clean, innermost
+from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
+from stablelora_kernels.utils.validation import check_float, counted
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):

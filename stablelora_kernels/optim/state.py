@@ -14,7 +14,7 @@ from stablelora_kernels.optim.options import Storage, check_parameter, check_sha
 from stablelora_kernels.optim.sharding import Shard, ShardSums, shard_of
 from stablelora_kernels.optim.snapshot import LIVE, upload, with_strides_of
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.dtensor import from_local, is_sharded, local, local_like
+from stablelora_kernels.utils.tensors import from_local, is_sharded, local, local_like
 
 # Scalars of a parameter's state; its other tensors have the parameter's shape.
 COUNTERS = ("step", "latched_at")
