@@ -182,3 +182,30 @@ def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False
     if dtype != torch.float32 or transposed or not (device.tf32 and tf32_allowed()):
         return "ieee"
     return "tf32"
+
+
+# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation in a third one. The rows
+# take gate's and up's call, and whether tensor descriptors can hold all matrices.
+MLP_RULES = (
+    Rule(lambda d, c, described: c.dtype == torch.float32,
+         "separate", "float32: gate and up together do not fit in registers, or the vendor's library computes the product"),
+    Rule(lambda d, c, described: c.m <= problem.SMALL_M,
+         "separate", f"up to {problem.SMALL_M} rows: reading W takes the time, so programs split each tile's K"),
+    Rule(lambda d, c, described: is_idle(d, c),
+         "separate", "128 x 128 tiles would leave two fifths of the GPU idle; separate products split each tile's K"),
+    Rule(lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
+         "separate", "data-center Blackwell: the vendor's library computes gate and up, as it does a single projection"),
+    Rule(lambda d, c, described: described and d.tma,
+         "tma", "one kernel for gate and up: x is read once, and the activation needs no launch of its own"),
+    Rule(lambda d, c, described: True,
+         "pointers", "one kernel for gate and up, in narrower tiles: x is read once, and the activation needs no launch"),
+)  # fmt: skip
+
+
+def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
+    """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one of the first two."""
+    forced = get_kernel()
+    if forced not in ("auto", "split"):
+        return Choice("separate", f"kernel {forced!r} is forced and computes one projection")
+    rows = [rule for rule in MLP_RULES if forced == "auto" or rule.choice != "separate"]
+    return Choice(*first(rows, device, call, described))

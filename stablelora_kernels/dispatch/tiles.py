@@ -310,3 +310,28 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
         splits = without_empty_parts(steps, max(splits, min(cdiv(call.m, 32 * block_r), steps // 4)))
     tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + gated) * columns + block_r))
     return Plan(tile, reason, block_r, tiles, splits)
+
+
+# Gate and up of an MLP (lora_gate_up): two accumulators of this size.
+GATE_UP_TMA_TILES = (Rule(lambda d, c: True, Tile(128, 128, 64, 8, 4), "gate and up share each read of x"),)
+GATE_UP_TILES = (
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "no larger tile of gate and up fits in registers"),
+)
+
+
+def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> tuple[Plan, int]:
+    """For gate and up in one kernel, and the parts of a tile's columns that it finishes one after another.
+
+    ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile.
+    """
+    tile, reason = pick_tile(GATE_UP_TMA_TILES if tma else GATE_UP_TILES, device, call)
+    item = call.dtype.itemsize
+    # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's erf takes most of them.
+    erf = activation == "gelu"
+    block_r = rank_block(call.r, (16 if erf else 32) if tma else problem.MAX_FUSED_R)
+    parts = (8 if erf else 4) if tma else 1
+    # After the main loop, its memory serves the branches. A part of a result is stored from memory of its own.
+    stored = tile.BLOCK_M * tile.BLOCK_N // parts * item if tma else 0
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item, stored)
+    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)), parts

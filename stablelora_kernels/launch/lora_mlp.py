@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stablelora_kernels.dispatch import mlp, rules
+from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import input_precision
 from stablelora_kernels.kernels.lora import jobs
@@ -84,7 +84,7 @@ def mlp_forward_launches(
         members.append(forward_product(x, p, part, h if out is None else out, seed, dropout_p))
     by_rows = [rows_contiguous(p.w) for p in members if isinstance(p.w, Tensor)]
     alike = len({trans for _, trans in by_rows}) == 1 and all(described(t) for t in (x, h, *(w for w, _ in by_rows)))
-    choice = mlp.choose_gate_up(device, members[0].call._replace(r=max(ranks)), alike)
+    choice = rules.choose_gate_up(device, members[0].call._replace(r=max(ranks)), alike)
     if choice.kernel == "separate":
         members = [p._replace(y=scratch(x, m, f) if p.y is h else p.y) for p in members]
         launches += [*member_launches(device, members), _activation(members, h, activation, choice.reason)]
@@ -143,7 +143,7 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
     gate, up = members
     assert isinstance(gate.w, Tensor) and isinstance(up.w, Tensor)
     c = gate.call._replace(r=max(gate.call.r, up.call.r))
-    plan, parts = mlp.gate_up_plan(device, c, tma, activation)
+    plan, parts = tiles.gate_up_plan(device, c, tma, activation)
     tile, precision = plan.tile, input_precision(device, c.dtype)
     words = f"r{plan.block_r} {activation}{flag_words(alone=not keep)} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
     branches, (tile_g, tile_u) = zip(*[branch_job(p, plan.block_r, True, precision) for p in members], strict=True)

@@ -31,10 +31,9 @@ from stablelora_kernels.model.reports import (
     notes_on_mlps,
     rows_of,
 )
-from stablelora_kernels.nn.branch import LoRABranchLinear
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.fused_mlp import OWN_LAYERS, GatedMLP, compute_projection_group, fuse_mlps
-from stablelora_kernels.nn.linear import LoRALinear, make_layer, projection_group_key
+from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer, projection_group_key
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp

@@ -12,8 +12,7 @@ from torch import nn
 from stablelora_kernels.config import LoRAConfig, lookup_pattern
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
 from stablelora_kernels.model.reports import list_some
-from stablelora_kernels.nn.conv1d import LoRAConv1D
-from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.linear import LoRAConv1D, LoRALinear
 from stablelora_kernels.utils.modules import clean
 
 PREFIX = "base_model.model."

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_mlp
-from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.nn.factory import is_conv1d
-from stablelora_kernels.nn.linear import LoRALinear, trained_and_bias, weight_and_bias
+from stablelora_kernels.nn.linear import LoRAConv1D, LoRALinear, trained_and_bias, weight_and_bias
 from stablelora_kernels.nn.mlp_form import Form, form_of, reason_to_skip
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.quantized import is_quantized

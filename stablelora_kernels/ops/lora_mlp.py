@@ -1,4 +1,4 @@
-"""A gated MLP with LoRA in one autograd node: gate, up, activation and down. ``reference/mlp.py`` has the formulas.
+"""A gated MLP with LoRA in one autograd node: gate, up, activation and down. ``reference/lora.py`` has the formulas.
 
     forward   G = gate(X)   U = up(X)   H = act(G) ∘ U   Y = down(H)
     backward  dH = dX of down, for dY   dG = dH ∘ U ∘ act'(G)   dU = dH ∘ act(G)   then gate's and up's gradients for them

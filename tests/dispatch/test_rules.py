@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import mlp, rules, tiles
+from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import KERNELS, choose, choose_form
 
@@ -99,7 +99,7 @@ def test_programs_share_no_more_sums_than_there_are_counters(device):
 
 def test_reasons_use_a_users_names():
     """explain() prints them: x, W, A and B as in PyTorch, not the kernels' own S, X, Y and H."""
-    tables = [value for module in (rules, tiles, mlp) for value in vars(module).values() if isinstance(value, tuple)]
+    tables = [value for module in (rules, tiles) for value in vars(module).values() if isinstance(value, tuple)]
     reasons = {row.reason for table in tables for row in table if hasattr(row, "reason")}
     assert len(reasons) > 40
     private = re.compile(r"\bd?[SXYH]\b|anew|whoever|nobody|spill|accumulator|main loop|_")

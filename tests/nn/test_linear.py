@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.nn.branch import LoRABranchLinear
+from stablelora_kernels.nn.linear import LoRABranchLinear
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.helpers.quantized_weights import (
     K,
