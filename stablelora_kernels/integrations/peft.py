@@ -22,6 +22,10 @@ from stablelora_kernels.utils.text import unmatched_names
 from stablelora_kernels.utils.wrappers import check_module
 
 
+# PEFT's wrapper of a parameter, since 0.17, and the class that computes a stack of experts in its place.
+_EXPERTS = ("ParamWrapper", "AcceleratedExperts")
+
+
 def accelerate_peft(
     model: nn.Module, *, strict: bool = False, fuse_projections: bool = False, fuse_mlp: bool = False
 ) -> LoRAReport:
@@ -61,6 +65,8 @@ def accelerate_peft(
     accelerated, replaced, skipped = [], [], []
     tuner_layers = _tuner_layers(model, layers)
     for name, module in tuner_layers:
+        if type(module).__name__ in _EXPERTS:
+            continue
         reason = _reason_to_skip(model, name, module, layers)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
@@ -75,11 +81,22 @@ def accelerate_peft(
         if rows:
             accelerated.append(module)
             replaced += rows
+    stacks = _stacks(tuner_layers)
+    for name, wrapper in [*stacks.items()]:
+        from stablelora_kernels.integrations import peft_experts as experts
+
+        if isinstance(reason := experts.read_stacks(wrapper, None), str):
+            skipped.append(SkippedModule(name, reason))
+            del stacks[name]
+        else:
+            replaced += experts.rows_of(name, wrapper)
     if strict and skipped:
         text = list_some([f"{module.name} ({module.reason})" for module in skipped])
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
+    for wrapper in stacks.values():
+        wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
     notes = _unmatched(model, [name for name, _ in tuner_layers])
     if fuse_projections:
@@ -92,6 +109,13 @@ def accelerate_peft(
         mlps = fuse_mlps(model, PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
+
+
+def _stacks(tuner_layers: list[tuple[str, Any]]) -> dict[str, Any]:
+    """PEFT's wrappers of parameters, but for those nested in another one."""
+    wrappers = {name: module for name, module in tuner_layers if type(module).__name__ in _EXPERTS}
+    nested = {id(wrapper.base_layer) for wrapper in wrappers.values()}
+    return {name: wrapper for name, wrapper in wrappers.items() if id(wrapper) not in nested}
 
 
 def _unfuse(model: nn.Module) -> None:
@@ -123,6 +147,9 @@ def restore_peft(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in layers.ORIGINAL:
             module.__class__ = layers.ORIGINAL[type(module)]
+        elif type(module).__name__ == _EXPERTS[1]:
+            # The class that it has been given is the only one that this one derives from.
+            module.__class__ = type(module).__base__
 
 
 def _layers() -> ModuleType:

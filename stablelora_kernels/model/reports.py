@@ -30,6 +30,7 @@ class ReplacedModule:
         lora_alpha: the numerator of the scaling.
         scaling: the factor of the branch.
         adapter: the adapter's name in a PEFT layer, which has a row for each adapter; None for this library's layers.
+        experts: how many experts' pairs are stacked; 1 for a single layer.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ReplacedModule:
     lora_alpha: float
     scaling: float
     adapter: str | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,13 @@ class LoRAReport(_Report):
         where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module runs on this library's ops"
         lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
         kinds = Counter(
-            (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter)
+            (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter, m.experts)
             for m in self.replaced
         )
-        for (name, k, n, r, alpha, scaling, adapter), count in kinds.items():
+        for (name, k, n, r, alpha, scaling, adapter, experts), count in kinds.items():
             named = "" if adapter is None else f", adapter {adapter!r}"
-            lines.append(f"  {count} x {name}: {k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
+            stacked = "" if experts == 1 else f"{experts} experts of "
+            lines.append(f"  {count} x {name}: {stacked}{k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
         reasons: dict[str, list[str]] = {}
         for module in self.skipped:
             reasons.setdefault(module.reason, []).append(module.name)
