@@ -255,7 +255,9 @@ def lora_experts(
         x, (weight, bias, lora_A, lora_B, _) = _cast(x, dtype), cast  # type: ignore[assignment]
     check_experts(x, weight, bias, lora_A, lora_B, offsets, transposed)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
-    return lora_experts_op(x, weight, bias, lora_A, lora_B, scaling, offsets, transposed, dropout_p if training else 0.0)
+    return lora_experts_op(
+        x, weight, bias, lora_A, lora_B, scaling, offsets, transposed, dropout_p if training else 0.0
+    )
 
 
 def _projection(weight: Any, bias: Any, lora_A: Any, lora_B: Any, scaling: float) -> Projection:

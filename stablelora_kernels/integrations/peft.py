@@ -21,7 +21,6 @@ from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.text import unmatched_names
 from stablelora_kernels.utils.wrappers import check_module
 
-
 # PEFT's wrapper of a parameter, since 0.17, and the class that computes a stack of experts in its place.
 _EXPERTS = ("ParamWrapper", "AcceleratedExperts")
 
@@ -85,8 +84,8 @@ def accelerate_peft(
     for name, wrapper in [*stacks.items()]:
         from stablelora_kernels.integrations import peft_experts as experts
 
-        if isinstance(reason := experts.read_stacks(wrapper, None), str):
-            skipped.append(SkippedModule(name, reason))
+        if isinstance(found := experts.read_stacks(wrapper, None), str):
+            skipped.append(SkippedModule(name, found))
             del stacks[name]
         else:
             replaced += experts.rows_of(name, wrapper)
@@ -149,7 +148,7 @@ def restore_peft(model: nn.Module) -> None:
             module.__class__ = layers.ORIGINAL[type(module)]
         elif type(module).__name__ == _EXPERTS[1]:
             # The class that it has been given is the only one that this one derives from.
-            module.__class__ = type(module).__base__
+            module.__class__ = type(module).__mro__[1]
 
 
 def _layers() -> ModuleType:

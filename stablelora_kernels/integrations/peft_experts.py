@@ -45,7 +45,7 @@ class AcceleratedExperts(ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts' output for x [tokens, H], the experts of each token [tokens, k], and their weights [tokens, k]."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         of_llama = type(base).__name__ == _LLAMA4
         fits = not kwargs and len(args) == (0 if of_llama else 2) and not is_observed(self)
         stacks = read_stacks(self, x) if fits else ""
@@ -104,7 +104,7 @@ def wrapped_parameters(wrapper: Any) -> dict[str, Any]:
 def read_stacks(wrapper: Any, x: Tensor | None) -> list[Stack] | str:
     """The projections up (or gate and up) and down for an input like ``x``, or why PEFT must compute them.
 
-    Without ``x``, whether there is an input that they are computed for, and why not; the projections are then as PEFT stores them.
+    Without ``x``, whether there is an input that they are computed for; the projections are then as PEFT stores them.
     """
     wrappers, base = wrapped_parameters(wrapper), wrapper.get_base_layer()
     kind = type(base)

@@ -100,7 +100,16 @@ class LoRAReport(_Report):
         where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module runs on this library's ops"
         lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
         kinds = Counter(
-            (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter, m.experts)
+            (
+                m.name.rpartition(".")[2],
+                m.in_features,
+                m.out_features,
+                m.r,
+                m.lora_alpha,
+                m.scaling,
+                m.adapter,
+                m.experts,
+            )
             for m in self.replaced
         )
         for (name, k, n, r, alpha, scaling, adapter, experts), count in kinds.items():

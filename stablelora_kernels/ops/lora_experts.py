@@ -4,8 +4,9 @@
     dS_e = s' dY_e B_e                  dX_e = dY_e W_e + (dS_e A_e) ∘ keep_e
     dA_e = dS_e^T (X_e ∘ keep_e)        dB_e = s' dY_e^T S_e
 
-X_e are the rows of expert e. Each expert is a ``lora_linear`` of its rows, on PyTorch's operators. On a GPU in bfloat16, PyTorch's
-grouped product computes all experts at once and reads the offsets on the device; otherwise a loop reads them on the host.
+X_e are the rows of expert e. Each expert is a ``lora_linear`` of its rows, on PyTorch's operators. On a GPU in bfloat16,
+PyTorch's grouped product computes all experts at once and reads the offsets on the device; otherwise a loop reads them on the
+host.
 
 Autograd saves X, S, the offsets and dropout's mask.
 """
@@ -46,7 +47,7 @@ def lora_experts_fwd(
         return _grouped_forward(x, w, bias, lora_A, lora_B, offsets, keep, scaling, save_s)
     y, s = _forward_fake(x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, save_s)
     end = 0
-    for e, start, end in _parts(offsets):  # noqa: B007
+    for e, start, end in _parts(offsets):
         expert = Projection(w[e].t(), None if bias is None else bias[e], lora_A[e], lora_B[e], scaling)
         (y[start:end],), (s_e,) = torch_fwd(x[start:end], [expert], [None if keep is None else keep[start:end]])
         if save_s:
@@ -85,7 +86,7 @@ def lora_experts_bwd(
     # An expert without rows has no part in the result.
     da, db = da.zero_(), db.zero_()
     end = 0
-    for e, start, end in _parts(offsets):  # noqa: B007
+    for e, start, end in _parts(offsets):
         expert = Projection(w[e].t(), None, lora_A[e], lora_B[e], scaling)
         rows = None if x is None else x[start:end]
         each_s = [s[start:end]] if need_b else [None]
@@ -205,7 +206,7 @@ class _LoRAExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, offsets: Tensor,
         keep: Tensor | None, scaling: float, transposed: bool,
     ) -> Tensor:  # fmt: skip
-        need_x, _, _, need_a, need_b, *_ = ctx.needs_input_grad
+        _, _, _, need_a, need_b, *_ = ctx.needs_input_grad
         y, s = lora_experts_fwd(x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, need_b)
         ctx.save_for_backward(x if need_a else None, weight, lora_A, lora_B, s, offsets, keep)
         ctx.call = scaling, transposed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from stablelora_kernels.reference.lora import lora_linear_grads_ref, lora_linear_ref
@@ -53,4 +55,4 @@ def lora_experts_grads_ref(
 def expert_rows(offsets: Tensor) -> list[slice]:
     """The rows of each expert."""
     ends = [0, *offsets.tolist()]
-    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(ends)]
