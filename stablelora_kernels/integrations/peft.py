@@ -21,9 +21,6 @@ from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.text import unmatched_names
 from stablelora_kernels.utils.wrappers import check_module
 
-# PEFT's wrapper of a parameter, since 0.17, and the class that computes a stack of experts in its place.
-_EXPERTS = ("ParamWrapper", "AcceleratedExperts")
-
 
 def accelerate_peft(
     model: nn.Module, *, strict: bool = False, fuse_projections: bool = False, fuse_mlp: bool = False
@@ -60,11 +57,12 @@ def accelerate_peft(
         ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be skipped. Nothing is changed
             then.
     """
-    layers = _layers()
+    layers, experts = _layers(), _experts()
     accelerated, replaced, skipped = [], [], []
     tuner_layers = _tuner_layers(model, layers)
+    wrappers = {name: module for name, module in tuner_layers if experts and isinstance(module, experts.ParamWrapper)}
     for name, module in tuner_layers:
-        if type(module).__name__ in _EXPERTS:
+        if name in wrappers:
             continue
         reason = _reason_to_skip(model, name, module, layers)
         if reason is not None:
@@ -80,21 +78,14 @@ def accelerate_peft(
         if rows:
             accelerated.append(module)
             replaced += rows
-    stacks = _stacks(tuner_layers)
-    for name, wrapper in [*stacks.items()]:
-        from stablelora_kernels.integrations import peft_experts as experts
-
-        if isinstance(found := experts.read_stacks(wrapper, None), str):
-            skipped.append(SkippedModule(name, found))
-            del stacks[name]
-        else:
-            replaced += experts.rows_of(name, wrapper)
+    stacks, rows, reasons = experts.read_wrappers(wrappers) if wrappers else ([], [], [])
+    replaced, skipped = replaced + rows, skipped + reasons
     if strict and skipped:
         text = list_some([f"{module.name} ({module.reason})" for module in skipped])
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
-    for wrapper in stacks.values():
+    for wrapper in stacks:
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
     notes = _unmatched(model, [name for name, _ in tuner_layers])
@@ -108,13 +99,6 @@ def accelerate_peft(
         mlps = fuse_mlps(model, PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
-
-
-def _stacks(tuner_layers: list[tuple[str, Any]]) -> dict[str, Any]:
-    """PEFT's wrappers of parameters, but for those nested in another one."""
-    wrappers = {name: module for name, module in tuner_layers if type(module).__name__ in _EXPERTS}
-    nested = {id(wrapper.base_layer) for wrapper in wrappers.values()}
-    return {name: wrapper for name, wrapper in wrappers.items() if id(wrapper) not in nested}
 
 
 def _unfuse(model: nn.Module) -> None:
@@ -140,15 +124,14 @@ def restore_peft(model: nn.Module) -> None:
     Raises:
         ImportError, TypeError: as :func:`accelerate_peft`.
     """
-    layers = _layers()
+    original = dict(_layers().ORIGINAL)
+    if experts := _experts():
+        original[experts.AcceleratedExperts] = experts.ParamWrapper
     check_module(model)
     _unfuse(model)
     for module in model.modules():
-        if type(module) in layers.ORIGINAL:
-            module.__class__ = layers.ORIGINAL[type(module)]
-        elif type(module).__name__ == _EXPERTS[1]:
-            # The class that it has been given is the only one that this one derives from.
-            module.__class__ = type(module).__mro__[1]
+        if type(module) in original:
+            module.__class__ = original[type(module)]
 
 
 def _layers() -> ModuleType:
@@ -161,6 +144,17 @@ def _layers() -> ModuleType:
     from stablelora_kernels.integrations import peft_layers
 
     return peft_layers
+
+
+def _experts() -> Any:
+    """``peft_experts``, or None with a PEFT before 0.17, which wraps no parameters."""
+    from peft.tuners import lora
+
+    if not hasattr(lora, "ParamWrapper"):
+        return None
+    from stablelora_kernels.integrations import peft_experts
+
+    return peft_experts
 
 
 def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ that of the outermost wrapper where PEFT has nested one for each parameter, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_experts
 from stablelora_kernels.integrations.peft_layers import is_observed
-from stablelora_kernels.model.reports import ReplacedModule
+from stablelora_kernels.model.reports import ReplacedModule, SkippedModule
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.dtensor import is_sharded
@@ -59,9 +60,9 @@ class AcceleratedExperts(ParamWrapper):
         gate, up = stacks[0](x, offsets).chunk(2, -1)
         return stacks[1](up * base.act_fn(gate), offsets)
 
-    def _get_name(self) -> str:
-        # A printed model must look the same.
-        return ParamWrapper.__name__
+
+# PEFT knows its wrappers by this name, and a printed model must look the same.
+AcceleratedExperts.__name__ = ParamWrapper.__name__
 
 
 def _routed(base: Any, stacks: list[Stack], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -81,15 +82,25 @@ def _routed(base: Any, stacks: list[Stack], x: Tensor, index: Tensor, weights: T
     return h[place].view(tokens, top_k, -1).sum(1).to(x.dtype)
 
 
-def rows_of(name: str, wrapper: Any) -> list[ReplacedModule]:
-    """The report's rows on a wrapper and those nested in it: one for each adapter of each parameter."""
-    rows = []
-    for parameter, each in wrapped_parameters(wrapper).items():
-        for adapter in each.lora_A:
-            sizes = each.in_features, each.out_features, each.r[adapter]
-            figures = each.lora_alpha[adapter], each.scaling[adapter], adapter, each.num_experts
-            rows.append(ReplacedModule(f"{name}.{parameter}", *sizes, *figures))
-    return rows
+def read_wrappers(
+    wrappers: Mapping[str, ParamWrapper],
+) -> tuple[list[ParamWrapper], list[ReplacedModule], list[SkippedModule]]:
+    """The outermost of a model's ``wrappers`` that ``lora_experts`` can compute, and the report's rows on all of them."""
+    nested = {id(wrapper.base_layer) for wrapper in wrappers.values()}
+    taken, replaced, skipped = [], [], []
+    for name, wrapper in wrappers.items():
+        if id(wrapper) in nested:
+            continue
+        if isinstance(found := read_stacks(wrapper, None), str):
+            skipped.append(SkippedModule(name, found))
+            continue
+        taken.append(wrapper)
+        for parameter, each in wrapped_parameters(wrapper).items():
+            for adapter in each.lora_A:
+                sizes = each.in_features, each.out_features, each.r[adapter]
+                figures = each.lora_alpha[adapter], each.scaling[adapter], adapter, each.num_experts
+                replaced.append(ReplacedModule(f"{name}.{parameter}", *sizes, *figures))
+    return taken, replaced, skipped
 
 
 def wrapped_parameters(wrapper: Any) -> dict[str, Any]:
@@ -115,6 +126,8 @@ def read_stacks(wrapper: Any, x: Tensor | None) -> list[Stack] | str:
         return f"its experts are computed by {way!r}"
     if hasattr(base, "parametrizations"):
         return "another parametrization changes its weights"
+    if x is None and "forward" in wrapper.__dict__:
+        return "its forward was replaced"
     if any(is_hooked(each) for each in (*wrappers.values(), base) if each is not wrapper):
         return "it holds a module with hooks"
     names = ["gate_up_proj" if of_llama or base.has_gate else "up_proj", "down_proj"]
