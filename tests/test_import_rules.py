@@ -96,6 +96,7 @@ BEHIND_IMPORT_EXTRA = {
     "integrations.peft": {"peft"},
     "integrations.peft_layers": {"peft", "bitsandbytes"},
     "integrations.peft_mlp": {"peft"},
+    "integrations.peft_experts": {"peft"},
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model.reports import (
     LoRAReport,
     ReplacedModule,
@@ -39,7 +41,7 @@ def accelerate_peft(
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
-        strict: raise unless every adapter of every PEFT layer runs on this library's ops.
+        strict: raise unless every adapter of every PEFT layer runs on this library's ops and trains.
         fuse_projections: compute projection groups together, as :func:`~stablelora_kernels.apply_lora` does. Each of their layers
             then holds a reference to its group, and their parent a hook, until :func:`restore_peft`, which must come before
             PEFT's ``unload`` and ``merge_and_unload``: they would leave the hook behind.
@@ -80,15 +82,20 @@ def accelerate_peft(
             replaced += rows
     stacks, rows, reasons = experts.read_wrappers(wrappers) if wrappers else ([], [], [])
     replaced, skipped = replaced + rows, skipped + reasons
+    faults = _faults(tuner_layers)
+    if strict and faults:
+        raise ValueError(f"strict=True, but {faults[0]}")
     if strict and skipped:
         text = list_some([f"{module.name} ({module.reason})" for module in skipped])
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
+    for fault in faults:
+        warnings.warn(fault, UserWarning, stacklevel=2)
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
     for wrapper in stacks:
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
-    notes = _unmatched(model, [name for name, _ in tuner_layers])
+    notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
@@ -99,6 +106,24 @@ def accelerate_peft(
         mlps = fuse_mlps(model, PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
+
+
+def _faults(tuner_layers: list[tuple[str, Any]]) -> list[str]:
+    """What trains wrongly or not at all without PEFT's saying so, whoever computes the branch."""
+    found: dict[str, list[str]] = {}
+    for name, module in tuner_layers:
+        base = module.get_base_layer()
+        # compressed-tensors keeps here what it quantizes; with a scheme for weights alone, all is well.
+        if getattr(getattr(base, "quantization_scheme", None), "input_activations", None) is not None:
+            reason = "compressed-tensors quantizes its input without a gradient, so adapters below get wrong gradients"
+            found.setdefault(reason, []).append(name)
+        parameter = getattr(module, "parameter_name", None)
+        if parameter is not None and (dtype := module.get_param().dtype) not in FLOAT_DTYPES:
+            reason = (
+                f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
+            )
+            found.setdefault(reason, []).append(name)
+    return [f"{reason}: {list_some(names)}" for reason, names in found.items()]
 
 
 def _unfuse(model: nn.Module) -> None:

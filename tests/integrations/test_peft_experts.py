@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from stablelora_kernels.integrations import peft_experts
 from tests.helpers.cases import BF16, FP32, FP64
 from tests.helpers.distributed_training import gather
 from tests.helpers.moe_models import FAMILIES, IDS, E, H, build, peft, results, with_lora
+from tests.helpers.peft_models import make
 from tests.helpers.processes import needs_gloo, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -213,9 +217,9 @@ def train_weight(wrapper):
     wrapper.get_base_layer().down_proj.requires_grad_()
 
 
-def to_integers(wrapper):
+def to_float8(wrapper):
     base = wrapper.get_base_layer()
-    base.down_proj = nn.Parameter(base.down_proj.data.to(torch.int8), requires_grad=False)
+    base.down_proj = nn.Parameter(base.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
 
 
 class Twice(nn.Module):
@@ -226,7 +230,7 @@ class Twice(nn.Module):
 CHANGES = {
     "its experts are computed by 'sonicmoe'": with_implementation("sonicmoe"),
     "its down_proj trains": train_weight,
-    "its down_proj is a Parameter of torch.int8": to_integers,
+    "its down_proj is a Parameter of torch.float8_e4m3fn": to_float8,
     "another parametrization changes its weights": lambda w: parametrize.register_parametrization(
         w.get_base_layer(), "down_proj", Twice()
     ),
@@ -287,3 +291,33 @@ def test_fully_shard(tmp_path):
     alone = train_sharded(0, 1, tmp_path)
     for trained in spawn(train_sharded, 2, tmp_path):
         assert_close(trained, alone, 1e-5)
+
+
+def quantizes(**scheme: Any) -> Any:
+    """A small PEFT model whose q_proj compressed-tensors has quantized, as it leaves it."""
+    model = make()
+    model.base_model.model.layers[0].q_proj.base_layer.quantization_scheme = SimpleNamespace(**scheme)
+    return model
+
+
+INTO_FLOAT8 = (
+    "PEFT rounds down_proj with its branch to torch.float8_e4m3fn, without a scale, so its adapter trains nothing: "
+    "base_model.model.model.layers.0.mlp.experts"
+)
+
+
+def test_what_peft_trains_wrongly_is_told():
+    model = with_lora(build("qwen3_moe"))
+    to_float8(next(m for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)))
+    wrong = "compressed-tensors quantizes its input without a gradient, .* wrong gradients: base_model.model.layers.0.q_proj$"
+    for faulty, text in ((model, INTO_FLOAT8), (quantizes(weights=1, input_activations=object()), wrong)):
+        with pytest.raises(ValueError, match=f"strict=True, but {text}"):
+            slk.accelerate_peft(faulty, strict=True)
+        with pytest.warns(UserWarning, match=text):
+            report = slk.accelerate_peft(faulty)
+        assert len([note for note in report.notes if re.search(text, note)]) == 1
+    # Weights alone: all is well.
+    for good in (quantizes(weights=object(), input_activations=None), make(), with_lora(build("qwen3_moe"))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert slk.accelerate_peft(good, strict=True).notes == ()
