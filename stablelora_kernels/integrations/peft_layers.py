@@ -14,14 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import layer as _layer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear, lora_linear_group, lora_linear_if
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
+from stablelora_kernels.ops.dora import row_norms, scale_columns, square_sums
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
 from stablelora_kernels.utils.autocast import autocast_dtype
 from stablelora_kernels.utils.dtensor import is_sharded
@@ -67,8 +71,10 @@ class Branch(NamedTuple):
 
 
 def reason_against(layer: Any, adapter: str) -> str | None:
-    """Why PEFT's own forward must compute an adapter of a layer, or None."""
-    found = read_branch(layer, adapter)
+    """Why PEFT's own forward must compute an adapter of a layer, at least in training, or None."""
+    found = _read_dora(layer, adapter) if _is_dora(layer, adapter) else read_branch(layer, adapter)
+    if isinstance(found, Dora) and type(layer.lora_dropout[adapter]) is nn.Dropout:
+        return f"adapter {adapter!r} is DoRA with dropout, which needs the base product of two inputs"
     return found if isinstance(found, str) else None
 
 
@@ -92,6 +98,11 @@ def read_branch(layer: Any, adapter: str) -> Branch | str:
     """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
+    return _read_matrices(layer, adapter)
+
+
+def _read_matrices(layer: Any, adapter: str) -> Branch | str:
+    """:func:`read_branch` for a variant too."""
     modules = layer._modules
     a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
     dropout, scaling = modules["lora_dropout"]._modules[adapter], layer.scaling[adapter]
@@ -110,6 +121,80 @@ def read_branch(layer: Any, adapter: str) -> Branch | str:
     if not isinstance(scaling, (int, float)):
         return f"the scaling of adapter {adapter!r} is a {type(scaling).__name__}, not a number"
     return Branch(a_weight, b_weight, b_bias, scaling, dropout.p if kind is nn.Dropout and dropout.training else 0.0)
+
+
+class Dora(NamedTuple):
+    """A DoRA adapter: its branch and its magnitude [N], and the base layer's weight and bias."""
+
+    branch: Branch
+    magnitude: Tensor
+    weight: Any
+    bias: Tensor | None
+
+    def output(self, base: Any, x: Tensor) -> Tensor:
+        """(m / n) Z + bias, for the product Z of the base layer and the branch without a bias."""
+        operand = base_operand(base, x)
+        if isinstance(operand, Base):
+            z = self.branch.with_base(operand._replace(bias=None), x)
+        else:
+            z = self.branch.add_to(self.product(base, x), x)
+        with torch.no_grad():
+            norms = _row_norms(self, base)
+        return scale_columns(z, self.magnitude / norms, self.bias)
+
+    def product(self, base: Any, x: Tensor) -> Tensor:
+        """X W^T, as the base layer computes it."""
+        y = base(x)
+        return y if self.bias is None else y - self.bias
+
+
+# |W_n|^2 of quantized weights.
+_square_sums = WeakTensorKeyDictionary()
+
+
+def _row_norms(dora: Dora, base: Any) -> Tensor:
+    (lora_A, lora_B, _, scaling, _), weight = dora.branch, dora.weight
+    if is_quantized(weight):
+        # Its values do not change, and dequantizing it takes a while.
+        if (sums := _square_sums.get(weight)) is None:
+            sums = _square_sums[weight] = square_sums(read(weight).dequantize(torch.float32))
+        products = dora.product(base, lora_A.to(getattr(base, "compute_dtype", None) or weight.dtype))
+    else:
+        sums = square_sums(weight)
+        with torch.autocast(weight.device.type, enabled=False):
+            products = nn.functional.linear(lora_A.to(weight.dtype), weight)
+    return row_norms(sums, products, lora_A, lora_B, scaling)
+
+
+def _is_dora(layer: Any, adapter: str) -> bool:
+    return type(layer.lora_variant.get(adapter)) is DoraLinearVariant
+
+
+def _read_dora(layer: Any, adapter: str) -> Dora | str:
+    """A DoRA adapter, or why PEFT's own forward must compute it."""
+    branch, base = _read_matrices(layer, adapter), layer._modules["base_layer"]
+    if isinstance(branch, str):
+        return branch
+    magnitude = layer.lora_magnitude_vector[adapter]
+    if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude) or layer.ephemeral_gpu_offload:
+        return f"adapter {adapter!r} is DoRA with hooks, or with a weight on another device"
+    if type(base) not in READABLE or is_hooked(base):
+        return f"adapter {adapter!r} is DoRA on a {type(base).__name__}, or on a layer with hooks"
+    weight, bias = weight_and_bias(base)
+    if not is_quantized(weight) and not is_sharded(weight) and not _is_plain(weight, bias):
+        return f"adapter {adapter!r} is DoRA on a {type(weight).__name__}"
+    return Dora(branch, magnitude.weight, weight, bias)
+
+
+def _dora_output(layer: Any, x: Tensor) -> Tensor | None:
+    """The output with a single adapter, if that is DoRA and drops nothing; None if PEFT's own forward must compute it."""
+    adapters = [adapter for adapter in layer.active_adapters if adapter in layer._modules["lora_A"]._modules]
+    if len(adapters) != 1 or not _is_dora(layer, adapters[0]) or is_observed(layer):
+        return None
+    dora = _read_dora(layer, adapters[0])
+    if isinstance(dora, str) or dora.branch.dropout_p or not fits(x, dora.branch.lora_A, dora.branch.lora_B):
+        return None
+    return dora.output(layer._modules["base_layer"], x)
 
 
 def is_observed(layer: Any) -> bool:
@@ -229,7 +314,7 @@ class Accelerated:
             group = self.__dict__.get(ATTRIBUTE)
             if group is not None and (y := group.output(self, x)) is not None:
                 return y
-            if (y := _usual_output(self, x)) is not None:
+            if (y := _usual_output(self, x)) is not None or (y := _dora_output(self, x)) is not None:
                 return y
         branches = branches_of(self, self.active_adapters, x) if plain else None
         if not branches:
