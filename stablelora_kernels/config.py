@@ -1,26 +1,19 @@
-"""``LoRAConfig``: which layers get a LoRA branch, and of which kind. Fields have PEFT's names and meaning."""
+"""``LoRAConfig``: which layers get a LoRA branch, and of which kind; and names of modules, matched as PEFT matches them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NoReturn
 
-from stablelora_kernels.utils.text import ends_of
-from stablelora_kernels.utils.validation import (
-    check_bool,
-    check_choice,
-    check_float,
-    check_int,
-    check_patterns,
-    check_regex,
-    compile_patterns,
-)
+from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
+# How the keys of rank_pattern and alpha_pattern are matched: as regular expressions for a dotted name or its end after a dot.
+PATTERN = r"(.*\.)?({})$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +145,64 @@ def check_init(init_lora_weights: Any) -> None:
     # isinstance, since 0 and 1 equal False and True.
     if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
         raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+
+
+def ends_of(name: str) -> list[str]:
+    """A dotted name and what follows each of its dots: the names of ``target_modules`` that match it."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def unmatched_names(names: object, matched: Iterable[str]) -> str:
+    """A message on those of ``target_modules`` that match none of the dotted names ``matched``, or an empty one.
+
+    A regular expression has no parts to look at.
+    """
+    if not isinstance(names, (list, tuple, set, frozenset)):
+        return ""
+    missed = sorted(set(names).difference(*map(ends_of, matched)))
+    verb = "matches" if len(missed) == 1 else "match"
+    return f"target_modules {', '.join(map(repr, missed))} {verb} nothing" if missed else ""
+
+
+def check_regex(name: str, value: str) -> str:
+    """``value``, which must be a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None
+    return value
+
+
+def check_patterns(name: str, value: Any) -> dict[str, Any]:
+    """A copy of the dict ``value``, whose keys must be regular expressions; None gives an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a dict of name patterns, got {value!r}")
+    try:
+        compile_patterns(tuple(value))
+    except (re.error, OverflowError, RecursionError) as error:
+        for key in value:
+            check_regex(name, key)
+        # As it is matched: a flag like (?i) may only begin a whole expression.
+        pattern = getattr(error, "pattern", None)
+        raise ValueError(
+            f"{name} must be a regular expression that may follow other text, got {pattern!r}: {error}"
+        ) from None
+    return dict(value)
+
+
+@lru_cache(8)
+def compile_patterns(keys: tuple[str, ...]) -> tuple[re.Pattern[str], list[tuple[str, re.Pattern[str]]]]:
+    """An expression for names that any of ``keys`` may match, and one for each key. Python itself keeps 512 of them."""
+    each = []
+    for key in keys:
+        # By itself as well: ")(" is none.
+        re.compile(key)
+        each.append((key, re.compile(PATTERN.format(key))))
+    # A key's groups have other numbers among other keys, and may refer to them.
+    return re.compile("" if "(" in "".join(keys) else PATTERN.format("|".join(keys))), each
 
 
 def lookup_pattern(patterns: Mapping[str, Any], names: Collection[str], default: Any) -> Any:

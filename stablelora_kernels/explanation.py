@@ -1,4 +1,8 @@
-"""The launches that a call of ``lora_linear`` or ``lora_branch`` takes, and the reasons, without the call."""
+"""The launches of a call, and the reasons, without the call.
+
+The ops' planners get tensors of the meta device, which have no memory, or of another. ``explain``, the compile report and the
+predictions ask here.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
+from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
-from stablelora_kernels.ops.dry_run import linear_launches, quantized_weight
+from stablelora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
+from stablelora_kernels.projection import Projection, flatten, layouts_of, scale_count, split
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.validation import check_float, check_int
+
+# Of x and the weights, and of A and B.
+DTypes = tuple[torch.dtype, torch.dtype]
+# The launches of forward and of backward.
+Ways = tuple[list[Any], list[Any]]
 
 
 class Step(NamedTuple):
@@ -136,15 +149,12 @@ def explain(
         return Explanation("torch", "", "torch", why, (), "torch", why, ())
     weight: Any = "none" if branch_only else quantized_weight(quantized, ns[0], K) if quantized is not None else "plain"
     ways = linear_launches(gpu, M, ns, K, r, (dtype, lora_dtype), dropout_p, weight)
-    rest = (r, dtype, lora_dtype, dropout_p > 0)
-    calls = [Call("forward", M, n, K, *rest) for n in ns], [Call("backward", M, K, n, *rest) for n in ns]
-    (forward_kernel, forward_reason), (backward_kernel, backward_reason) = (
-        _choice(gpu, each, weight) for each in calls
-    )
-    forward, backward = map(_steps, ways)
-    return Explanation(
-        "triton", gpu.arch, forward_kernel, forward_reason, forward, backward_kernel, backward_reason, backward
-    )
+    told: list[Any] = []
+    for direction, launches in zip(("forward", "backward"), ways, strict=True):
+        sizes = [(n, K) if direction == "forward" else (K, n) for n in ns]
+        calls = [Call(direction, M, *size, r, dtype, lora_dtype, dropout_p > 0) for size in sizes]
+        told += [*_choice(gpu, calls, weight), tuple(map(_step, launches))]
+    return Explanation("triton", gpu.arch, *told)
 
 
 def _choice(gpu: Device, calls: Sequence[Call], weight: Any) -> tuple[str, str]:
@@ -185,14 +195,68 @@ def _gpu(device: torch.device | str | None) -> Device | None:
     return problem.device_of(found) if resolve_backend(found) == "triton" else None
 
 
-def _steps(launches: Sequence[Any]) -> tuple[Step, ...]:
-    steps = []
-    for launch in launches:
-        step = Step("vendor", launch.variant, launch.reason, (), None, None)
-        if hasattr(launch, "kernel"):
-            name, options = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel"), launch.options
-            step = step._replace(
-                kernel=name, grid=launch.grid, num_warps=options["num_warps"], num_stages=options["num_stages"]
-            )
-        steps.append(step)
-    return tuple(steps)
+def _step(launch: Any) -> Step:
+    if not hasattr(launch, "kernel"):
+        return Step("vendor", launch.variant, launch.reason, (), None, None)
+    name = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    return Step(name, launch.variant, launch.reason, launch.grid, **launch.options)
+
+
+def linear_launches(
+    device: Device, m: int, n: int | Sequence[int], k: int, r: int, dtypes: DTypes, dropout_p: float,
+    weight: str | NF4Weight | FP8Weight = "plain", choices: Sequence[Choice | None] = (None, None), where: str = "meta",
+) -> Ways:  # fmt: skip
+    """The forward's and the backward's launches on [m, k] rows with a [n, k] weight and a bias; several n are a projection group.
+
+    ``weight``: "plain", "nf4", "fp8", a quantized weight, or "none" for a branch alone. ``choices``: kernels in place of the
+    table's, forward and backward.
+    """
+    ns = (n,) if isinstance(n, int) else tuple(n)
+    projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
+    x, seeds = _zeros(where, m, k, of=dtypes[0]), [seed_of(where, dropout_p) for _ in ns]
+    base = _zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None
+    lists, numbers = lists_of(projections)
+    (ys, s), forward = lora_linear_fwd.plan(device, (x, base, *lists, seeds, *numbers, dropout_p, True), choices[0])
+    datas, scales, _, lora_As, lora_Bs = lists
+    given = (x, ys, datas if base is None else (), scales, lora_As, lora_Bs, [s], seeds)
+    _, backward = lora_linear_bwd.plan(device, (*given, *numbers, dropout_p, True, True, True), choices[1])
+    return forward, backward
+
+
+def quantized_weight(kind: str, n: int, k: int, where: str = "meta") -> NF4Weight | FP8Weight:
+    """A weight in "nf4", nested in bitsandbytes' usual blocks, or in "fp8"."""
+    if kind == "fp8":
+        return FP8Weight(_zeros(where, n, k, of=torch.float8_e4m3fn), _zeros(where, n))
+    blocks = -(-n * k // 64)
+    packed, absmax = (_zeros(where, size, of=torch.uint8) for size in (-(-n * k // 2), blocks))
+    nested = (_zeros(where, -(-blocks // 256)), _zeros(where, 256), _zeros(where), 256)
+    return NF4Weight(packed, absmax, _zeros(where, 16), (n, k), 64, *nested)
+
+
+def projection_of(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any = "plain") -> Projection:
+    """A projection without values; ``weight`` as for :func:`linear_launches`."""
+    dtype, lora_dtype = dtypes
+    lora_A, lora_B = _zeros(where, r, k, of=lora_dtype), _zeros(where, n, r, of=lora_dtype)
+    if weight == "none":
+        return Projection(None, None, lora_A, lora_B, 1.0)
+    if weight == "plain":
+        weight = _zeros(where, n, k, of=dtype)
+    else:
+        weight = (quantized_weight(weight, n, k, where) if isinstance(weight, str) else weight).stored
+    return Projection(weight, _zeros(where, n, of=dtype), lora_A, lora_B, 1.0)
+
+
+def lists_of(projections: Sequence[Projection]) -> tuple[list[list[Any]], Any]:
+    """The lists of tensors that an op takes, then layouts and scalings."""
+    n, layouts = len(projections), layouts_of(projections)
+    lists = split(flatten(projections), (n, scale_count(layouts), n, n, n))
+    return lists, (layouts, [p.scaling for p in projections])
+
+
+def seed_of(where: str, dropout_p: float) -> Tensor | None:
+    """The seed of dropout's mask, None without dropout."""
+    return _zeros(where, 1, of=torch.int64) if dropout_p else None
+
+
+def _zeros(where: str, *size: int, of: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(size, dtype=of, device=where)

@@ -13,12 +13,11 @@ from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
 from stablelora_kernels.ops.lora_experts import lora_experts_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
-from stablelora_kernels.ops.lora_mlp import lora_mlp_op
+from stablelora_kernels.ops.lora_mlp import Options, lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
-from stablelora_kernels.ops.torch_mlp import Options
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.tensors import autocast_dtype
 from stablelora_kernels.utils.validation import check_float
 
 __all__ = [

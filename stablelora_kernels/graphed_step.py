@@ -5,24 +5,18 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.optim import optimizer as torch_optimizer
 
-from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
-from stablelora_kernels.optim.snapshot import LIVE, Snapshot, reads_from_memory
+from stablelora_kernels.graph_watch import Watch, check_capturable, params_of
+from stablelora_kernels.optim.snapshot import LIVE, reads_from_memory
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.utils.model_watch import ModelWatch, check_model_capturable, difference, tensors_of
+from stablelora_kernels.utils.modules import check_module
 from stablelora_kernels.utils.validation import check_bool, check_int
-from stablelora_kernels.utils.wrappers import check_module
 
 # A batch's tensors by their key or index.
 Leaves = list[tuple[Any, Tensor]]
@@ -65,38 +59,6 @@ class Graphs:
             output = function()
         self.captured.append(graph)
         return graph.replay, output
-
-
-class Watch:
-    """A model, an optimizer and the settings as a step has left them: a CUDA graph takes them for granted."""
-
-    def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
-        self.optimizer, self.scaler, self.device = optimizer, scaler, next(params_of(optimizer)).device
-        self.model, self.settings, self.snapshot = ModelWatch(model), self._settings(), optimizer._snapshot().kept()
-
-    def change(self, now: Snapshot) -> str | None:
-        """What has changed since, in words, or None. ``now``: what the optimizer finds. Every replay asks this."""
-        settings = zip(self._settings().items(), self.settings.values(), strict=True)
-        differences = (difference(name, old, new) for (name, new), old in settings)
-        return self.model.change() or next(filter(None, differences), None) or now.words(self.snapshot, self.device)
-
-    def _settings(self) -> dict[str, Any]:
-        """By their names, values that a capture turns into constants."""
-        found: dict[str, Any] = {
-            "backend": get_backend(),
-            "kernel": get_kernel(),
-            "autotune": get_autotune(),
-            "TensorFloat-32 in float32 products": tf32_allowed(),
-            "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-            "global module hooks": bool(_has_any_global_hook()),
-            "optimizer.shrink_schedule": self.optimizer.shrink_schedule,
-            "optimizer's step hooks": _step_hooks(self.optimizer),
-        }
-        if self.scaler is not None:
-            getters = (self.scaler.get_growth_factor, self.scaler.get_backoff_factor, self.scaler.get_growth_interval)
-            found |= {f"grad_scaler.{getter.__name__}()": getter() for getter in (*getters, self.scaler.is_enabled)}
-            found["grad_scaler's scale"] = self.scaler._scale
-        return found
 
 
 class _Bucket:
@@ -289,18 +251,6 @@ class GraphedStep:
                 if known != (number := float(value)):
                     self._cells[key] = cell.fill_(number), number
 
-    @contextmanager
-    def _live_hyperparameters(self) -> Iterator[None]:
-        """Let the optimizer read the live hyperparameters from their memory."""
-        groups, numbers = self.optimizer.param_groups, {}
-        try:
-            for (index, name), (cell, _) in self._cells.items():
-                numbers[index, name], groups[index][name] = groups[index][name], cell
-            yield
-        finally:
-            for (index, name), number in numbers.items():
-                groups[index][name] = number
-
     def _run_eagerly(self, bucket: _Bucket) -> Tensor:
         loss = self._graphs.run(partial(self._train, bucket))
         bucket.warmups += 1
@@ -328,7 +278,8 @@ class GraphedStep:
 
     def _train(self, bucket: _Bucket) -> Tensor:
         """One eager step."""
-        scaler, batch = self.grad_scaler, bucket.batch()
+        scaler, batch, groups = self.grad_scaler, bucket.batch(), self.optimizer.param_groups
+        numbers: dict[tuple[int, str], Any] = {}
         done = False
         try:
             with torch.enable_grad():
@@ -337,14 +288,18 @@ class GraphedStep:
                     got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                     raise TypeError(f"loss_fn must return a 0-d tensor with a gradient, got {got}")
                 (loss if scaler is None else scaler.scale(loss)).backward()
-            with self._live_hyperparameters():
-                if scaler is None:
-                    self.optimizer.step()
-                else:
-                    scaler.step(self.optimizer)
-                    scaler.update()
+            # Let the optimizer read the live hyperparameters from the memory that replays read.
+            for (index, name), (cell, _) in self._cells.items():
+                numbers[index, name], groups[index][name] = groups[index][name], cell
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)
+                scaler.update()
             done = True
         finally:
+            for (index, name), number in numbers.items():
+                groups[index][name] = number
             # Gradients of a capture lie in the graph's memory, so also a failed one leaves none.
             if done or self.enabled:
                 for p in params_of(self.optimizer):
@@ -387,49 +342,3 @@ def in_words(shape: Shape) -> str:
     if kind is dict:
         texts = [f"{key} {text}" for (key, *_), text in zip(leaves, texts, strict=True)]
     return f"({', '.join(texts)})"
-
-
-def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
-    """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model`` and ``optimizer``."""
-    check_model_capturable(model)
-    owned, tensors = set(map(id, params_of(optimizer))), tensors_of(model)
-    for name, tensor in tensors.items():
-        if tensor.requires_grad and id(tensor) not in owned:
-            raise ValueError(
-                "optimizer must have every trainable parameter of model, since a CUDA graph keeps the gradients of others to "
-                f"itself, got none of the name {name!r}: freeze it, add it to the optimizer, or set enabled=False"
-            )
-    devices = {p.device for p in chain(tensors.values(), params_of(optimizer))}
-    if len(devices) > 1:
-        raise ValueError(
-            f"model and optimizer must be on one GPU, got tensors on {', '.join(sorted(map(str, devices)))}"
-        )
-    if not all(group["capturable"] for group in optimizer.param_groups):
-        raise ValueError("optimizer must be built with capturable=True, got capturable=False")
-    if optimizer.shrink_schedule is not None:
-        raise ValueError(
-            "optimizer must have no shrink_schedule, which a CUDA graph would not call again, got "
-            f'{optimizer.shrink_schedule!r}: write its value to each group\'s "shrink_ratio" before each step'
-        )
-    if hooks := _step_hooks(optimizer):
-        raise ValueError(
-            f"optimizer must have no step hooks, since a CUDA graph would not call them again, got {hooks[0]!r}"
-        )
-    (device,) = devices
-    if resolve_backend(device) != "triton" or any(p.dtype is torch.float64 for p in params_of(optimizer)):
-        raise ValueError(
-            "optimizer must step on Triton's kernels to be captured, got float64 parameters or the backend "
-            f"{get_backend()!r}: PyTorch's operators read from the GPU"
-        )
-
-
-def params_of(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
-    """Every parameter of ``optimizer``."""
-    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:
-    """The hooks that run around ``optimizer.step``."""
-    every = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
-    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    return [hook for hooks in (*every, *own) for hook in hooks.values()]

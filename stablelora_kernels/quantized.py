@@ -1,13 +1,6 @@
 """Frozen weights in 4 and 8 bits: their storage, their sources and their values.
 
-NF4 (QLoRA, arXiv 2305.14314, in bitsandbytes' layout): blocks of ``blocksize`` elements of W [N, K], row by row; a block need
-not end with a row. An element is ``code[index] · absmax``. The index has 4 bits; a byte holds two, the first in the upper half.
-A block has one ``absmax``. Nested ("double quantization"), an absmax is itself 8 bits, which mean
-``nested_code[absmax] · nested_absmax + offset``, in blocks of ``nested_blocksize``.
-
-FP8 (torchao's float8 weights): an element is a float8_e4m3fn times the float32 scale of its row.
-
-``reference.nf4_ref`` and ``reference.fp8_ref`` are both formulas in float64.
+The classes describe the formats; ``reference.nf4_ref`` and ``reference.fp8_ref`` are both formulas in float64.
 """
 
 from __future__ import annotations
@@ -144,17 +137,15 @@ class NF4Weight:
                 "nested_absmax, nested_code, offset and nested_blocksize must be given all or not at all, got "
                 f"{[part is not None for part in nested]}"
             )
-        _check_tensor("packed", self.packed, torch.uint8, (-(-n * k // 2),), self.packed)
-        _check_tensor(
-            "absmax", self.absmax, torch.uint8 if self.nested_blocksize else torch.float32, (blocks,), self.packed
-        )
-        _check_tensor("code", self.code, torch.float32, (16,), self.packed)
+        expected: dict[str, tuple[Any, ...]] = {"packed": (torch.uint8, -(-n * k // 2))}
+        expected |= {"absmax": (torch.float32, blocks), "code": (torch.float32, 16)}
         if self.nested_blocksize:
             _check_power("nested_blocksize", self.nested_blocksize)
             outer = -(-blocks // self.nested_blocksize)
-            _check_tensor("nested_absmax", self.nested_absmax, torch.float32, (outer,), self.packed)
-            _check_tensor("nested_code", self.nested_code, torch.float32, (256,), self.packed)
-            _check_tensor("offset", self.offset, torch.float32, (), self.packed)
+            expected |= {"absmax": (torch.uint8, blocks), "nested_absmax": (torch.float32, outer)}
+            expected |= {"nested_code": (torch.float32, 256), "offset": (torch.float32,)}
+        for name, (dtype, *shape) in expected.items():
+            _check_tensor(name, getattr(self, name), dtype, shape, self.packed)
 
     @classmethod
     def from_bitsandbytes(cls, weight: Any) -> NF4Weight:
@@ -182,12 +173,14 @@ class NF4Weight:
         nested = (inner.absmax, inner.code, state.offset, inner.blocksize) if state.nested else (None, None, None, 0)
         values = (packed, state.absmax, state.code, tuple(state.shape), state.blocksize, *nested)
         tensors, sizes = (*values[1:3], *values[5:8]), (packed.numel(), packed.device, *values[3:5], values[8])
-        if _was_checked(state, tensors, sizes):
+        if _has_passed(state, tensors, sizes):
             self = object.__new__(cls)
             self.__dict__.update(zip(_NF4_FIELDS, values, strict=True))
-        else:
-            self = cls(*values)
-            _remember_check(state, tensors, sizes)
+            return self
+        self = cls(*values)
+        if not torch.compiler.is_compiling():
+            key, refs = id(state), [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
+            _passed[key] = weakref.ref(state, lambda _: _passed.pop(key, None)), refs, sizes
         return self
 
     @property
@@ -219,8 +212,8 @@ class FP8Weight:
     def __post_init__(self) -> None:
         if self.data.dim() != 2 or 0 in self.data.shape:
             raise ValueError(f"data must be [N, K], N and K at least 1, got {list(self.data.shape)}")
-        _check_tensor("data", self.data, torch.float8_e4m3fn, tuple(self.data.shape), self.data)
-        _check_tensor("scale", self.scale, torch.float32, (self.data.shape[0],), self.data)
+        _check_tensor("data", self.data, torch.float8_e4m3fn, list(self.data.shape), self.data)
+        _check_tensor("scale", self.scale, torch.float32, [self.data.shape[0]], self.data)
 
     @classmethod
     def from_torchao(cls, weight: Any) -> FP8Weight:
@@ -262,21 +255,14 @@ _NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 
 # Every call reads its layer's weight, and checking took half of that time. So remember the parts of a quant_state that passed,
 # by identity and weakly. A read still returns the state's present parts, also after a move.
-_checked: dict[int, tuple[Any, list[Any], tuple[Any, ...]]] = {}
+_passed: dict[int, tuple[Any, list[Any], tuple[Any, ...]]] = {}
 
 
-def _was_checked(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) -> bool:
-    found = None if torch.compiler.is_compiling() else _checked.get(id(state))
+def _has_passed(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) -> bool:
+    found = None if torch.compiler.is_compiling() else _passed.get(id(state))
     if found is None or found[0]() is not state or found[2] != sizes:
         return False
     return all(tensor is (None if ref is None else ref()) for tensor, ref in zip(tensors, found[1], strict=True))
-
-
-def _remember_check(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) -> None:
-    if not torch.compiler.is_compiling():
-        key = id(state)
-        gone = weakref.ref(state, lambda _: _checked.pop(key, None))
-        _checked[key] = gone, [None if tensor is None else weakref.ref(tensor) for tensor in tensors], sizes
 
 
 def is_quantized(weight: Any) -> bool:
@@ -299,12 +285,11 @@ def _check_power(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a power of two, got {value}")
 
 
-def _check_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], other: Tensor) -> None:
-    assert tensor is not None
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int], other: Tensor) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     if tensor.device != other.device:

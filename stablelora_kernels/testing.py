@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from stablelora_kernels.ops import plans
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import (
+    dropout_keep_ref,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
@@ -137,7 +139,9 @@ def oracle(
     d: dict[str, Any] = {name: t if t is None else t.detach().double() for name, t in inputs.items()}
     pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, p)
     if "base_out" in d:
-        return {"Y": lora_branch_ref(d["base_out"], d["x"], *pair), **lora_branch_grads_ref(d["grad"], d["x"], *pair)}
+        # dY is base_out's gradient as it is.
+        y, base = lora_branch_ref(d["base_out"], d["x"], *pair), {"dBASE": d["grad"]}
+        return {"Y": y, **base, **lora_branch_grads_ref(d["grad"], d["x"], *pair)}
     y = lora_linear_ref(d["x"], d["weight"], d.get("bias"), *pair)
     return {"Y": y, **lora_linear_grads_ref(d["grad"], d["x"], d["weight"], *pair)}
 
@@ -168,15 +172,24 @@ def seed_of(y: Tensor) -> Tensor:
     return seed
 
 
+def keep_of(y: Tensor, x: Tensor, p: float) -> Tensor:
+    """The dropout mask of ``y``: saved for backward on the PyTorch path, drawn by the reference from the saved seed on Triton."""
+    if (mask := kept_for_backward(y, torch.bool)) is not None:
+        return mask.view(x.shape)
+    rows, columns = x.shape
+    return dropout_keep_ref(rows, columns, p, int(seed_of(y))).to(x.device)
+
+
 def error_and_bound(
     out: Tensor, ref: Tensor, baseline: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """``max|out - ref|`` and its bound ``2 max|baseline - ref| + atol``; see :func:`assert_no_worse`."""
+    """``max|out - ref|``, infinite for NaN, and its bound ``2 max|baseline - ref| + atol``; see :func:`assert_no_worse`."""
     if not out.numel():
         return 0.0, 0.0
     ref = ref.double()
     atol = EPS[dtype or out.dtype] * ref.abs().max().item()
     error = (out.double() - ref).abs().max().item()
+    error = math.inf if math.isnan(error) else error
     return error, 2 * (baseline.double() - ref).abs().max().item() + atol
 
 

@@ -21,8 +21,8 @@ LEVELS = (
     {"kernels"},
     {"launch"},
     {"ops", "optim"},
-    {"functional", "explanation", "graphed_step"},
-    {"nn"},
+    {"functional", "explanation", "graph_watch"},
+    {"nn", "graphed_step"},
     {"model", "tensor_parallel", "testing"},
     {"integrations"},
     {"__init__"},
@@ -82,11 +82,11 @@ RULES = (
     Rule("dispatch/ imports neither launch/ nor ops/", ours("dispatch"), ours("launch", "ops")),
     Rule("dispatch/ imports Triton only inside functions", ours("dispatch"), ("triton",), eager=True),
     Rule("nn/ does not import optim/", ours("nn"), ours("optim")),
-    Rule("only tests, testing.py and cli/selftest.py import reference/", ALL, ours("reference"),
-         (*ours("__init__", "reference", "testing", "cli.selftest"), "tests")),
+    Rule("only tests, testing.py and cli/doctor.py import reference/", ALL, ours("reference"),
+         (*ours("__init__", "reference", "testing", "cli.doctor"), "tests")),
     Rule("only tests import cli/", ALL, ours("cli"), (*ours("cli", "__main__"), "tests")),
-    Rule("only benchmarks.lab, its tests, the PTX emulator and the goldens import benchmarks.lab", ALL, ("benchmarks.lab",),
-         ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator", "tests.goldens")),
+    Rule("only benchmarks.lab, its tests and the PTX emulator import benchmarks.lab", ALL, ("benchmarks.lab",),
+         ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")),
     Rule("only tests import tests", ALL, ("tests",), ("tests",)),
 )  # fmt: skip
 # What the package needs. Other packages come by import_extra, which names the extra that brings them; these files are imported
@@ -94,8 +94,9 @@ RULES = (
 NEEDED = {*sys.stdlib_module_names, "torch", "triton", PACKAGE}
 BEHIND_IMPORT_EXTRA = {
     "integrations.peft": {"peft"},
-    "integrations.peft_layers": {"peft", "bitsandbytes"},
-    "integrations.peft_mlp": {"peft"},
+    "integrations.peft_layers": {"peft"},
+    "integrations.peft_operands": {"peft", "bitsandbytes"},
+    "integrations.peft_dora": {"peft"},
     "integrations.peft_experts": {"peft"},
 }
 
@@ -176,7 +177,7 @@ def test_every_file_keeps_the_rules():
 PLANTED = [
     ("tests/nn/test_linear.py", "from ..helpers import cases", "imports are absolute"),
     ("stablelora_kernels/model/apply.py", "from stablelora_kernels.testing import make_inputs", "lower levels"),
-    ("stablelora_kernels/ops/matmul.py", "def f():\n    from stablelora_kernels.kernels import common", "only launch/"),
+    ("stablelora_kernels/ops/plans.py", "def f():\n    from stablelora_kernels.kernels import common", "only launch/"),
     ("stablelora_kernels/nn/linear.py", "class C:\n    import stablelora_kernels.launch.base", "inside functions"),
     ("stablelora_kernels/kernels/common.py", "import stablelora_kernels.dispatch.rules", "kernels/ imports kernels/"),
     ("stablelora_kernels/dispatch/rules.py", "import triton", "Triton only inside functions"),

@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from types import ModuleType
 
 from stablelora_kernels._version import __version__
 from stablelora_kernels.cli import bench, doctor, inspect, merge
-from stablelora_kernels.cli.output import CommandError, Paragraphs
+from stablelora_kernels.cli.common import CommandError, Report, failing
 from stablelora_kernels.dispatch.settings import check_environment
 
 PROGRAM = "stablelora-kernels"
-# Each has HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit status.
+# Each has HELP, a docstring that describes it, add_arguments(parser) and run(args, report) -> exit status.
 COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect, "merge": merge, "bench": bench}
+
+
+def _wrapped(description: str) -> str:
+    """Each paragraph of a description, wrapped to the terminal's width. argparse would join them."""
+    wide = max(shutil.get_terminal_size().columns - 2, 11)
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), wide) for part in description.split("\n\n"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,12 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            formatter_class=Paragraphs,
-        )
+        options = {"help": module.HELP, "description": _wrapped(module.__doc__ or "")}
+        command = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
@@ -46,29 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A question mark in place of what the terminal does not know, such as ‖, and of lone surrogates in file names.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    running = PROGRAM
     try:
-        check_environment()
-    except ValueError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
-    try:
+        with failing(ValueError):
+            check_environment()
         args = _parser().parse_args(argv)
+        running, report = f"{PROGRAM} {args.command}", Report(args.json)
+        status: int = COMMANDS[args.command].run(args, report)
+        report.finish()
+        sys.stdout.flush()
+        return status
     except SystemExit as exit_:
         # --help, --version or a usage error, which argparse has told.
         return int(exit_.code or 0)
-    try:
-        status: int = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
-        return status
-    except CommandError as error:
-        print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
-        return error.status
+    except (CommandError, PermissionError) as error:
+        print(f"{running}: error: {error}", file=sys.stderr)
+        return getattr(error, "status", 2)
     except KeyboardInterrupt:
-        print(f"{PROGRAM} {args.command}: interrupted", file=sys.stderr)
+        print(f"{running}: interrupted", file=sys.stderr)
         return 130
-    except PermissionError as error:
-        print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # Whoever read this has enough, as "| head" has. Python would complain again as it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

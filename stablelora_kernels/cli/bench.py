@@ -1,4 +1,11 @@
-"""``bench``: time the fused layer and the optimizer step on this machine against their alternatives."""
+"""Times one layer, forward and backward: the frozen nn.Linear, LoRA written with PyTorch's operators, and this library's layer.
+Then times one optimizer step over float32 pairs of A [r, K] and B [N, r]: torch.optim.AdamW(fused=True), and StableLoRAAdamW
+while every pair shrinks and after every pair has latched.
+
+Arms alternate call by call in one process, in shuffled order. The figures are medians with quartiles; ratios are taken round
+by round. The last lines say where this library is slower.
+
+Exit status: 0 timed; 1 a run failed, for example out of memory; 2 a bad argument, or a backend that can't run here."""
 
 from __future__ import annotations
 
@@ -8,8 +15,7 @@ from typing import Any
 
 import torch
 
-from stablelora_kernels.cli.arguments import device_of, dropout, positive
-from stablelora_kernels.cli.output import CommandError, print_json, print_table, wrapped
+from stablelora_kernels.cli.common import CommandError, Report, device_of, dropout, failing, positive
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import BACKENDS, get_backend, use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -18,64 +24,67 @@ from stablelora_kernels.testing import DTYPES, forward_backward, layer_arms, mak
 from stablelora_kernels.utils.timing import interleave, machine, summarize
 
 HELP = "time the fused layer and the optimizer's step on this machine"
-DESCRIPTION = """\
-Times one layer, forward and backward: the frozen nn.Linear, LoRA written with PyTorch's operators, and this library's layer.
-Then times one optimizer step over float32 pairs of A [r, K] and B [N, r]: torch.optim.AdamW(fused=True), and StableLoRAAdamW
-while every pair shrinks and after every pair has latched.
-
-Arms alternate call by call in one process, in shuffled order. The figures are medians with quartiles; ratios are taken round
-by round. The last lines say where this library is slower.
-
-Exit status: 0 timed; 1 a run failed, for example out of memory; 2 a bad argument, or a backend that can't run here."""
-
 FROZEN, EAGER, FUSED_LAYER = "frozen nn.Linear", "eager LoRA", "this library"
 ADAMW, SHRINKING, LATCHED = "AdamW fused, no Algorithm 1", "StableLoRAAdamW, shrinking", "StableLoRAAdamW, latched"
+# Options that are whole numbers: the default and the help.
+SIZES = {
+    "M": (512, "rows of the layer's input"),
+    "N": (1024, "output features"),
+    "K": (1024, "input features"),
+    "r": (16, "rank"),
+    "pairs": (32, "pairs in the optimizer's step"),
+    "iters": (50, "timed rounds"),
+}
 WARMUP = 10
 LR, SHRINK_RATIO = 1e-6, 5e-4
 Summary = dict[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, default, text in (
-        ("--M", 512, "rows of the layer's input"),
-        ("--N", 1024, "output features"),
-        ("--K", 1024, "input features"),
-        ("--r", 16, "rank"),
-        ("--pairs", 32, "pairs in the optimizer's step"),
-        ("--iters", 50, "timed rounds"),
-    ):
-        parser.add_argument(name, type=positive, default=default, help=f"{text} (default: {default})")
+    for name, (default, text) in SIZES.items():
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the layer (default: fp32)")
     parser.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="of the LoRA branch (default: 0)")
-    current = get_backend()
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default=current,
-        metavar="NAME",
-        help=f"{', '.join(BACKENDS)} (default: {current})",
-    )
+    backends = f"{', '.join(BACKENDS)} (default: {get_backend()})"
+    parser.add_argument("--backend", choices=BACKENDS, default=get_backend(), metavar="NAME", help=backends)
     parser.add_argument("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
 
 
-def run(args: argparse.Namespace) -> int:
-    device = device_of(args.device)
+def run(args: argparse.Namespace, report: Report) -> int:
+    device = device_of(args)
     with use_backend(args.backend):
-        try:
+        with failing(RuntimeError):
             name = backend.resolve_backend(device)
-        except RuntimeError as error:
-            raise CommandError(str(error)) from None
         if name == "triton" and backend.INTERPRETING:
             raise CommandError("TRITON_INTERPRET is set, and times in Triton's interpreter tell nothing of the kernels")
-        try:
+        with failing(RuntimeError, status=1, before="the run failed: "):
             layer = summarize_arms(_layer_samples(args, device), FROZEN)
             step = summarize_arms(_step_samples(args, device), ADAMW)
-        except RuntimeError as error:
-            raise CommandError(f"the run failed: {error}", status=1) from None
-    settings = {key: getattr(args, key) for key in ("M", "N", "K", "r", "pairs", "iters", "dtype", "dropout")}
-    report = {"machine": machine(), "settings": settings | {"device": str(device), "backend": name}}
-    report |= {"layer": layer, "optimizer": step}
-    print_json(report) if args.json else _print(report)
+    m = machine()
+    s = {key: getattr(args, key) for key in (*SIZES, "dtype", "dropout")} | {"device": str(device), "backend": name}
+    report.data = {"machine": m, "settings": s, "layer": layer, "optimizer": step}
+
+    gpu = device.type == "cuda"
+    on = m["gpu"] if gpu else f"{m['cpu']}, {m['cores']} cores, {m['torch_threads']} threads"
+    report.text(f"{on}, torch {m['torch']}, load {m['load_average']}")
+    if not gpu and (m["load_average"] or 0) > m["cores"]:
+        report.text("The machine is BUSY with more than its cores can do: times are longer than on an idle machine.")
+    shape = f"{args.M} x {args.K} -> {args.N}, r {args.r}, {args.dtype}, dropout {args.dropout:g}, backend {name}"
+    pairs = f"{args.pairs} float32 pairs of A [{args.r}, {args.K}], B [{args.N}, {args.r}]"
+    keys = ("median", "q1", "q3")
+    for title, arms, over in (
+        (f"Layer, forward and backward, ms: {shape}", layer, "/ frozen"),
+        (f"Optimizer step, ms: {pairs}", step, "/ AdamW"),
+    ):
+        rows = [
+            [name, *(f"{arm['ms'][key]:.3f}" for key in keys), *(f"{arm['over_base'][key]:.2f}" for key in keys)]
+            for name, arm in arms.items()
+        ]
+        report.text("", title)
+        report.table(("", *keys, over, "q1", "q3"), rows)
+    report.text("", verdict("The layer", layer[FUSED_LAYER]["over_eager"], "eager LoRA"))
+    for arm in (SHRINKING, LATCHED):
+        report.text(verdict(f"The step with pairs {arm.rpartition(' ')[2]}", step[arm]["over_base"], "fused AdamW"))
     return 0
 
 
@@ -102,9 +111,7 @@ def _step_samples(args: argparse.Namespace, device: torch.device) -> dict[str, l
         name: StableLoRAAdamW(new_pairs(name == LATCHED), lr=lr, shrink_ratio=shrink_ratio)
         for name in (SHRINKING, LATCHED)
     }
-    arms: dict[str, Callable[[], Any]] = {ADAMW: plain.step} | {
-        name: optimizer.step for name, optimizer in ours.items()
-    }
+    arms: dict[str, Callable[[], Any]] = {ADAMW: plain.step} | {name: each.step for name, each in ours.items()}
     samples = interleave(arms, warmup=WARMUP, iters=args.iters)
     for name, optimizer in ours.items():
         if {pair.latched for pair in optimizer.stability()} != {name == LATCHED}:
@@ -114,50 +121,17 @@ def _step_samples(args: argparse.Namespace, device: torch.device) -> dict[str, l
 
 def summarize_arms(samples: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, Summary]]:
     """Each arm's milliseconds and its ratios to other arms, taken round by round."""
-    summaries = {}
-    for name, seconds in samples.items():
-        summaries[name] = {"ms": summarize([1e3 * s for s in seconds]), "over_base": _ratio(seconds, samples[base])}
+
+    def over(name: str, other: str) -> Summary:
+        return summarize([one / two for one, two in zip(samples[name], samples[other], strict=True)])
+
+    summaries = {
+        name: {"ms": summarize([1e3 * s for s in seconds]), "over_base": over(name, base)}
+        for name, seconds in samples.items()
+    }
     if EAGER in samples:
-        summaries[FUSED_LAYER]["over_eager"] = _ratio(samples[FUSED_LAYER], samples[EAGER])
+        summaries[FUSED_LAYER]["over_eager"] = over(FUSED_LAYER, EAGER)
     return summaries
-
-
-def _ratio(seconds: Sequence[float], others: Sequence[float]) -> Summary:
-    return summarize([one / other for one, other in zip(seconds, others, strict=True)])
-
-
-def _print(report: Mapping[str, Any]) -> None:
-    m, s = report["machine"], report["settings"]
-    gpu = s["device"].startswith("cuda")
-    on = m["gpu"] if gpu else f"{m['cpu']}, {m['cores']} cores, {m['torch_threads']} threads"
-    print(wrapped(f"{on}, torch {m['torch']}, load {m['load_average']}"))
-    if not gpu and (m["load_average"] or 0) > m["cores"]:
-        print(wrapped("The machine is BUSY with more than its cores can do: times are longer than on an idle machine."))
-    settings = (
-        f"{s['M']} x {s['K']} -> {s['N']}, r {s['r']}, {s['dtype']}, dropout {s['dropout']:g}, backend {s['backend']}"
-    )
-    print()
-    print(wrapped(f"Layer, forward and backward, ms: {settings}"))
-    _print_arms(report["layer"], "/ frozen")
-    print()
-    print(wrapped(f"Optimizer step, ms: {s['pairs']} float32 pairs of A [{s['r']}, {s['K']}], B [{s['N']}, {s['r']}]"))
-    _print_arms(report["optimizer"], "/ AdamW")
-    print()
-    layer, step = report["layer"], report["optimizer"]
-    print(wrapped(verdict("The layer", layer[FUSED_LAYER]["over_eager"], "eager LoRA")))
-    for name in (SHRINKING, LATCHED):
-        print(
-            wrapped(verdict(f"The step with pairs {name.rpartition(' ')[2]}", step[name]["over_base"], "fused AdamW"))
-        )
-
-
-def _print_arms(arms: Mapping[str, Mapping[str, Summary]], over: str) -> None:
-    rows = []
-    for name, arm in arms.items():
-        ms, ratio = arm["ms"], arm["over_base"]
-        figures = [f"{ms[key]:.3f}" for key in ("median", "q1", "q3")]
-        rows.append([name, *figures, *(f"{ratio[key]:.2f}" for key in ("median", "q1", "q3"))])
-    print_table(("", "median", "q1", "q3", over, "q1", "q3"), rows)
 
 
 def verdict(subject: str, ratio: Summary, other: str) -> str:

@@ -1,35 +1,4 @@
-"""``merge``: merge an adapter into its model and write a directory that transformers loads."""
-
-from __future__ import annotations
-
-import argparse
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-
-from stablelora_kernels.cli.arguments import adapter_directory, from_hub, load_files
-from stablelora_kernels.cli.output import CommandError, print_json, print_pairs, size, wrapped
-from stablelora_kernels.model.adapter_files import WEIGHTS_NAME, read_json
-from stablelora_kernels.model.merge import merge_lora, remove_lora
-from stablelora_kernels.model.merged_saving import untie_in_config
-from stablelora_kernels.model.modules import lora_layers
-from stablelora_kernels.model.reports import MergeReport, list_some
-from stablelora_kernels.model.save_load import load_adapter
-from stablelora_kernels.testing import DTYPES
-from stablelora_kernels.utils.extras import import_extra
-from stablelora_kernels.utils.files import locked
-from stablelora_kernels.utils.text import counted
-
-HELP = "fold an adapter into its model, with the rounding error stated"
-DESCRIPTION = """\
-Adds each pair's scaling · B A to its weight in float32, rounds once to the stored dtype, and writes a model directory
+"""Adds each pair's scaling · B A to its weight in float32, rounds once to the stored dtype, and writes a model directory
 (safetensors, config and tokenizer) that transformers loads without an adapter. Says how much of each layer's change was
 rounded away.
 
@@ -40,6 +9,32 @@ have to be quantized anew. No code of the model's own is run.
 Exit status: 0 written; 1 the merge was refused or failed, and nothing is written; 2 the merge could not start, for example
 because the adapter can't be read."""
 
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stablelora_kernels.cli.common import CommandError, Report, failing, find, load_files, size
+from stablelora_kernels.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_json
+from stablelora_kernels.model.merge import merge_lora, remove_lora, untie_in_config
+from stablelora_kernels.model.modules import lora_layers
+from stablelora_kernels.model.reports import MergeReport, list_some
+from stablelora_kernels.model.save_load import load_adapter
+from stablelora_kernels.testing import DTYPES
+from stablelora_kernels.utils.extras import import_extra, locked
+from stablelora_kernels.utils.validation import counted
+
+HELP = "fold an adapter into its model, with the rounding error stated"
 # Files that transformers may need besides the weights and the config, which save_pretrained writes.
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -48,8 +43,6 @@ TOKENIZER_FILES = (
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 # What the command wrote, and of what. --overwrite removes no file that is not named there.
 RECORD = "stablelora_merge.json"
-# Elements to check at a time.
-_ELEMENTS = 1 << 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,76 +53,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if this command wrote it")
 
 
-def run(args: argparse.Namespace) -> int:
-    out = args.out.resolve()
+def run(args: argparse.Namespace, report: Report) -> int:
+    out, given = args.out.resolve(), repr(str(args.out))
     if out.exists() and not out.is_dir():
-        raise CommandError(f"--out must be a directory, got the file {str(args.out)!r}")
+        raise CommandError(f"--out must be a directory, got the file {given}")
     if out.is_dir() and any(out.iterdir()) and not args.overwrite:
-        raise CommandError(f"--out must be empty or not there, got {str(args.out)!r} with files in it; or --overwrite")
-    adapter = adapter_directory(args.adapter)
+        raise CommandError(f"--out must be empty or not there, got {given} with files in it; or --overwrite")
+    adapter = find("ADAPTER", args.adapter, (CONFIG_NAME, WEIGHTS_NAME))
+    if adapter.is_file():
+        raise CommandError(f"ADAPTER must be a directory, got the file {args.adapter!r}")
     # Before the model, which takes longer, and with the status that a damaged file has everywhere.
     load_files(str(adapter), lambda tensor: None)
-    source = Path(args.into) if Path(args.into).exists() else from_hub("--into", args.into, MODEL_FILES)
+    source = find("--into", args.into, MODEL_FILES)
     for name, path in (("ADAPTER", adapter / WEIGHTS_NAME), ("--into", source / "config.json")):
         if path.resolve().is_relative_to(out):
-            raise CommandError(f"--out must not hold {name}, got {str(args.out)!r} with {str(path)!r} in it")
-
+            raise CommandError(f"--out must not hold {name}, got {given} with {str(path)!r} in it")
     if out.is_dir() and (foreign := _not_ours(out)):
-        raise CommandError(
-            f"--overwrite replaces only what this command wrote, got {str(args.out)!r} with {list_some(foreign)}"
-        )
+        raise CommandError(f"--overwrite replaces only what this command wrote, got {given} with {list_some(foreign)}")
 
     dtype = DTYPES[args.dtype] if args.dtype else None
     architecture = _architecture(source)
     model = _load(architecture, source, dtype)
     tied = _tied(model)
-    try:
-        loaded = load_adapter(model, adapter)
-        report = _merge(model, dtype)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise CommandError(str(error), status=1) from None
+    with failing(ValueError, TypeError, ImportError, OSError, status=1):
+        notes = load_adapter(model, adapter).notes
+        merged = _merge(model, dtype)
     untied = tied and not _tied(model)
     untie_in_config(model)
     if dtype is not None:
         # The merged layers already have it.
         model.to(dtype)
     _check_finite(model)
-    try:
-        with _appearing(out) as directory:
-            model.save_pretrained(directory)
-            copied = _copy_tokenizer(source, directory)
-            names = sorted(file.name for file in directory.iterdir())
-            record = {"adapter": args.adapter, "into": args.into, "files": [*names, RECORD]}
-            (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except Exception as error:  # Each writer raises its own class, for example when the disk is full.
-        raise CommandError(f"--out {str(args.out)!r} could not be written: {error}", status=1) from None
-    summary = {
+    # Each writer raises its own class, for example when the disk is full.
+    with failing(Exception, status=1, before=f"--out {given} could not be written: "), _appearing(out) as directory:
+        model.save_pretrained(directory)
+        copied = sorted({file.name for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+        for name in copied:
+            shutil.copyfile(source / name, directory / name)
+        names = sorted(file.name for file in directory.iterdir())
+        record = {"adapter": args.adapter, "into": args.into, "files": [*names, RECORD]}
+        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    report.data = {
         "out": str(args.out),
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "architecture": architecture.__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "merged": len(report.errors),
-        "worst": report.worst,
-        "errors": {
-            name: {"largest_error": e.largest_error, "largest_delta": e.largest_delta, "relative": e.relative}
-            for name, e in report.errors.items()
-        },
+        "merged": len(merged.errors),
+        "worst": merged.worst,
+        "errors": {name: asdict(error) | {"relative": error.relative} for name, error in merged.errors.items()},
         "untied": untied,
         "copied": copied,
-        "notes": list(loaded.notes),
+        "notes": list(notes),
     }
-    print_json(summary) if args.json else _print(summary, report)
+
+    layers = counted(len(merged.errors), "layer")
+    report.text(f"{layers} merged into {architecture.__name__}, {report.data['dtype']}: {args.out}")
+    pairs = {"size": size(report.data["bytes"])}
+    if merged.worst is not None:
+        shares = sorted(error.relative for error in merged.errors.values())
+        worst = merged.errors[merged.worst]
+        pairs["rounding"] = (
+            f"lost {100 * shares[len(shares) // 2]:.2g} % of a layer's largest change (median), "
+            f"{100 * worst.relative:.2g} % at most: {worst.largest_error:.3g} of {worst.largest_delta:.3g} in {merged.worst}"
+        )
+    pairs["copied"] = ", ".join(copied) or "no tokenizer files, since --into has none"
+    if untied:
+        pairs["untied"] = "input and output embeddings, which the adapter made different"
+    report.pairs(pairs)
+    report.text(*(f"  note: {note}" for note in notes))
     return 0
-
-
-def _import_transformers() -> Any:
-    try:
-        transformers = import_extra("transformers", "cli", "merge")
-    except ImportError as error:
-        raise CommandError(str(error)) from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
 
 
 def _architecture(source: Path) -> Any:
@@ -137,10 +129,8 @@ def _architecture(source: Path) -> Any:
     file = source / "config.json"
     if not file.is_file():
         raise CommandError(f"--into must be a model's directory with config.json, got {str(source)!r} without it")
-    try:
+    with failing(ValueError):
         config = read_json(file)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
     if (quantized := config.get("quantization_config")) is not None:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise CommandError(
@@ -148,7 +138,11 @@ def _architecture(source: Path) -> Any:
             "quantized anew, which loses more than most adapters add; merge into the model it was made from"
         )
     names = config.get("architectures") or [None]
-    found = getattr(_import_transformers(), str(names[0]), None)
+    with failing(ImportError):
+        transformers = import_extra("transformers", "cli", "merge")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = getattr(transformers, str(names[0]), None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         custom = ", and code of its own (auto_map) is not run" if config.get("auto_map") else ""
         raise CommandError(f"architectures in {file} must name a class of transformers, got {names[0]!r}{custom}")
@@ -157,13 +151,10 @@ def _architecture(source: Path) -> Any:
 
 def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
     """The model in its own dtype, or in float32 if ``dtype`` is given: then the sum is rounded only once."""
-    load_dtype = "auto" if dtype is None else torch.float32
-    try:
-        model, info = architecture.from_pretrained(
-            source, dtype=load_dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
-        )
-    except Exception as error:  # transformers raises dozens of classes for bad files.
-        raise CommandError(f"--into {str(source)!r} can't be loaded: {error}", status=1) from None
+    options = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
+    # transformers raises dozens of classes for bad files.
+    with failing(Exception, status=1, before=f"--into {str(source)!r} can't be loaded: "):
+        model, info = architecture.from_pretrained(source, dtype=torch.float32 if dtype else "auto", **options)
     # transformers initializes missing weights randomly.
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, info[problem])):
@@ -175,11 +166,11 @@ def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
 
 def _merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:
     """Merge and remove LoRA. The reported errors are those of the weights in the stored dtype."""
-    merged = merge_lora(model)
+    merge_lora(model)
     if dtype is not None:
         for layer in lora_layers(model).values():
             layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
-    return MergeReport(remove_lora(model).errors, merged.untied)
+    return remove_lora(model)
 
 
 def _tied(model: Any) -> bool:
@@ -190,20 +181,12 @@ def _tied(model: Any) -> bool:
 
 def _check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
-        for part in tensor.reshape(-1).split(_ELEMENTS) if tensor.is_floating_point() else ():
-            if not bool(torch.isfinite(part).all()):
-                raise CommandError(
-                    f"the merged model must be finite, got {name} in {str(tensor.dtype).removeprefix('torch.')} with values "
-                    "that are not",
-                    status=1,
-                )
-
-
-def _copy_tokenizer(source: Path, directory: Path) -> list[str]:
-    names = {file.name for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
-    for name in sorted(names):
-        shutil.copyfile(source / name, directory / name)
-    return sorted(names)
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+            raise CommandError(
+                f"the merged model must be finite, got {name} in {str(tensor.dtype).removeprefix('torch.')} with values "
+                "that are not",
+                status=1,
+            )
 
 
 def _not_ours(out: Path) -> list[str]:
@@ -222,47 +205,22 @@ def _appearing(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     # In the same file system, so that moving is a rename.
     lock, new, old = (out.with_name(f".{out.name}.{kind}") for kind in ("merge.lock", "merge.tmp", "merge.old"))
-    with locked(lock):
-        # A process that died has left them: a living one would hold the lock.
+
+    def clean_up() -> None:
+        # Stopped between the two renames.
         if old.exists() and not out.exists():
             os.replace(old, out)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir()
+
+    with locked(lock):
+        # After a process that died here: a living one would hold the lock.
+        clean_up()
         try:
+            new.mkdir()
             yield new
-            try:
-                if out.exists():
-                    os.replace(out, old)
-                os.replace(new, out)
-            except BaseException:
-                if old.exists():
-                    os.replace(old, out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            if out.exists():
+                os.replace(out, old)
+            os.replace(new, out)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def _print(summary: Mapping[str, Any], report: MergeReport) -> None:
-    print(
-        f"{counted(summary['merged'], 'layer')} merged into {summary['architecture']}, {summary['dtype']}: {summary['out']}"
-    )
-    pairs = {"size": size(summary["bytes"])}
-    if report.worst is not None:
-        shares = sorted(error.relative for error in report.errors.values())
-        worst = report.errors[report.worst]
-        pairs["rounding"] = (
-            f"lost {_percent(shares[len(shares) // 2])} of a layer's largest change (median), {_percent(worst.relative)} at "
-            f"most: {worst.largest_error:.3g} of {worst.largest_delta:.3g} in {report.worst}"
-        )
-    pairs["copied"] = ", ".join(summary["copied"]) or "no tokenizer files, since --into has none"
-    if summary["untied"]:
-        pairs["untied"] = "input and output embeddings, which the adapter made different"
-    print_pairs(pairs)
-    for note in summary["notes"]:
-        print(wrapped(f"  note: {note}"))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+            clean_up()

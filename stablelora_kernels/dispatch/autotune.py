@@ -24,7 +24,7 @@ from stablelora_kernels._version import __version__
 from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.dispatch.settings import get_autotune, get_kernel, tf32_allowed
+from stablelora_kernels.dispatch.settings import get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile
 
 logger = logging.getLogger("stablelora_kernels")
@@ -213,13 +213,13 @@ def _capturing(y: Tensor) -> bool:
 def choose(
     device: Device, call: Call, build: Callable[..., list[Any]], y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None
 ) -> Choice | None:
-    """The fastest choice for a call, or None if the table decides.
+    """The fastest choice for a call, with autotuning on, or None if the table decides.
 
     ``build(choice=...)`` returns launches that write all of ``y`` from ``x``, ``w`` and ``bias``.
     """
-    off = not get_autotune() or get_kernel() != "auto" or torch.are_deterministic_algorithms_enabled()
-    # Times of the interpreter say nothing about a GPU.
-    meaningless = measure is time_on_gpu and (backend.INTERPRETING or not y.is_cuda)
+    off = get_kernel() != "auto" or torch.are_deterministic_algorithms_enabled()
+    # Times of the interpreter say nothing about a GPU. On the meta device nothing can be measured.
+    meaningless = y.is_meta or (measure is time_on_gpu and (backend.INTERPRETING or not y.is_cuda))
     if off or meaningless or not y.numel():
         return None
     key = f"{call_key(call, x, w, bias)}, on {_made_for(device, y.device)}"

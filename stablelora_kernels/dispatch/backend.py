@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from contextlib import suppress
 from importlib import metadata
 
 import torch
@@ -19,13 +20,10 @@ def _triton_problem() -> str | None:
     """Why the kernels can't run on any device, or None. This looks for Triton without importing it."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        # Built from source, or repackaged under another name (pytorch-triton-rocm): trust it.
-        return None
-    if release(version) < MIN_TRITON:
-        return f"Triton {version} is installed, but the kernels need {'.'.join(map(str, MIN_TRITON))} or newer"
+    with suppress(metadata.PackageNotFoundError):
+        if release(version := metadata.version("triton")) < MIN_TRITON:
+            return f"Triton {version} is installed, but the kernels need {'.'.join(map(str, MIN_TRITON))} or newer"
+    # Not found: built from source, or repackaged under another name (pytorch-triton-rocm). Trust it.
     return None
 
 
@@ -33,12 +31,10 @@ def interpreter_problem() -> str | None:
     """Why Triton's interpreter can't run the kernels, or None. Triton must be installed."""
     if importlib.util.find_spec("numpy") is None:
         return "Triton's interpreter needs NumPy, which is not installed: pip install 'stablelora-kernels[cli]'"
-    try:
+    with suppress(metadata.PackageNotFoundError):
         triton, numpy = metadata.version("triton"), metadata.version("numpy")
-    except metadata.PackageNotFoundError:
-        return None
-    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
-        return f"the interpreter of Triton {triton} does not run with NumPy {numpy}: pip install 'numpy<2.4'"
+        if release(triton) < (3, 7) and release(numpy) >= (2, 4):
+            return f"the interpreter of Triton {triton} does not run with NumPy {numpy}: pip install 'numpy<2.4'"
     return None
 
 

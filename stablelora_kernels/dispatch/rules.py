@@ -92,12 +92,12 @@ FORM_RULES = (
 )  # fmt: skip
 
 
-def choose(device: Device, call: Call, forced: str | None = None) -> Choice:
-    """The kernel for ``call``: the table's, or ``forced``, or the one that :func:`use_kernel` forces.
+def choose(device: Device, call: Call) -> Choice:
+    """The kernel for ``call``: the table's, or the one that :func:`use_kernel` forces.
 
     A forced kernel that can't do this call raises ValueError.
     """
-    forced = forced or get_kernel()
+    forced = get_kernel()
     if forced == "auto":
         return Choice(*first(RULES, device, call))
     check_possible(call, forced)
@@ -120,16 +120,18 @@ def choose_form(device: Device, call: Call, described: bool) -> str:
     return first(FORM_RULES, device, call, described)[0]
 
 
-_BRANCH_CHAINED = Choice(
-    "chained",
-    f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product",
-)
-_BRANCH_SPLIT = Choice("split", "many rows or a high rank: the low-rank product has a launch of its own")
+# A branch without a product: one launch, or S (backward dS) has one of its own.
+BRANCH_RULES = (
+    Rule(lambda c: c.m <= CHAINED_M and c.r <= MAX_CHAINED_R,
+         "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
+         "product"),
+    Rule(lambda c: True, "split", "many rows or a high rank: the low-rank product has a launch of its own"),
+)  # fmt: skip
 
 
 def choose_branch(call: Call) -> Choice:
-    """Whether a branch without a product is one launch ("chained"), or S (backward dS) has one of its own ("split")."""
-    return _BRANCH_CHAINED if call.m <= CHAINED_M and call.r <= problem.MAX_CHAINED_R else _BRANCH_SPLIT
+    """``"chained"`` or ``"split"``."""
+    return Choice(*first(BRANCH_RULES, call))
 
 
 class Sharing(NamedTuple):
@@ -180,3 +182,30 @@ def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False
     if dtype != torch.float32 or transposed or not (device.tf32 and tf32_allowed()):
         return "ieee"
     return "tf32"
+
+
+# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation in a third one. The rows
+# take gate's and up's call, and whether tensor descriptors can hold all matrices.
+MLP_RULES = (
+    Rule(lambda d, c, described: c.dtype == torch.float32,
+         "separate", "float32: gate and up together do not fit in registers, or the vendor's library computes the product"),
+    Rule(lambda d, c, described: c.m <= problem.SMALL_M,
+         "separate", f"up to {problem.SMALL_M} rows: reading W takes the time, so programs split each tile's K"),
+    Rule(lambda d, c, described: is_idle(d, c),
+         "separate", "128 x 128 tiles would leave two fifths of the GPU idle; separate products split each tile's K"),
+    Rule(lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
+         "separate", "data-center Blackwell: the vendor's library computes gate and up, as it does a single projection"),
+    Rule(lambda d, c, described: described and d.tma,
+         "tma", "one kernel for gate and up: x is read once, and the activation needs no launch of its own"),
+    Rule(lambda d, c, described: True,
+         "pointers", "one kernel for gate and up, in narrower tiles: x is read once, and the activation needs no launch"),
+)  # fmt: skip
+
+
+def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
+    """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one of the first two."""
+    forced = get_kernel()
+    if forced not in ("auto", "split"):
+        return Choice("separate", f"kernel {forced!r} is forced and computes one projection")
+    rows = [rule for rule in MLP_RULES if forced == "auto" or rule.choice != "separate"]
+    return Choice(*first(rows, device, call, described))

@@ -84,7 +84,7 @@ SHRINK_TILES = (
     Rule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "64 rows fill one matrix instruction; x is read in long runs"),
 )
 
-# S of several projections (lora_shrink_group), likewise; r is the block of the largest rank.
+# S of several projections, likewise; r is the largest rank.
 SHRINK_GROUP_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 32 and c.dropout and d.nvidia and not d.tma, Tile(32, 64, 32, 8, 3),
@@ -103,7 +103,7 @@ WEIGHT_GRADS_TILES = (
     Rule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "64 columns fill one matrix instruction"),
 )
 
-# dA of several projections (lora_weight_grads_group), likewise.
+# dA of several projections, likewise.
 WEIGHT_GRADS_GROUP_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "rank above 32: no larger tile fits in registers"),
@@ -123,6 +123,10 @@ class Plan(NamedTuple):
     tiles: int
     # Programs that share a tile: the split-K factor.
     splits: int = 1
+
+    @property
+    def programs(self) -> int:
+        return self.tiles * self.splits
 
 
 # Most sums that programs may share in one launch: a sum has a counter. More tiles than this fill any GPU without sharing.
@@ -183,12 +187,13 @@ def _linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
     return tile.BLOCK_K * _bytes(call, tile.BLOCK_M + tile.BLOCK_N, 0 if load_s else block_r)
 
 
-def shrink_plan(device: Device, call: Call) -> Plan:
-    tile, reason = pick_tile(SHRINK_TILES, device, call)
+def shrink_plan(device: Device, call: Call, projections: int = 1) -> Plan:
+    """For S of several ``projections``, ``call`` has the largest rank."""
+    tile, reason = pick_tile(SHRINK_GROUP_TILES if projections > 1 else SHRINK_TILES, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
-    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K))
-    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M, block_r))
+    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), sums=projections)
+    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M, projections * block_r))
     return Plan(tile, reason, block_r, tiles, splits)
 
 
@@ -214,15 +219,6 @@ CHAIN_HEAD = 4
 MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 
 
-def shrink_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
-    block_r = rank_block(max(ranks), problem.MAX_FUSED_R)
-    tile, reason = pick_tile(SHRINK_GROUP_TILES, device, call._replace(r=block_r))
-    tiles = cdiv(call.m, tile.BLOCK_M)
-    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), sums=len(ranks))
-    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M, len(ranks) * block_r))
-    return Plan(tile, reason, block_r, tiles, splits)
-
-
 def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
     tile, reason = pick_tile(LINEAR_TILES, device, call, measured)
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
@@ -246,15 +242,8 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
     return Plan(fit(tile, device, _linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits)
 
 
-class TMAPlan(NamedTuple):
-    plan: Plan
-    # Parts of a tile's columns, which are finished one after another.
-    parts: int
-    # Programs that stay, each taking tile after tile.
-    programs: int
-
-
-def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> TMAPlan:
+def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> tuple[Plan, int]:
+    """For programs that take tile after tile, and the parts of a tile's columns that they finish one after another."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
         tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would not fit in registers"
@@ -271,7 +260,7 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     finish = _bytes(call, kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
-    return TMAPlan(Plan(tile, reason, block_r, tiles), parts, min(tiles, device.processors))
+    return Plan(tile, reason, block_r, tiles), parts
 
 
 def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
@@ -287,16 +276,19 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
 
 
-def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool) -> tuple[Plan, int]:
-    """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's."""
-    tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
+def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool, projections: int = 1) -> tuple[Plan, int]:
+    """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's.
+
+    For dA of several ``projections``, ``call`` has the largest rank.
+    """
+    tile, reason = pick_tile(WEIGHT_GRADS_GROUP_TILES if projections > 1 else WEIGHT_GRADS_TILES, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
     # The backward's n is K, and its k is N.
     of_a, of_b = (cdiv(size, tile.BLOCK_M) * cdiv(call.r, block_r) for size in (call.n, call.k))
     tiles_a, tiles = need_a * of_a, need_a * of_a + need_b * of_b
-    splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K))
+    splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K), sums=projections)
     # A gated MLP's G and U are two operands in place of one.
-    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + call.gated) * tile.BLOCK_M + block_r))
+    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r))
     return Plan(tile, reason, block_r, tiles, splits), tiles_a
 
 
@@ -320,10 +312,26 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
     return Plan(tile, reason, block_r, tiles, splits)
 
 
-def weight_grads_group_plan(device: Device, call: Call, ranks: list[int]) -> Plan:
-    block_r = rank_block(max(ranks), problem.MAX_FUSED_R)
-    tile, reason = pick_tile(WEIGHT_GRADS_GROUP_TILES, device, call._replace(r=block_r))
-    tiles = cdiv(call.n, tile.BLOCK_M)
-    splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K), sums=len(ranks))
-    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M + len(ranks) * block_r))
-    return Plan(tile, reason, block_r, tiles, splits)
+# Gate and up of an MLP (lora_gate_up): two accumulators of this size.
+GATE_UP_TMA_TILES = (Rule(lambda d, c: True, Tile(128, 128, 64, 8, 4), "gate and up share each read of x"),)
+GATE_UP_TILES = (
+    Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: no larger tile fits in registers"),
+    Rule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "no larger tile of gate and up fits in registers"),
+)
+
+
+def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> tuple[Plan, int]:
+    """For gate and up in one kernel, and the parts of a tile's columns that it finishes one after another.
+
+    ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile.
+    """
+    tile, reason = pick_tile(GATE_UP_TMA_TILES if tma else GATE_UP_TILES, device, call)
+    item = call.dtype.itemsize
+    # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's erf takes most of them.
+    erf = activation == "gelu"
+    block_r = rank_block(call.r, (16 if erf else 32) if tma else problem.MAX_FUSED_R)
+    parts = (8 if erf else 4) if tma else 1
+    # After the main loop, its memory serves the branches. A part of a result is stored from memory of its own.
+    stored = tile.BLOCK_M * tile.BLOCK_N // parts * item if tma else 0
+    tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item, stored)
+    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)), parts

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from stablelora_kernels.optim.stability import PairStability
-from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.utils.extras import import_extra
-from stablelora_kernels.utils.wrappers import clean, innermost
+from stablelora_kernels.utils.modules import clean, innermost
 
 # The optimizer's keywords for which TrainingArguments has values.
 _OF_ARGS = ("lr", "weight_decay", "betas", "eps")
@@ -116,37 +115,20 @@ class StabilityCallback:
         if not callable(getattr(trainer, "log", None)) or not hasattr(trainer, "optimizer"):
             raise TypeError(f"trainer must be a Trainer of transformers, got {type(trainer).__name__}")
         self.trainer = trainer
-        # What takes the place of the trainer's log, and what a user had put there.
-        self._log: Callable[..., None] | None = None
-        self._before: Callable[..., None] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the values into every training entry from here on. Callbacks that report run before a user's, so it is too late
-        for ``on_log``.
-        """
+        """Check the optimizer, and go before all callbacks that report, since a user's come after them."""
         _stable_optimizer(self.trainer.optimizer)
-        # A run that raised has not called on_train_end.
-        self.on_train_end(args, state, control)
-        self._before = vars(self.trainer).get("log")
-        log = self.trainer.log
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
 
-        def log_with_stability(logs: dict[str, float], *more: Any, **options: Any) -> None:
-            # A run that raised leaves this behind, also if the callback is taken away then.
-            handler = getattr(self.trainer, "callback_handler", None)
-            if "loss" in logs and (handler is None or self in handler.callbacks):
-                logs = {**logs, **_summary(_stable_optimizer(self.trainer.optimizer).stability())}
-            log(logs, *more, **options)
-
-        self.trainer.log = self._log = log_with_stability
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the trainer its own ``log`` back."""
-        if self._log is not None and vars(self.trainer).get("log") is self._log:
-            if self._before is None:
-                del self.trainer.log
-            else:
-                self.trainer.log = self._before
-        self._log = self._before = None
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Add the values to a training entry: to what the next callbacks report, and to its copy in the history."""
+        if "loss" in logs:
+            values = _summary(_stable_optimizer(self.trainer.optimizer).stability())
+            logs.update(values)
+            state.log_history[-1].update(values)
 
 
 @functools.cache

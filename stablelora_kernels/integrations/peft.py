@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from stablelora_kernels.config import unmatched_names
 from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model.reports import (
     LoRAReport,
@@ -20,8 +21,7 @@ from stablelora_kernels.model.reports import (
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.utils.extras import import_extra, release
-from stablelora_kernels.utils.text import unmatched_names
-from stablelora_kernels.utils.wrappers import check_module
+from stablelora_kernels.utils.modules import check_module
 
 
 def accelerate_peft(
@@ -101,9 +101,7 @@ def accelerate_peft(
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
-        from stablelora_kernels.integrations.peft_mlp import PEFT_LAYERS
-
-        mlps = fuse_mlps(model, PEFT_LAYERS)
+        mlps = fuse_mlps(model, layers.PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
 

@@ -15,12 +15,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_experts
-from stablelora_kernels.integrations.peft_layers import is_observed
+from stablelora_kernels.integrations.peft_operands import is_observed
 from stablelora_kernels.model.reports import ReplacedModule, SkippedModule
 from stablelora_kernels.nn.linear import weight_and_bias
-from stablelora_kernels.utils.autocast import autocast_dtype
-from stablelora_kernels.utils.dtensor import is_sharded
-from stablelora_kernels.utils.hooks import is_hooked
+from stablelora_kernels.utils.modules import is_hooked
+from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
 # The ways to compute experts, in transformers, that this forward stands for.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

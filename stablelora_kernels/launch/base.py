@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from stablelora_kernels.dispatch.tiles import Tile
+from stablelora_kernels.dispatch.tiles import Plan, Tile
 
 # Launches since the process started, by kernel; tests and benchmarks take differences.
 launch_counts: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def _named(names: Iterable[Any], values: Iterable[Any]) -> Iterator[tuple[str, A
             yield name, value
 
 
-def with_leaves(values: tuple[Any, ...], new: Iterator[Any]) -> tuple[Any, ...]:
+def with_leaves(values: tuple[Any, ...], new: Iterator[Any]) -> Any:
     """``values``, each leaf of which is the next of ``new``."""
     made = [with_leaves(value, new) if isinstance(value, tuple) else next(new) for value in values]
     return tuple(made) if type(values) is tuple else type(values)(*made)
@@ -124,6 +124,13 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def tile_options(tile: Tile) -> dict[str, Any]:
     """Triton's options for a launch with ``tile``."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def planned(
+    kernel: Any, variant: str, plan: Plan, programs: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> Launch:
+    """A launch of ``programs`` programs with the tile of ``plan``."""
+    return Launch(kernel, variant, plan.reason, (programs,), args, constants, tile_options(plan.tile))
 
 
 def flag_words(**flags: bool) -> str:

@@ -15,8 +15,7 @@ from stablelora_kernels.dispatch.rules import input_precision
 from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
-from stablelora_kernels.launch.counters import counters
-from stablelora_kernels.launch.workspace import scratch
+from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
 
@@ -134,7 +133,7 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
         jobs.SMember(a, q.s, q.seed if c.dropout and not c.masked else None, q.scaling, q.call.r)
         for a, q in zip(lora_As, members, strict=True)
     ]
-    shared = _shared(p.s, strides, plan, p.x, 0, len(members))
+    shared = _shared(p.s, strides, plan, 0, len(members))
     # For dS, A is B^T, whose rows are not contiguous.
     precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
     even = c.k % tile.BLOCK_K == 0
@@ -142,10 +141,10 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
     return jobs.SJob(tuple(each), shared), jobs.STile(*constants)
 
 
-def _shared(s: Tensor | None, strides: tuple[int, ...], plan: Plan, like: Tensor, lane: int, sums: int) -> jobs.Shared:
+def _shared(s: Tensor | None, strides: tuple[int, ...], plan: Plan, lane: int, sums: int) -> jobs.Shared:
     assert s is not None
     row, col = strides
-    return jobs.Shared(s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, like, lane, sums))
+    return jobs.Shared(s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, s, lane, sums))
 
 
 def z_rows(p: Product) -> jobs.Rows | None:
@@ -164,34 +163,18 @@ class Gradient(NamedTuple):
     tile: jobs.GradTile | None = None
 
 
-def da_job(device: Device, members: Sequence[Product], plan: Plan) -> Gradient:
-    """dA of ``members``, which share Z."""
-    p, c = members[0], members[0].call
-    each = [jobs.GradMember(q.s, q.da, q.seed if c.dropout else None, q.call.r) for q in members]
-    shared = _shared(p.s, (1, c.n), plan, p.x, 3, len(members))
-    return _gradient(device, p, plan, jobs.GradJob(tuple(each), shared), p.activation, 1.0)
-
-
-def db_job(device: Device, p: Product, plan: Plan) -> Gradient:
-    """dB."""
-    member, shared = jobs.GradMember(p.t, p.db, None, p.call.r), _shared(p.t, (p.call.r, 1), plan, p.x, 2, 1)
-    return _gradient(device, p, plan, jobs.GradJob((member,), shared), "", p.t_unit)
-
-
-def _gradient(device: Device, p: Product, plan: Plan, job: jobs.GradJob, activation: str, unit: float) -> Gradient:
-    tile = plan.tile
-    precision = input_precision(device, p.call.dtype, transposed=True)
-    constants = (
-        len(job.members),
-        tile.BLOCK_K,
-        tile.BLOCK_M,
-        plan.block_r,
-        tile.num_stages,
-        activation,
-        unit,
-        precision,
-    )
-    return Gradient(plan.tiles * plan.splits, plan.splits, job, jobs.GradTile(*constants))
+def grad_job(device: Device, members: Sequence[Product], plan: Plan, of_b: bool) -> Gradient:
+    """dA of ``members``, which share Z; or dB of the only one."""
+    p, c, tile = members[0], members[0].call, plan.tile
+    if of_b:
+        each = [jobs.GradMember(p.t, p.db, None, c.r)]
+        shared, activation, unit = _shared(p.t, (c.r, 1), plan, 2, 1), "", p.t_unit
+    else:
+        each = [jobs.GradMember(q.s, q.da, q.seed if c.dropout else None, q.call.r) for q in members]
+        shared, activation, unit = _shared(p.s, (1, c.n), plan, 3, len(members)), p.activation, 1.0
+    sizes = (len(each), tile.BLOCK_K, tile.BLOCK_M, plan.block_r, tile.num_stages)
+    constants = jobs.GradTile(*sizes, activation, unit, input_precision(device, c.dtype, transposed=True))
+    return Gradient(plan.programs, plan.splits, jobs.GradJob(tuple(each), shared), constants)
 
 
 def co_scheduled(device: Device, p: Product, of_b: bool, warps: int) -> Gradient:
@@ -199,7 +182,7 @@ def co_scheduled(device: Device, p: Product, of_b: bool, warps: int) -> Gradient
     if (p.db if of_b else p.da) is None:
         return Gradient()
     plan = tiles.co_scheduled_grad_plan(device, p.call, of_b, warps)
-    return db_job(device, p, plan) if of_b else da_job(device, [p], plan)
+    return grad_job(device, [p], plan, of_b)
 
 
 class Chain(NamedTuple):
@@ -221,7 +204,7 @@ def chain_ahead(device: Device, p: Product, product: Tile) -> Chain:
     job, constants = s_job(device, [p], plan, flag_m)
     db = co_scheduled(device, p, True, product.num_warps)
     chain = counters(tiles.CHAIN_HEAD + cdiv(c.m, flag_m), p.x.device, lane=4)
-    return Chain(chain, plan.tiles * plan.splits + db.programs, plan.splits, job, constants, db)
+    return Chain(chain, plan.programs + db.programs, plan.splits, job, constants, db)
 
 
 def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[jobs.Branch, jobs.BranchTile]:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from stablelora_kernels.kernels.stable_adamw import tables
-from stablelora_kernels.kernels.stable_adamw.norms import _square_sums_kernel
-from stablelora_kernels.kernels.stable_adamw.step import _stable_adamw_kernel
+from stablelora_kernels.kernels.stable_adamw.step import _square_sums_kernel, _stable_adamw_kernel
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.prepared import Repeated
 

@@ -1,8 +1,7 @@
 """LoRA for a whole model: put on, merge, remove, save, load."""
 
 from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.model.disable import disable_lora
-from stablelora_kernels.model.merge import merge_lora, remove_lora, unmerge_lora
+from stablelora_kernels.model.merge import disable_lora, merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.model.reports import (
     GatedMLP,
     LoRAReport,

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from stablelora_kernels.model.reports import list_some
-from stablelora_kernels.utils.extras import from_hub, import_extra, is_hub_id
-from stablelora_kernels.utils.files import locked
+from stablelora_kernels.utils.extras import from_hub, import_extra, is_hub_id, locked
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -113,9 +112,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_adapter(path: str | os.PathLike[str], convert: Callable[[Tensor], T]) -> Adapter:
     """Read both files in the directory ``path``, of one save. ``convert`` gets one tensor at a time.
 
-    Raises:
-        ValueError: a file is missing or damaged, or the two are of different saves.
-        OSError: a file cannot be read, for example for lack of permission.
+    It raises ValueError if a file is missing or damaged or the two are of different saves, OSError if one cannot be read.
     """
     missing: OSError | None = None
     for _ in range(_ATTEMPTS):
@@ -137,14 +134,21 @@ def read_adapter(path: str | os.PathLike[str], convert: Callable[[Tensor], T]) -
 
 
 def read_pair(config_file: Path, weights_file: Path, convert: Callable[[Tensor], T]) -> Adapter:
-    """Read these two files. The config may be missing."""
+    """Read these two files. The config may be missing. Raises ValueError if both have a stamp, and not the same."""
     config = read_json(config_file) if config_file.is_file() else None
-    tensors, stamp = read_tensors(weights_file, convert)
-    _check_stamps(config_file, config or {}, weights_file, stamp)
+    tensors, stamp = _read_tensors(weights_file, convert)
+    mapping = (config or {}).get("auto_mapping")
+    # A config that was edited keeps its stamp.
+    own = mapping.get(STAMP) if isinstance(mapping, dict) else None
+    if own is not None and stamp is not None and own != stamp:
+        raise ValueError(
+            f"{config_file} and {weights_file} must be of one save, got a config of {own!r} and weights of {stamp!r}; save the "
+            f"adapter again, or, if they do belong together, remove {STAMP!r} from auto_mapping in the config"
+        )
     return Adapter(config_file, weights_file, config, tensors)
 
 
-def read_tensors(file: Path, convert: Callable[[Tensor], T]) -> tuple[dict[str, T], str | None]:
+def _read_tensors(file: Path, convert: Callable[[Tensor], T]) -> tuple[dict[str, T], str | None]:
     """What ``convert`` makes of each tensor in a safetensors file, and the file's stamp."""
     safe_open = import_safetensors().safe_open
     # For the error: safetensors says "No such file" of whatever it cannot open.
@@ -169,70 +173,39 @@ def _identity(file: Path) -> tuple[int, ...] | None:
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def stamp_of(config: Mapping[str, Any]) -> str:
-    """The stamp of a save with this config: the same for the same adapter, another for another scaling."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _check_stamps(config_file: Path, config: Mapping[str, Any], weights_file: Path, stamp: str | None) -> None:
-    """Raise ValueError if both files have a stamp, and not the same. A config that was edited keeps its stamp."""
-    mapping = config.get("auto_mapping")
-    own = mapping.get(STAMP) if isinstance(mapping, dict) else None
-    if own is not None and stamp is not None and own != stamp:
-        raise ValueError(
-            f"{config_file} and {weights_file} must be of one save, got a config of {own!r} and weights of {stamp!r}; save the "
-            f"adapter again, or, if they do belong together, remove {STAMP!r} from auto_mapping in the config"
-        )
-
-
 def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files to ``directory``; see the module's docstring. One process writes at a time, the others wait."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Work goes on inside of a directory that exists, whose parent need not be writable, and beside one that does not.
-    outside = directory.with_name(f".{directory.name}")
-    while not _write(directory, outside, config, tensors):
-        pass  # Another process has just made it.
-    # A process may have died just after it made the directory.
-    if _temporary(outside).exists() or _lock_file(outside).exists():
-        with contextlib.suppress(OSError), locked(_lock_file(outside)):
-            shutil.rmtree(_temporary(outside), ignore_errors=True)
-
-
-def _lock_file(base: Path) -> Path:
-    return base.with_name(f"{base.name}.lock")
-
-
-def _temporary(base: Path) -> Path:
-    return base.with_name(f"{base.name}.tmp")
-
-
-def _write(directory: Path, outside: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Write both files, or return False if the directory appeared or vanished meanwhile."""
-    exists = directory.is_dir()
-    base = directory / PENDING if exists else outside
-    with locked(_lock_file(base)) as alone:
-        if directory.is_dir() != exists:
-            return False
-        temporary = _temporary(base if alone else base.with_name(f"{base.name}.{uuid.uuid4().hex}"))
-        # A dead process has left it: a living one would hold the lock.
-        shutil.rmtree(temporary, ignore_errors=True)
-        if exists:
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(directory / f"{PENDING}.lock") as alone:
             _finish(directory)
-        try:
-            # In the same file system as the directory, so that moving is a rename.
-            temporary.mkdir()
-            _write_files(temporary, config, tensors)
-            if exists:
-                _replace(directory, temporary)
-            else:
-                os.replace(temporary, directory)
-        finally:
+            temporary = directory / f"{PENDING}.{'tmp' if alone else uuid.uuid4().hex}"
+            # A dead process has left it: a living one would hold the lock.
             shutil.rmtree(temporary, ignore_errors=True)
-    return True
+            try:
+                temporary.mkdir()
+                _write_files(temporary, config, tensors)
+                old = directory / CONFIG_NAME
+                if old.is_file() and old.read_bytes() == (temporary / CONFIG_NAME).read_bytes():
+                    # One file is one unit.
+                    os.replace(temporary / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+                else:
+                    os.replace(temporary, directory / PENDING)
+                    old.unlink(missing_ok=True)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                _finish(directory)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
 
 
 def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    stamp = stamp_of(config)
+    # The same for the same adapter, another for another scaling.
+    stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     content = dict(config) | {"auto_mapping": dict(config.get("auto_mapping") or {}) | {STAMP: stamp}}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     weights, safetensors = directory / WEIGHTS_NAME, import_safetensors()
@@ -263,22 +236,6 @@ def _order_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
         if sorted(file.read(len(ordered))) == sorted(ordered):
             file.seek(8)
             file.write(ordered)
-
-
-def _replace(directory: Path, temporary: Path) -> None:
-    """Replace the files in ``directory`` by those in ``temporary``."""
-    config = directory / CONFIG_NAME
-    if config.is_file() and config.read_bytes() == (temporary / CONFIG_NAME).read_bytes():
-        # One file is one unit.
-        os.replace(temporary / WEIGHTS_NAME, directory / WEIGHTS_NAME)
-        return
-    os.replace(temporary, directory / PENDING)
-    try:
-        config.unlink(missing_ok=True)
-    except BaseException:
-        shutil.rmtree(directory / PENDING, ignore_errors=True)
-        raise
-    _finish(directory)
 
 
 def _finish(directory: Path) -> None:

@@ -1,35 +1,44 @@
-"""``apply_lora``: put LoRA on a whole model."""
+"""``apply_lora``: put LoRA on a whole model. A plan comes first: which layers are replaced, which are skipped, and why."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
-from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model.merged_saving import save_merged_layers_plain
+from stablelora_kernels.config import LoRAConfig, unmatched_names, unmatched_patterns
+from stablelora_kernels.model.merge import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
     lora_layers,
     replace_modules,
+    saved_modules,
     unchanged_on_error,
     untie,
 )
 from stablelora_kernels.model.peft_format import config_from_peft
-from stablelora_kernels.model.reports import LoRAReport, notes_on_mlps, report_on
-from stablelora_kernels.model.targets import LoRAPlan, plan_lora
-from stablelora_kernels.nn.branch import LoRABranchLinear
-from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
-from stablelora_kernels.nn.linear import LoRALinear, make_layer, projection_group_key
-from stablelora_kernels.nn.mlp_operands import OWN_LAYERS, compute_projection_group
+from stablelora_kernels.model.reports import (
+    LoRAReport,
+    SkippedModule,
+    count_parameters,
+    list_some,
+    notes_on_mlps,
+    rows_of,
+)
+from stablelora_kernels.nn.factory import is_conv1d, replacement_class
+from stablelora_kernels.nn.fused_mlp import OWN_LAYERS, GatedMLP, compute_projection_group, fuse_mlps
+from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer, projection_group_key
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
-from stablelora_kernels.utils.hooks import HOOKS
-from stablelora_kernels.utils.text import counted
+from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp
+from stablelora_kernels.utils.tensors import is_sharded
+from stablelora_kernels.utils.validation import counted
 
 
 def apply_lora(
@@ -48,22 +57,18 @@ def apply_lora(
     subclasses and layer types, layers that already have LoRA, layers that give their input no gradient, the output head under
     "all-linear", and so on.
 
-    With ``fuse_projections``, layers whose names say that they share an input (q, k and v of an attention; gate and up of an
-    MLP) are computed together. The first layer's call computes the whole projection group from one read of the input; results
-    are those of separate layers up to rounding. Each call checks that the layers really get the same tensor. If they do not,
-    they are computed one by one and a warning says so. The report's notes list the groups.
-
-    With ``fuse_mlp``, a gated MLP, ``down(act(gate(x)) * up(x))``, is computed in one op that keeps less for backward
-    (:func:`~stablelora_kernels.functional.lora_mlp`). Its class must be known by what its forward computes; the activation is
-    SiLU or GELU, and at least one of its projections has LoRA. The report's ``mlps`` lists each MLP, fused or with the reason
-    why not. A call that the op does not fit runs the module's own forward. Where both apply, ``fuse_mlp`` goes before
-    ``fuse_projections``.
-
     Args:
         model: any module.
         config: a :class:`LoRAConfig`, or a ``LoraConfig`` of the ``peft`` package that asks for plain LoRA.
-        fuse_projections: compute layers that share an input together.
-        fuse_mlp: compute each gated MLP in one op.
+        fuse_projections: compute layers together whose names say that they share an input (q, k and v of an attention; gate and
+            up of an MLP). The first layer's call computes the whole projection group from one read of the input; results are
+            those of separate layers up to rounding. Each call checks that the layers really get the same tensor. If they do
+            not, they are computed one by one and a warning says so. The report's notes list the groups.
+        fuse_mlp: compute each gated MLP, ``down(act(gate(x)) * up(x))``, in one op that keeps less for backward
+            (:func:`~stablelora_kernels.functional.lora_mlp`). Its class must be known by what its forward computes; the
+            activation is SiLU or GELU, and at least one of its projections has LoRA. The report's ``mlps`` lists each MLP,
+            fused or with the reason why not. A call that the op does not fit runs the module's own forward. Where both apply,
+            ``fuse_mlp`` goes before ``fuse_projections``.
 
     Returns:
         The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a warning.
@@ -79,7 +84,7 @@ def apply_lora(
         config = config_from_peft(config)
     plan = plan_lora(model, config)
     with unchanged_on_error(model):
-        report = apply_plan(model, config, plan, {}, fuse_projections, fuse_mlp)
+        report = apply_plan(model, plan, {}, fuse_projections, fuse_mlp)
     save_merged_layers_plain(model)
     if plan.unmatched:
         matched = counted(len(report.replaced), "module")
@@ -88,50 +93,35 @@ def apply_lora(
 
 
 def apply_plan(
-    model: nn.Module,
-    config: LoRAConfig,
-    plan: LoRAPlan,
-    lora_dtypes: Mapping[str, torch.dtype],
-    fuse_projections: bool,
-    fuse_mlp: bool,
+    model: nn.Module, plan: LoRAPlan, lora_dtypes: Mapping[str, torch.dtype], fuse_projections: bool, fuse_mlp: bool
 ) -> LoRAReport:
     """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer name, float32 unless given.
 
     Whoever calls it puts the model back if it raises.
     """
-    layers = {
-        name: make_layer(
-            target.layer_class,
-            target.layer,
-            r=config.rank_of(name),
-            lora_alpha=config.alpha_of(name),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            lora_dtype=lora_dtypes.get(name, torch.float32),
-        )
-        for name, target in plan.targets.items()
-    }
-    notes = list(plan.notes)
-    for name, target in plan.targets.items():
-        if hooks := sum(len(getattr(target.layer, attribute)) for attribute in HOOKS):
+    config, layers, notes = plan.config, {}, list(plan.notes)
+    settings = config.lora_dropout, config.use_rslora, config.init_lora_weights
+    for name, (base, layer_class) in plan.targets.items():
+        dtype = lora_dtypes.get(name, torch.float32)
+        layers[name] = make_layer(layer_class, base, config.rank_of(name), config.alpha_of(name), *settings, dtype)
+        if hooks := sum(len(getattr(base, attribute)) for attribute in HOOKS):
             notes.append(f"{counted(hooks, 'hook')} of {name!r} moved to the new layer")
-    counts = replace_modules(model, {target.layer: layers[name] for name, target in plan.targets.items()})
-    for name, target in plan.targets.items():
-        if counts[target.layer] > 1:
-            notes.append(f"{name!r} is registered in {counts[target.layer]} places and stays one layer")
+    counts = replace_modules(model, {base: layers[name] for name, (base, _) in plan.targets.items()})
+    for name, (base, _) in plan.targets.items():
+        if counts[base] > 1:
+            notes.append(f"{name!r} is registered in {counts[base]} places and stays one layer")
     notes += _notes_on_kinds(layers.values())
 
-    lora = {id(parameter) for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)}
+    adapted = lora_layers(model).values()
+    lora = {parameter for layer in adapted for parameter in (layer.lora_A, layer.lora_B)}
+    biases = {layer.bias for layer in adapted} if config.bias == "lora_only" else set()
     for name, parameter in model.named_parameters():
-        if id(parameter) not in lora:
+        if parameter not in lora:
+            is_bias = config.bias == "all" and name.rpartition(".")[2] == "bias"
             # An assignment, not requires_grad_(), which a lazy module's parameters do not have.
-            parameter.requires_grad = config.bias == "all" and (name == "bias" or name.endswith(".bias"))
-    for layer in lora_layers(model).values():
-        if config.bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
-    for name, module in plan.modules_to_save.items():
-        for key in untie(model, name, module):
+            parameter.requires_grad = is_bias or parameter in biases
+    for module in plan.modules_to_save.values():
+        for key in untie(model, module):
             notes.append(f"{key!r} was tied to a module outside modules_to_save and is a copy now")
         module.requires_grad_(True)
     if fuse_projections:
@@ -142,7 +132,7 @@ def apply_plan(
         mlps = fuse_mlps(model, OWN_LAYERS)
         notes += notes_on_mlps(mlps)
     setattr(model, CONFIG_ATTRIBUTE, config)
-    return report_on(model, layers, plan.skipped, tuple(notes), mlps)
+    return LoRAReport(rows_of(layers), plan.skipped, *count_parameters(model), tuple(notes), mlps)
 
 
 def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
@@ -160,3 +150,159 @@ def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
         for text, kinds in zip(texts, (quantized, branches), strict=True)
         if kinds
     ]
+
+
+class LoRAPlan(NamedTuple):
+    """The changes that :func:`~stablelora_kernels.apply_lora` will make, by dotted name."""
+
+    config: LoRAConfig
+    # A layer to replace, and the class that replaces it.
+    targets: dict[str, tuple[Any, type[LoRALinear]]]
+    skipped: tuple[SkippedModule, ...]
+    modules_to_save: dict[str, nn.Module]
+    notes: tuple[str, ...]
+    # A message on names of target_modules that match no module, or an empty one.
+    unmatched: str = ""
+
+
+def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
+    """The first half of :func:`~stablelora_kernels.apply_lora`: match and check everything, change nothing."""
+    check_module(model)
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}; PEFT's LoraConfig will do, too")
+    check_not_in_ddp(model)
+    targets: dict[str, tuple[Any, type[LoRALinear]]] = {}
+    skipped: list[SkippedModule] = []
+    names: dict[nn.Module, str] = {}
+    heads = _output_heads(model) if config.all_linear else {}
+    named = list(model.named_modules(remove_duplicate=False))
+    for name, module in named:
+        first = names.setdefault(module, name)
+        if not name or not config.targets(name) or (config.all_linear and not _looks_linear(module)):
+            continue
+        if first != name:
+            if not config.targets(first):
+                skipped.append(SkippedModule(name, f"it is the same module as {first!r}, which is not matched"))
+            continue
+        reason = config.reason_to_exclude(name) or heads.get(module) or _reason_by_position(model, name, module)
+        if reason is not None:
+            skipped.append(SkippedModule(name, reason))
+            continue
+        try:
+            targets[name] = module, replacement_class(module)
+        except (TypeError, ValueError) as error:
+            skipped.append(SkippedModule(name, str(error)))
+    if config.all_linear:
+        skipped += _stacked_matrices(model, config)
+    if not targets:
+        raise ValueError(_nothing_matched(named, config, skipped))
+
+    saved = saved_modules(model, config)
+    if config.modules_to_save and not saved:
+        raise ValueError(
+            f"modules_to_save must name modules of the model, got {config.modules_to_save}, which match nothing"
+        )
+    for name, module in saved.items():
+        for key, parameter in module.named_parameters(prefix=name):
+            if is_lazy(parameter):
+                raise ValueError(f"modules_to_save names {name!r}, but {key!r} has no shape before its first forward")
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"modules_to_save names {name!r}, but {key!r} holds {parameter.dtype}, which cannot be trained"
+                )
+
+    missed = [end for end in config.modules_to_save or () if not any(name.endswith(end) for name in saved)]
+    unmatched = unmatched_names(config.target_modules, (name for name, _ in named))
+    notes = [unmatched] if unmatched else []
+    notes += [f"modules_to_save {end!r} matches nothing" for end in missed]
+    for field in ("rank_pattern", "alpha_pattern"):
+        notes += [f"{field} {key!r} matches nothing" for key in unmatched_patterns(getattr(config, field), targets)]
+    if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
+        notes.append(f"exclude_modules {config.exclude_modules!r} matches nothing that target_modules does")
+    transposed = [name for name, (layer, _) in targets.items() if is_conv1d(layer)]
+    if config.fan_in_fan_out and len(transposed) < len(targets):
+        others = [name for name in targets if name not in transposed]
+        notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
+    if not config.fan_in_fan_out and transposed:
+        notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
+    return LoRAPlan(config, targets, tuple(skipped), saved, tuple(notes), unmatched)
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" must either replace a module or report why not."""
+    kind = type(module).__name__
+    return isinstance(module, (nn.Linear, LoRALinear)) or (
+        hasattr(module, "weight") and ("Linear" in kind or kind == "Conv1D")
+    )
+
+
+def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers that "all-linear" leaves out, with their reasons."""
+    heads: dict[nn.Module, str] = {}
+    embeddings = {m.weight: name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight in embeddings:
+            heads[module] = f'its weight is tied to {embeddings[module.weight]!r}, so "all-linear" leaves it out'
+        # transformers' models have this method. The model may contain one.
+        if callable(find := getattr(module, "get_output_embeddings", None)):
+            try:
+                head = find()
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(head, nn.Module):
+                heads[head] = 'it is the output head, which "all-linear" leaves out'
+    return heads
+
+
+def _stacked_matrices(model: nn.Module, config: LoRAConfig) -> list[SkippedModule]:
+    """The modules whose own parameters stack matrices, as transformers 5 stores experts. They hold no layer to replace."""
+    stacks: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
+        own = {} if isinstance(module, _ConvNd) else module._parameters
+        known = {key: p for key, p in own.items() if p is not None and not is_lazy(p)}
+        if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
+            stacks[name] = sizes
+    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
+    reason = (
+        f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
+        "and get no adapter; PEFT's target_parameters can adapt them"
+    )
+    return [
+        SkippedModule(name, config.reason_to_exclude(name) or f"it stacks matrices in {', '.join(sizes)}, {reason}")
+        for name, sizes in stacks.items()
+    ]
+
+
+def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:
+    """Why a matched module cannot be replaced in this model, or None. The factory knows the reasons in the module itself."""
+    if isinstance(module, LoRALinear):
+        return "it is a LoRALinear already"
+    path = name.split(".")
+    parents = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    if isinstance(parents[-1], LoRALinear):
+        return "it is the base layer of a LoRALinear"
+    if any("base_layer" in parent._modules for parent in [*parents, module]):
+        return "it is part of a PEFT layer; accelerate_peft runs those"
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return None
+    if isinstance(parents[-1], nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
+    if is_sharded(module.weight) and any(map(_is_fully_sharded, parents)):
+        return "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
+    return None
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) has sharded ``module``."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _nothing_matched(named: list[tuple[str, nn.Module]], config: LoRAConfig, skipped: list[SkippedModule]) -> str:
+    text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none"
+    if skipped:
+        text += f"; skipped {list_some([f'{module.name} ({module.reason})' for module in skipped])}"
+    elif isinstance(config.target_modules, str):
+        text += "; a string is a regular expression for the whole dotted name, a list holds ends of names"
+    candidates = [repr(name) for name, module in named if name and (type(module) is nn.Linear or is_conv1d(module))]
+    return text + f". Its linear layers: {list_some(candidates) or 'none'}"

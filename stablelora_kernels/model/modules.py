@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-from stablelora_kernels.nn.fused_mlp import is_fused, unfuse_mlps
+from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.nn.projection_group import remove_projection_groups
-from stablelora_kernels.utils.hooks import HOOKS
+from stablelora_kernels.utils.modules import HOOKS, clean
 
 # The attribute of a model that holds the config of its LoRA layers. save_adapter writes it.
 CONFIG_ATTRIBUTE = "_stablelora_config"
-_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_HOOK_ATTRIBUTES = (
+    *HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)  # fmt: skip
 
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put modules, their classes, hooks, parameters and flags back if the body raises. Values are not kept."""
-    names = (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook")
-    modules = [
-        (module, dict(module._modules), dict(module._parameters), {name: getattr(module, name) for name in names})
-        for module in model.modules()
-    ]
+    """Put modules' classes, attributes and hooks and parameters' flags back if the body raises. Values are not kept."""
+    modules = []
+    for module in model.modules():
+        own = [vars(module), *(value for value in vars(module).values() if type(value) in (dict, OrderedDict))]
+        modules.append((module, type(module), [(each, dict(each)) for each in own]))
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    config = model.__dict__.get(CONFIG_ATTRIBUTE)
-    known = set(model.modules())
-    unfused = [module for module in known if not is_fused(module)]
     try:
         yield
     except BaseException:
-        unfuse_mlps(unfused)
-        remove_projection_groups(set(model.modules()) - known)
-        for module, children, parameters, hooks in modules:
+        for module, kind, contents in modules:
+            module.__class__ = kind
             # In place, which keeps their order and who else refers to them.
-            module._modules.clear()
-            module._modules.update(children)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module.__dict__.update(hooks)
+            for each, content in contents:
+                each.clear()
+                each.update(content)
         for parameter, flag in flags.items():
             parameter.requires_grad = flag
-        model.__dict__.pop(CONFIG_ATTRIBUTE, None)
-        if config is not None:
-            model.__dict__[CONFIG_ATTRIBUTE] = config
         raise
 
 
@@ -55,47 +48,70 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def require_lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """As :func:`lora_layers`; raises ValueError if there are none."""
-    if layers := lora_layers(model):
-        return layers
-    raise ValueError(
-        f"model must have LoRALinear layers (apply_lora makes them), got a {type(model).__name__} without any"
-    )
+def require_lora_layers(model: nn.Module, not_alone: str = "") -> dict[str, LoRALinear]:
+    """As :func:`lora_layers`; raises ValueError if there are none, or if ``model`` is itself one and ``not_alone`` is given."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model must have LoRALinear layers (apply_lora makes them), got a {type(model).__name__} without any"
+        )
+    if "" in layers and not_alone:
+        raise ValueError(f"model must be a module that contains LoRALinear layers, got a LoRALinear, which {not_alone}")
+    return layers
 
 
-def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Counter[nn.Module]:
-    """Replace each key of ``new`` by its value wherever it is registered, and move its hooks. Count its registrations."""
-    registrations = [
-        (parent, key, old) for parent in model.modules() for key, old in parent._modules.items() if old and old in new
+def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules that ``modules_to_save`` names, by their names without wrappers."""
+    # A wrapper and its module have the same name; the module comes last and stays.
+    named = ((clean(path), module) for path, module in model.named_modules())
+    return {name: module for name, module in named if name and config.saves(name)}
+
+
+def registrations(model: nn.Module, modules: Collection[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """Each parent in ``model`` of one of ``modules``, the name that it has there, and the module."""
+    return [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and child in modules
     ]
+
+
+def replace_modules(model: nn.Module, new: Mapping[Any, nn.Module]) -> Counter[nn.Module]:
+    """Replace each key of ``new`` by its value wherever it is registered, and move its hooks. Count its registrations."""
+    places = registrations(model, new)
     for old, module in new.items():
-        # Move the dicts themselves: handles that remove hooks refer to them. The old module gets empty ones, because the new
+        # Swap the dicts themselves: handles that remove hooks refer to them. The old module gets empty ones, because the new
         # module may call it.
-        for attribute in (*HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
-            hooks = getattr(old, attribute)
-            setattr(module, attribute, hooks)
-            setattr(old, attribute, None if attribute == "_is_full_backward_hook" else type(hooks)())
-    for parent, key, old in registrations:
+        for key in _HOOK_ATTRIBUTES:
+            vars(old)[key], vars(module)[key] = vars(module)[key], vars(old)[key]
+    for parent, key, old in places:
         parent.register_module(key, new[old])
-    return Counter(old for _, _, old in registrations)
+    return Counter(old for _, _, old in places)
 
 
-def untie(model: nn.Module, name: str, module: nn.Module) -> list[str]:
+def parameter_owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """For each parameter the modules that hold it, and its dotted names. A merged layer holds its frozen weight."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        frozen = {"weight": module.frozen_weight} if isinstance(module, LoRALinear) else {}
+        for key, parameter in (module._parameters | frozen).items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, f"{prefix}.{key}".lstrip(".")))
+    return owners
+
+
+def untie(model: nn.Module, module: nn.Module) -> list[str]:
     """Give ``module`` its own copies of parameters that it shares with modules outside it. Return their names.
 
     Training a tied weight would also train the frozen module. PEFT, too, trains, saves and loads a copy.
     """
-    inside = set(module.modules())
-    outside = {
-        id(p) for other in model.modules() if other not in inside for p in other._parameters.values() if p is not None
-    }
-    copies: dict[int, nn.Parameter] = {}
-    untied = []
-    for prefix, owner in module.named_modules(prefix=name):
-        for key, parameter in owner._parameters.items():
-            if parameter is not None and id(parameter) in outside:
-                copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
-                setattr(owner, key, copies[id(parameter)])
-                untied.append(f"{prefix}.{key}")
+    inside, untied = set(module.modules()), []
+    for parameter, owners in parameter_owners(model).items():
+        if len({owner in inside for owner, _ in owners}) > 1:
+            copy = nn.Parameter(parameter.detach().clone())
+            for owner, name in owners:
+                if owner in inside:
+                    setattr(owner, name.rpartition(".")[2], copy)
+                    untied.append(name)
     return untied

@@ -1,24 +1,25 @@
-"""PEFT's adapter format: which config and which tensors a file may hold."""
+"""PEFT's adapter format: the config of a file as ours, and ours, or that of a model's layers, as PEFT's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import asdict, fields, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.functional import FLOAT_DTYPES
-from stablelora_kernels.model.reports import SkippedModule, list_some
-from stablelora_kernels.utils.text import counted
+from stablelora_kernels.config import LoRAConfig, lookup_pattern
+from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
+from stablelora_kernels.model.reports import list_some
+from stablelora_kernels.nn.linear import LoRAConv1D, LoRALinear
+from stablelora_kernels.utils.modules import clean
 
 PREFIX = "base_model.model."
 # PEFT's default for lora_alpha, which a file may omit. It differs from ours.
 PEFT_ALPHA = 8
 
+_FIELDS = {field.name for field in fields(LoRAConfig)}
 # Fields of PEFT's config about an adapter's origin, initialization or training. They don't change what the adapter computes.
 # Fields that are neither here nor in LoRAConfig must be empty.
 _HARMLESS = {
@@ -31,15 +32,13 @@ _INITS_OF_AB_ONLY = ("eva", "orthogonal")
 
 def beyond_plain_lora(content: Mapping[str, Any]) -> list[str]:
     """The fields of a PEFT config, such as "use_dora=True", that plain LoRA does not have."""
-    known = {field.name for field in fields(LoRAConfig)} | _HARMLESS
-    return [f"{key}={value!r}" for key, value in content.items() if key not in known and value]
+    return [f"{key}={value!r}" for key, value in content.items() if key not in _FIELDS | _HARMLESS and value]
 
 
 def read_config(content: Mapping[str, Any], source: object, tensors: Iterable[str] = ()) -> LoRAConfig:
     """The config in the fields of one of PEFT's. ``source``, a file for example, is named in errors.
 
-    Raises:
-        ValueError, TypeError: the fields describe something else than plain LoRA, or one is out of range.
+    It raises ValueError or TypeError if they describe something else than plain LoRA, or if one is out of range.
     """
     content = dict(content)
     if content.get("peft_type") != "LORA":
@@ -54,9 +53,8 @@ def read_config(content: Mapping[str, Any], source: object, tensors: Iterable[st
         content["init_lora_weights"] = True
     if unknown := beyond_plain_lora(content):
         raise ValueError(f"{source} must use plain LoRA, got {', '.join(unknown)}, which is not supported")
-    known = {field.name for field in fields(LoRAConfig)}
     try:
-        return LoRAConfig(**{key: value for key, value in content.items() if key in known})
+        return LoRAConfig(**{key: value for key, value in content.items() if key in _FIELDS})
     except (TypeError, ValueError) as error:
         raise type(error)(f"{source}: {error}") from None
 
@@ -72,42 +70,63 @@ def config_from_peft(config: Any) -> LoRAConfig:
     return read_config(content, f"the {type(config).__name__}")
 
 
-def check_tensors(
-    tensors: Mapping[str, Tensor],
-    targets: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]],
-    skipped: Iterable[SkippedModule],
-    file: Path,
-) -> None:
-    """Raise ValueError unless a file's tensors are those of ``targets``: of each its shape, and its dtype where one is given.
+def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
+    """The config with which PEFT makes exactly these layers from the base model.
 
-    Another dtype of the same kind will do: values are cast.
+    It starts from the config that apply_lora got, if any. Layers may have been skipped, added or changed since.
     """
-    if missing := [key for key in targets if key not in tensors]:
-        raise ValueError(f"{file} must hold {list_some(missing)}, got {counted(len(tensors), 'tensor')} without them")
-    if unexpected := [key for key in tensors if key not in targets]:
-        reasons = [
-            f"; {module.name}: {module.reason}" for module in skipped if unexpected[0].startswith(f"{module.name}.")
-        ]
+    first = next(iter(layers.values()))
+    if mixed := [name for name, layer in layers.items() if layer.use_rslora != first.use_rslora]:
         raise ValueError(
-            f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that{''.join(reasons)}"
+            f"use_rslora must be one value for all layers, got both; {list_some(mixed)} differ from the first"
         )
-    for key, (shape, dtype) in targets.items():
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(f"{key} in {file} must be {list(shape)}, got {list(tensors[key].shape)}")
-        if dtype is not None and _kind(dtype) != _kind(tensors[key].dtype):
-            raise ValueError(f"{key} in {file} must be {dtype} or alike, got {tensors[key].dtype}")
-        if (".lora_A." in key or ".lora_B." in key) and tensors[key].dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"{key} in {file} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {tensors[key].dtype}"
-            )
+    config: LoRAConfig = model.__dict__.get(CONFIG_ATTRIBUTE) or LoRAConfig(
+        r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, target_modules=list(layers)
+    )
+    fan_in_fan_out = any(isinstance(layer, LoRAConv1D) for layer in layers.values())
+    config = replace(config, use_rslora=first.use_rslora, fan_in_fan_out=fan_in_fan_out)
+    for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        values = {name: getattr(layer, field) for name, layer in layers.items()}
+        patterns, default = getattr(config, pattern), getattr(config, field)
+        if any(lookup_pattern(patterns, (name,), default) != value for name, value in values.items()):
+            own = {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+            config = replace(config, **{pattern: own})  # type: ignore[arg-type]
+
+    # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.
+    every_name = (clean(path) for path, _ in model.named_modules())
+    names = [name for name in every_name if name and name.removesuffix(".base_layer") not in layers]
+    names += layers
+    choices: list[list[str] | str] = [] if config.all_linear else [config.target_modules or []]
+    choices += [sorted({name.rpartition(".")[2] for name in layers}), list(layers)]
+    for choice in choices:
+        candidate = replace(config, target_modules=choice)
+        if {name for name in names if candidate.targets(name) and not candidate.reason_to_exclude(name)} == set(layers):
+            return candidate
+    return replace(config, target_modules="|".join(map(re.escape, layers)), exclude_modules=None)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_complex or dtype.is_floating_point:
-        return "complex" if dtype.is_complex else "floating point"
-    return "bool" if dtype == torch.bool else "integer"
+def content_of(config: LoRAConfig, model: nn.Module) -> dict[str, Any]:
+    """The fields of PEFT's config: those of ``config``, and which model the adapter is for."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    # fully_shard makes a class of its own.
+    own = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins"))
+    kind = next(own, type(model))
+    return asdict(config) | {
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": name if isinstance(name, str) and name else None,
+        "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": _task_of(model) if config.task_type is None else config.task_type,
+    }
 
 
-def check_not_meta(tensors: Mapping[str, Tensor]) -> None:
-    if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise ValueError(f"model must hold values, got {list_some(empty)} on the meta device")
+def _task_of(model: nn.Module) -> str | None:
+    """PEFT's name for the task of a transformers model that generates text, without which its auto classes find no class."""
+    kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "transformers"]
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        return "CAUSAL_LM"
+    if any(kind.endswith("ForConditionalGeneration") for kind in kinds):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from stablelora_kernels.nn.fused_mlp import GatedMLP
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.wrappers import check_module
+from stablelora_kernels.utils.modules import check_module
+from stablelora_kernels.utils.validation import counted
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,7 @@ class LoRAReport(_Report):
             named = "" if adapter is None else f", adapter {adapter!r}"
             stacked = "" if experts == 1 else f"{experts} experts of "
             lines.append(f"  {count} x {name}: {stacked}{k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
-        reasons: dict[str, list[str]] = {}
-        for module in self.skipped:
-            reasons.setdefault(module.reason, []).append(module.name)
-        lines += [f"  skipped {list_some(names)}: {reason}" for reason, names in reasons.items()]
+        lines += [f"  skipped {text}" for text in _by_reason(self.skipped)]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -148,36 +145,29 @@ class MergeReport(_Report):
         return "\n".join(lines)
 
 
-def report_on(
-    model: nn.Module,
-    layers: Mapping[str, LoRALinear],
-    skipped: tuple[SkippedModule, ...] = (),
-    notes: tuple[str, ...] = (),
-    mlps: tuple[GatedMLP, ...] = (),
-) -> LoRAReport:
-    """The report on a model whose ``layers`` now have LoRA."""
-    replaced = tuple(
+def rows_of(layers: Mapping[str, LoRALinear]) -> tuple[ReplacedModule, ...]:
+    """The report's rows on ``layers``."""
+    return tuple(
         ReplacedModule(name, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling)
         for name, layer in layers.items()
     )
-    return LoRAReport(replaced, skipped, *count_parameters(model), notes, mlps)
 
 
-def notes_on_mlps(mlps: Iterable[GatedMLP]) -> list[str]:
+def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     """A note on all MLPs that are computed in one op, and one on those of each reason that are not."""
-    fused = Counter[str | None]()
-    reasons: dict[str, list[str]] = {}
-    for mlp in mlps:
-        if mlp.reason is None:
-            fused[mlp.activation] += 1
-        else:
-            reasons.setdefault(mlp.reason, []).append(mlp.name)
-    if not fused and not reasons:
-        return ["fuse_mlp found no gated MLP with LoRA"]
-    notes = []
-    if fused:
-        notes.append("computed in one op each: " + "; ".join(f"{n} x gated MLP ({kind})" for kind, n in fused.items()))
-    return notes + [f"not in one op: {list_some(names)}: {reason}" for reason, names in reasons.items()]
+    fused = Counter(mlp.activation for mlp in mlps if mlp.reason is None)
+    kinds = "; ".join(f"{n} x gated MLP ({kind})" for kind, n in fused.items())
+    notes = [f"computed in one op each: {kinds}"] if fused else []
+    notes += [f"not in one op: {text}" for text in _by_reason(mlp for mlp in mlps if mlp.reason is not None)]
+    return notes or ["fuse_mlp found no gated MLP with LoRA"]
+
+
+def _by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
+    """The names of each reason, and the reason."""
+    names: dict[str | None, list[str]] = {}
+    for each in found:
+        names.setdefault(each.reason, []).append(each.name)
+    return [f"{list_some(some)}: {reason}" for reason, some in names.items()]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -190,7 +180,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         TypeError: ``model`` is no module.
     """
     check_module(model)
-    # Lazy parameters have no shape yet.
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     trainable = sum(_elements(parameter) for parameter in parameters if parameter.requires_grad)
     return trainable, sum(map(_elements, parameters))

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from stablelora_kernels.nn.branch import LoRABranchLinear
-from stablelora_kernels.nn.conv1d import LoRAConv1D
 from stablelora_kernels.nn.factory import is_conv1d, register
-from stablelora_kernels.nn.linear import LoRALinear, is_plain
+from stablelora_kernels.nn.linear import LoRABranchLinear, LoRAConv1D, LoRALinear, is_plain
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear, is_kernel_format
-from stablelora_kernels.utils.dtensor import is_sharded
+from stablelora_kernels.utils.tensors import is_sharded
 
 __all__ = [
     "LoRABranchLinear",

@@ -9,7 +9,7 @@ with their own projections.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from stablelora_kernels.functional import LoRAWeights, lora_mlp
+from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_mlp
 from stablelora_kernels.nn.factory import is_conv1d
-from stablelora_kernels.nn.mlp_form import Form, form_of, is_unchanged
+from stablelora_kernels.nn.linear import LoRAConv1D, LoRALinear, trained_and_bias, weight_and_bias
+from stablelora_kernels.nn.mlp_form import Form, form_of, reason_to_skip
+from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.quantized import is_quantized
-from stablelora_kernels.utils.hooks import HOOKS, is_hooked
+from stablelora_kernels.quantized import read as read_stored
+from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
-# The keys of a module's __dict__ that hold its MLPState, and a forward that was bound to the instance. state_dict has neither.
-ATTRIBUTE, _OWN_FORWARD = "_stablelora_mlp", "_stablelora_mlp_forward"
+# The key of a module's __dict__ that holds its State. state_dict does not have it.
+ATTRIBUTE = "_stablelora_mlp"
 # Projections' names in models, which tell that a module is meant to be a gated MLP. The others are ignored without a word.
 _NAMES = (
     {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"},
@@ -74,27 +77,25 @@ class LayerKind(NamedTuple):
         return isinstance(module, (nn.Linear, self.adapted)) or is_conv1d(module)
 
 
-@dataclass(frozen=True)
-class MLPState:
-    """How a fused MLP computes."""
-
-    form: Form
-    read: Read
+# How a fused MLP computes: its form, how to read its layers, and the function of a forward that was bound to the instance.
+# A GraphedStep sees no change in a module that is fused again, for its state is equal.
+State = tuple[Form, Read, Callable[..., Any] | None]
 
 
 class FusedMLP:
     """A mixin in front of an MLP's class. Calls that the op does not fit run that class's forward."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__
-        state = own.get(ATTRIBUTE)
-        if state is not None and len(args) + len(kwargs) == 1:
-            x = args[0] if args else kwargs.get(state.form.argument)
-            if (y := _output(self, state, x)) is not None:
-                return y
-        # Unbound, since a replica of the module has the attribute of its original.
-        if (forward := own.get(_OWN_FORWARD)) is not None:
-            return forward(self, *args, **kwargs)
+        state: State | None = self.__dict__.get(ATTRIBUTE)
+        if state is not None:
+            form, read, own_forward = state
+            if len(args) + len(kwargs) == 1:
+                x = args[0] if args else kwargs.get(form.argument)
+                if (y := _output(self, form, read, x)) is not None:
+                    return y
+            # Unbound, since a replica of the module has the attribute of its original.
+            if own_forward is not None:
+                return own_forward(self, *args, **kwargs)
         if not isinstance(self, FusedMLP):
             # Who wrapped this method (as accelerate's hooks do) calls it after the module got its class back.
             return type(self).forward(self, *args, **kwargs)
@@ -107,45 +108,44 @@ class FusedMLP:
         if hasattr(old, "get_base_layer") and not any(hasattr(x, "get_base_layer") for x in self._modules.values()):
             unfuse_mlps([self])
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Pickles name the original class, since this one has no name in a module.
         made: Any = super().__reduce_ex__(max(protocol, 2))
         if is_fused(self) and made[0] is getattr(copyreg, "__newobj__", None):
-            return (_new_instance, (_original_of(self),), *made[2:])
+            return (_new_instance, (type(self)._stablelora_original,), *made[2:])
         return made
 
 
-def _output(module: Any, state: MLPState, x: Any) -> Tensor | None:
+def _output(module: Any, form: Form, read: Read, x: Any) -> Tensor | None:
     """The output from one op, or None if the module's own forward must compute it or raise."""
     # Global hooks and tracing must see every module's call. Tensor subclasses may override matmul.
     if type(x) is not Tensor or _has_any_global_hook() or torch.jit.is_tracing():
         return None
-    form = state.form
-    if not is_unchanged(module, form) or isinstance(operands := _operands(module, form, state.read, x), str):
+    if reason_to_skip(module, form) or isinstance(operands := _operands(module, form, read, x), str):
         return None
-    gate, up, down = operands
-    if form.gate.half is not None:
-        if (halves := _halves(gate, form.gate.half)) is None:
+    gate, up, down = (operands[child.name].weights for child in form[:3])
+    if form.gate.half is not None and form.up.half is not None:
+        if gate.weight.shape[0] % 2:  # type: ignore[union-attr]
             return None
-        gate, up = halves
-    (n, k), up_shape, (_, inner) = (each.weights.weight.shape for each in (gate, up, down))  # type: ignore[union-attr]
+        halves = _halves(gate)
+        gate, up = halves[form.gate.half], halves[form.up.half]
+    (n, k), up_shape, (_, inner) = (p.weight.shape for p in (gate, up, down))  # type: ignore[union-attr]
     if x.shape[-1:] != (k,) or up_shape != (n, k) or inner != n:
         return None
-    dropout_p = next((each.dropout_p for each in (gate, up, down) if each.dropout_p is not None), None)
+    dropout_p = next((each.dropout_p for each in operands.values() if each.dropout_p is not None), None)
     # lora_mlp draws one mask for the halves of one layer, which have one A. Layers that share their A draw two.
-    shares_A = form.gate.half is None and gate.weights.lora_A is up.weights.lora_A is not None
+    shares_A = form.gate.half is None and gate.lora_A is up.lora_A is not None
     if dropout_p is None or (shares_A and dropout_p > 0):
         return None
     # dropout_p is that of now: 0 in evaluation.
-    return lora_mlp(x, gate.weights, up.weights, down.weights, form.activation, dropout_p, True)
+    return lora_mlp(x, gate, up, down, form.activation, dropout_p, True)
 
 
-def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> list[Operand] | str:
-    """Gate's, up's and down's, for ``read``'s ``x``; or why the module's own forward must compute it. Halves are still one."""
-    operands: list[Operand] = []
+def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> dict[str, Operand] | str:
+    """What ``read`` finds in each layer for ``x``, by name; or why the module's own forward must compute it."""
+    operands: dict[str, Operand] = {}
     for name, half in form[:3]:
-        if half is not None and operands:
-            operands *= 2
+        if name in operands:
             continue
         operand = read(module._modules[name], x)
         if isinstance(operand, str):
@@ -156,34 +156,28 @@ def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> li
                 return f"{name!r} has a {part} that trains; the op would keep activations for its gradient"
         if half is not None and (is_quantized(weight) or not isinstance(weight, Tensor)):
             return f"{name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
-        operands.append(operand)
+        operands[name] = operand
+    each = operands.values()
     for what, values in (
-        ("lora_dropout", [each.dropout_p for each in operands]),
-        ("the adapter's dtype", [None if each.weights.lora_A is None else each.weights.lora_A.dtype for each in operands]),
+        ("lora_dropout", [o.dropout_p for o in each]),
+        ("the adapter's dtype", [None if o.weights.lora_A is None else o.weights.lora_A.dtype for o in each]),
         # In a call, the layers have compared their dtypes with that of x.
-        ("the weight's dtype", [each.dtype for each in operands] if x is None else []),
+        ("the weight's dtype", [o.dtype for o in each] if x is None else []),
     ):  # fmt: skip
-        given = [(value, name) for value, (name, _) in zip(values, form[:3], strict=False) if value is not None]
+        given = [(value, name) for value, name in zip(values, operands, strict=False) if value is not None]
         for value, name in given[1:]:
             if value != given[0][0]:
                 return f"{what} is {given[0][0]} in {given[0][1]!r} and {value} in {name!r}"
     return operands
 
 
-def _halves(operand: Operand, first: int) -> tuple[Operand, Operand] | None:
-    """Gate and up of a stacked projection, of which gate is the half ``first``."""
-    weight, bias, lora_A, lora_B, scaling = operand.weights
-    assert isinstance(weight, Tensor)
-    if weight.shape[0] % 2:
-        return None
+def _halves(stacked: LoRAWeights) -> list[LoRAWeights]:
+    """Both halves of a stacked projection."""
+    weight, bias, lora_A, lora_B, scaling = stacked
+    cut: tuple[Any, ...] = (weight, bias, lora_B)
     # Not by slices, whose gradients would be padded with zeros and added.
-    biases: Any = (None, None) if bias is None else bias.chunk(2)
-    lora_Bs: Any = (None, None) if lora_B is None else lora_B.chunk(2)
-    halves = [
-        operand._replace(weights=LoRAWeights(half, biases[i], lora_A, lora_Bs[i], scaling))
-        for i, half in enumerate(weight.chunk(2))
-    ]
-    return halves[first], halves[1 - first]
+    parts = [(None, None) if t is None else t.chunk(2) for t in cut]
+    return [LoRAWeights(w, b, lora_A, half_B, scaling) for w, b, half_B in zip(*parts, strict=True)]
 
 
 def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
@@ -197,40 +191,34 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
             continue
         unfuse_mlps([module])
         form = form_of(module, kind.is_projection)
-        if isinstance(form, str):
-            if is_named:
-                found.append(GatedMLP(name, None, form))
-            continue
-        reason = _fuse(module, form, kind)
-        found.append(GatedMLP(name, form.activation, reason or _reason_against(module, form, kind)))
+        if not isinstance(form, str):
+            reason = _fuse(module, form, kind.read) or reason_to_skip(module, form)
+            operands = _operands(module, form, kind.read, None)
+            found.append(GatedMLP(name, form.activation, reason or (operands if isinstance(operands, str) else None)))
+        elif is_named:
+            found.append(GatedMLP(name, None, form))
     return tuple(found)
 
 
-def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
+def _fuse(module: nn.Module, form: Form, read: Read) -> str | None:
     """Change the class of ``module``, or return why it cannot be changed."""
-    own = module.__dict__.pop("forward", None)
     try:
         module.__class__ = _fused_class(type(module))
     except Exception as error:
-        if own is not None:
-            module.__dict__["forward"] = own
         return f"its class {type(module).__name__} can't have a subclass ({error})"
-    if own is not None:
-        module.__dict__[_OWN_FORWARD] = own.__func__
-    # One object for equal states, so that a GraphedStep sees no change in a module that is fused again.
-    module.__dict__[ATTRIBUTE] = _states.setdefault((form, kind.read), MLPState(form, kind.read))
+    own = module.__dict__.pop("forward", None)
+    module.__dict__[ATTRIBUTE] = (form, read, None if own is None else own.__func__)
     return None
 
 
 def unfuse_mlps(modules: Iterable[nn.Module]) -> None:
     """Give fused MLPs their class and their forward back."""
     for module in modules:
-        own = module.__dict__
-        own.pop(ATTRIBUTE, None)
+        *_, forward = module.__dict__.pop(ATTRIBUTE, (None,))
         if is_fused(module):
-            module.__class__ = _original_of(module)
-        if (forward := own.pop(_OWN_FORWARD, None)) is not None:
-            own["forward"] = forward.__get__(module)
+            module.__class__ = type(module)._stablelora_original  # type: ignore[attr-defined]
+        if forward is not None:
+            module.__dict__["forward"] = forward.__get__(module)
 
 
 def is_fused(module: Any) -> bool:
@@ -238,13 +226,8 @@ def is_fused(module: Any) -> bool:
     return "_stablelora_original" in vars(type(module))
 
 
-def _original_of(module: Any) -> type[nn.Module]:
-    return type(module)._stablelora_original
-
-
-# Neither keeps a class alive that nothing else refers to.
+# It keeps no class alive that nothing else refers to.
 _classes: WeakValueDictionary[type, Any] = WeakValueDictionary()
-_states: WeakValueDictionary[tuple[Form, Read], MLPState] = WeakValueDictionary()
 
 
 def _fused_class(original: type) -> Any:
@@ -263,14 +246,60 @@ def _new_instance(original: type) -> Any:
     return fused.__new__(fused)
 
 
-def _reason_against(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
-    """Why the module's own forward computes it at present, or None."""
-    for name, child in module._modules.items():
-        if child is None or (name,) not in dict(form.reads):
+def read_operand(layer: Any, x: Tensor | None) -> Operand | str:
+    """:data:`Read` of this library's layers, and of frozen ones beside them."""
+    kind = type(layer)
+    lora_A = lora_B = dropout_p = None
+    scaling, is_stored = 1.0, kind is LoRAQuantizedLinear
+    weight: Any
+    if kind is nn.Linear:
+        weight, bias = weight_and_bias(layer)
+    elif is_stored or kind is LoRALinear or kind is LoRAConv1D:
+        if layer.merged:
+            return "is merged"
+        if layer._disabled:
+            return "is disabled"
+        bias, lora_A, lora_B = trained_and_bias(layer)
+        scaling, dropout_p = layer.scaling, layer.lora_dropout if layer.training or x is None else 0.0
+        weight = layer.weight if is_stored else layer._matrix()
+    elif not isinstance(layer, LoRALinear):
+        return f"is a {kind.__name__} without an adapter whose weight is not plain"
+    elif layer.calls_base:
+        base = layer.to_linear()
+        text = type(base).__name__ if type(base) is not nn.Linear else f"Linear with a {type(layer.weight).__name__}"
+        return f"calls its base layer, a {text}, for its product"
+    else:
+        return f"is a {kind.__name__}, which computes more than one product"
+    if is_stored:
+        # A 4-bit layer would cast x to the dtype that it was told, and its result back.
+        weight, dtype = read_stored(weight), getattr(layer.__dict__["_base"], "compute_dtype", None)
+    else:
+        dtype = weight.dtype
+    for t in (weight.stored.data if is_stored else weight, bias, lora_A, lora_B):
+        # FSDP's parameters are DTensors until FSDP gathers them.
+        if t is None or (x is None and is_sharded(t)):
             continue
-        if any(child.__dict__[attribute] for attribute in HOOKS):
-            return f"{name!r} has hooks, which would not run"
-        if is_hooked(child):
-            return f"{name!r} has a forward that was replaced (as accelerate's hooks do)"
-    operands = _operands(module, form, kind.read, None)
-    return operands if isinstance(operands, str) else None
+        if type(t) is not nn.Parameter and type(t) is not Tensor:
+            return f"is a {kind.__name__} with a {type(t).__name__}"
+        if x is not None and t.device != x.device:
+            return f"is on {t.device}"
+    if x is not None:
+        if dtype not in (None, x.dtype) and autocast_dtype(x.device.type) is None:
+            return f"computes in {dtype}"
+        bias = bias.to(x.dtype) if is_stored and bias is not None else bias
+    return Operand(LoRAWeights(weight, bias, lora_A, lora_B, scaling), dropout_p, dtype)
+
+
+OWN_LAYERS = LayerKind(LoRALinear, read_operand)
+
+
+def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
+    """The outputs of layers that share the input ``x``, from one op; None if each layer must compute or raise by itself."""
+    operands: list[Any] = [read_operand(layer, x) for layer in layers]
+    if any(isinstance(each, str) or each.weights.weight.shape[1:] != x.shape[-1:] for each in operands):
+        return None
+    projections, dropouts, _ = zip(*operands, strict=True)
+    if len({*dropouts}) > 1:
+        return None
+    weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
+    return lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, dropouts[0])

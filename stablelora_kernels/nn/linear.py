@@ -1,15 +1,15 @@
-"""``LoRALinear``: ``nn.Linear`` with a LoRA branch, computed by the fused op."""
+"""``LoRALinear``: ``nn.Linear`` with a LoRA branch, computed by the fused op; the same over ``Conv1D``, and over any layer."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.config import check_init
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_linear
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear
 from stablelora_kernels.nn.factory import class_for
 from stablelora_kernels.nn.merging import Mergeable
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
@@ -98,9 +98,9 @@ class LoRALinear(Mergeable):
 
         - :class:`~stablelora_kernels.nn.quantized.LoRAQuantizedLinear` for bitsandbytes' 4-bit layers and torchao's float8
           weights with one scale a row;
-        - :class:`~stablelora_kernels.nn.conv1d.LoRAConv1D` for transformers' ``Conv1D``;
+        - :class:`LoRAConv1D` for transformers' ``Conv1D``;
         - :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` for a DTensor weight;
-        - :class:`~stablelora_kernels.nn.branch.LoRABranchLinear`, which calls the layer for its product, for bitsandbytes'
+        - :class:`LoRABranchLinear`, which calls the layer for its product, for bitsandbytes'
           ``Linear8bitLt`` and weights of any other tensor type;
         - :class:`LoRALinear` for a plain ``nn.Linear``.
 
@@ -228,6 +228,86 @@ class LoRALinear(Mergeable):
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout:g}"
         return text + (", merged" if self.merged else "")
+
+
+class LoRAConv1D(LoRALinear):
+    """A :class:`~stablelora_kernels.LoRALinear` over transformers' ``Conv1D``, whose ``weight`` is [in_features, out_features].
+
+    The kernels read the weight through its strides. Merging adds ``(scaling · B A)^T``.
+    """
+
+    keeps_base = True
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        # Conv1D's own operator, whose rounding differs from that of nn.functional.linear.
+        y = torch.addmm(cast(Tensor, self.bias), x.reshape(-1, self.in_features), self.frozen_weight)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _matrix(self) -> Tensor:
+        return self.weight.t()
+
+    def _stored_delta(self) -> Tensor:
+        return self.delta_weight().t()
+
+
+class LoRABranchLinear(LoRALinear):
+    """LoRA on a frozen layer that computes its own product: ``y = base_layer(x) + scaling · D(x) A^T B^T``.
+
+    ``LoRALinear.from_linear`` makes it over bitsandbytes' ``Linear8bitLt`` and over an ``nn.Linear`` whose weight is a tensor
+    subclass, such as torchao's. ``base_layer`` is the original layer, a submodule as in PEFT; ``weight`` and ``bias`` are its
+    own. :func:`~stablelora_kernels.functional.lora_branch` adds the branch in one launch (two above 4,096 rows or rank 128).
+
+    It can't be merged. ``remove_lora(model, merge=False)`` returns the original layer.
+    """
+
+    base_layer: nn.Linear
+    calls_base = True
+
+    def _attach(self, base: Any) -> None:
+        self.base_layer = base
+
+    @staticmethod
+    def _compute_dtype(base: Any) -> torch.dtype:
+        return base.weight.dtype if base.weight.dtype in FLOAT_DTYPES else torch.float32
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        return cast(nn.Parameter, self.base_layer.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.base_layer.bias
+
+    def to_linear(self) -> nn.Module:
+        """The original layer."""
+        return self.base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., in_features] to [..., out_features], in the dtype that the base layer returns.
+
+        Raises:
+            RuntimeError: ``x`` requires a gradient, but the base layer's result does not.
+        """
+        if self._disabled:
+            return self.base_layer(x)
+        base_out = self.base_layer(x)
+        if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
+            raise RuntimeError(
+                f"base_layer must give its input a gradient, got a result without one from a {type(self.base_layer).__name__} "
+                f"with a {type(self.weight).__name__}; the layers before it would train on the branch's gradient alone"
+            )
+        return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training)
+
+    def merge(self) -> NoReturn:
+        """Not possible.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"the weight is a {type(self.weight).__name__} that only its {type(self.base_layer).__name__} can read, so nothing "
+            "can be added to it; keep the branch, or remove_lora(model, merge=False)"
+        )
 
 
 def make_layer(layer_class: type[LoRALinear], base: nn.Module, *args: Any, **kwargs: Any) -> LoRALinear:

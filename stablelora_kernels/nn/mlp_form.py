@@ -2,7 +2,7 @@
 
 A ``TorchFunctionMode`` sees every operation on tensors and refuses those that a gated MLP does not have. Nothing is computed,
 since values can mislead: a clamp at 7 changes no small number. The forward runs on a stand-in for the module, which notes each
-attribute that the forward reads. :func:`is_unchanged` compares these attributes in each later call.
+attribute that the forward reads. :func:`reason_to_skip` compares these attributes in each later call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from torch.overrides import TorchFunctionMode
 
-from stablelora_kernels.utils.hooks import is_hooked
+from stablelora_kernels.utils.modules import HOOKS, is_hooked
 
 # Values of these types never change in place, except functions that are closures.
 _CONSTANTS = {type(None), bool, int, float, str, type, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}
@@ -57,13 +57,17 @@ class Form(NamedTuple):
     reads: tuple[tuple[tuple[str, ...], Any], ...] = ()
 
 
-def is_unchanged(module: nn.Module, form: Form) -> bool:
-    """Whether each attribute that the forward reads is as it was, and no child has hooks, which the op would skip."""
+def reason_to_skip(module: nn.Module, form: Form) -> str | None:
+    """Why the op does not stand for the forward: an attribute that it reads is another, or a child has hooks. None if it does."""
     for path, known in form.reads:
         value = reduce(_attribute, path, module)
-        if _key(value) != known or (isinstance(value, nn.Module) and is_hooked(value)):
-            return False
-    return True
+        if _key(value) != known:
+            return _OTHER
+        if isinstance(value, nn.Module) and is_hooked(value):
+            if any(value.__dict__[attribute] for attribute in HOOKS):
+                return f"{path[0]!r} has hooks, which would not run"
+            return f"{path[0]!r} has a forward that was replaced (as accelerate's hooks do)"
+    return None
 
 
 def _attribute(value: Any, name: str) -> Any:
@@ -109,7 +113,10 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
         if isinstance(form, str):
             return form
         forms.add(form)
-    return _OTHER if len(forms) > 1 else forms.pop()._replace(argument=argument, reads=tuple(reads.items()))
+    # Children in the module's order: reasons name the first one.
+    order: dict[tuple[str, ...], int] = {(name,): i for i, name in enumerate(module._modules)}
+    ordered = tuple(sorted(reads.items(), key=lambda read: order.get(read[0], -1)))
+    return _OTHER if len(forms) > 1 else forms.pop()._replace(argument=argument, reads=ordered)
 
 
 def _mode() -> tuple[bool, ...]:

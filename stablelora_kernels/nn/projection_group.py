@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.tensors import autocast_dtype
 
 # Names of projections that a module calls with one tensor, in the order of the calls.
 PROJECTION_NAMES = (

@@ -10,7 +10,7 @@ from torch import Tensor
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.quantized import NF4Weight, is_quantized, read
-from stablelora_kernels.utils.autocast import autocast_dtype
+from stablelora_kernels.utils.tensors import autocast_dtype
 
 
 class LoRAQuantizedLinear(LoRALinear):

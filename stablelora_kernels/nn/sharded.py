@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
-from stablelora_kernels.utils.dtensor import from_local
+from stablelora_kernels.utils.tensors import from_local
 
 
 def shard_pair(weight: DTensor, lora_A: Tensor, lora_B: Tensor, **source: Any) -> tuple[DTensor, DTensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.library import first_derivative
+from stablelora_kernels.ops.lora_linear import first_derivative
 
 # Rows of dY ∘ Z at a time, which bounds the float32 copies.
 _ROWS = 256

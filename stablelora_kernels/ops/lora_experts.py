@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.library import define_op, first_derivative
+from stablelora_kernels.ops.lora_linear import first_derivative
+from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.ops.torch_path import draw_dropout, expanded, masked, torch_bwd, torch_fwd
 from stablelora_kernels.projection import Projection
 

@@ -18,18 +18,17 @@ the PyTorch path dequantizes it again in backward.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from stablelora_kernels.dispatch import autotune
-from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.library import apply, first_derivative
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
@@ -38,9 +37,10 @@ from stablelora_kernels.ops.torch_path import (
     few_rows,
     is_few,
     like_rows_of,
-    plain_branch,
+    masked,
     torch_bwd,
     torch_fwd,
+    with_branch,
 )
 from stablelora_kernels.projection import (
     Projection,
@@ -53,6 +53,7 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
+from stablelora_kernels.utils.tensors import outside_autocast
 
 
 def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor]:
@@ -79,14 +80,7 @@ def lora_linear_fwd(
 
     ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
-    first, *others = projections = projections_in(call)
-    build = partial(forward_launches, device, x, projections, call.seeds, s, ys, call.dropout_p, base)
-    # On the meta device nothing can be measured.
-    if choice is None and not others and isinstance(first.weight, Tensor) and autotune.get_autotune() and not x.is_meta:
-        (m, k), (n, r) = x.shape, call.lora_Bs[0].shape
-        product = Call("forward", m, n, k, r, x.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
-        choice = autotune.choose(device, product, build, ys[0], x, first.weight, first.bias)
-    return build(choice=choice)
+    return forward_launches(device, x, projections_in(call), call.seeds, s, ys, call.dropout_p, base, choice)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -120,16 +114,9 @@ def lora_linear_bwd(
     x, grads = None if call.x is None else as_matrix(call.x), [as_matrix(grad) for grad in call.grads]
     nothing = [None] * len(grads)
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
-    first, *others = projections = projections_in(call)
     s = _each_s(call.s, call.lora_As) or nothing
-    build = partial(backward_launches, device, x, grads, projections, s, call.seeds, call.dropout_p, wanted)
-    if choice is None and not others:
-        grad, (n, r), k = grads[0], call.lora_Bs[0].shape, call.lora_As[0].shape[1]
-        product = Call("backward", grad.shape[0], k, n, r, grad.dtype, call.lora_As[0].dtype, call.dropout_p > 0)
-        if call.need_x and isinstance(first.weight, Tensor) and autotune.get_autotune() and not grad.is_meta:
-            # Time it with dA and dB: some kernels compute them in the same launch as dX.
-            choice = autotune.choose(device, product, build, as_matrix(dx), grad, first.weight, None)
-    return build(choice=choice)
+    projections = projections_in(call)
+    return backward_launches(device, x, grads, projections, s, call.seeds, call.dropout_p, wanted, choice)
 
 
 def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
@@ -188,6 +175,27 @@ def _forward(
 def _cast(tensors: Sequence[Any], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """The flattened tensors of ``n`` projections, with A's and B's in ``dtype``."""
     return (*tensors[: -2 * n], *[t.to(dtype) for t in tensors[-2 * n :]])
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward, autocast or not."""
+    careful = once_differentiable(outside_autocast(backward))
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        # The usual backward pass needs no care, which would take longer than the rest of this function's Python.
+        usual = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled())
+        return backward(ctx, *grads) if usual else careful(ctx, *grads)
+
+    return run
+
+
+def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> Any:
+    """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
+    if entry is None:
+        return function.apply(entry, *args)
+    # A call with a key is neither traced nor transformed. Function.apply would ask about every argument, then calls this.
+    return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -354,5 +362,7 @@ def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: f
     else:
         assert p.weight is not None
         matrix = torch.nn.functional.linear(rows, as_plain(p.weight, x.dtype), p.bias)
-    y = plain_branch(matrix, rows, p.lora_A, p.lora_B, p.scaling, dropout_p)
+    keep, scaling = draw_dropout(rows, dropout_p, p.scaling)
+    s = torch.nn.functional.linear(masked(rows, keep), p.lora_A.to(x.dtype))
+    y = with_branch(matrix, s, p.lora_B.to(x.dtype), scaling)
     return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])

@@ -1,36 +1,39 @@
-"""A gated MLP with LoRA in one autograd node: gate, up, activation and down. ``reference/mlp.py`` has the formulas.
+"""A gated MLP with LoRA in one autograd node: gate, up, activation and down. ``reference/lora.py`` has the formulas.
 
     forward   G = gate(X)   U = up(X)   H = act(G) ∘ U   Y = down(H)
     backward  dH = dX of down, for dY   dG = dH ∘ U ∘ act'(G)   dU = dH ∘ act(G)   then gate's and up's gradients for them
 
-Autograd saves X, G, U and each S. Backward computes H, act(G) and dropout's masks again where it needs them: the PyTorch path
-from the state of torch's generator, where it can be read.
+Autograd saves X, G, U and each S. Backward computes H, act(G) and dropout's masks again where it needs them: the kernels from
+a seed, the PyTorch path from the state of torch's generator, where it can be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, linear, silu
 
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.library import apply, first_derivative
-from stablelora_kernels.ops.lora_linear import draw_seed, lora_linear_op
-from stablelora_kernels.ops.matmul import row_count
+from stablelora_kernels.ops.lora_linear import apply, draw_seed, first_derivative, lora_linear_op
 from stablelora_kernels.ops.plans import Entry, define_launches
-from stablelora_kernels.ops.torch_mlp import Kept, Options, act, torch_mlp_bwd, torch_mlp_fwd
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
+    can_redraw,
     draw_dropout,
+    draw_keep_again,
     expanded,
     is_few,
     like_rows_of,
     masked,
-    with_branch,
+    row_count,
+    torch_bwd,
+    torch_fwd,
 )
 from stablelora_kernels.projection import (
     Projection,
@@ -43,6 +46,24 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
+
+_silu_backward, _gelu_backward = torch.ops.aten.silu_backward, torch.ops.aten.gelu_backward
+# act(G), and dG for dH ∘ U.
+_ACTIVATIONS: dict[str, tuple[Any, Any]] = {
+    "silu": (silu, _silu_backward),
+    "gelu": (gelu, _gelu_backward),
+    "gelu_tanh": (partial(gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
+}
+
+
+class Options(NamedTuple):
+    """The arguments of an MLP's call that are no tensors."""
+
+    activation: str
+    dropout_p: float
+    backend: str
+    # Whether gate and up share A, and so its mask.
+    shared_mask: bool
 
 
 def _with_branches(
@@ -92,15 +113,13 @@ def lora_mlp_fwd(device: Device, call: Any, results: tuple[Tensor, ...], choice:
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     grad, weight = call.grad, projections_in(call)[0].weight
-
-    def like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-        return [
-            torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
-            for t, need in zip(tensors, needs, strict=True)
-        ]
-
     dx = grad.new_empty((*grad.shape[:-1], weight.shape[1]) if call.need_x and weight is not None else 0)
-    return dx, like(call.lora_As, call.needs_a), like(call.lora_Bs, call.needs_b)
+    pairs = zip((*call.lora_As, *call.lora_Bs), (*call.needs_a, *call.needs_b), strict=True)
+    of_branches = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
+        for t, need in pairs
+    ]
+    return dx, of_branches[:3], of_branches[3:]
 
 
 @define_launches(
@@ -133,8 +152,6 @@ class MLPFacts(NamedTuple):
     # "one by one", "with gradients" or "without gradients".
     strategy: str
     options: Options
-    # Dropout's probability, of a projection with a branch.
-    drops: tuple[float, ...]
     # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
     scalings: tuple[float, ...]
     layouts: tuple[int, ...]
@@ -142,28 +159,99 @@ class MLPFacts(NamedTuple):
     lengths: tuple[int, ...]
     # Whether gradients of x, of each A and of each B are required.
     needs: tuple[bool, tuple[bool, ...], tuple[bool, ...]]
+    # Whether backward reads x, G, U, gate's and up's S, down's S, and each weight.
+    reads: tuple[bool, ...]
+    # Of A and B.
+    lora_dtype: torch.dtype
     # "one by one": the projections' own entries.
     members: tuple[Entry, ...]
 
 
-def _forward(
-    facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool
-) -> tuple[Tensor, Kept]:
-    """Y [..., N] for x [..., K] and the flattened projections. On Triton, backward's operands are empty without ``save``.
+# Y; G, U, gate's and up's S side by side, down's S, and of each projection what draws its mask again; the flattened projections
+# as backward reads them, and each s'.
+Forward = tuple[Tensor, Sequence[Any], Sequence[Any], Sequence[float]]
 
-    On the PyTorch path every projection has a branch, of rank 0 if need be, and all tensors have x's dtype.
-    """
-    _, options, drops, scalings, layouts, lengths, *_ = facts
-    if options.backend == "torch":
-        projections = unflatten(tensors, lengths[:-1], layouts, scalings)
-        y, kept = torch_mlp_fwd(as_matrix(x), projections, options)
-        return like_rows_of(y, x), kept
+
+def _forward(facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool) -> Forward:
+    """For x [..., K] and the flattened projections. On Triton, Y alone is not empty without ``save``."""
+    _, (activation, dropout_p, backend, shared_mask), scalings, layouts, lengths, *_ = facts
+    if backend == "torch":
+        return _torch_fwd(facts, x, tensors)
+    drops = [0.0 if lora_A is None else dropout_p for lora_A in tensors[-6:-3]]
     # In the order in which separate projections draw theirs.
-    seeds = [draw_seed(x, drops[0])]
-    seeds += [seeds[0] if options.shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2])]
-    numbers = (layouts, scalings, options.dropout_p, options.activation, save)
-    y, g, u, s, s_down = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
-    return y, Kept(g, u, [s], s_down, seeds, scalings)
+    gate = draw_seed(x, drops[0])
+    seeds = (gate, gate if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2]))
+    numbers = (layouts, scalings, dropout_p, activation, save)
+    y, *kept = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
+    return y, (*kept, *seeds), tensors, scalings
+
+
+def _draw(x: Tensor, p: Projection, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
+    """The keep-mask of x's shape, what gives it to backward again, and s' / scaling; no mask without a branch."""
+    dropout_p = dropout_p if p.rank else 0.0
+    state = torch.get_rng_state() if dropout_p and can_redraw(x) else None
+    keep, scale = draw_dropout(x, dropout_p, 1.0)
+    return keep, keep if state is None else state, scale
+
+
+def _drawn_again(random: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:
+    """The mask that :func:`_draw` has drawn."""
+    return random if random is None or random.dtype == torch.bool else draw_keep_again(random, shape, dropout_p)
+
+
+def _torch_fwd(facts: MLPFacts, x: Tensor, tensors: Sequence[Any]) -> Forward:
+    _, (activation, dropout_p, _, shared_mask), scalings, layouts, lengths, *_ = facts
+    # Cast once for forward and backward.
+    cast = _with_branches(unflatten(tensors, lengths[:-1], layouts, scalings), x, x.dtype)
+    rows, (gate, up, down) = as_matrix(x), cast
+    drawn = [_draw(rows, gate, dropout_p)]
+    drawn.append(drawn[0] if shared_mask else _draw(rows, up, dropout_p))
+    scaled = [p._replace(scaling=p.scaling * scale) for p, (*_, scale) in zip((gate, up), drawn, strict=True)]
+    (g, u), each_s = torch_fwd(rows, scaled, [keep for keep, *_ in drawn])
+    h = _ACTIVATIONS[activation][0](g).mul_(u)
+    drawn.append(_draw(h, down, dropout_p))
+    keep, _, scale = drawn[2]
+    scaled.append(down._replace(scaling=down.scaling * scale))
+    (y,), (s_down,) = torch_fwd(h, scaled[2:], [keep])
+    kept = (g, u, torch.cat(each_s, 1), s_down, *(random for _, random, _ in drawn))
+    return like_rows_of(y, x), kept, flatten(cast), [p.scaling for p in scaled]
+
+
+def _torch_bwd(
+    grad: Tensor, saved: Sequence[Any], random: Sequence[Any], projections: Sequence[Projection], facts: MLPFacts
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dX, the dA's and the dB's for dY [..., N], None if not needed. ``saved``: x, G, U, S and down's S; the scalings are s'."""
+    x, g, u, s, s_down = saved
+    activation, dropout_p, _, shared_mask = facts.options
+    need_a, _, _, need_b, need_b_down, need_x, _, need_h = facts.reads
+    need_a_down = facts.needs[1][2]
+    act, act_backward = _ACTIVATIONS[activation]
+    dy, rows = expanded(as_matrix(grad)), None if x is None else as_matrix(x)
+    h = act(g).mul_(u) if need_a_down else None
+    keep = _drawn_again(random[2], g.shape, dropout_p) if need_h or need_a_down else None
+    needs = (need_h, need_a_down, need_b_down)
+    dh, da, db = torch_bwd(h, [dy], projections[2:], [s_down], [keep], facts.lora_dtype, *needs)
+    # Before there is dU.
+    del h, keep
+    nothing: list[Any] = [None, None]
+    dx, das, dbs = None, nothing, nothing
+    if dh is not None:
+        du = act(g).mul_(dh)
+        # dG takes the memory of dH. allow_mutation_on_saved_tensors(), for one, knows outputs by the name "out" alone.
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        dg = act_backward(dh.mul_(u), g, **({} if traced else {"grad_input": dh}))
+        del dh
+        keeps = [*nothing]
+        if need_x or need_a:
+            assert projections[0].lora_A is not None
+            shape = (dy.shape[0], projections[0].lora_A.shape[1])
+            keeps[0] = _drawn_again(random[0], shape, dropout_p)
+            keeps[1] = keeps[0] if shared_mask else _drawn_again(random[1], shape, dropout_p)
+        each_s = nothing if s is None else s.split([p.rank for p in projections[:2]], 1)
+        needs = (need_x, need_a, need_b)
+        dx, das, dbs = torch_bwd(rows, [dg, du], projections[:2], each_s, keeps, facts.lora_dtype, *needs)
+    dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
+    return dx, [*(das or nothing), *(da or nothing[:1]), *(dbs or nothing), *(db or nothing[:1])]
 
 
 class _LoRAMLP(torch.autograd.Function):
@@ -173,51 +261,29 @@ class _LoRAMLP(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, entry: Entry | None, facts: MLPFacts, x: Tensor, *tensors: Any
     ) -> Tensor:
-        need_x, needs_a, needs_b = facts.needs
-        lora_dtype = next((t.dtype for t in tensors[-6:] if t is not None), x.dtype)
-        if facts.options.backend == "torch":
-            # Cast once for forward and backward.
-            given = unflatten(tensors, facts.lengths[:-1], facts.layouts, facts.scalings)
-            tensors = tuple(flatten(_with_branches(given, x, x.dtype)))
-        y, kept = _forward(facts, entry, x, tensors, save=True)
-        # dH needs down's weight, dX the others'.
-        need_h = need_x or any(needs_a[:2]) or any(needs_b[:2])
-        s, *others = kept.s if any(needs_b[:2]) else [None]
-        ctx.save_for_backward(
-            x if any(needs_a[:2]) else None,
-            kept.g,
-            kept.u,
-            s,
-            kept.s_down if needs_b[2] else None,
-            *(tensors[:2] if need_x else (None, None)),
-            tensors[2] if need_h else None,
-            *tensors[3:-9],
-            *tensors[-6:],
-            *kept.random,
-            *others,
-        )
-        ctx.call = (facts, kept.scalings, lora_dtype)
+        y, kept, used, scalings = _forward(facts, entry, x, tensors, save=True)
+        pairs = zip((x, *kept[:4], *used[:3]), facts.reads, strict=True)
+        read = [t if is_read else None for t, is_read in pairs]
+        ctx.save_for_backward(*read, *used[3:-9], *used[-6:], *kept[4:])
+        ctx.call = (facts, scalings)
         return y
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        facts, scalings, lora_dtype = ctx.call
-        _, options, _, _, layouts, (_, scales, *_), needs, _ = facts
-        need_x, needs_a, needs_b = needs
+        facts, scalings = ctx.call
+        _, options, _, layouts, (_, scales, *_), needs, *_ = facts
         lengths = (3, scales, 3, 3, 3)
         dx: Tensor | None
+        found: Sequence[Tensor | None]
         if options.backend == "triton":
             numbers = (layouts, scalings, options.dropout_p, options.activation, *needs)
             dx, *found = lora_mlp_bwd((grad, *ctx.saved_tensors), lengths, numbers)
         else:
-            x, g, u, s, s_down, *saved = ctx.saved_tensors
-            datas, of_scales, lora_As, lora_Bs, random, others = split(saved, (*lengths, len(saved)))
+            saved, datas, of_scales, lora_As, lora_Bs, random = split(ctx.saved_tensors, (5, *lengths))
             projections = projections_of(datas, of_scales, (), lora_As, lora_Bs, layouts, scalings)
-            rows, kept = None if x is None else as_matrix(x), Kept(g, u, [s, *others], s_down, random, scalings)
-            given = (rows, expanded(as_matrix(grad)), projections, kept, options, lora_dtype)
-            dx, das, dbs = torch_mlp_bwd(*given, *needs)
-            dx, found = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1]), [*das, *dbs]
+            dx, found = _torch_bwd(grad, saved, random, projections, facts)
+        need_x, needs_a, needs_b = needs
         of_branches = [t if need else None for t, need in zip(found, (*needs_a, *needs_b), strict=True)]
         return None, None, dx if need_x else None, *[None] * (6 + scales), *of_branches
 
@@ -232,14 +298,10 @@ def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, 
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         return _one_by_one(x, projections, options, facts.members if entry is not None else [None] * 3)
-    if facts.strategy == "without gradients":
-        if options.backend == "torch":
-            projections = _with_branches(projections, x, x.dtype)
-        return _forward(facts, entry, x, flatten(projections), save=False)[0]
     tensors = flatten(projections)
-    if torch.compiler.is_compiling():
-        tensors = _distinct(tensors)
-    return apply(_LoRAMLP, entry, facts, x, *tensors)
+    if facts.strategy == "without gradients":
+        return _forward(facts, entry, x, tensors, save=False)[0]
+    return apply(_LoRAMLP, entry, facts, x, *(_distinct(tensors) if torch.compiler.is_compiling() else tensors))
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -251,28 +313,34 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> MLPFacts:
+    _, dropout_p, backend, shared_mask = options
     weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
     plain = [w for w in weights if not isinstance(w, Stored)]
     trained = any(t is not None and t.requires_grad for t in (*plain, *biases))
     uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (lora_As, lora_Bs))
-    few = options.backend == "torch" and len(plain) == 3 and is_few(x, *plain)
-    quantized_few = options.backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
+    few = backend == "torch" and len(plain) == 3 and is_few(x, *plain)
+    quantized_few = backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
+    with_grad = torch.is_grad_enabled()
     # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
-    as_trained = torch.is_grad_enabled() or (options.shared_mask and options.dropout_p > 0)
+    as_trained = with_grad or (shared_mask and dropout_p > 0)
     needs_x, needs_a, needs_b = (
-        tuple([torch.is_grad_enabled() and t is not None and t.requires_grad for t in each])
-        for each in ((x,), lora_As, lora_Bs)
+        tuple([with_grad and t is not None and t.requires_grad for t in each]) for each in ((x,), lora_As, lora_Bs)
     )
     strategy = "with gradients" if any((*needs_x, *needs_a, *needs_b)) else "without gradients"
-    if not uniform or few or (trained and as_trained) or (quantized_few and not options.shared_mask):
+    if not uniform or few or (trained and as_trained) or (quantized_few and not shared_mask):
         strategy = "one by one"
-    drops = tuple([options.dropout_p if lora_A is not None else 0.0 for lora_A in lora_As])
-    if options.backend == "triton":
-        scalings = tuple([scaling / (1 - drop) for scaling, drop in zip(scalings, drops, strict=True)])
+    if backend == "triton":
+        scalings = tuple([scaling / (1 - dropout_p) for scaling in scalings])
     layouts = layouts_of(projections)
-    lengths, needs = (3, scale_count(layouts), 3, 3, 3, 3), (needs_x[0], needs_a, needs_b)
-    members = tuple([Entry(options.backend) for _ in projections]) if strategy == "one by one" else ()
-    return MLPFacts(strategy, options, drops, scalings, layouts, lengths, needs, members)
+    lengths, (need_x,) = (3, scale_count(layouts), 3, 3, 3, 3), needs_x
+    # dH needs down's weight, dX the others'.
+    need_a, need_b = any(needs_a[:2]), any(needs_b[:2])
+    need_h = need_x or need_a or need_b
+    reads = (need_a, True, True, need_b, needs_b[2], need_x, need_x, need_h)
+    lora_dtype = next((lora_A.dtype for lora_A in lora_As if lora_A is not None), x.dtype)
+    members = tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else ()
+    needs = (need_x, needs_a, needs_b)
+    return MLPFacts(strategy, options, scalings, layouts, lengths, needs, reads, lora_dtype, members)
 
 
 def _one_by_one(
@@ -281,17 +349,17 @@ def _one_by_one(
     """Each projection by an op of its own, and the activation by PyTorch's operators."""
     gate, up, down = projections
     if options.shared_mask and options.dropout_p:
-        g, u = _with_shared_mask(x, gate, up, options.dropout_p)
+        g, u = _with_shared_mask(x, gate, up, options, entries[:2])
     else:
         g, u = _alone(x, gate, options, entries[0]), _alone(x, up, options, entries[1])
-    return _alone(act(g, options.activation) * u, down, options, entries[2])
+    return _alone(_ACTIVATIONS[options.activation][0](g) * u, down, options, entries[2])
 
 
 def _alone(x: Tensor, p: Projection, options: Options, entry: Entry | None) -> Tensor:
     dropout_p, weight = options.dropout_p, p.weight
     if p.lora_A is None:
         if isinstance(weight, Tensor):
-            return torch.nn.functional.linear(x, weight, p.bias)
+            return linear(x, weight, p.bias)
         assert weight is not None
         # The op saves what is stored, where PyTorch's autograd would save all of W. Its branch is of zeros.
         n, k = weight.shape
@@ -299,16 +367,16 @@ def _alone(x: Tensor, p: Projection, options: Options, entry: Entry | None) -> T
     return lora_linear_op(x, (p,), None, dropout_p, options.backend, entry)[0]
 
 
-def _with_shared_mask(x: Tensor, gate: Projection, up: Projection, dropout_p: float) -> list[Tensor]:
-    """G and U, whose branches read one masked X; by PyTorch's operators."""
-    rows = as_matrix(x)
-    keep, scale = draw_dropout(rows, dropout_p, 1.0)
-    assert gate.lora_A is not None
-    s = torch.nn.functional.linear(masked(rows, keep), gate.lora_A.to(x.dtype))
-    outputs = []
-    for weight, bias, _, lora_B, scaling in (gate, up):
-        assert weight is not None and lora_B is not None
-        base = torch.nn.functional.linear(rows, as_plain(weight, x.dtype), bias)
-        y = with_branch(base, s, lora_B.to(x.dtype), scaling * scale)
-        outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+def _with_shared_mask(
+    x: Tensor, gate: Projection, up: Projection, options: Options, entries: Sequence[Entry | None]
+) -> list[Tensor]:
+    """G and U, whose branches read one masked X."""
+    keep, scale = draw_dropout(x, options.dropout_p, 1.0)
+    dropped = masked(x, keep)
+    outputs: list[Tensor] = []
+    for (weight, bias, lora_A, lora_B, scaling), entry in zip((gate, up), entries, strict=True):
+        assert weight is not None
+        base = linear(x, as_plain(weight, x.dtype), bias)
+        branch = Projection(None, None, lora_A, lora_B, scaling * scale)
+        outputs += lora_linear_op(dropped, (branch,), base, 0.0, options.backend, entry)
     return outputs

@@ -1,4 +1,6 @@
-"""Cache of launch plans: whatever depends only on tensor layouts and settings is computed once per key.
+"""The package's torch.library ops, and the cache of their launch plans.
+
+Whatever depends only on tensor layouts and settings is computed once per key.
 
 An :class:`Entry` says that calls with its key pass the checks, on which backend they run, and, from the second call on, holds
 their launches prepared. The key has layouts and settings, never addresses: a parameter may move between calls, and layers of
@@ -7,9 +9,11 @@ one shape share an entry. Traced, transformed and watched calls have no key and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -28,61 +32,56 @@ from torch.utils._pytree import tree_map_only
 from stablelora_kernels.dispatch import problem, settings
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.library import NAMESPACE, define_op
 from stablelora_kernels.projection import split
 
+NAMESPACE = "stablelora_kernels"
 # Most entries. The oldest half of them goes when it is reached.
 LIMIT = 4096
 
 
+def define_op(
+    name: str, schema: str, fake: Callable[..., Any], device_types: Sequence[str] = ("cpu", "cuda")
+) -> Callable[[Callable[..., Any]], Any]:
+    """Turn the decorated function into the op ``name``. ``fake`` takes its arguments and returns outputs without values."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.define(qualified, schema)
+        torch.library.impl(qualified, device_types, function)  # type: ignore[call-overload]
+        torch.library.register_fake(qualified, fake)
+        return getattr(getattr(torch.ops, NAMESPACE), name)
+
+    return decorate
+
+
+@dataclass(slots=True, eq=False)
 class Entry:
     """What is known of the calls with one key."""
 
-    __slots__ = ("backend", "facts", "lengths", "prepared", "seen")
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        # What autograd's side of the op knows of these calls, once one has run.
-        self.facts: Any = None
-        # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
-        self.seen = False
-        # None: not prepared yet. False: it can't be.
-        self.prepared: Any = None
-        # Of what is prepared: the length of each result that is a list, None for a tensor.
-        self.lengths: list[int | None] = []
+    backend: str
+    # What autograd's side of the op knows of these calls, once one has run.
+    facts: Any = None
+    # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
+    seen: bool = False
+    # None: not prepared yet. False: it can't be.
+    prepared: Any = None
 
 
-class _Table:
-    """Entries by key. Those that were found or added since the last half of LIMIT keys stay."""
-
-    def __init__(self) -> None:
-        self.young: dict[Any, Entry] = {}
-        self.old: dict[Any, Entry] = {}
-
-    def renewed(self, key: Any) -> Entry | None:
-        """An old entry, which becomes a young one."""
-        if (entry := self.old.get(key)) is not None:
-            self.add(key, entry)
-        return entry
-
-    def add(self, key: Any, entry: Entry) -> None:
-        if len(self.young) >= LIMIT // 2:
-            self.old, self.young = self.young, {}
-        self.young[key] = entry
-
-    def clear(self) -> None:
-        self.young, self.old = {}, {}
+# Entries by key. The young ones were found or added since the last half of LIMIT keys.
+_young: dict[Any, Entry] = {}
+_old: dict[Any, Entry] = {}
 
 
-_table = _Table()
-# Forget every call.
-clear = _table.clear
+def clear() -> None:
+    """Forget every call."""
+    _young.clear()
+    _old.clear()
 
 
 def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
     """The key of a call of ``kind``, any hashable value, with ``args``; None if the call is unusual.
 
-    ``args`` are tensors, numbers, strings, None, and tuples and lists of these.
+    ``args`` are tensors, of which one at least is in no tuple or list, numbers, strings, None, and tuples and lists of these.
     """
     # First, because torch.compile traces no more than this.
     if (
@@ -101,7 +100,7 @@ def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
     except (RuntimeError, NotImplementedError):
         # A sparse or nested tensor, or one without memory, has no strides or no address.
         return None
-    first = args[0] if type(args[0]) is Tensor else _first_tensor(args)
+    first = args[0] if type(args[0]) is Tensor else next((t for t in args if isinstance(t, Tensor)), None)
     if first is None or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     # A tensor's facts have its device's number, not its type.
@@ -137,26 +136,30 @@ def _describe(args: Sequence[Any], key: list[Any]) -> bool:
     return True
 
 
-def _first_tensor(args: Sequence[Any]) -> Tensor | None:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            return arg
-        if isinstance(arg, (tuple, list)) and (first := _first_tensor(arg)) is not None:
-            return first
-    return None
-
-
 def find(key: tuple[Any, ...] | None) -> Entry | None:
-    return None if key is None else _table.young.get(key) or _table.renewed(key)
+    if key is None:
+        return None
+    # Other threads may move entries meanwhile.
+    if (entry := _young.get(key)) is None and (entry := _old.get(key)) is not None:
+        _add(key, entry)
+    return entry
 
 
 def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
     """A new entry for ``key``, if there is one: its calls pass the checks and run on ``backend``."""
-    if key is None:
-        return None
-    entry = Entry(backend)
-    _table.add(key, entry)
+    return None if key is None else _add(key, Entry(backend))
+
+
+def _add(key: tuple[Any, ...], entry: Entry) -> Entry:
+    global _young, _old
+    if len(_young) >= LIMIT // 2:
+        _old, _young = _young, {}
+    _young[key] = entry
     return entry
+
+
+def _flat(results: Sequence[Any]) -> list[Tensor]:
+    return [t for each in results for t in ((each,) if isinstance(each, Tensor) else each)]
 
 
 class PlannedOp:
@@ -164,12 +167,8 @@ class PlannedOp:
 
     def __init__(self, name: str, schema: str, allocate: Callable[[Any], Any], build: Callable[..., list[Any]]) -> None:
         kinds, names = zip(*map(str.split, schema[1 : schema.index(")")].split(", ")), strict=True)
-        self._name, self._call, self._allocate, self._build = (
-            f"{NAMESPACE}::{name}",
-            namedtuple(name, names),
-            allocate,
-            build,
-        )
+        self._name, self._call = f"{NAMESPACE}::{name}", namedtuple(name, names)
+        self._allocate, self._build = allocate, build
         self._op = define_op(name, schema, lambda *args: allocate(self._call(*args)))(self._run)
         # Where the lists of tensors and the numbers begin.
         self._lists = sum(kind in ("Tensor", "Tensor?") for kind in kinds)
@@ -190,7 +189,8 @@ class PlannedOp:
         known = entry or find(self._key_of(operands, lengths, numbers))
         prepared = None if known is None else known.prepared
         if not prepared:
-            results = _flat(self._op(*self._args(operands, lengths, numbers)))
+            lists = split(operands[self._lists :], lengths)
+            results = _flat(self._op(*operands[: self._lists], *lists, *numbers))
             if entry is not None and prepared is None:
                 own = find(self._key_of(operands, lengths, numbers))
                 entry.prepared = None if own is None else own.prepared
@@ -225,15 +225,12 @@ class PlannedOp:
         entry = find(key) or remember(key, "triton")
         if entry is not None and (entry.prepared or self._prepare(entry, device, args)):
             left = iter(entry.prepared.run(operands))
-            return tuple(next(left) if length is None else [*islice(left, length)] for length in entry.lengths)
+            lengths = entry.prepared.lengths
+            return tuple(next(left) if length is None else [*islice(left, length)] for length in lengths)
         results, launches = self.plan(problem.device_of(device), args)
         for launch in launches:
             launch.run(device)
         return results
-
-    def _args(self, operands: Sequence[Any], lengths: Sequence[int], numbers: Sequence[Any]) -> tuple[Any, ...]:
-        """The schema's arguments."""
-        return (*operands[: self._lists], *split(operands[self._lists :], lengths), *numbers)
 
     def _parts(self, args: Sequence[Any]) -> tuple[list[Tensor | None], tuple[int, ...], tuple[Any, ...]]:
         """The operands, lengths and numbers of :meth:`__call__`."""
@@ -252,42 +249,29 @@ class PlannedOp:
         if entry.seen and entry.prepared is None:
             from stablelora_kernels.launch.prepared import prepare
 
-            args = _with_distinct_addresses(args, set())
-
-            def call() -> tuple[Sequence[Tensor], Sequence[Any]]:
-                results, launches = self.plan(problem.device_of(device), args)
-                entry.lengths = [None if isinstance(each, Tensor) else len(each) for each in results]
-                return _flat(results), launches
-
+            args = _with_distinct_addresses(args)
+            call = functools.partial(self.plan, problem.device_of(device), args)
             entry.prepared = prepare(self._parts(args)[0], call) or False
         entry.seen = True
         return entry.prepared
 
 
-def _flat(results: Sequence[Any]) -> list[Tensor]:
-    return [t for each in results for t in ((each,) if isinstance(each, Tensor) else each)]
-
-
-def _with_distinct_addresses(args: Sequence[Any], addresses: set[int]) -> list[Any]:
+def _with_distinct_addresses(args: Any) -> Any:
     """``args`` with a stand-in of the same layout for each tensor that shares its address with an earlier one.
 
     Operands are told apart by their addresses, and later calls need not give the same tensor twice.
     """
-    distinct: list[Any] = []
-    for arg in args:
-        if isinstance(arg, (tuple, list)):
-            arg = _with_distinct_addresses(arg, addresses)
-        elif isinstance(arg, Tensor):
-            arg = _stand_in(arg) if arg.data_ptr() in addresses else arg
-            addresses.add(arg.data_ptr())
-        distinct.append(arg)
-    return distinct
+    addresses: set[int] = set()
 
+    def distinct(t: Tensor) -> Tensor:
+        if t.data_ptr() in addresses:
+            before = t.data_ptr() % 16 // t.itemsize
+            size = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
+            t = t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
+        addresses.add(t.data_ptr())
+        return t
 
-def _stand_in(t: Tensor) -> Tensor:
-    before = t.data_ptr() % 16 // t.itemsize
-    size = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
-    return t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
+    return tree_map_only(Tensor, distinct, args)
 
 
 def define_launches(

@@ -1,29 +1,111 @@
-"""The PyTorch path of the ops: the formulas on PyTorch's own operators, and dropout's mask."""
+"""The PyTorch path of the ops: the formulas on PyTorch's own operators, their matrix products, and dropout's mask.
+
+The products choose between PyTorch's CPU libraries. On x86, PyTorch uses MKL for float32 and oneDNN for bfloat16. On AMD
+processors with AVX-512, oneDNN takes half of MKL's time: MKL uses only AVX2 on processors that are not Intel's
+(docs/internals/architecture.md). Inductor calls the same operator. ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN
+off here as everywhere in PyTorch.
+"""
 
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.matmul import (
-    add_wide_product,
-    onednn_outweighs_function,
-    product,
-    row_count,
-    scaled_product,
-    wide_product,
-)
+from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import as_plain
 
+# From this many multiplications on, oneDNN is faster; it takes some microseconds longer to start.
+ONEDNN_FROM = 1 << 22
+# From this many on, it saves more time than a Python autograd function around it costs.
+FUNCTION_FROM = 1 << 24
 # Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time.
 # In bfloat16 without dropout the function's gain is small, so the threshold is higher.
 FEW_ROWS, FEW_ROWS_IN_BFLOAT16 = 64, 512
 _unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return "AuthenticAMD" in platform.processor()
+
+
+# A module constant, because torch.compile reads it as one.
+ONEDNN_HELPS = (
+    torch.backends.mkl.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and _is_amd()
+)
+
+
+def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether wide products run on oneDNN although PyTorch would use MKL."""
+    if not ONEDNN_HELPS or dtype != torch.float32 or device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling():
+        # An exported program must run without this package. A compiled graph checks PyTorch's switch when it runs.
+        return not torch.compiler.is_exporting()
+    return torch._C._get_mkldnn_enabled()
+
+
+def row_count(x: Tensor) -> int:
+    """M of x [..., K]."""
+    # Not Size.numel(), which turns symbolic sizes into numbers.
+    return math.prod(x.shape[:-1])
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a b + bias`` for a [M, K], b [K, N] and bias [N] of one dtype. No gradients."""
+    # MKL takes a single row times strided columns: oneDNN would copy the matrix.
+    if (
+        not torch.compiler.is_compiling()
+        and a.shape[0] * a.shape[1] * b.shape[1] >= ONEDNN_FROM
+        and (a.shape[0] > 1 or b.stride(0) == 1)
+        and by_onednn(a.dtype, a.device)
+    ):
+        # oneDNN reads a bias without regard to its stride.
+        bias = None if bias is None else bias.contiguous()
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``scaling · a b`` for a [M, K] and b [K, N] of one dtype. No gradients."""
+    if a.dtype == torch.float16 and scaling != 0:
+        # Scale the sum before it is rounded: what float16 holds as zero, or as infinity, may be an ordinary number after it.
+        # Zeros, although beta is 0: Inductor's addmm multiplies them by it.
+        return torch.addmm(a.new_zeros(1, b.shape[1]), a, b, beta=0, alpha=scaling)
+    return product(a, b).mul_(scaling)
+
+
+# A compiled graph needs an op that chooses at run time: sizes may be symbolic while tracing, and Inductor knows PyTorch's own
+# operator for inference only.
+wide_product_op = define_op(
+    "wide_product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor",
+    lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]), ("cpu",),
+)(product)  # fmt: skip
+
+
+def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`product` with a weight, which also runs on oneDNN in a compiled graph."""
+    if torch.compiler.is_compiling() and by_onednn(a.dtype, a.device):
+        return wide_product_op(a, b, bias)
+    return product(a, b, bias)
+
+
+def add_wide_product(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add ``a b`` to ``to`` in place. No gradients."""
+    # oneDNN's operator cannot accumulate, but even with a separate addition it is faster than MKL.
+    return to.add_(wide_product(a, b)) if by_onednn(a.dtype, a.device) else to.addmm_(a, b)
 
 
 def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
@@ -31,8 +113,9 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
     # A compiled graph serves any number of rows and has no Python overhead.
     if torch.compiler.is_compiling() or row_count(x) >= limit:
         return False
-    # oneDNN's product saves more time than the autograd function costs, and autograd does not support it.
-    return not any(w is not None and onednn_outweighs_function(x, w) for w in weights)
+    # A wide product on oneDNN saves more time than the autograd function costs, and autograd does not support it.
+    wide = any(w is not None and row_count(x) * w.numel() >= FUNCTION_FROM for w in weights)
+    return not (wide and by_onednn(x.dtype, x.device))
 
 
 def few_rows(x: Tensor, dropout_p: float) -> int:
@@ -113,13 +196,6 @@ def masked(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x * as_float(keep, x.dtype)
 
 
-def plain_branch(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> Tensor:
-    """``base + s' (X ∘ keep) A^T B^T`` of matrices, on plain operators under ordinary autograd."""
-    keep, scaling = draw_dropout(x, dropout_p, scaling)
-    s = torch.nn.functional.linear(masked(x, keep), lora_A.to(x.dtype))
-    return with_branch(base, s, lora_B.to(x.dtype), scaling)
-
-
 def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """``base + scaling S B^T`` of matrices of one dtype."""
     if scaling == 0:
@@ -128,34 +204,21 @@ def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tens
     return torch.addmm(base, s, lora_B.t(), alpha=scaling)
 
 
-def add_branch(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """:func:`with_branch` in place of ``y``: the branch needs no second activation. No gradients."""
-    return y.copy_(with_branch(y, s, lora_B, scaling)) if scaling == 0 else y.addmm_(s, lora_B.t(), alpha=scaling)
-
-
-def torch_s(x: Tensor, lora_A: Tensor, keep: Tensor | None) -> Tensor:
-    """S = (X ∘ keep) A^T, [M, r], unscaled. All tensors have one dtype."""
-    return product(masked(x, keep), lora_A.t())
-
-
-def _small_first(dtype: torch.dtype) -> bool:
-    """Whether backward should write a thin product with its small operand first.
-
-    Float32 libraries are up to several times faster so. oneDNN's bfloat16 is faster with the tall operand first.
-    """
-    return dtype in (torch.float32, torch.float64)
+# In these dtypes, backward writes a thin product with its small operand first: float32 libraries are up to several times faster
+# so. oneDNN's bfloat16 is faster with the tall operand first.
+_SMALL_FIRST = (torch.float32, torch.float64)
 
 
 def torch_ds(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """dS = s' dY B, [M, r]. All tensors have one dtype."""
-    if _small_first(grad.dtype):
+    if grad.dtype in _SMALL_FIRST:
         return product(lora_B.t(), grad.t()).mul_(scaling).t()
     return scaled_product(grad, lora_B, scaling)
 
 
 def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -> Tensor:
     """dB = s' dY^T S, [N, r], in ``lora_dtype``."""
-    if _small_first(grad.dtype):
+    if grad.dtype in _SMALL_FIRST:
         db = product(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
         return db.mul_(scaling)
     if grad.dtype != torch.float16:
@@ -173,15 +236,17 @@ def torch_fwd(
     lora_As: list[Any] = [p.lora_A for p in projections]
     # S first: then X is in the cache for the wide products.
     if len(lora_As) > 1 and not any(keep is not None for keep in keeps):
-        every_s = [*torch_s(x, torch.cat(lora_As), None).split([a.shape[0] for a in lora_As], 1)]
+        every_s = [*product(x, torch.cat(lora_As).t()).split([a.shape[0] for a in lora_As], 1)]
     else:
-        every_s = [torch_s(x, a, keep) for a, keep in zip(lora_As, keeps, strict=True)]
+        every_s = [product(masked(x, keep), a.t()) for a, keep in zip(lora_As, keeps, strict=True)]
     ys = []
     for (weight, bias, _, lora_B, scaling), s in zip(projections, every_s, strict=True):
         assert lora_B is not None
         if base is None:
             assert weight is not None
-            ys.append(add_branch(wide_product(x, as_plain(weight, x.dtype).t(), bias), s, lora_B, scaling))
+            y = wide_product(x, as_plain(weight, x.dtype).t(), bias)
+            # In place, the branch needs no second activation.
+            ys.append(y.addmm_(s, lora_B.t(), alpha=scaling) if scaling != 0 else with_branch(y, s, lora_B, scaling))
         elif base.dtype == s.dtype:
             ys.append(with_branch(base, s, lora_B, scaling))
         else:

@@ -1,9 +1,10 @@
-"""Parameter groups and hyperparameters: their checks, none of which changes its argument, and the setting of each parameter."""
+"""Parameter groups and their hyperparameters, as given and as saved: checks, none of which changes its argument."""
 
 from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -11,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stablelora_kernels.config import lookup_pattern, unmatched_patterns
-from stablelora_kernels.optim.sharding import Shard, check_shards, shard_of
+from stablelora_kernels.config import check_patterns, unmatched_patterns
+from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.pairs import LoRAPair, is_named_parameter, layer_name, lora_pairs, split_lora_name
-from stablelora_kernels.utils.dtensor import is_sharded, local
-from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, check_patterns
+from stablelora_kernels.utils.modules import same_anywhere
+from stablelora_kernels.utils.tensors import is_sharded
+from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int, counted
 
 # Computed in float32, and rounded at random or from a float32 master.
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -45,9 +47,10 @@ class Storage(NamedTuple):
 
 
 # A state that an earlier version saved may lack these.
-LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad", "max_grad_norm")
-# The groups hold these so that a state dict and repr() tell them; they are the optimizer's own.
-STORAGE = Storage._fields
+_LATER = ("shrink_pattern", "stop_condition", "lr_ratio_B", "amsgrad", "max_grad_norm")
+# What torch.optim.AdamW saves of a group. The latter choose among implementations, and mean nothing here.
+_ADAMW = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable"}
+_UNUSED = {"foreach", "differentiable", "fused"}
 
 
 def _check_number(name: str, value: Any, high: float = math.inf) -> float | torch.Tensor:
@@ -171,9 +174,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     if isinstance(params, dict):
         raise TypeError(f"params must be an iterable or a list of group dicts, got one dict; {_NAMES_NEEDED}")
     items = list(params)
-    if not items or not isinstance(items[0], dict):
-        return [{"params": items}]
-    return items
+    return items if items and isinstance(items[0], dict) else [{"params": items}]
 
 
 def _named(items: Iterable[Any]) -> list[tuple[str, torch.Tensor]]:
@@ -230,6 +231,16 @@ def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_groups(
+    new: Sequence[Any], existing: Sequence[dict[str, Any]], defaults: dict[str, Any], storage: Storage
+) -> list[dict[str, Any]]:
+    """The groups ``new`` as :func:`check_group` returns them, which must also fit together and to those ``existing``."""
+    checked = [check_group(group, defaults) for group in new]
+    find_pairs([*existing, *checked])
+    check_shared([*existing, *checked], storage)
+    return checked
+
+
 def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     """The pairs across all groups, whose names and patterns are checked."""
     for i, group in enumerate(groups):
@@ -260,55 +271,10 @@ def find_pairs(groups: Sequence[dict[str, Any]]) -> list[LoRAPair]:
     return pairs
 
 
-class PairIndices(NamedTuple):
-    """The indices of a pair's A and B in an engine's list of members."""
-
-    a: int
-    b: int
-
-
-class Member(NamedTuple):
-    """One trainable parameter as an engine sees it."""
-
-    # This process's part of ``owner``, or ``owner`` itself if it is no DTensor.
-    param: torch.Tensor
-    # The index of the parameter's setting.
-    setting_index: int
-    shard: Shard
-    owner: torch.Tensor
-
-
-class Setting(dict[str, Any]):
-    """The hyperparameters of some members: those of their group, except their own."""
-
-    def __init__(self, group: dict[str, Any], own: dict[str, Any]) -> None:
-        self.group, self.own = group, own
-        self.read()
-
-    def read(self) -> None:
-        """Read the group again."""
-        self.update(self.group, **self.own)
-
-
-class Parts(NamedTuple):
-    """What the engine of one device is made of."""
-
-    # The parameters, the pairs among them, and the settings that they refer to.
-    members: Sequence[Member]
-    pairs: Sequence[PairIndices]
-    settings: Sequence[Setting]
-    # The state of each member's ``param``, complete but for counters. The engine makes those views of its own.
-    entries: dict[torch.Tensor, dict[str, Any]]
-    # int32 scalar on the device, counts steps not taken because the gradients' norm was not finite.
-    skipped: torch.Tensor
-    storage: Storage
-
-
-class CopiedSchedule:
+class CopiedSchedule(NamedTuple):
     """A ``shrink_schedule`` in an optimizer's copy or pickle, which says so if the function cannot be pickled."""
 
-    def __init__(self, schedule: Callable[[int], float] | None) -> None:
-        self.schedule = schedule
+    schedule: Callable[[int], float] | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedSchedule:
         return CopiedSchedule(deepcopy(self.schedule, memo))
@@ -323,51 +289,7 @@ class CopiedSchedule:
         return CopiedSchedule, (self.schedule,)
 
 
-def members_and_settings(
-    groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]
-) -> tuple[list[Member], list[Setting]]:
-    """Every parameter in order, and the distinct settings of all."""
-    bs, pair_of_a = {id(pair.B) for pair in pairs}, {id(pair.A): pair for pair in pairs}
-    members: list[Member] = []
-    # By a group, the factor of its learning rate, and a shrink ratio from its pattern.
-    indices: dict[tuple[int, float, float | None], int] = {}
-    base = 0
-    for group_index, group in enumerate(groups):
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            lr_ratio = group["lr_ratio_B"] if id(p) in bs else 1.0
-            pair = pair_of_a.get(id(p))
-            ratio = None if pair is None else lookup_pattern(group["shrink_pattern"], _names(pair, name), None)
-            setting_index = indices.setdefault((group_index, lr_ratio, ratio), len(indices))
-            members.append(Member(local(p), setting_index, shard_of(f"parameter {name!r}", p, base), p))
-            base += p.numel()
-    own = [
-        {"lr_ratio": lr_ratio} | ({} if ratio is None else {"shrink_ratio": ratio}) for _, lr_ratio, ratio in indices
-    ]
-    return members, [Setting(groups[index], each) for (index, *_), each in zip(indices, own, strict=True)]
-
-
-def by_device(
-    members: Sequence[Member], pairs: Sequence[LoRAPair], max_grad_norm: float | None
-) -> dict[Any, list[int]]:
-    """The indices of the members on each device, which halves of a pair must share."""
-    found: dict[torch.device, list[int]] = {}
-    for index, member in enumerate(members):
-        check_parameter("a parameter", member.owner)
-        found.setdefault(member.param.device, []).append(index)
-    if len(found) > 1 and max_grad_norm is not None:
-        raise ValueError(
-            f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, found))}; "
-            "clip with torch.nn.utils.clip_grad_norm_ instead"
-        )
-    for pair in pairs:
-        if pair.A.device != pair.B.device:
-            raise ValueError(
-                f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
-            )
-    return found
-
-
-def _names(pair: LoRAPair, parameter: str) -> tuple[str, str]:
+def names_for_patterns(pair: LoRAPair, parameter: str) -> tuple[str, str]:
     """The names that a ``shrink_pattern`` may match: the pair's and its layer's."""
     return pair.name, layer_name(parameter)
 
@@ -379,9 +301,98 @@ def check_patterns_match(groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAP
     matched: set[str] = set()
     for group in groups:
         named = zip(group["param_names"], group["params"], strict=True)
-        names = [each for name, p in named if id(p) in owners for each in _names(owners[id(p)], name)]
+        names = [each for name, p in named if id(p) in owners for each in names_for_patterns(owners[id(p)], name)]
         patterns |= group["shrink_pattern"].keys()
         matched |= group["shrink_pattern"].keys() - unmatched_patterns(group["shrink_pattern"], names)
     for key in sorted(patterns - matched):
         shown = ", ".join(repr(pair.name) for pair in pairs[:3])
         raise ValueError(f"shrink_pattern {key!r} matches none of the {len(pairs)} pairs ({shown})")
+
+
+# Saved groups
+
+
+def _identity(name: str) -> Any:
+    """What identifies a parameter in a checkpoint, whatever wraps the model: its pair and role, else its name."""
+    name = same_anywhere(name)
+    return split_lora_name(name) or name
+
+
+def is_adamws(saved: Any) -> bool:
+    """Whether the groups of a state dict are those of ``torch.optim.AdamW``, which has none of Stable-LoRA's hyperparameters."""
+    return bool(saved) and all("shrink_ratio" not in group and set(group) >= _ADAMW | _UNUSED for group in saved)
+
+
+def check_saved(state_dict: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of ``state_dict``, checked, with those hyperparameters of ``groups`` that AdamW or an earlier version lacks."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
+    entries, saved = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("state_dict must have a dict 'state' with a dict for each parameter, got something else")
+    for i, theirs in enumerate(saved):
+        if not isinstance(theirs, dict) or "params" not in theirs:
+            got = f"the keys {sorted(theirs)}" if isinstance(theirs, dict) else repr(theirs)
+            raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {got}")
+    adamw = is_adamws(saved)
+    if adamw and len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict is torch.optim.AdamW's with {counted(len(saved), 'parameter group')}, this optimizer has {len(groups)}. "
+            "Hugging Face's Trainer makes two, with weight decay and without: an optimizer by StableLoRAAdamWFactory.from_args "
+            "has the same two and goes on with these moments. To begin with fresh ones, remove optimizer.pt from the checkpoint"
+        )
+    if len(saved) != len(groups):
+        raise ValueError(f"state_dict has {counted(len(saved), 'parameter group')}, the optimizer {len(groups)}")
+    checked = []
+    for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
+        if adamw and not theirs.get("decoupled_weight_decay", True) and theirs["weight_decay"] != 0:
+            raise ValueError(
+                f"state_dict is torch.optim.Adam's: the weight decay of its group {i}, {theirs['weight_decay']}, is not "
+                "decoupled, and StableLoRAAdamW's is"
+            )
+        complete = {key: ours[key] for key in (HYPER if adamw else _LATER)}
+        complete |= {key: value for key, value in theirs.items() if key not in _UNUSED | {"decoupled_weight_decay"}}
+        if missing := [key for key in HYPER if key not in complete]:
+            raise ValueError(
+                f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
+            )
+        if len(theirs["params"]) != len(ours["params"]):
+            raise ValueError(
+                f"group {i} of state_dict has {len(theirs['params'])} parameters, the optimizer's {len(ours['params'])}"
+            )
+        their_names = theirs.get("param_names", ours["param_names"])
+        for their_name, our_name in zip(their_names, ours["param_names"], strict=True):
+            if _identity(their_name) != _identity(our_name):
+                raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
+        checked.append({**complete, **check_hyper(complete, f"state_dict's group {i}: ")})
+    return checked
+
+
+def with_saved(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """``group`` with copies of all in ``saved`` but parameters and storage; tensors on the device of those that they replace."""
+    result = dict(group)
+    for key, value in saved.items():
+        if key not in ("params", "param_names", *Storage._fields):
+            old, new = group.get(key), deepcopy(value)
+            if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+                new = new.to(old.device)
+            result[key] = new
+    return result
+
+
+def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Warn if loading a state with the group ``saved`` changes what the optimizer with the group ``own`` was asked to do."""
+    told = []
+    asked, found = own["max_grad_norm"], saved["max_grad_norm"]
+    if asked is not None and asked != found:
+        told.append(
+            f"max_grad_norm was {asked} and is {found} now, as the other hyperparameters of the loaded state; set "
+            "optimizer.max_grad_norm after loading to change it"
+        )
+    told += [
+        f"the loaded state was saved with {name}={saved[name]}; it was converted, since this optimizer has {name}={own[name]}"
+        for name in Storage._fields
+        if saved.get(name, own[name]) != own[name]
+    ]
+    for message in told:
+        warnings.warn(message, UserWarning, stacklevel=6)

@@ -10,7 +10,7 @@ import torch
 
 from stablelora_kernels.optim import snapshot
 from stablelora_kernels.optim.snapshot import upload
-from stablelora_kernels.utils.dtensor import is_sharded, local, shard_extent
+from stablelora_kernels.utils.tensors import is_sharded, local, shard_extent
 
 
 class Shard(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from stablelora_kernels.dispatch.settings import get_backend
-from stablelora_kernels.utils.dtensor import local_grad
-from stablelora_kernels.utils.model_watch import difference, same_objects
+from stablelora_kernels.utils.validation import shown
 
 # What engines are built from, or checked against as they are built. The seed keys the random rounding.
 _BUILT = ("amsgrad", "stop_condition", "lr_ratio_B", "max_grad_norm", "moments_dtype", "master_weights", "seed")
@@ -24,6 +24,42 @@ _live, _built = slice(0, len(LIVE)), slice(len(LIVE), len(LIVE) + len(_BUILT))
 _version = attrgetter("_version")
 # Of a snapshot. A schedule changes the first, so that a comparison ends there.
 _facts = attrgetter("groups", "tensors", "memory", "backend", "state")
+
+
+class _NoTensorsAreEqual(TorchFunctionMode):
+    """Answers ``==`` between tensors with False. Containers do not ask it about an element that both hold."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        return False
+
+
+_NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
+
+
+def same_objects(found: Any, known: Any) -> bool:
+    """Whether two lists or nested dicts hold the very same tensors in the same places.
+
+    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a microsecond a tensor.
+    """
+    with _NO_TENSORS_ARE_EQUAL:
+        return bool(found == known)
+
+
+def difference(label: str, old: Any, new: Any) -> str | None:
+    """Says in words that ``label`` has another value; None if it has not. An empty dict, left of hooks, is as good as None."""
+    old, new = (None if isinstance(v, dict) and not v else v for v in (old, new))
+    if old is new or same_objects([old], [new]):
+        return None
+    words = (f"a tensor of shape {list(v.shape)}" if isinstance(v, Tensor) else shown(repr(v)) for v in (old, new))
+    return "{} was {} and is {}".format(label, *words)
+
+
+def first_difference(known: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """Says in words which value by its label was another in ``known``; None if all are the same."""
+    for label in {**known, **found}:
+        if words := difference(label, known.get(label, "absent"), found.get(label, "absent")):
+            return words
+    return None
 
 
 class GradientLayout(NamedTuple):
@@ -57,15 +93,14 @@ class Gradients(NamedTuple):
     layout: GradientLayout | None
 
     @classmethod
-    def read(cls, params: Sequence[Tensor], sharded: bool) -> Gradients:
-        """The gradients of ``params``; of DTensors, those of this process's shards."""
-        tensors = [local_grad(p) for p in params] if sharded else [p.grad for p in params]
+    def of(cls, tensors: list[Tensor | None]) -> Gradients:
         return cls(tensors, layout_of(tensors))
 
-    def at(self, indices: Sequence[int]) -> Gradients:
-        """The gradients of the parameters at ``indices``."""
-        tensors = [self.tensors[i] for i in indices]
-        return Gradients(tensors, layout_of(tensors))
+    def owners(self, params: list[Tensor]) -> list[Tensor]:
+        """Those of ``params`` that have a gradient; ``params`` itself if all have one."""
+        if self.layout is not None and self.layout.present is None:
+            return params
+        return [p for p, g in zip(params, self.tensors, strict=True) if g is not None]
 
     def any(self) -> bool:
         """Whether there is a gradient. RuntimeError if one is not dense."""
@@ -120,7 +155,7 @@ class Snapshot:
     # The optimizer's own; a snapshot that is kept has a copy.
     state: Any = None
     gradients: GradientLayout | None = None
-    # The sum of the versions of the parameters that engines watch: versions only rise.
+    # Of the parameters that engines watch.
     versions: int | None = None
 
     @classmethod
@@ -140,14 +175,10 @@ class Snapshot:
             on_cpu: whether all engines are on the CPU.
         """
         rows = [_values_of(group) for group in groups]
-        tensors = [
-            value.item() if value.device.type == "cpu" and not on_cpu else value.data_ptr()
-            for row in rows
-            for value in row[_live]
-            if isinstance(value, Tensor)
-        ]
+        live = [value for row in rows for value in row[_live] if isinstance(value, Tensor)]
+        tensors = [v.item() if v.device.type == "cpu" and not on_cpu else v.data_ptr() for v in live]
         lists, memory = [list(group["params"]) for group in groups], list(map(Tensor.data_ptr, params))
-        return cls(lists, memory, get_backend(), rows, tensors, state, versions=sum(map(_version, watched)))
+        return cls(lists, memory, get_backend(), rows, tensors, state, versions=versions_of(watched))
 
     def kept(self) -> Snapshot:
         """This one with a copy of the state."""
@@ -180,6 +211,11 @@ class Snapshot:
                 if words := difference(f"optimizer.param_groups[{index}][{name!r}]", *reversed(both)):
                     return words
         return None
+
+
+def versions_of(params: Iterable[Tensor]) -> int:
+    """The sum of the versions of ``params``, each of which only rises."""
+    return sum(map(_version, params))
 
 
 def reads_from_memory(value: Any, device: torch.device) -> bool:

@@ -14,8 +14,8 @@ import torch
 
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.dtensor import local
 from stablelora_kernels.utils.extras import import_extra
+from stablelora_kernels.utils.tensors import local
 from stablelora_kernels.utils.validation import check_int
 
 if TYPE_CHECKING:

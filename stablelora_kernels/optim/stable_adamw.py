@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,17 +18,15 @@ from torch import Tensor, nn
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
-from stablelora_kernels.optim.options import Member, PairIndices, Parts
-from stablelora_kernels.optim.snapshot import Gradients, Snapshot, layout_of
+from stablelora_kernels.optim.snapshot import Gradients, Snapshot, same_objects
 from stablelora_kernels.optim.stability import PairStability, finite_norms
+from stablelora_kernels.optim.state import Member
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.dtensor import is_sharded, local
-from stablelora_kernels.utils.model_watch import same_objects
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.validation import check_float
-from stablelora_kernels.utils.wrappers import check_module, clean, innermost
+from stablelora_kernels.utils.modules import check_module, clean, innermost
+from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
+from stablelora_kernels.utils.validation import check_float, counted
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -98,6 +96,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Skipped steps: those that were reported, and those counted by the optimizer that this one is a copy of.
     _reported = _skipped_before = 0
+    # What a step writes to, and by how much that raises the sum of the versions watched; None as long as that is not known.
+    _written: list[Tensor]
+    _raised: int | None = None
 
     def __init__(
         self,
@@ -129,13 +130,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         defaults.update(options.check_hyper(defaults, ""))
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
-        storage = options.check_storage(moments_dtype, master_weights)
-        defaults.update(storage._asdict())
-        groups = [options.check_group(group, defaults) for group in options.as_groups(params)]
+        self.storage = options.check_storage(moments_dtype, master_weights)
+        defaults.update(self.storage._asdict())
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
-        options.find_pairs(groups)
-        options.check_shared(groups, storage)
-        self.storage = storage
+        groups = options.check_groups(options.as_groups(params), [], defaults, self.storage)
         super().__init__(groups, defaults)
         self.shrink_schedule = shrink_schedule
         self._find_pairs()
@@ -178,15 +176,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters or pairs. It may not leave an A without its B."""
-        constructed = "_pairs" in self.__dict__
-        if constructed:
-            # All groups share this value, which is not the default once another was set or loaded.
-            param_group = options.check_group(param_group, {**self.defaults, "max_grad_norm": self.max_grad_norm})
-            options.find_pairs([*self.param_groups, param_group])
-            options.check_shared([*self.param_groups, {**self.storage._asdict(), **param_group}], self.storage)
-        super().add_param_group(param_group)
-        if constructed:
-            self._find_pairs()
+        if "_pairs" not in self.__dict__:
+            # The constructor has checked all groups together.
+            return super().add_param_group(param_group)
+        # All groups share this value, which is not the default once another was set or loaded.
+        defaults = {**self.defaults, "max_grad_norm": self.max_grad_norm}
+        super().add_param_group(*options.check_groups([param_group], self.param_groups, defaults, self.storage))
+        self._find_pairs()
 
     def _find_pairs(self) -> None:
         """Find the pairs of ``param_groups`` again, and forget the engines and what the last step found."""
@@ -194,12 +190,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._any_sharded = any(map(is_sharded, self._params))
         self._skipped_on_device: dict[torch.device, Tensor] = getattr(self, "_skipped_on_device", {})
-        # For each device the indices of its parameters, and the engine; and the settings of all.
-        self._engines: list[tuple[list[int], Any]] = []
-        self._settings: list[options.Setting] = []
+        # One a device.
+        self._engines: list[TorchStep | TritonStep] = []
         # The parameters, or shards, whose versions tell that someone else wrote to them.
         self._watched: list[Tensor] = []
-        self._on_cpu = True
         self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
@@ -211,30 +205,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse; nothing has changed then.
             torch.OutOfMemoryError: nothing has changed then, unless parameters are on several devices.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         if not same_objects([list(group["params"]) for group in self.param_groups], self._last.params):
             # Trainers replace the groups' parameters when they shard a model late.
             self._find_pairs()
-        gradients = Gradients.read(self._params, self._any_sharded)
+        read = local_grad if self._any_sharded else attrgetter("grad")
+        gradients = Gradients.of(list(map(read, self._params)))
         if not gradients.any():
             return loss
         if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
             self._build_engines()
-        elif self.shrink_schedule is None:
-            self._step_on(gradients)
-        else:
-            step = self._follow_schedule(self.shrink_schedule)
+            return loss
+        if (scheduled := self._follow_schedule()) is not None:
             # The schedule is user code, which may have moved the gradients.
-            self._step_on(Gradients(gradients.tensors, layout_of(gradients.tensors)))
-            # Last: a step that raised counts for nothing.
-            self.param_groups[0]["shrink_step"] = step
-        return loss
-
-    def _step_on(self, gradients: Gradients) -> None:
-        """Take the step on every device. Its engine is told what has changed since the last step."""
+            gradients = Gradients.of(gradients.tensors)
         now, capturing = self._snapshot(gradients), snapshot.capturing()
         change = now.since(self._last)
         if change.build:
@@ -245,21 +230,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._last = dataclasses.replace(now, versions=None)
         # If this step raises, the next one uploads everything again.
         self._last.tensors = self._last.gradients = None
-        for setting in self._settings if change.hyper else ():
-            setting.read()
-        if change.gradients:
-            self._written, watched = self._params, self._is_watched
-            if gradients.layout is None or gradients.layout.present is not None:
-                present = [g is not None for g in gradients.tensors]
-                self._written, watched = list(compress(self._params, present)), list(compress(watched, present))
-            self._raised = watched.count(True)
-        for indices, engine in self._engines:
+        if change.gradients and (written := gradients.owners(self._params)) is not self._written:
+            self._written, self._raised = written, None
+        for engine in self._engines:
             # torch.amp's scale and verdict, if GradScaler has set them.
             scale, found_inf = (
                 t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
                 for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
             )
-            engine.step(gradients if len(self._engines) == 1 else gradients.at(indices), change, scale, found_inf)
+            own = gradients
+            if len(self._engines) > 1:
+                own = Gradients.of([gradients.tensors[member.place] for member in engine.members])
+            engine.step(own, change, scale, found_inf)
         now.state, self._last = self._last.state, now
         self._count_write()
         # Copies and measurements of a graph exist only once it is replayed.
@@ -267,11 +249,16 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             now.tensors = now.gradients = None
         if capturing and change.written:
             now.versions = None
+        # Last: a step that raised counts for nothing.
+        if scheduled is not None:
+            self.param_groups[0]["shrink_step"] = scheduled
+        return loss
 
     def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
         """What there is in Python now."""
         params = [local(p) for p in self._params] if self._any_sharded else self._params
-        found = Snapshot.take(self.param_groups, params, self.state, self._watched, self._on_cpu)
+        on_cpu = all(engine.device.type == "cpu" for engine in self._engines)
+        found = Snapshot.take(self.param_groups, params, self.state, self._watched, on_cpu)
         found.gradients = gradients and gradients.layout
         return found
 
@@ -279,17 +266,22 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Raise the versions of what a step has written, so that a backward pass through overwritten values is noticed."""
         torch.autograd.graph.increment_version(self._written)
         assert self._last.versions is not None
+        if self._raised is None:
+            # A shard has a version of its own, which this leaves alone.
+            self._raised = snapshot.versions_of(self._watched) - self._last.versions
         self._last.versions += self._raised
 
-    def _follow_schedule(self, schedule: Callable[[int], float]) -> int:
-        """Write this step's shrink ratio into the groups, and return the step."""
+    def _follow_schedule(self) -> int | None:
+        """Write this step's shrink ratio into the groups if there is a schedule, and return the step."""
+        if self.shrink_schedule is None:
+            return None
         if snapshot.capturing():
             raise RuntimeError(
                 "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
                 "write to it between replays"
             )
         step = self.param_groups[0].get("shrink_step", 0) + 1
-        ratio = check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
+        ratio = check_float(f"shrink_schedule({step})", self.shrink_schedule(step), low=0.0, high=1.0)
         for group in self.param_groups:
             group["shrink_ratio"] = ratio
         return step
@@ -297,29 +289,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def _build_engines(self) -> None:
         """Check and complete the state, then make one engine for each device that holds parameters."""
         self._last = Snapshot(self._last.params)
-        options.check_shared(self.param_groups, self.storage)
-        members, self._settings = options.members_and_settings(self.param_groups, self._pairs)
-        by_device = options.by_device(members, self._pairs, self.max_grad_norm)
-        classes = [_engine_class(device, [members[i] for i in each]) for device, each in by_device.items()]
-        names = [name for group in self.param_groups for name in group["param_names"]]
-        entries = state.completed(self.state, members, names, self._settings, self.storage)
+        by_device = state.members_of(self.param_groups, self._pairs, self.state, self.storage)
+        classes = [_engine_class(device, members) for device, members in by_device.items()]
         self._engines = []
-        for (device, indices), engine_class in zip(by_device.items(), classes, strict=True):
-            if device not in self._skipped_on_device:
-                self._skipped_on_device[device] = torch.zeros((), dtype=torch.int32, device=device)
-            own = [members[i] for i in indices]
-            index_of = {id(member.owner): i for i, member in enumerate(own)}
-            pairs = [PairIndices(index_of[id(p.A)], index_of[id(p.B)]) for p in self._pairs if id(p.A) in index_of]
-            held, skipped = {members[i].param: entries[i] for i in indices}, self._skipped_on_device[device]
-            engine = engine_class(Parts(own, pairs, self._settings, held, skipped, self.storage))
-            self._engines.append((indices, engine))
-        for member, entry in zip(members, entries, strict=True):
-            self.state[member.owner] = state.as_owned(entry, member.owner)
-        watched = {indices[i] for indices, engine in self._engines for i in engine.watched}
-        self._watched = [members[i].param for i in watched]
-        self._on_cpu = all(device.type == "cpu" for device in by_device)
-        # A shard has a version of its own, which a step leaves alone.
-        self._is_watched = [i in watched and member.param is member.owner for i, member in enumerate(members)]
+        for engine_class, (device, members) in zip(classes, by_device.items(), strict=True):
+            none = torch.zeros((), dtype=torch.int32, device=device)
+            skipped = self._skipped_on_device.setdefault(device, none)
+            self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
+        members = [member for engine in self._engines for member in engine.members]
+        self.state.update({member.owner: state.as_owned(member.entry, member.owner) for member in members})
+        self._watched = [engine.params[i] for engine in self._engines for i in engine.watched]
+        self._written = []
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
@@ -340,14 +320,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def _checked_norms(self, local_only: bool = False) -> list[tuple[float, float]]:
         """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's float32 does not hold."""
-        found = self.nonfinite_steps
-        if found > self._reported:
-            new = found - self._reported
+        if (new := self.nonfinite_steps - self._reported) > 0:
             steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
             message = f"{steps} skipped because the norm of {their} gradients was not finite"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
-            self._reported = found
-        float32_squares = any(not isinstance(engine, TorchStep) for _, engine in self._engines)
+            self._reported += new
+        float32_squares = any(isinstance(engine, TritonStep) for engine in self._engines)
         return finite_norms(self._pairs, float32_squares, local_only)
 
     @torch.no_grad()
@@ -389,16 +367,13 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state_dict = state.from_adamw(state_dict, self.param_groups)
-        groups = state.check_state_groups(state_dict, self.param_groups)
-        loaded = state.load_state(state_dict, groups, self.param_groups, self._pairs, self.storage)
-        merged = [
-            {**own, **{key: group[key] for key in options.HYPER}}
-            for own, group in zip(self.param_groups, groups, strict=True)
-        ]
-        options.check_shared(merged, self.storage)
-        state.warn_of_differences(groups[0], self.param_groups[0])
-        state.restore_groups(groups, self.param_groups)
+        saved = options.check_saved(state_dict, self.param_groups)
+        groups = [options.with_saved(own, theirs) for own, theirs in zip(self.param_groups, saved, strict=True)]
+        options.check_shared(groups, self.storage)
+        loaded = state.load_state(state_dict, saved, self.param_groups, self._pairs, self.storage)
+        options.warn_of_differences(saved[0], self.param_groups[0])
+        for own, group in zip(self.param_groups, groups, strict=True):
+            own.update(group)
         self.state.clear()
         self.state.update(loaded)
         self._find_pairs()
@@ -415,12 +390,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._find_pairs()
 
 
-def _engine_class(device: torch.device, members: Sequence[Member]) -> Any:
+def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:
     """The class of the engine that takes the step of the ``members`` on ``device``."""
-    if resolve_backend(device) == "torch":
-        return TorchStep
-    if any(member.param.dtype is torch.float64 for member in members):
-        if get_backend() == "triton":
-            raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
-        return TorchStep
-    return TritonStep
+    has_float64 = any(member.param.dtype is torch.float64 for member in members)
+    if has_float64 and get_backend() == "triton":
+        raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
+    return TorchStep if has_float64 or resolve_backend(device) == "torch" else TritonStep

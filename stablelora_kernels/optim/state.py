@@ -1,22 +1,20 @@
-"""A parameter's state: counters, moments in float32, bfloat16 or 8 bits by blocks, float32 masters; and how a saved one loads."""
+"""A parameter's state: counters, moments in float32, bfloat16 or 8 bits by blocks, masters. How it is completed, and loaded."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.optim.options import HYPER, LATER, STORAGE, Member, Setting, Storage, check_hyper
-from stablelora_kernels.optim.sharding import ShardSums
-from stablelora_kernels.optim.snapshot import with_strides_of
-from stablelora_kernels.pairs import LoRAPair, split_lora_name
-from stablelora_kernels.utils.dtensor import from_local, is_sharded, local, local_like
-from stablelora_kernels.utils.text import counted
-from stablelora_kernels.utils.wrappers import same_anywhere
+from stablelora_kernels.config import lookup_pattern
+from stablelora_kernels.optim.options import Storage, check_parameter, check_shared, is_adamws, names_for_patterns
+from stablelora_kernels.optim.sharding import Shard, ShardSums, shard_of
+from stablelora_kernels.optim.snapshot import LIVE, upload, with_strides_of
+from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.utils.tensors import from_local, is_sharded, local, local_like
 
 # Scalars of a parameter's state; its other tensors have the parameter's shape.
 COUNTERS = ("step", "latched_at")
@@ -33,41 +31,48 @@ def flat(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,), t.storage_offset())
 
 
-def completed(
-    state: dict[Tensor, dict[str, Any]],
-    members: Sequence[Member],
-    names: Sequence[str],
-    settings: Sequence[Setting],
-    storage: Storage,
-) -> list[dict[str, Any]]:
-    """The state of each member's ``param``: its entry in ``state``, or this process's shards of it, checked and completed.
+class Setting(NamedTuple):
+    """The hyperparameters that some members share: those of their group, but for two of their own."""
 
-    Tensors in other strides than the parameter's are replaced by copies in its strides.
-    """
-    entries, wanted = [], []
-    for member, name in zip(members, names, strict=True):
-        entry = state.get(member.owner, {})
-        if member.param is not member.owner:
-            entry = {key: local(value) for key, value in entry.items()}
-        wanted.append(_wanted(member.param, settings[member.setting_index]["amsgrad"], storage))
-        _check_entry(entry, name, member.param, wanted[-1])
-        entries.append(entry)
-    for entry, member, tensors in zip(entries, members, wanted, strict=True):
-        _complete(entry, member.param, tensors)
-    return entries
+    group: dict[str, Any]
+    # The factor of the learning rate.
+    lr_ratio: float
+    # From a ``shrink_pattern``, or None.
+    own_shrink_ratio: float | None
+
+    def live(self) -> list[float | Tensor]:
+        """The values of ``LIVE``: learning rate, weight decay and shrink ratio."""
+        values = [self.group[name] for name in LIVE]
+        return values if self.own_shrink_ratio is None else [*values[:2], self.own_shrink_ratio]
 
 
-def _wanted(p: Tensor, amsgrad: bool, storage: Storage) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """The dtypes and shapes of the tensors in the state of ``p``, counters aside."""
-    dtype = storage.moment_dtype(p)
-    wanted = {name: (dtype, p.shape) for name in moment_names(amsgrad)}
+class Member(NamedTuple):
+    """One trainable parameter as an engine sees it."""
+
+    # This process's part of ``owner``, or ``owner`` itself if it is no DTensor.
+    param: Tensor
+    owner: Tensor
+    name: str
+    # Its index among the parameters of all devices.
+    place: int
+    setting: Setting
+    shard: Shard
+    # The state of ``param``.
+    entry: dict[str, Any]
+
+
+def _wanted(member: Member, storage: Storage) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """The dtypes and shapes of the tensors in the state of ``member``, counters aside."""
+    p, dtype = member.param, storage.moment_dtype(member.param)
+    wanted = {name: (dtype, p.shape) for name in moment_names(member.setting.group["amsgrad"])}
     if dtype is torch.uint8:
         wanted |= {f"{name}_scale": (torch.float32, scales_shape(p)) for name in wanted}
     return wanted | ({"master": (torch.float32, p.shape)} if storage.has_master(p) else {})
 
 
-def _check_entry(entry: dict[str, Any], name: str, p: Tensor, wanted: dict[str, Any]) -> None:
-    """Check the state of ``p``, which may be someone else's. Missing tensors are made later."""
+def _check_entry(member: Member, wanted: dict[str, Any]) -> None:
+    """Check the state of ``member``, which may be someone else's. Missing tensors are made later."""
+    entry, name, p = member.entry, member.name, member.param
     for counter in COUNTERS:
         value = entry.get(counter, 0)
         if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)):
@@ -87,8 +92,9 @@ def _check_entry(entry: dict[str, Any], name: str, p: Tensor, wanted: dict[str, 
             )
 
 
-def _complete(entry: dict[str, Any], p: Tensor, wanted: dict[str, Any]) -> None:
-    """Make what the state of ``p`` lacks: zeros in its strides, and its master. Drop a master that it should not have."""
+def _complete(member: Member, wanted: dict[str, Any]) -> None:
+    """Make what the state of ``member`` lacks: zeros in its strides, and its master. Drop a master that it should not have."""
+    entry, p = member.entry, member.param
     for key, (dtype, shape) in wanted.items():
         if key == "master" and key not in entry:
             entry[key] = p.detach().float()
@@ -102,10 +108,99 @@ def _complete(entry: dict[str, Any], p: Tensor, wanted: dict[str, Any]) -> None:
         entry.pop("master", None)
 
 
-def refresh_masters(masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
-    for master, p in zip(masters, params, strict=True):
-        torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
+def members_of(
+    groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair], state: dict[Tensor, dict[str, Any]], storage: Storage
+) -> dict[torch.device, list[Member]]:
+    """The members on each device, which the halves of a pair must share. Raises ValueError if the state does not fit them."""
+    check_shared(groups, storage)
+    bs, pair_of_a = {id(pair.B) for pair in pairs}, {id(pair.A): pair for pair in pairs}
+    settings: dict[tuple[int, float, float | None], Setting] = {}
+    found: dict[torch.device, list[Member]] = {}
+    base = place = 0
+    for group_index, group in enumerate(groups):
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            check_parameter(f"parameter {name!r}", p)
+            lr_ratio = group["lr_ratio_B"] if id(p) in bs else 1.0
+            pair, patterns = pair_of_a.get(id(p)), group["shrink_pattern"]
+            ratio = None if pair is None else lookup_pattern(patterns, names_for_patterns(pair, name), None)
+            setting = settings.setdefault((group_index, lr_ratio, ratio), Setting(group, lr_ratio, ratio))
+            part, entry = local(p), state.get(p, {})
+            if part is not p:
+                entry = {key: local(value) for key, value in entry.items()}
+            member = Member(part, p, name, place, setting, shard_of(f"parameter {name!r}", p, base), entry)
+            _check_entry(member, _wanted(member, storage))
+            found.setdefault(part.device, []).append(member)
+            base, place = base + p.numel(), place + 1
+    if len(found) > 1 and groups[0]["max_grad_norm"] is not None:
+        raise ValueError(
+            f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, found))}; "
+            "clip with torch.nn.utils.clip_grad_norm_ instead"
+        )
+    for pair in pairs:
+        if pair.A.device != pair.B.device:
+            raise ValueError(
+                f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
+            )
+    return found
+
+
+class Engine:
+    """What the step of all parameters on one device needs on any backend.
+
+    Counters of one kind share a tensor; the optimizer's state holds 0-d views of it.
+
+    Args:
+        members: the parameters. Their state is completed, and their counters become views.
+        pairs: the pairs of all devices.
+        storage: how state is kept.
+        counts: how many equal counters each member has.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], pairs: Sequence[LoRAPair], storage: Storage, counts: Sequence[int]
+    ) -> None:
+        self.members, self.params = members, [member.param for member in members]
+        self.device, self.max_grad_norm = self.params[0].device, members[0].setting.group["max_grad_norm"]
+        for member in members:
+            _complete(member, _wanted(member, storage))
+        places = {id(member.owner): i for i, member in enumerate(members)}
+        # The places of each pair's A and B among the members.
+        self.pairs = [(places[id(pair.A)], places[id(pair.B)]) for pair in pairs if id(pair.A) in places]
+        # All A's, then all B's.
+        self.halves = [i for half in zip(*self.pairs, strict=True) for i in half]
+        # Of members with a master, whose versions tell that someone else wrote to the parameter.
+        self.watched = [i for i, member in enumerate(members) if "master" in member.entry]
+        self.masters = [members[i].entry["master"] for i in self.watched]
+        # By another tensor, so that the copies of a step leave the parameters' versions alone.
+        self.mastered = [self.params[i].data for i in self.watched]
+        # What the arithmetic goes by.
+        self.work = [member.entry.get("master", member.param) for member in members]
+        self.pair_sums = ShardSums([members[i].owner for i in self.halves])
+        self.grad_sums = ShardSums([member.owner for member in members])
+        # Whether the step reads all gradients without a copy.
+        self.direct = False
+        self.firsts = list(accumulate(counts, initial=0))[:-1]
+        self.steps = self._counters("step", torch.float32, counts, range(len(members)))
+        self.latched = self._counters("latched_at", torch.int32, counts, [a for a, _ in self.pairs])
+
+    def _counters(self, name: str, dtype: torch.dtype, counts: Sequence[int], owners: Iterable[int]) -> Tensor:
+        """The counters of all members as one new tensor, zero where there is none; the host reads nothing.
+
+        The entries of the members at ``owners`` become views of their first.
+        """
+        zero = torch.zeros((), dtype=dtype, device=self.device)
+        values = [member.entry.get(name) for member in self.members]
+        each = torch.stack([zero if v is None else torch.as_tensor(v, dtype=dtype, device=self.device) for v in values])
+        repeats = upload(counts, torch.int64, self.device)
+        counters = torch.repeat_interleave(each, repeats, output_size=sum(counts))
+        for i in owners:
+            self.members[i].entry[name] = counters[self.firsts[i]]
+        return counters
+
+    def refresh_masters(self) -> None:
+        """Set a master to its parameter wherever the parameter is not its rounding: someone else has written to it."""
+        for master, p in zip(self.masters, self.mastered, strict=True):
+            torch.where(master.to(p.dtype) == p, master, p.float(), out=master)
 
 
 def as_owned(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
@@ -113,14 +208,6 @@ def as_owned(entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
     if not is_sharded(p):
         return entry
     return {key: value if key in COUNTERS else from_local(value, p) for key, value in entry.items()}
-
-
-def stack_counters(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The 0-d counters ``values`` as one new tensor [len(values)], None as zero; the host reads nothing."""
-    if not values:
-        return torch.zeros(0, dtype=dtype, device=device)
-    zero = torch.zeros((), dtype=dtype, device=device)
-    return torch.stack([zero if v is None else torch.as_tensor(v, dtype=dtype, device=device) for v in values])
 
 
 def moment_names(amsgrad: bool) -> tuple[str, ...]:
@@ -149,15 +236,12 @@ def convert_moment(entry: dict[str, Any], name: str, p: Tensor, storage: Storage
         if dtype is torch.uint8:
             return {name: codes, scale_name: scales}
         saved = decode8(codes, scales, name == "exp_avg")
-    in_8_bits = dtype is torch.uint8
-    value = torch.empty_like(p, dtype=torch.float32 if in_8_bits else dtype, requires_grad=False).copy_(saved)
-    if not in_8_bits:
-        return {name: value}
+    if dtype is not torch.uint8:
+        return {name: torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(saved)}
+    value = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(saved)
     noise = torch.full((p.numel(),), _HALF, dtype=torch.int32, device=p.device)
-    flat_codes, scales = encode8(flat(value), noise, name == "exp_avg")
-    codes = torch.empty_like(value, dtype=dtype)
-    flat(codes).copy_(flat_codes)
-    return {name: codes, scale_name: scales}
+    codes, scales = encode8(flat(value), noise, name == "exp_avg")
+    return {name: codes.as_strided(value.shape, value.stride()), scale_name: scales}
 
 
 def load_moment(entry: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
@@ -183,9 +267,8 @@ def decode8(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     x = torch.where(magnitude >= 8, ((magnitude + shift) << 20).view(torch.float32), magnitude.float() * step)
     if signed:
         x = torch.where(whole >= 128, -x, x)
-    value = torch.empty_like(codes, dtype=torch.float32)
-    flat(value).copy_(x * scales.repeat_interleave(BLOCK)[: x.numel()])
-    return value
+    value = x * scales.repeat_interleave(BLOCK)[: x.numel()]
+    return value.as_strided(codes.shape, codes.stride())
 
 
 def encode8(x: Tensor, noise: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -234,119 +317,13 @@ def is_state_init_step(
     groups: Sequence[dict[str, Any]], params: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> bool:
     """Whether zero gradients and lr=0 ask for a state alone, as torch.distributed.checkpoint does: nothing else may change."""
-    for group in groups:
-        lr = group["lr"]
-        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
-            return False
+    rates = [group["lr"] for group in groups]
+    if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in rates):
+        return False
     device = params[0].device
     nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
     sums = ShardSums(params)
     return not bool(sums.all_reduce_max_(nonzero.int()) if sums else nonzero)
-
-
-def _identity(name: str) -> Any:
-    """What identifies a parameter in a checkpoint, whatever wraps the model: its pair and role, else its name."""
-    name = same_anywhere(name)
-    return split_lora_name(name) or name
-
-
-# What torch.optim.AdamW saves of a group. The latter choose among implementations, and mean nothing here.
-_ADAMW, _UNUSED = (
-    {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable"},
-    {"foreach", "differentiable", "fused"},
-)
-
-
-def from_adamw(state_dict: Any, groups: Sequence[dict[str, Any]]) -> Any:
-    """``state_dict``; one of ``torch.optim.AdamW`` with what StableLoRAAdamW's has beyond it, from ``groups``."""
-    saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-    if not (isinstance(saved, list) and saved and all(isinstance(group, dict) for group in saved)):
-        return state_dict
-    if any("shrink_ratio" in group or (_ADAMW | _UNUSED) - set(group) for group in saved):
-        return state_dict
-    if len(saved) != len(groups):
-        raise ValueError(
-            f"state_dict is torch.optim.AdamW's with {counted(len(saved), 'parameter group')}, this optimizer has {len(groups)}. "
-            "Hugging Face's Trainer makes two, with weight decay and without: an optimizer by StableLoRAAdamWFactory.from_args "
-            "has the same two and goes on with these moments. To begin with fresh ones, remove optimizer.pt from the checkpoint"
-        )
-    completed = []
-    for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
-        if not theirs.get("decoupled_weight_decay", True) and theirs["weight_decay"] != 0:
-            raise ValueError(
-                f"state_dict is torch.optim.Adam's: the weight decay of its group {i}, {theirs['weight_decay']}, is not "
-                "decoupled, and StableLoRAAdamW's is"
-            )
-        kept = {key: value for key, value in theirs.items() if key not in _UNUSED | {"decoupled_weight_decay"}}
-        completed.append({key: ours[key] for key in HYPER} | kept)
-    entries = state_dict.get("state", {})
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise ValueError("state_dict must have a dict 'state' with a dict for each parameter, got something else")
-    zero, state = torch.zeros((), dtype=torch.int32, device="cpu"), dict(entries)
-    for key, entry in entries.items():
-        if "step" in entry:
-            state[key] = {**entry, "step": torch.as_tensor(entry["step"], device="cpu"), "latched_at": zero}
-    return {**state_dict, "state": state, "param_groups": completed}
-
-
-def check_state_groups(state_dict: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups of ``state_dict``, checked, with defaults for hyperparameters that an earlier version did not save."""
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
-    saved = state_dict["param_groups"]
-    if len(saved) != len(groups):
-        raise ValueError(f"state_dict has {counted(len(saved), 'parameter group')}, the optimizer {len(groups)}")
-    checked = []
-    for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
-        if not isinstance(theirs, dict) or "params" not in theirs:
-            got = f"the keys {sorted(theirs)}" if isinstance(theirs, dict) else repr(theirs)
-            raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {got}")
-        if missing := [key for key in HYPER if key not in theirs and key not in LATER]:
-            raise ValueError(
-                f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
-            )
-        if len(theirs["params"]) != len(ours["params"]):
-            raise ValueError(
-                f"group {i} of state_dict has {len(theirs['params'])} parameters, the optimizer's {len(ours['params'])}"
-            )
-        their_names = theirs.get("param_names", ours["param_names"])
-        for their_name, our_name in zip(their_names, ours["param_names"], strict=True):
-            if _identity(their_name) != _identity(our_name):
-                raise ValueError(f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}")
-        complete = {**{key: ours[key] for key in LATER}, **theirs}
-        checked.append({**complete, **check_hyper(complete, f"state_dict's group {i}: ")})
-    return checked
-
-
-def warn_of_differences(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Warn if loading a state with the group ``saved`` changes what the optimizer with the group ``own`` was asked to do."""
-    asked, found = own["max_grad_norm"], saved["max_grad_norm"]
-    if asked is not None and asked != found:
-        warnings.warn(
-            f"max_grad_norm was {asked} and is {found} now, as the other hyperparameters of the loaded state; set "
-            "optimizer.max_grad_norm after loading to change it",
-            UserWarning,
-            stacklevel=6,
-        )
-    for name in STORAGE:
-        if saved.get(name, own[name]) != own[name]:
-            warnings.warn(
-                f"the loaded state was saved with {name}={saved[name]}; it was converted, since this optimizer has "
-                f"{name}={own[name]}",
-                UserWarning,
-                stacklevel=6,
-            )
-
-
-def restore_groups(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
-    """Write copies of the saved hyperparameters into ``groups``; tensors stay on the device of those that they replace."""
-    for saved, group in zip(saved_groups, groups, strict=True):
-        for key, value in saved.items():
-            if key not in ("params", "param_names", *STORAGE):
-                old, new = group.get(key), deepcopy(value)
-                if isinstance(old, Tensor) and isinstance(new, Tensor):
-                    new = new.to(old.device)
-                group[key] = new
 
 
 def load_state(
@@ -357,13 +334,17 @@ def load_state(
     storage: Storage,
 ) -> dict[Tensor, dict[str, Any]]:
     """Copies of the saved state by parameter: on its device, in its strides and placements, in the dtypes of ``storage``."""
-    owners = {id(pair.A) for pair in pairs}
+    owners, adamw = {id(pair.A) for pair in pairs}, is_adamws(state_dict["param_groups"])
     result: dict[Tensor, dict[str, Any]] = {}
     for saved, group in zip(saved_groups, groups, strict=True):
         for key, name, p in zip(saved["params"], group["param_names"], group["params"], strict=True):
             if key not in state_dict["state"]:
                 continue
-            entry = state_dict["state"][key]
+            entry = dict(state_dict["state"][key])
+            if adamw and "step" in entry:
+                # Its step may be a number, and no pair has latched.
+                entry["step"] = torch.as_tensor(entry["step"], device="cpu")
+                entry["latched_at"] = torch.zeros((), dtype=torch.int32, device="cpu")
             moments = moment_names(saved["amsgrad"])
             masters = ("master",) if storage.has_master(p) and "master" in entry else ()
             counters = {"step": torch.float32} | ({"latched_at": torch.int32} if id(p) in owners else {})
@@ -377,7 +358,7 @@ def load_state(
                         f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
                     )
             shard = local(p.detach())
-            entry = {**entry, **{field: local_like(entry[field], p) for field in (*moments, *masters)}}
+            entry |= {field: local_like(entry[field], p) for field in (*moments, *masters)}
             copied = {field: entry[field].detach().to(p.device, dtype, copy=True) for field, dtype in counters.items()}
             for field in moments:
                 copied |= convert_moment(entry, field, shard, storage)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import compress
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import snapshot, state
-from stablelora_kernels.optim.options import LOW_PRECISION, Member, Parts, Setting, Storage
-from stablelora_kernels.optim.sharding import ShardSums
-from stablelora_kernels.optim.snapshot import LIVE, Change, Gradients, upload
-from stablelora_kernels.optim.state import mix_
+from stablelora_kernels.optim.options import LOW_PRECISION, Storage
+from stablelora_kernels.optim.snapshot import Change, Gradients, upload
+from stablelora_kernels.optim.state import Engine, Member, mix_
+from stablelora_kernels.pairs import LoRAPair
 
 
 class _FusedCall(NamedTuple):
     """Members that one call of the fused operator updates: same setting, same dtype, all shrink or none."""
 
-    setting: Setting
-    shrinks: bool
+    members: list[Member]
+    # Their places in the engine.
     indices: list[int]
+    shrinks: bool
+    # What the arithmetic runs on.
     params: list[Tensor]
     # Lists of exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
     moments: list[list[Tensor]]
@@ -32,8 +33,10 @@ class _FusedCall(NamedTuple):
     def update(self, grads: Sequence[Any], grad_scale: Tensor | None) -> None:
         """The shrink, weight decay and AdamW."""
         exp_avgs, exp_avg_sqs, *largest = self.moments
-        lr, decay, ratio = map(_number, itemgetter(*LIVE)(self.setting))
-        lr *= self.setting["lr_ratio"]
+        setting = self.members[0].setting
+        group = setting.group
+        lr, decay, ratio = (v.item() if isinstance(v, Tensor) else v for v in setting.live())
+        lr *= setting.lr_ratio
         if self.shrinks and lr > 1e-12:
             # Shrink and decay are one multiplication: (1 - ratio)(1 - lr wd) = 1 - lr wd'.
             decay += ratio / lr - ratio * decay
@@ -47,79 +50,45 @@ class _FusedCall(NamedTuple):
             largest[0] if largest else [],
             self.steps,
             lr=lr,
-            beta1=self.setting["betas"][0],
-            beta2=self.setting["betas"][1],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
             weight_decay=decay,
-            eps=self.setting["eps"],
-            amsgrad=self.setting["amsgrad"],
-            maximize=self.setting["maximize"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
             grad_scale=grad_scale,
             found_inf=None,
         )
 
 
-def _number(value: float | Tensor) -> float:
-    return value.item() if isinstance(value, Tensor) else value
-
-
-class TorchStep:
+class TorchStep(Engine):
     """The step of all parameters on one device. The host decides the latch, so on a GPU it waits for the norms.
 
-    A step allocates first and writes then, so a step that runs out of memory has changed nothing. Counters of one kind share
-    a tensor; the optimizer's state holds 0-d views of it.
+    A step allocates first and writes then, so a step that runs out of memory has changed nothing.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.members, self.pairs, self.settings, self.entries, self.skipped, storage = parts
-        members, pairs, settings = parts[:3]
-        self.device, self.max_grad_norm = members[0].param.device, settings[0]["max_grad_norm"]
-        self.low_moments = storage.moments_dtype is not torch.float32
-        self._make_counters()
-        self._make_working_copies(storage)
-        seeds = [state.seed_word(settings[m.setting_index]["seed"]) for m in members]
-        self.seeds = upload(seeds, torch.int32, self.device)
+    def __init__(self, members: Sequence[Member], pairs: Sequence[LoRAPair], storage: Storage, skipped: Tensor) -> None:
+        super().__init__(members, pairs, storage, [1] * len(members))
+        self.skipped, self.low_moments = skipped, storage.moments_dtype is not torch.float32
+        self.seeds = upload([state.seed_word(m.setting.group["seed"]) for m in members], torch.int32, self.device)
         # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
-        per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in pairs]
-        per_m = [1 / max(members[pair.b].owner.shape[0], 1) for pair in pairs]
+        per_n = [1 / max(members[a].owner.shape[1], 1) for a, _ in self.pairs]
+        per_m = [1 / max(members[b].owner.shape[0], 1) for _, b in self.pairs]
         self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
-        self.pair_sums = ShardSums([members[i].owner for half in zip(*pairs, strict=True) for i in half])
-        self.grad_sums = ShardSums([member.owner for member in members])
-        self.present, self.all_present = [True] * len(members), True
-        # Whether the step reads all gradients without a copy.
-        self.direct = False
-        self.calls_key: tuple[list[bool], list[int]] | None = None
-        self.calls: list[_FusedCall] = []
-
-    def _make_counters(self) -> None:
-        """One tensor of steps, one a member, and one of latches, one a pair; the state gets views of them."""
-        params = [m.param for m in self.members]
-        owners = [params[pair.a] for pair in self.pairs]
-        self.steps = state.stack_counters([self.entries[p].get("step") for p in params], torch.float32, self.device)
-        self.latched = state.stack_counters(
-            [self.entries[a].get("latched_at") for a in owners], torch.int32, self.device
-        )
-        self.step_views = list(self.steps.unbind())
-        for p, view in zip(params, self.step_views, strict=True):
-            self.entries[p]["step"] = view
-        for a, view in zip(owners, self.latched.unbind(), strict=True):
-            self.entries[a]["latched_at"] = view
-
-    def _make_working_copies(self, storage: Storage) -> None:
-        """``work``: the tensors that the arithmetic runs on: parameters, their float32 masters or float32 copies."""
-        params = [m.param for m in self.members]
-        self.watched = [i for i, p in enumerate(params) if storage.has_master(p)]
-        self.masters = [self.entries[params[i]]["master"] for i in self.watched]
-        # By another tensor, so that the copies of a step leave the parameters' versions alone.
-        self.mastered = [params[i].data for i in self.watched]
-        self.work = [self.entries[p].get("master", p) for p in params]
-        # Whether there are float64 parameters among others.
-        self.mixed = len({w.dtype for w in self.work}) > 1
+        # Low-precision parameters without a master are computed in float32 copies.
         self.scratch: list[_Scratch] = []
         for dtype in () if storage.master_weights else LOW_PRECISION:
-            if indices := [i for i, p in enumerate(params) if p.dtype is dtype]:
-                self.scratch.append(_Scratch(dtype, [self.members[i] for i in indices], indices))
+            if indices := [i for i, p in enumerate(self.params) if p.dtype is dtype]:
+                self.scratch.append(_Scratch(dtype, [members[i] for i in indices], indices))
                 for i, view in zip(indices, self.scratch[-1].views, strict=True):
                     self.work[i] = view
+        # Norms of float64 parameters among others need a common dtype.
+        self.norm_dtype = torch.float64 if len({w.dtype for w in self.work}) > 1 else None
+        # Which members have a gradient, and what that adds to their steps.
+        self.present = [True] * len(members)
+        self.taken: int | Tensor = 1
+        self.calls_key: tuple[list[bool], list[int]] | None = None
+        self.calls: list[_FusedCall] = []
 
     def step(self, gradients: Gradients, change: Change, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take one step.
@@ -140,7 +109,7 @@ class TorchStep:
         grads = gradients.tensors
         if change.gradients or not self.direct:
             self.present = [g is not None for g in grads]
-            self.all_present = all(self.present)
+            self.taken = 1 if all(self.present) else upload(self.present, torch.float32, self.device)
             grads, self.direct = gradients.converted(self.work)
         if self.max_grad_norm is not None:
             norm, grad_scale = self._norm_and_clip_scale(grads, grad_scale)
@@ -148,7 +117,7 @@ class TorchStep:
                 self.skipped += 1
                 return
         if change.written:
-            state.refresh_masters(self.masters, self.mastered)
+            self.refresh_masters()
         for scratch in self.scratch:
             scratch.load(self.steps.int() + 1, self.seeds)
         shrinking, latched = self._decide_latch()
@@ -158,10 +127,7 @@ class TorchStep:
         # Nothing below allocates.
         if latched is not None:
             self.latched.copy_(latched)
-        if self.all_present:
-            self.steps.add_(1)
-        else:
-            torch._foreach_add_(list(compress(self.step_views, self.present)), 1)
+        self.steps.add_(self.taken)
         for old, new in copies:
             old.copy_(new)
         for call in () if self.low_moments else calls:
@@ -173,8 +139,7 @@ class TorchStep:
 
     def _norm_and_clip_scale(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32 scalars."""
-        each = torch._foreach_norm([g for g in grads if g is not None])
-        norms = torch.stack(self._in_one_dtype(each)).float()
+        norms = torch.stack(torch._foreach_norm([g for g in grads if g is not None], 2, self.norm_dtype)).float()
         if self.grad_sums:
             indices = upload([*compress(range(len(grads)), self.present)], torch.int64, self.device)
             squares = torch.zeros(len(grads), dtype=torch.float32, device=self.device)
@@ -185,9 +150,6 @@ class TorchStep:
         total = torch.linalg.vector_norm(norms) / scale
         return total, scale / (self.max_grad_norm / (total + 1e-6)).clamp_(max=1.0)
 
-    def _in_one_dtype(self, norms: Sequence[Tensor]) -> list[Tensor]:
-        return [x.double() for x in norms] if self.mixed else list(norms)
-
     def _decide_latch(self) -> tuple[list[int], Tensor | None]:
         """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m, else latch the pair.
 
@@ -195,42 +157,42 @@ class TorchStep:
             The A's that the update shrinks, and the new ``latched`` if a pair latches. Nothing is written.
         """
         latched = self.latched.tolist()
-        live = [k for k, pair in enumerate(self.pairs) if not latched[k] and self.present[pair.a]]
+        live = [k for k, (a, _) in enumerate(self.pairs) if not latched[a] and self.present[a]]
         if not live:
             return [], None
         scaled = self._scaled_norms(live)
         # In most steps all pairs shrink clearly. A NaN fails the first comparison, an infinity the second. Below the minimum
         # float32 loses some of the squares.
         if bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all()) and bool(scaled.sum() < math.inf):
-            return [self.pairs[k].a for k in live], None
+            return [self.pairs[k][0] for k in live], None
         shrinking, before = [], list(latched)
         inverse_n, inverse_m = self.inverse_widths.tolist()
         for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
-            pair = self.pairs[k]
+            a, b = self.pairs[k]
             clear = abs(a_norm - b_norm) > 1e-3 * a_norm and 1e-12 < max(a_norm, b_norm) < math.inf
             if not clear and not self.pair_sums:
                 # PyTorch's float32 norm of millions of elements is off by 1e-4, and its squares over- and underflow, so decide a
                 # close call and very large or small norms in float64.
-                a_norm = self.work[pair.a].double().norm().item() * inverse_n[k]
-                b_norm = self.work[pair.b].double().norm().item() * inverse_m[k]
+                a_norm = self.work[a].double().norm().item() * inverse_n[k]
+                b_norm = self.work[b].double().norm().item() * inverse_m[k]
             if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
                 continue
-            if a_norm > b_norm or self.settings[self.members[pair.a].setting_index]["stop_condition"] == "never":
-                shrinking.append(pair.a)
+            if a_norm > b_norm or self.members[a].setting.group["stop_condition"] == "never":
+                shrinking.append(a)
             else:
-                latched[k] = int(self.steps[pair.a].item()) + 1
+                latched[a] = int(self.steps[a].item()) + 1
         return shrinking, None if latched == before else upload(latched, torch.int32, self.device)
 
     def _scaled_norms(self, live: list[int]) -> Tensor:
         """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all processes."""
-        halves = [self.work[self.pairs[k].a] for k in live] + [self.work[self.pairs[k].b] for k in live]
+        halves = [self.work[self.pairs[k][half]] for half in (0, 1) for k in live]
         if self.pair_sums:
             # In float64 throughout, since deciding a close call again would take a second collective.
             squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
             squares[:, live] = torch.stack(torch._foreach_norm(halves, 2, torch.float64)).view(2, -1).square()
             norms = self.pair_sums.all_reduce_sum_(squares.view(-1)).view(2, -1).sqrt()[:, live]
         else:
-            norms = torch.stack(self._in_one_dtype(torch._foreach_norm(halves))).double().view(2, -1)
+            norms = torch.stack(torch._foreach_norm(halves, 2, self.norm_dtype)).double().view(2, -1)
         return norms * (self.inverse_widths if len(live) == len(self.pairs) else self.inverse_widths[:, live])
 
     def _plan(self, shrinking: list[int]) -> list[_FusedCall]:
@@ -239,15 +201,16 @@ class TorchStep:
         if key != self.calls_key:
             shrinks_at = set(shrinking)
             alike: dict[tuple[int, bool, bool], list[int]] = {}
-            for i, (p, setting_index, *_) in enumerate(self.members):
+            for i, member in enumerate(self.members):
                 if self.present[i]:
-                    alike.setdefault((setting_index, i in shrinks_at, p.dtype is torch.float64), []).append(i)
+                    kind = (id(member.setting), i in shrinks_at, member.param.dtype is torch.float64)
+                    alike.setdefault(kind, []).append(i)
             calls = []
-            for (setting_index, shrinks, _), indices in alike.items():
-                setting, entries = self.settings[setting_index], [self.entries[self.members[i].param] for i in indices]
-                moments = [[entry[name] for entry in entries] for name in state.moment_names(setting["amsgrad"])]
-                work, steps = [self.work[i] for i in indices], [self.step_views[i] for i in indices]
-                calls.append(_FusedCall(setting, shrinks, indices, work, moments, steps))
+            for (_, shrinks, _), indices in alike.items():
+                members, work = [self.members[i] for i in indices], [self.work[i] for i in indices]
+                names = (*state.moment_names(members[0].setting.group["amsgrad"]), "step")
+                *moments, steps = ([member.entry[name] for member in members] for name in names)
+                calls.append(_FusedCall(members, indices, shrinks, work, moments, steps))
             self.calls, self.calls_key = calls, key
         return self.calls
 
@@ -263,18 +226,17 @@ class TorchStep:
             grads = [g if g is None else g.clone() for g in grads]
         changes: list[tuple[Tensor, Tensor]] = []
         for call in calls:
-            entries = [self.entries[self.members[i].param] for i in call.indices]
             moments = [
-                [state.load_moment(entry, name, p.dtype) for entry, p in zip(entries, call.params, strict=True)]
+                [state.load_moment(m.entry, name, p.dtype) for m, p in zip(call.members, call.params, strict=True)]
                 for name in state.moment_names(amsgrad=False)
             ]
             params, steps = [p.clone() for p in call.params], [step + 1 for step in call.steps]
             call._replace(params=params, moments=moments, steps=steps).update(grads, grad_scale)
             changes += zip(call.params, params, strict=True)
-            for i, entry, step, *values in zip(call.indices, entries, steps, *moments, strict=True):
-                indices = self.members[i].shard.element_indices(values[0].numel(), self.device)
+            for i, member, step, *values in zip(call.indices, call.members, steps, *moments, strict=True):
+                indices = member.shard.element_indices(values[0].numel(), self.device)
                 words = mix_(indices ^ mix_((step.int() + self.seeds[i]).reshape(1)))
-                changes += _rounded_moments(entry, values, words)
+                changes += _rounded_moments(member.entry, values, words)
         return changes
 
 

@@ -6,7 +6,6 @@ import math
 from array import array
 from collections.abc import Sequence
 from functools import reduce
-from itertools import accumulate
 from operator import is_, or_
 from typing import Any
 
@@ -14,16 +13,17 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import snapshot
-from stablelora_kernels.optim.options import Parts
-from stablelora_kernels.optim.sharding import LatchMonitor, ShardSums
+from stablelora_kernels.optim.options import Storage
+from stablelora_kernels.optim.sharding import LatchMonitor
 from stablelora_kernels.optim.snapshot import LIVE, Change, Gradients, layout_of, upload
-from stablelora_kernels.optim.state import moment_names, refresh_masters, seed_word, stack_counters
+from stablelora_kernels.optim.state import Engine, Member, moment_names, seed_word
+from stablelora_kernels.pairs import LoRAPair
 
 # Nonzero for an address that is no multiple of 16.
 _misaligned = (15).__and__
 
 
-class TritonStep:
+class TritonStep(Engine):
     """The step of all parameters on one device, with the interface of :class:`~stablelora_kernels.optim.torch_step.TorchStep`.
 
     The tables hold all members, with a gradient or without, so a step with other missing gradients only uploads other
@@ -34,47 +34,33 @@ class TritonStep:
     # Elements that one program updates. Twice as many would take twice the registers, and halve the warps of a processor.
     CHUNK = 2048
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, members: Sequence[Member], pairs: Sequence[LoRAPair], storage: Storage, skipped: Tensor) -> None:
         # Triton is optional, so nothing imports a launcher before it is used.
         from stablelora_kernels.launch import stable_adamw as launcher
 
         self.launcher, tables = launcher, launcher.tables
-        self.members, self.pairs, self.settings, state, skipped, storage = parts
-        members, pairs, settings = parts[:3]
-        self.max_grad_norm = settings[0]["max_grad_norm"]
-        self.params = [member.param for member in members]
-        self.device = self.params[0].device
-        self.mastered = [p for p in self.params if storage.has_master(p)]
-        self.masters = [state[p]["master"] for p in self.mastered]
-        # An empty tensor has one chunk too, for its counters.
-        self.counts = [max(1, -(-p.numel() // self.CHUNK)) for p in self.params]
-        self.first_chunks = list(accumulate(self.counts, initial=0))[:-1]
-        # All A's, then all B's.
-        halves = [i for half in zip(*pairs, strict=True) for i in half]
-        self.halves = [state[self.params[i]].get("master", self.params[i]) for i in halves]
-        self.totals = torch.zeros(len(halves), dtype=torch.float32, device=self.device)
-        self.pair_sums = ShardSums([members[i].owner for i in halves])
-        self.grad_sums = ShardSums([member.owner for member in members])
+        # Of each member the chunks, each with its own counters. An empty tensor has one too.
+        self.counts = [max(1, -(-member.param.numel() // self.CHUNK)) for member in members]
+        super().__init__(members, pairs, storage, self.counts)
+        self.watched = sorted({*self.halves, *self.watched})
+        self.totals = torch.zeros(len(self.halves), dtype=torch.float32, device=self.device)
         self.sharded = bool(self.grad_sums)
-        never = {index for index, setting in enumerate(settings) if setting["stop_condition"] == "never"}
-        self.never_latch = {pair.a for pair in pairs if members[pair.a].setting_index in never}
-        self.memory = self._make_memory(state, skipped)
-        self.latch_monitor = LatchMonitor(self.memory.latched, [self.first_chunks[pair.a] for pair in pairs])
-        self.flags = tables.FLAG_AMSGRAD * any(setting["amsgrad"] for setting in settings)
+        self.settings = list({id(member.setting): member.setting for member in members}.values())
+        self.never_latch = {a for a, _ in self.pairs if members[a].setting.group["stop_condition"] == "never"}
+        self.memory = self._make_memory(skipped)
+        self.latch_monitor = LatchMonitor(self.latched, [self.firsts[a] for a, _ in self.pairs])
+        self.flags = tables.FLAG_AMSGRAD * any(setting.group["amsgrad"] for setting in self.settings)
         self.flags |= tables.FLAG_NEVER * bool(self.never_latch) | tables.FLAG_MASTER * bool(self.mastered)
         self.flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
         self.flags |= tables.FLAG_8BIT_MOMENTS * (storage.moments_dtype is torch.uint8)
         self.flags |= tables.FLAG_SHARDED * self.sharded | tables.FLAG_CUT * any(m.shard.columns for m in members)
-        self.seeds = [seed_word(setting["seed"]) for setting in settings]
+        self.seeds = [seed_word(setting.group["seed"]) for setting in self.settings]
         setting_bytes = max(4 * len(tables.HyperRow._fields), 8 * len(tables.WordRow._fields))
-        size = max(16 * len(members), setting_bytes * len(settings))
-        self.staging = snapshot.Staging(self.device, size, any(setting["capturable"] for setting in settings))
-        # Members whose versions tell that someone else wrote to them.
-        self.watched = [i for i, m in enumerate(members) if i in set(halves) or storage.has_master(m.param)]
+        size = max(16 * len(members), setting_bytes * len(self.settings))
+        capturable = any(setting.group["capturable"] for setting in self.settings)
+        self.staging = snapshot.Staging(self.device, size, capturable)
         # Of gradients that the step reads without a copy.
         self.dtypes = getattr(layout_of(self.params), "dtypes", None)
-        # Whether all gradients in the table are those.
-        self.direct = False
         # The indices of parameters with a gradient, on the device, for the sums over processes.
         self.present: Tensor | None = None
         # Hyperparameters in another dtype or on another GPU: by setting and name, a float32 copy; and the copies to make.
@@ -87,45 +73,34 @@ class TritonStep:
         # What captured steps read.
         self.captured: list[tuple[Any, ...]] = []
 
-    def _make_memory(self, state: dict[Tensor, dict[str, Any]], skipped: Tensor) -> Any:
-        """What the launches read and write, without the tables that a step uploads.
-
-        One of each counter a chunk; entries of ``state`` become views of the counters of first chunks.
-        """
-        total, repeats = sum(self.counts), upload(self.counts, torch.int64, self.device)
-        old_steps = stack_counters([state[p].get("step") for p in self.params], torch.float32, self.device)
-        old_latched = stack_counters([state[p].get("latched_at") for p in self.params], torch.int32, self.device)
-        steps = torch.repeat_interleave(old_steps, repeats, output_size=total)
-        latched = torch.repeat_interleave(old_latched, repeats, output_size=total)
+    def _make_memory(self, skipped: Tensor) -> Any:
+        """What the launches read and write, without the tables that a step uploads."""
+        total = sum(self.counts)
         grad_sums = 1 if self.sharded else min(total, self.launcher.tables.MAX_GRAD_SUMS)
-        memory = self.launcher.Memory(
-            steps=steps,
+        return self.launcher.Memory(
+            steps=self.steps,
             turns=torch.zeros(total, dtype=torch.int8, device=self.device),
-            latched=latched,
+            latched=self.latched,
             squares=torch.zeros(2, total, dtype=torch.float32, device=self.device),
             grad_squares=torch.zeros(grad_sums, dtype=torch.float32, device=self.device),
             skipped=skipped,
-            tensors=upload(self._tensor_rows(state), torch.int64, self.device),
+            tensors=upload(self._tensor_rows(), torch.int64, self.device),
             chunks=upload([i for i, count in enumerate(self.counts) for _ in range(count)], torch.int32, self.device),
         )
-        for p, first in zip(self.params, self.first_chunks, strict=True):
-            state[p]["step"] = steps[first]
-        for pair in self.pairs:
-            state[self.params[pair.a]]["latched_at"] = latched[self.first_chunks[pair.a]]
-        return memory
 
-    def _tensor_rows(self, state: dict[Tensor, dict[str, Any]]) -> list[Any]:
+    def _tensor_rows(self) -> list[Any]:
         """The table of tensors."""
-        tables = self.launcher.tables
+        tables, members = self.launcher.tables, self.members
+        setting_rows = {id(setting): i for i, setting in enumerate(self.settings)}
         pair_columns: dict[int, dict[str, int]] = {}
         for k, (a, b) in enumerate(self.pairs):
             columns = {
-                "a_first": self.first_chunks[a],
+                "a_first": self.firsts[a],
                 "a_count": self.counts[a],
-                "b_first": self.first_chunks[b],
+                "b_first": self.firsts[b],
                 "b_count": self.counts[b],
-                "n": max(self.members[a].owner.shape[1], 1),
-                "m": max(self.members[b].owner.shape[0], 1),
+                "n": max(members[a].owner.shape[1], 1),
+                "m": max(members[b].owner.shape[0], 1),
             }
             if self.sharded:
                 # Of 4 bytes each.
@@ -138,23 +113,19 @@ class TritonStep:
         # The variant of each tensor's code, if its gradient is aligned.
         self.variant_of: list[int] = []
         rows = []
-        for i, (p, setting_index, shard, _) in enumerate(self.members):
-            names = (
-                *moment_names(self.settings[setting_index]["amsgrad"]),
-                "exp_avg_scale",
-                "exp_avg_sq_scale",
-                "master",
-            )
-            held = {name: state[p][name] for name in names if name in state[p]}
+        for i, member in enumerate(members):
+            p, shard = member.param, member.shard
+            names = (*moment_names(member.setting.group["amsgrad"]), "exp_avg_scale", "exp_avg_sq_scale", "master")
+            held = {name: member.entry[name] for name in names if name in member.entry}
             self.held.append([*held.values()])
             row = tables.TensorRow(
                 param=p.data_ptr(),
                 numel=p.numel(),
-                setting=setting_index,
+                setting=setting_rows[id(member.setting)],
                 base=shard.base,
                 shard_columns=shard.columns,
                 shard_pitch=shard.pitch,
-                first_chunk=self.first_chunks[i],
+                first_chunk=self.firsts[i],
                 **{name: tensor.data_ptr() for name, tensor in held.items()},
                 **pair_columns.get(i, {}),
             )
@@ -175,7 +146,7 @@ class TritonStep:
         if change.written:
             # The step then reads the first half of the sums, which the launcher measures.
             self.memory.turns.zero_()
-            refresh_masters(self.masters, self.mastered)
+            self.refresh_masters()
         if self.sharded:
             if found_inf is not None:
                 found_inf = self.grad_sums.all_reduce_max_(found_inf.clone())
@@ -237,7 +208,8 @@ class TritonStep:
     def _sum_over_processes(self, grads: Sequence[Tensor | None]) -> None:
         """All-reduce the pairs' sums of squares while some pair may shrink, and the gradients' sum of squares for clipping."""
         if self.latch_monitor.any_unlatched():
-            norms = torch.stack(torch._foreach_norm(self.halves, 2, torch.float64))
+            halves = [self.work[i] for i in self.halves]
+            norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64))
             self.totals.copy_(self.pair_sums.all_reduce_sum_(norms.square_()))
         if self.max_grad_norm is not None:
             norms = torch.stack(torch._foreach_norm([g for g in grads if g is not None], 2, torch.float64))
@@ -247,56 +219,55 @@ class TritonStep:
 
     def _upload_hyper(self) -> None:
         """Upload the hyperparameters of every setting, and work out whether the launch reads some through addresses."""
-        tables, self.copied, rows = self.launcher.tables, [], []
-        values = [[self._value(i, name) for name in LIVE] for i in range(len(self.settings))]
-        numbers = [[0.0 if isinstance(value, Tensor) else value for value in each] for each in values]
-        for setting, (lr, weight_decay, shrink_ratio), (given, *_) in zip(self.settings, numbers, values, strict=True):
-            beta1, beta2 = setting["betas"]
+        tables, self.copied = self.launcher.tables, []
+        # The words hold the addresses of these.
+        self.hyper_values = [
+            [self._value((i, name), value) for name, value in zip(LIVE, setting.live(), strict=True)]
+            for i, setting in enumerate(self.settings)
+        ]
+        rows, self.dynamic = [], 0
+        for setting, values in zip(self.settings, self.hyper_values, strict=True):
+            lr_is_tensor, *others_are = (isinstance(value, Tensor) for value in values)
+            lr, weight_decay, shrink_ratio = (0.0 if isinstance(value, Tensor) else value for value in values)
+            # The kernel multiplies by the ratio only a learning rate that is a tensor.
+            lr_ratio = setting.lr_ratio if lr_is_tensor else 1.0
+            if any(others_are) or lr_ratio != 1:
+                self.dynamic = tables.FLAG_DYNAMIC
+            beta1, beta2 = setting.group["betas"]
             row = tables.HyperRow(
                 beta1=beta1,
                 one_minus_beta1=1 - beta1,
                 beta2=beta2,
                 one_minus_beta2=1 - beta2,
-                eps=setting["eps"],
+                eps=setting.group["eps"],
                 weight_decay=weight_decay,
                 shrink_ratio=shrink_ratio,
-                sign=-1.0 if setting["maximize"] else 1.0,
+                sign=-1.0 if setting.group["maximize"] else 1.0,
                 log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
                 log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
-                lr=lr * setting["lr_ratio"],
-                # The kernel multiplies by the ratio only a learning rate that is a tensor.
-                lr_ratio=setting["lr_ratio"] if isinstance(given, Tensor) else 1.0,
+                lr=lr * setting.lr_ratio,
+                lr_ratio=lr_ratio,
             )
             rows.append(row)
         hyper, fields = self.staging.upload(rows, torch.float32), tables.HyperRow._fields
         words = []
-        for i, (seed, each) in enumerate(zip(self.seeds, values, strict=True)):
+        for i, (seed, values) in enumerate(zip(self.seeds, self.hyper_values, strict=True)):
             own = hyper.data_ptr() + 4 * len(fields) * i
             address = {
                 name: value.data_ptr() if isinstance(value, Tensor) else own + 4 * fields.index(name)
-                for name, value in zip(LIVE, each, strict=True)
+                for name, value in zip(LIVE, values, strict=True)
             }
             words.append(tables.WordRow(seed=seed, **address))
         self.memory = self.memory._replace(hyper=hyper, words=self.staging.upload(words, torch.int64))
-        # The words hold the addresses of these.
-        self.hyper_values = values
-        self.dynamic = tables.FLAG_DYNAMIC * any(
-            isinstance(decay, Tensor)
-            or isinstance(ratio, Tensor)
-            or (isinstance(lr, Tensor) and setting["lr_ratio"] != 1)
-            for (lr, decay, ratio), setting in zip(values, self.settings, strict=True)
-        )
 
-    def _value(self, setting_index: int, name: str) -> float | Tensor:
-        """A hyperparameter as a float, or as a float32 scalar on the device that keeps its address."""
-        value = self.settings[setting_index][name]
+    def _value(self, key: tuple[int, str], value: float | Tensor) -> float | Tensor:
+        """The hyperparameter of a setting as a float, or as a float32 scalar on the device that keeps its address."""
         if not isinstance(value, Tensor):
             return value
         if value.device.type == "cpu" != self.device.type:
             return value.item()
         if value.device == self.device and value.dtype is torch.float32:
             return value
-        key = setting_index, name
         if key not in self.cells:
             self.cells[key] = torch.empty((), dtype=torch.float32, device=self.device)
         self.copied.append((self.cells[key], value))

@@ -1,26 +1,25 @@
-"""Optional packages, imported when a feature needs them, and what the Hugging Face hub's client downloads."""
+"""What lies outside: optional packages, what the Hugging Face hub's client downloads, and a lock between processes."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# The errors of a file system that has no locks, as some network file systems have none.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def import_extra(module: str, extra: str, feature: str) -> Any:
-    """The optional ``module``, given by its full name.
-
-    Args:
-        module: for example "safetensors.torch".
-        extra: the extra of stablelora-kernels that installs it.
-        feature: what needs it, for the error.
-
-    Raises:
-        ImportError: it is not installed, or importing it fails. The message names the pip line and the cause.
+    """The optional ``module``, such as "safetensors.torch". An ImportError says that ``feature`` needs it, and names the pip line
+    with ``extra``, which installs it, and the cause.
     """
     try:
         return importlib.import_module(module)
@@ -42,9 +41,7 @@ def is_hub_id(text: str) -> bool:
 def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """Download the files of ``repository`` that match ``patterns``, and return their directory. Errors name ``argument``.
 
-    Raises:
-        ImportError: huggingface_hub is not installed.
-        ValueError: the hub did not give the files; the message has its reason.
+    It raises ImportError without huggingface_hub, and ValueError with the hub's reason for not giving the files.
     """
     try:
         hub = import_extra("huggingface_hub", "cli", "a hub id")
@@ -58,3 +55,31 @@ def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: 
         raise ValueError(
             f"{argument} {repository!r} is no path on this machine, and the hub did not give it: {message}"
         ) from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock file ``path`` during the body, and wait while another process or thread holds it.
+
+    The operating system releases the lock of a process that ends, however it ends, so no lock is ever stale. Yields False if
+    the file system has no locks; then it did not wait.
+    """
+    while True:
+        with open(path, "a") as file:
+            held = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    continue  # Another one is in its place.
+            except FileNotFoundError:
+                continue  # Its last holder has removed it.
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                held = False
+            try:
+                yield held
+            finally:
+                # Still locked, so that a waiting process notices that the file is gone.
+                path.unlink(missing_ok=True)
+            return

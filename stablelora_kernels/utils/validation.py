@@ -1,17 +1,13 @@
-"""Argument checks. Each raises an error that names the argument and its value, before anything changes."""
+"""Argument checks, and words for messages. Each check raises an error that names the argument and its value."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# How the keys of rank_pattern and alpha_pattern are matched: as regular expressions for a dotted name or its end after a dot.
-PATTERN = r"(.*\.)?({})$"
 
 
 def check_bool(name: str, value: Any) -> bool:
@@ -37,9 +33,8 @@ def check_float(
     low: float = -math.inf,
     high: float = math.inf,
     low_open: bool = False,
-    high_open: bool = True,
 ) -> float:
-    """``value`` as a finite float in the interval from ``low`` to ``high``; an infinite end is no bound."""
+    """``value`` as a finite float of at least ``low``, or above it with ``low_open``, and below ``high``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     try:
@@ -48,12 +43,10 @@ def check_float(
         # An int beyond the largest float.
         number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     above = number > low if low_open else number >= low
-    below = number < high if high_open else number <= high
     # Not math.isfinite: torch.compile cannot trace it for a number that it has made symbolic.
-    if not (-math.inf < number < math.inf and above and below):
+    if not (-math.inf < number < math.inf and above and number < high):
         left = "(" if low_open or low == -math.inf else "["
-        right = ")" if high_open or high == math.inf else "]"
-        raise ValueError(f"{name} must be a finite number in {left}{low:g}, {high:g}{right}, got {shown(value)}")
+        raise ValueError(f"{name} must be a finite number in {left}{low:g}, {high:g}), got {shown(value)}")
     return number
 
 
@@ -64,46 +57,6 @@ def check_choice(name: str, value: T, choices: Sequence[T]) -> T:
     return value
 
 
-def check_regex(name: str, value: str) -> str:
-    """``value``, which must be a regular expression."""
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None
-    return value
-
-
-def check_patterns(name: str, value: Any) -> dict[str, Any]:
-    """A copy of the dict ``value``, whose keys must be regular expressions; None gives an empty one."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"{name} must be a dict of name patterns, got {value!r}")
-    try:
-        compile_patterns(tuple(value))
-    except (re.error, OverflowError, RecursionError) as error:
-        for key in value:
-            check_regex(name, key)
-        # As it is matched: a flag like (?i) may only begin a whole expression.
-        pattern = getattr(error, "pattern", None)
-        raise ValueError(
-            f"{name} must be a regular expression that may follow other text, got {pattern!r}: {error}"
-        ) from None
-    return dict(value)
-
-
-@lru_cache(8)
-def compile_patterns(keys: tuple[str, ...]) -> tuple[re.Pattern[str], list[tuple[str, re.Pattern[str]]]]:
-    """An expression for names that any of ``keys`` may match, and one for each key. Python itself keeps 512 of them."""
-    each = []
-    for key in keys:
-        # By itself as well: ")(" is none.
-        re.compile(key)
-        each.append((key, re.compile(PATTERN.format(key))))
-    # A key's groups have other numbers among other keys, and may refer to them.
-    return re.compile("" if "(" in "".join(keys) else PATTERN.format("|".join(keys))), each
-
-
 def shown(value: Any) -> str:
     """``value`` for a message; of a number with hundreds of digits the first."""
     try:
@@ -112,3 +65,8 @@ def shown(value: Any) -> str:
         # Python prints no int of more than 4,300 digits.
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:40]}… ({len(text)} characters)"
+
+
+def counted(number: int, noun: str) -> str:
+    """``number`` and ``noun``, in the plural unless it is one: "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

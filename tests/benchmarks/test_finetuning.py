@@ -1,4 +1,4 @@
-"""The main job: its command line, downloads, workers, and whole runs on a small Llama that is not pretrained."""
+"""The main job: its command line, downloads, workers, whole runs on a small Llama that is not pretrained, and what it says."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks.common import assets
 from benchmarks.common.records import read_records
-from benchmarks.finetuning import arms, experiment
+from benchmarks.common.tables import RESULTS
+from benchmarks.finetuning import arms, experiment, report
 from benchmarks.finetuning.recipe import Recipe
-from benchmarks.finetuning.report import look_up
 from tests.helpers.headlines import write_headlines
 from tests.helpers.small_models import llama
 
@@ -58,7 +58,7 @@ def job(tmp_path, monkeypatch):
         status, rows = command.main((small + options).split()), read_records(out / "result.csv")
         header, table = rows.attrs["environment"], (out / "table.txt").read_text()
         assert table.splitlines()[: len(header["verdicts"])] == header["verdicts"] and not re.search(r"\bnan\b", table)
-        return status, header, look_up(rows), table, pd.read_csv(out / "steps.csv")
+        return status, header, report.look_up(rows), table, pd.read_csv(out / "steps.csv")
 
     return run
 
@@ -218,8 +218,74 @@ def test_lora_learns_in_a_real_run(tmp_path):
     job = f"{sys.executable} -m benchmarks --steps 6 --seeds 2 --held-out 16 --dtype fp32 --device cpu --out {tmp_path}"
     done = subprocess.run(job.split(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = look_up(read_records(tmp_path / "result.csv"))
+    found = report.look_up(read_records(tmp_path / "result.csv"))
     # On 16 held-out texts six steps take the loss down by more than any seed could do by chance.
     for arm in ("peft", "accelerated", "stable"):
         assert found[arm, "held-out", "loss"].value < found["frozen", "held-out", "loss"].value - 0.2
         assert arm == "peft" or found[arm, "step", arms.SAVED].value < found["peft", "step", arms.SAVED].value
+
+
+MIB = {"peft": (8.0, 1000.0), "accelerated": (6.0, 950.0), "stable": (10.0, 1001.0)}
+
+
+def told(metric="loss", seeds=3, held_out=(), majority=None, waited=0.0, **ms):
+    """A run of ten steps a seed. ``ms`` are an arm's times of these, ``held_out`` what arms reach with each seed."""
+    held_out = {"frozen": [5.0] * 3, "peft": [4.0] * 3, "accelerated": [4.0] * 3, "stable": [4.0] * 3} | dict(held_out)
+    about = {"settings": {"model": "m", "data": "d", "arms": [*held_out]}, "seeds_done": seeds, "waited_share": waited}
+    result = report.Result(about | {"task": {"metric": metric, "majority": majority}})
+    for arm, values in held_out.items():
+        for seed, value in enumerate(values[:seeds]):
+            result.add(arm, "held-out", {metric: value}, seed)
+            times = {"backward_ms": 0.0, "optimizer_ms": 0.0, "loss": 4.0, "arm": arm, "seed": seed}
+            result.steps += [{"step": i + 1, "forward_ms": x, **times} for i, x in enumerate(ms.get(arm, [100.0] * 10))]
+        result.add(arm, "step", dict(zip((arms.SAVED, arms.PEAK), MIB.get(arm, ()), strict=False)))
+    found = report.look_up(report.records(result))
+    return found, report.verdicts(result.about, found)
+
+
+HELD_OUT = {arm: [0.5] * 3 for arm in ("frozen", *MIB)}
+FLOORS = {"metric": "accuracy", "majority": 0.6, "held_out": HELD_OUT}
+OURS, BROKEN = "our layers, Stable-LoRA: ", "training broke or was too short, so its quality says nothing."
+ONE_STEP = {arm: [100.0] for arm in ("frozen", *MIB)}
+# What is made, and what a line of its verdicts ends with; what the stored runs have been told is not repeated here.
+SAID = [
+    ({"stable": [102.0] * 10}, 1, f"{OURS}102 ms a step, PEFT 100 ms: 2.0% more time, 0.98x as fast (95% interval 0.98 to 0.98)"),
+    # Half of the steps are faster, the other half slower by less.
+    ({"stable": [90.0, 105.0] * 5}, 1, "no difference shown, 1.01x as fast (95% interval 0.98 to 1.05)"),
+    ({"seeds": 1} | ONE_STEP, 0, "100 ms a step, PEFT 100 ms (one step: shows nothing)"),
+    ({}, 3, "10 MiB saved for backward, PEFT 8: 25% more; 1,001 MiB at the peak, PEFT 1,000: the same"),
+    # Student's t with two degrees of freedom is 4.30.
+    ({"held_out": {"stable": [3.91, 3.92, 3.89]}}, 6, "3.907, -0.093 ± 0.038 against PEFT (95% interval over seeds): better"),
+    ({"held_out": {"stable": [4.09, 4.08, 4.11]}}, 6, "4.093, +0.093 ± 0.038 against PEFT (95% interval over seeds): worse"),
+    ({"seeds": 1}, 6, "4.000, +0.000 against PEFT (one seed: shows nothing)"),
+    (FLOORS, 4, "held-out accuracy, mean of 3 seeds: frozen 50.0 %, PEFT 50.0 %, largest class 60.0 %"),
+    (FLOORS, 7, f"Warning: PEFT ended below the largest class (held-out accuracy 50.0 % against 60.0 %): {BROKEN}"),
+    ({"held_out": {"stable": [5.1, 5.2, 5.3]}}, 7, f"below the frozen model (held-out loss 5.200 against 5.000): {BROKEN}"),
+    ({"waited": 0.4}, 7, "waited for a CPU 40 % of the time. Ratios of times are fair, since all arms waited, but less exact."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "line", "said"), SAID)
+def test_gains_and_losses_are_told_in_the_same_words(made, line, said):
+    _, verdicts = told(**made)
+    assert verdicts[line].endswith(said)
+    # Warnings come after the seven verdicts, and only where there is something to warn of.
+    assert (len(verdicts) > 7) == (line == 7 or "majority" in made)
+
+
+def test_ratios_are_of_the_same_steps_and_settling_steps_do_not_count():
+    """The machine is half as fast from the sixth step on, and slow at first: ratios are not touched, and agree."""
+    slow = [900.0] * 3 + [100.0] * 2 + [200.0] * 5
+    found, _ = told(peft=[1.4 * x for x in slow], accelerated=slow, frozen=[x / 2 for x in slow], stable=slow)
+    assert found["accelerated", "step", report.SPEEDUP][::3] == pytest.approx((1.4, 0.0))
+    assert found["accelerated", "step", "% over frozen"][::3] == pytest.approx((100.0, 0.0))
+    assert found["peft", "layers", "% over frozen"].value == pytest.approx(180.0)
+    assert found["frozen", "step", "ms"][:3] == (100.0, 50.0, 100.0) and found["frozen", "step", "ms"].n == 21
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/main*/result.csv")), ids=lambda file: file.parent.name)
+def test_a_stored_runs_text_is_made_of_its_records(file):
+    rows = read_records(file)
+    header, text = rows.attrs["environment"], file.with_name("table.txt").read_text(encoding="utf-8")
+    assert report.text(header, rows) == text and text.splitlines()[: len(header["verdicts"])] == header["verdicts"]
+    assert "nan" not in text and report.adapters(header).startswith("r 16, alpha 32, dropout 0")

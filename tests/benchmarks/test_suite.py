@@ -25,7 +25,7 @@ from benchmarks.suite.layers import COMPILED, FROZEN_ONEDNN, OURS_TRITON, STORED
 from benchmarks.suite.rivals import WARMUP, Case, Parts, Race
 from benchmarks.suite.test_optimizer_step import OptimizerCase, StorageCase
 from benchmarks.suite.test_training_step import PretrainedCase, TrainingCase
-from stablelora_kernels.ops import matmul
+from stablelora_kernels.ops import torch_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_arms_compute_the_same_over_shared_weights(kind: Any, n: Any, dtype: str
     case, results, saved = kind(70, 10, n, 3, dtype, CPU), {}, {}
     case.open()
     missing = dict.fromkeys(COMPILED, r"torch\.compile failed: no C\+\+ compiler$") | {OURS_TRITON: "need a GPU"}
-    if not matmul.by_onednn(STORED[dtype], CPU):
+    if not torch_path.by_onednn(STORED[dtype], CPU):
         missing[FROZEN_ONEDNN] = "PyTorch's own"
     for arm in case.arms:
         if arm in missing:

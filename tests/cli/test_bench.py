@@ -9,8 +9,6 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import bench, main
-from stablelora_kernels.dispatch import backend
-from tests.cli.test_cli import fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ["--device", "cpu", "--backend", "torch"]
@@ -28,12 +26,6 @@ def test_it_times_every_arm(capsys):
     assert list(report["optimizer"]) == [bench.ADAMW, bench.SHRINKING, bench.LATCHED]
     for arm in (*report["layer"].values(), *report["optimizer"].values()):
         assert 0 < arm["ms"]["q1"] <= arm["ms"]["median"] <= arm["ms"]["q3"]
-
-
-def test_an_interpreter_is_not_timed(capsys, monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETING", True)
-    monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
-    assert "tell nothing of the kernels" in fails(capsys, "bench", *SMALL, "--backend", "triton")
 
 
 def test_the_arms_compute_the_same():

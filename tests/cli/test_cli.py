@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import COMMANDS, doctor, main, selftest
+from stablelora_kernels.cli import COMMANDS, doctor, main
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import check_environment
 
@@ -33,6 +34,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 2) -> st
         *(([command, "--help"], 0, "Exit status") for command in COMMANDS),
         ([], 2, "required: COMMAND"),
         (["cure"], 2, "invalid choice: 'cure'"),
+        (["inspect", "adapter", "--limit", "0"], 2, "got '0'"),
     ],
     ids=str,
 )
@@ -48,7 +50,7 @@ def test_a_process_with_a_wrong_variable_and_a_reader_that_leaves():
         "from stablelora_kernels import cli\n"
         "assert cli.main(['doctor']) == 2\n"
         "del os.environ['STABLELORA_BACKEND']\n"
-        "cli.COMMANDS['doctor'].run = lambda args: print('x' * 10_000_000) or 0\n"
+        "cli.COMMANDS['doctor'].run = lambda args, report: print('x' * 10_000_000) or 0\n"
         "sys.exit(cli.main(['doctor']))"
     )
     process = subprocess.Popen(
@@ -102,7 +104,7 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and all(f"Self-test of {place}" in out for place in ON.values())
-    assert f"All {2 * len(selftest.checks())} checks passed." in out
+    assert f"All {2 * len(doctor.checks())} checks passed." in out
 
 
 def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatch):
@@ -115,46 +117,38 @@ def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatc
     assert "STABLELORA_KERNEL must be one of" in check["problem"] and not check["passed"]
 
 
-def raising(right):
-    def call(*args):
-        raise RuntimeError("out of\nmemory")
-
-    return call
+def raising(*args):
+    raise RuntimeError("out of\nmemory")
 
 
-def masked_otherwise(right):
-    return lambda x, weight, bias, a, b, scaling, p=0.0: right(x, weight, bias, a, b, scaling, p) + (1e-3 if p else 0.0)
+def never_latching(right, *args, **options):
+    optimizer = right(*args, **options)
+    found = [slk.PairStability(pair.name, 1.0, 0.0, False, None) for pair in optimizer.pairs]
+    optimizer.stability = lambda: found
+    return optimizer
 
 
-def never_latching(right):
-    def stability(self):
-        return [slk.PairStability(pair.name, 1.0, 0.0, False, None) for pair in self.pairs]
-
-    return type("NeverLatching", (right,), {"stability": stability})
+def launching_nothing(right, base, x, a, b, scaling):
+    return base + scaling * (x.to(a.dtype) @ a.T @ b.T).to(base.dtype)
 
 
-def launching_nothing(right):
-    return lambda base, x, a, b, scaling: base + scaling * (x.to(a.dtype) @ a.T @ b.T).to(base.dtype)
-
-
-# A name in the self-test, what is put in its place, the backend, the only families that fail then, and why.
+LINEAR = {"lora_linear", "lora_linear_quantized", "dropout's mask"}
+# A name in the self-test, what is done in its place, the only families that fail then, and why.
 FAULTS = {
-    "a wrong result": ("lora_branch", lambda right: lambda *args: right(*args) * 1.5, "torch", {"lora_branch"}, "off by"),
-    "NaN": (
-        "lora_linear", lambda right: lambda *args: right(*args) + float("nan"), "torch",
-        {"lora_linear", "lora_linear_quantized", "dropout's mask"}, "off by inf",
-    ),
-    "an exception": ("lora_linear_group", raising, "torch", {"lora_linear_group"}, "RuntimeError: out of memory"),
-    "another mask": ("lora_linear", masked_otherwise, "torch", {"dropout's mask"}, "off by"),
-    "no latch": ("StableLoRAAdamW", never_latching, "torch", {"stable_adamw"}, "the pairs must latch at steps"),
-    "no kernel": ("lora_branch", launching_nothing, "triton", {"lora_branch"}, "no Triton kernel was launched"),
+    "a wrong result": ("lora_branch", lambda right, *args: right(*args) * 1.5, {"lora_branch"}, "off by"),
+    "NaN": ("lora_linear", lambda right, *args: right(*args) + float("nan"), LINEAR, "off by inf"),
+    "an exception": ("lora_linear_group", raising, {"lora_linear_group"}, "RuntimeError: out of memory"),
+    "another mask": ("lora_linear", lambda right, *args: right(*args) + 1e-3 * (args[-1] > 0), {"dropout's mask"}, "off by"),
+    "no latch": ("StableLoRAAdamW", never_latching, {"stable_adamw"}, "the pairs must latch at steps"),
+    "no kernel": ("lora_branch", launching_nothing, {"lora_branch"}, "no Triton kernel was launched"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "fault", "on", "families", "problem"), FAULTS.values(), ids=FAULTS)
-def test_planted_faults_fail_the_self_test(capsys, monkeypatch, name, fault, on, families, problem):
-    monkeypatch.setattr(selftest, name, fault(getattr(selftest, name)))
-    with slk.use_backend(on):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_fail_the_self_test(capsys, monkeypatch, fault):
+    name, wrong, families, problem = FAULTS[fault]
+    monkeypatch.setattr(doctor, name, partial(wrong, getattr(doctor, name)))
+    with slk.use_backend("triton" if fault == "no kernel" else "torch"):
         report = doctor_json(capsys, status=1)
     failed = [check for check in report["self_tests"][0]["checks"] if not check["passed"]]
     assert {check["family"] for check in failed} == families and not report["ok"]
@@ -162,7 +156,7 @@ def test_planted_faults_fail_the_self_test(capsys, monkeypatch, name, fault, on,
 
 
 def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr(selftest, "lora_branch", raising(None))
+    monkeypatch.setattr(doctor, "lora_branch", raising)
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else "1.0")
     # Read before, so that no other test runs with "split".
     check_environment()
@@ -170,7 +164,7 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
     with slk.use_backend("torch"):
         assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED lora_branch, bf16: " in out and f"1 of {len(selftest.checks())} checks FAILED." in out
+    assert "FAILED lora_branch, bf16: " in out and f"1 of {len(doctor.checks())} checks FAILED." in out
     assert "  STABLELORA_KERNEL=split\n" in out and "  peft             missing  accelerate_peft\n" in out
 
 
@@ -184,15 +178,18 @@ def test_a_backend_that_cannot_run_is_told_of(capsys, monkeypatch):
     assert "The backend 'triton' can't run here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("argv", "state", "message"),
-    [
-        (["--device", "gpu"], {}, "--device must be a torch device, got 'gpu'"),
-        (["--device", "cuda:99"], {}, "got 'cuda:99' where PyTorch sees"),
-        (["--interpret"], {"TRITON_PROBLEM": "Triton is not installed"}, "interpreter, but Triton is not installed"),
-    ],
-)
-def test_what_doctor_refuses(argv, state, message, capsys, monkeypatch):
-    for name, value in state.items():
+# Arguments, what the machine is taken to be, and the line.
+REFUSED = [
+    ("doctor --device gpu", {}, "--device must be a torch device, got 'gpu'"),
+    ("doctor --device cuda:99", {}, "got 'cuda:99' where PyTorch sees"),
+    ("doctor --interpret", {"TRITON_PROBLEM": "Triton is not installed"}, "interpreter, but Triton is not installed"),
+    ("bench --device cpu --backend triton", {"INTERPRETING": True, "TRITON_PROBLEM": None}, "tell nothing of the kernels"),
+    ("inspect ./no", {}, "must be a path or a hub id like 'owner/name', got './no'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "machine", "message"), REFUSED, ids=str)
+def test_what_is_refused_at_once(argv, machine, message, capsys, monkeypatch):
+    for name, value in machine.items():
         monkeypatch.setattr(backend, name, value)
-    assert message in fails(capsys, "doctor", *argv)
+    assert message in fails(capsys, *argv.split())

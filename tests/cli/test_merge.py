@@ -183,64 +183,57 @@ def test_what_an_interrupted_or_killed_merge_left_is_put_right(tmp_path, capsys,
     assert content(tmp_path) == before
 
 
-def edit_model(**values):
+def model_config(**values):
     return lambda path: edit_config(path / "model", "config.json", **values)
 
 
-def edit_weights(change):
+def model_weights(change):
     return lambda path: edit_tensors(path / "model", change, "model.safetensors")
 
 
-def edit_adapter(key, change):
+def in_adapter(key, factor):
     key = f"base_model.model.{key}"
-    return lambda path: edit_tensors(path / "adapter", lambda tensors: tensors.update({key: change(tensors[key])}))
+    return lambda path: edit_tensors(path / "adapter", lambda tensors: tensors.update({key: tensors[key] * factor}))
 
 
-def nan(tensor):
-    return torch.full_like(tensor, float("nan"))
-
-
-def merged_before(path):
+def merged_before(path, add=None):
     assert main(argv(path)) == 0
+    if add is not None:
+        (path / "out" / add).mkdir()
 
 
-def merged_and_added_to(path):
-    merged_before(path)
-    (path / "out" / "mine").mkdir()
+def another_model(path):
+    make_llama().save_pretrained(path / "out")
 
 
-A = f"{WEIGHT}.lora_A.weight"
+A, NAN = f"{WEIGHT}.lora_A.weight", float("nan")
+OWN_CODE = model_config(architectures=["NoSuchModel"], auto_map={"AutoModel": "x.y"})
 # What is done to the directories, arguments, the exit status and the line.
 FAILURES = {
     "a quantized model": (
-        edit_model(quantization_config={"quant_method": "bitsandbytes"}), [], 2,
+        model_config(quantization_config={"quant_method": "bitsandbytes"}), "", 2,
         "quantized (bitsandbytes): the sum would have to be quantized anew",
     ),
     "code of the model's own": (
-        edit_model(architectures=["NoSuchModel"], auto_map={"AutoModel": "x.y"}), [], 2,
-        "must name a class of transformers, got 'NoSuchModel', and code of its own (auto_map) is not run",
+        OWN_CODE, "", 2, "must name a class of transformers, got 'NoSuchModel', and code of its own (auto_map) is not run",
     ),
-    "--out is there": (merged_before, [], 2, "--out must be empty or not there, got "),
-    "a directory of one's own in --out": (merged_and_added_to, ["--overwrite"], 2, "what this command wrote, got "),
-    "another's model": (
-        lambda path: make_llama().save_pretrained(path / "out"), ["--overwrite"], 2, "/out' with config.json, generation_config",
-    ),
-    "no config": (lambda path: (path / "model" / "config.json").unlink(), [], 2, "with config.json, got"),
-    "a file as --out": (lambda path: (path / "out").write_text(""), [], 2, "--out must be a directory, got the file"),
-    "--out in --into": (lambda path: (path / "out").symlink_to(path / "model"), ["--overwrite"], 2, "--out must not hold"),
-    "--out in ADAPTER": (lambda path: (path / "out").symlink_to(path / "adapter"), ["--overwrite"], 2, "--out must not hold"),
-    "NaN in A": (edit_adapter(A, nan), [], 1, f"'{WEIGHT}': merging would give a weight that is not finite"),
-    "NaN in a saved module": (edit_adapter("lm_head.weight", nan), [], 1, "must be finite, got lm_head.weight in float32"),
-    "beyond float16": (
-        edit_adapter(A, lambda a: a * 1e6), ["--dtype", "fp16"], 1, f"got {WEIGHT}.weight in float16 with values that are not",
-    ),
+    "--out is there": (merged_before, "", 2, "--out must be empty or not there, got "),
+    "a directory of one's own in --out": (partial(merged_before, add="a"), "--overwrite", 2, "what this command wrote, got "),
+    "another's model": (another_model, "--overwrite", 2, "/out' with config.json, generation_config"),
+    "no config": (lambda path: (path / "model" / "config.json").unlink(), "", 2, "with config.json, got"),
+    "a file as --out": (lambda path: (path / "out").write_text(""), "", 2, "--out must be a directory, got the file"),
+    "--out in --into": (lambda path: (path / "out").symlink_to(path / "model"), "--overwrite", 2, "--out must not hold"),
+    "--out in ADAPTER": (lambda path: (path / "out").symlink_to(path / "adapter"), "--overwrite", 2, "--out must not hold"),
+    "NaN in A": (in_adapter(A, NAN), "", 1, f"'{WEIGHT}': merging would give a weight that is not finite"),
+    "NaN in a saved module": (in_adapter("lm_head.weight", NAN), "", 1, "must be finite, got lm_head.weight in float32"),
+    "beyond float16": (in_adapter(A, 1e6), "--dtype fp16", 1, f"got {WEIGHT}.weight in float16 with values that are not"),
     # transformers would draw the missing weight at random.
     "a weight less": (
-        edit_weights(lambda tensors: tensors.pop("lm_head.weight")), [], 1,
+        model_weights(lambda tensors: tensors.pop("lm_head.weight")), "", 1,
         "all weights of LlamaForCausalLM, got lm_head.weight missing",
     ),
     "another shape": (
-        edit_weights(lambda tensors: tensors.update({"lm_head.weight": torch.ones(5, 16)})), [], 1, "can't be loaded",
+        model_weights(lambda tensors: tensors.update({"lm_head.weight": torch.ones(5, 16)})), "", 1, "can't be loaded",
     ),
 }  # fmt: skip
 
@@ -251,7 +244,7 @@ def test_what_is_refused(tmp_path, capsys, damage, more, status, message):
     damage(tmp_path)
     capsys.readouterr()
     before = content(tmp_path)
-    assert message in fails(capsys, *argv(tmp_path, *more), status=status)
+    assert message in fails(capsys, *argv(tmp_path, *more.split()), status=status)
     assert content(tmp_path) == before
 
 

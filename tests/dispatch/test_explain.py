@@ -104,11 +104,7 @@ WRONG = [
     ({"N": (16, 0)}, ValueError, "N must be .* 1, got 0"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
     ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
-    (
-        {"device": "h100"},
-        ValueError,
-        "device must be a device of this machine, as 'cpu', or one of sm_80, .*, got 'h100'",
-    ),
+    ({"device": "h100"}, ValueError, "device must be .* of this machine, as 'cpu', or one of sm_80, .*, got 'h100'"),
     ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*, got 'cuda:99'"),
     ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
     ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),

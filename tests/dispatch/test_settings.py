@@ -138,13 +138,17 @@ def test_float32_calls_follow_any_mixture_of_pytorchs_switches():
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch):
+def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu_where_triton_needs_its_interpreter(monkeypatch):
     monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
-    with slk.use_backend("auto"):
-        assert backend.resolve_backend(CPU) == "torch"
-        assert backend.resolve_backend(CUDA) == "triton"
-    with slk.use_backend("torch"):
-        assert backend.resolve_backend(CUDA) == "torch"
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    for name, device, chosen in (
+        ("auto", CPU, "torch"), ("auto", CUDA, "triton"), ("torch", CUDA, "torch"), ("triton", CPU, "triton"),
+    ):  # fmt: skip
+        with slk.use_backend(name):
+            assert backend.resolve_backend(device) == chosen
+    monkeypatch.setattr(backend, "INTERPRETING", False)
+    with slk.use_backend("triton"), pytest.raises(RuntimeError, match=r"on a tensor on cpu.*TRITON_INTERPRET=1"):
+        backend.resolve_backend(CPU)
 
 
 def test_a_gpu_without_a_usable_triton_is_warned_of(monkeypatch):
@@ -172,16 +176,6 @@ def test_versions_that_do_not_run(monkeypatch, versions, problem):
     monkeypatch.setattr(backend.metadata, "version", versions.__getitem__)
     found = (backend.interpreter_problem if "numpy" in versions else backend._triton_problem)()
     assert found is None if problem is None else found.startswith(problem)
-
-
-def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backend, "TRITON_PROBLEM", None)
-    monkeypatch.setattr(backend, "INTERPRETING", False)
-    with slk.use_backend("triton"), pytest.raises(RuntimeError, match=r"on a tensor on cpu.*TRITON_INTERPRET=1"):
-        backend.resolve_backend(CPU)
-    monkeypatch.setattr(backend, "INTERPRETING", True)
-    with slk.use_backend("triton"):
-        assert backend.resolve_backend(CPU) == "triton"
 
 
 def test_import_needs_no_extra_and_probes_no_device():

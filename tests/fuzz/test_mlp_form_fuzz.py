@@ -20,27 +20,15 @@ from tests.nn.test_mlp_form import Act, ByMode, Twice  # noqa: F401 (in sources)
 
 pytestmark = pytest.mark.fuzz
 KEPT: list[Any] = []
-
-
 ACTIVATIONS = (nn.SiLU, lambda: nn.SiLU(inplace=True), lambda: nn.GELU("tanh"), Act, ByMode, lambda: F.gelu, nn.ReLU)
 GATES = (
-    "self.act_fn(g)",
-    "F.silu(g)",
-    "F.gelu(g, approximate='tanh')",
-    "F.silu(g, inplace=True)",
-    "g * torch.sigmoid(g)",
-)
+    "self.act_fn(g)", "F.silu(g)", "F.gelu(g, approximate='tanh')", "F.silu(g, inplace=True)", "g * torch.sigmoid(g)",
+)  # fmt: skip
 SEPARATE = ("g = self.gate_proj(x)", "u = self.up_proj(x)")
 STACKED = ("s = self.gate_up_proj(x)", "g, u = s.chunk(2, dim=-1)")
 PRODUCTS = (
-    "a * u",
-    "u * a",
-    "torch.mul(a, u)",
-    "u.mul(a)",
-    "a.mul_(u)",
-    "a * u * self.factor",
-    "torch.addcmul(u, a, u)",
-)
+    "a * u", "u * a", "torch.mul(a, u)", "u.mul(a)", "a.mul_(u)", "a * u * self.factor", "torch.addcmul(u, a, u)",
+)  # fmt: skip
 QUESTIONS = (
     "self.limit is not None", "self.config.scale != 1", "self.training", "hasattr(self, 'scale')", "not self.kept",
     "getattr(self, 'bias', None) is None", "isinstance(self.act_fn, nn.SiLU)", "type(x) is torch.Tensor", "x.dim() == 3",
@@ -61,8 +49,6 @@ STATEMENTS = (
     "y = F.gelu(h)", "u = g", "g, u = u, u", "h = a * a", "a = g * g", "g, u = s.chunk(2, -1)[0], s",
     "{v} = F.dropout({v}, 0.5, self.training)", "{v} = {v}.chunk(2, -1)[0].repeat(1, 1, 2)",
 )  # fmt: skip
-
-
 CHANGES: dict[str, Callable[[Any], Any]] = test_mlp_form.CHANGES | {
     "nothing": lambda mlp: None,
     "flag": lambda mlp: setattr(mlp, "flag", True),

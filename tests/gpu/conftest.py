@@ -66,10 +66,10 @@ def stream() -> None:
 
 def counters_left() -> dict[object, list[int]]:
     """Return which counters are not 0, by stream, and set them to 0 for the tests to come. No launch may be under way."""
-    from stablelora_kernels.launch import counters
+    from stablelora_kernels.launch import workspace
 
     found = {}
-    for stream, counts in counters._in_use.items():
+    for stream, counts in workspace._in_use.items():
         if bool(counts.any()):
             found[stream] = counts.nonzero().flatten().tolist()
             counts.zero_()

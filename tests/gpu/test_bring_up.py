@@ -15,7 +15,7 @@ from stablelora_kernels import StableLoRAAdamW
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.launch.jobs import forward_product
-from stablelora_kernels.launch.products import shrink
+from stablelora_kernels.launch.lora_linear import shrink
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import assert_no_worse

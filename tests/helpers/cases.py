@@ -25,7 +25,7 @@ from stablelora_kernels.dispatch.problem import Rule
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.functional import LoRAWeights, lora_branch, lora_linear, lora_linear_group, lora_mlp
 from stablelora_kernels.reference import lora_branch_ref, lora_linear_ref
-from stablelora_kernels.reference.mlp import lora_mlp_ref
+from stablelora_kernels.reference.lora import lora_mlp_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from stablelora_kernels.ops.library import NAMESPACE
+from stablelora_kernels.ops.plans import NAMESPACE
 
 
 class Faults(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from benchmarks.common.null_driver import launches, null_driver, null_driver_problem
-from stablelora_kernels.launch import base, compiled
+from stablelora_kernels.launch import base, prepared
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import make_pairs
 from tests.helpers.cases import BF16, FP32, Case, Operands, leaves, make, ours
@@ -204,7 +204,7 @@ def check_second_gpu() -> None:
 
     with (
         mock.patch.object(base, "on_device", on_second),
-        mock.patch.object(compiled, "on_device", on_second),
+        mock.patch.object(prepared, "on_device", on_second),
         mock.patch.object(driver.active, "get_current_device", current_device),
     ):
         plans.clear()
@@ -226,9 +226,9 @@ def main(only_mlp: bool = False) -> int:
         if only_mlp:
             check_case(recorder, MLP)
             return 0
-        for launcher in (compiled.Direct, compiled.ByTriton) if recorder.takes_lists else (compiled.ByTriton,):
+        for launcher in (prepared.Direct, prepared.ByTriton) if recorder.takes_lists else (prepared.ByTriton,):
             # Either way, and no other.
-            with mock.patch.multiple(compiled, Direct=launcher, ByTriton=launcher):
+            with mock.patch.multiple(prepared, Direct=launcher, ByTriton=launcher):
                 for case in LINEARS:
                     check_case(recorder, case)
                 check_threads(recorder)

@@ -101,7 +101,7 @@ def test_quantized_bases_are_multiplied_not_dequantized_again(quantize, options,
     slk.accelerate_peft(model, strict=True)
     sums = []
     monkeypatch.setattr(
-        "stablelora_kernels.integrations.peft_layers.square_sums", lambda w: sums.append(w.shape) or dora.square_sums(w)
+        "stablelora_kernels.integrations.peft_dora.square_sums", lambda w: sums.append(w.shape) or dora.square_sums(w)
     )
     for _ in range(2):
         found = results(model, x)

@@ -102,7 +102,7 @@ def test_what_is_refused(tmp_path):
         slk.StabilityCallback(plain.args)
     with pytest.raises(TypeError, match="trainer must train with a StableLoRAAdamW, got AdamW"):
         plain.train()
-    assert all(torch.equal(before[name], p) for name, p in trained(plain.model).items()) and "log" not in vars(plain)
+    assert all(torch.equal(before[name], p) for name, p in trained(plain.model).items())
 
 
 def test_without_transformers_it_says_what_to_install():
@@ -113,60 +113,26 @@ def test_without_transformers_it_says_what_to_install():
     assert printed(code).startswith("StabilityCallback needs transformers: pip install 'stablelora-kernels[peft]' (")
 
 
-class Trainer:
-    """As much of a Trainer as the callback uses."""
-
-    def __init__(self, optimizer) -> None:
-        self.optimizer, self.logs = optimizer, []
-        self.callback = slk.StabilityCallback(self)
-        self.callback_handler = SimpleNamespace(callbacks=[self.callback])
-
-    def log(self, logs, start_time=None):
-        self.logs.append(logs)
-
-    def train(self, fails: bool = False) -> dict[str, float]:
-        """The values of an entry, in a run that ends or in one that raises an error."""
-        self.callback.on_train_begin(None, None, None)
-        self.log({"loss": 1.0}, 0.0)
-        self.log({"eval_loss": 1.0})
-        if not fails:
-            self.callback.on_train_end(None, None, None)
-        entry, other = self.logs[-2:]
-        assert other == {"eval_loss": 1.0} and entry.pop("loss") == 1.0
-        return entry
-
-
-def test_the_trainers_log_is_its_own_again():
-    """After a run and after an error, once around it for each run; one that a user has put there is put back."""
-    trainer = Trainer(slk.StableLoRAAdamW(make_pairs()))
-    assert trainer.train(fails=True).keys() == trainer.train().keys() == KEYS
-    assert "log" not in vars(trainer) and len(trainer.logs) == 4
-    own, seen = trainer.log, []
-
-    def mine(logs, *more):
-        seen.append(logs)
-        own(logs, *more)
-
-    trainer.log = mine
-    trainer.train()
-    assert vars(trainer)["log"] is mine and seen[0].keys() == KEYS
-    # Of a run that raised something is left behind, which does nothing once the callback is gone.
-    trainer.train(fails=True)
-    trainer.callback_handler.callbacks.clear()
-    trainer.optimizer = torch.optim.AdamW([torch.zeros(1)])
-    trainer.log({"loss": 1.0})
-    assert trainer.logs[-1] == {"loss": 1.0}
+def values_of(optimizer) -> dict[str, float]:
+    """What an entry of the loss gets, and one of an evaluation does not."""
+    trainer = SimpleNamespace(optimizer=optimizer, log=print)
+    callback, state = slk.StabilityCallback(trainer), SimpleNamespace(log_history=[{}])
+    entry, other = {"loss": 1.0}, {"eval_loss": 1.0}
+    for logs in (entry, other):
+        callback.on_log(None, state, None, logs=logs)
+    assert other == {"eval_loss": 1.0} and entry == {"loss": 1.0, **state.log_history[0]}
+    return state.log_history[0]
 
 
 def test_an_a_of_zero_has_no_ratio():
     first, second = make_pairs([(2, 4, 6)] * 2)
     with torch.no_grad():
         first.A.zero_()
-    values = Trainer(slk.StableLoRAAdamW([first, second])).train()
+    values = values_of(slk.StableLoRAAdamW([first, second]))
     (_, other) = slk.StableLoRAAdamW([first, second]).stability()
     assert values["stability/ratio_min"] == values["stability/ratio_max"] == other.b_norm / other.a_norm
     ratios = {f"stability/ratio_{name}" for name in ("mean", "min", "max")}
-    assert Trainer(slk.StableLoRAAdamW([first])).train().keys() == KEYS - ratios
+    assert values_of(slk.StableLoRAAdamW([first])).keys() == KEYS - ratios
 
 
 def values_of_shards(world: int) -> dict[str, float]:
@@ -179,7 +145,7 @@ def values_of_shards(world: int) -> dict[str, float]:
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-2)
     model(IDS).square().sum().backward()
     optimizer.step()
-    return Trainer(optimizer).train()
+    return values_of(optimizer)
 
 
 def two(rank: int, world: int, place: Path) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
-from stablelora_kernels.launch import base, counters
+from stablelora_kernels.launch import base, workspace
 from tests.helpers.cases import BF16, DEVICE, FP32, Case, make, run
 from tests.helpers.launches import specialization
 
@@ -33,7 +33,7 @@ class Gpu:
     def zeros(self, count: int, device: torch.device) -> list[Tensor]:
         assert not self.capture, "a capture cannot allocate"
         self.makers.append(threading.get_ident())
-        return list(torch.zeros(count, counters.LANES * MAX_SHARED_SUMS, dtype=torch.int32))
+        return list(torch.zeros(count, workspace.LANES * MAX_SHARED_SUMS, dtype=torch.int32))
 
 
 @pytest.fixture
@@ -41,24 +41,24 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """Another thread allocates: a graph's memory pool, which torch.compile fills by the calling thread, must not hold buffers."""
     gpu = Gpu()
     monkeypatch.setattr(
-        counters, "_current_stream", lambda device: counters._Stream("cuda", 0, gpu.stream, gpu.capture)
+        workspace, "_current_stream", lambda device: workspace._Stream("cuda", 0, gpu.stream, gpu.capture)
     )
-    monkeypatch.setattr(counters, "_zeros", gpu.zeros)
-    monkeypatch.setattr(counters, "_in_use", {})
-    monkeypatch.setattr(counters, "_ready", {})
+    monkeypatch.setattr(workspace, "_zeros", gpu.zeros)
+    monkeypatch.setattr(workspace, "_in_use", {})
+    monkeypatch.setattr(workspace, "_ready", {})
     yield gpu
     assert gpu.makers and threading.get_ident() not in gpu.makers
 
 
 def addresses(n: int = 5) -> list[int]:
-    return [counters.counters(n, CPU, lane).data_ptr() for lane in range(counters.LANES)]
+    return [workspace.counters(n, CPU, lane).data_ptr() for lane in range(workspace.LANES)]
 
 
 def test_lanes_lie_apart_at_multiples_of_16_bytes(gpu: Gpu) -> None:
     first = addresses(MAX_SHARED_SUMS)
     assert all(b - a == 4 * MAX_SHARED_SUMS for a, b in pairwise(first))
     for n in (0, 1, 3, 64):
-        assert [address or 16 for address in addresses(n)] == (first if n else [16] * counters.LANES)
+        assert [address or 16 for address in addresses(n)] == (first if n else [16] * workspace.LANES)
     assert all(address % 16 == 0 for address in first)
 
 
@@ -77,20 +77,20 @@ def test_launches_of_one_stream_share_and_others_do_not(gpu: Gpu) -> None:
 
 
 def test_buffers_never_run_dry_while_eager_launches_come_between(gpu: Gpu) -> None:
-    for capture in range(1, 4 * counters.READY):
+    for capture in range(1, 4 * workspace.READY):
         gpu.capture = 0
-        counters.counters(5, CPU)
+        workspace.counters(5, CPU)
         gpu.capture = capture
-        assert counters.counters(5, CPU).untyped_storage().nbytes() > 4 * 5
-    assert len(counters._in_use) == 4 * counters.READY
+        assert workspace.counters(5, CPU).untyped_storage().nbytes() > 4 * 5
+    assert len(workspace._in_use) == 4 * workspace.READY
 
 
 def test_captures_take_no_memory_without_bound(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counters, "MAX_BUFFERS", 5)
+    monkeypatch.setattr(workspace, "MAX_BUFFERS", 5)
     addresses()
     for gpu.capture in range(1, 9):
-        assert len(addresses()) == counters.LANES
-    assert len(counters._in_use) == 5
+        assert len(addresses()) == workspace.LANES
+    assert len(workspace._in_use) == 5
 
 
 class Driver:
@@ -113,12 +113,12 @@ def number_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Driver], in
     """The number of the capture of stream 7, by a driver."""
 
     def ask(driver: Driver) -> int:
-        counters._capture_info.cache_clear()
+        workspace._capture_info.cache_clear()
         monkeypatch.setattr(ctypes, "CDLL", lambda library: driver)
-        return counters._capture_number(7)
+        return workspace._capture_number(7)
 
     yield ask
-    counters._capture_info.cache_clear()
+    workspace._capture_info.cache_clear()
 
 
 # The first has no more than three arguments in CUDA 10 and 11, six in CUDA 12's header and seven in CUDA 13's.
@@ -166,7 +166,7 @@ def test_a_captured_step_compiles_nothing(gpu: Gpu, monkeypatch: pytest.MonkeyPa
     layers = [(case, make(case)) for case in LAYERS]
     for layer in layers:
         run(*layer)
-    assert [stream.capture for stream in counters._in_use] == [0]
+    assert [stream.capture for stream in workspace._in_use] == [0]
     warm, keys[:] = list(keys), []
     gpu.capture = 1
     for layer in layers:

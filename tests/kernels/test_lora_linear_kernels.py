@@ -18,7 +18,7 @@ from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import keep_mask
-from stablelora_kernels.launch import counters
+from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import philox_ref
@@ -37,7 +37,7 @@ pytestmark = [
 
 def any_counter():
     """Whether a counter, a flag or a ticket was left above 0."""
-    lanes = [counters.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane) for lane in range(counters.LANES)]
+    lanes = [workspace.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane) for lane in range(workspace.LANES)]
     return any(lane.any() for lane in lanes)
 
 

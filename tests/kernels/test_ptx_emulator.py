@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.processes import python
+from tests.ptx_emulator.__main__ import QUICK
 from tests.ptx_emulator.__main__ import parse as parse_command
 from tests.ptx_emulator.machine import LaunchState, Machine, Schedule
 from tests.ptx_emulator.memory import EmulationError, global_memory
@@ -22,12 +23,16 @@ pytestmark = pytest.mark.skipif(
 
 ARCHS = ["sm_80", "sm_90"]
 # By day, two on each GPU.
-PLANTS = ["optimizer-barrier", "flag-acquire", "store-wait"]
-# Of copies, and of warps on sm_80 and on sm_90, where a wgmma needs whole groups of four.
+PLANTS = ["optimizer-barrier", "flag-acquire", "wgmma-wait"]
+# Of copies; and of warps, on sm_90 groups of four, which a wgmma needs whole, and programs.
 SCHEDULES = [
-    (landing, warps)
+    f"--landing {landing} {others}"
     for landing in ("late", "early")
-    for warps in ((), ("--warps", "first"), ("--warps", "random", "--seed", "1"))
+    for others in (
+        "",
+        "--warps first --resident 1 --order reverse",
+        "--warps random --seed 1 --resident 3 --order random",
+    )
 ]
 
 
@@ -41,18 +46,31 @@ def test_kernels_of_its_own(arch: str) -> None:
     run(f"from tests.ptx_emulator.validation import main; main({arch!r})")
 
 
+def emulate(*arguments: str, before: str = "") -> None:
+    run(f"{before}\nfrom tests.ptx_emulator.__main__ import main; raise SystemExit(main({[*arguments]!r}))")
+
+
+@pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90"])
-def test_each_kernel_of_the_library(arch: str) -> None:
-    run(f"from tests.ptx_emulator.__main__ import main; raise SystemExit(main(['--quick', '--arch', {arch!r}]))")
+def test_each_kernel_of_the_library(arch: str, name: str) -> None:
+    emulate("--quick", "--arch", arch, "--only", name)
+
+
+def test_programs_wait_as_on_amds_gpus() -> None:
+    """Triton's own loop around a volatile load waits for a flag there, as in the interpreter."""
+    patched = """
+import triton.language as tl
+from stablelora_kernels.kernels.lora import chain
+chain.INTERPRETING = tl.constexpr(True)"""
+    emulate("--quick", "--arch", "sm_80", "--only", "linear chained", before=patched)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("landing", "warps"), SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_case(arch: str, landing: str, warps: tuple[str, ...]) -> None:
-    apart = [word.replace("first", "groups-first").replace("random", "groups-random") for word in warps]
-    arguments = ["--landing", landing, *(warps if arch == "sm_80" else apart), "--arch", arch]
-    run(f"from tests.ptx_emulator.__main__ import main; raise SystemExit(main({arguments!r}))")
+def test_every_case(arch: str, schedule: str) -> None:
+    apart = "--warps groups-" if arch == "sm_90" else "--warps "
+    emulate(*schedule.replace("--warps ", apart).split(), "--arch", arch)
 
 
 @pytest.mark.parametrize("names", [PLANTS, pytest.param(None, marks=pytest.mark.nightly)], ids=["few", "all"])
@@ -105,6 +123,7 @@ def test_a_loop_without_end_is_stopped() -> None:
     [
         ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got 'sm_70'"),
         ("--plant nothing", "invalid choice: 'nothing'"),
+        ("--resident 0", "--resident must be at least 1, got 0"),
         ("", "TRITON_INTERPRET is set"),
     ],
 )

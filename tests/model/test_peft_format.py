@@ -1,4 +1,4 @@
-"""Adapters on their way between this library and the real peft package, both ways, compared by the models' outputs."""
+"""Adapters on their way between this library and the real peft package, both ways, and parameters counted in its words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.adapters import CONFIG_NAME, config_in
+from tests.helpers.peft_models import make as make_peft
 from tests.helpers.peft_models import peft
+from tests.helpers.quantized_weights import bnb_4bit
 from tests.helpers.small_models import Model, fill_b, gpt2, llama, output, trainable
 
 
@@ -158,3 +160,31 @@ def test_peft_finds_the_models_class(tmp_path):
     slk.save_adapter(model, tmp_path / "adapter")
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(output(theirs), output(model))
+
+
+# Their count of parameters, too.
+
+
+def in_4_bits(storage):
+    layer = bnb_4bit(nn.Linear(64, 64), quant_storage=storage)
+    return make_peft(model=nn.Sequential(layer), target_modules=["0"])
+
+
+PEFTS = {
+    "tied": lambda: make_peft(model=Model(tied=True)),
+    "modules_to_save": lambda: make_peft(modules_to_save=["lm_head"]),
+    "4 bits": lambda: in_4_bits(torch.uint8),
+    "4 bits in bfloat16": lambda: in_4_bits(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", PEFTS)
+def test_pefts_line(capsys, kind):
+    model = PEFTS[kind]()
+    model.print_trainable_parameters()
+    theirs = capsys.readouterr().out
+    for _ in range(2):
+        slk.print_trainable_parameters(model)
+        assert capsys.readouterr().out == theirs
+        assert slk.count_parameters(model) == model.get_nb_trainable_parameters()
+        slk.accelerate_peft(model)

@@ -93,7 +93,7 @@ def save_and_load(around: Callable[[Model], nn.Module], place: Path, sharded: bo
 def on_a_rank(rank: int, world: int, place: Path) -> None:
     for name, around in AROUND.items():
         save_and_load(around, place / name, sharded="fsdp" in name)
-        assert not list(place.glob(".*.tmp")), name
+        assert not list(place.rglob(".*")), name
 
 
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:

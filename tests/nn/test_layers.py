@@ -14,9 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_branch, lora_linear
-from stablelora_kernels.nn.branch import LoRABranchLinear
-from stablelora_kernels.nn.conv1d import LoRAConv1D
-from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.linear import LoRABranchLinear, LoRAConv1D, LoRALinear
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.nn.sharded import LoRAShardedLinear
 from stablelora_kernels.quantized import read

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.nn.branch import LoRABranchLinear
+from stablelora_kernels.nn.linear import LoRABranchLinear
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.helpers.quantized_weights import (
     K,
@@ -70,7 +70,7 @@ def fp8(**changes):
 
 NO_GRADIENT = "linear must give its input a gradient, which a layer that quantizes"
 FLOAT16 = {"lora_dtype": torch.float16}
-# A base, more arguments, and the class that it gets, or the error. LoRAConfig's checks are in tests/model/test_targets.py.
+# A base, more arguments, and the class that it gets, or the error. LoRAConfig's checks are in tests/model/test_apply.py.
 BASES = {
     # A weight_norm is computed at each access, by code of the layer's own.
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), {}, LoRABranchLinear),

@@ -165,11 +165,11 @@ def test_errors_from_cold_and_warm_plans(op, warm, backend):
     good = arguments(op)
     for _ in range(3 * warm):
         FUNCTIONS[op](**good, dropout_p=0.3)
-    known = len(plans._table.young)
+    known = len(plans._young)
     for changes, error, message in DROPOUT + REFUSED[op]:
         refuses(op, good, changes, error, message)
     # What was refused is not remembered.
-    assert len(plans._table.young) == known and (known > 0) == warm
+    assert len(plans._young) == known and (known > 0) == warm
 
 
 def test_an_mlps_adapters_of_two_dtypes_are_refused(backend):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.ops import matmul
+from stablelora_kernels.ops import torch_path
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.case_checks import check
 from tests.helpers.cases import BF16, FP64, Case, run, small
@@ -20,9 +20,9 @@ MKL = {"aten.mm.default", "aten.addmm.default"}
 def onednn(monkeypatch):
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(matmul, "ONEDNN_HELPS", True)
-    monkeypatch.setattr(matmul, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(matmul, "FUNCTION_FROM", 1)
+    monkeypatch.setattr(torch_path, "ONEDNN_HELPS", True)
+    monkeypatch.setattr(torch_path, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(torch_path, "FUNCTION_FROM", 1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,9 +36,9 @@ def test_any_strides_are_no_worse_than_mkls(size, bias, onednn):
         for right in (b, b.t().contiguous().t(), torch.stack((b, b), 1)[:, 0], torch.stack((b, b), -1)[..., 0]):
             expected = a.double() @ b.double() + (0 if added is None else added.double())
             baseline = a @ b + (0 if added is None else added)
-            assert_no_worse(matmul.wide_product(left, right, added), expected, baseline)
+            assert_no_worse(torch_path.wide_product(left, right, added), expected, baseline)
     to = torch.ones(m, n)
-    found = matmul.add_wide_product(to, a, b)
+    found = torch_path.add_wide_product(to, a, b)
     assert found is to
     assert_no_worse(found, a.double() @ b.double() + 1, a @ b + 1)
 
@@ -70,7 +70,7 @@ def test_which_library(onednn, monkeypatch):
         ("ONEDNN_HELPS", False, case),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(matmul, name, value)
+            patch.setattr(torch_path, name, value)
             assert products_of(one) == MKL
 
 

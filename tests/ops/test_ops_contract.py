@@ -187,8 +187,11 @@ def test_autocast_casts_as_linear_does(op, lora_dtype, rows, backend):
     assert found["Y0"].dtype == (case.base_dtype if op == "branch" else BF16) and found["x"].dtype == FP32
     kept = ("lora", "base_out", "grad")
     low = changed(given, lambda name, t: t if name.startswith(kept) else t.to(BF16))
-    for i, y in enumerate(ours(case, low)):
-        assert torch.equal(found[f"Y{i}"], y)
+    expected = run(case.but(autocast=False, dtype=BF16), low)
+    for name, value in found.items():
+        # Adapters are cast on the fly or not at all: the gradients of those in float32 are not rounded to bfloat16.
+        if name.startswith(("Y", "lora")):
+            assert torch.equal(value, expected[name]), name
     check(case, found, given)
 
 

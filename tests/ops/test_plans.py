@@ -203,7 +203,7 @@ def layer_and_x(**options: Any) -> tuple[slk.LoRALinear, Tensor]:
 
 def prepared():
     """An op's key and that of the function which calls it share what is prepared."""
-    return {entry.prepared for entry in plans._table.young.values() if entry.prepared}
+    return {entry.prepared for entry in plans._young.values() if entry.prepared}
 
 
 def test_the_second_call_prepares_and_layers_of_one_shape_share():
@@ -225,7 +225,7 @@ def test_the_table_is_bounded_and_keeps_what_is_used(monkeypatch):
     for i in range(100):
         plans.remember((i,), "triton")
         assert plans.find(("kept",)) is kept
-        assert len(plans._table.young) + len(plans._table.old) <= 8
+        assert len(plans._young) + len(plans._old) <= 8
     assert plans.find((0,)) is None
 
 
@@ -236,7 +236,7 @@ def test_without_rows_nothing_is_launched_or_prepared(op):
     with count_launches() as made:
         for _ in range(3):
             found = run(case)
-    assert not made and not prepared() and not plans._table.young
+    assert not made and not prepared() and not plans._young
     of_branches = [found[name] for name in case.wanted_names if name.startswith("lora_")]
     assert all(grad.numel() and not grad.any() for grad in of_branches)
 

@@ -49,17 +49,32 @@ def test_an_mlp_holds_g_and_u(shared, dtype, p, backend):
     assert held_by(case) + x <= 1.01 * (wide + x)
 
 
-def test_frozen_parts_of_an_mlp_are_not_saved(backend):
-    """Without dA of gate and up x is not kept; without dB no S is."""
-    g_and_u, x = 2 * 70 * 40 * 4, 70 * 24 * 4
-    for wanted, held in (
-        (["x"], g_and_u),
-        (["lora_A0", "lora_A1"], g_and_u + x),
-        (["lora_B0", "lora_B1"], g_and_u + 70 * 9 * 4),
-        (["lora_B2"], g_and_u + 70 * 4 * 4),
-        (["lora_A2"], g_and_u),
-    ):
-        assert held_by(small("mlp", wanted=wanted, backend=backend), besides=["x"]) == held, wanted
+# Of an MLP's gradients: the bytes that are held for them, and the products of the PyTorch path's backward. Those are of down dS
+# and dX; of gate and up each dS and dX, and the branches' part of dX in one; each dA and dB. Without dA of gate and up x is not
+# kept; without dB no S is.
+G_AND_U, X = 2 * 70 * 40 * 4, 70 * 24 * 4
+ALONE = {
+    ("x",): (G_AND_U, 3 + 5),
+    ("lora_B2",): (G_AND_U + 70 * 4 * 4, 1),
+    ("lora_A2",): (G_AND_U, 2),
+    ("lora_B0", "lora_B1"): (G_AND_U + 70 * 9 * 4, 3 + 2),
+    ("lora_A0", "lora_A1"): (G_AND_U + X, 3 + 4),
+}
+
+
+@pytest.mark.parametrize("wanted", ALONE, ids="-".join)
+def test_an_mlp_saves_and_multiplies_for_requested_gradients_alone(wanted, backend):
+    case, (held, products) = small("mlp", wanted=wanted, backend=backend), ALONE[wanted]
+    assert held_by(case, besides=["x"]) == held
+    leaf = leaves(case, make(case))
+    with forced(case):
+        (y,) = ours(case, leaf)
+        with Operators() as operators:
+            y.backward(leaf["grad2"])
+    names = [
+        name for func, *_ in operators.calls if (name := func.overloadpacket.__name__) in ("mm", "addmm", "addmm_")
+    ]
+    assert len(names) == (products if backend == "torch" else 0), names
 
 
 @pytest.mark.parametrize("processors", [1, 132])
@@ -135,6 +150,15 @@ def test_a_mask_drawn_again_is_the_mask(op, backend):
         assert_close(results(*call), right)
 
 
+@every_op
+def test_what_is_saved_may_come_back_in_another_layout(op, backend):
+    """As from a hook that keeps it elsewhere."""
+    case = small(op, backend=backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().clone().t() if t.dim() == 2 else t):
+        found = run(case)
+    assert_close(found, run(case))
+
+
 @pytest.mark.parametrize("name", ["x", "weight2"])
 def test_what_is_saved_may_not_be_changed_in_between(name, backend):
     """x and the weights are saved as they are; autograd sees a change."""
@@ -158,28 +182,3 @@ def test_second_derivatives_are_refused(op, warm, backend):
     (dx,) = torch.autograd.grad(ours(case, leaf)[0].square().sum(), leaf["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.square().sum().backward()
-
-
-# Of down dS and dX; of gate and up each dS and dX, and the branches' part of dX in one.
-PRODUCTS = {
-    ("x",): 3 + 5,
-    ("lora_B2",): 1,
-    ("lora_A2",): 2,
-    ("lora_B0", "lora_B1"): 3 + 2,
-    ("lora_A0", "lora_A1"): 3 + 4,
-}
-
-
-@pytest.mark.parametrize("wanted", PRODUCTS, ids="-".join)
-def test_the_pytorch_path_of_an_mlp_multiplies_for_requested_gradients_alone(wanted):
-    """Each product of a backward makes an output, or what an output needs."""
-    case = small("mlp", wanted=wanted, backend="torch")
-    leaf = leaves(case, make(case))
-    with forced(case):
-        (y,) = ours(case, leaf)
-        with Operators() as operators:
-            y.backward(leaf["grad2"])
-    names = [
-        name for func, *_ in operators.calls if (name := func.overloadpacket.__name__) in ("mm", "addmm", "addmm_")
-    ]
-    assert len(names) == PRODUCTS[wanted], names

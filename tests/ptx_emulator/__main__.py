@@ -27,8 +27,10 @@ WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-rando
 
 def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
     """The schedule that the command line asks for. A quick run's is that in which most faults have been seen."""
-    landing, warps = ("early", "groups-first" if arch == "sm_90" else "first") if options.quick else ("late", None)
-    return Schedule(arch, options.landing or landing, options.warps or warps, options.order, options.seed)
+    quick = Schedule(arch, "early", "groups-first" if arch == "sm_90" else "first", "reverse", 1, 4)
+    names = ("landing", "warps", "order", "seed", "resident")
+    asked = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return (quick if options.quick else Schedule(arch))._replace(**asked)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,15 +39,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
     parser.add_argument("--landing", choices=("late", "early", "random"), help="of asynchronous copies (default: late)")
     parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
-    parser.add_argument("--order", choices=("forward", "reverse", "random"), default="forward", help="of the CTAs")
-    parser.add_argument("--seed", type=int, help="let CTAs take turns at random")
-    parser.add_argument("--quick", action="store_true", help="each kernel once, copies early and warps apart")
+    parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)")
+    parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
+    parser.add_argument("--resident", type=int, metavar="N", help="CTAs that run at a time (default: all)")
+    help_ = "each kernel once, copies early, warps apart, four CTAs at a time, the last first"
+    parser.add_argument("--quick", action="store_true", help=help_)
     help_ = "take a barrier, wait or fence out of the PTX, which must be found; list: the names"
     parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
     options = parser.parse_args(arguments)
     options.arch = options.arch.split(",")
     if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_120")]:
         parser.error(f"--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got {unknown[0]!r}")
+    if options.resident is not None and options.resident < 1:
+        parser.error(f"--resident must be at least 1, got {options.resident}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, and Triton's interpreter compiles nothing")
     return options

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from stablelora_kernels import StableLoRAAdamW, testing, use_backend, use_kernel
 from stablelora_kernels.functional import lora_linear, lora_linear_group
-from stablelora_kernels.launch import counters
+from stablelora_kernels.launch import workspace
 from stablelora_kernels.optim import snapshot
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
@@ -65,11 +65,11 @@ def run_case(case: Case, schedule: Schedule) -> Outcome:
     torch.set_float32_matmul_precision(case.precision)
     log = Log(schedule)
     # A case that failed may have left counts behind.
-    counters._in_use.clear()
+    workspace._in_use.clear()
     try:
         with use_kernel(case.kernel), emulated(schedule, case.processors) as log:
             errors = case.run()
-        left = sum(int(buffer.count_nonzero()) for buffer in counters._in_use.values())
+        left = sum(int(buffer.count_nonzero()) for buffer in workspace._in_use.values())
         errors["counters left"] = float(left), 0.5
     except Exception as error:
         return Outcome(float("inf"), f"{type(error).__name__}: {str(error)[:300]}", log)

@@ -12,6 +12,7 @@ import torch
 
 from stablelora_kernels import functional, use_backend
 from stablelora_kernels.dispatch import backend, problem
+from stablelora_kernels.kernels import common
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.prepared import Repeated
 from stablelora_kernels.ops import plans
@@ -49,6 +50,8 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
 
     ``processors``: how many the GPU seems to have; None: as many as such a GPU has.
     """
+    # Kernels read the flag when they are imported, which is before it is changed below.
+    assert not common.INTERPRETING.value
     log = Log(schedule)
     device = problem.DEVICES[schedule.arch]
     device = device._replace(processors=processors or device.processors)

@@ -24,6 +24,8 @@ GO, YIELD, STOP, SPIN, BLOCKED = "go", "yield", "stop", "spin", "blocked"
 PATIENCE = 400
 # A CTA that has run so many pieces of code, each up to a branch, runs for ever.
 ENDLESS = 100_000
+# How often a slow CTA has its turn, for one turn of a quick one's: others come to wait for it.
+SELDOM = 0.02
 # What registers hold at first, by their bytes.
 NOISE = {2: np.uint16(0xFFFF), 4: np.uint32(0xFFC0DEAD), 8: np.uint64(0xFFF8DEADDEADDEAD)}
 
@@ -39,8 +41,10 @@ class Schedule(NamedTuple):
     warps: str | None = None
     # Of CTAs: "forward", "reverse", "random".
     order: str = "forward"
-    # With one, CTAs take turns at their barriers and polls. None: each runs until it waits.
+    # With one, CTAs take turns at their barriers and polls, half of them seldom. None: each runs until it waits.
     seed: int | None = None
+    # How many CTAs run at a time: the next begins when one has ended. None: all.
+    resident: int | None = None
 
 
 @dataclass(eq=False)
@@ -253,16 +257,21 @@ class Machine:
         return landing == "early" or (landing == "random" and self.random.random() < 0.5)
 
     def run(self) -> None:
-        waiting = [CTA(self, self.launch, index) for index in range(int(np.prod(self.launch.grid)))]
+        waiting = [*range(int(np.prod(self.launch.grid)))]
         if self.schedule.order == "reverse":
             waiting.reverse()
         if self.schedule.order == "random":
             self.random.shuffle(waiting)
-        active = [(cta, cta.run()) for cta in waiting]
+        # With how often each has its turn.
+        active: list[tuple[CTA, Iterator[str], float]] = []
         in_vain = 0
-        while active:
-            place = self.random.randrange(len(active)) if self.schedule.seed is not None else 0
-            cta, running = active.pop(place)
+        while waiting or active:
+            while waiting and len(active) < (self.schedule.resident or len(waiting) + len(active)):
+                cta = CTA(self, self.launch, waiting.pop(0))
+                active.append((cta, cta.run(), 1.0))
+            shares = [share for *_, share in active]
+            place = self.random.choices(range(len(active)), shares)[0] if self.schedule.seed is not None else 0
+            cta, running, share = active.pop(place)
             before = self.progress
             outcome = next(running, None)
             while outcome == YIELD and self.random.random() < 0.5:
@@ -273,10 +282,13 @@ class Machine:
                 # Memory for the others.
                 cta.R = []
             else:
-                active.append((cta, running))
+                # CTAs become slow, and quick again, at any of their turns: the quick ones draw the first tickets.
+                share = self.random.choice((1.0, SELDOM)) if self.random.random() < 0.2 else share
+                active.append((cta, running, share))
             in_vain = in_vain + 1 if outcome in (BLOCKED, SPIN) and self.progress == before else 0
             if in_vain > PATIENCE * len(active):
-                raise EmulationError("deadlock: " + " || ".join(_state(each) for each, _ in active[:4]))
+                states = " || ".join(_state(each) for each, *_ in active[:4])
+                raise EmulationError(f"deadlock, {len(waiting)} CTAs have not begun: {states}")
 
 
 def _state(cta: CTA) -> str:

@@ -48,7 +48,8 @@ _BARRIER, _APART = r"bar\.sync\s+0;", Schedule(warps="groups-first")
 PLANTS = {
     "optimizer-barrier": Plant(_OPTIMIZER, "_stable_adamw_kernel", "step.py", _BARRIER, schedule=_APART),
     "split-k-barrier": Plant(_LONG, _SPLIT_K, "common.py", _BARRIER, schedule=_APART),
-    "split-k-arrival": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".relaxed."),
+    "split-k-release": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".acquire."),
+    "split-k-acquire": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".release."),
     "split-k-scope": Plant(_LONG, _SPLIT_K, "common.py", r"\.gpu\.acq_rel\.", ".cta.acq_rel."),
     "split-k-copies": Plant(_LONG, _SPLIT_K, "linear_split_k.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
     "shrink-copies": Plant(_SPLIT, _SHRINK, "shrink.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stablelora_kernels.launch.base import Launch
 from tests.ptx_emulator.machine import Schedule
-from tests.ptx_emulator.memory import Faults
+from tests.ptx_emulator.memory import EmulationError, Faults
 from tests.ptx_emulator.runner import run
 
 # A name, the error over its bound, what was found, and whether something must be found.
@@ -121,8 +121,21 @@ def results(arch: str) -> Iterator[Result]:
                 yield f"matmul {str(dtype)[6:]} {precision} {m}x{n}x{k}, {landing}", error, faults, False
 
 
+def stuck(arch: str) -> str:
+    """What is said of two programs that wait for the last one, which cannot begin before they have ended."""
+    x, s, flag, out = torch.ones(128), torch.empty(128), torch.zeros(1, dtype=torch.int32), torch.empty(3, 128)
+    launch = _launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": "release"})
+    try:
+        run(launch, Schedule(arch, resident=2))
+    except EmulationError as error:
+        return str(error)
+    return ""
+
+
 def main(arch: str) -> None:
-    """Raise AssertionError if a result is wrong, if something is found that is no fault, or if the planted race is not found."""
+    """Raise AssertionError if a result is wrong, if something is found that is no fault, or if a planted fault is not found."""
+    said = stuck(arch)
+    assert said.startswith("deadlock, 2 CTAs have not begun: CTA ") and said.count("_chain_kernel: runs at") == 2, said
     for name, share, faults, must_find in results(arch):
         assert share <= 1, f"{arch} {name}: {share:.2f} of the bound"
         assert bool(faults.found) == must_find, f"{arch} {name}: {faults.lines() or 'nothing was found'}"

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.lab.mlp_launches import mlp_launches
 from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Device
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
-from stablelora_kernels.ops.dry_run import linear_launches, mlp_launches
 from stablelora_kernels.ops.lora_linear import lora_linear_fwd
 from stablelora_kernels.optim.triton_step import TritonStep
 

@@ -33,8 +33,7 @@ from stablelora_kernels.dispatch.problem import Call, device_of
 from stablelora_kernels.dispatch.rules import Choice, possible_kernels
 from stablelora_kernels.dispatch.settings import KERNELS
 from stablelora_kernels.launch.jobs import forward_product
-from stablelora_kernels.launch.lora_linear import product_launches
-from stablelora_kernels.launch.products import shrink
+from stablelora_kernels.launch.lora_linear import product_launches, shrink
 from stablelora_kernels.projection import Projection
 
 # One whole call of each phase; and how to build it for each arm, which may fail.

@@ -34,7 +34,7 @@ from benchmarks.lab.predict.quantized import BITS
 from benchmarks.lab.predict.rivals import BF16, MLP, Ways, passes
 from stablelora_kernels.dispatch.problem import DEVICES, Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.dry_run import linear_launches
+from stablelora_kernels.explanation import linear_launches
 
 APART, TOGETHER = "apart", "together"
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.lab.mlp_launches import mlp_launches
 from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
 from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
-from stablelora_kernels.ops.dry_run import linear_launches, mlp_launches
+from stablelora_kernels.explanation import linear_launches
 
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))

@@ -20,7 +20,7 @@ from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import cdiv
 from stablelora_kernels.dispatch.rules import Choice, choose_quantized
-from stablelora_kernels.ops.dry_run import linear_launches
+from stablelora_kernels.explanation import linear_launches
 
 BITS = {"nf4": 4, "fp8": 8}
 ROWS = (1, 16, 64, *range(128, 705, 32), 1024, 2048, 8192)

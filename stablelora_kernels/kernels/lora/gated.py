@@ -2,7 +2,7 @@
 
     dG = dH ∘ U ∘ act'(G)      dU = dH ∘ act(G)
 
-``reference/mlp.py`` has act. GATE names it: "silu", "gelu" or "gelu_tanh"; "" where a kernel computes no such thing. G and U are
+``reference/lora.py`` has act. GATE names it: "silu", "gelu" or "gelu_tanh"; "" where a kernel computes no such thing. G and U are
 read as they were rounded and stored, so H is the same in all kernels; all arithmetic is in float32.
 """
 

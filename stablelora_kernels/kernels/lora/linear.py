@@ -35,8 +35,7 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, dot, keep_mask, tile_of
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_flag
 from stablelora_kernels.kernels.lora.gated import prefetch, store_gated_grads
-from stablelora_kernels.kernels.lora.shrink import s_program
-from stablelora_kernels.kernels.lora.weight_grads import part_of_rows, weight_grad
+from stablelora_kernels.kernels.lora.thin_products import part_of_rows, s_program, weight_grad
 
 # Of the three kernels of the product.
 NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "DA_SPLITS", "threshold"]

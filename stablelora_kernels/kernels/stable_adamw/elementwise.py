@@ -1,9 +1,16 @@
-"""Device functions of the optimizer's kernels: addresses from a table, random rounding, sums in a fixed order."""
+"""Device functions of the optimizer's kernels: addresses from a table, random rounding, sums in a fixed order, 8-bit moments.
+
+A moment in 8 bits is a small floating-point code an element and one float32 scale a block of 256 elements, in the format of
+``reference.optimizer.moment8_ref``. SIGNED is true for the first moment, false for the second.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Elements per scale. Must equal optim.state.BLOCK.
+BLOCK = tl.constexpr(256)
 
 
 @triton.jit
@@ -79,3 +86,80 @@ def span_sum(values_ptr, first, count, BLOCK: tl.constexpr):
     for start in range(0, count, BLOCK):
         total += tl.load(values_ptr + first + start + offsets, mask=offsets < count - start, other=0.0)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def decode8(codes, SIGNED: tl.constexpr):
+    """Decode int32 codes to float32 values of magnitude at most 1.875."""
+    magnitude = codes & 127 if SIGNED else codes
+    normal = ((magnitude + (896 if SIGNED else 768)) << 20).to(tl.float32, bitcast=True)
+    # 2^-17 and 2^-33
+    small = magnitude.to(tl.float32) * (7.62939453125e-06 if SIGNED else 1.1641532182693481e-10)
+    x = tl.where(magnitude >= 8, normal, small)
+    return tl.where(codes >= 128, -x, x) if SIGNED else x
+
+
+@triton.jit
+def encode8(y, noise, SIGNED: tl.constexpr):
+    """Encode float32 values of magnitude at most 1.875 as int32 codes, rounded at random by uint32 ``noise``."""
+    size = tl.abs(y)
+    bits = size.to(tl.uint32, bitcast=True)
+    normal = ((bits + (noise & 0xFFFFF)) >> 20).to(tl.int32) - (896 if SIGNED else 768)
+    # 2^17 and 2^33
+    scaled = size * (131072.0 if SIGNED else 8589934592.0)
+    whole = tl.floor(scaled)
+    up = scaled - whole > (noise >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-8
+    small = (whole + tl.where(up, 1.0, 0.0)).to(tl.int32)
+    # 2^-14 and 2^-30
+    codes = tl.where(size < (6.103515625e-05 if SIGNED else 9.313225746154785e-10), small, normal)
+    if SIGNED:
+        codes = codes | tl.where(y < 0, 128, 0)
+    return codes & 255
+
+
+@triton.jit
+def _pointers(codes, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """Pointers to a chunk's codes and to its blocks' scales."""
+    code_ptrs = codes.to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        code_ptrs = tl.multiple_of(code_ptrs, 16)
+    scale_ptrs = scales.to(tl.pointer_type(tl.float32)) + start // BLOCK + tl.arange(0, CHUNK // BLOCK)
+    return code_ptrs + start + offsets, scale_ptrs
+
+
+@triton.jit
+def load8(codes, scales, start, left, offsets, mask, SIGNED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """Load the chunk of a moment that begins at element ``start``, as float32.
+
+    ``codes`` and ``scales`` are addresses; ``left`` is the number of elements from ``start`` on.
+    """
+    code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
+    values = tl.load(code_ptrs, mask=mask, other=0).to(tl.int32)
+    scale = tl.load(scale_ptrs, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left, other=0.0)
+    return decode8(values, SIGNED) * tl.reshape(tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
+
+
+@triton.jit
+def store8(
+    x,
+    noise,
+    codes,
+    scales,
+    start,
+    left,
+    offsets,
+    mask,
+    SIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Round float32 ``x`` by uint32 ``noise`` and store it as a chunk; the other arguments are those of :func:`load8`."""
+    code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
+    rows = tl.reshape(tl.where(mask, x, 0.0), (CHUNK // BLOCK, BLOCK))
+    # rows * 0 sums to 0, or to NaN where a value is not finite: the whole block then becomes NaN.
+    scale = (tl.max(tl.abs(rows), 1) + tl.sum(rows * 0.0, 1)) / 1.875
+    y = rows / tl.where(scale > 0, scale, 1.0)[:, None]
+    y = tl.minimum(tl.maximum(y, -1.875), 1.875)
+    values = encode8(tl.reshape(y, (CHUNK,)), noise, SIGNED)
+    tl.store(code_ptrs, values.to(tl.uint8), mask=mask)
+    tl.store(scale_ptrs, scale, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left)

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.lab.predict.formula import Tensors, Traffic, formula_by_tensor, named_tensors, total
 from stablelora_kernels.dispatch import backend
+from stablelora_kernels.launch.base import Launch, VendorProduct
 
 # The interpreter's functions in which all loads and stores of kernels end, descriptors' too: where each has its pointers and its
 # mask among its arguments, whether it reads and whether it writes. The last arguments differ between releases of Triton.
@@ -30,10 +31,14 @@ ACCESSES = {
 
 
 class Counted(NamedTuple):
-    """One launch. The vendor's product counts as the least possible, because its code is not known."""
+    """The traffic of one launch. The vendor's product counts as the least possible, because its code is not known."""
 
-    kernel: str
+    launch: Launch | VendorProduct
     tensors: Tensors
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.kernel.__name__ if isinstance(self.launch, Launch) else "vendor"
 
     @property
     def traffic(self) -> Traffic:
@@ -84,13 +89,11 @@ def counted() -> Iterator[list[Counted]]:
     """
     if not backend.INTERPRETING:
         raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
-    from triton.runtime.interpreter import GridExecutor, interpreter_builder
-
-    from stablelora_kernels.launch.base import Launch, VendorProduct
+    from triton.runtime.interpreter import interpreter_builder
 
     found: list[Counted] = []
     current: list[_Recorder] = []
-    call, run = GridExecutor.__call__, VendorProduct.run
+    run, run_vendor = Launch.run, VendorProduct.run
 
     def counting(real: Any, pointers: int, mask: int | None, reads: bool, writes: bool) -> Any:
         def access(*args: Any, **named: Any) -> Any:
@@ -100,23 +103,22 @@ def counted() -> Iterator[list[Counted]]:
 
         return access
 
-    def counting_call(self: Any, *args: Any, **named: Any) -> Any:
-        current.append(_Recorder(Launch(self, "", "", (), args, named, {}).named))
+    def counting_run(self: Launch, device: torch.device) -> None:
+        current.append(_Recorder(self.named))
         try:
-            result = call(self, *args, **named)
+            run(self, device)
         finally:
             tensors = current.pop().tensors()
-        found.append(Counted(self.fn.__name__, tensors))
-        return result
+        found.append(Counted(self, tensors))
 
-    def counting_run(self: Any, device: torch.device) -> None:
-        run(self, device)
-        found.append(Counted("vendor", formula_by_tensor(self)))
+    def counting_vendor(self: VendorProduct, device: torch.device) -> None:
+        run_vendor(self, device)
+        found.append(Counted(self, formula_by_tensor(self)))
 
     with ExitStack() as stack:
         for name, places in ACCESSES.items():
             access = counting(getattr(interpreter_builder, name), *places)
             stack.enter_context(patch.object(interpreter_builder, name, access))
-        stack.enter_context(patch.object(GridExecutor, "__call__", counting_call))
-        stack.enter_context(patch.object(VendorProduct, "run", counting_run))
+        stack.enter_context(patch.object(Launch, "run", counting_run))
+        stack.enter_context(patch.object(VendorProduct, "run", counting_vendor))
         yield found

@@ -1,16 +1,27 @@
-"""Pages and the README's figure have the figures of the stored results."""
+"""Pages and the README's figure have the figures of the stored results; what is kept for backward is what hooks count."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+import torch
 
-pytest.importorskip("matplotlib", reason="draws the README's figure; the bench extra brings it")
-pytest.importorskip("transformers", reason="counts memory; the bench extra brings it")
+pytest.importorskip("transformers", reason="has the MLP; the bench extra brings it")
+pytest.importorskip("peft", reason="is an arm; the bench extra brings it")
+pytest.importorskip("matplotlib", reason="draws; the bench extra brings it")
 
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import stablelora_kernels as slk
+from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED, adapt
+from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.records import read_records
+from benchmarks.lab import memory
 from benchmarks.lab.page import __main__ as page
+from tests.helpers.processes import ROOT
 
 
 def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, capsys):
@@ -58,3 +69,47 @@ def test_the_performance_page_has_the_figures_of_the_main_jobs():
             value = f"{round(row.median, 3) + 0.0:{forms[row.metric]}}"
             spread = f" ± {row.half_95:{forms[row.metric].strip('+')}} |" if row.half_95 == row.half_95 else " |"
             assert value + spread in text, (file, row)
+
+
+SEPARATE = "`apply_lora`, also with `fuse_projections`"
+ROWS = {
+    FROZEN: "frozen", PEFT: "PEFT", OURS: SEPARATE, OURS + PROJECTIONS_FUSED: SEPARATE, OURS + MLP_FUSED: "`fuse_mlp`",
+    ACCELERATED + MLP_FUSED: "`fuse_mlp`",
+}  # fmt: skip
+# More than the 64 rows below which plain operators compute; no size divides another.
+SMALL = {"M": 97, "K": 24, "F": 40, "r": 3}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(
+    ("arm", "sizes", "device"),
+    [*((arm, SMALL, "cpu") for arm in ROWS), *((arm, memory.LLAMA_8B, "meta") for arm in (FROZEN, PEFT))],
+)
+def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatch):
+    """Ours by the kernels in the interpreter, and PEFT's by the operator that a GPU has for dropout, whose mask is bool."""
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    drop = torch.native_dropout
+    monkeypatch.setattr(
+        nn.functional, "dropout", lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0]
+    )
+    m, k, f, r = sizes.values()
+    with torch.device(device):
+        config = LlamaConfig(hidden_size=k, intermediate_size=f, num_attention_heads=1)
+        mlp = LlamaMLP(config).to(torch.bfloat16).requires_grad_(False)
+        x = torch.zeros(1, m, k, dtype=torch.bfloat16, requires_grad=True)
+    adapt(nn.ModuleDict({"mlp": mlp}), arm, memory.LINEAR[-3:], r=r, dropout=dropout).train()
+    with slk.use_backend("triton"):
+        found = saved_for_backward(lambda: mlp(x), [*mlp.parameters()])
+    kept = memory.kept(dropout > 0, **sizes).loc[ROWS[arm]].sum()
+    # A frozen MLP does not keep x; of others a test's x has no other owner.
+    assert found == kept
+
+
+def test_the_guides_have_the_tables():
+    tables = {
+        "fusing": memory.mlp_table(),
+        "peft": memory.layer_table(memory.layer_counts()),
+        "will-it-fit": memory.fit_table(),
+    }
+    for name, table in tables.items():
+        assert table in (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8"), name

@@ -18,7 +18,7 @@ from benchmarks.lab.predict import __main__, bytes_moved, launch_time, layer_tim
 from benchmarks.lab.predict.layer_time import DIRECTIONS, ONE_OP, OURS, SEPARATE, call_of, seconds, table
 from benchmarks.lab.predict.rivals import LORAFUSION, PEFT, Shape
 from stablelora_kernels.dispatch.rules import Choice, choose, choose_quantized
-from stablelora_kernels.ops.dry_run import linear_launches
+from stablelora_kernels.explanation import linear_launches
 from tests.helpers.processes import ROOT, printed
 
 H100, SLOW = launch_time.load_gpu("h100"), launch_time.SLOW

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,14 +14,14 @@ import pandas as pd
 import triton
 import triton.language as tl
 
+from benchmarks.lab.mlp_launches import mlp_launches
 from benchmarks.lab.predict import bytes_moved, formula
 from benchmarks.lab.predict.bytes_moved import APART, ONE_OP, SEPARATE, TOGETHER
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.launch.base import Launch, VendorProduct
-from stablelora_kernels.ops.dry_run import mlp_launches
+from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
 from tests.benchmarks.lab.byte_counter import counted
@@ -38,24 +37,11 @@ H100 = DEVICES["sm_90"]
 
 def check_bytes(case: Case, given: dict[str, Any] | None = None) -> list[Any]:
     """The launches of a call, of which the interpreter counts the formula's bytes, tensor by tensor."""
-    made: list[Any] = []
-
-    def noted(real: Any) -> Any:
-        def run(self: Any, device: torch.device) -> None:
-            made.append(self)
-            real(self, device)
-
-        return run
-
-    with (
-        patch.object(Launch, "run", noted(Launch.run)),
-        patch.object(VendorProduct, "run", noted(VendorProduct.run)),
-        counted() as found,
-    ):
+    with counted() as found:
         run(case, given)
-    for launch, seen in zip(made, found, strict=True):
-        assert seen.tensors == formula.formula_by_tensor(launch), (seen.kernel, launch.variant)
-    return made
+    for seen in found:
+        assert seen.tensors == formula.formula_by_tensor(seen.launch), (seen.kernel, seen.launch.variant)
+    return [seen.launch for seen in found]
 
 
 # Several tiles in both directions at small sizes.
@@ -215,13 +201,14 @@ def test_a_kernel_counted_by_hand_also_after_an_error():
     """Two programs over 0-7 and 4-10 (11 is masked off): 15 elements of which 11 are distinct."""
     x, y, hidden = torch.zeros(11), torch.zeros(11, dtype=BF16), torch.zeros(8, dtype=FP16)
     arguments = (x, y, torch.tensor([hidden.data_ptr()]), torch.zeros(1, dtype=torch.int32), 11)
+    tiny = Launch(_tiny_kernel, "", "", (2,), arguments, {"BLOCK": 8}, {})
     with counted() as found:
         with pytest.raises(Exception, match="ptr"):
-            _broken_kernel[(2,)](x, 11)
+            Launch(_broken_kernel, "", "", (2,), (x, 11), {}, {}).run(x.device)
         assert found == []
-        _tiny_kernel[(2,)](*arguments, BLOCK=8)
+        tiny.run(x.device)
     # Nothing is counted behind the block.
-    _tiny_kernel[(2,)](*arguments, BLOCK=8)
+    tiny.run(x.device)
     (launch,) = found
     assert launch.kernel == "_tiny_kernel" and launch.tensors == {
         "x": (15 * 4, 0, 11 * 4, 0),

@@ -1,15 +1,25 @@
-"""Wrappers of models: data parallelism, torch.compile, checkpointing and ``fully_shard``."""
+"""Modules: their hooks, and wrappers around them: data parallelism, torch.compile, checkpointing and ``fully_shard``."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+# The hooks that nn.Module.__call__ runs.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+DATA_PARALLEL = (nn.DataParallel, DistributedDataParallel)
 # The attributes in which torch.compile and torch's checkpoint_wrapper hold the wrapped module.
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` may do more than run its class's forward."""
+    # Runs at every call of a layer: nn.Module's __getattr__ would take longer.
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
 
 
 def check_module(model: Any) -> None:
@@ -21,10 +31,7 @@ def check_module(model: Any) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside its wrappers, which would prefix every name.
 
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a module is in FullyShardedDataParallel, whose flat parameters hold no A and B; or data parallelism wraps a
-            part of the model and not the whole.
+    It raises ValueError if a module is in FullyShardedDataParallel, or if data parallelism wraps a part of the model alone.
     """
     check_module(model)
     for name, module in model.named_modules():
@@ -35,7 +42,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             )
     model = innermost(model)
     for name, module in model.named_modules():
-        if _is_data_parallel(module):
+        if isinstance(module, DATA_PARALLEL):
             raise ValueError(f"model must be in {type(module).__name__} as a whole, got its part {name!r} in one")
     return model
 
@@ -63,12 +70,8 @@ def check_not_in_ddp(model: nn.Module) -> None:
 
 def _inner(module: nn.Module) -> nn.Module | None:
     """The module that ``module`` wraps, or None."""
-    names = ("module",) if _is_data_parallel(module) else _INNER
+    names = ("module",) if isinstance(module, DATA_PARALLEL) else _INNER
     return next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
-
-
-def _is_data_parallel(module: nn.Module) -> bool:
-    return isinstance(module, (nn.DataParallel, DistributedDataParallel))
 
 
 def clean(name: str) -> str:
@@ -86,14 +89,15 @@ def wrapped_parts(model: nn.Module) -> list[str]:
     return [clean(name) for name, module in model.named_modules() if name and _inner(module) is not None]
 
 
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) has sharded ``module``. The check needs no import, which is slow."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
 def reshard(model: nn.Module) -> None:
     """Reshard ``fully_shard``'s parameters after a forward that left them gathered.
 
     The next reshard would drop gathered parameters and everything written to them.
     """
-    # Unless FSDP has been imported, nothing is sharded by it.
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if hasattr(fsdp, "FSDPModule"):
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    for module in filter(is_fully_sharded, model.modules()):
+        module.reshard()  # type: ignore[operator]
