@@ -230,7 +230,6 @@ class Twice(nn.Module):
 CHANGES = {
     "its experts are computed by 'sonicmoe'": with_implementation("sonicmoe"),
     "its down_proj trains": train_weight,
-    "its down_proj is a Parameter of torch.float8_e4m3fn": to_float8,
     "another parametrization changes its weights": lambda w: parametrize.register_parametrization(
         w.get_base_layer(), "down_proj", Twice()
     ),
@@ -316,8 +315,18 @@ def test_what_peft_trains_wrongly_is_told():
         with pytest.warns(UserWarning, match=text):
             report = slk.accelerate_peft(faulty)
         assert len([note for note in report.notes if re.search(text, note)]) == 1
+    assert [row.reason for row in slk.accelerate_peft(model).skipped] == ["its down_proj is a Parameter of torch.float8_e4m3fn"]
     # Weights alone: all is well.
     for good in (quantizes(weights=object(), input_activations=None), make(), with_lora(build("qwen3_moe"))):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert slk.accelerate_peft(good, strict=True).notes == ()
+
+
+def test_one_latch_for_a_stack_is_told():
+    model = with_lora(build("qwen3_moe"))
+    figures = slk.StableLoRAAdamW.from_model(model).stability()
+    assert [(pair.name.rpartition("mlp.")[2], pair.experts) for pair in figures] == [
+        ("experts.base_layer.default", E), ("experts.default", E),
+    ]  # fmt: skip
+    assert [pair.experts for pair in slk.StableLoRAAdamW.from_model(make()).stability()] == [1] * 4
