@@ -37,11 +37,15 @@ def accelerate_peft(
     On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also holds for bitsandbytes' 4-bit
     and torchao's float8 weights. Any other base layer (otherwise quantized, transformers' Conv1D, with hooks) computes its own
     product, and one op per adapter adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change
-    that: PEFT would copy x to float32, this library does not.
+    that: PEFT would copy x to float32, this library does not. DoRA without dropout, and stacks of experts with one active adapter
+    (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's size.
+
+    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in float8 or integers, and below
+    a layer whose input compressed-tensors quantizes.
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
-        strict: raise unless every adapter of every PEFT layer runs on this library's ops and trains.
+        strict: raise unless every adapter of every PEFT layer runs on this library's ops, and trains.
         fuse_projections: compute projection groups together, as :func:`~stablelora_kernels.apply_lora` does. Each of their layers
             then holds a reference to its group, and their parent a hook, until :func:`restore_peft`, which must come before
             PEFT's ``unload`` and ``merge_and_unload``: they would leave the hook behind.
@@ -51,7 +55,7 @@ def accelerate_peft(
 
     Returns:
         The report. It has one row for each layer and adapter that runs on the ops. It lists as skipped, with the reason, those
-        that PEFT's own forward computes (DoRA and other variants, embeddings, convolutions, ...).
+        that PEFT's own forward computes (aLoRA and other variants, embeddings, convolutions, ...).
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.

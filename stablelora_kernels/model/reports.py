@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -99,19 +99,7 @@ class LoRAReport(_Report):
         modules = len({module.name for module in self.replaced})
         where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module runs on this library's ops"
         lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
-        kinds = Counter(
-            (
-                m.name.rpartition(".")[2],
-                m.in_features,
-                m.out_features,
-                m.r,
-                m.lora_alpha,
-                m.scaling,
-                m.adapter,
-                m.experts,
-            )
-            for m in self.replaced
-        )
+        kinds = Counter((m.name.rpartition(".")[2], *astuple(m)[1:]) for m in self.replaced)
         for (name, k, n, r, alpha, scaling, adapter, experts), count in kinds.items():
             named = "" if adapter is None else f", adapter {adapter!r}"
             stacked = "" if experts == 1 else f"{experts} experts of "
