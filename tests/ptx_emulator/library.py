@@ -16,6 +16,7 @@ from stablelora_kernels.kernels import common
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.prepared import Repeated
 from stablelora_kernels.ops import plans
+from stablelora_kernels.projection import split
 from tests.ptx_emulator.machine import Schedule
 from tests.ptx_emulator.memory import Faults
 from tests.ptx_emulator.runner import run
@@ -57,7 +58,8 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
     device = device._replace(processors=processors or device.processors)
 
     def call(op: plans.PlannedOp, operands: Any, lengths: Any, numbers: Any, entry: Any = None) -> Any:
-        results, launches = op.plan(device, op._args(operands, lengths, numbers))
+        lists = split(operands[op._lists :], lengths)
+        results, launches = op.plan(device, [*operands[: op._lists], *lists, *numbers])
         log.run(launches)
         return plans._flat(results)
 
