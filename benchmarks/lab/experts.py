@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Block(nn.Module):
         return self.experts(x, index, weights)  # type: ignore[no-any-return]
 
 
-def experts_step(arm: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int = E) -> tuple[nn.Module, Step]:
+def experts_step(arm: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int) -> tuple[nn.Module, Step]:
     """An arm's model, and its forward. Skewed, some experts get most of the rows."""
     model: Any = Block(ARMS[arm], experts, dtype)
     if arm in (PEFT, ACCELERATED):
@@ -88,25 +89,21 @@ def dora_step(arm: str, rows: int, dtype: torch.dtype) -> tuple[nn.Module, Step]
     return model, lambda: model(x)
 
 
-# By name, the arms and how each is made.
-CASES: dict[str, tuple[tuple[str, ...], Callable[[str], tuple[nn.Module, Step]]]] = {}
-for _name, _dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-    for _tokens in TOKENS:
-        for _skewed in (False, True):
-            CASES[f"experts {_tokens * TOP // E} rows{' skewed' * _skewed} {_name}"] = (
-                tuple(ARMS),
-                lambda arm, given=(_tokens, _skewed, _dtype): experts_step(arm, *given),
-            )
-    for _rows in (256, 1024):
-        CASES[f"DoRA {_rows} rows {_name}"] = (
-            (FROZEN, PEFT, ACCELERATED),
-            lambda arm, given=(_rows, _dtype): dora_step(arm, *given),
-        )
-# Twice the experts at equal rows: what is kept grows by the adapters alone.
-CASES["experts 16 rows of 128 bf16"] = (
-    tuple(ARMS),
-    lambda arm: experts_step(arm, 256, False, torch.bfloat16, 2 * E),
-)
+def _cases() -> dict[str, tuple[tuple[str, ...], Callable[[str], tuple[nn.Module, Step]]]]:
+    """By name, the arms and how each is made."""
+    bf16, fp32 = ("bf16", torch.bfloat16), ("fp32", torch.float32)
+    found: dict[str, Any] = {}
+    sizes = [(tokens, skewed, bf16, E) for tokens in TOKENS for skewed in (False, True)]
+    # Twice the experts at equal rows: what is kept grows by the adapters alone.
+    for tokens, skewed, (name, dtype), experts in [*sizes, (256, False, fp32, E), (256, False, bf16, 2 * E)]:
+        words = f"{experts} experts, {tokens * TOP // experts} rows each{', skewed' * skewed}, {name}"
+        found[words] = tuple(ARMS), partial(experts_step, tokens=tokens, skewed=skewed, dtype=dtype, experts=experts)
+    for rows, (name, dtype) in ((256, bf16), (1024, bf16), (256, fp32)):
+        found[f"DoRA, {rows} rows, {name}"] = (FROZEN, PEFT, ACCELERATED), partial(dora_step, rows=rows, dtype=dtype)
+    return found
+
+
+CASES = _cases()
 
 
 def backward(model: nn.Module, step: Step) -> None:
