@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.experts = Qwen3MoeExperts(config).to(dtype)
         generator = torch.Generator().manual_seed(0)
         for parameter in self.experts.parameters():
-            parameter.data.normal_(std=parameter.shape[2] ** -0.5, generator=generator).requires_grad_(False)
+            parameter.requires_grad_(False).normal_(std=parameter.shape[2] ** -0.5, generator=generator)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self.experts(x, index, weights)  # type: ignore[no-any-return]
