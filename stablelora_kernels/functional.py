@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
-from stablelora_kernels.ops.checks import FLOAT_DTYPES, check
+from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
+from stablelora_kernels.ops.lora_experts import lora_experts_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_mlp import Options, lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
@@ -25,6 +26,7 @@ __all__ = [
     "LoRAWeights",
     "NF4Weight",
     "lora_branch",
+    "lora_experts",
     "lora_linear",
     "lora_linear_group",
     "lora_mlp",
@@ -204,6 +206,57 @@ def lora_branch(
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
     return _run(x, (Projection(None, None, lora_A, lora_B, scaling),), dropout_p, training, base_out)[0]  # type: ignore[index]
+
+
+def lora_experts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    offsets: Tensor,
+    *,
+    transposed: bool = False,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """:func:`lora_linear` of each expert of a stack, on the rows of x that are its own: a mixture of experts.
+
+    Nothing of the stack's size is made or kept: autograd saves x, S [T, r], the offsets and dropout's mask. There is no Triton
+    kernel: every backend computes it by PyTorch's operators. In bfloat16 on NVIDIA GPUs from sm_80 on, with K and N that are
+    multiples of 8, that is PyTorch's grouped product; otherwise a loop over the experts, which reads the offsets on the host.
+
+    Args:
+        x: [T, K], its rows sorted by expert.
+        weight: [E, N, K], frozen, in x's dtype.
+        bias: [E, N] or None, frozen, in x's dtype.
+        lora_A: [E, r, K] of any strides, float32 or in x's dtype. With an r of 0 there is no branch.
+        lora_B: [E, N, r] of any strides, in lora_A's dtype.
+        scaling: s, a number.
+        offsets: [E], int32 or int64: behind which row each expert ends. Rows behind the last expert's give zeros, and get a
+            gradient of zeros.
+        transposed: the weight is [E, K, N].
+        dropout_p: as in :func:`lora_linear`.
+        training: as in :func:`lora_linear`.
+
+    Returns:
+        [T, N] in x's dtype. Only requested gradients are computed. Those of an expert without rows are zeros.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or weight or bias requires a gradient; on a CPU also if offsets descend or
+            exceed T.
+        TypeError: dtypes do not fit.
+    """
+    autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+    if autocast and (dtype := _autocast_dtype(x)) is not None:
+        cast = _autocast_projection(Projection(weight, bias, lora_A, lora_B, scaling), dtype)
+        x, (weight, bias, lora_A, lora_B, _) = _cast(x, dtype), cast  # type: ignore[assignment]
+    check_experts(x, weight, bias, lora_A, lora_B, offsets, transposed)
+    check_float("dropout_p", dropout_p, low=0.0, high=1.0)
+    return lora_experts_op(
+        x, weight, bias, lora_A, lora_B, scaling, offsets, transposed, dropout_p if training else 0.0
+    )
 
 
 def _projection(weight: Any, bias: Any, lora_A: Any, lora_B: Any, scaling: float) -> Projection:

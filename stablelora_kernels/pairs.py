@@ -95,3 +95,15 @@ def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[L
             other = "B" if role == "A" else "A"
             raise ValueError(f"pair {name!r} has lora_{role} {list(half[role].shape)} but no lora_{other}")
     return [LoRAPair(name, half["A"], half["B"]) for name, half in halves.items()]
+
+
+def stacked_experts(model: nn.Module) -> dict[str, int]:
+    """By a pair's name, how many experts' pairs PEFT has stacked in it; pairs of single layers are left out.
+
+    A [experts r, in] and B [out, experts r] are one pair to Stable-LoRA: they shrink and latch as one.
+    """
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if (count := getattr(module, "num_experts", 1)) != 1 and hasattr(module, "parameter_name"):
+            found |= {".".join(filter(None, (name, adapter))): count for adapter in module.lora_A}
+    return found

@@ -94,7 +94,10 @@ RULES = (
 NEEDED = {*sys.stdlib_module_names, "torch", "triton", PACKAGE}
 BEHIND_IMPORT_EXTRA = {
     "integrations.peft": {"peft"},
-    "integrations.peft_layers": {"peft", "bitsandbytes"},
+    "integrations.peft_layers": {"peft"},
+    "integrations.peft_operands": {"peft", "bitsandbytes"},
+    "integrations.peft_dora": {"peft"},
+    "integrations.peft_experts": {"peft"},
 }
 
 

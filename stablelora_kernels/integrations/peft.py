@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from stablelora_kernels.config import unmatched_names
+from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model.reports import (
     LoRAReport,
     ReplacedModule,
@@ -35,11 +37,15 @@ def accelerate_peft(
     On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also holds for bitsandbytes' 4-bit
     and torchao's float8 weights. Any other base layer (otherwise quantized, transformers' Conv1D, with hooks) computes its own
     product, and one op per adapter adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change
-    that: PEFT would copy x to float32, this library does not.
+    that: PEFT would copy x to float32, this library does not. DoRA without dropout, and stacks of experts with one active adapter
+    (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's size.
+
+    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in float8 or integers, and below
+    a layer whose input compressed-tensors quantizes.
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
-        strict: raise unless every adapter of every PEFT layer runs on this library's ops.
+        strict: raise unless every adapter of every PEFT layer runs on this library's ops, and trains.
         fuse_projections: compute projection groups together, as :func:`~stablelora_kernels.apply_lora` does. Each of their layers
             then holds a reference to its group, and their parent a hook, until :func:`restore_peft`, which must come before
             PEFT's ``unload`` and ``merge_and_unload``: they would leave the hook behind.
@@ -49,7 +55,7 @@ def accelerate_peft(
 
     Returns:
         The report. It has one row for each layer and adapter that runs on the ops. It lists as skipped, with the reason, those
-        that PEFT's own forward computes (DoRA and other variants, embeddings, convolutions, ...).
+        that PEFT's own forward computes (aLoRA and other variants, embeddings, convolutions, ...).
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
@@ -57,10 +63,13 @@ def accelerate_peft(
         ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be skipped. Nothing is changed
             then.
     """
-    layers = _layers()
+    layers, experts = _layers(), _experts()
     accelerated, replaced, skipped = [], [], []
     tuner_layers = _tuner_layers(model, layers)
+    wrappers = {name: module for name, module in tuner_layers if experts and isinstance(module, experts.ParamWrapper)}
     for name, module in tuner_layers:
+        if name in wrappers:
+            continue
         reason = _reason_to_skip(model, name, module, layers)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
@@ -75,13 +84,22 @@ def accelerate_peft(
         if rows:
             accelerated.append(module)
             replaced += rows
+    stacks, rows, reasons = experts.read_wrappers(wrappers) if wrappers else ([], [], [])
+    replaced, skipped = replaced + rows, skipped + reasons
+    faults = _faults(tuner_layers)
+    if strict and faults:
+        raise ValueError(f"strict=True, but {faults[0]}")
     if strict and skipped:
         text = list_some([f"{module.name} ({module.reason})" for module in skipped])
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
+    for fault in faults:
+        warnings.warn(fault, UserWarning, stacklevel=2)
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
+    for wrapper in stacks:
+        wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
-    notes = _unmatched(model, [name for name, _ in tuner_layers])
+    notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
@@ -90,6 +108,24 @@ def accelerate_peft(
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
+
+
+def _faults(tuner_layers: list[tuple[str, Any]]) -> list[str]:
+    """What trains wrongly or not at all without PEFT's saying so, whoever computes the branch."""
+    found: dict[str, list[str]] = {}
+    for name, module in tuner_layers:
+        base = module.get_base_layer()
+        # compressed-tensors keeps here what it quantizes; with a scheme for weights alone, all is well.
+        if getattr(getattr(base, "quantization_scheme", None), "input_activations", None) is not None:
+            reason = "compressed-tensors quantizes its input without a gradient, so adapters below get wrong gradients"
+            found.setdefault(reason, []).append(name)
+        parameter = getattr(module, "parameter_name", None)
+        if parameter is not None and (dtype := module.get_param().dtype) not in FLOAT_DTYPES:
+            reason = (
+                f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
+            )
+            found.setdefault(reason, []).append(name)
+    return [f"{reason}: {list_some(names)}" for reason, names in found.items()]
 
 
 def _unfuse(model: nn.Module) -> None:
@@ -115,12 +151,14 @@ def restore_peft(model: nn.Module) -> None:
     Raises:
         ImportError, TypeError: as :func:`accelerate_peft`.
     """
-    layers = _layers()
+    original = dict(_layers().ORIGINAL)
+    if experts := _experts():
+        original[experts.AcceleratedExperts] = experts.ParamWrapper
     check_module(model)
     _unfuse(model)
     for module in model.modules():
-        if type(module) in layers.ORIGINAL:
-            module.__class__ = layers.ORIGINAL[type(module)]
+        if type(module) in original:
+            module.__class__ = original[type(module)]
 
 
 def _layers() -> ModuleType:
@@ -133,6 +171,17 @@ def _layers() -> ModuleType:
     from stablelora_kernels.integrations import peft_layers
 
     return peft_layers
+
+
+def _experts() -> Any:
+    """``peft_experts``, or None with a PEFT before 0.17, which wraps no parameters."""
+    from peft.tuners import lora
+
+    if not hasattr(lora, "ParamWrapper"):
+        return None
+    from stablelora_kernels.integrations import peft_experts
+
+    return peft_experts
 
 
 def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ current adapters, scaling, dropout, training mode, and whether the layer is merg
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -17,112 +17,31 @@ from peft.tuners.lora import layer as _layer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.functional import (
-    FLOAT_DTYPES,
-    LoRAWeights,
-    lora_branch,
-    lora_linear,
-    lora_linear_group,
-    lora_linear_if,
+from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_linear_if
+from stablelora_kernels.integrations.peft_dora import dora_output, is_dora, read_dora
+from stablelora_kernels.integrations.peft_operands import (
+    Base,
+    Branch,
+    base_operand,
+    fits,
+    is_observed,
+    plain_tensors,
+    read_branch,
 )
 from stablelora_kernels.nn.fused_mlp import LayerKind, Operand
-from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
-from stablelora_kernels.utils.modules import is_hooked
-from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
 
 
-class Base(NamedTuple):
-    """The base layer's operands of ``lora_linear``, which computes the base product in ``dtype``."""
-
-    weight: Tensor | NF4Weight | FP8Weight
-    bias: Tensor | None
-    dtype: torch.dtype
-
-
-class Branch(NamedTuple):
-    """One adapter's part of the output: scaling · (D(x) A^T B^T + bias)."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float
-    dropout_p: float
-
-    def add_to(self, base_out: Tensor, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            base_out = base_out + (self.scaling * self.bias).to(base_out.dtype)
-        return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
-
-    def with_base(self, base: Base, x: Tensor) -> Tensor:
-        """The base product and the branch, in one op."""
-        return lora_linear(x, *self.tensors_with(base), self.scaling, self.dropout_p)
-
-    def tensors_with(self, base: Base) -> tuple[Any, Tensor | None, Tensor, Tensor]:
-        """Weight, combined bias, A and B."""
-        bias = base.bias
-        if self.bias is not None:
-            bias = self.scaling * self.bias if bias is None else bias + self.scaling * self.bias
-            bias = bias.to(base.dtype)
-        return base.weight, bias, self.lora_A, self.lora_B
-
-
 def reason_against(layer: Any, adapter: str) -> str | None:
-    """Why PEFT's own forward must compute an adapter of a layer, or None."""
-    found = read_branch(layer, adapter)
+    """Why PEFT's own forward must compute an adapter of a layer, at least in training, or None."""
+    found = read_dora(layer, adapter) if is_dora(layer, adapter) else read_branch(layer, adapter)
+    if not isinstance(found, (str, Branch)) and type(layer.lora_dropout[adapter]) is nn.Dropout:
+        return f"adapter {adapter!r} is DoRA with dropout, which needs the base product of two inputs"
     return found if isinstance(found, str) else None
-
-
-# The following code runs at every call of every layer, so it avoids nn.Module's slow __getattr__.
-
-
-def _is_plain(weight: Tensor, bias: Tensor | None) -> bool:
-    return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
-
-
-def _plain_tensors(linear: Any) -> tuple[Any, Any]:
-    """The weight and the bias of an ``nn.Linear`` that nothing watches; Nones for another module."""
-    if type(linear) is nn.Linear and not is_hooked(linear):
-        weight, bias = weight_and_bias(linear)
-        if _is_plain(weight, bias):
-            return weight, bias
-    return None, None
-
-
-def read_branch(layer: Any, adapter: str) -> Branch | str:
-    """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it."""
-    if adapter in layer.lora_variant:
-        return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
-    modules = layer._modules
-    a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
-    dropout, scaling = modules["lora_dropout"]._modules[adapter], layer.scaling[adapter]
-    a_weight, a_bias = _plain_tensors(a)
-    b_weight, b_bias = _plain_tensors(b)
-    if a_weight is None or b_weight is None:
-        name = "lora_A" if a_weight is None else "lora_B"
-        return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
-    if a_bias is not None or a_weight.dtype != b_weight.dtype:
-        return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
-    kind = type(dropout)
-    if (kind is not nn.Identity and kind is not nn.Dropout) or is_hooked(dropout):
-        return f"the dropout of adapter {adapter!r} is a {kind.__name__}, or has hooks"
-    if kind is nn.Dropout and dropout.p >= 1:
-        return f"the dropout of adapter {adapter!r} drops everything"
-    if not isinstance(scaling, (int, float)):
-        return f"the scaling of adapter {adapter!r} is a {type(scaling).__name__}, not a number"
-    return Branch(a_weight, b_weight, b_bias, scaling, dropout.p if kind is nn.Dropout and dropout.training else 0.0)
-
-
-def is_observed(layer: Any) -> bool:
-    """Whether global hooks or tracing must see every module's call. PEFT can also be told not to cast the input."""
-    return _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True)
 
 
 def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
@@ -131,7 +50,7 @@ def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
     if len(adapters) != 1 or adapters[0] not in layer._modules["lora_A"]._modules or is_observed(layer):
         return None
     branch, base = read_branch(layer, adapters[0]), layer._modules["base_layer"]
-    weight, bias = _plain_tensors(base)
+    weight, bias = plain_tensors(base)
     if isinstance(branch, str) or branch.bias is not None or weight is None:
         return None
 
@@ -157,76 +76,6 @@ def branches_of(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] 
     return found
 
 
-def fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None = None) -> bool:
-    """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype, or raises its own error.
-
-    ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
-    """
-    if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
-        return False
-    # Not part of reason_against: in a sharded model, parameters have other shapes between calls.
-    if (x.shape[-1:] if features is None else (features,)) != lora_A.shape[1:] or lora_A.shape[:1] != lora_B.shape[1:]:
-        return False
-    if torch.float64 in (x.dtype, lora_A.dtype):
-        return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
-    return lora_A.dtype in (torch.float32, x.dtype) or autocast_dtype(x.device.type) is not None
-
-
-def _calls(base: Any, weight: str = "") -> str:
-    return f"calls its base layer, a {type(base).__name__}{weight}, for its product"
-
-
-def base_operand(base: Any, x: Tensor | None) -> Base | str:
-    """The base layer's operands, or why its product cannot be in one op with a branch.
-
-    For an input like ``x``; without one, for any that the layer may get once its parameters are on their devices.
-    """
-    if type(base) not in READABLE or is_hooked(base):
-        return _calls(base)
-    weight, bias = weight_and_bias(base)
-    # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
-    if is_quantized(weight):
-        return _quantized_operand(base, weight, bias, x) or _calls(base)
-    if x is None and is_sharded(weight):
-        return Base(weight, bias, weight.dtype)
-    if type(base) is not nn.Linear or not _is_plain(weight, bias):
-        return _calls(base, f" with a {type(weight).__name__}")
-    other = weight if bias is None else bias
-    if x is None:
-        return Base(weight, bias, weight.dtype)
-    if weight.device != x.device or other.device != x.device:
-        return _calls(base)
-    if weight.dtype == other.dtype == x.dtype:
-        return Base(weight, bias, x.dtype)
-    if x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None:
-        return Base(weight, bias, weight.dtype)
-    return _calls(base)
-
-
-def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor | None) -> Base | str | None:
-    """As :func:`base_operand` for a 4-bit or float8 base layer, if the kernels compute the same product as the layer."""
-    # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
-    if resolve_backend((weight if x is None else x).device) != "triton":
-        return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
-    # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and cast the bias in place.
-    casts, computed = type(base) is not nn.Linear, getattr(base, "compute_dtype", weight.dtype)
-    if x is None:
-        return Base(weight, bias, computed)
-    dtype = autocast_dtype(x.device.type) or x.dtype
-    if computed != dtype or not (base.compute_type_is_set if casts else x.dtype == dtype):
-        return None
-    if bias is not None and (bias.dtype != dtype or bias.device != x.device):
-        return None
-    try:
-        stored = read(weight)
-    except (TypeError, ValueError):
-        return None
-    # bitsandbytes may have quantized the weight as [K, N].
-    if stored.shape != (base.out_features, base.in_features) or stored.stored.data.device != x.device:
-        return None
-    return Base(stored, bias, dtype)
-
-
 class Accelerated:
     """A mixin in front of a PEFT class. Calls that it does not support run that class's forward."""
 
@@ -237,7 +86,7 @@ class Accelerated:
             group = self.__dict__.get(ATTRIBUTE)
             if group is not None and (y := group.output(self, x)) is not None:
                 return y
-            if (y := _usual_output(self, x)) is not None:
+            if (y := _usual_output(self, x)) is not None or (y := dora_output(self, x)) is not None:
                 return y
         branches = branches_of(self, self.active_adapters, x) if plain else None
         if not branches:
@@ -369,8 +218,6 @@ class AcceleratedTorchaoLoraLinear(Accelerated, TorchaoLoraLinear):
     """``TorchaoLoraLinear``, over torchao's quantized weights."""
 
 
-# Base layers that can be computed from their weight without calling them.
-READABLE: tuple[type, ...] = (nn.Linear,)
 KNOWN: dict[type, type] = {lora.Linear: AcceleratedLinear, TorchaoLoraLinear: AcceleratedTorchaoLoraLinear}
 
 if hasattr(lora, "Linear8bitLt"):
@@ -381,12 +228,10 @@ if hasattr(lora, "Linear8bitLt"):
     KNOWN[lora.Linear8bitLt] = AcceleratedLinear8bitLt
 
 if hasattr(lora, "Linear4bit"):
-    from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 
     class AcceleratedLinear4bit(Accelerated, lora.Linear4bit):
         """``peft.tuners.lora.Linear4bit``, over bitsandbytes' 4-bit layers."""
 
     KNOWN[lora.Linear4bit] = AcceleratedLinear4bit
-    READABLE = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
 
 ORIGINAL = {accelerated: original for original, accelerated in KNOWN.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -30,6 +30,7 @@ class ReplacedModule:
         lora_alpha: the numerator of the scaling.
         scaling: the factor of the branch.
         adapter: the adapter's name in a PEFT layer, which has a row for each adapter; None for this library's layers.
+        experts: how many experts' pairs are stacked; 1 for a single layer.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ReplacedModule:
     lora_alpha: float
     scaling: float
     adapter: str | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,11 @@ class LoRAReport(_Report):
         modules = len({module.name for module in self.replaced})
         where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module runs on this library's ops"
         lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
-        kinds = Counter(
-            (m.name.rpartition(".")[2], m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, m.adapter)
-            for m in self.replaced
-        )
-        for (name, k, n, r, alpha, scaling, adapter), count in kinds.items():
+        kinds = Counter((m.name.rpartition(".")[2], *astuple(m)[1:]) for m in self.replaced)
+        for (name, k, n, r, alpha, scaling, adapter, experts), count in kinds.items():
             named = "" if adapter is None else f", adapter {adapter!r}"
-            lines.append(f"  {count} x {name}: {k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
+            stacked = "" if experts == 1 else f"{experts} experts of "
+            lines.append(f"  {count} x {name}: {stacked}{k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
         lines += [f"  skipped {text}" for text in _by_reason(self.skipped)]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 

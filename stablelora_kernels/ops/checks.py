@@ -102,3 +102,47 @@ def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) ->
     if len({*dtypes.values()}) > 1:
         given = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise TypeError(f"the projections' lora_A must have one dtype, got {given}")
+
+
+def check_experts(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, transposed: bool
+) -> None:
+    """Check the operands of ``lora_experts``."""
+    if weight.dim() != 3:
+        raise ValueError(f"weight must be {'[E, K, N]' if transposed else '[E, N, K]'}, got {list(weight.shape)}")
+    count, n, k = weight.transpose(1, 2).shape if transposed else weight.shape
+    shaped = f"{'transposed ' if transposed else ''}weight {list(weight.shape)}"
+    if x.dim() != 2 or x.shape[1] != k:
+        raise ValueError(f"x must be [T, {k}] to fit {shaped}, got {list(x.shape)}")
+    if bias is not None and bias.shape != (count, n):
+        raise ValueError(f"bias must be {[count, n]} to fit {shaped}, got {list(bias.shape)}")
+    if lora_A.dim() != 3 or lora_A.shape[0] != count or lora_A.shape[2] != k:
+        raise ValueError(f"lora_A must be [{count}, r, {k}] to fit {shaped}, got {list(lora_A.shape)}")
+    if lora_B.shape != (wanted := (count, n, lora_A.shape[1])):
+        raise ValueError(
+            f"lora_B must be {list(wanted)} to fit {shaped} and lora_A {list(lora_A.shape)}, got {list(lora_B.shape)}"
+        )
+    _check_dtypes(x, lora_A, lora_B)
+    _check_devices(x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, offsets=offsets)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
+        if t is not None and t.requires_grad:
+            raise ValueError(f"{name} must be frozen, got one that requires a gradient")
+    _check_offsets(offsets, count, x.shape[0])
+
+
+def _check_offsets(offsets: Tensor, count: int, rows: int) -> None:
+    if offsets.shape != (count,):
+        raise ValueError(f"offsets must be {[count]}, each expert's end, got {list(offsets.shape)}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}")
+    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        # Reading them would wait for the device.
+        return
+    ends = offsets.tolist()
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if end < start:
+            raise ValueError(f"offsets must not descend from 0 on, got {end} of expert {e} behind {start}")
+    if ends and ends[-1] > rows:
+        raise ValueError(f"offsets must end within the {rows} rows of x, got {ends[-1]}")

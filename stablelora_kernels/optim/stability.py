@@ -36,6 +36,8 @@ class PairStability:
         b_norm: ``||B||_F / m``.
         latched: whether the pair has latched, so that A shrinks no more.
         latched_at: A's step, counted from one, at which the pair latched, or None.
+        experts: how many experts' pairs PEFT has stacked in it, for which one latch stands, if the optimizer was made
+            :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.
     """
 
     name: str
@@ -43,6 +45,7 @@ class PairStability:
     b_norm: float
     latched: bool
     latched_at: int | None
+    experts: int = 1
 
     @property
     def stable(self) -> bool:

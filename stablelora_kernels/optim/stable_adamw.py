@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from stablelora_kernels.optim.stability import PairStability, finite_norms
 from stablelora_kernels.optim.state import Member
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
-from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
 from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import check_float, counted
@@ -100,6 +101,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     _written: list[Tensor]
     _raised: int | None = None
 
+    # By pair name; a model alone knows them.
+    _experts: Mapping[str, int] = MappingProxyType({})
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -148,7 +152,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             TypeError: ``model`` is no module.
         """
         check_module(model)
-        return cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
+        inner = innermost(model)
+        optimizer = cls(((clean(name), p) for name, p in inner.named_parameters()), **kwargs)
+        optimizer._experts = stacked_experts(inner)
+        return optimizer
 
     def __repr__(self) -> str:
         # torch's has the names of all parameters, kilobytes of them, and a line for each setting.
@@ -339,7 +346,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         for pair, (a, b) in zip(self._pairs, self._checked_norms(), strict=True):
             step = int(self.state.get(pair.A, {}).get("latched_at", 0))
             m, n = pair.B.shape[0], pair.A.shape[1]
-            result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), step > 0, step or None))
+            latch = step > 0, step or None, self._experts.get(pair.name, 1)
+            result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), *latch))
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _accelerate_every_model() -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     import stablelora_kernels as slk
-    from stablelora_kernels.integrations import peft_layers
+    from stablelora_kernels.integrations import peft_experts, peft_layers, peft_operands
 
     inject_adapter = BaseTuner.inject_adapter
 
@@ -51,8 +51,14 @@ def _accelerate_every_model() -> None:
         return result
 
     BaseTuner.inject_adapter = injected_and_accelerated
-    for name in ("lora_linear", "lora_linear_if", "lora_branch"):
-        setattr(peft_layers, name, _counted(name, getattr(peft_layers, name)))
+    places = {
+        peft_layers: ("lora_linear_if",),
+        peft_operands: ("lora_linear", "lora_branch"),
+        peft_experts: ("lora_experts",),
+    }
+    for module, names in places.items():
+        for name in names:
+            setattr(module, name, _counted(name, getattr(module, name)))
 
 
 def _counted(name: str, op: Any) -> Any:

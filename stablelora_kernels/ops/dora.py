@@ -1,0 +1,69 @@
+"""DoRA (arXiv 2402.09353) without a matrix of the weight's size: the norms of the rows of W + s B A, and the scale of columns.
+
+    n^2 = |W_n|^2 + 2 s <B_n, (W A^T)_n> + s^2 B_n (A A^T) B_n^T          Y = (m / n) Z + bias,   Z = X W^T + s X A^T B^T
+
+W A^T is the base layer's product for the r rows of A, so W itself may be stored in any form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.ops.lora_linear import first_derivative
+
+# Rows of dY ∘ Z at a time, which bounds the float32 copies.
+_ROWS = 256
+
+
+def row_norms(square_sums: Tensor, products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The norm of each row of W + s B A, [N].
+
+    Computed in float32, or in float64 for a float64 A. A row that cancels to next to nothing keeps the rounding errors of
+    its parts.
+
+    Args:
+        square_sums: |W_n|^2, [N].
+        products: A W^T, [r, N].
+        lora_A: [r, K].
+        lora_B: [N, r].
+        scaling: s.
+    """
+    dtype = square_sums.dtype
+    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    both = (products.to(dtype).t() * (2 * scaling)).addmm_(b, a @ a.t(), alpha=scaling**2)
+    return both.mul_(b).sum(1).add_(square_sums).clamp_min_(0).sqrt_()
+
+
+def square_sums(weight: Tensor) -> Tensor:
+    """|W_n|^2 for each row of W [N, K], in float32 or, for a float64 W, in float64."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=dtype).square_()
+
+
+class _ScaleColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+        # Saved for dm alone.
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, factor)
+        return torch.mul(z, factor, out=torch.empty_like(z))
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        z, factor = ctx.saved_tensors
+        dz = torch.mul(grad, factor, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
+        if z is None:
+            return dz, None
+        total = torch.zeros_like(factor)
+        for dy, part in zip(grad.flatten(0, -2).split(_ROWS), z.flatten(0, -2).split(_ROWS), strict=True):
+            total += (dy.to(factor.dtype) * part).sum(0)
+        return dz, total
+
+
+def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """``factor ∘ Z + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N]; rounded to z's dtype once or twice."""
+    y: Tensor = _ScaleColumns.apply(z, factor)
+    return y if bias is None else y + bias

@@ -1,0 +1,202 @@
+"""accelerate_peft on DoRA: without dropout on this library's ops, against PEFT's own forward and float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stablelora_kernels as slk
+from stablelora_kernels.ops import dora
+from stablelora_kernels.reference import StableAdamWRef
+from tests.helpers.cases import BF16, FP16, FP32, FP64
+from tests.helpers.peft_models import config, make, peft
+from tests.helpers.quantized_weights import bnb_4bit, bnb_8bit, torchao
+from tests.helpers.small_models import output
+
+K, N, R = 40, 56, 3
+TRAINED = ("lora_A", "lora_B", "lora_magnitude_vector")
+WITH_DROPOUT = "adapter 'default' is DoRA with dropout, which needs the base product of two inputs"
+
+
+def one_layer(layer: nn.Module | None = None, dtype: Any = FP32, **options: Any) -> Any:
+    """PEFT's model around one layer, whose magnitude has moved away from the norms."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(K, N).to(dtype) if layer is None else layer)
+    model = peft.get_peft_model(base, config(target_modules=["0"], use_dora=True, r=R, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+        if "magnitude" in name:
+            parameter.data *= torch.linspace(0.5, 2, parameter.numel(), dtype=dtype)
+    return model
+
+
+def results(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=FP64).view(y.shape).to(y.dtype))
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"Y": y.detach(), "dX": x.grad} | grads
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (70,), (3, 5)])
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
+def test_output_and_gradients(dtype, rows, bias, backend, calls):
+    if dtype == FP64 and backend == "triton":
+        pytest.skip("the Triton kernels do not compute in float64")
+    model = one_layer(nn.Linear(K, N, bias).to(dtype), dtype)
+    x = torch.randn(*rows, K).to(dtype)
+    exact, own = results(copy.deepcopy(model).double(), x.double()), results(model, x)
+    slk.accelerate_peft(model, strict=True)
+    found = results(model, x)
+    assert calls.layers == {"lora_linear": 1} and found.keys() == own.keys() and len(found) == 5
+    for name, value in found.items():
+        ref = exact[name]
+        error, of_peft = ((t.double() - ref).abs().max().item() for t in (value, own[name]))
+        # PEFT's float64 is the reference itself.
+        unit = torch.finfo(dtype).eps * ref.abs().max().item()
+        assert value.dtype == own[name].dtype and error <= 2 * of_peft + (8 if dtype == FP64 else 2) * unit, (
+            name,
+            error,
+            of_peft,
+        )
+
+
+def test_row_norms_in_bfloat16_are_closer_than_pefts():
+    model = one_layer(nn.Linear(512, 512).to(BF16), BF16)
+    layer = model.base_model.model[0]
+    w, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    s = layer.scaling["default"]
+    exact = (w.double() + s * b.double() @ a.double()).norm(dim=1)
+    own = layer.lora_magnitude_vector["default"].get_weight_norm(w, b @ a, s)
+    found = dora.row_norms(dora.square_sums(w), nn.functional.linear(a, w), a, b, s)
+    error, of_peft = (((t.double() - exact) / exact).abs().max().item() for t in (found, own))
+    assert found.dtype == FP32 and error <= min(1e-3, of_peft)
+
+
+def test_the_norm_of_a_row_that_is_nothing_is_zero():
+    a, b = torch.ones(1, K), torch.zeros(N, 1)
+    zero = torch.zeros(N, K)
+    assert not dora.row_norms(dora.square_sums(zero), nn.functional.linear(a, zero), a, b, 1.0).any()
+    # W = -B A: what is left is rounding, and no NaN.
+    b += 1 / 3
+    left = dora.row_norms(dora.square_sums(-b @ a), nn.functional.linear(a, -b @ a), a, b, 1.0)
+    assert left.isfinite().all() and left.max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("quantize", "options"), [(bnb_4bit, {"compute_dtype": FP32}), (torchao, {"config": "Float8WeightOnlyConfig"})]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_bases_are_multiplied_not_dequantized_again(quantize, options, backend, monkeypatch):
+    model = one_layer(quantize(nn.Linear(128, N), **options))
+    x = torch.randn(70, 128)
+    expected = results(model, x)
+    slk.accelerate_peft(model, strict=True)
+    sums = []
+    monkeypatch.setattr(
+        "stablelora_kernels.integrations.peft_dora.square_sums", lambda w: sums.append(w.shape) or dora.square_sums(w)
+    )
+    for _ in range(2):
+        found = results(model, x)
+        for name, value in found.items():
+            atol = 1e-5 * expected[name].abs().max().item()
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
+    assert sums == [(N, 128)]
+
+
+def test_it_keeps_x_s_and_z_and_makes_nothing_of_the_weights_size(calls):
+    model = one_layer(nn.Linear(512, 512))
+    slk.accelerate_peft(model)
+    x = torch.randn(70, 512).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    sizes = sorted({t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in parameters}.values())
+    # The factor and the norms, S, x and Z.
+    assert sizes[-2:] == [70 * 512] * 2 and all(size <= 70 * max(R, 8) for size in sizes[:-2])
+
+
+def test_with_dropout_only_evaluation_is_ours(backend, calls):
+    model = one_layer(lora_dropout=0.3)
+    assert [row.reason for row in slk.accelerate_peft(model).skipped] == [WITH_DROPOUT]
+    with pytest.raises(ValueError, match=f"strict=True, but .*{WITH_DROPOUT}"):
+        slk.accelerate_peft(model, strict=True)
+    # Another adapter brings the layer to the ops at all.
+    model.add_adapter("plain", config(target_modules=["0"]))
+    slk.accelerate_peft(model)
+    x = torch.randn(70, K)
+    torch.manual_seed(3)
+    found = model.train()(x)
+    assert not calls.layers
+    evaluated = model.eval()(x)
+    assert calls.layers == {"lora_linear": 1}
+    slk.restore_peft(model)
+    torch.manual_seed(3)
+    assert torch.equal(model.train()(x), found)
+    torch.testing.assert_close(model.eval()(x), evaluated)
+
+
+def test_what_peft_computes_itself(calls):
+    """Two adapters at once, hooks, and layers that quantize their input."""
+    model = make(use_dora=True)
+    slk.accelerate_peft(model, strict=True)
+    output(model)
+    assert calls.layers == {"lora_linear": 4}
+    calls.clear()
+    model.add_adapter("more", config(use_dora=True))
+    model.base_model.set_adapter(["default", "more"])
+    found = output(model)
+    with model.disable_adapter():
+        output(model)
+    model.base_model.set_adapter("default")
+    model.merge_adapter()
+    output(model)
+    model.unmerge_adapter()
+    assert not calls.layers
+    model.base_model.set_adapter(["default", "more"])
+    slk.restore_peft(model)
+    torch.testing.assert_close(output(model), found)
+    hooked = one_layer()
+    hooked.base_model.model[0].base_layer.register_forward_hook(lambda *args: None)
+    eight = one_layer(bnb_8bit(nn.Linear(K, N)))
+    for model, text in ((hooked, "Linear"), (eight, "Linear8bitLt")):
+        (row,) = slk.accelerate_peft(model).skipped
+        assert row.reason == f"adapter 'default' is DoRA on a {text}, or on a layer with hooks"
+
+
+def test_torch_compile_has_no_graph_break(backend):
+    model = one_layer()
+    slk.accelerate_peft(model)
+    x = torch.randn(70, K)
+    expected = results(model, x)
+    torch._dynamo.reset()
+    for name, value in results(torch.compile(model, backend="aot_eager", fullgraph=True), x).items():
+        torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")], msg=name)
+
+
+def test_the_optimizer_shrinks_a_and_treats_the_magnitude_as_any_parameter():
+    model = one_layer()
+    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "shrink_ratio": 0.1}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    a, b, m = (next(p for name, p in named.items() if part in name) for part in TRAINED)
+    wide = [p.detach().double() for p in (a, b, m)]
+    optimizer, oracle = (
+        slk.StableLoRAAdamW(named.items(), **options),
+        StableAdamWRef([slk.LoRAPair("0", *wide[:2])], wide[2:], **options),
+    )
+    for step in range(5):
+        for i, p in enumerate((a, b, m)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+        oracle.step({each: p.grad.double() for each, p in zip(wide, (a, b, m), strict=True)})
+        optimizer.step()
+    assert len(named) == 3
+    for p, expected in zip((a, b, m), wide, strict=True):
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-5, atol=1e-6)

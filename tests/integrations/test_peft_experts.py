@@ -1,0 +1,332 @@
+"""accelerate_peft on stacks of experts, against PEFT's own forward."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
+
+import stablelora_kernels as slk
+from stablelora_kernels.integrations import peft_experts
+from tests.helpers.cases import BF16, FP32, FP64
+from tests.helpers.distributed_training import gather
+from tests.helpers.moe_models import FAMILIES, IDS, E, H, build, peft, results, with_lora
+from tests.helpers.peft_models import make
+from tests.helpers.processes import needs_gloo, spawn
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+BY_DAY = ("qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Iterator[list[int]]:
+    """The number of rows of each call of lora_experts."""
+    rows: list[int] = []
+
+    def counted(x, *args, **kwargs):
+        rows.append(len(x))
+        return op(x, *args, **kwargs)
+
+    op = peft_experts.lora_experts
+    monkeypatch.setattr(peft_experts, "lora_experts", counted)
+    return rows
+
+
+def assert_close(found, expected, rtol=1e-12):
+    assert found.keys() == expected.keys() and len(found) > 1
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype
+        atol = rtol * expected[name].abs().max().item()
+        torch.testing.assert_close(
+            value, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly) for name in FAMILIES if name != "jetmoe"],
+)
+def test_output_and_gradients_are_pefts(family, calls):
+    model = with_lora(build(family))
+    expected = results(model)
+    assert not calls
+    report = slk.accelerate_peft(model, strict=True)
+    rows = {(row.name.rpartition(".")[2], row.r, row.experts, row.adapter) for row in report.replaced}
+    up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
+    assert rows == {(up, 3, E, "default"), ("down_proj", 3, E, "default")}
+    # Nemotron's norms cast to float32.
+    assert_close(results(model), expected, 1e-6 if family == "nemotron_h" else 1e-12)
+    count = IDS.numel() * {"llama4_text": E}.get(family, 2)
+    assert calls == [count] * 2
+    slk.restore_peft(model)
+    assert {type(m) for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)} == {peft_experts.ParamWrapper}
+    assert_close(results(model), expected, 0)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_no_further_from_float64_than_peft(implementation, dtype, calls):
+    model = with_lora(build("qwen3_moe", implementation, dtype)).model.model.layers[0].mlp.experts
+    exact = copy.deepcopy(model).double()
+    exact.get_base_layer().config._experts_implementation = "eager"
+    x = torch.randn(20, H, dtype=dtype)
+    index, weights = torch.arange(40).view(20, 2) % 3, torch.rand(20, 2).to(dtype)
+
+    def run(module, x, weights):
+        module.zero_grad()
+        x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        y = module(x, index, weights)
+        y.backward(torch.ones_like(y))
+        named = module.named_parameters()
+        return {"Y": y, "dx": x.grad, "dw": weights.grad} | {n: p.grad for n, p in named if p.grad is not None}
+
+    wanted, own = run(exact, x.double(), weights.double()), run(model, x, weights)
+    model.__class__ = peft_experts.AcceleratedExperts
+    found = run(model, x, weights)
+    assert calls == [40, 40] and found.keys() == own.keys() == wanted.keys()
+    for name, value in found.items():
+        ref = wanted[name]
+        error, allowed = ((t.double() - ref).abs().max().item() for t in (value, own[name]))
+        unit = torch.finfo(value.dtype).eps * ref.abs().max().item()
+        assert value.dtype == own[name].dtype and error <= 2 * allowed + 2 * unit, name
+
+
+def story(model: Any, place: Any) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    """What PEFT does with a model and its adapters: each result, and whether this library's op computes it."""
+    yield results(model), True
+    with model.disable_adapter():
+        yield results(model), False
+    model.merge_adapter()
+    yield results(model), False
+    model.unmerge_adapter()
+    yield results(model), True
+    torch.manual_seed(1)
+    first = model.peft_config["default"]
+    model.add_adapter("late", peft.LoraConfig(r=5, target_modules=[], target_parameters=first.target_parameters))
+    model.set_adapter("late")
+    yield results(model), True
+    model.save_pretrained(place)
+    model.delete_adapter("late")
+    model.set_adapter("default")
+    yield results(model), True
+    model.load_adapter(place / "late", "back")
+    model.set_adapter("back")
+    yield results(model), True
+    model.base_model.set_adapter(["back", "default"])
+    yield results(model), False
+    model.set_adapter("default")
+    yield results(copy.deepcopy(model)), True
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    yield results(model), True
+    model.gradient_checkpointing_disable()
+    yield results(model.merge_and_unload()), False
+
+
+def test_switched_disabled_merged_copied_and_unloaded(calls, tmp_path):
+    plain, fast = (with_lora(build("qwen3_moe")) for _ in range(2))
+    slk.accelerate_peft(fast, strict=True)
+    told = story(fast, tmp_path / "fast")
+    for expected, _ in story(plain, tmp_path / "plain"):
+        calls.clear()
+        found, is_ours = next(told)
+        assert bool(calls) == is_ours and found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12 * expected[name].abs().max().item())
+    for path in tmp_path.glob("plain/**/*.safetensors"):
+        assert (tmp_path / "fast" / path.relative_to(tmp_path / "plain")).read_bytes() == path.read_bytes()
+
+
+def experts_of(family: str = "qwen3_moe", **options: Any) -> Any:
+    """An accelerated stack of experts alone."""
+    model = with_lora(build(family), **options)
+    slk.accelerate_peft(model)
+    (found,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    return found
+
+
+def routing(tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    index = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(tokens)])
+    x, weights = (torch.rand(size, generator=generator, dtype=FP64) for size in ((tokens, H), (tokens, 2)))
+    return x.requires_grad_(), index, weights.requires_grad_()
+
+
+def test_one_parameter_alone_and_slots_of_other_processes(calls):
+    for parameter in ("gate_up_proj", "down_proj"):
+        experts = experts_of(target_parameters=[f"mlp.experts.{parameter}"])
+        x, index, weights = routing()
+        # Under expert parallelism, experts of other processes have the number behind the last one, and a weight of zero.
+        index[::3, 1], weights = E, weights * (index < E)
+        base = experts.get_base_layer()
+        base._is_expert_parallel = True
+        y = experts(x, index, weights)
+        found = torch.autograd.grad(y.square().sum(), [x, weights])
+        assert calls == [18, 18]
+        calls.clear()
+        expected = peft_experts.ParamWrapper.forward(experts, x, index, weights)
+        grads = torch.autograd.grad(expected.square().sum(), [x, weights])
+        assert not calls
+        for a, b in zip((y, *found), (expected, *grads), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast(calls):
+    """As transformers does, the experts cast their input to their weights' dtype; float32 adapters are cast on the fly."""
+    model = with_lora(build("qwen3_moe", "grouped_mm", BF16))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+    slk.accelerate_peft(model)
+    (experts,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    x, index, weights = (t.detach() for t in routing())
+    with torch.autocast("cpu", BF16):
+        y = experts(x.float(), index, weights.float())
+    assert y.dtype == FP32 and calls == [18, 18]
+    y.sum().backward()
+    grads = {name: p.grad for name, p in experts.named_parameters() if p.grad is not None}
+    assert {p.dtype for p in grads.values()} == {FP32} and len(grads) == 4 and all(g.any() for g in grads.values())
+
+
+def test_torch_compile_has_no_graph_break():
+    experts = experts_of()
+    given = routing()
+    expected = experts(*given)
+    torch._dynamo.reset()
+    found = torch.compile(experts, backend="aot_eager", fullgraph=True)(*given)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        *(torch.autograd.grad(y.square().sum(), [given[0], given[2]]) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def with_implementation(name):
+    return lambda wrapper: setattr(wrapper.get_base_layer().config, "_experts_implementation", name)
+
+
+def train_weight(wrapper):
+    wrapper.get_base_layer().down_proj.requires_grad_()
+
+
+def to_float8(wrapper):
+    base = wrapper.get_base_layer()
+    base.down_proj = nn.Parameter(base.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+class Twice(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+CHANGES = {
+    "its experts are computed by 'sonicmoe'": with_implementation("sonicmoe"),
+    "its down_proj trains": train_weight,
+    "another parametrization changes its weights": lambda w: parametrize.register_parametrization(
+        w.get_base_layer(), "down_proj", Twice()
+    ),
+    "it holds a module with hooks": lambda w: w.base_layer.register_forward_hook(lambda *args: None),
+    "its forward was replaced": lambda w: setattr(w, "forward", w.forward),
+    "adapter 'default' of its down_proj is not of plain nn.Linears, or has hooks": lambda w: (
+        peft_experts.wrapped_parameters(w)["down_proj"].lora_A["default"].register_forward_hook(lambda *args: None)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_what_is_not_understood_is_named_and_stays_pefts(reason, calls):
+    model = with_lora(build("qwen3_moe"))
+    (wrapper,) = (m for name, m in model.named_modules() if name.endswith("mlp.experts"))
+    CHANGES[reason](wrapper)
+    report = slk.accelerate_peft(model)
+    assert [(row.name, row.reason) for row in report.skipped] == [
+        ("base_model.model.model.layers.0.mlp.experts", reason)
+    ]
+    assert not report.replaced and type(wrapper) is peft_experts.ParamWrapper
+    with pytest.raises(ValueError, match=f"strict=True, but PEFT's own forward would go on computing .*{reason}"):
+        slk.accelerate_peft(model, strict=True)
+
+
+def test_other_modules_are_named():
+    report = slk.accelerate_peft(with_lora(build("jetmoe")))
+    assert {row.reason for row in report.skipped} == {
+        "JetMoeParallelExperts is not a stack of experts that lora_experts is known to fit"
+    }
+    # By PEFT's own rule, all linear layers include the experts, and the router as a parameter.
+    model = build("qwen3_moe")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    report = slk.accelerate_peft(model)
+    assert {row.name.rpartition(".")[2] for row in report.skipped} == {"gate"}
+    assert "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'" in str(report)
+
+
+def train_sharded(rank: int, world: int, directory: Any) -> dict[str, torch.Tensor]:
+    model = with_lora(build("qwen3_moe"))
+    slk.accelerate_peft(model)
+    if world > 1:
+        for layer in model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert not slk.accelerate_peft(model).skipped
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    rows = IDS.repeat(2, 1)[rank * 4 // world : (rank + 1) * 4 // world]
+    for _ in range(2):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: gather(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+@needs_gloo
+def test_fully_shard(tmp_path):
+    alone = train_sharded(0, 1, tmp_path)
+    for trained in spawn(train_sharded, 2, tmp_path):
+        assert_close(trained, alone, 1e-5)
+
+
+def quantizes(**scheme: Any) -> Any:
+    """A small PEFT model whose q_proj compressed-tensors has quantized, as it leaves it."""
+    model = make()
+    model.base_model.model.layers[0].q_proj.base_layer.quantization_scheme = SimpleNamespace(**scheme)
+    return model
+
+
+INTO_FLOAT8 = (
+    "PEFT rounds down_proj with its branch to torch.float8_e4m3fn, without a scale, so its adapter trains nothing: "
+    "base_model.model.model.layers.0.mlp.experts"
+)
+
+
+def test_what_peft_trains_wrongly_is_told():
+    model = with_lora(build("qwen3_moe"))
+    to_float8(next(m for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)))
+    wrong = "compressed-tensors quantizes its input without a gradient, .* wrong gradients: base_model.model.layers.0.q_proj$"
+    for faulty, text in ((model, INTO_FLOAT8), (quantizes(weights=1, input_activations=object()), wrong)):
+        with pytest.raises(ValueError, match=f"strict=True, but {text}"):
+            slk.accelerate_peft(faulty, strict=True)
+        with pytest.warns(UserWarning, match=text):
+            report = slk.accelerate_peft(faulty)
+        assert len([note for note in report.notes if re.search(text, note)]) == 1
+    assert [row.reason for row in slk.accelerate_peft(model).skipped] == ["its down_proj is a Parameter of torch.float8_e4m3fn"]
+    # Weights alone: all is well.
+    for good in (quantizes(weights=object(), input_activations=None), make(), with_lora(build("qwen3_moe"))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert slk.accelerate_peft(good, strict=True).notes == ()
+
+
+def test_one_latch_for_a_stack_is_told():
+    model = with_lora(build("qwen3_moe"))
+    figures = slk.StableLoRAAdamW.from_model(model).stability()
+    assert [(pair.name.rpartition("mlp.")[2], pair.experts) for pair in figures] == [
+        ("experts.base_layer.default", E), ("experts.default", E),
+    ]  # fmt: skip
+    assert [pair.experts for pair in slk.StableLoRAAdamW.from_model(make()).stability()] == [1] * 4
