@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stablelora_kernels.ops.lora_linear import first_derivative
 
-# Rows of dY ∘ Z at a time, which bounds the float32 copies.
-_ROWS = 256
+# Elements of W, and rows of dY ∘ Z, at a time, which bounds the float32 copies.
+_ELEMENTS, _ROWS = 1 << 18, 256
 
 
 def row_norms(square_sums: Tensor, products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -39,8 +39,10 @@ def row_norms(square_sums: Tensor, products: Tensor, lora_A: Tensor, lora_B: Ten
 
 def square_sums(weight: Tensor) -> Tensor:
     """|W_n|^2 for each row of W [N, K], in float32 or, for a float64 W, in float64."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=dtype).square_()
+    dtype, rows = torch.promote_types(weight.dtype, torch.float32), max(1, _ELEMENTS // max(1, weight.shape[1]))
+    # vector_norm's own conversion would copy the whole weight.
+    parts = [torch.linalg.vector_norm(part.to(dtype), dim=1) for part in weight.detach().split(rows)]
+    return torch.cat(parts).square_()
 
 
 class _ScaleColumns(torch.autograd.Function):
