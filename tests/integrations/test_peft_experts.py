@@ -315,7 +315,9 @@ def test_what_peft_trains_wrongly_is_told():
         with pytest.warns(UserWarning, match=text):
             report = slk.accelerate_peft(faulty)
         assert len([note for note in report.notes if re.search(text, note)]) == 1
-    assert [row.reason for row in slk.accelerate_peft(model).skipped] == ["its down_proj is a Parameter of torch.float8_e4m3fn"]
+    assert [row.reason for row in slk.accelerate_peft(model).skipped] == [
+        "its down_proj is a Parameter of torch.float8_e4m3fn"
+    ]
     # Weights alone: all is well.
     for good in (quantizes(weights=object(), input_activations=None), make(), with_lora(build("qwen3_moe"))):
         with warnings.catch_warnings():
