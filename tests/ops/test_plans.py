@@ -23,7 +23,22 @@ from stablelora_kernels import functional
 from stablelora_kernels.ops import plans
 from tests.helpers.autotuning import tuned_by_hand
 from tests.helpers.case_checks import assert_close, run_recorded
-from tests.helpers.cases import BF16, DEVICE, FP16, FP32, OPS, QUANTIZED, Case, make, on_device, ours, run, small
+from tests.helpers.cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    OPS,
+    QUANTIZED,
+    Case,
+    forced,
+    leaves,
+    make,
+    on_device,
+    ours,
+    run,
+    small,
+)
 from tests.helpers.launches import count_launches, without_plans
 from tests.helpers.operators import Operators
 from tests.helpers.precision import switched
@@ -59,6 +74,7 @@ def tuned_deterministically():
 
 tuned, deterministic = {"within": lambda: slk.use_autotune(True)}, {"within": tuned_deterministically}
 CALL = Case("linear", (70, 64), (48,), (8,), BF16, FP32)
+MLP = {"op": "mlp", "sizes": (48, 48, 32), "ranks": (8, 8, 4), "scalings": (2.0, 1.5, 0.5), "p": 0.2}
 # Two calls that differ in one thing on which launches depend, by how each differs from CALL.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shape": ({}, {"shape": (76, 64)}),
@@ -79,6 +95,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kernel": ({}, {"kernel": "split"}),
     "autotune": ({}, tuned),
     "determinism": (tuned, deterministic),
+    "a mask that gate and up share": (MLP, MLP | {"shared": True}),
 } | {
     name: ({"dtype": FP32}, {"dtype": FP32, "within": partial(switched, name)})
     for name in ("set_float32_matmul_precision('high')", "backends.fp32_precision = 'tf32'")
@@ -290,3 +307,12 @@ def test_a_copy_that_a_launcher_makes_is_made_in_each_call():
         found = ours(CALL, given)
         with without_plans():
             assert torch.equal(found[0], ours(CALL, given)[0])
+
+
+def test_a_group_computes_its_s_once():
+    """In one launch, which reads x once; the products read what it stored."""
+    case = small("group", 70, kernel="split", arch="sm_80", backend="triton")
+    given = leaves(case, make(case))
+    with forced(case), count_launches() as made:
+        ours(case, given)
+    assert made == {"_lora_shrink_kernel": 1, "_lora_linear_kernel": 3}
