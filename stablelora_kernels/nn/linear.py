@@ -98,9 +98,9 @@ class LoRALinear(Mergeable):
 
         - :class:`~stablelora_kernels.nn.quantized.LoRAQuantizedLinear` for bitsandbytes' 4-bit layers and torchao's float8
           weights with one scale a row;
-        - :class:`LoRAConv1D` for transformers' ``Conv1D``;
+        - :class:`~stablelora_kernels.nn.LoRAConv1D` for transformers' ``Conv1D``;
         - :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` for a DTensor weight;
-        - :class:`LoRABranchLinear`, which calls the layer for its product, for bitsandbytes'
+        - :class:`~stablelora_kernels.nn.LoRABranchLinear`, which calls the layer for its product, for bitsandbytes'
           ``Linear8bitLt`` and weights of any other tensor type;
         - :class:`LoRALinear` for a plain ``nn.Linear``.
 
