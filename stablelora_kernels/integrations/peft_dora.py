@@ -43,7 +43,7 @@ class Dora(NamedTuple):
         else:
             z = self.branch.add_to(self.product(base, x), x)
         with torch.no_grad():
-            norms = _row_norms(self, base)
+            norms = _row_norms(self, base, z.dtype)
         return scale_columns(z, self.magnitude / norms, self.bias)
 
     def product(self, base: Any, x: Tensor) -> Tensor:
@@ -52,22 +52,32 @@ class Dora(NamedTuple):
         return y if self.bias is None else y - self.bias
 
 
-# |W_n|^2 of quantized weights.
+# By quantized weight, where its memory is and its version, and |W_n|^2.
 _square_sums = WeakTensorKeyDictionary()
 
 
-def _row_norms(dora: Dora, base: Any) -> Tensor:
+def _row_norms(dora: Dora, base: Any, dtype: torch.dtype) -> Tensor:
     (lora_A, lora_B, _, scaling, _), weight = dora.branch, dora.weight
     if is_quantized(weight):
-        # Its values do not change, and dequantizing it takes a while.
-        if (sums := _square_sums.get(weight)) is None:
-            sums = _square_sums[weight] = square_sums(read(weight).dequantize(torch.float32))
-        products = dora.product(base, lora_A.to(getattr(base, "compute_dtype", None) or weight.dtype))
+        sums, products = _sums_of_quantized(weight), dora.product(base, lora_A.to(dtype))
     else:
         sums = square_sums(weight)
         with torch.autocast(weight.device.type, enabled=False):
             products = nn.functional.linear(lora_A.to(weight.dtype), weight)
     return row_norms(sums, products, lora_A, lora_B, scaling)
+
+
+def _sums_of_quantized(weight: Any) -> Tensor:
+    """|W_n|^2, kept until the weight is moved or written: dequantizing takes a while."""
+    stored = read(weight).stored
+    if torch.compiler.is_compiling():
+        return square_sums(stored.dequantize(torch.float32))
+    state = stored.data.device, stored.data.data_ptr(), stored.data._version
+    known, sums = _square_sums.get(weight, (None, None))
+    if known != state:
+        sums = square_sums(stored.dequantize(torch.float32))
+        _square_sums[weight] = state, sums
+    return sums
 
 
 def is_dora(layer: Any, adapter: str) -> bool:

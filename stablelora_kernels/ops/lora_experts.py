@@ -14,7 +14,7 @@ Autograd saves X, S, the offsets and dropout's mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,12 +58,30 @@ def lora_experts_fwd(
     return y, s
 
 
-def _backward_fake(  # type: ignore[no-untyped-def]
-    x, grad, weight, lora_A, lora_B, s, offsets, keep, scaling, transposed, need_x, need_a, need_b
-):
-    k = weight.shape[1 if transposed else 2]
-    dx = grad.new_empty(grad.shape[0] if need_x else 0, k)
-    return dx, lora_A.new_empty(lora_A.shape if need_a else 0), lora_B.new_empty(lora_B.shape if need_b else 0)
+class _Backward(NamedTuple):
+    """The arguments of ``lora_experts_bwd``."""
+
+    x: Tensor | None
+    grad: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    s: Tensor
+    offsets: Tensor
+    keep: Tensor | None
+    scaling: float
+    transposed: bool
+    need_x: bool
+    need_a: bool
+    need_b: bool
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Backward(*args)
+    dx = call.grad.new_empty(call.grad.shape[0] if call.need_x else 0, call.weight.shape[1 if call.transposed else 2])
+    wanted = ((call.lora_A, call.need_a), (call.lora_B, call.need_b))
+    da, db = (t.new_empty(t.shape if needed else 0) for t, needed in wanted)
+    return dx, da, db
 
 
 @define_op(
@@ -72,28 +90,23 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     "float scaling, bool transposed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
-def lora_experts_bwd(
-    x: Tensor | None, grad: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, offsets: Tensor,
-    keep: Tensor | None, scaling: float, transposed: bool, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dX [T, K], dA [E, r, K] and dB [E, N, r], for dY [T, N]; those that are not needed are empty."""
-    dtype, w = lora_A.dtype, _each_kn(weight, transposed)
-    dx, da, db = _backward_fake(
-        x, grad, weight, lora_A, lora_B, s, offsets, keep, scaling, transposed, need_x, need_a, need_b
-    )
-    lora_A, lora_B = _cast(grad.dtype, lora_A, lora_B)
-    if can_group(grad, weight):
-        return _grouped_backward(x, grad, w, lora_A, lora_B, s, offsets, keep, scaling, (dx, da, db))
+    call, (dx, da, db) = _Backward(*args), _backward_fake(*args)
+    x, keep, w = call.x, call.keep, _each_kn(call.weight, call.transposed)
+    lora_A, lora_B = _cast(call.grad.dtype, call.lora_A, call.lora_B)
+    if can_group(call.grad, call.weight):
+        return _grouped_backward(call, w, lora_A, lora_B, (dx, da, db))
     # An expert without rows has no part in the result.
     da, db = da.zero_(), db.zero_()
     end = 0
-    for e, start, end in _parts(offsets):
-        expert = Projection(w[e].t(), None, lora_A[e], lora_B[e], scaling)
-        rows = None if x is None else x[start:end]
-        each_s = [s[start:end]] if need_b else [None]
-        each_keep = [None if keep is None else keep[start:end]]
-        given = ([grad[start:end]], [expert], each_s, each_keep)
-        dx_e, da_e, db_e = torch_bwd(rows, *given, dtype, need_x, need_a, need_b)
+    for e, start, end in _parts(call.offsets):
+        expert = Projection(w[e].t(), None, lora_A[e], lora_B[e], call.scaling)
+        dx_e, da_e, db_e = torch_bwd(
+            None if x is None else x[start:end], [call.grad[start:end]], [expert],
+            [call.s[start:end] if call.need_b else None], [None if keep is None else keep[start:end]],
+            call.lora_A.dtype, call.need_x, call.need_a, call.need_b,
+        )  # fmt: skip
         if dx_e is not None:
             dx[start:end] = dx_e
         for stack, part in ((da, da_e), (db, db_e)):
@@ -152,25 +165,24 @@ def _grouped_forward(
 
 
 def _grouped_backward(
-    x: Tensor | None, grad: Tensor, w: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, offsets: Tensor,
-    keep: Tensor | None, scaling: float, results: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As :func:`lora_experts_bwd`, for weights [E, K, N]; ``results`` that are empty are not needed."""
-    product, r, (dx, da, db) = _products(offsets), lora_A.shape[1], results
-    unused, empty = _unused(offsets, grad.shape[0]), _counts(offsets)[:, None, None] == 0
-    if dx.shape[0] or da.dim() == 3:
-        ds = product(grad, _padded(lora_B, 2)).mul_(scaling)
-    if dx.shape[0]:
+    call: _Backward, w: Tensor, lora_A: Tensor, lora_B: Tensor, results: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`lora_experts_bwd`, for weights [E, K, N] and A and B in x's dtype."""
+    grad, keep, r, (dx, da, db) = call.grad, call.keep, lora_A.shape[1], results
+    product, empty = _products(call.offsets), _counts(call.offsets)[:, None, None] == 0
+    if call.need_x or call.need_a:
+        ds = product(grad, _padded(lora_B, 2)).mul_(call.scaling)
+    if call.need_x:
         dx = product(grad, w.transpose(1, 2))
         if r:
             through = product(ds, _padded(lora_A, 1))
             dx.add_(through if keep is None else through * keep)
-        dx.masked_fill_(unused, 0)
-    if da.dim() == 3:
-        assert x is not None
-        da = product(ds.t(), masked(x, keep))[:, :r].masked_fill(empty, 0).to(da.dtype)
-    if db.dim() == 3:
-        db = product(grad.t(), _padded(s, 1))[:, :, :r].masked_fill(empty, 0).to(db.dtype).mul_(scaling)
+        dx.masked_fill_(_unused(call.offsets, grad.shape[0]), 0)
+    if call.need_a:
+        assert call.x is not None
+        da = product(ds.t(), masked(call.x, keep))[:, :r].masked_fill(empty, 0).to(da.dtype)
+    if call.need_b:
+        db = product(grad.t(), _padded(call.s, 1))[:, :, :r].masked_fill(empty, 0).to(db.dtype).mul_(call.scaling)
     return dx, da, db
 
 

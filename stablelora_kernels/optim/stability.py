@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,21 @@ class PairStability:
     def stable(self) -> bool:
         """Another name of ``latched``. The command ``inspect``, which sees no latch, calls a pair stable by its norms alone."""
         return self.latched
+
+
+def stability_of(
+    pairs: Sequence[LoRAPair],
+    norms: Sequence[tuple[float, float]],
+    state: Mapping[Any, Any],
+    experts: Mapping[str, int],
+) -> list[PairStability]:
+    """The stability of each pair, from ||A||_F and ||B||_F, the optimizer's state, and by name how many experts it stacks."""
+    found = []
+    for pair, (a, b) in zip(pairs, norms, strict=True):
+        step = int(state.get(pair.A, {}).get("latched_at", 0))
+        per_width = a / max(pair.A.shape[1], 1), b / max(pair.B.shape[0], 1)
+        found.append(PairStability(pair.name, *per_width, step > 0, step or None, experts.get(pair.name, 1)))
+    return found
 
 
 # Where float32 holds the squares that make a norm: a GPU decides the latch by sums of squares in float32.

@@ -10,7 +10,6 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.optim import options, snapshot, state
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, same_objects
-from stablelora_kernels.optim.stability import PairStability, finite_norms
+from stablelora_kernels.optim.stability import PairStability, finite_norms, stability_of
 from stablelora_kernels.optim.state import Member
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
@@ -100,9 +99,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     # What a step writes to, and by how much that raises the sum of the versions watched; None as long as that is not known.
     _written: list[Tensor]
     _raised: int | None = None
-
-    # By pair name; a model alone knows them.
-    _experts: Mapping[str, int] = MappingProxyType({})
+    # Of the pairs that are stacks, by name; a model alone knows them.
+    _experts: Mapping[str, int] | None = None
 
     def __init__(
         self,
@@ -152,9 +150,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             TypeError: ``model`` is no module.
         """
         check_module(model)
-        inner = innermost(model)
-        optimizer = cls(((clean(name), p) for name, p in inner.named_parameters()), **kwargs)
-        optimizer._experts = stacked_experts(inner)
+        optimizer = cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
+        optimizer._experts = stacked_experts(innermost(model))
         return optimizer
 
     def __repr__(self) -> str:
@@ -329,8 +326,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's float32 does not hold."""
         if (new := self.nonfinite_steps - self._reported) > 0:
             steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
-            message = f"{steps} skipped because the norm of {their} gradients was not finite"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            warnings.warn(
+                f"{steps} skipped because the norm of {their} gradients was not finite", RuntimeWarning, stacklevel=4
+            )
             self._reported += new
         float32_squares = any(isinstance(engine, TritonStep) for engine in self._engines)
         return finite_norms(self._pairs, float32_squares, local_only)
@@ -342,13 +340,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so its pair can neither shrink nor latch.
         """
-        result = []
-        for pair, (a, b) in zip(self._pairs, self._checked_norms(), strict=True):
-            step = int(self.state.get(pair.A, {}).get("latched_at", 0))
-            m, n = pair.B.shape[0], pair.A.shape[1]
-            latch = step > 0, step or None, self._experts.get(pair.name, 1)
-            result.append(PairStability(pair.name, a / max(n, 1), b / max(m, 1), *latch))
-        return result
+        return stability_of(self._pairs, self._checked_norms(), self.state, self._experts or {})
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, steps, latches and hyperparameters, seed and shrink ratio included: enough for a bit-exact resume.
@@ -390,6 +382,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"storage": self.storage, "_reported": self._reported, "_skipped_before": self.nonfinite_steps}
+        own["_experts"] = self._experts
         return {**super().__getstate__(), **own, "shrink_schedule": options.CopiedSchedule(self.shrink_schedule)}
 
     def __setstate__(self, given: dict[str, Any]) -> None:

@@ -4,12 +4,12 @@ Everything computes in the dtype of its arguments; tests pass float64. ``lora`` 
 AdamW and stochastic rounding.
 """
 
-from stablelora_kernels.reference.experts import lora_experts_grads_ref, lora_experts_ref
 from stablelora_kernels.reference.lora import (
     dropout_keep_ref,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
+    lora_experts_ref,
     lora_linear_grads_ref,
     lora_linear_ref,
     nf4_ref,
@@ -24,7 +24,6 @@ __all__ = [
     "fp8_ref",
     "lora_branch_grads_ref",
     "lora_branch_ref",
-    "lora_experts_grads_ref",
     "lora_experts_ref",
     "lora_linear_grads_ref",
     "lora_linear_ref",

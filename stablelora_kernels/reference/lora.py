@@ -97,6 +97,31 @@ def lora_branch_grads_ref(
     }
 
 
+def lora_experts_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    offsets: Tensor,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``Y`` [T, N] of x [T, K], weight [E, N, K], bias [E, N], lora_A [E, r, K], lora_B [E, N, r]; keep [T, K] is D's mask.
+
+    Expert e has the rows from ``offsets[e - 1]``, or 0, to before ``offsets[e]``; rows behind the last offset give zeros.
+    Autograd differentiates it.
+    """
+    parts = []
+    ends = [0, *offsets.tolist()]
+    for e, rows in enumerate(map(slice, ends, ends[1:])):
+        kept = None if keep is None else keep[rows]
+        given = (x[rows], weight[e], None if bias is None else bias[e], lora_A[e], lora_B[e])
+        parts.append(lora_linear_ref(*given, scaling, kept, dropout_p))
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - ends[-1], weight.shape[1])])
+
+
 def activation_ref(g: Tensor, activation: str) -> Tensor:
     """act(g) for "silu", "gelu" or "gelu_tanh"."""
     if activation == "gelu":

@@ -11,6 +11,7 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.ops import dora
+from stablelora_kernels.quantized import read
 from stablelora_kernels.reference import StableAdamWRef
 from tests.helpers.cases import BF16, FP16, FP32, FP64
 from tests.helpers.peft_models import config, make, peft
@@ -109,6 +110,11 @@ def test_quantized_bases_are_multiplied_not_dequantized_again(quantize, options,
             atol = 1e-5 * expected[name].abs().max().item()
             torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
     assert sums == [(N, 128)]
+    # Written to, or moved.
+    with torch.no_grad():
+        read(model.base_model.model[0].base_layer.weight).stored.data.mul_(1)
+    results(model, x)
+    assert sums == [(N, 128)] * 2
 
 
 def test_it_keeps_x_s_and_z_and_makes_nothing_of_the_weights_size(calls):

@@ -327,7 +327,9 @@ def test_what_peft_trains_wrongly_is_told():
 
 def test_one_latch_for_a_stack_is_told():
     model = with_lora(build("qwen3_moe"))
-    figures = slk.StableLoRAAdamW.from_model(model).stability()
+    optimizer = slk.StableLoRAAdamW.from_model(model)
+    figures = optimizer.stability()
+    assert copy.deepcopy(optimizer).stability() == figures
     assert [(pair.name.rpartition("mlp.")[2], pair.experts) for pair in figures] == [
         ("experts.base_layer.default", E), ("experts.default", E),
     ]  # fmt: skip
