@@ -79,13 +79,15 @@ def accelerate_peft(
             if (reason := layers.reason_against(module, adapter)) is not None:
                 skipped.append(SkippedModule(name, reason))
             else:
-                sizes = module.in_features, module.out_features, module.r[adapter]
-                rows.append(ReplacedModule(name, *sizes, module.lora_alpha[adapter], module.scaling[adapter], adapter))
+                rows.append(_row(name, module, adapter))
         if rows:
             accelerated.append(module)
             replaced += rows
-    stacks, rows, reasons = experts.read_wrappers(wrappers) if wrappers else ([], [], [])
-    replaced, skipped = replaced + rows, skipped + reasons
+    stacks, reasons = experts.read_wrappers(wrappers) if wrappers else ({}, [])
+    skipped += reasons
+    for name, wrapper in stacks.items():
+        for parameter, each in experts.wrapped_parameters(wrapper).items():
+            replaced += [_row(f"{name}.{parameter}", each, adapter) for adapter in each.lora_A]
     faults = _faults(tuner_layers)
     if strict and faults:
         raise ValueError(f"strict=True, but {faults[0]}")
@@ -96,7 +98,7 @@ def accelerate_peft(
         warnings.warn(fault, UserWarning, stacklevel=2)
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
-    for wrapper in stacks:
+    for wrapper in stacks.values():
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
     notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
@@ -108,6 +110,12 @@ def accelerate_peft(
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
+
+
+def _row(name: str, layer: Any, adapter: str) -> ReplacedModule:
+    sizes = layer.in_features, layer.out_features, layer.r[adapter]
+    experts = getattr(layer, "num_experts", 1)
+    return ReplacedModule(name, *sizes, layer.lora_alpha[adapter], layer.scaling[adapter], adapter, experts)
 
 
 def _faults(tuner_layers: list[tuple[str, Any]]) -> list[str]:

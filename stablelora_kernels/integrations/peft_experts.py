@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_experts
 from stablelora_kernels.integrations.peft_operands import is_observed
-from stablelora_kernels.model.reports import ReplacedModule, SkippedModule
+from stablelora_kernels.model.reports import SkippedModule
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
@@ -81,25 +81,12 @@ def _routed(base: Any, stacks: list[Stack], x: Tensor, index: Tensor, weights: T
     return h[place].view(tokens, top_k, -1).sum(1).to(x.dtype)
 
 
-def read_wrappers(
-    wrappers: Mapping[str, ParamWrapper],
-) -> tuple[list[ParamWrapper], list[ReplacedModule], list[SkippedModule]]:
-    """The outermost of a model's ``wrappers`` that ``lora_experts`` can compute, and the report's rows on all of them."""
+def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> tuple[dict[str, ParamWrapper], list[SkippedModule]]:
+    """The outermost of a model's ``wrappers``: those that ``lora_experts`` can compute, and the others with the reason."""
     nested = {id(wrapper.base_layer) for wrapper in wrappers.values()}
-    taken, replaced, skipped = [], [], []
-    for name, wrapper in wrappers.items():
-        if id(wrapper) in nested:
-            continue
-        if isinstance(found := read_stacks(wrapper, None), str):
-            skipped.append(SkippedModule(name, found))
-            continue
-        taken.append(wrapper)
-        for parameter, each in wrapped_parameters(wrapper).items():
-            for adapter in each.lora_A:
-                sizes = each.in_features, each.out_features, each.r[adapter]
-                figures = each.lora_alpha[adapter], each.scaling[adapter], adapter, each.num_experts
-                replaced.append(ReplacedModule(f"{name}.{parameter}", *sizes, *figures))
-    return taken, replaced, skipped
+    found = {name: read_stacks(each, None) for name, each in wrappers.items() if id(each) not in nested}
+    skipped = [SkippedModule(name, reason) for name, reason in found.items() if isinstance(reason, str)]
+    return {name: wrappers[name] for name, each in found.items() if not isinstance(each, str)}, skipped
 
 
 def wrapped_parameters(wrapper: Any) -> dict[str, Any]:
