@@ -49,12 +49,14 @@ html_show_sphinx = html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-# Classes that LoRALinear.from_linear makes: their constructor, which is LoRALinear's, is not how one gets them.
+# Classes that LoRALinear.from_linear and apply_lora make: their constructor is not how one gets them.
 MADE = (
     "nn.LoRAQuantizedLinear",
     "nn.LoRAConv1D",
     "nn.LoRABranchLinear",
     "nn.LoRAShardedLinear",
+    "nn.LoRAExperts",
+    "nn.LoRAStack",
 )
 
 

@@ -29,7 +29,10 @@ class LoRAConfig:
 
             - a list of names; each matches a module's whole dotted name or its end after a dot;
             - "all-linear": every ``nn.Linear`` but the output head;
-            - any other string: a regular expression for the whole dotted name.
+            - any other string: a regular expression for the whole dotted name;
+            - None or an empty list, if there are ``target_parameters``.
+        target_parameters: names of stacks of experts, as "mlp.experts.gate_up_proj": each matches a parameter's whole dotted
+            name or its end after a dot.
         exclude_modules: names or a regular expression, as above, of modules to leave unchanged.
         use_rslora: rank-stabilized scaling.
         init_lora_weights: True, False or "gaussian", see :class:`~stablelora_kernels.LoRALinear`.
@@ -53,6 +56,7 @@ class LoRAConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     use_rslora: bool = False
     init_lora_weights: bool | str = True
@@ -71,16 +75,18 @@ class LoRAConfig:
         check_bool("fan_in_fan_out", self.fan_in_fan_out)
         check_init(self.init_lora_weights)
         check_choice("bias", self.bias, BIASES)
-        if self.target_modules is None:
+        if self.target_modules is None and not self.target_parameters:
             raise ValueError("target_modules must be a list of names, 'all-linear' or a regular expression, got None")
-        if self.modules_to_save is not None and isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save must be a list of names or None, got the string {self.modules_to_save!r}")
+        for name in ("modules_to_save", "target_parameters"):
+            if isinstance(value := getattr(self, name), str):
+                raise TypeError(f"{name} must be a list of names or None, got the string {value!r}")
         # Copy, so that a list that its owner changes later stays as it was checked.
         set_field = object.__setattr__
         set_field(self, "target_modules", _check_names("target_modules", self.target_modules))
+        set_field(self, "target_parameters", _check_names("target_parameters", self.target_parameters) or None)
         set_field(self, "exclude_modules", _check_names("exclude_modules", self.exclude_modules) or None)
         set_field(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save) or None)
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
         set_field(self, "rank_pattern", check_patterns("rank_pattern", self.rank_pattern))
         set_field(self, "alpha_pattern", check_patterns("alpha_pattern", self.alpha_pattern))
@@ -109,10 +115,18 @@ class LoRAConfig:
         """Whether ``target_modules`` matches a module's dotted name. "all-linear" matches every name."""
         return self.all_linear or self._matches("target_modules", name)
 
+    def targets_parameter(self, name: str) -> bool:
+        """Whether ``target_parameters`` matches a parameter's dotted name."""
+        return self._matches("target_parameters", name)
+
     def reason_to_exclude(self, name: str) -> str | None:
         """Why a module that ``target_modules`` matches is left unchanged, or None."""
         if self.exclude_modules and self._matches("exclude_modules", name):
             return "exclude_modules matches it"
+        return self.reason_to_train_whole(name)
+
+    def reason_to_train_whole(self, name: str) -> str | None:
+        """Why a module gets no branch although it trains, or None."""
         parents = name.split(".")
         if any(self.saves(".".join(parents[: i + 1])) for i in range(len(parents))):
             return "it is trained whole (modules_to_save)"
@@ -125,7 +139,9 @@ class LoRAConfig:
 
     @cached_property
     def _names(self) -> dict[str, set[str]]:
-        return {key: set(getattr(self, key) or ()) for key in ("target_modules", "exclude_modules")}
+        return {
+            key: set(getattr(self, key) or ()) for key in ("target_modules", "target_parameters", "exclude_modules")
+        }
 
     def saves(self, name: str) -> bool:
         """Whether ``modules_to_save`` names this module. As in PEFT, "head" also names "lm_head": no dot is needed."""
@@ -153,8 +169,8 @@ def ends_of(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def unmatched_names(names: object, matched: Iterable[str]) -> str:
-    """A message on those of ``target_modules`` that match none of the dotted names ``matched``, or an empty one.
+def unmatched_names(names: object, matched: Iterable[str], what: str = "target_modules") -> str:
+    """A message on those of ``target_modules``, or ``what``, that match none of the dotted names ``matched``, or an empty one.
 
     A regular expression has no parts to look at.
     """
@@ -162,7 +178,7 @@ def unmatched_names(names: object, matched: Iterable[str]) -> str:
         return ""
     missed = sorted(set(names).difference(*map(ends_of, matched)))
     verb = "matches" if len(missed) == 1 else "match"
-    return f"target_modules {', '.join(map(repr, missed))} {verb} nothing" if missed else ""
+    return f"{what} {', '.join(map(repr, missed))} {verb} nothing" if missed else ""
 
 
 def check_regex(name: str, value: str) -> str:

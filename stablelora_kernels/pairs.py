@@ -98,12 +98,14 @@ def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[L
 
 
 def stacked_experts(model: nn.Module) -> dict[str, int]:
-    """By a pair's name, how many experts' pairs PEFT has stacked in it; pairs of single layers are left out.
+    """By a pair's name, how many experts' pairs are stacked in it; pairs of single layers are left out.
 
     A [experts r, in] and B [out, experts r] are one pair to Stable-LoRA: they shrink and latch as one.
     """
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        if (count := getattr(module, "num_experts", 1)) != 1 and hasattr(module, "parameter_name"):
-            found |= {".".join(filter(None, (name, adapter))): count for adapter in module.lora_A}
+        if (count := getattr(module, "num_experts", 1)) != 1 and hasattr(module, "lora_A"):
+            # PEFT's have an A for each adapter.
+            adapters = module.lora_A if isinstance(module.lora_A, nn.ModuleDict) else [""]
+            found |= {".".join(filter(None, (name, adapter))): count for adapter in adapters}
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from stablelora_kernels.model.reports import (
     notes_on_mlps,
     rows_of,
 )
+from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack, StackedWeight, reason_to_skip
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.fused_mlp import OWN_LAYERS, GatedMLP, compute_projection_group, fuse_mlps
 from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer, projection_group_key
@@ -101,15 +102,22 @@ def apply_plan(
     """
     config, layers, notes = plan.config, {}, list(plan.notes)
     settings = config.lora_dropout, config.use_rslora, config.init_lora_weights
+    new: dict[nn.Module, nn.Module] = {}
     for name, (base, layer_class) in plan.targets.items():
         dtype = lora_dtypes.get(name, torch.float32)
-        layers[name] = make_layer(layer_class, base, config.rank_of(name), config.alpha_of(name), *settings, dtype)
+        layer = make_layer(layer_class, base, config.rank_of(name), config.alpha_of(name), *settings, dtype)
+        layers[name] = layer
+        if isinstance(base, StackedWeight):
+            new.setdefault(base.experts, LoRAExperts(base.experts)).register_module(base.name, layer)
+        else:
+            new[base] = layer
+    names = {base: name for name, base in model.named_modules() if base in new}
+    for base, name in names.items():
         if hooks := sum(len(getattr(base, attribute)) for attribute in HOOKS):
             notes.append(f"{counted(hooks, 'hook')} of {name!r} moved to the new layer")
-    counts = replace_modules(model, {base: layers[name] for name, (base, _) in plan.targets.items()})
-    for name, (base, _) in plan.targets.items():
-        if counts[base] > 1:
-            notes.append(f"{name!r} is registered in {counts[base]} places and stays one layer")
+    for base, count in replace_modules(model, new).items():
+        if count > 1:
+            notes.append(f"{names[base]!r} is registered in {count} places and stays one layer")
     notes += _notes_on_kinds(layers.values())
 
     adapted = lora_layers(model).values()
@@ -156,12 +164,12 @@ class LoRAPlan(NamedTuple):
     """The changes that :func:`~stablelora_kernels.apply_lora` will make, by dotted name."""
 
     config: LoRAConfig
-    # A layer to replace, and the class that replaces it.
+    # A layer to replace, or a stack of experts, and the class of the new layer.
     targets: dict[str, tuple[Any, type[LoRALinear]]]
     skipped: tuple[SkippedModule, ...]
     modules_to_save: dict[str, nn.Module]
     notes: tuple[str, ...]
-    # A message on names of target_modules that match no module, or an empty one.
+    # A message on names of target_modules and target_parameters that match nothing, or an empty one.
     unmatched: str = ""
 
 
@@ -192,8 +200,9 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
             targets[name] = module, replacement_class(module)
         except (TypeError, ValueError) as error:
             skipped.append(SkippedModule(name, str(error)))
+    _add_stacks(model, config, targets, skipped)
     if config.all_linear:
-        skipped += _stacked_matrices(model, config)
+        skipped += _stacked_matrices(model, config, targets)
     if not targets:
         raise ValueError(_nothing_matched(named, config, skipped))
 
@@ -212,7 +221,11 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
                 )
 
     missed = [end for end in config.modules_to_save or () if not any(name.endswith(end) for name in saved)]
-    unmatched = unmatched_names(config.target_modules, (name for name, _ in named))
+    every_unmatched = [
+        unmatched_names(config.target_modules, (name for name, _ in named)),
+        unmatched_names(config.target_parameters, (name for name, _ in model.named_parameters()), "target_parameters"),
+    ]
+    unmatched = ", and ".join(filter(None, every_unmatched))
     notes = [unmatched] if unmatched else []
     notes += [f"modules_to_save {end!r} matches nothing" for end in missed]
     for field in ("rank_pattern", "alpha_pattern"):
@@ -220,12 +233,26 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
     if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
         notes.append(f"exclude_modules {config.exclude_modules!r} matches nothing that target_modules does")
     transposed = [name for name, (layer, _) in targets.items() if is_conv1d(layer)]
-    if config.fan_in_fan_out and len(transposed) < len(targets):
-        others = [name for name in targets if name not in transposed]
+    others = [name for name, (_, kind) in targets.items() if name not in transposed and kind is not LoRAStack]
+    if config.fan_in_fan_out and others:
         notes.append(f"fan_in_fan_out is True, but {list_some(others)} hold [out, in], and are taken so")
     if not config.fan_in_fan_out and transposed:
         notes.append(f"fan_in_fan_out is False, but {list_some(transposed)} hold [in, out], and are taken so")
     return LoRAPlan(config, targets, tuple(skipped), saved, tuple(notes), unmatched)
+
+
+def _add_stacks(
+    model: nn.Module, config: LoRAConfig, targets: dict[str, tuple[Any, type[LoRALinear]]], skipped: list[SkippedModule]
+) -> None:
+    """Add the stacks of experts that ``target_parameters`` matches."""
+    for prefix, module in model.named_modules():
+        # PEFT nests its modules in the order of the parameters.
+        names = [name for name in module._parameters if prefix and config.targets_parameter(f"{prefix}.{name}")]
+        for depth, name in zip(reversed(range(len(names))), names, strict=True):
+            if (reason := config.reason_to_train_whole(prefix) or reason_to_skip(module, name)) is None:
+                targets[f"{prefix}.{name}"] = StackedWeight(module, name, depth), LoRAStack
+            else:
+                skipped.append(SkippedModule(prefix, reason))
 
 
 def _looks_linear(module: nn.Module) -> bool:
@@ -254,19 +281,21 @@ def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
     return heads
 
 
-def _stacked_matrices(model: nn.Module, config: LoRAConfig) -> list[SkippedModule]:
-    """The modules whose own parameters stack matrices, as transformers 5 stores experts. They hold no layer to replace."""
+def _stacked_matrices(model: nn.Module, config: LoRAConfig, targets: Collection[str]) -> list[SkippedModule]:
+    """The modules whose own parameters stack matrices, as transformers 5 stores experts, without those of ``targets``."""
     stacks: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
         # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
         own = {} if isinstance(module, _ConvNd) else module._parameters
-        known = {key: p for key, p in own.items() if p is not None and not is_lazy(p)}
+        known = {
+            key: p for key, p in own.items() if p is not None and not is_lazy(p) and f"{name}.{key}" not in targets
+        }
         if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
             stacks[name] = sizes
     share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
     reason = (
         f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
-        "and get no adapter; PEFT's target_parameters can adapt them"
+        "and get no adapter unless target_parameters names them"
     )
     return [
         SkippedModule(name, config.reason_to_exclude(name) or f"it stacks matrices in {', '.join(sizes)}, {reason}")
@@ -300,6 +329,8 @@ def _is_fully_sharded(module: nn.Module) -> bool:
 
 def _nothing_matched(named: list[tuple[str, nn.Module]], config: LoRAConfig, skipped: list[SkippedModule]) -> str:
     text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none"
+    if config.target_parameters:
+        text += f"; nor does target_parameters {config.target_parameters!r} match a stack of experts"
     if skipped:
         text += f"; skipped {list_some([f'{module.name} ({module.reason})' for module in skipped])}"
     elif isinstance(config.target_modules, str):

@@ -20,6 +20,7 @@ from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
     lora_layers,
     parameter_owners,
+    plain_modules,
     registrations,
     replace_modules,
     require_lora_layers,
@@ -57,7 +58,7 @@ def merge_lora(model: nn.Module) -> MergeReport:
     layers = require_lora_layers(model)
     owners = parameter_owners(model)
     shared = {
-        name: tuple(path for owner, path in owners[layer.frozen_weight] if owner is not layer)
+        name: tuple(path for owner, path in owners[layer.frozen_weight] if owner not in (layer, layer.holder))
         for name, layer in layers.items()
     }
     errors: dict[str, MergeError] = {}
@@ -104,7 +105,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
         unmerge_lora(model)
     unfuse_mlps(model.modules())
     remove_projection_groups(layers.values())
-    replace_modules(model, {layer: layer.to_linear() for layer in layers.values()})
+    replace_modules(model, plain_modules(model))
     save_as_before(model)
     if report.untied:
         for module in model.modules():
@@ -229,7 +230,7 @@ class _SaveMerged:
         given = inspect.signature(save).bind(module, *args, **kwargs)
         # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not to be written.
         given.arguments.pop("state_dict", None)
-        plain = {layer: layer.to_linear() for layer in layers.values()}
+        plain = plain_modules(module)
         places, untied = registrations(module, plain), []
         try:
             for parent, key, layer in places:
@@ -240,8 +241,9 @@ class _SaveMerged:
             for parent, key, layer in places:
                 parent._modules[key] = layer
             for layer, base in plain.items():
-                # It may be the layer's own base layer.
-                base.weight = layer.frozen_weight
+                if isinstance(layer, LoRALinear):
+                    # It may be the layer's own base layer.
+                    base.weight = layer.frozen_weight
             for config in untied:
                 config.tie_word_embeddings = True
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from stablelora_kernels.config import LoRAConfig
+from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.utils.modules import HOOKS, clean
 
@@ -88,6 +89,17 @@ def replace_modules(model: nn.Module, new: Mapping[Any, nn.Module]) -> Counter[n
     for parent, key, old in places:
         parent.register_module(key, new[old])
     return Counter(old for _, _, old in places)
+
+
+def plain_modules(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What stands in place of each of the model's LoRA layers without LoRA: the weights are merged or not, as they are there."""
+    plain: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, LoRAExperts):
+            plain[module] = module.base_layer
+        elif isinstance(module, LoRALinear) and not isinstance(module, LoRAStack):
+            plain[module] = module.to_linear()
+    return plain
 
 
 def parameter_owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:

@@ -12,6 +12,7 @@ from torch import nn
 from stablelora_kernels.config import LoRAConfig, lookup_pattern
 from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
 from stablelora_kernels.model.reports import list_some
+from stablelora_kernels.nn.experts import LoRAStack
 from stablelora_kernels.nn.linear import LoRAConv1D, LoRALinear
 from stablelora_kernels.utils.modules import clean
 
@@ -75,14 +76,16 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
 
     It starts from the config that apply_lora got, if any. Layers may have been skipped, added or changed since.
     """
+    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAStack)]
     first = next(iter(layers.values()))
     if mixed := [name for name, layer in layers.items() if layer.use_rslora != first.use_rslora]:
         raise ValueError(
             f"use_rslora must be one value for all layers, got both; {list_some(mixed)} differ from the first"
         )
     config: LoRAConfig = model.__dict__.get(CONFIG_ATTRIBUTE) or LoRAConfig(
-        r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, target_modules=list(layers)
-    )
+        r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, target_modules=list(layers),
+        target_parameters=stacks,
+    )  # fmt: skip
     fan_in_fan_out = any(isinstance(layer, LoRAConv1D) for layer in layers.values())
     config = replace(config, use_rslora=first.use_rslora, fan_in_fan_out=fan_in_fan_out)
     for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
@@ -95,14 +98,33 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
     # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.
     every_name = (clean(path) for path, _ in model.named_modules())
     names = [name for name in every_name if name and name.removesuffix(".base_layer") not in layers]
-    names += layers
+    linears = [name for name in layers if name not in stacks]
+    names += linears
+    config = replace(config, target_parameters=_parameters_of(config, model, stacks))
     choices: list[list[str] | str] = [] if config.all_linear else [config.target_modules or []]
-    choices += [sorted({name.rpartition(".")[2] for name in layers}), list(layers)]
+    choices += [sorted({name.rpartition(".")[2] for name in linears}), linears]
     for choice in choices:
+        if not choice and not stacks:
+            continue
         candidate = replace(config, target_modules=choice)
-        if {name for name in names if candidate.targets(name) and not candidate.reason_to_exclude(name)} == set(layers):
+        if {name for name in names if candidate.targets(name) and not candidate.reason_to_exclude(name)} == set(
+            linears
+        ):
             return candidate
-    return replace(config, target_modules="|".join(map(re.escape, layers)), exclude_modules=None)
+    return replace(config, target_modules="|".join(map(re.escape, linears)), exclude_modules=None)
+
+
+def _parameters_of(config: LoRAConfig, model: nn.Module, stacks: list[str]) -> list[str]:
+    """``target_parameters`` for these stacks: those of ``config`` if they match no other parameter."""
+    names = {clean(name).replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    return (config.target_parameters or []) if {*filter(config.targets_parameter, names)} == {*stacks} else stacks
+
+
+def file_name(name: str, layer: Any) -> str:
+    """The name in PEFT's files of a layer, or of what is to become one. A parameter's is a place among PEFT's nested modules."""
+    if (depth := getattr(layer, "depth", None)) is None:
+        return name
+    return name.rpartition(".")[0] + ".base_layer" * depth
 
 
 def content_of(config: LoRAConfig, model: nn.Module) -> dict[str, Any]:

@@ -136,8 +136,8 @@ class MergeReport(_Report):
 def rows_of(layers: Mapping[str, LoRALinear]) -> tuple[ReplacedModule, ...]:
     """The report's rows on ``layers``."""
     return tuple(
-        ReplacedModule(name, layer.in_features, layer.out_features, layer.r, layer.lora_alpha, layer.scaling)
-        for name, layer in layers.items()
+        ReplacedModule(name, m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, experts=m.num_experts)
+        for name, m in layers.items()
     )
 
 

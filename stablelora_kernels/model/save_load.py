@@ -24,7 +24,7 @@ from stablelora_kernels.model.modules import (
     saved_modules,
     unchanged_on_error,
 )
-from stablelora_kernels.model.peft_format import PREFIX, config_of, content_of, read_config
+from stablelora_kernels.model.peft_format import PREFIX, config_of, content_of, file_name, read_config
 from stablelora_kernels.model.reports import LoRAReport, SkippedModule, count_parameters, list_some, rows_of
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.utils.extras import import_extra
@@ -162,7 +162,7 @@ def _lora_dtypes(plan: LoRAPlan, tensors: Mapping[str, Tensor]) -> dict[str, tor
     """The dtype of each new layer's A and B: float32, or that of its weight if the file's have it, too."""
     dtypes = {}
     for name, (layer, _) in plan.targets.items():
-        keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
+        keys = [f"{file_name(name, layer)}.lora_{role}.weight" for role in "AB"]
         saved = {tensors[key].dtype for key in keys if key in tensors}
         is_kept = saved == {layer.weight.dtype} and layer.weight.dtype in FLOAT_DTYPES
         dtypes[name] = layer.weight.dtype if is_kept else torch.float32
@@ -224,7 +224,8 @@ def _tensors(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALine
     """An adapter's tensors by PEFT's names: A and B, trained biases, and the state of modules_to_save."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors |= {f"{name}.lora_A.weight": layer.lora_A, f"{name}.lora_B.weight": layer.lora_B}
+        place = file_name(name, layer)
+        tensors |= {f"{place}.lora_A.weight": layer.lora_A, f"{place}.lora_B.weight": layer.lora_B}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         name = clean(path)
         module, _, kind = name.rpartition(".")

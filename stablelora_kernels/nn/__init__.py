@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack
 from stablelora_kernels.nn.factory import is_conv1d, register
 from stablelora_kernels.nn.linear import LoRABranchLinear, LoRAConv1D, LoRALinear, is_plain
 from stablelora_kernels.nn.merging import MergeError
@@ -16,9 +17,11 @@ from stablelora_kernels.utils.tensors import is_sharded
 __all__ = [
     "LoRABranchLinear",
     "LoRAConv1D",
+    "LoRAExperts",
     "LoRALinear",
     "LoRAQuantizedLinear",
     "LoRAShardedLinear",
+    "LoRAStack",
     "MergeError",
 ]
 

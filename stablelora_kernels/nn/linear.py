@@ -59,6 +59,8 @@ class LoRALinear(Mergeable):
     calls_base: ClassVar[bool] = False
     # True if to_linear() returns the original layer; False if it builds an nn.Linear around the weight.
     keeps_base: ClassVar[bool] = False
+    # How many experts' A's and B's are stacked.
+    num_experts: int = 1
 
     def __init__(
         self,
@@ -145,8 +147,8 @@ class LoRALinear(Mergeable):
             frozen.requires_grad_(False)
         self._attach(base)
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
+        self.lora_A = nn.Parameter(torch.empty(r * self.num_experts, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r * self.num_experts, **factory))
         self.reset_lora_parameters(init_lora_weights)
 
     @staticmethod
@@ -200,14 +202,16 @@ class LoRALinear(Mergeable):
         if (group := self.__dict__.get(ATTRIBUTE)) is not None and (y := group.output(self, x)) is not None:
             return y
         if self.merged:
-            if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
-                raise RuntimeError(
-                    "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
-                )
+            self._check_trains()
             return nn.functional.linear(x, self._matrix(), self.bias)
         bias, lora_A, lora_B = trained_and_bias(self)
         weight = self._matrix()
         return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training)
+
+    def _check_trains(self) -> None:
+        """Raise RuntimeError if training would silently do without the gradients of a merged layer."""
+        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+            raise RuntimeError("this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first")
 
     def _base_output(self, x: Tensor) -> Tensor:
         """The output of the frozen layer, merged or not: that of ``forward`` in ``disable_lora``."""

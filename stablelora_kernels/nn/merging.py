@@ -84,7 +84,7 @@ class Mergeable(nn.Module):
                 "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
             )
         self.__dict__["_unmerged_weight"] = self.weight
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        self._set_weight(nn.Parameter(merged, requires_grad=False))
         self.merged = True
         return self._merge_error(delta)
 
@@ -125,13 +125,21 @@ class Mergeable(nn.Module):
         """``weight``; while the layer is merged, the Parameter that :meth:`unmerge` will restore."""
         return self.__dict__["_unmerged_weight"] if self.merged else self.weight
 
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose parameter ``weight`` is."""
+        return self
+
+    def _set_weight(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+
     def _stored_delta(self) -> Tensor:
         """:meth:`delta_weight` in the weight's storage layout."""
         return self.delta_weight()
 
     def _merge_rows(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Split matrices of the weight's shape into blocks of rows."""
-        rows = max(1, _MERGE_ELEMENTS // max(1, matrices[0].shape[1]))
+        """Split tensors of the weight's shape into blocks of rows."""
+        rows = max(1, _MERGE_ELEMENTS // max(1, matrices[0][:1].numel()))
         return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
     def unmerge(self) -> None:
@@ -142,7 +150,7 @@ class Mergeable(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("this LoRALinear is not merged")
-        self.weight = self.frozen_weight
+        self._set_weight(self.frozen_weight)
         self.__dict__["_unmerged_weight"] = None
         self.merged = False
 
@@ -158,7 +166,10 @@ class Mergeable(nn.Module):
         # Loading a merged weight together with A and B would apply the branch twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            destination[prefix + "weight"] = self.frozen_weight if keep_vars else self.frozen_weight.detach()
+            destination[self._weight_key(prefix)] = self.frozen_weight if keep_vars else self.frozen_weight.detach()
+
+    def _weight_key(self, prefix: str) -> str:
+        return prefix + "weight"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any,
                               unexpected: Any, errors: list[str]) -> None:  # fmt: skip

@@ -82,6 +82,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "jetmoe": {**_LOCAL, "kv_channels": 8},
 }
 
+BY_DAY = ("qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h")
+
 
 def build(family: str, implementation: str = "eager", dtype: torch.dtype = torch.float64) -> Any:
     """A model with one layer of experts. ``implementation``: how transformers computes them."""
@@ -126,3 +128,11 @@ def results(model: Any) -> dict[str, torch.Tensor]:
         return {"Y": y}
     (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     return {"Y": y.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def routing(tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of experts without a model: x, the experts of each token and their weights, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    index = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(tokens)])
+    x, weights = (torch.rand(size, generator=generator, dtype=torch.float64) for size in ((tokens, H), (tokens, 2)))
+    return x.requires_grad_(), index, weights.requires_grad_()

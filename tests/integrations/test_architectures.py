@@ -86,7 +86,7 @@ def check(model_type: str, base: nn.Module, tmp_path: Path) -> bool:
     plain = {nn.Linear, transformers.pytorch_utils.Conv1D}
     own_layers = {type(m.base_layer) for m in model.modules() if hasattr(m, "base_layer")} - plain
     if model.peft_config["default"].target_parameters or own_layers:
-        with refused(ours, (TypeError, ValueError), "target_modules|target_parameters|keys|nn.Linear"):
+        with refused(ours, (TypeError, ValueError), "target_modules|stack of experts|keys|nn.Linear"):
             slk.load_adapter(ours, tmp_path)
     else:
         slk.load_adapter(ours, tmp_path, fuse_projections=True, fuse_mlp=True)

@@ -17,14 +17,14 @@ from torch.nn.utils import parametrize
 
 import stablelora_kernels as slk
 from stablelora_kernels.integrations import peft_experts
-from tests.helpers.cases import BF16, FP32, FP64
+from stablelora_kernels.nn import experts
+from tests.helpers.cases import BF16, FP32
 from tests.helpers.distributed_training import gather
-from tests.helpers.moe_models import FAMILIES, IDS, E, H, build, peft, results, with_lora
+from tests.helpers.moe_models import BY_DAY, FAMILIES, IDS, E, H, build, peft, results, routing, with_lora
 from tests.helpers.peft_models import make
 from tests.helpers.processes import needs_gloo, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-BY_DAY = ("qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h")
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def calls(monkeypatch) -> Iterator[list[int]]:
         rows.append(len(x))
         return op(x, *args, **kwargs)
 
-    op = peft_experts.lora_experts
-    monkeypatch.setattr(peft_experts, "lora_experts", counted)
+    op = experts.lora_experts
+    monkeypatch.setattr(experts, "lora_experts", counted)
     return rows
 
 
@@ -152,13 +152,6 @@ def experts_of(family: str = "qwen3_moe", **options: Any) -> Any:
     slk.accelerate_peft(model)
     (found,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
     return found
-
-
-def routing(tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    index = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(tokens)])
-    x, weights = (torch.rand(size, generator=generator, dtype=FP64) for size in ((tokens, H), (tokens, 2)))
-    return x.requires_grad_(), index, weights.requires_grad_()
 
 
 def test_one_parameter_alone_and_slots_of_other_processes(calls):

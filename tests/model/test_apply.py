@@ -149,7 +149,7 @@ ODD = {
 SHARE = 2 * 4 * 16 * 8 / sum(p.numel() for p in with_experts().parameters())
 EXPERTS = (
     "it stacks matrices in up, down, as experts are stored, and has no linear layers for them: "
-    f"{SHARE:.1%} of the model's weights are in such parameters and get no adapter; PEFT's target_parameters can adapt them"
+    f"{SHARE:.1%} of the model's weights are in such parameters and get no adapter unless target_parameters names them"
 )
 EXCLUDED, SAVED = "exclude_modules matches it", "it is trained whole (modules_to_save)"
 ALL = {"target_modules": "all-linear"}

@@ -1,0 +1,240 @@
+"""Stacks of experts: ``LoRAExperts``, and how transformers' modules of experts are computed on ``lora_experts``.
+
+Rows are sorted by expert, and each projection of all experts is one op. PEFT's wrappers of experts are computed by the same
+function (``integrations/peft_experts.py``), and A and B are stored as PEFT stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels.functional import FLOAT_DTYPES, lora_experts
+from stablelora_kernels.nn.linear import LoRALinear, trained_and_bias
+from stablelora_kernels.utils.tensors import is_sharded
+
+# The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+# Maps rows [T, K], sorted by expert, and offsets [E] to [T, N].
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def is_llama4(experts: Any) -> bool:
+    """Whether it is Llama 4's module, which is called without routing: its x has the rows of each expert."""
+    return type(experts).__name__ == "Llama4TextExperts"
+
+
+def reason_against(experts: Any) -> str | None:
+    """Why :func:`compute_experts` cannot compute a module of experts, or None."""
+    kind = type(experts)
+    if not is_llama4(experts):
+        if not hasattr(kind, "_apply_gate"):
+            return f"{kind.__name__} is not a stack of experts that lora_experts is known to fit"
+        if (way := getattr(experts.config, "_experts_implementation", None)) not in IMPLEMENTATIONS:
+            return f"its experts are computed by {way!r}"
+    return "another parametrization changes its weights" if hasattr(experts, "parametrizations") else None
+
+
+def reason_against_stack(experts: Any, name: str, gathered: bool) -> str | None:
+    """Why one of :func:`projections_of` cannot be computed, or None. ``gathered``: shards have been put together."""
+    for t in (getattr(experts, name), getattr(experts, f"{name}_bias", None)):
+        if t is None or (not gathered and is_sharded(t)):
+            continue
+        if type(t) not in (nn.Parameter, Tensor) or t.dtype not in FLOAT_DTYPES:
+            return f"its {name} is a {type(t).__name__} of {t.dtype}"
+    return None
+
+
+def projections_of(experts: Any) -> list[str]:
+    """The names of the parameters that stack the projections up (or gate and up) and down."""
+    return ["gate_up_proj" if is_llama4(experts) or experts.has_gate else "up_proj", "down_proj"]
+
+
+def is_taken_transposed(experts: Any) -> bool:
+    """Whether PEFT takes the weights for [E, in, out]. It is wrong about Llama 4's, so that their A is on the output's side."""
+    return getattr(experts, "is_transposed", False)
+
+
+def product_of(
+    experts: Any, name: str, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0,
+    dropout_p: float = 0.0, weight: Tensor | None = None,
+) -> Product:  # fmt: skip
+    """The product with the parameter ``name`` of a module of experts, or with ``weight`` in its place, and its branch.
+
+    As PEFT stores them: A [E r, in], the expert slowest, and B [out, r E], the expert fastest.
+    """
+    weight, bias = getattr(experts, name) if weight is None else weight, getattr(experts, f"{name}_bias", None)
+    count, transposed = weight.shape[0], is_llama4(experts) or experts.is_transposed
+    if lora_A is None or lora_B is None:
+        k, n = weight.shape[1:] if transposed else weight.shape[:0:-1]
+        a, b = weight.new_empty(count, 0, k), weight.new_empty(count, n, 0)
+    else:
+        a, b = each_expert(lora_A, lora_B, count)
+        if transposed != is_taken_transposed(experts):
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return lambda x, offsets: lora_experts(
+        x, weight, bias, a, b, scaling, offsets, transposed=transposed, dropout_p=dropout_p
+    )
+
+
+def each_expert(lora_A: Tensor, lora_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[E, r, in] and [E, out, r] of a stack's A and B."""
+    return lora_A.reshape(count, -1, lora_A.shape[1]), lora_B.reshape(lora_B.shape[0], -1, count).permute(2, 0, 1)
+
+
+def compute_experts(experts: Any, products: Mapping[str, Product], x: Tensor, *routing: Tensor) -> Tensor:
+    """The output of a module of experts for x [tokens, H], with ``products`` in place of those with its parameters.
+
+    ``routing``: the experts of each token [tokens, k], and their weights [tokens, k].
+    """
+    up, down = (products.get(name) or product_of(experts, name) for name in projections_of(experts))
+    if not is_llama4(experts):
+        return _compute_routed(experts, up, down, x, *routing)
+    # Each expert has as many rows, and they are sorted.
+    count = experts.num_experts
+    offsets = torch.arange(1, count + 1, dtype=torch.int32, device=x.device) * (x.shape[0] // count)
+    gate, h = up(x, offsets).chunk(2, -1)
+    return down(h * experts.act_fn(gate), offsets)
+
+
+def _compute_routed(experts: Any, up: Product, down: Product, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts' outputs, summed for each token with its weights. A slot of no expert here adds nothing."""
+    tokens, top_k = index.shape
+    # Experts of other processes have numbers behind the last one here, and so the last rows.
+    each, order = torch.sort(index.reshape(-1), stable=True)
+    numbers = torch.arange(experts.num_experts, device=x.device, dtype=each.dtype)
+    offsets = torch.searchsorted(each, numbers, right=True, out_int32=True)
+    h = up(x[order // top_k], offsets)
+    h = down(experts._apply_gate(h) if experts.has_gate else experts.act_fn(h), offsets)
+    if experts.has_post_expert_norm:
+        h = experts.post_expert_norm(h)
+    h = h * weights.reshape(-1)[order].unsqueeze(-1)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    return h[place].view(tokens, top_k, -1).sum(1).to(x.dtype)
+
+
+# This library's layers
+
+
+class StackedWeight:
+    """A parameter of a module of experts, as :class:`LoRAStack` needs it: the part of an ``nn.Linear``."""
+
+    def __init__(self, experts: Any, name: str, depth: int) -> None:
+        self.experts, self.name = experts, name
+        # PEFT nests a module for each adapted parameter: how many come behind this one.
+        self.depth = depth
+        self.count, *sizes = self.weight.shape
+        self.out_features, self.in_features = sizes[::-1] if is_taken_transposed(experts) else sizes
+        self.training = experts.training
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[E, out, in] or [E, in, out]."""
+        return getattr(self.experts, self.name)  # type: ignore[no-any-return]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+
+class LoRAStack(LoRALinear):
+    """LoRA on one projection of all experts, a part of :class:`LoRAExperts`; ``apply_lora`` makes it.
+
+    Attributes:
+        weight: the experts' parameter, [E, out_features, in_features] or [E, in_features, out_features], frozen.
+        bias: None; the experts' own bias is theirs.
+        lora_A: [E r, in_features], the expert slowest.
+        lora_B: [out_features, r E], the expert fastest.
+    """
+
+    keeps_base = True
+
+    def _attach(self, base: StackedWeight) -> None:  # type: ignore[override]
+        self.register_parameter("bias", None)
+        self.num_experts = base.count
+        self.__dict__["_base"] = base
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        return self.__dict__["_base"].weight  # type: ignore[no-any-return]
+
+    @property
+    def holder(self) -> nn.Module:
+        return self.__dict__["_base"].experts  # type: ignore[no-any-return]
+
+    @property
+    def depth(self) -> int:
+        """How many modules PEFT nests around the one of this projection."""
+        return self.__dict__["_base"].depth  # type: ignore[no-any-return]
+
+    def _set_weight(self, weight: nn.Parameter) -> None:
+        self.holder.register_parameter(self.__dict__["_base"].name, weight)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
+        """Map ``x`` [T, K], its rows sorted by expert, to [T, N]; ``offsets`` [E] say behind which row each expert ends.
+
+        Raises:
+            RuntimeError: as ``LoRALinear.forward``.
+            ValueError, TypeError: as :func:`~stablelora_kernels.functional.lora_experts`.
+        """
+        base = self.__dict__["_base"]
+        if self._disabled:
+            return product_of(base.experts, base.name, weight=self.frozen_weight)(x, offsets)
+        if self.merged:
+            self._check_trains()
+            return product_of(base.experts, base.name)(x, offsets)
+        _, lora_A, lora_B = trained_and_bias(self)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        return product_of(base.experts, base.name, lora_A, lora_B, self.scaling, dropout_p)(x, offsets)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """``scaling · B A`` of each expert, in the weight's layout, in float32 (float64 for float64 weights)."""
+        base, dtype = self.__dict__["_base"], torch.promote_types(self.lora_A.dtype, torch.float32)
+        a, b = each_expert(self.lora_A.to(dtype), self.lora_B.to(dtype), base.count)
+        with torch.autocast(a.device.type, enabled=False):
+            delta = self.scaling * (b @ a)
+        return delta.transpose(1, 2) if is_taken_transposed(base.experts) else delta
+
+    def _weight_key(self, prefix: str) -> str:
+        name = self.__dict__["_base"].name
+        return f"{prefix.removesuffix(f'{name}.')}base_layer.{name}"
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, {super().extra_repr()}"
+
+
+class LoRAExperts(nn.Module):
+    """A module of experts whose stacked parameters have LoRA, dropout included: each is a :class:`LoRAStack` of its name.
+
+    ``apply_lora`` makes it for ``target_parameters``. ``base_layer`` is the module of experts.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.train(base_layer.training)
+
+    def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
+        """The experts' output, for the arguments of ``base_layer``: x [tokens, H], each token's experts and their weights."""
+        stacks: dict[str, Any] = {name: m for name, m in self._modules.items() if isinstance(m, LoRAStack)}
+        if all(stack._disabled for stack in stacks.values()):
+            frozen = {name: stack.frozen_weight for name, stack in stacks.items() if stack.merged}
+            if frozen:
+                return torch.func.functional_call(self.base_layer, frozen, (x, *routing))
+            return self.base_layer(x, *routing)
+        return compute_experts(self.base_layer, stacks, x, *routing)
+
+
+def reason_to_skip(experts: Any, name: str) -> str | None:
+    """Why the parameter ``name`` of a module cannot get a :class:`LoRAStack`, or None."""
+    if (reason := reason_against(experts)) is not None:
+        return reason
+    if name not in projections_of(experts):
+        return f"its {name} is none of {', '.join(projections_of(experts))}"
+    if "forward" in experts.__dict__:
+        return "its module's forward was replaced (as accelerate's hooks do)"
+    return reason_against_stack(experts, name, gathered=True)
