@@ -107,9 +107,8 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
         if not choice and not stacks:
             continue
         candidate = replace(config, target_modules=choice)
-        if {name for name in names if candidate.targets(name) and not candidate.reason_to_exclude(name)} == set(
-            linears
-        ):
+        matched = {name for name in names if candidate.targets(name) and not candidate.reason_to_exclude(name)}
+        if matched == {*linears}:
             return candidate
     return replace(config, target_modules="|".join(map(re.escape, linears)), exclude_modules=None)
 
