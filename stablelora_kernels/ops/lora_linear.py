@@ -32,6 +32,7 @@ from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
+    cast,
     draw_dropout,
     expanded,
     few_rows,
@@ -41,6 +42,7 @@ from stablelora_kernels.ops.torch_path import (
     torch_bwd,
     torch_fwd,
     with_branch,
+    without_autocast,
 )
 from stablelora_kernels.projection import (
     Projection,
@@ -174,7 +176,7 @@ def _forward(
 
 def _cast(tensors: Sequence[Any], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """The flattened tensors of ``n`` projections, with A's and B's in ``dtype``."""
-    return (*tensors[: -2 * n], *[t.to(dtype) for t in tensors[-2 * n :]])
+    return (*tensors[: -2 * n], *[cast(t, dtype) for t in tensors[-2 * n :]])
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -363,6 +365,12 @@ def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: f
         assert p.weight is not None
         matrix = torch.nn.functional.linear(rows, as_plain(p.weight, x.dtype), p.bias)
     keep, scaling = draw_dropout(rows, dropout_p, p.scaling)
-    s = torch.nn.functional.linear(masked(rows, keep), p.lora_A.to(x.dtype))
-    y = with_branch(matrix, s, p.lora_B.to(x.dtype), scaling)
+    if p.lora_A.dtype is x.dtype or rows.shape[0] > p.rank or isinstance(p.weight, Stored):
+        s = torch.nn.functional.linear(masked(rows, keep), cast(p.lora_A, x.dtype))
+        y = with_branch(matrix, s, cast(p.lora_B, x.dtype), scaling)
+    else:
+        # The rows are smaller than A and B, and cast instead.
+        with without_autocast(x):
+            s = torch.nn.functional.linear(masked(rows.to(p.lora_A.dtype), keep), p.lora_A)
+            y = matrix.add(torch.mm(s, p.lora_B.t()), alpha=scaling).to(matrix.dtype)
     return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])

@@ -3,7 +3,7 @@
 The products choose between PyTorch's CPU libraries. On x86, PyTorch uses MKL for float32 and oneDNN for bfloat16. On AMD
 processors with AVX-512, oneDNN takes half of MKL's time: MKL uses only AVX2 on processors that are not Intel's
 (docs/internals/architecture.md). Inductor calls the same operator. ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN
-off here as everywhere in PyTorch.
+off here as everywhere in PyTorch. Where oneDNN does not multiply bfloat16 or float16, products run in float32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ FUNCTION_FROM = 1 << 24
 # Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time.
 # In bfloat16 without dropout the function's gain is small, so the threshold is higher.
 FEW_ROWS, FEW_ROWS_IN_BFLOAT16 = 64, 512
+# From this many rows on, float32 copies pay where the processor does not multiply a dtype of low precision.
+FLOAT32_ROWS = 8
+# Up to so many elements of a mask, fewer operators are faster.
+BERNOULLI_UP_TO = 8192
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -38,13 +43,37 @@ def _is_amd() -> bool:
         return "AuthenticAMD" in platform.processor()
 
 
-# A module constant, because torch.compile reads it as one.
+# Module constants, because torch.compile reads them as such.
+IS_AMD = _is_amd()
 ONEDNN_HELPS = (
     torch.backends.mkl.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and _is_amd()
+    and IS_AMD
 )
+
+
+def _is_multiplied(name: str) -> bool:
+    """Whether oneDNN has the processor's instructions for a dtype. PyTorch builds without oneDNN lack the query."""
+    query = f"_is_mkldnn_{name}_supported"
+    return hasattr(torch.ops.mkldnn, query) and bool(getattr(torch.ops.mkldnn, query)())
+
+
+MULTIPLIED = {torch.bfloat16: _is_multiplied("bf16"), torch.float16: _is_multiplied("fp16")}
+
+
+def by_float32(x: Tensor) -> bool:
+    """Whether products of x's low precision run in float32: PyTorch's own loops take 4 to 25 times as long."""
+    if x.dtype not in MULTIPLIED or x.device.type != "cpu":
+        return False
+    # A compiled graph keeps what held as it was traced.
+    return not (MULTIPLIED[x.dtype] and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled()))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For float32 copies, which autocast would cast back."""
+    is_on = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+    return torch.autocast(x.device.type, enabled=False) if is_on else nullcontext()
 
 
 def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
@@ -120,10 +149,17 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
 
 def few_rows(x: Tensor, dropout_p: float) -> int:
     """The ``limit`` of :func:`is_few` for a single projection."""
+    if by_float32(x):
+        return FLOAT32_ROWS
     if x.dtype == torch.float16:
         # Autograd would round dY B and dY^T S before it scales them; in float16 that loses what scaled_product keeps.
         return 0
     return FEW_ROWS_IN_BFLOAT16 if x.dtype == torch.bfloat16 and not dropout_p else FEW_ROWS
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in ``dtype``. A call of ``to`` that casts nothing takes its time too."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -139,30 +175,35 @@ def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
     return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
+def _is_small(size: int) -> bool:
+    """Whether a mask of so many elements takes its time for calls of operators, rather than for its elements."""
+    return not torch.compiler.is_compiling() and size <= BERNOULLI_UP_TO
+
+
 def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     """Draw a bool keep-mask of x's shape from torch's generator. Return it with its exact dropout probability."""
     if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p), dropout_p
-    # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are
-    # several times faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased.
-    dropped = _dropped(dropout_p)
-    return _draw_words(x.shape, dropped, None), dropped / 65536
+    return _draw(x.shape, dropout_p, None)
 
 
-def _dropped(dropout_p: float) -> int:
-    """How many of 65,536 values of 16 bits drop an element: not all, which would leave nothing to scale."""
-    return min(round(dropout_p * 65536), 65535)
-
-
-def _draw_words(shape: Sequence[int], dropped: int, generator: torch.Generator | None) -> Tensor:
+def _draw(shape: Sequence[int], dropout_p: float, generator: torch.Generator | None) -> tuple[Tensor, float]:
     size = math.prod(shape)
+    if _is_small(size):
+        return torch.empty(shape, dtype=torch.bool, device="cpu").bernoulli_(
+            1 - dropout_p, generator=generator
+        ), dropout_p
+    # bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are several times
+    # faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased. Not all may be
+    # dropped, which would leave nothing to scale.
+    dropped = min(round(dropout_p * 65536), 65535)
     count = -(-size // 4)
     if torch.compiler.is_compiling():
         # torch.compile does not support random_(). These are the same bits: randint's offset flips a word's highest bit.
         words = torch.randint(-(2**63), 2**63 - 1, (count,), device="cpu") ^ -(2**63)
     else:
         words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:size].view(shape) >= dropped - 32768
+    return words.view(torch.int16)[:size].view(shape) >= dropped - 32768, dropped / 65536
 
 
 def can_redraw(x: Tensor) -> bool:
@@ -175,7 +216,7 @@ def draw_keep_again(state: Tensor, shape: Sequence[int], dropout_p: float) -> Te
     """The keep-mask that :func:`draw_keep` drew when torch's generator was in ``state``."""
     generator = torch.Generator()
     generator.set_state(state)
-    return _draw_words(shape, _dropped(dropout_p), generator)
+    return _draw(shape, dropout_p, generator)[0]
 
 
 def draw_dropout(x: Tensor, dropout_p: float, scaling: float) -> tuple[Tensor | None, float]:
@@ -193,7 +234,9 @@ def as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 def masked(x: Tensor, keep: Tensor | None) -> Tensor:
     """X ∘ keep."""
-    return x if keep is None else x * as_float(keep, x.dtype)
+    if keep is None:
+        return x
+    return x * (keep if _is_small(keep.numel()) else as_float(keep, x.dtype))
 
 
 def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -204,22 +247,22 @@ def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tens
     return torch.addmm(base, s, lora_B.t(), alpha=scaling)
 
 
-# In these dtypes, backward writes a thin product with its small operand first: float32 libraries are up to several times faster
-# so. oneDNN's bfloat16 is faster with the tall operand first.
-_SMALL_FIRST = (torch.float32, torch.float64)
+# MKL's dtypes. It is up to several times faster with a thin product's small operand first: in dB, and on AMD's processors in dS.
+# oneDNN is faster with the tall one first.
+_OF_MKL = (torch.float32, torch.float64)
 
 
 def torch_ds(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """dS = s' dY B, [M, r]. All tensors have one dtype."""
-    if grad.dtype in _SMALL_FIRST:
+    if IS_AMD and grad.dtype in _OF_MKL and not by_onednn(grad.dtype, grad.device):
         return product(lora_B.t(), grad.t()).mul_(scaling).t()
     return scaled_product(grad, lora_B, scaling)
 
 
 def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -> Tensor:
     """dB = s' dY^T S, [N, r], in ``lora_dtype``."""
-    if grad.dtype in _SMALL_FIRST:
-        db = product(s.t().contiguous(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
+    if grad.dtype in _OF_MKL:
+        db = product(s.t(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
         return db.mul_(scaling)
     if grad.dtype != torch.float16:
         return product(grad.t(), s).to(lora_dtype).mul_(scaling)
@@ -233,6 +276,23 @@ def torch_fwd(
     x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the scalings are s'."""
+    if not by_float32(x):
+        return _torch_fwd(x, projections, keeps, base)
+    with without_autocast(x):
+        ys, every_s = _torch_fwd(x.float(), _in_float32(projections), keeps, base)
+    return [y.to(x.dtype if base is None else base.dtype) for y in ys], [s.to(x.dtype) for s in every_s]
+
+
+def _in_float32(projections: Sequence[Projection]) -> list[Projection]:
+    """Without copies of the weights, which are made one at a time."""
+    small = [[None if t is None else t.float() for t in p[1:4]] for p in projections]
+    return [Projection(p.weight, *tensors, p.scaling) for p, tensors in zip(projections, small, strict=True)]
+
+
+def _torch_fwd(
+    x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`torch_fwd` in the dtype of its tensors; a plain weight may have another one."""
     lora_As: list[Any] = [p.lora_A for p in projections]
     # S first: then X is in the cache for the wide products.
     if len(lora_As) > 1 and not any(keep is not None for keep in keeps):
@@ -268,6 +328,19 @@ def torch_bwd(
 
     Without a weight, dX is the branch's part alone.
     """
+    rest = keeps, lora_dtype, need_x, need_a, need_b
+    if not by_float32(grads[0]):
+        return _torch_bwd(x, grads, projections, s, *rest)
+    x, *s = (None if t is None else t.float() for t in (x, *s))
+    dx, das, dbs = _torch_bwd(x, [grad.float() for grad in grads], _in_float32(projections), s, *rest)
+    return None if dx is None else dx.to(grads[0].dtype), das, dbs
+
+
+def _torch_bwd(
+    x: Any, grads: Sequence[Tensor], projections: Sequence[Projection], s: Sequence[Any], keeps: Sequence[Tensor | None],
+    lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+    """:func:`torch_bwd` in the dtype of its tensors; a plain weight may have another one."""
     dx: Tensor | None = None
     das: list[Tensor] = []
     dbs: list[Tensor] = []

@@ -138,7 +138,8 @@ def test_matches_the_oracle(case, monkeypatch):
 
 
 def test_each_expert_is_a_lora_linear_to_the_bit():
-    case = Experts(BF16, FP32, bias=True)
+    # For float32 adapters, few rows would be cast in place of A and B.
+    case = Experts(BF16, BF16, bias=True)
     given = make(case)
     found, start = run(case, given), 0
     for e, end in enumerate(case.ends):

@@ -1,4 +1,4 @@
-"""Float32 products by oneDNN, which only AMD's processors with AVX-512 choose: forced here, at every size and any strides."""
+"""The CPU's libraries, forced: float32 by oneDNN, which only AMD's processors choose, and low precision by float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.ops import torch_path
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.case_checks import check
-from tests.helpers.cases import BF16, FP64, Case, run, small
+from tests.helpers.cases import BF16, FP32, FP64, Case, run, small
 from tests.helpers.operators import Operators
 
 ONEDNN = {"mkldnn._linear_pointwise.default"}
@@ -100,3 +100,61 @@ def test_the_op_passes_opcheck(onednn):
     a, b, bias = torch.randn(7, 5), torch.randn(5, 3), torch.randn(3)
     for added in (None, bias):
         torch.library.opcheck(torch.ops.stablelora_kernels.wide_product.default, (a, b, added))
+
+
+@pytest.fixture
+def without_instructions(monkeypatch):
+    """As on a processor that multiplies neither bfloat16 nor float16."""
+    monkeypatch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, False))
+
+
+def multiplied_dtypes(case):
+    """The dtypes of the operands of all products of matrices."""
+    with Operators() as operators:
+        found = run(case)
+    products = [args for func, args, _ in operators.calls if func.name().split("::")[1].startswith(("mm", "addmm"))]
+    assert len(products) > 2
+    # The base of a lone branch is made in float64.
+    return found, {t.dtype for args in products for t in args if isinstance(t, torch.Tensor)} - {FP64}
+
+
+@pytest.mark.parametrize("op", ["linear", "branch", "group", "nf4", "mlp"])
+def test_low_precision_without_instructions_runs_in_float32(op, without_instructions):
+    for dtype in (BF16, torch.float16):
+        for changes in ({}, {"p": 0.3}, {"bias": (True,)}, {"lora_dtype": dtype}):
+            case = small(op, dtype=dtype, backend="torch").but(**changes)
+            if op == "branch" and "bias" in changes:
+                continue
+            found, dtypes = multiplied_dtypes(case)
+            assert dtypes == {FP32}
+            check(case, found)
+    # Autocast does not cast the copies back.
+    for inside in (False, True):
+        case = small(op, backend="torch", autocast=True, backward_in_autocast=inside)
+        assert multiplied_dtypes(case)[1] == {FP32}
+    # One W at a time is copied: few rows would take longer so.
+    for rows, expected in ((7, {BF16}), (8, {FP32})):
+        if op in ("linear", "branch"):
+            assert multiplied_dtypes(small(op, rows, dtype=BF16, backend="torch"))[1] == expected
+
+
+def test_who_decides_on_float32(monkeypatch):
+    x = torch.zeros(1, dtype=BF16)
+    assert not torch_path._is_multiplied("a dtype that no PyTorch knows")
+    for multiplied in (True, False):
+        monkeypatch.setattr(torch_path, "MULTIPLIED", {BF16: multiplied})
+        assert torch_path.by_float32(x) == (not multiplied)
+        assert not torch_path.by_float32(x.to("meta")) and not torch_path.by_float32(x.float())
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert torch_path.by_float32(x)
+
+
+def test_compiled_layers_run_in_float32_too(without_instructions):
+    layer = slk.LoRALinear(24, 20, r=6, dtype=BF16)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(70, 24, dtype=BF16)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", BF16):
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(y, layer(x))
+    torch._dynamo.reset()
