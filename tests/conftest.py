@@ -41,9 +41,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """Each test's calls are first calls: a test may have changed what launches depend on, such as a table of tiles."""
-    from stablelora_kernels.ops import plans
+    from stablelora_kernels.ops import plans, torch_path
 
     plans.clear()
+    # Of 5 rows, plain operators are tested; at 70 or more the function of autograd, without dropout too.
+    torch_path.FEW_ROWS_WITHOUT_DROPOUT = torch_path.FEW_ROWS
 
 
 @pytest.fixture

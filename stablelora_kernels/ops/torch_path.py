@@ -26,9 +26,9 @@ from stablelora_kernels.quantized import as_plain
 ONEDNN_FROM = 1 << 22
 # From this many on, it saves more time than a Python autograd function around it costs.
 FUNCTION_FROM = 1 << 24
-# Below this many rows, call plain operators under ordinary autograd: a Python autograd function would take most of the time.
-# In bfloat16 without dropout the function's gain is small, so the threshold is higher.
-FEW_ROWS, FEW_ROWS_IN_BFLOAT16 = 64, 512
+# Below this many rows, call plain operators under ordinary autograd, which take less time than a Python autograd function.
+# They save as much without dropout; with it they also save the masked x.
+FEW_ROWS, FEW_ROWS_WITHOUT_DROPOUT = 64, 512
 # From this many rows on, float32 copies pay where the processor does not multiply a dtype of low precision.
 FLOAT32_ROWS = 8
 # Up to so many elements of a mask, fewer operators are faster.
@@ -154,7 +154,7 @@ def few_rows(x: Tensor, dropout_p: float) -> int:
     if x.dtype == torch.float16:
         # Autograd would round dY B and dY^T S before it scales them; in float16 that loses what scaled_product keeps.
         return 0
-    return FEW_ROWS_IN_BFLOAT16 if x.dtype == torch.bfloat16 and not dropout_p else FEW_ROWS
+    return FEW_ROWS if dropout_p else FEW_ROWS_WITHOUT_DROPOUT
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,6 +63,13 @@ def test_which_library(onednn, monkeypatch):
         assert products_of(case) == MKL
     for dtype in (FP64, BF16):
         assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == MKL
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_path, "FEW_ROWS_WITHOUT_DROPOUT", 512)
+        patch.setattr(torch_path, "ONEDNN_HELPS", False)
+        with Operators() as operators:
+            run(case)
+        # Under autograd's own functions, nothing is added in place.
+        assert "aten::addmm_" not in {func.name() for func, *_ in operators.calls}
     # Few rows take it where it saves more than a function of autograd's costs.
     for name, value, one in (
         ("FUNCTION_FROM", 5 * 24 * 20 + 1, few),
