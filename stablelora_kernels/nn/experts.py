@@ -221,12 +221,17 @@ class LoRAExperts(nn.Module):
     def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
         """The experts' output, for the arguments of ``base_layer``: x [tokens, H], each token's experts and their weights."""
         stacks: dict[str, Any] = {name: m for name, m in self._modules.items() if isinstance(m, LoRAStack)}
-        if all(stack._disabled for stack in stacks.values()):
-            frozen = {name: stack.frozen_weight for name, stack in stacks.items() if stack.merged}
-            if frozen:
-                return torch.func.functional_call(self.base_layer, frozen, (x, *routing))
-            return self.base_layer(x, *routing)
-        return compute_experts(self.base_layer, stacks, x, *routing)
+        if not all(stack._disabled or stack.merged for stack in stacks.values()):
+            return compute_experts(self.base_layer, stacks, x, *routing)
+        frozen = {}
+        for name, stack in stacks.items():
+            if not stack._disabled:
+                stack._check_trains()
+            elif stack.merged:
+                frozen[name] = stack.frozen_weight
+        if frozen:
+            return torch.func.functional_call(self.base_layer, frozen, (x, *routing))
+        return self.base_layer(x, *routing)
 
 
 def reason_to_skip(experts: Any, name: str) -> str | None:

@@ -190,9 +190,8 @@ def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
 def _draw(shape: Sequence[int], dropout_p: float, generator: torch.Generator | None) -> tuple[Tensor, float]:
     size = math.prod(shape)
     if _is_small(size):
-        return torch.empty(shape, dtype=torch.bool, device="cpu").bernoulli_(
-            1 - dropout_p, generator=generator
-        ), dropout_p
+        keep = torch.empty(shape, dtype=torch.bool, device="cpu")
+        return keep.bernoulli_(1 - dropout_p, generator=generator), dropout_p
     # bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are several times
     # faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased. Not all may be
     # dropped, which would leave nothing to scale.

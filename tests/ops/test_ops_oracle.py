@@ -277,11 +277,14 @@ def test_dropout_keeps_the_right_share_everywhere():
     """Each of the four lanes of a 64-bit word, and every column, within five standard errors."""
     x = torch.empty(2000, 64)
     for p in (0.1, 0.5, 0.9):
-        keep, real = draw_keep(x, p)
-        assert abs(real - p) <= 2**-17
-        assert abs(keep.double().mean() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
+        # Small masks are drawn otherwise.
+        several = [draw_keep(part, p) for part in x.split(20)]
+        small = torch.cat([keep for keep, _ in several]), several[0][1]
+        for mask, real in (draw_keep(x, p), small):
+            assert abs(real - p) <= 2**-17
+            assert abs(mask.double().mean() - (1 - p)) < 5 * (p * (1 - p) / mask.numel()) ** 0.5
         philox = dropout_keep_ref(2000, 64, p, seed=2**62 + 5)
-        for mask in (keep, philox):
+        for mask in (draw_keep(x, p)[0], small[0], philox):
             assert (mask.double().mean(0) - (1 - p)).abs().max() < 5 * (p * (1 - p) / 2000) ** 0.5
 
 
