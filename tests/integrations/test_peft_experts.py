@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 import stablelora_kernels as slk
 from stablelora_kernels.integrations import peft_experts
 from stablelora_kernels.nn import experts
 from tests.helpers.cases import BF16, FP32
-from tests.helpers.distributed_training import gather
 from tests.helpers.moe_models import BY_DAY, FAMILIES, IDS, E, H, build, peft, results, routing, with_lora
 from tests.helpers.peft_models import make
-from tests.helpers.processes import needs_gloo, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -259,30 +256,6 @@ def test_other_modules_are_named():
     report = slk.accelerate_peft(model)
     assert {row.name.rpartition(".")[2] for row in report.skipped} == {"gate"}
     assert "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'" in str(report)
-
-
-def train_sharded(rank: int, world: int, directory: Any) -> dict[str, torch.Tensor]:
-    model = with_lora(build("qwen3_moe"))
-    slk.accelerate_peft(model)
-    if world > 1:
-        for layer in model.model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        assert not slk.accelerate_peft(model).skipped
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    rows = IDS.repeat(2, 1)[rank * 4 // world : (rank + 1) * 4 // world]
-    for _ in range(2):
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: gather(p) for name, p in model.named_parameters() if p.requires_grad}
-
-
-@needs_gloo
-def test_fully_shard(tmp_path):
-    alone = train_sharded(0, 1, tmp_path)
-    for trained in spawn(train_sharded, 2, tmp_path):
-        assert_close(trained, alone, 1e-5)
 
 
 def quantizes(**scheme: Any) -> Any:

@@ -175,12 +175,16 @@ def test_what_does_not_match_or_fit_is_named():
     assert called
 
 
-def train_sharded(rank: int, world: int, directory: Any) -> dict[str, torch.Tensor]:
-    model = own(build("qwen3_moe"))
+def train_sharded(rank: int, world: int, directory: Any, library: str) -> dict[str, torch.Tensor]:
+    model = own(build("qwen3_moe")) if library == "ours" else with_lora(build("qwen3_moe"))
+    if library == "PEFT":
+        slk.accelerate_peft(model)
     if world > 1:
-        for layer in model.model.layers:
+        for layer in model.get_submodule("model.layers" if library == "ours" else "base_model.model.model.layers"):
             fully_shard(layer)
         fully_shard(model)
+        # Sharded, it is accelerated still.
+        assert library == "ours" or not slk.accelerate_peft(model).skipped
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     rows = IDS.repeat(2, 1)[rank * 4 // world : (rank + 1) * 4 // world]
     for _ in range(2):
@@ -191,9 +195,10 @@ def train_sharded(rank: int, world: int, directory: Any) -> dict[str, torch.Tens
 
 
 @needs_gloo
-def test_fully_shard(tmp_path):
-    alone = train_sharded(0, 1, tmp_path)
-    for trained in spawn(train_sharded, 2, tmp_path):
+@pytest.mark.parametrize("library", ["ours", "PEFT"])
+def test_fully_shard(library, tmp_path):
+    alone = train_sharded(0, 1, tmp_path, library)
+    for trained in spawn(train_sharded, 2, tmp_path, library):
         assert trained.keys() == alone.keys() and len(alone) == 4
         for name, value in trained.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)
