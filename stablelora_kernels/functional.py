@@ -17,7 +17,7 @@ from stablelora_kernels.ops.lora_mlp import Options, lora_mlp_op
 from stablelora_kernels.ops.plans import find, key_of, remember
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.utils.tensors import autocast_dtype
+from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float
 
 __all__ = [
@@ -250,8 +250,8 @@ def lora_experts(
     """
     autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
     if autocast and (dtype := _autocast_dtype(x)) is not None:
-        cast = _autocast_projection(Projection(weight, bias, lora_A, lora_B, scaling), dtype)
-        x, (weight, bias, lora_A, lora_B, _) = _cast(x, dtype), cast  # type: ignore[assignment]
+        given = _autocast_projection(Projection(weight, bias, lora_A, lora_B, scaling), dtype)
+        x, (weight, bias, lora_A, lora_B, _) = cast(x, dtype), given  # type: ignore[assignment]
     check_experts(x, weight, bias, lora_A, lora_B, offsets, transposed)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     return lora_experts_op(
@@ -274,7 +274,7 @@ def _run(
     # Autocast does not know custom ops, so the caller has to cast.
     autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
     if autocast and (dtype := _autocast_dtype(x)) is not None:
-        x, projections = _cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
+        x, projections = cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
     shared_mask = (
         activation != "" and projections[0].lora_A is not None and projections[0].lora_A is projections[1].lora_A
     )
@@ -301,17 +301,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
-def _cast(t: Any, dtype: torch.dtype) -> Any:
-    """``t`` in ``dtype``; None and quantized weights as they are. A call of ``to`` that casts nothing takes its time too."""
-    return t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t
-
-
 def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:
     lora_A, lora_B = p.lora_A, p.lora_B
     # The op casts float32 A and B on the fly.
     if lora_A is not None and lora_A.dtype != torch.float32:
-        lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
-    return Projection(_cast(p.weight, dtype), _cast(p.bias, dtype), lora_A, lora_B, p.scaling)
+        lora_A, lora_B = cast(lora_A, dtype), cast(lora_B, dtype)
+    return Projection(cast(p.weight, dtype), cast(p.bias, dtype), lora_A, lora_B, p.scaling)
 
 
 def _backend(x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float) -> str:

@@ -89,9 +89,7 @@ class Stored(NamedTuple):
 
 def as_plain(weight: Tensor | Stored | NF4Weight | FP8Weight, dtype: torch.dtype) -> Tensor:
     """``weight``, or the W that it stores, in ``dtype``."""
-    if isinstance(weight, Tensor):
-        return weight if weight.dtype is dtype else weight.to(dtype)
-    return weight.dequantize(dtype)
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
 
 @dataclass(frozen=True, eq=False)

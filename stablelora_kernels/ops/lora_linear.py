@@ -32,7 +32,6 @@ from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
-    cast,
     draw_dropout,
     expanded,
     few_rows,
@@ -55,7 +54,7 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
-from stablelora_kernels.utils.tensors import outside_autocast
+from stablelora_kernels.utils.tensors import cast, outside_autocast
 
 
 def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor]:

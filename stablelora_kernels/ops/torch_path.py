@@ -157,11 +157,6 @@ def few_rows(x: Tensor, dropout_p: float) -> int:
     return FEW_ROWS if dropout_p else FEW_ROWS_WITHOUT_DROPOUT
 
 
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in ``dtype``. A call of ``to`` that casts nothing takes its time too."""
-    return t if t.dtype is dtype else t.to(dtype)
-
-
 def as_matrix(x: Tensor) -> Tensor:
     """View [..., K] as [M, K]."""
     # Return a matrix itself: a view would be a node of the autograd graph and cost a third of a small product.
@@ -271,27 +266,20 @@ def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -
     return product(grad.t().to(lora_dtype), s.to(lora_dtype)).mul_(scaling)
 
 
+def _in_float32(p: Projection) -> Projection:
+    """Without a copy of the weight, which is made when it is read."""
+    bias, lora_A, lora_B = (None if t is None else t.float() for t in p[1:4])
+    return Projection(p.weight, bias, lora_A, lora_B, p.scaling)
+
+
 def torch_fwd(
     x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the scalings are s'."""
-    if not by_float32(x):
-        return _torch_fwd(x, projections, keeps, base)
-    with without_autocast(x):
-        ys, every_s = _torch_fwd(x.float(), _in_float32(projections), keeps, base)
-    return [y.to(x.dtype if base is None else base.dtype) for y in ys], [s.to(x.dtype) for s in every_s]
-
-
-def _in_float32(projections: Sequence[Projection]) -> list[Projection]:
-    """Without copies of the weights, which are made one at a time."""
-    small = [[None if t is None else t.float() for t in p[1:4]] for p in projections]
-    return [Projection(p.weight, *tensors, p.scaling) for p, tensors in zip(projections, small, strict=True)]
-
-
-def _torch_fwd(
-    x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`torch_fwd` in the dtype of its tensors; a plain weight may have another one."""
+    if by_float32(x):
+        with without_autocast(x):
+            ys, every_s = torch_fwd(x.float(), [_in_float32(p) for p in projections], keeps, base)
+        return [y.to(x.dtype if base is None else base.dtype) for y in ys], [s.to(x.dtype) for s in every_s]
     lora_As: list[Any] = [p.lora_A for p in projections]
     # S first: then X is in the cache for the wide products.
     if len(lora_As) > 1 and not any(keep is not None for keep in keeps):
@@ -327,19 +315,12 @@ def torch_bwd(
 
     Without a weight, dX is the branch's part alone.
     """
-    rest = keeps, lora_dtype, need_x, need_a, need_b
-    if not by_float32(grads[0]):
-        return _torch_bwd(x, grads, projections, s, *rest)
-    x, *s = (None if t is None else t.float() for t in (x, *s))
-    dx, das, dbs = _torch_bwd(x, [grad.float() for grad in grads], _in_float32(projections), s, *rest)
-    return None if dx is None else dx.to(grads[0].dtype), das, dbs
-
-
-def _torch_bwd(
-    x: Any, grads: Sequence[Tensor], projections: Sequence[Projection], s: Sequence[Any], keeps: Sequence[Tensor | None],
-    lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
-    """:func:`torch_bwd` in the dtype of its tensors; a plain weight may have another one."""
+    if by_float32(grads[0]):
+        x, *s = (None if t is None else t.float() for t in (x, *s))
+        projections = [_in_float32(p) for p in projections]
+        in_float32, needs = [grad.float() for grad in grads], (need_x, need_a, need_b)
+        found, *rest = torch_bwd(x, in_float32, projections, s, keeps, lora_dtype, *needs)
+        return None if found is None else found.to(grads[0].dtype), *rest  # type: ignore[return-value]
     dx: Tensor | None = None
     das: list[Tensor] = []
     dbs: list[Tensor] = []

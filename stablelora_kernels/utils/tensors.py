@@ -96,6 +96,11 @@ def copy(tensor: Any, value: Tensor) -> None:
     tensor.copy_(value)
 
 
+def cast(t: Any, dtype: torch.dtype) -> Any:
+    """``t`` in ``dtype``; None and quantized weights as they are. A call of ``to`` that casts nothing takes its time too."""
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the surrounding ``torch.autocast`` for devices of this type, or None without one."""
     # PyTorch raises for the meta device, on which there is no autocast.

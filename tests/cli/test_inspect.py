@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -66,6 +67,12 @@ def test_every_figure(tmp_path, capsys):
     (other,) = report["other_tensors"]
     assert other == {"key": "lm_head.weight", "shape": [11, 8], "dtype": "float32", "bytes": 352, "kind": "saved whole"}
     assert report["problems"] == report["beyond_plain_lora"] == []
+    # The weights alone will do, with the config beside them; a pickle will not.
+    assert inspect_json(capsys, path / WEIGHTS_NAME)["pairs"] == report["pairs"]
+    (tmp_path / "adapter_model.bin").touch()
+    message = "ADAPTER must be a directory or a safetensors file, got .*bin': a pickle can run code, so it is refused"
+    assert main(["inspect", str(tmp_path / "adapter_model.bin")]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_stable_is_the_papers_condition(tmp_path, capsys):

@@ -104,6 +104,7 @@ def test_hooks_that_come_after_the_construction_are_refused():
 # By its message, a wrong argument.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "TypeError: optimizer must be a StableLoRAAdamW, got int": {"optimizer": 1},
+    "TypeError: loss_fn must be a function of the model and a batch, got 'mse'": {"loss_fn": "mse"},
     "TypeError: grad_scaler must be a torch.amp.GradScaler, got int": {"grad_scaler": 1},
     "ValueError: max_graphs must be at least 1, got 0": {"max_graphs": 0},
     "ValueError: sample_batches must be 1 to max_graphs=8 batches, got 0": {"sample_batches": []},
@@ -119,18 +120,19 @@ BATCHES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("message", [*ARGUMENTS, *BATCHES])
-def test_wrong_arguments_are_refused(message):
-    model, optimizer = make()
-    before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises((TypeError, ValueError)) as caught:
-        if message in ARGUMENTS:
-            slk.GraphedStep(**{"model": model, "optimizer": optimizer, "loss_fn": mse, **ARGUMENTS[message]})
-        else:
-            batch, *loss_fn = BATCHES[message]
-            graphed(model, optimizer, *loss_fn)(batch)
-    assert f"{caught.type.__name__}: {caught.value}".startswith(message)
-    assert all_equal(before, [p.detach() for p in model.parameters()])
+@pytest.mark.parametrize("messages", [ARGUMENTS, BATCHES], ids=["arguments", "batches"])
+def test_wrong_arguments_are_refused(messages):
+    for message, given in messages.items():
+        model, optimizer = make()
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises((TypeError, ValueError)) as caught:
+            if messages is ARGUMENTS:
+                slk.GraphedStep(**{"model": model, "optimizer": optimizer, "loss_fn": mse, **given})
+            else:
+                batch, *loss_fn = given
+                graphed(model, optimizer, *loss_fn)(batch)
+        assert f"{caught.type.__name__}: {caught.value}".startswith(message)
+        assert all_equal(before, [p.detach() for p in model.parameters()])
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch):

@@ -93,6 +93,33 @@ def test_variants_are_named():
     assert len(report.skipped) == 4
     assert all(text.startswith("adapter 'default' is a variant of LoRA") for text in reasons(report).values())
     assert str(report).startswith("No LoRA module runs on this library's ops; ")
+    for change, reason in (
+        (lambda layer: layer.lora_A.update({"default": nn.Linear(16, 4)}), "lora_A of adapter 'default' has a bias"),
+        (
+            lambda layer: layer.lora_B["default"].double(),
+            "lora_A of adapter 'default' has a bias, or another dtype than lora_B",
+        ),
+        (
+            lambda layer: layer.lora_dropout.update({"default": nn.Dropout(1.0)}),
+            "the dropout of adapter 'default' drops everything",
+        ),
+        (
+            lambda layer: layer.lora_dropout.update({"default": nn.AlphaDropout(0.1)}),
+            "'default' is a AlphaDropout, or has hooks",
+        ),
+        (
+            lambda layer: layer.scaling.update(default=torch.ones(())),
+            "the scaling of adapter 'default' is a Tensor, not a",
+        ),
+        (
+            lambda layer: layer.lora_B["default"].register_forward_hook(print),
+            "lora_B of adapter 'default' is not a plain",
+        ),
+    ):
+        model = make()
+        change(model.base_model.model.layers[0].q_proj)
+        (skipped,) = slk.accelerate_peft(model).skipped
+        assert skipped.name == "base_model.model.layers.0.q_proj" and reason in skipped.reason
 
 
 # Where a hook is, and the ops that compute: on the base layer, that computes its own product; on what PEFT's forward calls, none.

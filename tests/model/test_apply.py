@@ -29,13 +29,23 @@ BAD_CONFIGS = [
     ("bias", "some", ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
     ("rank_pattern", {"q": 0}, ValueError, "rank_pattern['q'] must be at least 1, got 0"),
     ("alpha_pattern", {"q": float("inf")}, ValueError, "alpha_pattern['q'] must be a finite number in"),
+    (
+        "alpha_pattern",
+        {"(?i)q": 1},
+        ValueError,
+        "alpha_pattern must be a regular expression that may follow other text",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "error", "message"), BAD_CONFIGS, ids=str)
-def test_config_refuses(field, value, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        lora_config(**{field: value})
+def test_config_refuses_and_hashes():
+    for field, value, error, message in BAD_CONFIGS:
+        with pytest.raises(error, match=re.escape(message)):
+            lora_config(**{field: value})
+    every = {
+        lora_config(rank_pattern={"q": r}, target_modules=names) for r in (1, 2) for names in (["q"], ["q", "v"], ["q"])
+    }
+    assert len(every) == 4
 
 
 QV = ["q_proj", "v_proj"]
@@ -114,6 +124,17 @@ class Subclass(nn.Linear):
     pass
 
 
+class Headless(Model):
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
+def with_parts(model, **parts):
+    for name, part in parts.items():
+        setattr(model, name, part(model))
+    return model
+
+
 def odd(make):
     """A model with this layer as "odd" and a good one beside it."""
     return lambda: nn.ModuleDict({"good": nn.Linear(4, 4), "odd": make()})
@@ -159,6 +180,11 @@ SKIPPED = {
         Model, {"exclude_modules": ["layers.0.v_proj"], "modules_to_save": ["layers.1"]}, 1,
         {"layers.0.v_proj": EXCLUDED, "layers.1.q_proj": SAVED, "layers.1.v_proj": SAVED},
     ),
+    "a second name alone": (
+        lambda: with_parts(Model(), again=lambda model: model.lm_head), {"target_modules": ["again", "q_proj"]}, 2,
+        {"again": "it is the same module as 'lm_head', which is not matched"},
+    ),
+    "a head that is not said": (Headless, ALL, 5, {}),
     "experts": (with_experts, ALL, 5, {"experts": EXPERTS}),
     "a llama's head": (llama, ALL, 14, {"lm_head": 'it is the output head, which "all-linear" leaves out'}),
     "a tied head": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -90,6 +91,17 @@ REFUSED = {
         r"target_modules must match an nn.Linear of the model, got \['k_proj'\], which matches none. "
         r"Its linear layers: 'layers.0.q_proj', .*, 'lm_head'$",
     ),
+    "no match of an expression": (
+        Model, applies(target_modules="k_proj"), "a string is a regular expression for the whole dotted name",
+    ),
+    "no config": (
+        Model, lambda model, path: slk.apply_lora(model, "all-linear"),
+        "config must be a LoRAConfig, got str; PEFT's LoraConfig will do, too",
+    ),
+    "lazy to save": (
+        lambda: nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": nn.LazyLinear(4)}), applies(modules_to_save=["head"]),
+        "modules_to_save names 'head', but 'head.weight' has no shape before its first forward",
+    ),
     "all skipped": (
         Model, applies(target_modules=["norm"]),
         r"which matches none; skipped layers.0.norm \(LayerNorm is not an nn.Linear\), ",
@@ -117,6 +129,14 @@ REFUSED = {
     "saved, two scalings": (
         changed(another_scaling), saves, "use_rslora must be one value for all layers, got both; lm_head differ",
     ),
+    "saved, to a file": (
+        lambda: adapted(1), lambda model, path: slk.save_adapter(model, path / "adapter" / "adapter_config.json"),
+        "path must be a directory, got the file",
+    ),
+    "loaded, a revision that is none": (
+        fresh, lambda model, path: slk.load_adapter(model, path / "adapter", revision=1),
+        "revision must be a string or None, got int",
+    ),
     "loaded, merged": (
         changed(slk.merge_lora), loads, "must not be merged while an adapter is loaded, got layers.0.q_proj, .* merged",
     ),
@@ -136,11 +156,16 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "call", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_before_anything_changes(saved, make, call, message):
-    model = make()
-    before = [layer.merged for layer in lora_layers(model).values()]
-    with refused(model, ValueError, message):
-        call(model, saved.parent)
-    assert [layer.merged for layer in lora_layers(model).values()] == before
-    assert os.listdir(saved.parent) == ["adapter"]
+@pytest.mark.parametrize("names", [[*REFUSED][i::4] for i in range(4)], ids=str)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_refused_before_anything_changes(saved, names):
+    for name in names:
+        print(name)
+        make, call, message = REFUSED[name]
+        model = make()
+        before = [layer.merged for layer in lora_layers(model).values()]
+        unchanged = pytest.raises if "lazy" in name else partial(refused, model)
+        with unchanged((ValueError, TypeError), match=message):
+            call(model, saved.parent)
+        assert [layer.merged for layer in lora_layers(model).values()] == before
+        assert os.listdir(saved.parent) == ["adapter"]

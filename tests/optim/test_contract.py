@@ -256,6 +256,10 @@ def test_wrappers_around_a_model_do_not_matter():
         optimizer.param_groups[0]["lr"] = 0.5
         optimizer.load_state_dict(given.state_dict())
         assert all_equal(snapshot(optimizer), snapshot(plain)) and optimizer.param_groups[0]["lr"] == 0.25
+    # Printed, it has no name of a parameter.
+    first, *groups = repr(plain).split("\n")
+    assert first == "StableLoRAAdamW (4 LoRA pairs)" and len(groups) == len(plain.param_groups)
+    assert "parameters): amsgrad: False, betas: (0.9, 0.999)" in groups[0] and "lora_A" not in groups[0]
 
 
 def test_a_state_from_before_these_options_keeps_the_optimizers_own():
