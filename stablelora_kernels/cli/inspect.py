@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.cli.common import Report, failing, load_files, positive, printable, shorten, size, width
-from stablelora_kernels.config import check_patterns, lookup_pattern
+from stablelora_kernels.config import check_patterns, ends_of, lookup_pattern
 from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora
 from stablelora_kernels.pairs import split_lora_name
 from stablelora_kernels.utils.validation import check_float, counted, shown
@@ -175,13 +175,13 @@ def _sort_tensors(
         if a.shape[0] != b.shape[1]:
             problems.append(f"{name} must have A [r, n] and B [m, r] of one r, got A {a.shape} and B {b.shape}")
             continue
-        pairs.append(_pair(name, a, b, _scaling(name, a.shape[0], config, problems)))
+        pairs.append(_pair(name, a, b, *_rank_and_scaling(name, a.shape[0], config, problems)))
     return pairs, sorted(others, key=lambda other: _natural(other["key"]))
 
 
-def _pair(name: str, a: Figures, b: Figures, scaling: float | None) -> Row:
+def _pair(name: str, a: Figures, b: Figures, r: int, scaling: float | None) -> Row:
     """The figures of A [r, n] and B [m, r]: ``a_norm`` is ‖A‖/n, ``b_norm`` ‖B‖/m; ``stable`` is None if one is not finite."""
-    (r, n), m = a.shape, b.shape[0]
+    n, m = a.shape[1], b.shape[0]
     a_norm, b_norm = a.norm / max(n, 1), b.norm / max(m, 1)
     stable = a_norm <= b_norm if math.isfinite(a_norm) and math.isfinite(b_norm) else None
     dtype = "/".join(dict.fromkeys((a.dtype, b.dtype)))
@@ -202,15 +202,26 @@ def _cell(figure: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) -> float | None:
-    """The scaling that PEFT uses with this config, if there is one. A rank that differs from the file's is a problem."""
+def _rank_and_scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) -> tuple[int, float | None]:
+    """The rank and the scaling that PEFT uses with this config, if there is one; ``r`` is that of A.
+
+    A stack of experts has a multiple of its rank there. Any other rank that differs from the file's is a problem.
+    """
     if config.get("peft_type") != "LORA" or r < 1:
-        return None
-    rank = lookup_pattern(config["rank_pattern"], (name,), config.get("r", r))
-    if rank != r:
+        return r, None
+    given, module = config.get("target_parameters"), re.sub(r"(\.base_layer)*$", "", name)
+    targets = [target for target in given if isinstance(target, str)] if isinstance(given, list) else []
+    stacks = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
+    stacks = [stack for stack in stacks if not {*ends_of(stack)}.isdisjoint(targets)]
+    for key in stacks or [name]:
+        rank = lookup_pattern(config["rank_pattern"], (key,), config.get("r", r))
+        if rank == r or (stacks and isinstance(rank, int) and rank > 0 and r % rank == 0):
+            break
+    else:
         problems.append(f"{name} has rank {r}, but its config says {shown(rank)}")
-    alpha = lookup_pattern(config["alpha_pattern"], (name,), config.get("lora_alpha", PEFT_ALPHA))
-    return check_float(f"lora_alpha of {name}", alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+        rank = r
+    alpha = lookup_pattern(config["alpha_pattern"], (key,), config.get("lora_alpha", PEFT_ALPHA))
+    return rank, check_float(f"lora_alpha of {name}", alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _kind(key: str, shape: list[int]) -> str:

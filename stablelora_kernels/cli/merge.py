@@ -169,7 +169,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None) -> MergeReport:
     merge_lora(model)
     if dtype is not None:
         for layer in lora_layers(model).values():
-            layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+            layer.set_weight(nn.Parameter(layer.weight.to(dtype), requires_grad=False))
     return remove_lora(model)
 
 

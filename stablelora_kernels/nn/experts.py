@@ -170,7 +170,7 @@ class LoRAStack(LoRALinear):
         """How many modules PEFT nests around the one of this projection."""
         return self.__dict__["_base"].depth  # type: ignore[no-any-return]
 
-    def _set_weight(self, weight: nn.Parameter) -> None:
+    def set_weight(self, weight: nn.Parameter) -> None:
         self.holder.register_parameter(self.__dict__["_base"].name, weight)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]

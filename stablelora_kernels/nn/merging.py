@@ -84,7 +84,7 @@ class Mergeable(nn.Module):
                 "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
             )
         self.__dict__["_unmerged_weight"] = self.weight
-        self._set_weight(nn.Parameter(merged, requires_grad=False))
+        self.set_weight(nn.Parameter(merged, requires_grad=False))
         self.merged = True
         return self._merge_error(delta)
 
@@ -130,7 +130,8 @@ class Mergeable(nn.Module):
         """The module whose parameter ``weight`` is."""
         return self
 
-    def _set_weight(self, weight: nn.Parameter) -> None:
+    def set_weight(self, weight: nn.Parameter) -> None:
+        """Put another Parameter in the place of ``weight``."""
         self.weight = weight
 
     def _stored_delta(self) -> Tensor:
@@ -150,7 +151,7 @@ class Mergeable(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("this LoRALinear is not merged")
-        self._set_weight(self.frozen_weight)
+        self.set_weight(self.frozen_weight)
         self.__dict__["_unmerged_weight"] = None
         self.merged = False
 

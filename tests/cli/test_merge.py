@@ -17,6 +17,7 @@ from stablelora_kernels.cli import main
 from tests.cli.test_cli import fails
 from tests.helpers.adapters import edit_config, edit_tensors
 from tests.helpers.dying import in_child, needs_fork
+from tests.helpers.moe_models import build, stacks
 from tests.helpers.small_models import fill_b, llama, lora_config, output
 
 transformers = pytest.importorskip("transformers")
@@ -102,6 +103,16 @@ def test_what_it_writes(tmp_path, capsys, stored, wanted, written):
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"a": 1}'
     assert "training_args.bin" not in content(tmp_path / "out")
     assert names_in(tmp_path) == ["adapter", "model", "out"]
+
+
+def test_stacks_of_experts(tmp_path, capsys):
+    model = build("qwen3_moe", dtype=torch.bfloat16)
+    adapted = prepare(tmp_path, model, target_modules=[], target_parameters=stacks(model))
+    (name,) = (name for name, m in adapted.named_modules() if isinstance(m, slk.nn.LoRAExperts))
+    assert main(argv(tmp_path)) == 0 and "2 layers merged" in capsys.readouterr().out
+    slk.merge_lora(adapted)
+    experts, expected = reload(tmp_path / "out").get_submodule(name), adapted.get_submodule(name).base_layer
+    assert all(torch.equal(getattr(experts, key), p) for key, p in expected.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
+from stablelora_kernels.cli import main
 from stablelora_kernels.nn import LoRAExperts
 from stablelora_kernels.nn.experts import each_expert
 from stablelora_kernels.ops.torch_path import draw_keep
@@ -51,7 +53,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     "family",
     [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly) for name in FAMILIES if name != "jetmoe"],
 )
-def test_files_are_pefts_both_ways(family, tmp_path):
+def test_files_are_pefts_both_ways(family, tmp_path, capsys):
     theirs, ours = with_lora(build(family), rank_pattern={"experts.down_proj": 5}), build(family).eval()
     expected, before = results(theirs), ours.state_dict()
     theirs.save_pretrained(tmp_path / "theirs")
@@ -63,6 +65,10 @@ def test_files_are_pefts_both_ways(family, tmp_path):
     rtol = 1e-6 if family == "nemotron_h" else 1e-12
     assert_same(results(ours), expected, rtol)
     slk.save_adapter(ours, tmp_path / "ours")
+    # The command line knows their ranks, of which A has a multiple.
+    assert main(["inspect", "--json", str(tmp_path / "ours")]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {(row["r"], row["scaling"]) for row in shown["pairs"]} == {(3, 2.0), (5, 1.2)} and not shown["problems"]
     back = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours", is_trainable=True).eval()
     found = results(back)
     assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)
