@@ -20,7 +20,7 @@ from stablelora_kernels.testing import make_pairs
 
 # Pairs, rank, width. torchao compiles its step for all pairs together: a minute for 64 of them.
 QUICK = [(16, 8, 2048)]
-FULL = [*QUICK, (64, 8, 2048), (14, 16, 512)]
+FULL = [*QUICK, (64, 8, 2048), (14, 16, 512), *((pairs, *size) for pairs in (32, 224) for size in ((8, 64), (16, 576)))]
 STATES = ("shrinking", "latched")
 PAIRS = (8, 32, 128, 512, 2000)
 # Widths of 64 pairs of rank 8: 100 thousand to 100 million parameters.
