@@ -126,7 +126,7 @@ class LoRAConfig:
         return self.reason_to_train_whole(name)
 
     def reason_to_train_whole(self, name: str) -> str | None:
-        """Why a module gets no branch although it trains, or None."""
+        """The reason if a module gets no branch because it is trained whole, or None."""
         parents = name.split(".")
         if any(self.saves(".".join(parents[: i + 1])) for i in range(len(parents))):
             return "it is trained whole (modules_to_save)"

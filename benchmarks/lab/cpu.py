@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,20 +72,29 @@ def few(arm: str, dtype: torch.dtype, dropout: float, rows: int, backward: bool)
     return lambda: model(x).backward(grad) if backward else model(x)
 
 
-def _cases() -> dict[str, tuple[str, tuple[str, ...], Callable[[str], Run]]]:
-    """By name: the set of instructions, the arms and what makes one of them."""
-    found: dict[str, tuple[str, tuple[str, ...], Callable[[str], Run]]] = {}
+class Case(NamedTuple):
+    """The set of instructions, the arms, what makes one of them, and whether oneDNN is off."""
+
+    instructions: str
+    arms: tuple[str, ...]
+    make: Callable[[str], Run]
+    without_onednn: bool
+
+
+def _cases() -> dict[str, Case]:
+    """By name."""
+    found: dict[str, Case] = {}
     for instructions in ENVIRONMENT:
         for name, dtype in DTYPES.items():
             for dropout in (0.0, 0.05):
                 end = f"{name}, dropout {dropout}, {instructions}"
                 slow = dtype != torch.float32 and instructions != NATIVE
                 make = partial(step, dtype=dtype, dropout=dropout, layers=2 if slow else 6)
-                found[f"step, {end}"] = instructions, MODELS, make
+                found[f"step, {end}"] = Case(instructions, MODELS, make, slow)
                 for rows in (1, 8) if instructions == NATIVE else ():
                     for words, backward in (("forward", False), ("forward and backward", True)):
                         make = partial(few, dtype=dtype, dropout=dropout, rows=rows, backward=backward)
-                        found[f"{rows} rows, {words}, {end}"] = instructions, LAYERS, make
+                        found[f"{rows} rows, {words}, {end}"] = Case(instructions, LAYERS, make, slow)
     return found
 
 
@@ -94,8 +103,8 @@ CASES = _cases()
 
 def measure(case: str, rounds: int) -> list[dict[str, Any]]:
     """The records of a case, in a process that has its instructions: wall and CPU time, page faults."""
-    instructions, arms, make = CASES[case]
-    if instructions != NATIVE and "bfloat16" in case:
+    _, arms, make, without_onednn = CASES[case]
+    if without_onednn:
         torch._C._set_mkldnn_enabled(False)
     runs = {arm: make(arm) for arm in arms}
     found: dict[str, dict[str, list[float]]] = {arm: {"ms": [], "cpu_ms": [], "faults": []} for arm in arms}
@@ -145,12 +154,14 @@ def main() -> None:
         print(json.dumps(measure(args.case, args.rounds)))
         return
     rows: list[dict[str, Any]] = []
-    for case, (instructions, *_) in CASES.items():
-        if args.only not in case:
-            continue
+    for case in (case for case in CASES if args.only in case):
         command = [sys.executable, "-m", __spec__.name, "--case", case, "--rounds", str(args.rounds)]
         done = subprocess.run(
-            command, env=os.environ | ENVIRONMENT[instructions], stdout=subprocess.PIPE, text=True, check=True
+            command,
+            env=os.environ | ENVIRONMENT[CASES[case].instructions],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         rows += json.loads(done.stdout.splitlines()[-1])
         print(table(rows).splitlines()[-1], flush=True)

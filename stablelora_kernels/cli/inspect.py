@@ -209,19 +209,28 @@ def _rank_and_scaling(name: str, r: int, config: Mapping[str, Any], problems: li
     """
     if config.get("peft_type") != "LORA" or r < 1:
         return r, None
-    given, module = config.get("target_parameters"), re.sub(r"(\.base_layer)*$", "", name)
-    targets = [target for target in given if isinstance(target, str)] if isinstance(given, list) else []
-    stacks = [f"{module}.{target.rpartition('.')[2]}" for target in targets]
-    stacks = [stack for stack in stacks if not {*ends_of(stack)}.isdisjoint(targets)]
-    for key in stacks or [name]:
-        rank = lookup_pattern(config["rank_pattern"], (key,), config.get("r", r))
-        if rank == r or (stacks and isinstance(rank, int) and rank > 0 and r % rank == 0):
-            break
-    else:
+    key = _stack(name, config) or name
+    rank = lookup_pattern(config["rank_pattern"], (key,), config.get("r", r))
+    if rank != r and (key == name or not isinstance(rank, int) or rank < 1 or r % rank):
         problems.append(f"{name} has rank {r}, but its config says {shown(rank)}")
         rank = r
     alpha = lookup_pattern(config["alpha_pattern"], (key,), config.get("lora_alpha", PEFT_ALPHA))
     return rank, check_float(f"lora_alpha of {name}", alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _stack(name: str, config: Mapping[str, Any]) -> str | None:
+    """The name of the stack of experts that a pair is of, or None: PEFT's files have its place among nested modules instead."""
+    module = re.sub(r"(\.base_layer)*$", "", name)
+    given = config.get("target_parameters")
+    targets = [target for target in given if isinstance(target, str)] if isinstance(given, list) else []
+    stacks = {f"{module}.{target.rpartition('.')[2]}" for target in targets}
+    # PEFT nests in the order of the module's parameters, and down comes last.
+    found = sorted(
+        (stack for stack in stacks if not {*ends_of(stack)}.isdisjoint(targets)),
+        key=lambda stack: (stack.endswith("down_proj"), stack),
+    )
+    depth = name.count(".base_layer", len(module))
+    return found[-1 - depth] if depth < len(found) else None
 
 
 def _kind(key: str, shape: list[int]) -> str:

@@ -90,14 +90,16 @@ def read_products(wrapper: Any, x: Tensor | None) -> dict[str, Product] | str:
         if x is not None and (weight.device != x.device or weight.dtype != dtype):
             return f"its {name} is {weight.dtype} on {weight.device}"
         if name in wrappers:
-            product = _read_product(base, name, wrappers[name], x)
-            if isinstance(product, str):
-                return product
-            products |= product
+            pair = _read_pair(name, wrappers[name], weight.dtype, x)
+            if isinstance(pair, str):
+                return pair
+            if x is not None:
+                products[name] = product_of(base, name, *pair)
     return products
 
 
-def _read_product(base: Any, name: str, wrapper: Any, x: Tensor | None) -> dict[str, Product] | str:
+def _read_pair(name: str, wrapper: Any, dtype: torch.dtype, x: Tensor | None) -> tuple[Tensor, Tensor, float] | str:
+    """A, B and the scaling of a wrapper for an input like ``x``, or why PEFT must compute them; ``dtype`` is the weight's."""
     if wrapper.num_experts < 2:
         return f"its {name} is of one expert"
     if x is None:
@@ -112,9 +114,7 @@ def _read_product(base: Any, name: str, wrapper: Any, x: Tensor | None) -> dict[
         a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
         if any(type(t) is not nn.Linear or is_hooked(t) or weight_and_bias(t)[1] is not None for t in (a, b)):
             return f"adapter {adapter!r} of its {name} is not of plain nn.Linears, or has hooks"
-    if x is None:
-        return {}
-    weight, a, b = getattr(base, name), a.weight, b.weight
-    if a.device != x.device or a.dtype != b.dtype or a.dtype not in (torch.float32, weight.dtype):
+    a, b = a.weight, b.weight
+    if x is not None and (a.device != x.device or a.dtype != b.dtype or a.dtype not in (torch.float32, dtype)):
         return f"adapter {adapter!r} of its {name} is {a.dtype} on {a.device}"
-    return {name: product_of(base, name, a, b, wrapper.scaling[adapter])}
+    return a, b, wrapper.scaling[adapter]

@@ -77,13 +77,14 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
     It starts from the config that apply_lora got, if any. Layers may have been skipped, added or changed since.
     """
     stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAStack)]
+    linears = [name for name in layers if name not in stacks]
     first = next(iter(layers.values()))
     if mixed := [name for name, layer in layers.items() if layer.use_rslora != first.use_rslora]:
         raise ValueError(
             f"use_rslora must be one value for all layers, got both; {list_some(mixed)} differ from the first"
         )
     config: LoRAConfig = model.__dict__.get(CONFIG_ATTRIBUTE) or LoRAConfig(
-        r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, target_modules=list(layers),
+        r=first.r, lora_alpha=first.lora_alpha, lora_dropout=first.lora_dropout, target_modules=linears,
         target_parameters=stacks,
     )  # fmt: skip
     fan_in_fan_out = any(isinstance(layer, LoRAConv1D) for layer in layers.values())
@@ -98,7 +99,6 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
     # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.
     every_name = (clean(path) for path, _ in model.named_modules())
     names = [name for name in every_name if name and name.removesuffix(".base_layer") not in layers]
-    linears = [name for name in layers if name not in stacks]
     names += linears
     config = replace(config, target_parameters=_parameters_of(config, model, stacks))
     choices: list[list[str] | str] = [] if config.all_linear else [config.target_modules or []]

@@ -121,11 +121,11 @@ def _compute_routed(experts: Any, up: Product, down: Product, x: Tensor, index: 
 
 
 class StackedWeight:
-    """A parameter of a module of experts, as :class:`LoRAStack` needs it: the part of an ``nn.Linear``."""
+    """A parameter of a module of experts, with what :class:`LoRALinear` reads of its ``nn.Linear``."""
 
     def __init__(self, experts: Any, name: str, depth: int) -> None:
         self.experts, self.name = experts, name
-        # PEFT nests a module for each adapted parameter: how many come behind this one.
+        # PEFT nests a module for each adapted parameter. So many come behind this one's.
         self.depth = depth
         self.count, *sizes = self.weight.shape
         self.out_features, self.in_features = sizes[::-1] if is_taken_transposed(experts) else sizes
@@ -150,8 +150,6 @@ class LoRAStack(LoRALinear):
         lora_B: [out_features, r E], the expert fastest.
     """
 
-    keeps_base = True
-
     def _attach(self, base: StackedWeight) -> None:  # type: ignore[override]
         self.register_parameter("bias", None)
         self.num_experts = base.count
@@ -169,6 +167,10 @@ class LoRAStack(LoRALinear):
     def depth(self) -> int:
         """How many modules PEFT nests around the one of this projection."""
         return self.__dict__["_base"].depth  # type: ignore[no-any-return]
+
+    def to_linear(self) -> nn.Module:
+        """The module of experts, which holds the weight, merged or not."""
+        return self.holder
 
     def set_weight(self, weight: nn.Parameter) -> None:
         self.holder.register_parameter(self.__dict__["_base"].name, weight)

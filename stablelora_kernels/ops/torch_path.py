@@ -63,7 +63,7 @@ MULTIPLIED = {torch.bfloat16: _is_multiplied("bf16"), torch.float16: _is_multipl
 
 
 def by_float32(x: Tensor) -> bool:
-    """Whether products of x's low precision run in float32: PyTorch's own loops take 4 to 25 times as long."""
+    """Whether products of x's low precision run in float32: PyTorch's own loops take many times as long."""
     if x.dtype not in MULTIPLIED or x.device.type != "cpu":
         return False
     # A compiled graph keeps what held as it was traced.
@@ -177,19 +177,19 @@ def _is_small(size: int) -> bool:
 
 def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
     """Draw a bool keep-mask of x's shape from torch's generator. Return it with its exact dropout probability."""
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p), dropout_p
-    return _draw(x.shape, dropout_p, None)
+    return _draw(x.shape, x.device, dropout_p)
 
 
-def _draw(shape: Sequence[int], dropout_p: float, generator: torch.Generator | None) -> tuple[Tensor, float]:
+def _draw(
+    shape: Sequence[int], device: torch.device, dropout_p: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, float]:
     size = math.prod(shape)
-    if _is_small(size):
-        keep = torch.empty(shape, dtype=torch.bool, device="cpu")
+    if device.type != "cpu" or _is_small(size):
+        keep = torch.empty(shape, dtype=torch.bool, device=device)
         return keep.bernoulli_(1 - dropout_p, generator=generator), dropout_p
-    # bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are several times
-    # faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased. Not all may be
-    # dropped, which would leave nothing to scale.
+    # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are
+    # several times faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased.
+    # Not all may be dropped, which would leave nothing to scale.
     dropped = min(round(dropout_p * 65536), 65535)
     count = -(-size // 4)
     if torch.compiler.is_compiling():
@@ -210,7 +210,7 @@ def draw_keep_again(state: Tensor, shape: Sequence[int], dropout_p: float) -> Te
     """The keep-mask that :func:`draw_keep` drew when torch's generator was in ``state``."""
     generator = torch.Generator()
     generator.set_state(state)
-    return _draw(shape, dropout_p, generator)[0]
+    return _draw(shape, torch.device("cpu"), dropout_p, generator)[0]
 
 
 def draw_dropout(x: Tensor, dropout_p: float, scaling: float) -> tuple[Tensor | None, float]:

@@ -21,7 +21,7 @@ from tests.helpers.optimizers import DEVICE, make_pairs, params_of, set_grads, s
 from tests.helpers.small_models import fill_b
 from tests.optim.options import OPTIONS
 
-# As tests/conftest.py does, whose fixtures a spawned process does not have.
+# As the fixture in tests/conftest.py does, which a spawned process does not have.
 torch_path.FEW_ROWS_WITHOUT_DROPOUT = torch_path.FEW_ROWS
 #: One step of something; what it computed, by the step's number.
 Work = Callable[[int], list[Tensor]]
