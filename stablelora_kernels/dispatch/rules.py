@@ -67,8 +67,8 @@ QUANTIZED_RULES = (
     Rule(lambda d, c, bits, aligned: c.m > problem.IN_LOOP_M,
          "dequantize", f"more than {problem.IN_LOOP_M} rows: the product would dequantize W again for every 128 rows"),
     # Of 19 instructions an element, 6 would access shared memory.
-    Rule(lambda d, c, bits, aligned: bits == 4 and c.direction == "backward" and c.m > 128,
-         "dequantize", "4 bits, more than 128 rows: the product would also transpose each dequantized tile of W"),
+    Rule(lambda d, c, bits, aligned: bits == 4 and c.direction == "backward" and c.m > problem.SMALL_M and c.k <= c.n,
+         "dequantize", "4 bits, more than 64 rows, short sums: the product would also transpose each dequantized tile of W"),
     Rule(lambda d, c, bits, aligned: True, "in_loop", "few rows: the kernel reads W as it is stored"),
 )  # fmt: skip
 

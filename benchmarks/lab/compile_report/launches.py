@@ -24,7 +24,7 @@ GROUPS = ((4096, 1024, 1024), (14336, 14336))
 DROPOUT = (0.0, 0.1)
 # M, K and r. The 4113: bytes and blocks that lie across rows.
 QUANTIZED = {
-    "bf16/fp32": [*product((8, 64, 256, 4096), (4096,), (16, 64)), (64, 4113, 16)],
+    "bf16/fp32": [*product((8, 64, 128, 4096), (4096,), (16, 64)), (64, 4113, 16)],
     "fp32": [(8, 4096, 16)],
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

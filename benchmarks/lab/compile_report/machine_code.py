@@ -98,26 +98,17 @@ def _run(tool: str | Path, options: Sequence[str], content: bytes) -> subprocess
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True)
 
 
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
 def cuobjdump(cubin: bytes) -> str:
     """Resources and instructions of a cubin, by the tool in Triton's wheel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return _run(tool, ["--dump-resource-usage", "-sass"], cubin).stdout
+    return _run(_TOOLS / "cuobjdump", ["--dump-resource-usage", "-sass"], cubin).stdout
 
 
-_SASS = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\S+)(?:[^;]*?\b(0x[0-9a-f]+))?[^;]*;")
-
-
-def sass_counts(text: str) -> tuple[int, int]:
-    """Instructions, and those to memory, of the largest innermost loop that holds matrix instructions; of all where none does."""
-    code = [(int(place, 16), op, target) for place, op, target in _SASS.findall(text) if not op.startswith("NOP")]
-    places = {place: index for index, (place, _, _) in enumerate(code)}
-    ends = [(end, int(target, 16)) for end, (_, op, target) in enumerate(code) if op.startswith("BRA") and target]
-    loops = [(places[start], end) for end, start in ends if places.get(start, end) < end]
-    loops = [(start, end) for start, end in loops if any("MMA" in op for _, op, _ in code[start : end + 1])]
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    start, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, len(code) - 1))
-    ops = [op for _, op, _ in code[start : end + 1] if op != "LDGDEPBAR"]
-    return len(ops), sum(op.startswith(("LD", "ST", "ATOM", "RED")) for op in ops)
+def nvdisasm(cubin: bytes) -> str:
+    """Instructions of a cubin with labels and source lines, likewise."""
+    return _run(_TOOLS / "nvdisasm", ["-g", "-c"], cubin).stdout
 
 
 def serialized(ptx: str) -> str:

@@ -3,9 +3,9 @@
     python -m benchmarks.lab.predict [--gpu h100] [--dropout 0.1] [--out DIRECTORY]
     python -m benchmarks.lab.predict --weights nf4
 
-docs/internals/predictions.md explains the model, and gpus/ has the ceilings with their sources. Our times are a band: from all of
-the vendor's matrix rate and the highest rate of L2 to 0.85 of the one and the lowest of the other. Regret is how much longer
-dispatch's kernel takes than the fastest one at the worse end; least regret is that of the best kernel.
+docs/internals/predictions.md explains the model, and gpus/ has the ceilings with their sources. Ratios are bands, see
+``launch_time.band_ends``. Regret is how much longer dispatch's kernel takes than the fastest one at the worse end; least regret
+is that of the best kernel.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.predict import layer_time, quantized
 from benchmarks.lab.predict.launch_time import SLOW, Gpu, load_gpu
-from benchmarks.lab.predict.layer_time import DIRECTIONS, MLPS, NO_OVERLAP, OURS, seconds, table
-from benchmarks.lab.predict.rivals import FROZEN, MLP, PEFT, RIVALS, Shape
+from benchmarks.lab.predict.layer_time import DIRECTIONS, MLPS, OURS, seconds, table
+from benchmarks.lab.predict.rivals import FROZEN, MLP, PEFT, Shape
 
 
 def over_frozen(table: pd.DataFrame, arm: str, end: str = "") -> pd.Series:
@@ -30,15 +30,22 @@ def over_frozen(table: pd.DataFrame, arm: str, end: str = "") -> pd.Series:
     return ours / frozen
 
 
+def band(table: pd.DataFrame, arm: str, form: str = "{:.2f}-{:.2f}") -> pd.Series:
+    """:func:`over_frozen` at both ends, as text."""
+    ends = pd.concat([over_frozen(table, arm, end) for end in ("", SLOW)], axis=1)
+    return pd.Series([form.format(*sorted(each)) for each in ends.to_numpy()], table.index)
+
+
 def shown(table: pd.DataFrame) -> str:
-    """Rows as times over the frozen layer's or MLP's, ours as a band."""
+    """Rows as times over the frozen layer's or MLP's."""
     text = table[["m", "r"]].copy()
-    text["frozen, us"] = sum(table[f"{FROZEN} {way}"] for way in DIRECTIONS).round(1)
+    text["frozen, us"] = [
+        f"{min(each):.1f}-{max(each):.1f}"
+        for each in zip(*(sum(table[f"{FROZEN} {way}{end}"] for way in DIRECTIONS) for end in ("", SLOW)), strict=True)
+    ]
     for arm in dict.fromkeys(name.removesuffix(" forward") for name in table if name.endswith(" forward")):
         if arm != FROZEN:
-            text[f"{arm}, x"] = over_frozen(table, arm).map("{:.2f}".format)
-        if arm not in (*RIVALS, NO_OVERLAP):
-            text[f"{arm}, x"] += over_frozen(table, arm, SLOW).map("-{:.2f}".format)
+            text[f"{arm}, x"] = band(table, arm)
     for way in DIRECTIONS if "forward kernel" in table else ():
         text[f"{way} by (regret)"] = table[f"{way} kernel"] + table[f"{way} regret at most"].map(" ({:.0%})".format)
     return text.to_string(index=False)

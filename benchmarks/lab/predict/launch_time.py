@@ -6,31 +6,44 @@ import json
 import math
 from collections.abc import Sequence
 from functools import cache
+from heapq import heappop, heappush
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.lab.predict.formula import Traffic, branches, formula, operand, thin_jobs, weights
+from benchmarks.lab.predict.formula import (
+    Traffic,
+    branches,
+    formula,
+    formula_by_tensor,
+    operand,
+    thin_jobs,
+    total,
+    weights,
+)
+from benchmarks.lab.predict.instructions import RANKS, TILE, Counts, counts_of
 from stablelora_kernels.dispatch.problem import DEVICES, Device, cdiv
 
 GPUS = Path(__file__).parent / "gpus"
-# The slow end of the band: the least share of the vendor's matrix rate that Triton's products are taken to reach.
-SLOWEST = 0.85
+# The slow end of the band: the least share of the vendor's rate that the main loops of Triton's products are taken to reach.
+SLOWEST = 0.92
 # The suffixes of columns at the band's ends.
 FAST, SLOW = "", " (slow)"
 
 
 # Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
-# One way through L2 for what programs tell each other: twice the 130 ns that an idle H100's pointer chase takes.
+# One way through L2 for what programs tell each other, or a load: twice the 130 ns that an idle H100's pointer chase takes.
 L2_LATENCY = 0.3e-6
+# Bytes a clock into a processor.
+PORT = 64
 # Tiles of the vendor's products, rows by columns, and how many programs may share one.
 VENDOR_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
 VENDOR_SPLITS = (1, 2, 4, 8, 16)
 
 
 class Gpu(NamedTuple):
-    """Ceilings of a GPU: bytes and operations a second, seconds a launch."""
+    """Ceilings of a GPU: bytes a second, clocks a second, seconds a launch."""
 
     name: str
     arch: str
@@ -38,21 +51,31 @@ class Gpu(NamedTuple):
     # What L2 delivers: the figure that the sources suggest, and the lowest and the highest that they allow.
     l2_bandwidth: float
     l2_range: tuple[float, float]
-    # Into all processors together; each takes an equal share at most.
-    port_bandwidth: float
-    # Of the vendor's products in 16 bits.
-    matrix_rate: float
+    # Under products in 16 bits, likewise: the power limit lowers it.
+    clock: float
+    clock_range: tuple[float, float]
+    # Of a processor in 16 bits, a clock, and the share of them that the vendor's main loops reach.
+    matrix_operations: int
+    matrix_share: float
     # A matrix instruction of fewer columns takes as long as one of these.
     narrow_columns: int
-    # Instructions a second of all threads together; of those to memory, shared memory's included, a quarter.
-    issue_rate: float
     launch: float
-    # The share of the vendor's matrix rate that Triton's products reach.
+    # The share of the vendor's matrix rate that Triton's main loops reach.
     efficiency: float = 1.0
 
     @property
     def device(self) -> Device:
         return DEVICES[self.arch]
+
+    @property
+    def clocks(self) -> float:
+        """Of all processors together, a second."""
+        return self.device.processors * self.clock
+
+    @property
+    def matrix_rate(self) -> float:
+        """Operations a second of the vendor's main loops."""
+        return self.clocks * self.matrix_operations * self.matrix_share
 
     def share(self, units: int) -> float:
         """How much longer the busiest processor works than the average one, for ``units`` equal pieces of work."""
@@ -68,13 +91,17 @@ def load_gpu(name: str) -> Gpu:
         raise SystemExit(f"--gpu must be one of {known}, got {name!r}")
     content = json.loads(path.read_text())
     del content["sources"]
-    return Gpu(**content | {"l2_range": tuple(content["l2_range"])})
+    return Gpu(**content | {name: tuple(content[name]) for name in ("l2_range", "clock_range")})
 
 
 def band_ends(gpu: Gpu) -> dict[str, Gpu]:
-    """The fast end and the slow one. What only a GPU can tell takes its best value at one and its worst at the other."""
-    low, high = gpu.l2_range
-    return {FAST: gpu._replace(l2_bandwidth=high), SLOW: gpu._replace(l2_bandwidth=low, efficiency=SLOWEST)}
+    """The ends of our time over the frozen layer's. What only a GPU can tell is at its best at one and at its worst at the other.
+
+    At the lowest clock, processors ask L2 for the fewest bytes a second.
+    """
+    (l2_low, l2_high), (clock_low, clock_high) = gpu.l2_range, gpu.clock_range
+    slow = gpu._replace(l2_bandwidth=l2_low, clock=clock_high, efficiency=SLOWEST)
+    return {FAST: gpu._replace(l2_bandwidth=l2_high, clock=clock_low), SLOW: slow}
 
 
 class Work(NamedTuple):
@@ -85,12 +112,15 @@ class Work(NamedTuple):
     flops: float = 0.0
     # m, n and k
     sizes: tuple[int, int, int] | None = None
+    # Whether it is Triton's, whose programs do not share reads. Its prologue and epilogue are not counted.
+    triton: bool = False
 
     def seconds(self, gpu: Gpu) -> float:
         if self.sizes is None:
             return gpu.launch + max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
         # The epilogue's operations take as long as those of a longer sum.
-        return gpu.launch + self.flops / (2.0 * math.prod(self.sizes)) * vendor_seconds(gpu, *self.sizes, self.bytes)
+        seconds = vendor_seconds(gpu, *self.sizes, self.bytes, self.triton)
+        return gpu.launch + self.flops / (2.0 * math.prod(self.sizes)) * seconds
 
 
 class Facts(NamedTuple):
@@ -103,85 +133,126 @@ class Facts(NamedTuple):
     programs: int
     # Bytes that a program keeps in flight.
     flight: float
+    # Clocks of a processor: for the instructions of all turns of the units' loops, and for those of one unit beside them, which
+    # wait so often for loads from L2.
+    turns: float
+    beside: float = 0.0
+    round_trips: int = 0
     # Programs that share a sum, and the bytes of each one's part.
     splits: int = 1
     part: float = 0.0
     # Programs on a processor at a time, at most.
-    residents: int = 2
+    residents: int = 1
     # Of a product's launch: its first programs if it is chained, which compute S and dB, and its last ones for dA. What dA reads
     # that the product reads, too, is not in its bytes.
     ahead: Facts | None = None
     da: Facts | None = None
 
     def seconds(self, gpu: Gpu) -> float:
-        # The product's programs fill the processors that S's leave idle.
-        ahead = self.ahead.busy(gpu, share=1.0) if self.ahead else 0.0
-        return gpu.launch + ahead + self.busy(gpu, gpu.share(self.units))
+        jobs = [job for job in (self.ahead, self, self.da) if job]
+        lasting = max(_last_end(gpu, jobs), sum(job.moved.unique for job in jobs) / gpu.bandwidth)
+        if self.ahead:
+            # No tile ends before S is there.
+            lasting = max(lasting, self.ahead.busy(gpu) + self.finish(gpu))
+        return gpu.launch + lasting
 
-    def busy(self, gpu: Gpu, share: float) -> float:
-        """Seconds from the first program to the last. ``share``: the busiest processor's work over the average one's."""
+    def busy(self, gpu: Gpu) -> float:
+        """Seconds from the first program to the last, alone."""
         flight = min(self.programs, self.residents * gpu.device.processors) * self.flight
+        share = gpu.share(self.units)
         busy = max(
-            (self.moved.unique + (self.da.moved.unique if self.da else 0)) / gpu.bandwidth,
-            self.moved.issued / gpu.l2_bandwidth,
-            self.moved.issued * share / gpu.port_bandwidth,
-            self.operations * share / (gpu.matrix_rate * gpu.efficiency),
-            self.moved.read_unique * LATENCY / flight,
-        )
-        tail = self.da.tail(gpu, busy, self.units) if self.da else 0.0
-        return busy + _shared_sum(gpu, self.splits, self.part) + tail
-
-    def tail(self, gpu: Gpu, busy: float, units: int) -> float:
-        """Seconds that dA's programs take after the product's ``units``, which last ``busy`` seconds.
-
-        They run on processors that have no tile left.
-        """
-        processors = gpu.device.processors
-        # Bytes a second into one processor.
-        rate = min(gpu.port_bandwidth / processors, self.residents * self.flight / LATENCY)
-        alone = max(
             self.moved.unique / gpu.bandwidth,
             self.moved.issued / gpu.l2_bandwidth,
-            self.moved.issued / rate / processors,
-            self.operations / (gpu.matrix_rate * gpu.efficiency),
+            self.moved.issued * share / (gpu.clocks * PORT),
+            self.operations * share / (gpu.matrix_rate * gpu.efficiency),
+            self.turns * share / gpu.clocks,
+            self.moved.read_unique * LATENCY / flight,
         )
-        idle = busy * processors * (1 - 1 / gpu.share(units))
-        return alone * max(0.0, 1 - idle * rate / self.moved.issued)
+        # Of programs that share a processor, one finishes while another computes.
+        waves = cdiv(self.units, gpu.device.processors * self.residents)
+        return busy + waves * self.finish(gpu) + _shared_sum(gpu, self.splits, self.part)
+
+    def finish(self, gpu: Gpu) -> float:
+        """Seconds of a unit beside its turns."""
+        return self.beside / gpu.clock + self.round_trips * L2_LATENCY
+
+    def pieces(self, gpu: Gpu) -> list[tuple[int, float]]:
+        """Programs, or units where each has a program, and the seconds of each; those that begin first at the front."""
+        rounds = cdiv(self.units, gpu.device.processors)
+        each = self.busy(gpu) / max(rounds, 1)
+        if self.programs >= self.units:
+            return [(self.units, each)]
+        longer = self.units - (rounds - 1) * self.programs
+        return [(longer, rounds * each), (self.programs - longer, (rounds - 1) * each)]
+
+    def in_turns(self, gpu: Gpu) -> Facts:
+        """The same if matrix operations wait while other instructions of the loop run."""
+        return self._replace(turns=self.turns + self.operations / (gpu.matrix_rate * gpu.efficiency) * gpu.clocks)
 
 
-def facts(launch: Any, narrow_columns: int) -> Facts | Work:
-    """What the time of a launch in 16 bits depends on. ``narrow_columns`` is the GPU's."""
+def _last_end(gpu: Gpu, jobs: Sequence[Facts]) -> float:
+    """When the last program of ``jobs`` ends, if each begins on the processor that is free first."""
+    free = [(0.0, gpu.device.processors)]
+    for count, seconds in (piece for job in jobs for piece in job.pieces(gpu)):
+        while count:
+            begin, processors = heappop(free)
+            taken = min(count, processors)
+            count -= taken
+            heappush(free, (begin + seconds, taken))
+            if processors > taken:
+                heappush(free, (begin, processors - taken))
+    return max(end for end, _ in free)
+
+
+def facts(launch: Any, arch: str, narrow_columns: int) -> Facts | Work:
+    """What the time of a launch in 16 bits depends on, on a GPU of this kind."""
     if isinstance(launch, Work):
         return launch
     if not hasattr(launch, "kernel"):
         m, n, k = *launch.y.shape, launch.x.shape[1]
         return Work("vendor", formula(launch).unique, 2.0 * m * n * k, (m, n, k))
-    a, programs = launch.arguments, math.prod(launch.grid)
-    if "BLOCK" in a:
-        # Elementwise: a program loads its parts of G and U.
-        return Facts(formula(launch), programs, 0.0, programs, flight=2 * 2.0 * a["BLOCK"], residents=8)
+    a, programs, counts = launch.arguments, math.prod(launch.grid), counts_of(launch, arch)
+    thin = [*thin_jobs(a)]
+    if "TILE" not in a and not thin:
+        # Elementwise: a program loads its parts at once.
+        turns, flight = (
+            programs * counts.cycles(TILE, launch.options["num_warps"]),
+            _read(launch).read_issued / programs,
+        )
+        return Facts(_read(launch), programs, 0.0, programs, flight, turns, residents=counts.residents)
     if "TILE" not in a:
-        return _thin(launch, [*thin_jobs(a)], programs, narrow_columns)
-    # Every program of the launch asks for the shared memory of a product's operands.
-    ahead, da, residents = None, None, 1 if weights(a) else 2
+        return _thin(launch, thin, programs, narrow_columns, counts)
+    ahead, da = None, None
     if a.get("S") is not None:
-        ahead = _thin(launch, ["S", "DB"], a["S_PROGRAMS"], narrow_columns)._replace(residents=residents)
+        ahead = _thin(launch, ["S", "DB"], a["S_PROGRAMS"], narrow_columns, counts)
         programs -= a["S_PROGRAMS"]
     if a.get("DA") is not None:
+        of_da = programs - a["PRODUCTS"]
         more = zip(formula(launch, ["Y", "DA"]), formula(launch, ["Y"]), strict=True)
         moved = Traffic(*(x - y for x, y in more))
-        da = _thin(launch, ["DA"], programs, narrow_columns)._replace(moved=moved, residents=residents)
-    return _product(launch, programs, narrow_columns)._replace(ahead=ahead, da=da)
+        da = _thin(launch, ["DA"], of_da, narrow_columns, counts)._replace(moved=moved)
+        programs -= of_da
+    return _product(launch, programs, narrow_columns, counts)._replace(ahead=ahead, da=da)
 
 
-def _thin(launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int) -> Facts:
+def _read(launch: Any) -> Traffic:
+    """Of the product or the elementwise launch. The values of a code are found in the first cache."""
+    found = formula_by_tensor(launch, ["Y"])
+    return total(traffic for tensor, traffic in found.items() if tensor not in ("w.code", "w.nested_code"))
+
+
+def _thin(launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int, counts: Counts) -> Facts:
     """S or dS with dB, or dA with dB or alone."""
-    m, operations, found = launch.arguments["M"], 0.0, thin_jobs(launch.arguments)
+    m, operations, turns, found = launch.arguments["M"], 0.0, 0.0, thin_jobs(launch.arguments)
     for name in (each for each in jobs if each in found):
-        read, job, tile, _ = found[name]
+        read, job, tile, splits = found[name]
         # The size that the sum does not run over is in whole tiles.
         size = _up(m, tile.BLOCK_M) * read.width if name == "S" else m * _up(read.width, tile.BLOCK_C)
         operations += 2.0 * size * sum(_ranks(member.R, tile.BLOCK_R, narrow_columns) for member in job.members)
+        sums, steps = (m, tile.BLOCK_M), (read.width, tile.BLOCK_K if name == "S" else tile.BLOCK_C)
+        sums, steps = (sums, steps) if name == "S" else (steps, sums)
+        tiles = cdiv(*sums) * cdiv(job.members[0].R, tile.BLOCK_R)
+        turns += tiles * splits * cdiv(cdiv(*steps), splits) * counts.cycles(name, launch.options["num_warps"])
     _, job, tile, splits = found[jobs[0]]
     if jobs[0] == "S":
         # A step of few rows loads more of A than of X.
@@ -190,12 +261,13 @@ def _thin(launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int) 
     else:
         rows, loaded = tile.BLOCK_C, 2.0 * tile.BLOCK_M * tile.BLOCK_C
     flight, part = (tile.STAGES - 1) * loaded, 4.0 * rows * tile.BLOCK_R * tile.MEMBERS
-    return Facts(formula(launch, jobs), programs, operations, programs, flight, splits, part)
+    moved = formula(launch, jobs)
+    return Facts(moved, programs, operations, programs, flight, turns, 0.0, 0, splits, part, counts.residents)
 
 
-def _product(launch: Any, programs: int, narrow_columns: int) -> Facts:
-    """The product with its branch; ``programs`` with those of dA."""
-    a = launch.arguments
+def _product(launch: Any, programs: int, narrow_columns: int, counts: Counts) -> Facts:
+    """The product with its branch."""
+    a, warps = launch.arguments, launch.options["num_warps"]
     k, tile, count = operand(a, "x").shape[1], a["TILE"], len(weights(a))
     rows, columns = _up(a["M"], tile.BLOCK_M), _up(a["N"], tile.BLOCK_N)
     tiles = rows // tile.BLOCK_M * (columns // tile.BLOCK_N)
@@ -204,12 +276,32 @@ def _product(launch: Any, programs: int, narrow_columns: int) -> Facts:
         ranks = _ranks(a["branch"].R, a["BRANCH"].BLOCK_R, narrow_columns)
         operations += 2.0 * rows * k * ranks * columns / tile.BLOCK_N
     # The branch alone loads a tile of its base at once.
-    loaded = tile.BLOCK_M * tile.BLOCK_N
+    loaded, steps = tile.BLOCK_M * tile.BLOCK_N, 0
     if count:
         loaded = (launch.options["num_stages"] - 1) * tile.BLOCK_K * (tile.BLOCK_M + count * tile.BLOCK_N)
+        steps = cdiv(k, tile.BLOCK_K)
     # Persistent programs take tile after tile; elsewhere a program is a piece.
-    units, part = max(tiles, a.get("PRODUCTS", programs)), 4.0 * min(tile.BLOCK_M, a["M"]) * tile.BLOCK_N
-    return Facts(formula(launch, ["Y"]), units, operations, programs, 2.0 * loaded, a.get("SPLITS", 1), part)
+    splits, persistent = a.get("SPLITS", 1), programs < tiles
+    units = tiles if persistent else programs
+    # The code of each loop over ranks is in a tile's once.
+    more = max(cdiv(each.R, block.BLOCK_R) for each, block in branches(a)) - 1
+    beside = counts.cycles(TILE, warps) + more * counts.cycles(RANKS, warps)
+    round_trips = counts.round_trips(TILE) + more * counts.round_trips(RANKS)
+    turns = units * cdiv(steps, splits) * counts.cycles("Y", warps)
+    part = 4.0 * min(tile.BLOCK_M, a["M"]) * tile.BLOCK_N
+    return Facts(
+        _read(launch),
+        units,
+        operations,
+        programs,
+        2.0 * loaded,
+        turns,
+        beside,
+        round_trips,
+        splits,
+        part,
+        counts.residents,
+    )
 
 
 def _up(size: int, block: int) -> int:
@@ -225,16 +317,18 @@ def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
     """Seconds until the last of ``splits`` programs has stored and counted its part and read all, each of ``part`` bytes."""
     if splits == 1:
         return 0.0
-    return 2 * L2_LATENCY + (splits + 1) * part * gpu.device.processors / gpu.port_bandwidth
+    return 2 * L2_LATENCY + (splits + 1) * part / (gpu.clock * PORT)
 
 
 @cache
-def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float) -> float:
-    """[m, k] by [k, n] by the vendor's library: the best of its tiles, at the full matrix rate, without the launch.
+def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float, triton: bool = False) -> float:
+    """[m, k] by [k, n] by the vendor's library, or likewise by Triton: the best of its tiles, without the launch.
 
-    ``unique``: bytes from and to memory. From Hopper on, two programs share the reads of a tile's columns (multicast).
+    ``unique``: bytes from and to memory. From Hopper on, two of the vendor's programs share the reads of a tile's columns
+    (multicast).
     """
-    pair = 2 if gpu.device.generation >= 90 else 1
+    pair = 2 if gpu.device.generation >= 90 and not triton else 1
+    rate = gpu.matrix_rate * (gpu.efficiency if triton else 1.0)
     found = []
     for (rows, columns), splits in product(VENDOR_TILES, VENDOR_SPLITS):
         if splits > 1 and k < 256 * splits:
@@ -247,8 +341,8 @@ def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float) -> float:
         busy = max(
             unique / gpu.bandwidth,
             issued / gpu.l2_bandwidth,
-            issued * share / gpu.port_bandwidth,
-            2.0 * tiles_m * rows * tiles_n * columns * k * share / gpu.matrix_rate,
+            issued * share / (gpu.clocks * PORT),
+            2.0 * tiles_m * rows * tiles_n * columns * k * share / rate,
         )
         found.append(busy + _shared_sum(gpu, splits, 4.0 * min(rows, m) * columns))
     return min(found)

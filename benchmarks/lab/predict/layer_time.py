@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.lab.mlp_launches import mlp_launches
 from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
 from benchmarks.lab.predict.rivals import ACTIVATION, BF16, FROZEN, MLP, RIVALS, UNSLOTH, Shape, Ways, join, rival
-from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.problem import DEVICES, Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
 from stablelora_kernels.explanation import linear_launches
 
@@ -23,8 +23,8 @@ RANKS = (8, 16, 64, 128)
 # Rows, K, F and ranks of gated MLPs in Llama 3.1 8B.
 MLPS = tuple((m, 4096, 14336, r) for r in (16, 64) for m in (2048, 8192, 16384))
 DIRECTIONS = ("forward", "backward")
-# Our layer, and the same if nothing overlaps as planned; our gated MLP by ``fuse_mlp``, and by separate layers.
-OURS, NO_OVERLAP, ONE_OP, SEPARATE = "ours", "ours, no overlap", "one op", "three layers"
+# Our layer; our gated MLP by ``fuse_mlp``, and by separate layers.
+OURS, ONE_OP, SEPARATE = "ours", "one op", "three layers"
 
 
 def layer_launches(device: Device, s: Shape, *choices: Choice) -> tuple[list[Any], list[Any]]:
@@ -37,28 +37,21 @@ def call_of(s: Shape, direction: str) -> Call:
     return Call(direction, s.m, *sizes, s.r, BF16, s.lora_dtype, s.dropout)
 
 
-@cache
-def _layer_facts(device: Device, narrow_columns: int, s: Shape, kernel: str) -> list[list[Any]]:
-    """Of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel."""
+def by_kernel(device: Device, s: Shape, kernel: str) -> tuple[list[Any], list[Any]]:
+    """The launches of forward and backward by ``kernel``, or by "split" for a direction that has no such kernel."""
     choices = [Choice(kernel if kernel in possible_kernels(call_of(s, way)) else "split", "") for way in DIRECTIONS]
-    return [[facts(launch, narrow_columns) for launch in way] for way in layer_launches(device, s, *choices)]
+    return layer_launches(device, s, *choices)
+
+
+@cache
+def _layer_facts(arch: str, narrow_columns: int, s: Shape, kernel: str) -> list[list[Any]]:
+    return [[facts(launch, arch, narrow_columns) for launch in way] for way in by_kernel(DEVICES[arch], s, kernel)]
 
 
 def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
     """Predicted seconds of one direction by ``kernel``."""
-    found = _layer_facts(gpu.device, gpu.narrow_columns, s, kernel)[DIRECTIONS.index(direction)]
+    found = _layer_facts(gpu.arch, gpu.narrow_columns, s, kernel)[DIRECTIONS.index(direction)]
     return sum(launch.seconds(gpu) for launch in found)
-
-
-def without_overlap(gpu: Gpu, s: Shape) -> list[float]:
-    """Predicted seconds of forward and backward, both split, if no work overlaps.
-
-    dY comes from memory for dS and again for dB. dA begins after dX.
-    """
-    forward, (first, second) = _layer_facts(gpu.device, gpu.narrow_columns, s, "split")
-    backward = first, second._replace(da=None)
-    again = 2 * s.m * (s.n + s.k) / gpu.bandwidth
-    return [sum(each.seconds(gpu) for each in forward), again + sum(each.seconds(gpu) for each in backward)]
 
 
 def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
@@ -72,19 +65,16 @@ def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
 def arms_of(case: Shape | MLP) -> list[str]:
     layer = isinstance(case, Shape)
     rivals = [name for name in (RIVALS if layer else ACTIVATION) if not (case.dropout and name == UNSLOTH)]
-    return [*rivals, *((OURS, NO_OVERLAP) if layer else (SEPARATE, ONE_OP))]
+    return [*rivals, *((OURS,) if layer else (SEPARATE, ONE_OP))]
 
 
 def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
     """Predicted seconds of forward and backward of one of ``arms_of(case)``, ours by the kernels that dispatch chooses."""
-    if isinstance(case, Shape):
-        if arm == NO_OVERLAP:
-            return without_overlap(gpu, case)
-        if arm == OURS:
-            kernels = {direction: choose(gpu.device, call_of(case, direction)).kernel for direction in DIRECTIONS}
-            return [kernel_seconds(gpu, case, *pair) for pair in kernels.items()]
+    if isinstance(case, Shape) and arm == OURS:
+        kernels = {direction: choose(gpu.device, call_of(case, direction)).kernel for direction in DIRECTIONS}
+        return [kernel_seconds(gpu, case, *pair) for pair in kernels.items()]
     ways = mlp_launches_of(gpu.device, case, arm) if arm in (SEPARATE, ONE_OP) else rival(arm, case)
-    return [sum(facts(launch, gpu.narrow_columns).seconds(gpu) for launch in way) for way in ways]
+    return [sum(facts(launch, gpu.arch, gpu.narrow_columns).seconds(gpu) for launch in way) for way in ways]
 
 
 def regret(gpu: Gpu, s: Shape, direction: str) -> pd.DataFrame:

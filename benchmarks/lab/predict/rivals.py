@@ -95,7 +95,9 @@ def lorafusion(s: Shape) -> Ways:
     m, n, k, r = s.m, s.n, s.k, s.r
 
     def with_epilogue(base: Work, columns: int, mask: float = 0.0) -> Work:
-        return base._replace(bytes=base.bytes + E * r * (m + columns) + mask, flops=base.flops + 2.0 * m * columns * r)
+        return base._replace(
+            bytes=base.bytes + E * r * (m + columns) + mask, flops=base.flops + 2.0 * m * columns * r, triton=True
+        )
 
     (y,), (dx,) = frozen(s)
     drop = passes("dropout", m * k, 2) if s.dropout else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 
 import pytest
@@ -11,14 +12,12 @@ pytest.importorskip("pandas", reason="tables need the bench extra")
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import pandas as pd
-import torch
 import triton
 
 from benchmarks.lab.predict import __main__, bytes_moved, launch_time, layer_time, quantized
 from benchmarks.lab.predict.layer_time import DIRECTIONS, ONE_OP, OURS, SEPARATE, call_of, seconds, table
-from benchmarks.lab.predict.rivals import LORAFUSION, PEFT, Shape
-from stablelora_kernels.dispatch.rules import Choice, choose, choose_quantized
-from stablelora_kernels.explanation import linear_launches
+from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, PEFT, Shape
+from stablelora_kernels.dispatch.rules import choose, choose_quantized
 from tests.helpers.processes import ROOT, printed
 
 H100, SLOW = launch_time.load_gpu("h100"), launch_time.SLOW
@@ -35,10 +34,10 @@ def test_the_tables_regret_over_the_band_is_bounded(dropout, wide_adapters):
         s = s._replace(wide_adapters=wide_adapters)
         worst = layer_time.regret(H100, s, way).max(axis=1)
         chosen = worst[choose(H100.device, call_of(s, way)).kernel]
-        assert 0 <= worst.min() <= chosen < 0.26, (s, way)
+        assert 0 <= worst.min() <= chosen < 0.39, (s, way)
         excess.append(chosen - worst.min())
     # Beyond what no table can avoid, because the ends of the band disagree.
-    assert statistics.mean(excess) < 0.015
+    assert statistics.mean(excess) < 0.048
 
 
 @pytest.mark.parametrize("kind", quantized.BITS)
@@ -56,29 +55,33 @@ def test_the_quantized_tables_crossovers_are_the_models(kind):
             assert fast < first and (slow <= first or slow / first <= 1.02 * first / fast), (s, way)
 
 
-def counts():
-    """``quantized.COUNTS``, by compiling, in a process without the interpreter."""
-    from benchmarks.lab.compile_report.machine_code import compile_launch, cuobjdump, sass_counts
-
-    found = {key: {} for key in quantized.COUNTS}
-    kernels = ((16, "in_loop"), (64, "in_loop"), (256, "in_loop"), (256, "dequantize"))
-    for kind, (m, kernel) in itertools.product(quantized.BITS, kernels):
-        call = H100.device, m, 4096, 4096, 16, (torch.bfloat16, torch.float32), 0.0, kind, [Choice(kernel, "")] * 2
-        for launch in (launch for way in linear_launches(*call) for launch in way):
-            if (key := quantized.key_of(launch)) and key[1] not in found[key[0]]:
-                sizes = launch.constants["TILE"]._asdict() if "TILE" in launch.constants else launch.constants
-                tile = sizes["BLOCK_N"] * sizes["BLOCK_K"] / (32 * launch.options["num_warps"])
-                one = sass_counts(cuobjdump(compile_launch(launch, "sm_90").asm["cubin"]))
-                found[key[0]][key[1]] = (round(one[0] / tile, 1), round(one[1] / tile, 1))
-    return found
+def counted(args):
+    return printed(f"from benchmarks.lab.predict.count import main; print(main({args}))")
 
 
-@pytest.mark.nightly
 @pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="counted in the code of this compiler")
-def test_the_instructions_are_those_of_the_machine_code():
-    assert printed("from tests.benchmarks.lab.test_predict import counts; print(counts())").strip() == str(
-        quantized.COUNTS
-    )
+@pytest.mark.parametrize("kernel", ["r16 64x64 dropout", pytest.param("", marks=pytest.mark.nightly)])
+def test_the_instructions_are_those_of_the_machine_code(kernel):
+    found = counted(["--check", "--variant", kernel])
+    assert found.splitlines()[-1] == "0" and "as in the table" in found
+
+
+# gpu-review.md, P5: rows, dropout, and what pipelined stores leave of ours over the frozen layer's forward and backward.
+FIRST_PRINCIPLES = (
+    (2048, True, 1.32),
+    (4096, True, 1.28),
+    (8192, True, 1.25),
+    (2048, False, 1.20),
+    (8192, False, 1.13),
+)
+
+
+@pytest.mark.parametrize(("rows", "dropout", "ratio"), FIRST_PRINCIPLES)
+def test_the_model_gives_the_times_of_a_reading_by_first_principles(rows, dropout, ratio):
+    """Which took L2 to feed all tiles at 1.7 GHz."""
+    gpu, shape = H100._replace(l2_bandwidth=math.inf), Shape(rows, 4096, 4096, 16, dropout)
+    assert sum(seconds(gpu, shape, OURS)) / sum(seconds(gpu, shape, FROZEN)) == pytest.approx(ratio, rel=0.05)
+    assert 1e6 * seconds(gpu, shape, FROZEN)[0] == pytest.approx({2048: 84, 4096: 165, 8192: 328}[rows], rel=0.02)
 
 
 def test_command_and_stored_tables(tmp_path, capsys, monkeypatch):
@@ -95,15 +98,12 @@ def test_command_and_stored_tables(tmp_path, capsys, monkeypatch):
             stored = stored[stored["k"] == stored.get("n", stored["k"])].query("k == 4096").reset_index(drop=True)
             pd.testing.assert_frame_equal(rows, stored, check_dtype=False, rtol=0, atol=1e-9)
             if name == "predicted":
-                fast, slow = (__main__.over_frozen(rows, OURS, end) for end in ("", SLOW))
-                assert "PREDICTED for an H100" in out and all(
-                    f"{x:.2f}-{y:.2f}" in out for x, y in zip(fast, slow, strict=True)
-                )
+                assert "PREDICTED for an H100" in out and all(text in out for text in __main__.band(rows, OURS))
         mlps.append(rows)
     guide = (ROOT / "docs" / "guides" / "fusing.md").read_text(encoding="utf-8").replace("\n", " ")
-    for arm, ends in {ONE_OP: ("", SLOW), SEPARATE: ("", SLOW), "Unsloth": ("",), PEFT: ("",)}.items():
+    for arm in (ONE_OP, SEPARATE, "Unsloth", PEFT):
         tables = [rows for rows in mlps if f"{arm} forward" in rows]
-        found = pd.concat(__main__.over_frozen(rows, arm, end) for rows in tables for end in ends)
+        found = pd.concat(__main__.over_frozen(rows, arm, end) for rows in tables for end in ("", SLOW))
         assert f"{found.min():.2f} to {found.max():.2f}" in guide, arm
     monkeypatch.setattr(quantized, "ROWS", (1,))
     __main__.main(["--weights", "nf4"])
@@ -119,10 +119,9 @@ def test_the_predictions_page_has_the_models_figures():
     mean = statistics.mean(sum(seconds(H100, s, PEFT)) / sum(seconds(H100, s, LORAFUSION)) for s in shapes)
     assert mean == pytest.approx(1.27, rel=0.15) and f"predicted at {mean:.2f}x on average" in PAGE
     rows = table(H100, [Shape(m, 4096, 4096, 16, True) for m in (64, 512, 2048, 8192)])
-    arms = [(OURS, ""), (OURS, SLOW), (PEFT, ""), ("Axolotl", ""), (LORAFUSION, "")]
-    for m, *cells in zip(rows.m, *(__main__.over_frozen(rows, *arm) for arm in arms), strict=True):
-        fast, slow, *rivals = (f"{cell:.2f}" for cell in cells)
-        assert f"| {' | '.join([str(m), f'{fast} to {slow}', *rivals])} |" in PAGE
+    bands = [__main__.band(rows, arm, "{:.2f} to {:.2f}") for arm in (OURS, PEFT, "Axolotl", LORAFUSION)]
+    for cells in zip(map(str, rows.m), *bands, strict=True):
+        assert f"| {' | '.join(cells)} |" in PAGE
     for s in (Shape(m, 4096, 4096, 16, False) for m in (1, 128, 256, 2048)):
         times = [seconds(H100, s, OURS)]
         for kind, way in itertools.product(quantized.BITS, (("in_loop",), ("in_loop", False), ("dequantize",))):
