@@ -216,10 +216,13 @@ def linear_launches(
     x, seeds = _zeros(where, m, k, of=dtypes[0]), [seed_of(where, dropout_p) for _ in ns]
     base = _zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None
     lists, numbers = lists_of(projections)
-    (ys, s), forward = lora_linear_fwd.plan(device, (x, base, *lists, seeds, *numbers, dropout_p, True), choices[0])
+    numbers = (*numbers, dropout_p)
+    (ys, s, masks), forward = lora_linear_fwd.plan(
+        device, (x, base, *lists, seeds, *numbers, True, dropout_p > 0), choices[0]
+    )
     datas, scales, _, lora_As, lora_Bs = lists
-    given = (x, ys, datas if base is None else (), scales, lora_As, lora_Bs, [s], seeds)
-    _, backward = lora_linear_bwd.plan(device, (*given, *numbers, dropout_p, True, True, True), choices[1])
+    given = (x, ys, datas if base is None else (), scales, lora_As, lora_Bs, [s], masks or [None] * len(ns))
+    _, backward = lora_linear_bwd.plan(device, (*given, *numbers, True, True, True), choices[1])
     return forward, backward
 
 

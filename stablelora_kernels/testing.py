@@ -18,13 +18,14 @@ from stablelora_kernels.ops import plans
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import (
-    dropout_keep_ref,
+    dropped,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
     lora_linear_grads_ref,
     lora_linear_ref,
     nf4_ref,
+    unpack_mask,
 )
 
 #: The inputs that get gradients, and the gradients' names.
@@ -115,12 +116,16 @@ def run(call: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]) 
 def eager(
     inputs: dict[str, Any], scaling: float, keep: torch.Tensor | None = None, p: float = 0.0
 ) -> dict[str, torch.Tensor]:
-    """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out`` replaces the product."""
+    """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out`` replaces the product.
+
+    ``keep``: the mask of a dropout of probability p, which is rounded as :func:`stablelora_kernels.reference.dropped` does.
+    """
+    kept = 1 - dropped(p) / 65536
 
     def call(given: dict[str, Any]) -> torch.Tensor:
         x, base = given["x"], given.get("base_out")
-        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - p)
-        branch = dropped @ given["lora_A"].to(x.dtype).T @ given["lora_B"].to(x.dtype).T
+        x_kept = x if keep is None else x * keep.to(x.dtype) / kept
+        branch = x_kept @ given["lora_A"].to(x.dtype).T @ given["lora_B"].to(x.dtype).T
         if base is None:
             weight = given["weight"]
             weight = weight if isinstance(weight, torch.Tensor) else weight.dequantize(x.dtype)
@@ -137,7 +142,7 @@ def oracle(
     if isinstance(inputs.get("weight"), (FP8Weight, NF4Weight)):
         inputs = inputs | {"weight": dequantized_ref(inputs["weight"]).to(inputs["x"].device)}
     d: dict[str, Any] = {name: t if t is None else t.detach().double() for name, t in inputs.items()}
-    pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, p)
+    pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, dropped(p) / 65536)
     if "base_out" in d:
         # dY is base_out's gradient as it is.
         y, base = lora_branch_ref(d["base_out"], d["x"], *pair), {"dBASE": d["grad"]}
@@ -153,7 +158,7 @@ def group_results(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
 
 
 def kept_for_backward(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The first tensor of ``dtype`` that the node which made ``y`` keeps: dropout's seed is int64, its stored mask is bool."""
+    """The first tensor of ``dtype`` that the node which made ``y`` keeps: dropout's mask is int32 on Triton, else bool."""
     node = y.grad_fn
     while node is not None:
         for saved in getattr(node, "saved_tensors", ()):
@@ -164,20 +169,14 @@ def kept_for_backward(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Non
     return None
 
 
-def seed_of(y: Tensor) -> Tensor:
-    """Dropout's seed, an int64 tensor of one element, that the op of ``y`` saved for backward on Triton."""
-    seed = kept_for_backward(y, torch.int64)
-    if seed is None:
-        raise LookupError("the op saved no seed for backward")
-    return seed
-
-
-def keep_of(y: Tensor, x: Tensor, p: float) -> Tensor:
-    """The dropout mask of ``y``: saved for backward on the PyTorch path, drawn by the reference from the saved seed on Triton."""
-    if (mask := kept_for_backward(y, torch.bool)) is not None:
-        return mask.view(x.shape)
-    rows, columns = x.shape
-    return dropout_keep_ref(rows, columns, p, int(seed_of(y))).to(x.device)
+def keep_of(y: Tensor, x: Tensor) -> Tensor:
+    """The dropout mask that the op of ``y`` saved for backward, bool in x's shape."""
+    mask = kept_for_backward(y, torch.bool)
+    if mask is None and (words := kept_for_backward(y, torch.int32)) is not None:
+        mask = unpack_mask(words, x.shape[-1])
+    if mask is None:
+        raise LookupError("the op saved no mask for backward")
+    return mask.view(x.shape)
 
 
 def error_and_bound(

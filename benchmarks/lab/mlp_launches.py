@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -28,8 +29,12 @@ def mlp_launches(
     x = torch.zeros(m, k, dtype=dtypes[0], device="meta")
     seeds = [seed_of("meta", dropout_p if rank else 0.0) for rank in ranks]
     lists, numbers = lists_of(projections)
-    (y, *kept), forward = lora_mlp_fwd.plan(device, (x, *lists, seeds, *numbers, dropout_p, activation, True))
+    stored = [seed is not None for seed in seeds]
+    given: tuple[Any, ...] = (x, *lists, seeds, *numbers, dropout_p, activation, True, stored)
+    (y, *kept, found), forward = lora_mlp_fwd.plan(device, given)
+    left = iter(found)
+    masks = [next(left) if each else None for each in stored]
     datas, scales, _, lora_As, lora_Bs = lists
-    given = (torch.zeros_like(y), x, *kept, datas, scales, lora_As, lora_Bs, seeds, *numbers, dropout_p, activation)
+    given = (torch.zeros_like(y), x, *kept, datas, scales, lora_As, lora_Bs, masks, *numbers, dropout_p, activation)
     _, backward = lora_mlp_bwd.plan(device, (*given, True, (True,) * 3, (True,) * 3))
     return forward, backward

@@ -251,9 +251,6 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     parts = 4 if call.gated else 2
-    if call.masked:
-        # The mask's random numbers take many registers, hence narrow parts.
-        parts = max(parts, tile.BLOCK_N // 32)
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1
@@ -297,10 +294,10 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
     tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
     # A wider block of ranks beside the other kernel's accumulators would spill registers.
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128))
-    masked, gated = call.dropout and not of_b, call.gated and not of_b
-    # A matrix instruction has 64 rows for each four warps. But the mask's random numbers take registers.
-    columns = tile.BLOCK_M if masked and block_r == 32 else max(tile.BLOCK_M, 16 * warps)
-    tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if masked or (gated and not device.tma) else tile.BLOCK_K)
+    gated = call.gated and not of_b
+    # A matrix instruction has 64 rows for each four warps.
+    columns = max(tile.BLOCK_M, 16 * warps)
+    tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if gated and not device.tma else tile.BLOCK_K)
     tiles = cdiv(call.k if of_b else call.n, columns) * cdiv(call.r, block_r)
     steps = cdiv(call.m, tile.BLOCK_K)
     splits = plan_split_k(device, tiles, steps, programs=1)

@@ -50,16 +50,67 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
-    """Dropout's mask for rows × [col0, col0 + BLOCK_C), int1, as ``reference.dropout_keep_ref`` defines it.
+def draw_mask(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
+    """Dropout's mask for rows × [col0, col0 + BLOCK_C) as ``reference.dropout_keep_ref`` defines it, eight neighbors a byte.
 
-    One Philox call serves four neighbors in a row, so col0 must be a multiple of 4.
+    int32 [ROWS, BLOCK_C // 8]. One Philox call serves a byte, 16 bits an element, so col0 must be a multiple of 8.
     """
-    groups = col0 // 4 + tl.arange(0, BLOCK_C // 4)
-    counter = rows[:, None].to(tl.int64) * tl.cdiv(n_cols, 4) + groups[None, :]
-    w0, w1, w2, w3 = tl.randint4x(seed, counter)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return (words.to(tl.uint32) >> 1).to(tl.int32) >= threshold
+    groups = col0 // 8 + tl.arange(0, BLOCK_C // 8)
+    counter = rows[:, None].to(tl.int64) * tl.cdiv(n_cols, 8) + groups[None, :]
+    words = tl.randint4x(seed, counter)
+    # Of two halves of a word, the upper one decides a comparison of the whole.
+    least = (threshold << 16).to(tl.uint32)
+    mask = tl.zeros(counter.shape, dtype=tl.int32)
+    for i in tl.static_range(4):
+        word = words[i].to(tl.uint32)
+        mask |= ((word << 16) >= least).to(tl.int32) << (2 * i)
+        mask |= (word >= least).to(tl.int32) << (2 * i + 1)
+    return mask
+
+
+@triton.jit
+def unpack_bytes(mask):
+    """The elements' own bits, int1 [ROWS, 8 BYTES]."""
+    bits = (mask[:, :, None] & (1 << tl.arange(0, 8))[None, None, :]) != 0
+    return tl.reshape(bits, (mask.shape[0], mask.shape[1] * 8))
+
+
+@triton.jit
+def load_keep(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
+    """The stored mask for rows × [col0, col0 + BLOCK_C), int1: as for operands of products, each thread with some neighbors.
+
+    The mask has a bit an element, the first column's the lowest of a word: int32 [M, ceil(n_cols / 32)].
+    """
+    row_words = tl.cdiv(n_cols, 32)
+    words = col0 // 32 + tl.arange(0, BLOCK_C // 32)
+    inside = (rows[:, None] < M) & (words[None, :] < row_words)
+    word = tl.load(mask_ptr + rows[:, None] * row_words + words[None, :], mask=inside, other=0)
+    bit = tl.arange(0, 32)[None, None, :]
+    # A thread has eight neighbors, so the first shift is one for all of them.
+    bits = ((word[:, :, None] >> (bit & 24)) & (1 << (bit & 7))) != 0
+    return tl.reshape(bits, (bits.shape[0], BLOCK_C))
+
+
+@triton.jit
+def load_words(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
+    """The stored mask's words for rows × [col0, col0 + BLOCK_C): for each 32 columns, int32 [ROWS]."""
+    words = ()
+    for i in tl.static_range(BLOCK_C // 32):
+        inside = rows < tl.where(col0 + 32 * i < n_cols, M, 0)
+        words += (tl.load(mask_ptr + rows * tl.cdiv(n_cols, 32) + (col0 // 32 + i), mask=inside, other=0),)  # type: ignore[assignment]
+    return words
+
+
+@triton.jit
+def unpack_words(words, BLOCK_C: tl.constexpr):
+    """The elements' own bits, int1 [ROWS, BLOCK_C]: as in an accumulator, where a thread's columns are 8 apart."""
+    cols = tl.arange(0, BLOCK_C)[None, :]
+    keep = cols < 0
+    for i in tl.static_range(BLOCK_C // 32):
+        # A thread has the same place in each eight columns, so the shift is one for all of them.
+        bits = (words[i][:, None] >> (cols & 7)) & (1 << (cols & 24))
+        keep = tl.where(cols // 32 == i, bits != 0, keep)
+    return keep
 
 
 @triton.jit

@@ -18,13 +18,18 @@ from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
+from stablelora_kernels.reference import dropped
+
+# What a forward draws a mask from, and where it stores the mask: each or both may be None.
+Random = tuple[Tensor | None, Tensor | None]
 
 
 class Product(NamedTuple):
     """Y = X W^T + bias + BASE + (S B^T) ∘ keep, S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
 
-    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], None if not requested, and y [M, N] with unit column stride;
-    seed int64 [1]. ``call.masked`` says which mask drops. Without w, Y is BASE and the branch. ``base`` is y, or has y's
+    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], None if not requested, and y [M, N] with unit column stride.
+    ``call.masked`` says which mask drops. X's is drawn from ``seed``, int64 [1], and stored as ``mask`` if that is not None;
+    backward reads it, see ``reference.unpack_mask``. Without w, Y is BASE and the branch. ``base`` is y, or has y's
     strides. S is in units of ``unit``, and ``scaling`` is s' divided by it. Without ``wanted`` y is not computed, and any tensor
     stands for it.
 
@@ -41,6 +46,7 @@ class Product(NamedTuple):
     s: Tensor | None
     y: Tensor
     seed: Tensor | None
+    mask: Tensor | None
     scaling: float
     dropout_p: float
     unit: float = 1.0
@@ -65,9 +71,7 @@ def s_unit(dtype: torch.dtype, scaling: float) -> float:
     return 2.0 ** min(exponent - (abs(fraction) == 0.5), 64)
 
 
-def forward_product(
-    x: Tensor, p: Projection, s: Tensor | None, y: Tensor, seed: Tensor | None, dropout_p: float
-) -> Product:
+def forward_product(x: Tensor, p: Projection, s: Tensor | None, y: Tensor, random: Random, dropout_p: float) -> Product:
     """Y as a product; the projection's scaling is s'."""
     a, b, w = p.lora_A, p.lora_B, p.weight
     assert a is not None and b is not None and not isinstance(w, (NF4Weight, FP8Weight))
@@ -76,11 +80,11 @@ def forward_product(
     (m, k), (n, r) = x.shape, b.shape
     dropout_p = dropout_p if r else 0.0
     call, unit = Call("forward", m, n, k, r, x.dtype, a.dtype, dropout_p > 0), s_unit(x.dtype, p.scaling)
-    return Product(call, x, w, bias, a, b, s, y, seed, p.scaling / unit, dropout_p, unit)
+    return Product(call, x, w, bias, a, b, s, y, *random, p.scaling / unit, dropout_p, unit)
 
 
 def backward_product(
-    x: Tensor | None, grad: Tensor, p: Projection, s: Tensor | None, seed: Tensor | None, dropout_p: float,
+    x: Tensor | None, grad: Tensor, p: Projection, s: Tensor | None, mask: Tensor | None, dropout_p: float,
     results: tuple[Tensor | None, Tensor | None, Tensor | None], ds: Tensor | None = None,
 ) -> Product:  # fmt: skip
     """dX as the forward's formula with every matrix transposed, with dA and dB: those of ``results`` that are not None."""
@@ -93,14 +97,15 @@ def backward_product(
     # A hook of saved tensors may have given S another layout.
     s = s.contiguous() if s is not None and s.stride(1) != 1 else s
     return Product(
-        call, grad, w.t() if isinstance(w, Tensor) else w, None, b.t(), a.t(), ds, grad if dx is None else dx, seed, p.scaling,
-        dropout_p, wanted=dx is not None, z=x, t=None if db is None else s, t_unit=s_unit(grad.dtype, p.scaling), da=da, db=db,
+        call, grad, w.t() if isinstance(w, Tensor) else w, None, b.t(), a.t(), ds, grad if dx is None else dx, None, mask,
+        p.scaling, dropout_p, wanted=dx is not None, z=x, t=None if db is None else s, t_unit=s_unit(grad.dtype, p.scaling),
+        da=da, db=db,
     )  # fmt: skip
 
 
 def threshold(p: Product) -> int:
-    """A random number of 31 bits below this drops its element."""
-    return min(round(p.dropout_p * 2**31), 2**31 - 1)
+    """A random number of 16 bits below this drops its element."""
+    return dropped(p.dropout_p)
 
 
 def buffers(plan: Plan, part: int, like: Tensor, lane: int, sums: int = 1) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,7 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
     # Several share their strides, too: not those of the first, of which a row of one element has any.
     lora_As, strides = ([q.a.contiguous() for q in members], (c.k, 1)) if others else ([p.a], p.a.stride())
     each = [
-        jobs.SMember(a, q.s, q.seed if c.dropout and not c.masked else None, q.scaling, q.call.r)
+        jobs.SMember(a, q.s, q.seed, q.mask if q.seed is not None else None, q.scaling, q.call.r)
         for a, q in zip(lora_As, members, strict=True)
     ]
     shared = _shared(p.s, strides, plan, 0, len(members))
@@ -170,7 +175,7 @@ def grad_job(device: Device, members: Sequence[Product], plan: Plan, of_b: bool)
         each = [jobs.GradMember(p.t, p.db, None, c.r)]
         shared, activation, unit = _shared(p.t, (c.r, 1), plan, 2, 1), "", p.t_unit
     else:
-        each = [jobs.GradMember(q.s, q.da, q.seed if c.dropout else None, q.call.r) for q in members]
+        each = [jobs.GradMember(q.s, q.da, q.mask, q.call.r) for q in members]
         shared, activation, unit = _shared(p.s, (1, c.n), plan, 3, len(members)), p.activation, 1.0
     sizes = (len(each), tile.BLOCK_K, tile.BLOCK_M, plan.block_r, tile.num_stages)
     constants = jobs.GradTile(*sizes, activation, unit, input_precision(device, c.dtype, transposed=True))
@@ -212,6 +217,6 @@ def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[
     # With rank 0 nothing is read, but a pointer still needs a type.
     s = p.y if p.s is None and load_s else p.s
     branch = jobs.Branch(
-        s, 0 if s is None else s.stride(0), *matrix(p.b), p.seed if p.call.masked else None, p.scaling, p.call.r
+        s, 0 if s is None else s.stride(0), *matrix(p.b), p.mask if p.call.masked else None, p.scaling, p.call.r
     )
     return branch, jobs.BranchTile(block_r, load_s, p.unit, precision)

@@ -27,7 +27,7 @@ from stablelora_kernels.kernels.lora.linear_tma import _lora_linear_tma_kernel
 from stablelora_kernels.kernels.lora.thin_products import _lora_shrink_kernel, _lora_weight_grads_kernel
 from stablelora_kernels.launch import jobs as make
 from stablelora_kernels.launch.base import Launch, Launches, VendorProduct, flag_words, planned
-from stablelora_kernels.launch.jobs import Chain, Gradient, Product, matrix, rows, threshold
+from stablelora_kernels.launch.jobs import Chain, Gradient, Product, Random, matrix, rows, threshold
 from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
@@ -36,7 +36,7 @@ GROUP_M = 8
 
 
 def forward_launches(
-    device: Device, x: Tensor, projections: Sequence[Projection], seeds: Sequence[Tensor | None], s: Tensor | None,
+    device: Device, x: Tensor, projections: Sequence[Projection], random: Sequence[Random], s: Tensor | None,
     ys: Sequence[Tensor], dropout_p: float, base: Tensor | None = None, choice: Choice | None = None,
 ) -> Launches:  # fmt: skip
     """The launches of a forward: each Y [M, N] for x [M, K].
@@ -52,8 +52,8 @@ def forward_launches(
         s = scratch(x, x.shape[0], sum(ranks))
     parts = [None] if s is None else s.split(ranks, 1)
     members = [
-        make.forward_product(x, p, part, y, seed, dropout_p)._replace(base=base)
-        for p, part, y, seed in zip(projections, parts, ys, seeds, strict=True)
+        make.forward_product(x, p, part, y, each, dropout_p)._replace(base=base)
+        for p, part, y, each in zip(projections, parts, ys, random, strict=True)
     ]
     return member_launches(device, members, choice)
 
@@ -70,7 +70,7 @@ def member_launches(device: Device, members: Sequence[Product], choice: Choice |
 
 def backward_launches(
     device: Device, x: Tensor | None, grads: Sequence[Tensor], projections: Sequence[Projection], s: Sequence[Tensor | None],
-    seeds: Sequence[Tensor | None], dropout_p: float,
+    masks: Sequence[Tensor | None], dropout_p: float,
     results: tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]], choice: Choice | None = None,
     plain: Callable[[Projection], tuple[Launches, Projection]] = lambda p: ([], p),
 ) -> Launches:  # fmt: skip
@@ -84,8 +84,8 @@ def backward_launches(
     every_ds = scratch(grads[0], grads[0].shape[0], sum(ranks)).split(ranks, 1) if len(ranks) > 1 else [None]
     firsts, plains = zip(*[plain(p) if dx is not None else ([], p) for p in projections], strict=True)
     members = [
-        make.backward_product(x, grad, p, each_s, seed, dropout_p, (dx, da, db), ds if da is not None else None)
-        for grad, p, each_s, seed, da, db, ds in zip(grads, plains, s, seeds, das, dbs, every_ds, strict=True)
+        make.backward_product(x, grad, p, each_s, mask, dropout_p, (dx, da, db), ds if da is not None else None)
+        for grad, p, each_s, mask, da, db, ds in zip(grads, plains, s, masks, das, dbs, every_ds, strict=True)
     ]
     choices = [choice or _choose(device, p, alone=len(members) == 1) for p in members]
     shared = len(members) > 1 and all(p.da is not None for p in members)
@@ -184,7 +184,7 @@ def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
     flags = flag_words(dropout=c.dropout and need_a, **{p.activation: p.activation != ""})
     words = f"{f'{many} of ' if many > 1 else ''}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
     of_z = make.z_rows(p), da.job, rows(p.x, c.k), db.job
-    args = (*of_z, c.m, da.programs, plan.splits, threshold(p))
+    args = (*of_z, c.m, da.programs, plan.splits)
     return planned(_lora_weight_grads_kernel, words, plan, plan.programs, args, {"DA": da.tile, "DB": db.tile})
 
 
@@ -309,7 +309,7 @@ def quantized(device: Device, p: Product) -> Launch:
     parts = make.buffers(plan, tile.BLOCK_M * tile.BLOCK_N, p.x, lane=1)
     w, packed, kind = _packed(p.w)
     branch, branch_tile = make.branch_job(p, plan.block_r, True, precision)
-    args = (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts, c.m, c.n, c.k, plan.splits, threshold(p))
+    args = (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts, c.m, c.n, c.k, plan.splits)
     constants = {"TILE": product_tile(p, tile, precision), "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans}
     words = f"{_product_words(p, plan)} {kind}{flag_words(masked=c.masked)}"
     words = f"{words} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"

@@ -21,7 +21,7 @@ from stablelora_kernels.kernels.lora.gate_up import (
     _lora_gate_up_tma_kernel,
 )
 from stablelora_kernels.launch.base import Launch, Launches, flag_words, tile_options
-from stablelora_kernels.launch.jobs import Product, backward_product, branch_job, forward_product, matrix
+from stablelora_kernels.launch.jobs import Product, Random, backward_product, branch_job, forward_product, matrix
 from stablelora_kernels.launch.lora_linear import (
     GROUP_M,
     backward_launches,
@@ -62,7 +62,7 @@ def _dequantizer(
 
 
 def mlp_forward_launches(
-    device: Device, x: Tensor, projections: Sequence[Projection], seeds: Sequence[Tensor | None], dropout_p: float,
+    device: Device, x: Tensor, projections: Sequence[Projection], random: Sequence[Random], dropout_p: float,
     activation: str, results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> Launches:  # fmt: skip
     """The launches of a forward. A projection without a branch has an A and a B of rank 0; its scaling is s' = scaling / (1 - p).
@@ -77,11 +77,11 @@ def mlp_forward_launches(
     s = scratch(x, m, sum(ranks)) if s is None else s
     launches: Launches = []
     members = []
-    for p, part, out, seed in zip(projections, s.split(ranks, 1), (g, u), seeds, strict=False):
+    for p, part, out, each in zip(projections, s.split(ranks, 1), (g, u), random, strict=False):
         first, p = plain(p)
         launches += first
         # An output that is not requested is left out below, or needs memory.
-        members.append(forward_product(x, p, part, h if out is None else out, seed, dropout_p))
+        members.append(forward_product(x, p, part, h if out is None else out, each, dropout_p))
     by_rows = [rows_contiguous(p.w) for p in members if isinstance(p.w, Tensor)]
     alike = len({trans for _, trans in by_rows}) == 1 and all(described(t) for t in (x, h, *(w for w, _ in by_rows)))
     choice = rules.choose_gate_up(device, members[0].call._replace(r=max(ranks)), alike)
@@ -93,13 +93,13 @@ def mlp_forward_launches(
         launches += [shrink(device, members)] if shared else [shrink(device, [p]) for p in members if p.call.r]
         launches.append(_gate_up(device, members, h, activation, choice.kernel == "tma", keep=g is not None))
     first, p = plain(projections[2])
-    down = forward_product(h, p, s_down, y, seeds[2], dropout_p)
+    down = forward_product(h, p, s_down, y, random[2], dropout_p)
     return [*launches, *first, *product_launches(device, down, rules.choose(device, down.call))]
 
 
 def mlp_backward_launches(
     device: Device, x: Tensor | None, grad: Tensor, kept: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    projections: Sequence[Projection], seeds: Sequence[Tensor | None], dropout_p: float, activation: str,
+    projections: Sequence[Projection], masks: Sequence[Tensor | None], dropout_p: float, activation: str,
     results: tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]],
 ) -> Launches:  # fmt: skip
     """The launches of a backward, for those of dX, the dA's and the dB's that are not None.
@@ -113,7 +113,7 @@ def mlp_backward_launches(
     g, u = g.contiguous(), u.contiguous()
     dg, du = (scratch(g, *g.shape), scratch(u, *u.shape)) if need_h else (None, g)
     first, down = plain(projections[2])
-    p = backward_product(g, grad, down, s_down, seeds[2], dropout_p, (dg, das[2], dbs[2]))
+    p = backward_product(g, grad, down, s_down, masks[2], dropout_p, (dg, das[2], dbs[2]))
     p = p._replace(call=p.call._replace(gated=True), activation=activation, gate=jobs.Gate(g, u, du))
     launches = [*first, *product_launches(device, p, rules.choose(device, p.call))]
     if dg is None:
@@ -121,7 +121,7 @@ def mlp_backward_launches(
     parts = [None, None] if s is None else s.split([p.rank for p in projections[:2]], 1)
     wanted = (dx, das[:2], dbs[:2])
     return launches + backward_launches(
-        device, x, [dg, du], projections[:2], parts, seeds[:2], dropout_p, wanted, plain=plain
+        device, x, [dg, du], projections[:2], parts, masks[:2], dropout_p, wanted, plain=plain
     )
 
 

@@ -11,8 +11,8 @@ one by one.
 A lone branch (``lora_branch``) has a base product BASE in place of X W^T, which another layer has computed; its dX has no dY W.
 The op does not write to BASE: another backward may need it, and the traffic is the same out of place.
 
-Autograd saves X, which the surrounding graph usually holds anyway, and S. For dropout it saves a seed on Triton, whose backward
-draws the mask again, and the bool mask on the PyTorch path. For a quantized weight it saves the stored form, never the whole W;
+Autograd saves X, which the surrounding graph usually holds anyway, and S. For dropout it saves the mask, a bit an element on
+Triton and a byte on the PyTorch path. For a quantized weight it saves the stored form, never the whole W;
 the PyTorch path dequantizes it again in backward.
 """
 
@@ -54,34 +54,43 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
+from stablelora_kernels.reference import dropped
 from stablelora_kernels.utils.tensors import cast, outside_autocast
 
 
-def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor]:
+def new_mask(x: Tensor, columns: int) -> Tensor:
+    """Memory for the dropout mask of x's rows: int32 [M, ceil(columns / 32)], see ``reference.unpack_mask``."""
+    return x.new_empty((math.prod(x.shape[:-1]), -(-columns // 32)), dtype=torch.int32)
+
+
+def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     x, like = call.x, call.x if call.base is None else call.base
     ys = [like.new_empty((*x.shape[:-1], b.shape[0])) for b in call.lora_Bs]
-    return ys, x.new_empty(math.prod(x.shape[:-1]) if call.save_s else 0, sum(a.shape[0] for a in call.lora_As))
+    s = x.new_empty(math.prod(x.shape[:-1]) if call.save_s else 0, sum(a.shape[0] for a in call.lora_As))
+    return ys, s, [new_mask(x, x.shape[-1]) for _ in call.seeds if call.save_mask]
 
 
 @define_launches(
     "lora_linear_fwd",
     "(Tensor x, Tensor? base, Tensor?[] datas, Tensor[] scales, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
-    "Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, bool save_s) -> (Tensor[], Tensor)",
+    "Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, bool save_s, bool save_mask) "
+    "-> (Tensor[], Tensor, Tensor[])",
     _allocate_forward,
 )
 def lora_linear_fwd(
-    device: Device, call: Any, results: tuple[list[Tensor], Tensor], choice: Choice | None
+    device: Device, call: Any, results: tuple[list[Tensor], Tensor, list[Tensor]], choice: Choice | None
 ) -> list[Any]:
-    """The Y's [..., N], and with ``save_s`` the S's [M, r] side by side, for x [..., K].
+    """The Y's [..., N], with ``save_s`` the S's [M, r] side by side, and with ``save_mask`` each mask, for x [..., K].
 
-    ``projection.flatten`` makes the lists; the scalings are s' = scaling / (1 - p). With ``base`` [..., N] there is one
+    ``projection.flatten`` makes the lists; the scalings are :func:`scalings_of`. With ``base`` [..., N] there is one
     projection, a lone branch, and Y has base's dtype.
     """
     from stablelora_kernels.launch.lora_linear import forward_launches
 
     ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
-    return forward_launches(device, x, projections_in(call), call.seeds, s, ys, call.dropout_p, base, choice)
+    random = [*zip(call.seeds, results[2] or [None] * len(ys), strict=True)]
+    return forward_launches(device, x, projections_in(call), random, s, ys, call.dropout_p, base, choice)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -97,7 +106,7 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 @define_launches(
     "lora_linear_bwd",
     "(Tensor? x, Tensor[] grads, Tensor?[] datas, Tensor[] scales, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, "
-    "Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) "
+    "Tensor?[] masks, int[] layouts, float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) "
     "-> (Tensor, Tensor[], Tensor[])",
     _allocate_backward,
 )
@@ -117,7 +126,7 @@ def lora_linear_bwd(
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
     s = _each_s(call.s, call.lora_As) or nothing
     projections = projections_in(call)
-    return backward_launches(device, x, grads, projections, s, call.seeds, call.dropout_p, wanted, choice)
+    return backward_launches(device, x, grads, projections, s, call.masks, call.dropout_p, wanted, choice)
 
 
 def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
@@ -129,6 +138,11 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     """The seed of dropout's mask, None without dropout."""
     # It stays on the device: there is no synchronization, and a CUDA graph draws a new one at each replay.
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
+
+
+def scalings_of(scalings: Sequence[float], dropout_p: float) -> tuple[float, ...]:
+    """s' = scaling / (1 - p) of each projection, with the probability that the kernels drop by."""
+    return tuple([scaling / (1 - dropped(dropout_p) / 65536) for scaling in scalings])
 
 
 class LinearFacts(NamedTuple):
@@ -154,17 +168,17 @@ class LinearFacts(NamedTuple):
 def _forward(
     facts: LinearFacts, entry: Entry | None, x: Tensor, base: Tensor | None, tensors: Sequence[Any]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[float]]:
-    """The Y's [..., N], S, dropout's seeds or masks, and each s', for x [..., K] and the flattened projections.
+    """The Y's [..., N], S, dropout's masks, and each s', for x [..., K] and the flattened projections.
 
-    On Triton one matrix has every S, side by side; it is empty if no gradient needs it. On the PyTorch path all tensors have x's
-    dtype.
+    On Triton one matrix has every S, side by side; it is empty if no gradient needs it, and no mask is there then. On the
+    PyTorch path all tensors have x's dtype.
     """
     _, backend, _, dropout_p, scalings, _, (lengths, numbers), *_ = facts
     if backend == "triton":
         # One by one, in the order in which separate projections draw theirs.
         seeds = [draw_seed(x, dropout_p) for _ in scalings] if dropout_p else [None] * len(scalings)
-        *ys, s = lora_linear_fwd((x, base, *tensors, *seeds), lengths, numbers, entry)
-        return ys, (s,), seeds, scalings
+        results, n = lora_linear_fwd((x, base, *tensors, *seeds), lengths, numbers, entry), len(seeds)
+        return results[:n], results[n : n + 1], results[n + 1 :] or [None] * n, scalings
     rows = as_matrix(x)
     keeps, scalings = zip(*[draw_dropout(rows, dropout_p, scaling) for scaling in scalings], strict=True)
     projections = unflatten(tensors, lengths[:-1], numbers[0], scalings)
@@ -336,7 +350,7 @@ def _facts_of(
     ):
         strategy = "plain operators"
     if backend == "triton":
-        scalings = tuple([scaling / (1 - dropout_p) for scaling in scalings])
+        scalings = scalings_of(scalings, dropout_p)
     need_x, need_a, need_b, *_ = needs
     n, layouts = len(projections), layouts_of(projections)
     scales, s_count = scale_count(layouts), (1 if backend == "triton" else n) if need_b else 0
@@ -348,7 +362,7 @@ def _facts_of(
         dropout_p,
         scalings,
         tuple(needs[:5]),  # type: ignore[arg-type]
-        ((n, scales, n, n, n, n), (layouts, scalings, dropout_p, need_b)),
+        ((n, scales, n, n, n, n), (layouts, scalings, dropout_p, need_b, dropout_p > 0 and (need_x or need_a))),
         ((n, *lengths), (layouts if need_x else (), scalings, dropout_p, need_x, need_a, need_b)),
         tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else (),
     )

@@ -3,8 +3,8 @@
     forward   G = gate(X)   U = up(X)   H = act(G) ∘ U   Y = down(H)
     backward  dH = dX of down, for dY   dG = dH ∘ U ∘ act'(G)   dU = dH ∘ act(G)   then gate's and up's gradients for them
 
-Autograd saves X, G, U and each S. Backward computes H, act(G) and dropout's masks again where it needs them: the kernels from
-a seed, the PyTorch path from the state of torch's generator, where it can be read.
+Autograd saves X, G, U and each S. Backward computes H and act(G) again where it needs them. The kernels keep dropout's masks; the
+PyTorch path draws them again from the state of torch's generator, where it can be read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import gelu, linear, silu
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.lora_linear import apply, draw_seed, first_derivative, lora_linear_op
+from stablelora_kernels.ops.lora_linear import apply, draw_seed, first_derivative, lora_linear_op, new_mask, scalings_of
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
@@ -83,32 +83,36 @@ def _with_branches(
     return found
 
 
-def _allocate_forward(call: Any) -> tuple[Tensor, ...]:
+def _allocate_forward(call: Any) -> tuple[Any, ...]:
     projections = projections_in(call)
-    (f, _), _, (n, _) = (p.weight.shape for p in projections)  # type: ignore[union-attr]
+    (f, k), _, (n, _) = (p.weight.shape for p in projections)  # type: ignore[union-attr]
     x, ranks = call.x, [p.rank for p in projections]
     kept, m = (x.shape[:-1], row_count(x)) if call.save else ((0,), 0)
     sizes = ((*x.shape[:-1], n), (*kept, f), (*kept, f), (m, ranks[0] + ranks[1]), (m, ranks[2]))
-    return tuple(x.new_empty(size) for size in sizes)
+    masks = [new_mask(x, width) for width, stored in zip((k, k, f), call.masks, strict=True) if stored]
+    return *[x.new_empty(size) for size in sizes], masks
 
 
 @define_launches(
     "lora_mlp_fwd",
     "(Tensor x, Tensor?[] datas, Tensor[] scales, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] seeds, "
-    "int[] layouts, float[] scalings, float dropout_p, str activation, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int[] layouts, float[] scalings, float dropout_p, str activation, bool save, bool[] masks) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _allocate_forward,
 )
-def lora_mlp_fwd(device: Device, call: Any, results: tuple[Tensor, ...], choice: Choice | None) -> list[Any]:
+def lora_mlp_fwd(device: Device, call: Any, results: tuple[Any, ...], choice: Choice | None) -> list[Any]:
     """Y [..., N], and with ``save`` G and U [..., F], gate's and up's S side by side and down's S, for x [..., K].
 
-    ``projection.flatten`` makes the lists; the scalings are s' = scaling / (1 - p).
+    ``projection.flatten`` makes the lists; the scalings are ``scalings_of``. ``masks``: whether gate's, up's and down's mask is
+    stored.
     """
     from stablelora_kernels.launch.lora_mlp import mlp_forward_launches
 
-    x, (y, *kept) = as_matrix(call.x), (as_matrix(result) for result in results)
+    x, (y, *kept), stored = as_matrix(call.x), [as_matrix(result) for result in results[:5]], iter(results[5])
     projections = _with_branches(projections_in(call), x)
     outputs = (y, *(kept if call.save else [None] * 4))
-    return mlp_forward_launches(device, x, projections, call.seeds, call.dropout_p, call.activation, outputs)
+    random = [(seed, next(stored) if wanted else None) for seed, wanted in zip(call.seeds, call.masks, strict=True)]
+    return mlp_forward_launches(device, x, projections, random, call.dropout_p, call.activation, outputs)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -125,7 +129,7 @@ def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 @define_launches(
     "lora_mlp_bwd",
     "(Tensor grad, Tensor? x, Tensor g, Tensor u, Tensor? s, Tensor? s_down, Tensor?[] datas, Tensor[] scales, "
-    "Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, str activation, "
+    "Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] masks, int[] layouts, float[] scalings, float dropout_p, str activation, "
     "bool need_x, bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor[], Tensor[])",
     _allocate_backward,
 )
@@ -142,7 +146,7 @@ def lora_mlp_bwd(
     das, dbs = ([t if t.numel() else None for t in tensors] for tensors in each)  # type: ignore[attr-defined]
     grad, g, u = (as_matrix(t) for t in (call.grad, call.g, call.u))
     x, kept = None if call.x is None else as_matrix(call.x), (g, u, call.s, call.s_down)
-    rest = (call.seeds, call.dropout_p, call.activation, (as_matrix(dx) if call.need_x else None, das, dbs))
+    rest = (call.masks, call.dropout_p, call.activation, (as_matrix(dx) if call.need_x else None, das, dbs))
     return mlp_backward_launches(device, x, grad, kept, _with_branches(projections_in(call), grad), *rest)
 
 
@@ -167,23 +171,29 @@ class MLPFacts(NamedTuple):
     members: tuple[Entry, ...]
 
 
-# Y; G, U, gate's and up's S side by side, down's S, and of each projection what draws its mask again; the flattened projections
-# as backward reads them, and each s'.
+# Y; G, U, gate's and up's S side by side, down's S, and of each projection its mask or what draws it again; the flattened
+# projections as backward reads them, and each s'.
 Forward = tuple[Tensor, Sequence[Any], Sequence[Any], Sequence[float]]
 
 
 def _forward(facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool) -> Forward:
     """For x [..., K] and the flattened projections. On Triton, Y alone is not empty without ``save``."""
-    _, (activation, dropout_p, backend, shared_mask), scalings, layouts, lengths, *_ = facts
+    _, (activation, dropout_p, backend, shared_mask), scalings, layouts, lengths, (_, needs_a, _), reads, *_ = facts
     if backend == "torch":
         return _torch_fwd(facts, x, tensors)
     drops = [0.0 if lora_A is None else dropout_p for lora_A in tensors[-6:-3]]
     # In the order in which separate projections draw theirs.
     gate = draw_seed(x, drops[0])
     seeds = (gate, gate if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2]))
-    numbers = (layouts, scalings, dropout_p, activation, save)
-    y, *kept = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
-    return y, (*kept, *seeds), tensors, scalings
+    need_a, *_, need_x, _, need_h = reads
+    need = need_x or need_a
+    wanted = (need, need and not shared_mask, need_h or needs_a[2])
+    stored = tuple([save and drop > 0 and wants for drop, wants in zip(drops, wanted, strict=True)])
+    numbers = (layouts, scalings, dropout_p, activation, save, stored)
+    y, g, u, s, s_down, *masks = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
+    left = iter(masks)
+    mask, of_up, of_down = [next(left) if is_stored else None for is_stored in stored]
+    return y, (g, u, s, s_down, mask, mask if shared_mask else of_up, of_down), tensors, scalings
 
 
 def _draw(x: Tensor, p: Projection, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
@@ -330,7 +340,7 @@ def _facts_of(x: Tensor, projections: Sequence[Projection], options: Options) ->
     if not uniform or few or (trained and as_trained) or (quantized_few and not shared_mask):
         strategy = "one by one"
     if backend == "triton":
-        scalings = tuple([scaling / (1 - dropout_p) for scaling in scalings])
+        scalings = scalings_of(scalings, dropout_p)
     layouts = layouts_of(projections)
     lengths, (need_x,) = (3, scale_count(layouts), 3, 3, 3, 3), needs_x
     # dH needs down's weight, dX the others'.

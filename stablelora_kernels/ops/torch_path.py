@@ -21,6 +21,7 @@ from torch import Tensor
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import as_plain
+from stablelora_kernels.reference import dropped
 
 # From this many multiplications on, oneDNN is faster; it takes some microseconds longer to start.
 ONEDNN_FROM = 1 << 22
@@ -183,21 +184,20 @@ def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
 def _draw(
     shape: Sequence[int], device: torch.device, dropout_p: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, float]:
-    size = math.prod(shape)
+    size, number = math.prod(shape), dropped(dropout_p)
+    dropout_p = number / 65536
     if device.type != "cpu" or _is_small(size):
         keep = torch.empty(shape, dtype=torch.bool, device=device)
         return keep.bernoulli_(1 - dropout_p, generator=generator), dropout_p
     # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are
-    # several times faster. That rounds the probability to 1/65536; the scale uses the rounded one, so the result is unbiased.
-    # Not all may be dropped, which would leave nothing to scale.
-    dropped = min(round(dropout_p * 65536), 65535)
+    # several times faster.
     count = -(-size // 4)
     if torch.compiler.is_compiling():
         # torch.compile does not support random_(). These are the same bits: randint's offset flips a word's highest bit.
         words = torch.randint(-(2**63), 2**63 - 1, (count,), device="cpu") ^ -(2**63)
     else:
         words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:size].view(shape) >= dropped - 32768, dropped / 65536
+    return words.view(torch.int16)[:size].view(shape) >= number - 32768, dropout_p
 
 
 def can_redraw(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ AdamW and stochastic rounding.
 
 from stablelora_kernels.reference.lora import (
     dropout_keep_ref,
+    dropped,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
@@ -14,6 +15,7 @@ from stablelora_kernels.reference.lora import (
     lora_linear_ref,
     nf4_ref,
     philox_ref,
+    unpack_mask,
 )
 from stablelora_kernels.reference.optimizer import StableAdamWRef, adamw_ref, shrink_ref, stochastic_round_ref
 
@@ -21,6 +23,7 @@ __all__ = [
     "StableAdamWRef",
     "adamw_ref",
     "dropout_keep_ref",
+    "dropped",
     "fp8_ref",
     "lora_branch_grads_ref",
     "lora_branch_ref",
@@ -31,4 +34,5 @@ __all__ = [
     "philox_ref",
     "shrink_ref",
     "stochastic_round_ref",
+    "unpack_mask",
 ]

@@ -213,12 +213,28 @@ def philox_ref(seed: int, counter: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
+def dropped(dropout_p: float) -> int:
+    """How many of the 65,536 values of 16 random bits drop an element, on a GPU as on a CPU.
+
+    Branches are scaled by the rounded probability, so results are unbiased. Not all elements may be dropped, which would leave
+    nothing to scale.
+    """
+    return min(round(dropout_p * 65536), 65535)
+
+
 def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Tensor:
     """The Triton kernels' keep-mask, bool [rows, columns], bit for bit.
 
-    Element (i, j) takes word j mod 4 of the Philox counter i·ceil(columns / 4) + j div 4. It is kept if the word's upper 31
-    bits are at least round(p·2^31).
+    Element (i, j) takes word j mod 8 div 2 of the Philox counter i·ceil(columns / 8) + j div 8, its lower half if j is even,
+    else its upper one. It is kept if the half is at least ``dropped(p)``.
     """
-    groups = -(-columns // 4)
-    words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64)).reshape(rows, groups * 4)[:, :columns]
-    return (words >> 1) >= round(dropout_p * 2**31)
+    groups = -(-columns // 8)
+    words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64))
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, groups * 8)
+    return halves[:, :columns] >= dropped(dropout_p)
+
+
+def unpack_mask(mask: Tensor, columns: int) -> Tensor:
+    """The keep-mask, bool [rows, columns], from what the kernels store: int32 [rows, ceil(columns / 32)], lowest bits first."""
+    bits = mask[:, :, None] >> torch.arange(32, device=mask.device) & 1
+    return bits.reshape(len(mask), -1)[:, :columns] == 1

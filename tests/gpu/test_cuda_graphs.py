@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import tests.optim.test_capture as captures
-from stablelora_kernels.testing import seed_of
+from stablelora_kernels.testing import keep_of
 from tests.helpers import cases
 from tests.helpers.case_checks import assert_close
 from tests.helpers.cases import Case, Operands, Results
-from tests.helpers.gpu_checks import DEVICE, SMALL, capture, check, keep_rows, linear, make, record
+from tests.helpers.gpu_checks import SMALL, capture, check, linear, make, record
 from tests.helpers.graphed_steps import use_graphs
 
 pytestmark = pytest.mark.gpu
@@ -58,21 +58,21 @@ def test_backward_of_an_earlier_forward_draws_no_mask_and_a_captured_forward_dra
 
     def both() -> Results:
         (y,) = cases.ours(case, leaf)
-        return {"Y0": y.detach(), **backward(case, leaf, y), "seed": seed_of(y)}
+        return {"Y0": y.detach(), **backward(case, leaf, y), "keep": keep_of(y, leaf["x"])}
 
     (y,) = cases.ours(case, leaf)
     captured, earlier = capture(both), capture(lambda: backward(case, leaf, y))
-    seeds, worst, rows = set(), (0.0, ""), torch.arange(case.shape[0], device=DEVICE)
+    masks, worst = set(), (0.0, "")
     for turn in range(REPLAYS):
         leaf["grad0"].copy_(make(case.but(seed=turn))["grad0"])
         earlier.replay()
         assert_close(backward(case, leaf, y), earlier.outputs)
         captured.replay()
         found = dict(captured.outputs)
-        seed = int(found.pop("seed"))
-        seeds.add(seed)
-        worst = max(worst, check(case, leaf, found, keep_rows(case, rows, seed)))
-    assert len(seeds) == REPLAYS, f"{REPLAYS} replays drew {len(seeds)} different seeds"
+        keep = found.pop("keep")
+        masks.add(keep.cpu().numpy().tobytes())
+        worst = max(worst, check(case, leaf, found, keep))
+    assert len(masks) == REPLAYS, f"{REPLAYS} replays drew {len(masks)} different masks"
     record(record_property, worst)
 
 

@@ -41,11 +41,15 @@ class Shared(NamedTuple):
 
 
 class SMember(NamedTuple):
-    """One projection's S [M, R] = s' (X ∘ keep) A^T, A[r, k] at ``a + r * row + k * col``. The seed is None without a mask."""
+    """One projection's S [M, R] = s' (X ∘ keep) A^T, A[r, k] at ``a + r * row + k * col``.
+
+    The seed is None without dropout. The mask that it gives is stored where ``mask`` is not None, a bit an element.
+    """
 
     a: Any
     s: Any
     seed: Any
+    mask: Any
     scaling: Any
     R: Any
 
@@ -71,11 +75,11 @@ class STile(NamedTuple):
 
 
 class GradMember(NamedTuple):
-    """One projection's OUT = (Z ∘ keep)^T T, T [M, R], OUT[c, r] at ``out + c * row + r * col``; seed as above."""
+    """One projection's OUT = (Z ∘ keep)^T T, T [M, R], OUT[c, r] at ``out + c * row + r * col``; keep is all ones or stored."""
 
     t: Any
     out: Any
-    seed: Any
+    mask: Any
     R: Any
 
 
@@ -100,7 +104,7 @@ class GradTile(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``. The seed is None without a mask.
+    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``; keep is all ones or stored.
 
     A launch that computes S beside its product scales it and, if s is not None, stores it.
     """
@@ -110,7 +114,7 @@ class Branch(NamedTuple):
     b: Any
     b_row: Any
     b_col: Any
-    seed: Any
+    mask: Any
     scaling: Any
     R: Any
 

@@ -17,7 +17,7 @@ run with those for dX.
 
     M, N                  rows of X, columns of Y; x.width is K, the columns of X
     z                     what dA reads beside S: backward's X, or a gated MLP's G and U
-    threshold             dropout: the number below which 31 random bits drop an element
+    threshold             dropout: the number below which 16 random bits drop an element
     SPLITS                programs that share a tile's sum, through parts (float32 scratch) and counter (int32 zeros)
     branch, BRANCH        S B^T, of S that is read, or computed beside the product
     chain                 with S: this launch has S's programs too, S_PROGRAMS with those of dB, in an order that ``chain`` makes
@@ -32,7 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, keep_mask, tile_of
+from stablelora_kernels.kernels.common import cast, dot, load_words, tile_of, unpack_words
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_flag
 from stablelora_kernels.kernels.lora.gated import prefetch, store_gated_grads
 from stablelora_kernels.kernels.lora.thin_products import part_of_rows, s_program, weight_grad
@@ -42,14 +42,15 @@ NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB
 
 
 @triton.jit
-def add_branch(acc, s, branch, rows, cols, col0, first, M, N, threshold, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
+def add_branch(acc, s, branch, rows, cols, col0, first, M, N, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
     """acc + (S B^T) ∘ keep for a tile, where S is read, or ``s``, which the ``first`` tile of its rows stores if it is wanted."""
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
-    if branch.seed is not None:
-        # One load for all parts of a tile would keep the keys made of the seed in registers, and 64 bytes more would spill.
-        keep = keep_mask(tl.load(branch.seed), rows, col0, N, threshold, BLOCK_N)
-    if BRANCH.UNIT != 1.0:
+    total = acc
+    if branch.mask is not None:
+        words = load_words(branch.mask, rows, col0, M, N, BLOCK_N)
+        acc = tl.zeros(acc.shape, dtype=tl.float32)
+    elif BRANCH.UNIT != 1.0:
         acc *= 1.0 / BRANCH.UNIT
     # One stage, because a pipeline would take the main loop's shared memory.
     for r0 in tl.range(0, branch.R if BRANCH.LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
@@ -64,14 +65,12 @@ def add_branch(acc, s, branch, rows, cols, col0, first, M, N, threshold, BLOCK_N
         b_mask = (r0 + rs[:, None] < branch.R) & (cols[None, :] < N)
         b_ptrs = branch.b + cols[None, :] * branch.b_row + (r0 + rs[:, None]) * branch.b_col
         b = cast(tl.load(b_ptrs, mask=b_mask, other=0.0), s_low.dtype)
-        if branch.seed is not None:
-            product = dot(s_low, b, tl.zeros(acc.shape, dtype=tl.float32), BRANCH.PRECISION)
-            acc += tl.where(keep, product, 0.0)
-        else:
-            # Into the product's own accumulator: registers have no room for a second one.
-            acc = dot(s_low, b, acc, BRANCH.PRECISION)
+        # Without a mask into the product's own accumulator: registers have no room for a second one.
+        acc = dot(s_low, b, acc, BRANCH.PRECISION)
     if BRANCH.UNIT != 1.0:
         acc *= BRANCH.UNIT
+    if branch.mask is not None:
+        acc = total + tl.where(unpack_words(words, BLOCK_N), acc, 0.0)
     return acc
 
 
@@ -102,7 +101,7 @@ def product_program(
                 start, stop = part_of_rows(program - PRODUCTS, z, da, M, DA_SPLITS, DA)
                 for flag in range(start // S.FLAG_M, tl.cdiv(stop, S.FLAG_M)):
                     wait_for_flag(chain, flag, M, da.members[0].R, S)
-            weight_grad(program - PRODUCTS, z, da, M, DA_SPLITS, threshold, DA)
+            weight_grad(program - PRODUCTS, z, da, M, DA_SPLITS, DA)
             if S is not None:
                 leave(chain, M, S)
             return -1
@@ -156,7 +155,7 @@ def _lora_linear_kernel(
         acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     wait_for_s(chain, pid_m * BLOCK_M, branch, M, S)
     s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
-    acc = add_branch(acc, s_low, branch, rows, cols, pid_n * BLOCK_N, pid_n == 0, M, N, threshold, BLOCK_N, BRANCH)
+    acc = add_branch(acc, s_low, branch, rows, cols, pid_n * BLOCK_N, pid_n == 0, M, N, BLOCK_N, BRANCH)
     y_ptrs, y_mask = y.ptr + rows[:, None] * y.row + cols[None, :], row_mask[:, None] & col_mask[None, :]
     if base is not None:
         acc += tl.load(base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0).to(tl.float32)

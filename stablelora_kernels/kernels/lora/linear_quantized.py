@@ -84,10 +84,10 @@ def _weight_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
         return _fp8_tile(w, rows, col0, N, K, COLS)
 
 
-@triton.jit(do_not_specialize=["M", "SPLITS", "threshold"])
+@triton.jit(do_not_specialize=["M", "SPLITS"])
 def _lora_linear_quantized_kernel(
-    x, w, bias, y, branch, parts, counter, M, N, K, SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr,
-    PACKED: tl.constexpr, TRANS_W: tl.constexpr,
+    x, w, bias, y, branch, parts, counter, M, N, K, SPLITS, TILE: tl.constexpr, BRANCH: tl.constexpr, PACKED: tl.constexpr,
+    TRANS_W: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep;  X [M, K], W [N, K] (stored as [K, N] with TRANS_W), Y [M, N].
 
@@ -122,7 +122,7 @@ def _lora_linear_quantized_kernel(
     if last:
         if bias is not None:
             acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        acc = add_branch(acc, None, branch, rows, cols, pid_n * BLOCK_N, False, M, N, threshold, BLOCK_N, BRANCH)
+        acc = add_branch(acc, None, branch, rows, cols, pid_n * BLOCK_N, False, M, N, BLOCK_N, BRANCH)
         y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
         tl.store(y_ptrs, cast(acc, y.ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 

@@ -73,7 +73,7 @@ def _lora_linear_split_k_kernel(
         wait_for_s(chain, pid_m * BLOCK_M, branch, M, S)
         s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
         first, col0 = pid_n == 0, pid_n * BLOCK_N
-        y_tile = add_branch(y_tile, s_low, branch, rows, cols, col0, first, M, N, threshold, BLOCK_N, BRANCH)
+        y_tile = add_branch(y_tile, s_low, branch, rows, cols, col0, first, M, N, BLOCK_N, BRANCH)
         y_ptrs, y_mask = y.ptr + rows[:, None] * y.row + cols[None, :], row_mask[:, None] & col_mask[None, :]
         if base is not None:
             y_tile += tl.load(base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0).to(tl.float32)

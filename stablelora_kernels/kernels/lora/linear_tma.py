@@ -63,18 +63,18 @@ def _lora_linear_tma_kernel(
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         wait_for_s(chain, row0, branch, M, S)
         s_low = cast(branch.scaling * s, x_desc.dtype)
-        if branch.seed is None:
+        if branch.mask is None:
             # Onto the whole accumulator: products onto parts of it make ptxas serialize the main loop's WGMMAs.
             cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
-            acc = add_branch(acc, s_low, branch, rows, cols, col0, pid_n == 0, M, N, threshold, BLOCK_N, BRANCH)
+            acc = add_branch(acc, s_low, branch, rows, cols, col0, pid_n == 0, M, N, BLOCK_N, BRANCH)
         # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory.
         PART: tl.constexpr = BLOCK_N // TILE.PARTS
         parts = column_parts(acc, TILE.PARTS)
         for i in tl.static_range(TILE.PARTS):
             y, col = parts[i], col0 + i * PART
             cols = col.to(tl.int64) + tl.arange(0, PART)
-            if branch.seed is not None:
-                y = add_branch(y, s_low, branch, rows, cols, col, col == 0, M, N, threshold, PART, BRANCH)
+            if branch.mask is not None:
+                y = add_branch(y, s_low, branch, rows, cols, col, col == 0, M, N, PART, BRANCH)
             if bias is not None:
                 y += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             if TILE.ADD:

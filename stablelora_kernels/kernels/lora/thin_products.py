@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, keep_mask, shared_sum
+from stablelora_kernels.kernels.common import cast, dot, draw_mask, load_keep, shared_sum, unpack_bytes
 from stablelora_kernels.kernels.lora.chain import raise_flag
 from stablelora_kernels.kernels.lora.gated import gated
 
@@ -36,7 +36,7 @@ def s_program(
         before = (program.to(tl.int64) * DB_PROGRAMS // programs).to(tl.int32)
         is_db = ((program + 1).to(tl.int64) * DB_PROGRAMS // programs).to(tl.int32) > before
         if is_db:
-            weight_grad(before, x, db, M, DB_SPLITS, threshold, DB)
+            weight_grad(before, x, db, M, DB_SPLITS, DB)
     if not is_db:
         shrink(program - before, x, s, chain, M, S_SPLITS, threshold, S)
 
@@ -47,7 +47,7 @@ def shrink(program, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
 
     Programs: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts in
     order. Members of several projections have one block of ranks: X is read once for all. Each has its own mask, so their A
-    can't be one A of a higher rank.
+    can't be one A of a higher rank. Every block of ranks stores the same mask.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
@@ -86,7 +86,10 @@ def shrink(program, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
             kept = x_tile
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
-                kept = tl.where(keep_mask(seeds[i], rows, k0, x.width, threshold, BLOCK_K), x_tile, 0.0)
+                mask = draw_mask(seeds[i], rows, k0, x.width, threshold, BLOCK_K)
+                if member.mask is not None:
+                    store_mask(member.mask, mask, rows, k0, M, x.width)
+                kept = tl.where(unpack_bytes(mask), x_tile, 0.0)
             added += (dot(kept, cast(a, x_tile.dtype), sums[i], TILE.PRECISION),)  # type: ignore[assignment]
         sums = added
 
@@ -103,6 +106,16 @@ def shrink(program, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
 
 
 @triton.jit
+def store_mask(mask_ptr, mask, rows, col0, M, n_cols):
+    """Store ``mask``, of bytes, for backward. Its last word of a row may have bits beyond n_cols, which nothing reads."""
+    row_bytes = 4 * tl.cdiv(n_cols, 32)
+    cols = col0 // 8 + tl.arange(0, mask.shape[1])
+    inside = (rows[:, None] < M) & (cols[None, :] < row_bytes)
+    bytes_ptr = mask_ptr.to(tl.pointer_type(tl.uint8))
+    tl.store(bytes_ptr + rows[:, None] * row_bytes + cols[None, :], mask.to(tl.uint8), mask=inside)
+
+
+@triton.jit
 def part_of_rows(program, z, job, M, SPLITS, TILE: tl.constexpr):
     """The rows that the ``program``-th program of ``weight_grad`` sums up: from the first to before the second."""
     split = program // (tl.cdiv(z.width, TILE.BLOCK_C) * tl.cdiv(job.members[0].R, TILE.BLOCK_R))
@@ -111,7 +124,7 @@ def part_of_rows(program, z, job, M, SPLITS, TILE: tl.constexpr):
 
 
 @triton.jit
-def weight_grad(program, z, job, M, SPLITS, threshold, TILE: tl.constexpr):
+def weight_grad(program, z, job, M, SPLITS, TILE: tl.constexpr):
     """OUT[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r] for each member of a ``GradJob``; the ``program``-th program.
 
     Programs: SPLITS parts of M one after another, in each the tiles of OUT. The last program of a tile to finish adds up the
@@ -149,8 +162,8 @@ def weight_grad(program, z, job, M, SPLITS, threshold, TILE: tl.constexpr):
             t_mask = (rows[:, None] < M) & (rs[None, :] < member.R)
             t = tl.load(member.t + rows[:, None] * job.shared.stride + rs[None, :], mask=t_mask, other=0.0)
             kept = z_tile
-            if member.seed is not None:
-                kept = tl.where(keep_mask(tl.load(member.seed), rows, c0, z.width, threshold, BLOCK_C), z_tile, 0.0)
+            if member.mask is not None:
+                kept = tl.where(load_keep(member.mask, rows, c0, M, z.width, BLOCK_C), z_tile, 0.0)
             added += (dot(tl.trans(kept), t, sums[i], TILE.PRECISION),)  # type: ignore[assignment]
         sums = added
 
@@ -166,15 +179,15 @@ def weight_grad(program, z, job, M, SPLITS, threshold, TILE: tl.constexpr):
             tl.store(out_ptrs, cast(total, member.out.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit(do_not_specialize=["M", "DA_PROGRAMS", "SPLITS", "threshold"])
-def _lora_weight_grads_kernel(z, da, dy, db, M, DA_PROGRAMS, SPLITS, threshold, DA: tl.constexpr, DB: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "DA_PROGRAMS", "SPLITS"])
+def _lora_weight_grads_kernel(z, da, dy, db, M, DA_PROGRAMS, SPLITS, DA: tl.constexpr, DB: tl.constexpr):
     """dA = dS^T (Z ∘ keep) by the first DA_PROGRAMS programs, dB = dY^T S by the others."""
     program = tl.program_id(0)
     if DB is None:
-        weight_grad(program, z, da, M, SPLITS, threshold, DA)
+        weight_grad(program, z, da, M, SPLITS, DA)
     elif DA is None:
-        weight_grad(program, dy, db, M, SPLITS, threshold, DB)
+        weight_grad(program, dy, db, M, SPLITS, DB)
     elif program < DA_PROGRAMS:
-        weight_grad(program, z, da, M, SPLITS, threshold, DA)
+        weight_grad(program, z, da, M, SPLITS, DA)
     else:
-        weight_grad(program - DA_PROGRAMS, dy, db, M, SPLITS, threshold, DB)
+        weight_grad(program - DA_PROGRAMS, dy, db, M, SPLITS, DB)
