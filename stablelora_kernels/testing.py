@@ -18,7 +18,7 @@ from stablelora_kernels.ops import plans
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import (
-    dropped,
+    drop_share,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
@@ -118,9 +118,9 @@ def eager(
 ) -> dict[str, torch.Tensor]:
     """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out`` replaces the product.
 
-    ``keep``: the mask of a dropout of probability p, which is rounded as :func:`stablelora_kernels.reference.dropped` does.
+    ``keep``: the mask of a dropout of probability p, which is rounded as :func:`stablelora_kernels.reference.drop_share` does.
     """
-    kept = 1 - dropped(p) / 65536
+    kept = 1 - drop_share(p)
 
     def call(given: dict[str, Any]) -> torch.Tensor:
         x, base = given["x"], given.get("base_out")
@@ -142,7 +142,7 @@ def oracle(
     if isinstance(inputs.get("weight"), (FP8Weight, NF4Weight)):
         inputs = inputs | {"weight": dequantized_ref(inputs["weight"]).to(inputs["x"].device)}
     d: dict[str, Any] = {name: t if t is None else t.detach().double() for name, t in inputs.items()}
-    pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, dropped(p) / 65536)
+    pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, drop_share(p))
     if "base_out" in d:
         # dY is base_out's gradient as it is.
         y, base = lora_branch_ref(d["base_out"], d["x"], *pair), {"dBASE": d["grad"]}

@@ -45,25 +45,25 @@ GROUPS = X, G, U, ACT, H, COPIES, MASKS, SMALL = (
 )  # fmt: skip
 # Llama 3's 8B, and the tokens of one step.
 LLAMA_8B, LAYERS = {"M": 8192, "K": 4096, "F": 14336, "r": 16}, 32
-# Bytes by unit: of "MK", "MF" and "Mr", and single ones, "".
-Terms = dict[str, dict[str, int]]
+# Bytes by unit: of "MK", "MF" and "Mr".
+Terms = dict[str, dict[str, float]]
 _GATED: Terms = {G: {"MF": 2}, U: {"MF": 2}}
 # PyTorch's SiLU keeps its input, and the product both factors.
 _SILU = _GATED | {ACT: {"MF": 2}}
 # PEFT casts each layer's input to the adapter's dtype; A's product keeps the cast, or what dropout made of it. Gate and up draw
 # a mask of bool each.
 _PEFT, _PEFT_DROPOUT = {COPIES: {"MK": 8, "MF": 4}, SMALL: {"Mr": 12}}, {MASKS: {"MK": 2, "MF": 1}}
-# Ours keep S in bfloat16, and of dropout each projection's seed.
-_OURS, _SEEDS = {X: {"MK": 2}, SMALL: {"Mr": 6}}, {MASKS: {"": 24}}
+# Ours keep S in bfloat16, and masks of a bit an element.
+_OURS, _BITS = {X: {"MK": 2}, SMALL: {"Mr": 6}}, {MASKS: {"MK": 2 / 8, "MF": 1 / 8}}
 # By row of the table: what is kept, and what dropout adds, or None if there is no dropout.
 MLP_ROWS: dict[str, tuple[Terms, Terms | None]] = {
     "frozen": (_SILU, {}),
     "PEFT": (_SILU | _PEFT, _PEFT_DROPOUT),
     "PEFT, Liger's SwiGLU": (_GATED | _PEFT, _PEFT_DROPOUT),
     "Unsloth": ({X: {"MK": 2}} | _GATED, None),
-    "`apply_lora`, also with `fuse_projections`": (_SILU | _OURS | {H: {"MF": 2}}, _SEEDS),
-    "`apply_lora`, Liger's SwiGLU": (_GATED | _OURS | {H: {"MF": 2}}, _SEEDS),
-    "`fuse_mlp`": (_GATED | _OURS, _SEEDS),
+    "`apply_lora`, also with `fuse_projections`": (_SILU | _OURS | {H: {"MF": 2}}, _BITS),
+    "`apply_lora`, Liger's SwiGLU": (_GATED | _OURS | {H: {"MF": 2}}, _BITS),
+    "`fuse_mlp`": (_GATED | _OURS, _BITS),
 }
 
 

@@ -250,7 +250,8 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or random numbers.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
-    parts = 4 if call.gated else 2
+    # Masks are read by words of 32 columns.
+    parts = min(4 if call.gated else 2, tile.BLOCK_N // 32)
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1

@@ -50,29 +50,38 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def draw_mask(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
-    """Dropout's mask for rows × [col0, col0 + BLOCK_C) as ``reference.dropout_keep_ref`` defines it, eight neighbors a byte.
+def draw_keep(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
+    """Draw dropout's mask for rows × [col0, col0 + BLOCK_C), as ``reference.dropout_keep_ref`` defines it.
 
-    int32 [ROWS, BLOCK_C // 8]. One Philox call serves a byte, 16 bits an element, so col0 must be a multiple of 8.
+    One Philox call serves eight neighbors in a row, 15 bits each, so col0 must be a multiple of 8. Returns four uint32
+    [ROWS, BLOCK_C // 8]: bits 15 and 31 of the i-th are set where elements 2 i and 2 i + 1 of the eight are kept.
     """
     groups = col0 // 8 + tl.arange(0, BLOCK_C // 8)
     counter = rows[:, None].to(tl.int64) * tl.cdiv(n_cols, 8) + groups[None, :]
-    words = tl.randint4x(seed, counter)
-    # Of two halves of a word, the upper one decides a comparison of the whole.
-    least = (threshold << 16).to(tl.uint32)
-    mask = tl.zeros(counter.shape, dtype=tl.int32)
-    for i in tl.static_range(4):
-        word = words[i].to(tl.uint32)
-        mask |= ((word << 16) >= least).to(tl.int32) << (2 * i)
-        mask |= (word >= least).to(tl.int32) << (2 * i + 1)
-    return mask
+    w0, w1, w2, w3 = tl.randint4x(seed, counter)
+    return _compare(w0, threshold), _compare(w1, threshold), _compare(w2, threshold), _compare(w3, threshold)
 
 
 @triton.jit
-def unpack_bytes(mask):
-    """The elements' own bits, int1 [ROWS, 8 BYTES]."""
-    bits = (mask[:, :, None] & (1 << tl.arange(0, 8))[None, None, :]) != 0
-    return tl.reshape(bits, (mask.shape[0], mask.shape[1] * 8))
+def _compare(word, threshold):
+    # Both halves at once: 15 bits that reach the threshold carry into the half's highest bit.
+    return (word.to(tl.uint32) & 0x7FFF7FFF) + (0x8000 - threshold).to(tl.uint32) * 0x10001
+
+
+@triton.jit
+def keep_of(drawn):
+    """Whether each element is kept, int1 [ROWS, BLOCK_C], of what ``draw_keep`` returns."""
+    w0, w1, w2, w3 = drawn
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave((words & 0x8000) != 0, words >= 0x80000000)
+
+
+@triton.jit
+def pack_keep(drawn):
+    """The same as bytes, uint8 [ROWS, BLOCK_C // 8], the first element's bit the lowest."""
+    w0, w1, w2, w3 = drawn
+    bits = ((w0 >> 6) & 0x02000200) | ((w1 >> 4) & 0x08000800) | ((w2 >> 2) & 0x20002000) | (w3 & 0x80008000)
+    return (((bits >> 9) & 0x55) | ((bits >> 24) & 0xAA)).to(tl.uint8)
 
 
 @triton.jit
@@ -81,6 +90,7 @@ def load_keep(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
 
     The mask has a bit an element, the first column's the lowest of a word: int32 [M, ceil(n_cols / 32)].
     """
+    tl.static_assert(BLOCK_C % 32 == 0)
     row_words = tl.cdiv(n_cols, 32)
     words = col0 // 32 + tl.arange(0, BLOCK_C // 32)
     inside = (rows[:, None] < M) & (words[None, :] < row_words)
@@ -94,6 +104,7 @@ def load_keep(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
 @triton.jit
 def load_words(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
     """The stored mask's words for rows × [col0, col0 + BLOCK_C): for each 32 columns, int32 [ROWS]."""
+    tl.static_assert(BLOCK_C % 32 == 0)
     words = ()
     for i in tl.static_range(BLOCK_C // 32):
         inside = rows < tl.where(col0 + 32 * i < n_cols, M, 0)

@@ -18,7 +18,7 @@ from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
-from stablelora_kernels.reference import dropped
+from stablelora_kernels.reference import drop_share
 
 # What a forward draws a mask from, and where it stores the mask: each or both may be None.
 Random = tuple[Tensor | None, Tensor | None]
@@ -104,8 +104,8 @@ def backward_product(
 
 
 def threshold(p: Product) -> int:
-    """A random number of 16 bits below this drops its element."""
-    return dropped(p.dropout_p)
+    """A random number of 15 bits below this drops its element."""
+    return int(drop_share(p.dropout_p) * 32768)
 
 
 def buffers(plan: Plan, part: int, like: Tensor, lane: int, sums: int = 1) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
-from stablelora_kernels.reference import dropped
+from stablelora_kernels.reference import drop_share
 from stablelora_kernels.utils.tensors import cast, outside_autocast
 
 
@@ -142,7 +142,7 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 def scalings_of(scalings: Sequence[float], dropout_p: float) -> tuple[float, ...]:
     """s' = scaling / (1 - p) of each projection, with the probability that the kernels drop by."""
-    return tuple([scaling / (1 - dropped(dropout_p) / 65536) for scaling in scalings])
+    return tuple([scaling / (1 - drop_share(dropout_p)) for scaling in scalings])
 
 
 class LinearFacts(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import as_plain
-from stablelora_kernels.reference import dropped
+from stablelora_kernels.reference import drop_share
 
 # From this many multiplications on, oneDNN is faster; it takes some microseconds longer to start.
 ONEDNN_FROM = 1 << 22
@@ -184,8 +184,7 @@ def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
 def _draw(
     shape: Sequence[int], device: torch.device, dropout_p: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, float]:
-    size, number = math.prod(shape), dropped(dropout_p)
-    dropout_p = number / 65536
+    size, dropout_p = math.prod(shape), drop_share(dropout_p)
     if device.type != "cpu" or _is_small(size):
         keep = torch.empty(shape, dtype=torch.bool, device=device)
         return keep.bernoulli_(1 - dropout_p, generator=generator), dropout_p
@@ -197,7 +196,7 @@ def _draw(
         words = torch.randint(-(2**63), 2**63 - 1, (count,), device="cpu") ^ -(2**63)
     else:
         words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:size].view(shape) >= number - 32768, dropout_p
+    return words.view(torch.int16)[:size].view(shape) >= round(dropout_p * 65536) - 32768, dropout_p
 
 
 def can_redraw(x: Tensor) -> bool:

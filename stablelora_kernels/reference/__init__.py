@@ -5,8 +5,8 @@ AdamW and stochastic rounding.
 """
 
 from stablelora_kernels.reference.lora import (
+    drop_share,
     dropout_keep_ref,
-    dropped,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
@@ -22,8 +22,8 @@ from stablelora_kernels.reference.optimizer import StableAdamWRef, adamw_ref, sh
 __all__ = [
     "StableAdamWRef",
     "adamw_ref",
+    "drop_share",
     "dropout_keep_ref",
-    "dropped",
     "fp8_ref",
     "lora_branch_grads_ref",
     "lora_branch_ref",

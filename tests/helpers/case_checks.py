@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablelora_kernels.ops.torch_path import draw_keep
-from stablelora_kernels.reference import dropout_keep_ref, dropped
+from stablelora_kernels.reference import drop_share, dropout_keep_ref
 from stablelora_kernels.testing import EPS, assert_no_worse, error_and_bound
 from tests.helpers.cases import (
     ACTIVATIONS,
@@ -59,7 +59,7 @@ def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
         elif case.backend == "triton":
             number = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
             keeps.append(dropout_keep_ref(rows, width, case.p, number).to(DEVICE).view(*x.shape[:-1], width))
-            p = dropped(case.p) / 65536
+            p = drop_share(case.p)
         else:
             keep, p = draw_keep(torch.empty(rows, width, device=DEVICE), case.p)
             keeps.append(keep.view(*x.shape[:-1], width))

@@ -46,8 +46,8 @@ QUANTIZED: dict[str, Callable[[int, int], Any]] = {
 }
 # Linux's; Python names it from 3.13 on.
 MAP_NORESERVE = 0x4000
-# Many tiles, ragged edges and several blocks of ranks at small sizes.
-TINY = Tile(16, 32, 16, 4, 2)
+# Many tiles, ragged edges and several blocks of ranks at small sizes. Masks are read by words of 32 columns.
+TINY = Tile(32, 32, 16, 4, 2)
 Operands = dict[str, Any]
 Results = dict[str, Tensor]
 

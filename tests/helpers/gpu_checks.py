@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import possible_kernels
-from stablelora_kernels.reference import dropped, philox_ref
+from stablelora_kernels.reference import drop_share, philox_ref
 from tests.helpers import case_checks, cases
 from tests.helpers.cases import BF16, FP32, Case, Operands, Results
 
@@ -71,8 +71,8 @@ def keep_rows(case: Case, rows: Tensor, seed: int | None = None) -> Tensor:
         seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
     groups = -(-case.shape[1] // 8)
     words = philox_ref(seed, rows[:, None] * groups + torch.arange(groups, device=rows.device))
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(len(rows), groups * 8)
-    return halves[:, : case.shape[1]] >= dropped(case.p)
+    halves = torch.stack((words, words >> 16), dim=-1).reshape(len(rows), groups * 8)
+    return (halves[:, : case.shape[1]] & 0x7FFF) >= drop_share(case.p) * 32768
 
 
 def check(case: Case, given: Operands, found: Results, keep: Tensor | None = None) -> tuple[float, str]:

@@ -17,11 +17,11 @@ from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
-from stablelora_kernels.kernels.common import draw_mask, unpack_bytes
+from stablelora_kernels.kernels.common import draw_keep, keep_of
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.reference import dropped, philox_ref
+from stablelora_kernels.reference import drop_share, philox_ref
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.case_checks import assert_close, check, eager, oracle
 from tests.helpers.cases import BF16, DEVICE, FP32, Case, far, make, run
@@ -135,7 +135,7 @@ def test_results_beyond_2_to_the_31(kernel, rows, arch):
     y, s = (far(torch.full((rows, size), float("nan"), dtype=BF16), 2**26) for size in (40, 24))
     assert (rows - 1) * y.stride(0) > 2**31
     projection, choice = Projection(w, bias, a, b, 1.7), Choice(kernel, "")
-    for launch in forward_launches(DEVICES[arch], x, [projection], [None], s, [y], 0.0, choice=choice):
+    for launch in forward_launches(DEVICES[arch], x, [projection], [(None, None)], s, [y], 0.0, choice=choice):
         launch.run(x.device)
     assert_no_worse(y, *(by(case, given, [None], 0.0)["Y0"] for by in (oracle, eager)), name="Y")
     assert_no_worse(s, 1.7 * x.double() @ a.double().T, 1.7 * x @ a.T, name="S")
@@ -180,7 +180,7 @@ def test_every_bfloat16_becomes_its_float32():
 @triton.jit
 def _mask_kernel(out_ptr, seed, row0, n_cols, threshold, BLOCK_C: tl.constexpr):
     rows = row0 + tl.arange(0, 4).to(tl.int64)
-    keep = unpack_bytes(draw_mask(seed, rows, 0, n_cols, threshold, BLOCK_C))
+    keep = keep_of(draw_keep(seed, rows, 0, n_cols, threshold, BLOCK_C))
     tl.store(out_ptr + tl.arange(0, 4)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], keep.to(tl.int32))
 
 
@@ -188,10 +188,11 @@ def _mask_kernel(out_ptr, seed, row0, n_cols, threshold, BLOCK_C: tl.constexpr):
 def test_mask_beyond_2_to_the_32_groups(row0):
     seed, columns, p = 2**61 + 12345, 32, 0.4
     out = torch.full((4, columns), -1, dtype=torch.int32)
-    _mask_kernel[(1,)](out, seed, row0, columns, dropped(p), BLOCK_C=columns)
+    least = round(drop_share(p) * 32768)
+    _mask_kernel[(1,)](out, seed, row0, columns, least, BLOCK_C=columns)
     words = philox_ref(seed, torch.arange(row0 * 4, (row0 + 4) * 4, dtype=torch.int64))
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(4, columns)
-    assert torch.equal(out.bool(), halves >= dropped(p))
+    halves = torch.stack((words, words >> 16), dim=-1).reshape(4, columns)
+    assert torch.equal(out.bool(), (halves & 0x7FFF) >= least)
     assert 0 < out.sum() < out.numel()
 
 

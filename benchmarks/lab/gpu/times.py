@@ -96,9 +96,9 @@ def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
         )
         if part == S_ALONE:
             seed = torch.zeros(1, dtype=torch.int64, device=device.device)
-            launch = shrink(own, [forward_product(x, Projection(w, None, a, b, 1.0), s, y, seed, dropout)])
+            launch = shrink(own, [forward_product(x, Projection(w, None, a, b, 1.0), s, y, (seed, None), dropout)])
         else:
-            bare = forward_product(x, Projection(w, None, a[:0], b[:, :0], 1.0), None, y, None, 0.0)
+            bare = forward_product(x, Projection(w, None, a[:0], b[:, :0], 1.0), None, y, (None, None), 0.0)
             (launch,) = product_launches(own, bare, Choice("split" if part == PRODUCT else "vendor", ""))
         return {"forward": partial(launch.run, device.device)}
 

@@ -10,7 +10,7 @@ files. What a figure means:
 - *Floor* is the least for a layer as a whole: operands read once in forward and once in backward, results written once.
 - *Extra passes* over an activation beyond the frozen layer = (unique bytes of all launches of forward and backward, less those
   of the frozen layer's forward, which reads X, W and bias and writes Y, and backward, which reads dY and W and writes dX) /
-  (bytes of X, which is [M, K]). All tensors count, also A, B, S, dS, dA, dB, seeds and the sums that programs share.
+  (bytes of X, which is [M, K]). All tensors count, also A, B, S, dS, dA, dB, seeds, masks and the sums that programs share.
 - *Extra X, Y passes* = the same with X, Y, dY and dX alone in both terms of the difference.
 
 The vendor's product counts as reading X, W and bias once and writing Y once: its code is not known. The launch that draws

@@ -193,6 +193,8 @@ def _add_s(t: _Account, m: int, x: Any, job: Any, tile: Any, splits: int) -> Non
     for member in job.members:
         t.read(member.a, times=tiles_m)
         t.read(member.seed, times=tiles_m * tiles_r * splits)
+        if member.mask is not None:
+            t.add(member.mask, written=member.mask.numel() * tiles_r)
         t.write(member.s)
 
 
@@ -202,8 +204,7 @@ def _add_grad(t: _Account, m: int, z: Any, job: Any, tile: Any, _: int) -> None:
     t.read(z, z.u, times=tiles_r)
     for member in job.members:
         t.read(member.t, times=tiles_c)
-        # Each step loads it.
-        t.read(member.seed, times=tiles_c * tiles_r * cdiv(m, tile.BLOCK_M))
+        t.read(member.mask, times=tiles_r)
         t.write(member.out)
 
 
@@ -235,10 +236,10 @@ def _add_product(t: _Account, a: dict[str, Any]) -> None:
         t.read(operand(a, "x"), times=tiles_n)
     t.read(a.get("bias"), a.get("bias_g"), a.get("bias_u"), times=tiles_m)
     for branch, constants in branches(a):
-        # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S and the seed, also beyond N.
-        parts = 1 if branch.seed is None or "y_desc" not in a else tile.PARTS
+        # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S, also beyond N.
+        parts = 1 if branch.mask is None or "y_desc" not in a else tile.PARTS
         t.read(branch.b, times=tiles_m)
-        t.read(branch.seed, times=tiles_m * tiles_n * parts)
+        t.read(branch.mask)
         if constants.LOAD_S:
             # With rank 0 any tensor stands for S.
             t.read(branch.s if branch.R else None, times=tiles_n * parts)

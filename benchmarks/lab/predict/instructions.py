@@ -145,7 +145,7 @@ _COPIES = ("LDGSTS", "UTMALDG")
 
 def _round_trips(code: Iterable[Instruction], into_main: bool) -> int:
     """How often the instructions wait for loads among them; ``into_main``: the main loop that follows waits for their copies."""
-    trips, loaded, copying, scalars = 0, set[str](), False, set[str]()
+    trips, loaded, copying = 0, set[str](), False
     for i in code:
         if copying and i.op.startswith(("SYNCS.PHASECHK", "DEPBAR")):
             trips, copying = trips + 1, False
@@ -155,11 +155,7 @@ def _round_trips(code: Iterable[Instruction], into_main: bool) -> int:
             loaded.clear()
         if i.op.startswith(_COPIES):
             copying = True
-        elif i.op == "LDG.E.64" and i.function in scalars:
-            # The seed again, which the first cache has.
-            continue
         elif i.op.startswith("LDG") and registers:
-            scalars |= {i.function} if i.op == "LDG.E.64" else set()
             first, wide = int(registers[0]), max(1, int(re.search(r"\.(\d+)\b|$", i.op)[1] or 32) // 32)
             loaded |= {*map(str, range(first, first + wide))}
     return trips + (copying and into_main)

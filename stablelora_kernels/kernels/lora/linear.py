@@ -17,7 +17,7 @@ run with those for dX.
 
     M, N                  rows of X, columns of Y; x.width is K, the columns of X
     z                     what dA reads beside S: backward's X, or a gated MLP's G and U
-    threshold             dropout: the number below which 16 random bits drop an element
+    threshold             dropout: the number below which 15 random bits drop an element
     SPLITS                programs that share a tile's sum, through parts (float32 scratch) and counter (int32 zeros)
     branch, BRANCH        S B^T, of S that is read, or computed beside the product
     chain                 with S: this launch has S's programs too, S_PROGRAMS with those of dB, in an order that ``chain`` makes

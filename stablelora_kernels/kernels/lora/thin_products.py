@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, draw_mask, load_keep, shared_sum, unpack_bytes
+from stablelora_kernels.kernels.common import cast, dot, draw_keep, keep_of, load_keep, pack_keep, shared_sum
 from stablelora_kernels.kernels.lora.chain import raise_flag
 from stablelora_kernels.kernels.lora.gated import gated
 
@@ -86,10 +86,10 @@ def shrink(program, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
             kept = x_tile
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
-                mask = draw_mask(seeds[i], rows, k0, x.width, threshold, BLOCK_K)
+                drawn = draw_keep(seeds[i], rows, k0, x.width, threshold, BLOCK_K)
                 if member.mask is not None:
-                    store_mask(member.mask, mask, rows, k0, M, x.width)
-                kept = tl.where(unpack_bytes(mask), x_tile, 0.0)
+                    store_mask(member.mask, pack_keep(drawn), rows, k0, M, x.width)
+                kept = tl.where(keep_of(drawn), x_tile, 0.0)
             added += (dot(kept, cast(a, x_tile.dtype), sums[i], TILE.PRECISION),)  # type: ignore[assignment]
         sums = added
 
@@ -112,7 +112,7 @@ def store_mask(mask_ptr, mask, rows, col0, M, n_cols):
     cols = col0 // 8 + tl.arange(0, mask.shape[1])
     inside = (rows[:, None] < M) & (cols[None, :] < row_bytes)
     bytes_ptr = mask_ptr.to(tl.pointer_type(tl.uint8))
-    tl.store(bytes_ptr + rows[:, None] * row_bytes + cols[None, :], mask.to(tl.uint8), mask=inside)
+    tl.store(bytes_ptr + rows[:, None] * row_bytes + cols[None, :], mask, mask=inside)
 
 
 @triton.jit

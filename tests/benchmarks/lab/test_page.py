@@ -76,8 +76,8 @@ ROWS = {
     FROZEN: "frozen", PEFT: "PEFT", OURS: SEPARATE, OURS + PROJECTIONS_FUSED: SEPARATE, OURS + MLP_FUSED: "`fuse_mlp`",
     ACCELERATED + MLP_FUSED: "`fuse_mlp`",
 }  # fmt: skip
-# More than the 64 rows below which plain operators compute; no size divides another.
-SMALL = {"M": 97, "K": 24, "F": 40, "r": 3}
+# More than the 64 rows below which plain operators compute; no size divides another; masks fill their words.
+SMALL = {"M": 97, "K": 96, "F": 160, "r": 3}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

@@ -144,7 +144,8 @@ def test_what_is_saved_stays_saved():
     for kernel, launches, passes in (("auto", 4, 3), ("chained", 2, 1)):
         row = row_of(8192, 4096, 4096, 16, 0.1, kernel)
         assert row["launches"] == launches and row["extra X, Y passes"] == pytest.approx(passes, abs=1e-3)
-        assert row["extra passes"] < passes + 0.27 and 1 < row["unique / floor"] < row["issued / floor"]
+        # The mask's bits are written once and read twice.
+        assert row["extra passes"] < passes + 0.27 + 3 / 16 and 1 < row["unique / floor"] < row["issued / floor"]
     apart, together = (row_of(8192, (4096, 1024, 1024), 4096, 16, 0.0, how) for how in (APART, TOGETHER))
     assert (apart["launches"], together["launches"]) == (16, 13) and together["unique"] < 0.7 * apart["unique"]
     three, one = (row_of(2048, 14336, 4096, 16, 0.0, how) for how in (SEPARATE, ONE_OP))
