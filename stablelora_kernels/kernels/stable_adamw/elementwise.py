@@ -79,13 +79,25 @@ def one_minus_exp(z):
 
 
 @triton.jit
-def span_sum(values_ptr, first, count, BLOCK: tl.constexpr):
-    """Sum ``count`` values from index ``first`` on, always in the same order."""
+def span_sum(values_ptr, count, BLOCK: tl.constexpr):
+    """Sum ``count`` values, always in the same order."""
     total = tl.zeros((BLOCK,), tl.float32)
     offsets = tl.arange(0, BLOCK)
     for start in range(0, count, BLOCK):
-        total += tl.load(values_ptr + first + start + offsets, mask=offsets < count - start, other=0.0)
+        total += tl.load(values_ptr + start + offsets, mask=offsets < count - start, other=0.0)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def pair_sums(values_ptr, a_first, a_count, b_first, b_count, BLOCK: tl.constexpr):
+    """:func:`span_sum` of two spans, whose loads do not wait for each other."""
+    a, b = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    offsets = tl.arange(0, BLOCK)
+    for start in range(0, tl.maximum(a_count, b_count), BLOCK):
+        places = start + offsets
+        a += tl.load(values_ptr + a_first + places, mask=places < a_count, other=0.0)
+        b += tl.load(values_ptr + b_first + places, mask=places < b_count, other=0.0)
+    return tl.sum(a, 0), tl.sum(b, 0)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from stablelora_kernels.kernels.stable_adamw.elementwise import (
     load8,
     mix,
     one_minus_exp,
+    pair_sums,
     span_sum,
     stochastic_round,
     store8,
@@ -39,8 +40,35 @@ from stablelora_kernels.kernels.stable_adamw.tables import (
 
 
 @triton.jit
+def _shrink_ratio(row, hyper, words, before_ptr, latched_ptr, step, FLAGS: tl.constexpr):
+    """The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good. Returns the ratio, 0 for no shrink."""
+    # Integers of 64 bits would take twice the registers.
+    n, m = tl.load(row + TENSOR.value.n).to(tl.float32), tl.load(row + TENSOR.value.m).to(tl.float32)
+    a_first, b_first = tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.b_first)
+    if SHARDED & FLAGS:
+        a = tl.load(a_first.to(tl.pointer_type(tl.float32)))
+        b = tl.load(b_first.to(tl.pointer_type(tl.float32)))
+    else:
+        a_count, b_count = tl.load(row + TENSOR.value.a_count), tl.load(row + TENSOR.value.b_count)
+        a, b = pair_sums(before_ptr, a_first, a_count, b_first, b_count, 128)
+    shrinks = tl.sqrt(a) / n > tl.sqrt(b) / m
+    if NEVER & FLAGS:
+        shrinks = shrinks | (tl.load(row + TENSOR.value.role) == NEVER_LATCHING_A)
+    # A sum that is not finite compares false: such a pair neither shrinks nor latches.
+    finite = (a < float("inf")) & (b < float("inf"))
+    if finite & (shrinks == 0):
+        # As for the other counters.
+        tl.debug_barrier()
+        tl.store(latched_ptr, step.to(tl.int32))
+    ratio_ptr = hyper + HYPER.value.shrink_ratio
+    if DYNAMIC & FLAGS:
+        ratio_ptr = tl.load(words + WORD.value.shrink_ratio).to(tl.pointer_type(tl.float32))
+    return tl.where(finite & shrinks, tl.load(ratio_ptr), 0.0)
+
+
+@triton.jit
 def _update(
-    row, grad, start, hyper, lr, decay_ptr, step, ratio, scale, key, base,
+    row, grad, start, hyper, words, lr, decay_ptr, step, may_shrink, before_ptr, latched_ptr, scale,
     KIND: tl.constexpr, ALIGNED: tl.constexpr, FLAGS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """AdamW on one chunk, A's shrink included; returns the sum of squares of the stored values.
@@ -48,12 +76,13 @@ def _update(
     Args:
         grad: the gradient's address.
         start: the chunk's first element within the parameter.
+        hyper, words: the setting's rows.
         decay_ptr: where the weight decay is.
         step: this step, counted from one.
-        ratio: the shrink ratio of this step, 0 for none.
+        may_shrink: whether this is part of an A that has not latched.
+        before_ptr: the sums of squares that the launch before left.
+        latched_ptr: where the chunk's step of latching is.
         scale: multiplies the gradient: unscaling, clipping and the sign of ``maximize``.
-        key: the rounding key of seed and step.
-        base: the number of the parameter's first element among all, which the random rounding is keyed by.
         KIND: index of the parameter's dtype in ``tables.KINDS``.
         ALIGNED: whether every address and size is a multiple of 16.
     """
@@ -64,12 +93,12 @@ def _update(
     M_KIND: tl.constexpr = 1 if LOW_MOMENTS & FLAGS else 0
     m_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg), start, offsets, M_KIND, ALIGNED)
     v_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg_sq), start, offsets, M_KIND, ALIGNED)
-    g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0)
     from_ptrs = p_ptrs
     if MASTER & FLAGS:
         if KIND != 0:
             from_ptrs = element_pointers(tl.load(row + TENSOR.value.master), start, offsets, 0, ALIGNED)
-    p = tl.load(from_ptrs, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(from_ptrs, mask=mask, other=0.0)
     if EIGHT_BITS & FLAGS:
         left = tl.load(row + TENSOR.value.numel) - start
         codes, scales = tl.load(row + TENSOR.value.exp_avg), tl.load(row + TENSOR.value.exp_avg_scale)
@@ -77,10 +106,14 @@ def _update(
         codes, scales = tl.load(row + TENSOR.value.exp_avg_sq), tl.load(row + TENSOR.value.exp_avg_sq_scale)
         v = load8(codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK)
     else:
-        m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
+        m, v = tl.load(m_ptrs, mask=mask, other=0.0), tl.load(v_ptrs, mask=mask, other=0.0)
+    # While the data arrives. The branch also keeps the compiler from spreading the loads above over several waits.
+    ratio = tl.full((), 0.0, tl.float32)
+    if may_shrink:
+        ratio = _shrink_ratio(row, hyper, words, before_ptr, latched_ptr, step, FLAGS)
 
-    g *= scale
+    p, m, v = p.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
+    g = g.to(tl.float32) * scale
     m = tl.load(hyper + HYPER.value.beta1) * m + tl.load(hyper + HYPER.value.one_minus_beta1) * g
     v = tl.load(hyper + HYPER.value.beta2) * v + tl.load(hyper + HYPER.value.one_minus_beta2) * g * g
     # (1 - ratio)(1 - lr wd) p as a small difference from p: the product of two roundings near one would drift.
@@ -97,6 +130,8 @@ def _update(
             tl.store(x_ptrs, largest, mask=mask)
     p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + HYPER.value.eps))
     if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
+        key = mix(step.to(tl.uint32) + tl.load(words + WORD.value.seed).to(tl.uint32))
+        base = tl.load(row + TENSOR.value.base)
         # Indices are modulo 2^32. Add the scalars first, so that only the sum is a vector of int64.
         index = (base + start + offsets).to(tl.uint32)
         if CUT & FLAGS:
@@ -169,7 +204,7 @@ def _stable_adamw_kernel(
             return
     total = tl.full((), 0.0, tl.float32)
     if CLIP:
-        total = tl.sqrt(span_sum(grad_squares_ptr, 0, n_grad_squares, GRAD_SUMS))
+        total = tl.sqrt(span_sum(grad_squares_ptr, n_grad_squares, GRAD_SUMS))
         if HAS_SCALE:
             total /= tl.load(grad_scale_ptr)
         # A norm that is infinite or NaN: change nothing but the count of such steps.
@@ -186,9 +221,9 @@ def _stable_adamw_kernel(
     # The row's first column is the gradient's address.
     grad = tl.load(addresses_ptr + len(ADDRESS.value) * tensor)
     variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
-    turn = tl.load(turns_ptr + chunk).to(tl.int32)
-    # Every warp loads a counter, and one thread stores its new value. The barrier keeps a late warp from loading that.
-    # One barrier for all counters would keep them in registers, and cost up to 20 a thread.
+    setting, role = tl.load(row + TENSOR.value.setting), tl.load(row + TENSOR.value.role)
+    turn, step = tl.load(turns_ptr + chunk).to(tl.int32), tl.load(steps_ptr + chunk) + 1
+    # Every warp loads the counters, and one thread stores their new values. The barrier keeps a late warp from loading those.
     tl.debug_barrier()
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
@@ -197,12 +232,12 @@ def _stable_adamw_kernel(
     if grad == 0:
         tl.store(after_ptr + chunk, tl.load(before_ptr + chunk))
     else:
-        setting = tl.load(row + TENSOR.value.setting)
         hyper = hyper_ptr + setting * len(HYPER.value)
-        step = tl.load(steps_ptr + chunk) + 1
-        tl.debug_barrier()
         tl.store(steps_ptr + chunk, step)
-        # Ahead of the latch rule, whose loads wait for each other.
+        is_a = role == LATCHING_A
+        if NEVER & FLAGS:
+            is_a = is_a | (role == NEVER_LATCHING_A)
+        may_shrink = is_a & (tl.load(latched_ptr + chunk) == 0)
         scale = tl.load(hyper + HYPER.value.sign)
         if HAS_SCALE:
             scale /= tl.load(grad_scale_ptr)
@@ -214,46 +249,13 @@ def _stable_adamw_kernel(
         if DYNAMIC & FLAGS:
             lr *= tl.load(hyper + HYPER.value.lr_ratio)
             decay_ptr = tl.load(words + WORD.value.weight_decay).to(tl.pointer_type(tl.float32))
-        # The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good.
-        ratio = tl.full((), 0.0, tl.float32)
-        role = tl.load(row + TENSOR.value.role)
-        is_a = role == LATCHING_A
-        if NEVER & FLAGS:
-            is_a = is_a | (role == NEVER_LATCHING_A)
-        if is_a:
-            if tl.load(latched_ptr + chunk) == 0:
-                if SHARDED & FLAGS:
-                    a = tl.load(tl.load(row + TENSOR.value.a_first).to(tl.pointer_type(tl.float32)))
-                    b = tl.load(tl.load(row + TENSOR.value.b_first).to(tl.pointer_type(tl.float32)))
-                else:
-                    a_first, a_count = tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.a_count)
-                    b_first, b_count = tl.load(row + TENSOR.value.b_first), tl.load(row + TENSOR.value.b_count)
-                    a = span_sum(before_ptr, a_first, a_count, 128)
-                    b = span_sum(before_ptr, b_first, b_count, 128)
-                # A sum that is not finite compares false: such a pair neither shrinks nor latches.
-                if (a < float("inf")) & (b < float("inf")):
-                    shrinks = tl.sqrt(a) / tl.load(row + TENSOR.value.n) > tl.sqrt(b) / tl.load(row + TENSOR.value.m)
-                    if NEVER & FLAGS:
-                        shrinks = shrinks | (role == NEVER_LATCHING_A)
-                    if shrinks:
-                        ratio_ptr = hyper + HYPER.value.shrink_ratio
-                        if DYNAMIC & FLAGS:
-                            ratio_word = words_ptr + setting * len(WORD.value) + WORD.value.shrink_ratio
-                            ratio_ptr = tl.load(ratio_word).to(tl.pointer_type(tl.float32))
-                        ratio = tl.load(ratio_ptr)
-                    else:
-                        # As above.
-                        tl.debug_barrier()
-                        tl.store(latched_ptr + chunk, step.to(tl.int32))
-        key = mix(step.to(tl.uint32) + tl.load(words + WORD.value.seed).to(tl.uint32))
-        base = tl.load(row + TENSOR.value.base)
         square = tl.full((), 0.0, tl.float32)
         for code in tl.static_range(N_VARIANTS):
             if (VARIANTS >> code) & 1:
                 if variant == code:
                     square = _update(
-                        row=row, grad=grad, start=start, hyper=hyper, lr=lr, decay_ptr=decay_ptr, step=step,
-                        ratio=ratio, scale=scale, key=key, base=base,
+                        row=row, grad=grad, start=start, hyper=hyper, words=words, lr=lr, decay_ptr=decay_ptr, step=step,
+                        may_shrink=may_shrink, before_ptr=before_ptr, latched_ptr=latched_ptr + chunk, scale=scale,
                         KIND=code // 2, ALIGNED=code % 2 == 1, FLAGS=FLAGS, CHUNK=CHUNK,
                     )  # fmt: skip
         tl.store(after_ptr + chunk, square)
