@@ -58,8 +58,10 @@ def _tiles(device: Device, call: Call) -> list[Tile]:
         # Wider ones outgrow tensor memory.
         return tiles
     tiles.append(Tile(64, 256, 64, 8, 3))
-    # Without descriptors, this tile is too wide for the registers.
-    return [*tiles, Tile(128, 256, 64, 8, 3)] if device.tma else tiles
+    if device.nvidia:
+        # Without descriptors, the registers and a small shared memory have room for shallow steps only.
+        tiles.append(Tile(128, 256, 64, 8, 3) if device.tma else Tile(128, 256, 32, 8, 4))
+    return tiles
 
 
 def candidates(device: Device, call: Call) -> dict[str, Choice]:

@@ -51,6 +51,24 @@ LINEAR_TILES = (
     Rule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "the default tile"),
 )  # fmt: skip
 
+
+def _widest_pays(device: Device, call: Call) -> bool:
+    """Whether 128 x 256 tiles read through pointers spill no registers and take no more time by operations, where S is read."""
+    # A mask's random numbers, a gated MLP's gradients and loads of single elements would spill beside this accumulator.
+    lean = call.dtype != torch.float32 and not (call.masked or call.gated) and (call.n | call.k) % 16 == 0
+    # In a chained launch, S of high ranks would outgrow a small shared memory.
+    known = device.generation >= 80 and not device.tma and (call.r <= 32 or device.shared_limit > 150_000)
+    # One takes twice as long as a tile of 128 x 128; a last round that is less full may add a thirty-second.
+    return lean and known and 64 * rounds(device, call, 128, 256) <= 33 * rounds(device, call, 128, 128)
+
+
+# Likewise, with a W and an S that is read. A fused S would spill; a branch alone reads its base once in any tile.
+S_READ_TILES = (
+    Rule(_widest_pays, Tile(128, 256, 32, 8, 4),
+         "the widest tile: it reads a quarter less than 128 x 128 tiles, in half as many rounds"),
+    *LINEAR_TILES,
+)  # fmt: skip
+
 # Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
 SPLIT_K_TILES = (
     Rule(lambda d, c: c.m > 128, Tile(128, 128, 64, 8, 4),
@@ -219,9 +237,11 @@ CHAIN_HEAD = 4
 MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 
 
-def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
-    tile, reason = pick_tile(LINEAR_TILES, device, call, measured)
-    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None, has_w: bool = True) -> Plan:
+    tile, reason = pick_tile(S_READ_TILES if load_s and has_w else LINEAR_TILES, device, call, measured)
+    # A wider block of ranks would spill registers beside the widest accumulator.
+    widest = load_s and tile.BLOCK_M * tile.BLOCK_N > 128 * 128
+    block_r = rank_block(call.r, 32 if widest else problem.MAX_FUSED_R)
     # The branch's operands need shared memory too.
     branch = block_r * _bytes(call, tile.BLOCK_M, tile.BLOCK_N)
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), branch)

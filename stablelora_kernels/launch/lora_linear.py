@@ -242,7 +242,10 @@ def product_tile(p: Product, tile: Tile, precision: str, activation: str = "") -
 
 def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, form: str) -> _Form:
     split_k = form == "split_k"
-    plan = (tiles.linear_split_k_plan if split_k else tiles.linear_plan)(device, p.call, load_s, tile)
+    if split_k:
+        plan = tiles.linear_split_k_plan(device, p.call, load_s, tile)
+    else:
+        plan = tiles.linear_plan(device, p.call, load_s, tile, has_w=p.w is not None)
     transposed = split_k and p.call.direction == "backward"
     sizes = product_tile(p, plan.tile, input_precision(device, p.call.dtype, transposed), p.activation)
     operands = (matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y), p.base)

@@ -143,7 +143,8 @@ def test_candidates():
             kernels = {choice.kernel for choice in found}
             assert kernels == {"chained", "split", "vendor"} | ({"fused"} if r == 8 and not p else set())
             wide = any(c.tile and c.tile.BLOCK_M * c.tile.BLOCK_N > 128 * 128 for c in found)
-            assert wide == (device.arch == "sm_90" and dtype == BF16 and m > 64)
+            # Wider ones outgrow data-center Blackwell's tensor memory.
+            assert wide == (device.nvidia and device.arch != "sm_100" and dtype == BF16 and m > 64)
             assert len({choice.tile for choice in found}) >= 4
 
 

@@ -79,6 +79,27 @@ def test_65_to_400_rows_fill_the_gpu(arch, direction):
             assert plan.tiles * plan.splits == 128
 
 
+@on_every_gpu
+def test_the_widest_tile_is_taken_where_it_spills_nothing_in_half_the_rounds(device):
+    def taken(given, load_s=True, has_w=True):
+        return tiles.linear_plan(device, given, load_s, has_w=has_w).tile[:3] == (128, 256, 32)
+
+    wide = device.arch in ("sm_80", "sm_86", "sm_89", "sm_120")
+    for direction in ("forward", "backward"):
+        given = call(direction, 32_768)
+        assert taken(given) == wide
+        assert taken(given._replace(r=128)) == (device.arch == "sm_80")
+        assert taken(given._replace(dropout=True)) == (wide and direction == "forward")
+        # A processor each; one more would take a round of its own.
+        one_more = given._replace(m=128 * device.processors // 2, n=512)
+        assert taken(one_more) == wide and not taken(one_more._replace(m=one_more.m + 1))
+        others = {"dtype": FP32}, {"gated": True}, {"n": 4104}, {"k": 4097}, {"n": 128}
+        assert not any(taken(given._replace(**other)) for other in others)
+        assert not taken(given, load_s=False) and not taken(given, has_w=False)
+    plan = tiles.linear_plan(device, call(m=32_768, r=128), True)
+    assert plan.block_r == (32 if device.arch == "sm_80" else 64)
+
+
 def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
     assert [tiles.fill_split_k(H100, count, 64) for count in (16, 32, 64, 96, 128, 132)] == [6, 3, 2, 1, 1, 1]
     # A part has at least 4 steps, and none is empty.

@@ -153,6 +153,11 @@ NAMED = [
         for n, r in ((32, 8), (64, 40), (128, 8), (256, 40))
         if DEVICE == "cpu"
     ),
+    # The widest tile that is read through pointers, with one block of ranks and with two.
+    *(
+        Case("linear", (300, 160), (496,), (r,), BF16, FP32, kernel=kernel, arch="sm_80", processors=3)
+        for kernel, r in (("split", 16), ("chained", 40))
+    ),
     # Dropout's mask on the branch of dX, with dS beside dX and before it.
     *(
         Case("linear", (rows, 72), (80,), (r,), BF16, lora, p=0.2, kernel="split", backward_kernel=kernel, arch=arch)

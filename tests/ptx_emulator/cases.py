@@ -248,6 +248,10 @@ def cases() -> Iterator[Case]:
     for kernel, p in (("auto", 0.0), ("auto", 0.1), ("split", 0.0), ("split", 0.1), ("fused", 0.0)):
         name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 2 processors"
         yield Case(name, partial(linear, 300, 520, 160, 16, p=p), kernel, processors=2)
+    # The widest that is read through pointers, forward and backward.
+    for kernel, r in (("chained", 40), ("split", 16)):
+        name = f"linear {kernel} bf16/fp32 M300 N496 r{r} p0.0, 3 processors"
+        yield Case(name, partial(linear, 300, 496, 160, r), kernel, processors=3)
     for m, k, p in ((1, 1024, 0.0), (5, 520, 0.0), (33, 520, 0.1), (130, 1100, 0.0), (130, 1104, 0.1)):
         yield Case(f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p))
     every = ("x", "weight", "lora_A", "lora_B", "grad")

@@ -18,7 +18,7 @@ from stablelora_kernels.ops.lora_linear import lora_linear_fwd
 from stablelora_kernels.optim.triton_step import TritonStep
 
 # One of each kind that the tables tell apart, in M and (N, K).
-ROWS = (8, 64, 128, 512, 16384)
+ROWS = (8, 64, 128, 512, 32768)
 SIZES = ((4096, 4096), (512, 4096))
 GROUPS = ((4096, 1024, 1024), (14336, 14336))
 DROPOUT = (0.0, 0.1)
