@@ -89,7 +89,8 @@ def lora_linear_fwd(
 
     ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
-    random = [*zip(call.seeds, results[2] or [None] * len(ys), strict=True)]
+    masks: Sequence[Tensor | None] = results[2] or [None] * len(ys)
+    random = [*zip(call.seeds, masks, strict=True)]
     return forward_launches(device, x, projections_in(call), random, s, ys, call.dropout_p, base, choice)
 
 
