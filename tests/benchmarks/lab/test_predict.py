@@ -34,10 +34,10 @@ def test_the_tables_regret_over_the_band_is_bounded(dropout, wide_adapters):
         s = s._replace(wide_adapters=wide_adapters)
         worst = layer_time.regret(H100, s, way).max(axis=1)
         chosen = worst[choose(H100.device, call_of(s, way)).kernel]
-        assert 0 <= worst.min() <= chosen < 0.39, (s, way)
+        assert 0 <= worst.min() <= chosen < 0.38, (s, way)
         excess.append(chosen - worst.min())
     # Beyond what no table can avoid, because the ends of the band disagree.
-    assert statistics.mean(excess) < 0.048
+    assert statistics.mean(excess) < 0.03
 
 
 @pytest.mark.parametrize("kind", quantized.BITS)
@@ -66,22 +66,17 @@ def test_the_instructions_are_those_of_the_machine_code(kernel):
     assert found.splitlines()[-1] == "0" and "as in the table" in found
 
 
-# gpu-review.md, P5: rows, dropout, and what pipelined stores leave of ours over the frozen layer's forward and backward.
-FIRST_PRINCIPLES = (
-    (2048, True, 1.32),
-    (4096, True, 1.28),
-    (8192, True, 1.25),
-    (2048, False, 1.20),
-    (8192, False, 1.13),
-)
+# gpu-review.md, P5: rows, and ours over the frozen layer's forward and backward without dropout. With dropout, of kernels that
+# drew the mask three times, the model gave 1.29, 1.28 and 1.28 where P5 has 1.32, 1.28 and 1.25.
+FIRST_PRINCIPLES = ((2048, 1.20), (8192, 1.13))
 
 
-@pytest.mark.parametrize(("rows", "dropout", "ratio"), FIRST_PRINCIPLES)
-def test_the_model_gives_the_times_of_a_reading_by_first_principles(rows, dropout, ratio):
+@pytest.mark.parametrize(("rows", "ratio"), FIRST_PRINCIPLES)
+def test_the_model_gives_the_times_of_a_reading_by_first_principles(rows, ratio):
     """Which took L2 to feed all tiles at 1.7 GHz."""
-    gpu, shape = H100._replace(l2_bandwidth=math.inf), Shape(rows, 4096, 4096, 16, dropout)
+    gpu, shape = H100._replace(l2_bandwidth=math.inf), Shape(rows, 4096, 4096, 16, False)
     assert sum(seconds(gpu, shape, OURS)) / sum(seconds(gpu, shape, FROZEN)) == pytest.approx(ratio, rel=0.05)
-    assert 1e6 * seconds(gpu, shape, FROZEN)[0] == pytest.approx({2048: 84, 4096: 165, 8192: 328}[rows], rel=0.02)
+    assert 1e6 * seconds(gpu, shape, FROZEN)[0] == pytest.approx({2048: 84, 8192: 328}[rows], rel=0.02)
 
 
 def test_command_and_stored_tables(tmp_path, capsys, monkeypatch):
