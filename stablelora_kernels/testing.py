@@ -18,7 +18,6 @@ from stablelora_kernels.ops import plans
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import (
-    drop_share,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
@@ -27,6 +26,7 @@ from stablelora_kernels.reference import (
     nf4_ref,
     unpack_mask,
 )
+from stablelora_kernels.utils.tensors import drop_share
 
 #: The inputs that get gradients, and the gradients' names.
 GRADIENTS = {"base_out": "dBASE", "x": "dX", "lora_A": "dA", "lora_B": "dB"}
@@ -118,7 +118,7 @@ def eager(
 ) -> dict[str, torch.Tensor]:
     """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out`` replaces the product.
 
-    ``keep``: the mask of a dropout of probability p, which is rounded as :func:`stablelora_kernels.reference.drop_share` does.
+    ``keep``: the mask of a dropout of probability p, which is rounded as :func:`stablelora_kernels.utils.tensors.drop_share` does.
     """
     kept = 1 - drop_share(p)
 

@@ -18,7 +18,7 @@ from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
-from stablelora_kernels.reference import drop_share
+from stablelora_kernels.utils.tensors import drop_share
 
 # What a forward draws a mask from, and where it stores the mask: each or both may be None.
 Random = tuple[Tensor | None, Tensor | None]

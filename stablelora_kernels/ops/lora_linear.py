@@ -54,8 +54,7 @@ from stablelora_kernels.projection import (
     unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
-from stablelora_kernels.reference import drop_share
-from stablelora_kernels.utils.tensors import cast, outside_autocast
+from stablelora_kernels.utils.tensors import cast, drop_share, outside_autocast
 
 
 def new_mask(x: Tensor, columns: int) -> Tensor:

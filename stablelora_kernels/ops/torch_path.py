@@ -21,7 +21,7 @@ from torch import Tensor
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import as_plain
-from stablelora_kernels.reference import drop_share
+from stablelora_kernels.utils.tensors import drop_share
 
 # From this many multiplications on, oneDNN is faster; it takes some microseconds longer to start.
 ONEDNN_FROM = 1 << 22

@@ -5,7 +5,6 @@ AdamW and stochastic rounding.
 """
 
 from stablelora_kernels.reference.lora import (
-    drop_share,
     dropout_keep_ref,
     fp8_ref,
     lora_branch_grads_ref,
@@ -22,7 +21,6 @@ from stablelora_kernels.reference.optimizer import StableAdamWRef, adamw_ref, sh
 __all__ = [
     "StableAdamWRef",
     "adamw_ref",
-    "drop_share",
     "dropout_keep_ref",
     "fp8_ref",
     "lora_branch_grads_ref",

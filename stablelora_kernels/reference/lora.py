@@ -213,24 +213,16 @@ def philox_ref(seed: int, counter: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def drop_share(dropout_p: float) -> float:
-    """The probability by which dropout drops elements and scales the others: p rounded to 1/32768, below 1.
-
-    On a GPU and on a CPU an element takes 15 random bits. Not all may be dropped, which would leave nothing to scale.
-    """
-    return min(round(dropout_p * 32768), 32767) / 32768
-
-
 def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Tensor:
     """The Triton kernels' keep-mask, bool [rows, columns], bit for bit.
 
     Element (i, j) takes word j mod 8 div 2 of the Philox counter i·ceil(columns / 8) + j div 8, its lower half if j is even,
-    else its upper one. It is kept if the half's lower 15 bits are at least ``drop_share(p)`` of 32768.
+    else its upper one. It is kept if the half's lower 15 bits are at least min(round(p·32768), 32767).
     """
     groups = -(-columns // 8)
     words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64))
     halves = torch.stack((words, words >> 16), dim=-1).reshape(rows, groups * 8)
-    return (halves[:, :columns] & 0x7FFF) >= drop_share(dropout_p) * 32768
+    return (halves[:, :columns] & 0x7FFF) >= min(round(dropout_p * 32768), 32767)
 
 
 def unpack_mask(mask: Tensor, columns: int) -> Tensor:

@@ -124,3 +124,11 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
 
     return run
+
+
+def drop_share(dropout_p: float) -> float:
+    """The probability by which dropout drops elements and scales the others: p rounded to 1/32768, below 1.
+
+    On a GPU and on a CPU an element takes 15 random bits. Not all may be dropped, which would leave nothing to scale.
+    """
+    return min(round(dropout_p * 32768), 32767) / 32768

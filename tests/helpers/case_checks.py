@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablelora_kernels.ops.torch_path import draw_keep
-from stablelora_kernels.reference import drop_share, dropout_keep_ref
+from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import EPS, assert_no_worse, error_and_bound
+from stablelora_kernels.utils.tensors import drop_share
 from tests.helpers.cases import (
     ACTIVATIONS,
     BF16,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import possible_kernels
-from stablelora_kernels.reference import drop_share, philox_ref
+from stablelora_kernels.reference import philox_ref
+from stablelora_kernels.utils.tensors import drop_share
 from tests.helpers import case_checks, cases
 from tests.helpers.cases import BF16, FP32, Case, Operands, Results
 
