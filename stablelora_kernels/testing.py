@@ -118,7 +118,7 @@ def eager(
 ) -> dict[str, torch.Tensor]:
     """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out`` replaces the product.
 
-    ``keep``: the mask of a dropout of probability p, which is rounded as :func:`stablelora_kernels.utils.tensors.drop_share` does.
+    ``keep``: the mask of a dropout of probability p, which is rounded as ``utils.tensors.drop_share`` does.
     """
     kept = 1 - drop_share(p)
 
