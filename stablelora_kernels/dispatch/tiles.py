@@ -86,6 +86,8 @@ QUANTIZED_TILES = (
     Rule(lambda d, c: not d.nvidia, Tile(64, 64, 64, 4, 2), "no larger tile of dequantized W fits in registers"),
     Rule(lambda d, c: c.m <= 16, Tile(16, 64, 128, 4, 3), "narrow tiles keep many bytes of W in flight"),
     Rule(lambda d, c: d.shared_limit < 150_000, Tile(64, 64, 64, 4, 3), "little shared memory"),
+    Rule(lambda d, c: c.m <= problem.SMALL_M and c.masked and not d.tma, Tile(64, 64, 64, 4, 3),
+         "a mask of few rows: no wider tile fits in registers"),
     Rule(lambda d, c: c.m <= problem.SMALL_M, Tile(64, 128, 64, 4, 3), "64 rows fill one matrix instruction"),
     Rule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "as many rows as fit share each dequantized element of W"),
 )

@@ -68,7 +68,7 @@ def shrink(program, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
 
     share = tl.cdiv(tl.cdiv(x.width, BLOCK_K), SPLITS) * BLOCK_K
     start, stop = split * share, tl.minimum(split * share + share, x.width)
-    if MEMBERS > 1 and (TILE.PRECISION == "tf32" or x.ptr.dtype.element_ty != tl.float32):
+    if TILE.PRECISION == "tf32" or (MEMBERS > 1 and x.ptr.dtype.element_ty != tl.float32):
         # No part is empty, see ``weight_grad``. One sum is not serialized, and takes fewer registers without this.
         tl.assume(start < stop)
     for k0 in tl.range(start, stop, BLOCK_K, num_stages=TILE.STAGES):
