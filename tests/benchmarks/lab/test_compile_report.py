@@ -136,6 +136,8 @@ def test_what_the_report_promises() -> None:
     assert (rows.spills <= allowed).all(), rows[rows.spills > allowed]
     # Values of NF4 are looked up one by one. A kernel with TMA has few accesses for a tile, and as many as others for a bias.
     least = rows.kernel.map({"lora_linear_quantized": 40, "lora_linear_tma": 48}).fillna(90)
+    # A mask's words have 32 bits.
+    least = least.mask(rows.variant.str.contains("masked|dropout"), least.clip(upper=64))
     assert (rows.load_bits >= least)[lora & nvidia].all() and (rows.store_bits >= 96)[lora & nvidia].all()
 
 
