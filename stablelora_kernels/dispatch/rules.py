@@ -31,29 +31,33 @@ def _fusible(c: Call) -> bool:
     return c.direction == "forward" and not c.dropout and c.r <= problem.MAX_FUSED_R
 
 
+def is_idle(device: Device, call: Call) -> bool:
+    """Whether tiles of 128 by 128 would leave two fifths of the GPU idle."""
+    programs = problem.cdiv(call.m, 128) * problem.cdiv(call.n, 128)
+    return filled(device, programs) < 0.6
+
+
 RULES = (
     Rule(lambda d, c: c.r == 0 and not c.gated, "vendor", "no LoRA branch: nothing to fuse into the product"),
     Rule(lambda d, c: c.dtype == torch.float32 and c.m > 16,
          "vendor", "float32, more than 16 rows: Triton has no exact float32 matrix instruction"),
     # A fused kernel reads all of A for 64 columns, whose W it reads once: a larger A than that W only in small layers.
-    Rule(lambda d, c: _fusible(c) and c.m <= problem.SMALL_M
+    Rule(lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and c.k >= c.n
          and (c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize or c.n * c.k <= 2**25),
-         "fused", f"up to {problem.SMALL_M} rows: reading W takes the time; computing x @ A.T in each tile saves a launch"),
-    # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
-    Rule(lambda d, c: _fusible(c) and c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32
-         and c.r <= (32 if d.tma else 16),
-         "fused", "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it"),
+         "fused", f"up to {problem.SMALL_M} rows, K at least N: reading W takes the time; few tiles compute x @ A.T again"),
     Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
          "vendor", "data-center Blackwell: the compiler has 128 x 128 tiles only, which L2 feeds at half the matrix rate"),
-    # At most 13 % more than one fused kernel at the vendor's rate, up to 28 % less than one at 0.85 of it.
-    Rule(lambda d, c: c.k >= 2 * c.n and c.m >= 512 and (c.direction == "forward" or c.m <= 1024),
-         "vendor", "K is at least 2 N: adding the branch to the vendor's product is predicted to take at most 13 % more time "
-         "than one fused kernel, and up to 28 % less"),
-    Rule(lambda d, c: c.m <= problem.CHAINED_M and c.r <= problem.MAX_CHAINED_R,
-         "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
-         "product for all others"),
+    Rule(lambda d, c: c.m >= 512 and (is_idle(d, c) or c.k >= 2 * c.n) and (c.direction == "forward" or c.m <= 1024),
+         "vendor", "few tiles or long sums: adding the branch to the vendor's product is predicted to take at most 12 % more "
+         "time than the best other kernel, and up to 31 % less"),
+    # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
+    Rule(lambda d, c: _fusible(c) and problem.SMALL_M < c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32
+         and c.r <= (32 if d.tma else 16),
+         "fused", "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it"),
+    Rule(lambda d, c: c.m <= MAX_CHAINED_M and c.r <= problem.MAX_CHAINED_R,
+         "chained", f"up to rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product for all others"),
     Rule(lambda d, c: True,
-         "split", "many rows or a high rank: the low-rank product has a launch of its own, which costs little here"),
+         "split", "a high rank: the low-rank product has a launch of its own, with more programs at a time"),
 )  # fmt: skip
 
 # W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels above. The rows also take
@@ -71,13 +75,6 @@ QUANTIZED_RULES = (
          "dequantize", "4 bits, more than 64 rows, short sums: the product would also transpose each dequantized tile of W"),
     Rule(lambda d, c, bits, aligned: True, "in_loop", "few rows: the kernel reads W as it is stored"),
 )  # fmt: skip
-
-
-def is_idle(device: Device, call: Call) -> bool:
-    """Whether tiles of 128 by 128 would leave two fifths of the GPU idle."""
-    programs = problem.cdiv(call.m, 128) * problem.cdiv(call.n, 128)
-    return filled(device, programs) < 0.6
-
 
 # The kernel behind "fused" and "split". The rows also take whether tensor descriptors can hold X, W and Y.
 FORM_RULES = (

@@ -54,7 +54,7 @@ LINEAR_TILES = (
 
 def _widest_pays(device: Device, call: Call) -> bool:
     """Whether 128 x 256 tiles read through pointers spill no registers and take no more time by operations, where S is read."""
-    # A mask's random numbers, a gated MLP's gradients and loads of single elements would spill beside this accumulator.
+    # A mask, a gated MLP's gradients and loads of single elements would spill beside this accumulator.
     lean = call.dtype != torch.float32 and not (call.masked or call.gated) and (call.n | call.k) % 16 == 0
     # In a chained launch, S of high ranks would outgrow a small shared memory.
     known = device.generation >= 80 and not device.tma and (call.r <= 32 or device.shared_limit > 150_000)
@@ -90,7 +90,7 @@ QUANTIZED_TILES = (
          "a mask of few rows: no wider tile fits in registers"),
     Rule(lambda d, c: c.m <= problem.SMALL_M, Tile(64, 128, 64, 4, 3), "64 rows fill one matrix instruction"),
     Rule(lambda d, c: True, Tile(128, 128, 64, 8, 3), "as many rows as fit share each dequantized element of W"),
-)
+)  # fmt: skip
 
 # W in full from 4 or 8 bits (dequantize): BLOCK_N rows and BLOCK_K columns.
 DEQUANTIZE_TILES = (Rule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W a thread"),)
@@ -127,7 +127,6 @@ WEIGHT_GRADS_TILES = (
 WEIGHT_GRADS_GROUP_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "rank above 32: no larger tile fits in registers"),
-    Rule(lambda d, c: c.dropout, Tile(64, 64, 32, 4, 4), "dropout: no larger tile fits in registers"),
     Rule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "64 columns fill one matrix instruction"),
 )
 
@@ -217,8 +216,11 @@ def shrink_plan(device: Device, call: Call, projections: int = 1) -> Plan:
     return Plan(tile, reason, block_r, tiles, splits)
 
 
-def chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
-    """For S by programs of its product's launch, whose tile is ``product``."""
+def chained_shrink_plan(device: Device, call: Call, product: Tile, spare: int = 0) -> tuple[Plan, int]:
+    """For S by programs of its product's launch, whose tile is ``product``, and how many: each takes parts of S, then of dB.
+
+    ``spare`` processors have a tile of the product less than the others. They alone compute S and dB if that takes no longer.
+    """
     tile, reason = pick_tile(SHRINK_TILES, device, call)
     # A wider block of ranks for few warps would spill registers where they hold the sums' operands.
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128 if device.tma else 16 * product.num_warps))
@@ -228,9 +230,24 @@ def chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
     tile = Tile(rows, tile.BLOCK_N, depth, product.num_warps, tile.num_stages)
     tiles = cdiv(call.m, rows) * cdiv(call.r, block_r)
     # The product's shared memory leaves room for one program a processor.
-    splits = plan_split_k(device, tiles, cdiv(call.k, depth), programs=1)
-    tile = fit(tile, device, depth * _bytes(call, rows, block_r))
-    return Plan(tile, reason, block_r, tiles, splits)
+    steps = cdiv(call.k, depth)
+    splits = plan_split_k(device, tiles, steps, programs=1)
+    programs = tiles * splits
+    if spare:
+        fewer = without_empty_parts(steps, max(1, min(splits, spare // tiles)))
+        # Rows of X that a program reads for S, next to those of W that a tile takes. Drawing a mask takes four times as long.
+        read = cdiv(tiles * fewer, spare) * rows * (4 if call.dropout and not call.masked else 1) / fewer
+        if read <= product.BLOCK_N:
+            splits, programs = fewer, min(spare, tiles * fewer)
+    tile = _deeper(tile, device, depth * _bytes(call, rows, block_r), call, product)
+    return Plan(tile, reason, block_r, tiles, splits), programs
+
+
+def _deeper(tile: Tile, device: Device, bytes_a_stage: int, call: Call, product: Tile) -> Tile:
+    """Like ``fit``, but with up to 7 stages in the memory of ``product``: few programs must keep many bytes in flight."""
+    own = (product.num_stages - (not device.tma)) * _linear_stage(call, product, 0, True)
+    deep = fit(tile._replace(num_stages=7), device, bytes_a_stage, device.shared_limit - own)
+    return max(fit(tile, device, bytes_a_stage), deep, key=lambda each: each.num_stages)
 
 
 # Integers ahead of a chain's flags, see kernels/lora/chain.py.
@@ -269,11 +286,11 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
         tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would not fit in registers"
-    # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or random numbers.
+    # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or a mask.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
-    # Masks are read by words of 32 columns.
-    parts = min(4 if call.gated else 2, tile.BLOCK_N // 32)
+    # A mask is read by words of 32 columns. Beside it, a gated MLP's gradients would spill in wider parts.
+    parts = min((8 if call.masked else 4) if call.gated else 2, tile.BLOCK_N // 32)
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1
@@ -310,6 +327,17 @@ def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool, pr
     # A gated MLP's G and U are two operands in place of one.
     tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r))
     return Plan(tile, reason, block_r, tiles, splits), tiles_a
+
+
+def chained_grad_plan(device: Device, call: Call, product: Tile, programs: int) -> Plan:
+    """For dB by ``programs`` of dS in the launch of ``product``."""
+    plan = co_scheduled_grad_plan(device, call, True, product.num_warps)
+    tile, steps = plan.tile, cdiv(call.m, plan.tile.BLOCK_K)
+    shared = min(programs // plan.tiles, steps // 4) if plan.tiles <= MAX_SHARED_SUMS else 1
+    stage = tile.BLOCK_K * _bytes(call, tile.BLOCK_M + plan.block_r)
+    return plan._replace(
+        tile=_deeper(tile, device, stage, call, product), splits=without_empty_parts(steps, max(1, shared))
+    )
 
 
 def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -> Plan:

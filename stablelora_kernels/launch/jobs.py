@@ -94,8 +94,9 @@ def backward_product(
     dropout_p = dropout_p if r else 0.0
     call = Call("backward", m, k, n, r, grad.dtype, a.dtype, dropout_p > 0)
     ds = scratch(grad, m, r) if ds is None and da is not None else ds
-    # A hook of saved tensors may have given S another layout.
+    # A hook of saved tensors may have given S and the mask another layout.
     s = s.contiguous() if s is not None and s.stride(1) != 1 else s
+    mask = None if mask is None else mask.contiguous()
     return Product(
         call, grad, w.t() if isinstance(w, Tensor) else w, None, b.t(), a.t(), ds, grad if dx is None else dx, None, mask,
         p.scaling, dropout_p, wanted=dx is not None, z=x, t=None if db is None else s, t_unit=s_unit(grad.dtype, p.scaling),
@@ -191,7 +192,7 @@ def co_scheduled(device: Device, p: Product, of_b: bool, warps: int) -> Gradient
 
 
 class Chain(NamedTuple):
-    """S's programs, and dB's, in the launch of the product that needs S."""
+    """Programs for S, and then for dB, in the launch of the product that needs S."""
 
     chain: Tensor | None = None
     programs: int = 0
@@ -201,15 +202,19 @@ class Chain(NamedTuple):
     db: Gradient = Gradient()
 
 
-def chain_ahead(device: Device, p: Product, product: Tile) -> Chain:
-    """S's programs, and dB's if it is wanted, for the launch of ``p``, whose tile is ``product``."""
+def chain_ahead(device: Device, p: Product, product: Tile, spare: int) -> Chain:
+    """S, and dB if it is wanted, for the launch of ``p``, whose tile is ``product``; see ``chained_shrink_plan``."""
     c = p.call
-    plan = tiles.chained_shrink_plan(device, c, product)
+    plan, programs = tiles.chained_shrink_plan(device, c, product, spare)
     flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
     job, constants = s_job(device, [p], plan, flag_m)
-    db = co_scheduled(device, p, True, product.num_warps)
     chain = counters(tiles.CHAIN_HEAD + cdiv(c.m, flag_m), p.x.device, lane=4)
-    return Chain(chain, plan.programs + db.programs, plan.splits, job, constants, db)
+    db = (
+        Gradient()
+        if p.db is None
+        else grad_job(device, [p], tiles.chained_grad_plan(device, c, product, programs), True)
+    )
+    return Chain(chain, programs, plan.splits, job, constants, db)
 
 
 def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[jobs.Branch, jobs.BranchTile]:

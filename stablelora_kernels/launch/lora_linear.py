@@ -212,7 +212,9 @@ def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chain
     kernel, plan, operands, sizes, parts, programs = by
     tile = plan.tile
     branch, branch_tile = make.branch_job(p, plan.block_r, load_s, sizes.PRECISION)
-    ahead = make.chain_ahead(device, p, tile) if chained else Chain()
+    # Where a tile has one program, the product's last round may leave processors to S. A branch alone is over too soon.
+    spare = -plan.tiles % device.processors if p.wanted and p.w is not None and not parts else 0
+    ahead = make.chain_ahead(device, p, tile, spare) if chained else Chain()
     da = make.co_scheduled(device, p, False, tile.num_warps)
     programs *= p.wanted
     flags = flag_words(
@@ -222,7 +224,7 @@ def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chain
     args = (
         rows(p.x, c.k), *operands, branch, p.gate, *parts, ahead.job, ahead.db.job, make.z_rows(p), da.job, ahead.chain,
         c.m, c.n, *([plan.splits] if parts else []),
-        programs, ahead.programs, ahead.splits, ahead.db.programs, ahead.db.splits, da.splits, threshold(p),
+        programs, ahead.programs, ahead.splits, ahead.db.splits, da.splits, threshold(p),
     )  # fmt: skip
     constants = {"TILE": sizes, "BRANCH": branch_tile, "S": ahead.tile, "DB": ahead.db.tile, "DA": da.tile}
     words = f"{_product_words(p, plan)}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"

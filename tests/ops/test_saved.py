@@ -159,10 +159,17 @@ def test_a_mask_drawn_again_is_the_mask(op, backend):
         assert_close(results(*call), right)
 
 
-@every_op
-def test_what_is_saved_may_come_back_in_another_layout(op, backend):
-    """As from a hook that keeps it elsewhere."""
-    case = small(op, backend=backend)
+SEVERAL_WORDS = (
+    Case("linear", (70, 72), (40,), (6,), FP32, FP32, p=0.3),
+    Case("group", (70, 72), (40, 24), (6, 3), FP32, FP32, p=0.3),
+    Case("mlp", (70, 72), (40, 40, 16), (6, 3, 4), FP32, FP32, p=0.3),
+)
+
+
+@pytest.mark.parametrize("case", [*map(small, OPS), *SEVERAL_WORDS], ids=str)
+def test_what_is_saved_may_come_back_in_another_layout(case, backend):
+    """As from a hook that keeps it elsewhere; also a mask of several words a row."""
+    case = case.but(backend=backend)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t):
         check(case, run(case))
 

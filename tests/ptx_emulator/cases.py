@@ -252,6 +252,10 @@ def cases() -> Iterator[Case]:
     for kernel, r in (("chained", 40), ("split", 16)):
         name = f"linear {kernel} bf16/fp32 M300 N496 r{r} p0.0, 3 processors"
         yield Case(name, partial(linear, 300, 496, 160, r), kernel, processors=3)
+    # One program for two tiles of S or dS.
+    for n, k, p, processors in ((800, 96, 0.0, 9), (96, 800, 0.1, 9), (800, 96, 0.0, 3)):
+        name = f"linear chained bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
+        yield Case(name, partial(linear, 200, n, k, 16, p=p), "chained", processors)
     for m, k, p in ((1, 1024, 0.0), (5, 520, 0.0), (33, 520, 0.1), (130, 1100, 0.0), (130, 1104, 0.1)):
         yield Case(f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p))
     every = ("x", "weight", "lora_A", "lora_B", "grad")

@@ -6,10 +6,13 @@ import pandas as pd
 
 from benchmarks.common.records import COLUMNS
 from benchmarks.lab.gpu.rows import FAILED, INTERRUPTED, OK, Row
+from benchmarks.lab.predict import parts
+from benchmarks.lab.predict.launch_time import load_gpu
+from benchmarks.lab.predict.rivals import Shape
 
-# A timing's modes, and the parts of a forward that are timed beside its kernels.
+# A timing's modes; and the phases of a layer that is taken apart: many launches in a graph, or one.
 GRAPH, EAGER = "graph", "eager"
-PRODUCT, VENDOR, S_ALONE = PARTS = ("our product alone", "vendor's product alone", "S alone")
+PARTS, ONE_LAUNCH = "many launches", "one launch"
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 MANY, FEW = (2048, 4096, 8192), (1, 16, 64)
 # What a row may lack, besides records' COLUMNS.
@@ -71,9 +74,28 @@ def regrets(times: pd.DataFrame) -> pd.DataFrame:
     """Return by direction how much longer dispatch's kernel takes than the fastest, less 1: calls, mean and worst."""
     timed = times[(times.section == "layer") & (times["mode"] == GRAPH) & times.phase.isin(["forward", "backward"])]
     key = ["case", "phase"]
-    fastest = timed[(timed.role == "") & ~timed.arm.isin(PARTS)].groupby(key)["median"].min()
+    fastest = timed[timed.role == ""].groupby(key)["median"].min()
     ours = timed[timed.arm == "ours"].set_index(key)["median"]
     return (ours / fastest - 1).groupby("phase").agg(["size", "mean", "max"])
+
+
+def estimates(times: pd.DataFrame) -> pd.DataFrame:
+    """Return the launches of layers that are taken apart, and differences of two: what an H100 was predicted to take, from the
+    fast end of the band to the slow one, and what was measured; us. ``off``: how far outside the band."""
+    rows, gpu = [], load_gpu("h100")
+    for (m, n, k, r, p), timed in times[times.section == "apart"].groupby(["m", "n_out", "k", "r", "dropout"]):
+        measured = timed.pivot_table("median", "arm", "phase")
+        found = {name: tuple(each) for name, each in zip(measured.index, measured.to_numpy(), strict=True)}
+        found |= parts.differences(found)
+        for name, band in parts.predicted(
+            gpu, Shape(int(m), int(n), int(k), int(r), p > 0, wide_adapters=False)
+        ).items():
+            if name in found:
+                of = dict(zip(measured.columns, found[name], strict=True))
+                low, high, took = min(band), max(band), of.get(PARTS, float("nan"))
+                off = took / high - 1 if took > high else min(0.0, took / low - 1)
+                rows.append({"m": int(m), "dropout": p, "launch": name, "fast": low, "slow": high, **of, "off": off})
+    return pd.DataFrame(rows).round(2)
 
 
 def failures(rows: pd.DataFrame) -> str:
@@ -88,8 +110,9 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     rows = rows.reindex(columns=[*dict.fromkeys([*rows, *COLUMNS, *USED])])
     times = rows[(rows.metric == "us") & (rows.status == OK)]
     tests = rows[(rows.section == "bringup") & rows.test.notna()]
-    products = times[times.arm.isin(PARTS)].pivot_table("median", "case", "arm").reindex(columns=PARTS)
-    others = times[times.section != "layer"].pivot_table("median", ["section", "case", "phase", "mode", "arm"])
+    others = times[~times.section.isin(["layer", "apart"])].pivot_table(
+        "median", ["section", "case", "phase", "mode", "arm"]
+    )
     # A dry run's figures could be mistaken for measurements.
     verdicts = [f"{UNKNOWN} (dry): {words}" for words, *_ in TARGETS] if dry else targets(rows)
     clock = "unknown: there is no NVIDIA GPU, or nvidia-ml-py is not installed"
@@ -99,7 +122,9 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
         "Targets": "\n".join(verdicts),
         "The first tests, in order up to the first that failed": count(tests, "test"),
         "Failed": failures(rows) or "nothing",
-        "The product and S alone, us": products.assign(rate=products[VENDOR] / products[PRODUCT]).to_string(),
+        "Predicted for an H100, and measured: a layer taken apart, us": ""
+        if dry
+        else estimates(times).to_string(index=False),
         "The tables' choice against the best kernel (regret)": regrets(times).to_string(),
         "Where we lose, us: the worst": losses(times).head(30).to_string(index=False),
         "MLPs, projections, training steps, optimizers, us": others.to_string(),

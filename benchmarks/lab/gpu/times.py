@@ -24,17 +24,16 @@ from benchmarks.common import optimizers
 from benchmarks.common.arms import OURS, PEFT
 from benchmarks.common.records import record
 from benchmarks.lab.gpu.device import MOST_CALLS, WARMUP, Arm, Device, Run, Samples
-from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, PARTS, PRODUCT, S_ALONE
+from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, ONE_LAUNCH, PARTS
 from benchmarks.lab.gpu.rows import FAILED, NOTE_LENGTH, SKIPPED, Row
+from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.layer_time import RANKS, ROWS, SIZES
+from benchmarks.lab.predict.rivals import Shape
 from benchmarks.suite.layers import EAGER as BY_HAND
 from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, ProjectionsCase
 from stablelora_kernels.dispatch.problem import Call, device_of
-from stablelora_kernels.dispatch.rules import Choice, possible_kernels
+from stablelora_kernels.dispatch.rules import possible_kernels
 from stablelora_kernels.dispatch.settings import KERNELS
-from stablelora_kernels.launch.jobs import forward_product
-from stablelora_kernels.launch.lora_linear import product_launches, shrink
-from stablelora_kernels.projection import Projection
 
 # One whole call of each phase; and how to build it for each arm, which may fail.
 Phases = dict[str, Run]
@@ -47,7 +46,7 @@ EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
 # Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate products.
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
 # Arms that are timed in one mode alone. These optimizers wait for the host.
-ONLY_GRAPH = (*KERNELS[1:], *PARTS, *FORCED)
+ONLY_GRAPH = (*KERNELS[1:], *FORCED)
 ROLES = dict.fromkeys((BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival") | dict.fromkeys(
     ONLY_GRAPH, ""
 )
@@ -81,32 +80,30 @@ def arms_of(case: LayerCase, arms: Iterable[str], forced: Mapping[str, tuple[str
 
 
 def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return the suite's arms, ours by each kernel that can compute it, and the parts of a forward."""
-    own, more = device_of(device.device), (r, BF16, BF16, dropout > 0)
+    """Return the suite's arms, and ours by each kernel that can compute it."""
+    more = r, BF16, BF16, dropout > 0
     forward, backward = (
         possible_kernels(call) for call in (Call("forward", m, n_out, k, *more), Call("backward", m, k, n_out, *more))
     )
     # A kernel that can compute backward alone runs behind dispatch's forward.
     forced = {kernel: (kernel if kernel in forward else "auto", kernel) for kernel in backward}
 
-    def alone(part: str) -> Phases:
-        x, w, a, b, y, s = (
-            torch.randn(*size, device=device.device, dtype=BF16)
-            for size in ((m, k), (n_out, k), (r, k), (n_out, r), (m, n_out), (m, r))
-        )
-        if part == S_ALONE:
-            seed = torch.zeros(1, dtype=torch.int64, device=device.device)
-            launch = shrink(own, [forward_product(x, Projection(w, None, a, b, 1.0), s, y, (seed, None), dropout)])
-        else:
-            bare = forward_product(x, Projection(w, None, a[:0], b[:, :0], 1.0), None, y, (None, None), 0.0)
-            (launch,) = product_launches(own, bare, Choice("split" if part == PRODUCT else "vendor", ""))
-        return {"forward": partial(launch.run, device.device)}
-
     # A compilation takes about 12 seconds.
     compiled = (PEFT_COMPILED,) if m in (2048, 8192) and n_out == k == 4096 and r == 16 else ()
     case = LayerCase(m, k, n_out, r, "bf16", device.device, dropout)
-    arms = arms_of(case, (FROZEN, BY_HAND, PEFT, OURS, *compiled), forced, OURS)
-    return arms | {part: partial(alone, part) for part in PARTS}
+    return arms_of(case, (FROZEN, BY_HAND, PEFT, OURS, *compiled), forced, OURS)
+
+
+def apart(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
+    """Return each job of a layer's forward and backward as a launch, which is timed among many and alone."""
+
+    def make(*size: int, dtype: torch.dtype) -> Tensor:
+        return (torch.randn if dtype.is_floating_point else torch.zeros)(*size, dtype=dtype, device=device.device)
+
+    shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
+    found = parts.launches(device_of(device.device), shape, make)
+    runs = {name: partial(launch.run, device.device) for name, launch in found.items()}
+    return {name: partial(dict, {PARTS: run, ONE_LAUNCH: run}) for name, run in runs.items()}
 
 
 class MLP(MLPCase):
@@ -167,7 +164,7 @@ def captured(device: Device, rows: int, width: int, layers: int, dropout: float)
 
 
 def role_of(arm: str) -> str:
-    """Return records' role. A forced kernel and a part have none."""
+    """Return records' role. A forced kernel has none."""
     return ROLES.get(arm, "base" if arm.startswith("frozen") else "ours")
 
 
@@ -182,17 +179,17 @@ def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
 def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[Row]:
     """Build the arms, for each mode anew, and time all of them in turns."""
     case = " ".join(f"{name} {value}" for name, value in sizes.items())
-    count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if make is layer else 1
+    count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if make in (layer, apart) else 1
     copies, runs = [make(device, **sizes) for _ in range(count)], dict[Name, Arm]()
     for mode, arm in product((GRAPH, EAGER), copies[0]):
-        if arm in (ONLY_EAGER if mode == GRAPH else ONLY_GRAPH):
+        if arm in (ONLY_EAGER if mode == GRAPH else ONLY_GRAPH) or (make is apart and mode == EAGER):
             continue
         try:
             built = [arms[arm]() for arms in (copies if mode == GRAPH and arm != PEFT_COMPILED else copies[:1])]
             for phase, run in built[0].items():
                 run()
                 # A second step in a graph would upload the optimizer's tables again.
-                calls, most = [phases[phase] for phases in built], 1 if phase == "step" else MOST_CALLS
+                calls, most = [phases[phase] for phases in built], 1 if phase in ("step", ONE_LAUNCH) else MOST_CALLS
                 runs[mode, phase, arm] = device.capture(calls, most) if mode == GRAPH else (run, 0)
         except Exception:
             # Only our own failure fails the check.
@@ -223,6 +220,10 @@ SHAPES.sort(key=lambda s: 2 * (s[1:3] != (4096, 4096)) + (s[3] != 16) + (s[0] no
 PROJECTED = ((4096, 1024, 1024), (14336, 14336))
 # The sizes of a dry run, and of a GPU in the order in which they are timed.
 SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
+    apart: (
+        [(70, 48, 32, 8, 0.1), (70, 48, 32, 8, 0.0)],
+        [(s.m, s.n, s.k, s.r, s.p) for s in parts.SHAPES],
+    ),
     layer: ([(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)], dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES)),
     modules: (
         [("mlp", 70, 72, 48, 4, 0.1), ("projections", 70, (32, 16), 48, 4, 0.1)],

@@ -26,6 +26,7 @@ from benchmarks.lab.compile_report import machine_code
 from benchmarks.lab.compile_report.occupancy import PROCESSORS, occupancy
 from benchmarks.lab.compile_report.report import TRITON
 from benchmarks.lab.predict import layer_time, quantized
+from benchmarks.lab.predict import parts as taken_apart
 from benchmarks.lab.predict.instructions import TABLE, Part, jobs_of, key_of, parts
 from benchmarks.lab.predict.launch_time import load_gpu
 from benchmarks.lab.predict.rivals import MLP
@@ -38,7 +39,7 @@ COLUMNS = ["arch", "launch", "kernel", "variant", "residents", "part", *Part._fi
 def launches(device: Device) -> dict[str, Any]:
     """By key."""
     found: dict[str, Any] = {}
-    for way in chain(_of_layers(device), _of_mlps(device), _of_quantized(device)):
+    for way in chain(_of_layers(device), _of_mlps(device), _of_quantized(device), _of_parts(device)):
         found |= {key_of(launch): launch for launch in way if hasattr(launch, "kernel")}
     return found
 
@@ -57,6 +58,11 @@ def _of_mlps(device: Device) -> Iterator[list[Any]]:
 def _of_quantized(device: Device) -> Iterator[list[Any]]:
     for shape, kind, kernel in product(quantized.shapes(), quantized.BITS, ("in_loop", "dequantize")):
         yield from quantized.by_kernel(device, shape, kind, kernel)
+
+
+def _of_parts(device: Device) -> Iterator[list[Any]]:
+    for shape in taken_apart.SHAPES:
+        yield [*taken_apart.launches(device, shape, taken_apart.on_meta).values()]
 
 
 def count(launch: Any, arch: str) -> list[dict[str, Any]]:

@@ -30,23 +30,9 @@ TILE, RANKS = "tile", "ranks"
 # "throughput of native arithmetic instructions", compute capability 9.0.
 ISSUED, UNITS = 128, {"integer": 64, "memory": 32, "special": 16}
 _INTEGER = (
-    "LOP3",
-    "SEL",
-    "IADD",
-    "SHF",
-    "SHL",
-    "SHR",
-    "PRMT",
-    "ISETP",
-    "FSETP",
-    "FSEL",
-    "LEA",
-    "IMNMX",
-    "VIMNMX",
-    "FMNMX",
-    "MOV",
-)
-_INTEGER += ("PLOP3", "P2R", "R2P", "IABS", "BMSK", "SGXT", "F2F", "F2I", "I2F", "VIADD", "HSETP")
+    *("LOP3", "PLOP3", "SEL", "IADD", "VIADD", "IABS", "SHF", "SHL", "SHR", "PRMT", "LEA", "MOV", "BMSK", "SGXT", "P2R", "R2P"),
+    *("ISETP", "FSETP", "HSETP", "FSEL", "IMNMX", "VIMNMX", "FMNMX", "F2F", "F2I", "I2F"),
+)  # fmt: skip
 _MEMORY = ("LD", "ST", "ATOM", "RED", "SHFL", "UTMA")
 
 
@@ -73,10 +59,8 @@ _REGISTERS = re.compile(r"\bR(\d+)\b")
 def _functions(file: str) -> list[tuple[range, str]]:
     """The lines and names of functions in a file of the kernels."""
     path = Path(linear.__file__).with_name(file)
-    found = (
-        [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)] if path.exists() else []
-    )
-    return [(range(n.lineno, n.end_lineno + 1), n.name) for n in found]
+    nodes = ast.walk(ast.parse(path.read_text())) if path.exists() else ()
+    return [(range(n.lineno, n.end_lineno + 1), n.name) for n in nodes if isinstance(n, ast.FunctionDef)]
 
 
 class Code(NamedTuple):
@@ -126,11 +110,8 @@ def read(text: str) -> Code:
             labels[match[1]] = len(code)
         elif (match := _CODE.match(line)) and match[2] != "NOP":
             # A branch may also take its predicate as an operand.
-            code.append(
-                Instruction(
-                    match[2], match[3], bool(match[1]) or match[3].startswith(("P", "!P", "UP", "!UP")), function
-                )
-            )
+            guarded = bool(match[1]) or match[3].startswith(("P", "!P", "UP", "!UP"))
+            code.append(Instruction(match[2], match[3], guarded, function))
     follows = []
     for place, i in enumerate(code):
         target = re.search(r"\.L\w+", i.operands) if i.op.startswith("BRA") else None

@@ -48,6 +48,7 @@ class Gpu(NamedTuple):
     name: str
     arch: str
     bandwidth: float
+    l2_bytes: float
     # What L2 delivers: the figure that the sources suggest, and the lowest and the highest that they allow.
     l2_bandwidth: float
     l2_range: tuple[float, float]
@@ -143,18 +144,25 @@ class Facts(NamedTuple):
     part: float = 0.0
     # Programs on a processor at a time, at most.
     residents: int = 1
-    # Of a product's launch: its first programs if it is chained, which compute S and dB, and its last ones for dA. What dA reads
-    # that the product reads, too, is not in its bytes.
+    # Of a product's launch: its first programs if it is chained, which compute S and then dB, and its last ones for dA. What dA
+    # reads that the product reads, too, is not in its bytes.
     ahead: Facts | None = None
     da: Facts | None = None
+    # Bytes read a second time, from memory if L2 cannot hold them.
+    again: int = 0
 
     def seconds(self, gpu: Gpu) -> float:
-        jobs = [job for job in (self.ahead, self, self.da) if job]
+        jobs = [job.with_misses(gpu) for job in (self.ahead, self, self.da) if job]
         lasting = max(_last_end(gpu, jobs), sum(job.moved.unique for job in jobs) / gpu.bandwidth)
         if self.ahead:
             # No tile ends before S is there.
-            lasting = max(lasting, self.ahead.busy(gpu) + self.finish(gpu))
+            lasting = max(lasting, jobs[0].busy(gpu) + self.finish(gpu))
         return gpu.launch + lasting
+
+    def with_misses(self, gpu: Gpu) -> Facts:
+        """The same, with what is read again among the bytes from memory if half of L2 is too small: the other half serves W."""
+        missed = self.again if 2 * self.again > gpu.l2_bytes else 0
+        return self._replace(moved=total([self.moved, Traffic(read_unique=missed)]))
 
     def busy(self, gpu: Gpu) -> float:
         """Seconds from the first program to the last, alone."""
@@ -225,6 +233,9 @@ def facts(launch: Any, arch: str, narrow_columns: int) -> Facts | Work:
     ahead, da = None, None
     if a.get("S") is not None:
         ahead = _thin(launch, ["S", "DB"], a["S_PROGRAMS"], narrow_columns, counts)
+        # dB's part follows dS's.
+        twice = formula(launch, ["S"]).read_unique + formula(launch, ["DB"]).read_unique - ahead.moved.read_unique
+        ahead = ahead._replace(again=twice)
         programs -= a["S_PROGRAMS"]
     if a.get("DA") is not None:
         of_da = programs - a["PRODUCTS"]

@@ -10,8 +10,8 @@ S and dS are scaled in float32 and rounded once. In float16, s' > 1 could make S
 units of a power of two, UNIT; what is computed from S is multiplied by it, exactly, in float32. dX is the forward's formula
 with W, A and B read through swapped strides, so one kernel serves both. ``shrink`` has S; ``linear``, ``linear_split_k``,
 ``linear_tma`` and ``linear_quantized`` have Y for any GPU, few rows, Hopper and a quantized W; ``weight_grads`` has dA and dB.
-Mostly, dA and dB take no launch of their own: programs for dB run with those for dS, since both read dY, and programs for dA
-run with those for dX.
+Mostly, dA and dB take no launch of their own: dB is computed with dS, since both read dY, and programs for dA run with those for
+dX.
 
 ``jobs`` has what each job takes. Arguments that several kernels take:
 
@@ -20,7 +20,7 @@ run with those for dX.
     threshold             dropout: the number below which 15 random bits drop an element
     SPLITS                programs that share a tile's sum, through parts (float32 scratch) and counter (int32 zeros)
     branch, BRANCH        S B^T, of S that is read, or computed beside the product
-    chain                 with S: this launch has S's programs too, S_PROGRAMS with those of dB, in an order that ``chain`` makes
+    chain                 with S: this launch has S_PROGRAMS for S and dB too, in an order that ``chain`` makes
     PRODUCTS              programs of the product; those of dA follow
     base                  added to Y, of Y's strides: Y's own memory, or another tensor's
 
@@ -35,10 +35,10 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, dot, load_words, tile_of, unpack_words
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_flag
 from stablelora_kernels.kernels.lora.gated import prefetch, store_gated_grads
-from stablelora_kernels.kernels.lora.thin_products import part_of_rows, s_program, weight_grad
+from stablelora_kernels.kernels.lora.thin_products import grad_parts, part_of_rows, s_parts, shrink, weight_grad
 
 # Of the three kernels of the product.
-NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "DA_SPLITS", "threshold"]
+NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_SPLITS", "DA_SPLITS", "threshold"]
 
 
 @triton.jit
@@ -83,15 +83,21 @@ def wait_for_s(chain, row0, branch, M, S: tl.constexpr):
 
 @triton.jit
 def product_program(
-    x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold,
-    S: tl.constexpr, DB: tl.constexpr, DA: tl.constexpr,
+    x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S: tl.constexpr,
+    DB: tl.constexpr, DA: tl.constexpr,
 ):  # fmt: skip
     """This program's number among the product's. One of S, dB or dA does its job here and gets -1."""
     program = tl.program_id(0)
     if S is not None:
         program = draw_ticket(chain)
         if program < S_PROGRAMS:
-            s_program(program, S_PROGRAMS, x, s_job, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB)
+            of_s = s_parts(M, s_job, S_SPLITS, S)
+            of_b = grad_parts(x, db, DB_SPLITS, DB) if DB is not None else 0
+            for part in tl.range(program, of_s + of_b, S_PROGRAMS, disable_licm=True):
+                if part < of_s:
+                    shrink(part, x, s_job, chain, M, S_SPLITS, threshold, S)
+                elif DB is not None:
+                    weight_grad(part - of_s, x, db, M, DB_SPLITS, DB)
             leave(chain, M, S)
             return -1
         program -= S_PROGRAMS
@@ -110,9 +116,8 @@ def product_program(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_kernel(
-    x, w, a, bias, y, base, branch, gate, s_job, db, z, da, chain, M, N, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS,
-    DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, S: tl.constexpr, DB: tl.constexpr,
-    DA: tl.constexpr,
+    x, w, a, bias, y, base, branch, gate, s_job, db, z, da, chain, M, N, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS,
+    DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, S: tl.constexpr, DB: tl.constexpr, DA: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], BASE and Y [M, N].
 
@@ -122,7 +127,7 @@ def _lora_linear_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     program = product_program(
-        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA
+        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA
     )  # fmt: skip
     if program < 0:
         return

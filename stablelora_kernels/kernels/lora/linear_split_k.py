@@ -14,7 +14,7 @@ from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "SPLITS"])
 def _lora_linear_split_k_kernel(
     x, w, a, bias, y, base, branch, gate, parts, counter, s_job, db, z, da, chain, M, N, SPLITS, PRODUCTS, S_PROGRAMS,
-    S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, S: tl.constexpr,
+    S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, S: tl.constexpr,
     DB: tl.constexpr, DA: tl.constexpr,
 ):  # fmt: skip
     """Y = X W^T + bias + BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], BASE and Y [M, N].
@@ -28,7 +28,7 @@ def _lora_linear_split_k_kernel(
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     program = product_program(
-        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_PROGRAMS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA
+        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA
     )  # fmt: skip
     if program < 0:
         return

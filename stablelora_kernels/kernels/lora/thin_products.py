@@ -15,21 +15,12 @@ from stablelora_kernels.kernels.lora.gated import gated
 
 @triton.jit(do_not_specialize=["M", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "threshold"])
 def _lora_shrink_kernel(x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
-    """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY."""
-    s_program(
-        tl.program_id(0), tl.num_programs(0), x, s, db, None, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S, DB
-    )
-
-
-@triton.jit
-def s_program(
-    program, programs, x, s, db, chain, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr
-):  # fmt: skip
-    """The ``program``-th of ``programs`` for S and dB.
+    """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY.
 
     The DB_PROGRAMS programs of dB are spread evenly among those of S: both walk down the rows of X at one pace, so the second to
     read a row finds it in L2.
     """
+    program, programs = tl.program_id(0), tl.num_programs(0)
     # Programs of dB before this one.
     before, is_db = 0, False
     if DB is not None:
@@ -38,23 +29,28 @@ def s_program(
         if is_db:
             weight_grad(before, x, db, M, DB_SPLITS, DB)
     if not is_db:
-        shrink(program - before, x, s, chain, M, S_SPLITS, threshold, S)
+        shrink(program - before, x, s, None, M, S_SPLITS, threshold, S)
 
 
 @triton.jit
-def shrink(program, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
-    """S for each member of an ``SJob``; the ``program``-th program.
+def s_parts(M, job, SPLITS, TILE: tl.constexpr):
+    """Parts of S: tiles of rows, in each blocks of ranks, in each SPLITS parts of K."""
+    return tl.cdiv(M, TILE.BLOCK_M) * tl.cdiv(job.members[0].R, TILE.BLOCK_R) * SPLITS
 
-    Programs: tiles of rows, in each blocks of ranks, in each SPLITS parts of K. The last part to finish adds up all parts in
-    order. Members of several projections have one block of ranks: X is read once for all. Each has its own mask, so their A
-    can't be one A of a higher rank. Every block of ranks stores the same mask.
+
+@triton.jit
+def shrink(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
+    """The ``part``-th of ``s_parts``, for each member of an ``SJob``.
+
+    The last part of K to finish adds up all parts in order. Members of several projections have one block of ranks: X is read
+    once for all. Each has its own mask, so their A can't be one A of a higher rank. Every block of ranks stores the same mask.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BLOCK_R: tl.constexpr = TILE.BLOCK_R
     MEMBERS: tl.constexpr = TILE.MEMBERS
     tiles_r = tl.cdiv(job.members[0].R, BLOCK_R)
-    tile, split = program // SPLITS, program % SPLITS
+    tile, split = part // SPLITS, part % SPLITS
     row0 = tile // tiles_r * BLOCK_M
     rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -116,28 +112,33 @@ def store_mask(mask_ptr, mask, rows, col0, M, n_cols):
 
 
 @triton.jit
-def part_of_rows(program, z, job, M, SPLITS, TILE: tl.constexpr):
-    """The rows that the ``program``-th program of ``weight_grad`` sums up: from the first to before the second."""
-    split = program // (tl.cdiv(z.width, TILE.BLOCK_C) * tl.cdiv(job.members[0].R, TILE.BLOCK_R))
+def grad_parts(z, job, SPLITS, TILE: tl.constexpr):
+    """Parts of dA or dB: SPLITS parts of M one after another, in each the tiles of OUT."""
+    return tl.cdiv(z.width, TILE.BLOCK_C) * tl.cdiv(job.members[0].R, TILE.BLOCK_R) * SPLITS
+
+
+@triton.jit
+def part_of_rows(part, z, job, M, SPLITS, TILE: tl.constexpr):
+    """The rows that the ``part``-th of ``grad_parts`` sums up: from the first to before the second."""
+    split = part // grad_parts(z, job, 1, TILE)
     share = tl.cdiv(tl.cdiv(M, TILE.BLOCK_M), SPLITS) * TILE.BLOCK_M
     return split * share, tl.minimum(split * share + share, M)
 
 
 @triton.jit
-def weight_grad(program, z, job, M, SPLITS, TILE: tl.constexpr):
-    """OUT[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r] for each member of a ``GradJob``; the ``program``-th program.
+def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
+    """OUT[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r] for each member of a ``GradJob``; the ``part``-th of ``grad_parts``.
 
-    Programs: SPLITS parts of M one after another, in each the tiles of OUT. The last program of a tile to finish adds up the
-    tile's parts in order. No float is added atomically, nothing is zeroed first, and the store casts the sum. Members of several
-    projections have one block of ranks: Z is read once for all.
+    The last part of a tile to finish adds up the tile's parts in order. No float is added atomically, nothing is zeroed first,
+    and the store casts the sum. Members of several projections have one block of ranks: Z is read once for all.
     """
     BLOCK_C: tl.constexpr = TILE.BLOCK_C
     BLOCK_R: tl.constexpr = TILE.BLOCK_R
     MEMBERS: tl.constexpr = TILE.MEMBERS
     tiles_r = tl.cdiv(job.members[0].R, BLOCK_R)
-    tiles = tl.cdiv(z.width, BLOCK_C) * tiles_r
-    tile, split = program % tiles, program // tiles
-    start, stop = part_of_rows(program, z, job, M, SPLITS, TILE)
+    tiles = grad_parts(z, job, 1, TILE)
+    tile, split = part % tiles, part // tiles
+    start, stop = part_of_rows(part, z, job, M, SPLITS, TILE)
     c0 = tile // tiles_r * BLOCK_C
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)

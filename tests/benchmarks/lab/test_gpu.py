@@ -17,6 +17,8 @@ from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import __main__ as command
 from benchmarks.lab.gpu import report
+from benchmarks.lab.predict import parts
+from benchmarks.lab.predict.launch_time import load_gpu
 from stablelora_kernels.dispatch import backend
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
@@ -34,7 +36,7 @@ def processes() -> str:
 
 ARMS = {
     "step": {"AdamW fused", "StableLoRAAdamW"},
-    "layer": {"frozen nn.Linear", "eager LoRA", "PEFT", "ours", "fused", "chained", "split", "vendor", *report.PARTS},
+    "layer": {"frozen nn.Linear", "eager LoRA", "PEFT", "ours", "fused", "chained", "split", "vendor"},
 }
 
 
@@ -51,7 +53,7 @@ def test_a_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     assert all({*rows.dry} == {"dry"} and {*rows.status} <= {"ok", "skipped"} for rows in found.values())
     graphs = pd.concat(found.values()).query("metric == 'us' and mode == 'graph' and median > 0")
     arms = graphs.groupby("section").arm.agg(set)
-    assert {*arms.index} == {"layer", "mlp", "projections", "step"} and dict(arms[[*ARMS]]) == ARMS
+    assert {*arms.index} == {"apart", "layer", "mlp", "projections", "step"} and dict(arms[[*ARMS]]) == ARMS
 
 
 @pytest.mark.nightly
@@ -125,6 +127,22 @@ def results(eager: float, frozen: float, count: int, gib: float, us: float) -> l
     rows += [{"test": "test_a_step_of_many_tensors_is_one_launch", "figure": count, "waits": count - 1}]
     rows += [{"test": report.BYTES, "figure": gib}]
     return [*rows, timed("ours", us, 0, "step", section="step", state="shrinking", dtype="float32")]
+
+
+def test_what_was_predicted_stands_beside_what_was_measured():
+    """S measured as at the slow end; dX alone within the band and dX with dA 30 us above it, so dA's tail is what was wrong."""
+    shape = parts.Shape(2048, 4096, 4096, 16, True, wide_adapters=False)
+    band = parts.predicted(load_gpu("h100"), shape)
+    took = {"S": max(band["S"]), "dX": sum(band["dX"]) / 2, "dX and dA": max(band["dX and dA"]) + 30}
+    rows = [
+        timed(arm, us, 2048, phase, section="apart")
+        for phase in (report.PARTS, report.ONE_LAUNCH)
+        for arm, us in took.items()
+    ]
+    found = report.estimates(pd.DataFrame(rows)).set_index("launch")
+    assert [*found.index] == ["S", "dX", "dX and dA", "dA's tail"] and (found.fast <= found.slow).all()
+    assert found.off["S"] == found.off["dX"] == 0 < found.off["dX and dA"] < found.off["dA's tail"]
+    assert "dA's tail" in report.page(pd.DataFrame(rows), {"gpu": "x"}, dry=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""A layer's forward and backward taken apart: each job as a launch of its own, and together.
+
+``benchmarks.lab.gpu`` times them beside the predictions made here, so that a difference names the estimate that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
+from benchmarks.lab.predict.rivals import BF16, Shape
+from stablelora_kernels.dispatch.problem import Device, cdiv
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.launch.jobs import backward_product, forward_product
+from stablelora_kernels.launch.lora_linear import linear, product_launches, shrink, weight_grads
+from stablelora_kernels.projection import Projection
+
+SHAPES = [Shape(m, 4096, 4096, 16, p, wide_adapters=False) for m, p in product((2048, 4096, 8192), (True, False))]
+VENDOR = "vendor's product"
+# Differences of two of the parts.
+DIFFERENCES = {
+    "the branch onto Y": ("Y from S", "product"),
+    "S beside Y": ("S and Y in one", "Y from S"),
+    "the mask's stores": ("S", "S, its mask not stored"),
+    "dB beside dS": ("dS and dB", "dS"),
+    "dA's tail": ("dX and dA", "dX"),
+    "dS and dB beside dX and dA": ("all of backward in one", "dX and dA"),
+}
+
+
+def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str, Any]:
+    """By name. ``make`` takes sizes and ``dtype`` and returns a tensor of random values, or of zeros if it is of integers."""
+    x, y, dy, dx = (make(s.m, columns, dtype=BF16) for columns in (s.k, s.n, s.n, s.k))
+    (a, b, da, db), w = (
+        (make(*size, dtype=s.lora_dtype) for size in ((s.r, s.k), (s.n, s.r)) * 2),
+        make(s.n, s.k, dtype=BF16),
+    )
+    low, ds = (make(s.m, s.r, dtype=BF16) for _ in "12")
+    seed = make(1, dtype=torch.int64) if s.dropout else None
+    mask = make(s.m, cdiv(s.k, 32), dtype=torch.int32) if s.dropout else None
+    projection, bare = Projection(w, None, a, b, 1.0), Projection(w, None, a[:0], b[:, :0], 1.0)
+    forward = forward_product(x, projection, low, y, (seed, mask), s.p)
+    backward = backward_product(x, dy, projection, low, mask, s.p, (dx, da, db), ds)
+    of_product = forward_product(x, bare, None, y, (None, None), 0.0)
+    without_db = backward._replace(db=None)
+    found = {
+        "product": linear(device, of_product, None, load_s=True),
+        VENDOR: product_launches(device, of_product, Choice("vendor", ""))[0],
+        "S": shrink(device, [forward]),
+        "Y from S": linear(device, forward, None, load_s=True),
+        "S and Y in one": linear(device, forward, None, load_s=True, chained=True),
+        "dS": shrink(device, [without_db]),
+        "dS and dB": shrink(device, [backward]),
+        "dX": linear(device, without_db._replace(da=None), None, load_s=True),
+        "dX and dA": linear(device, without_db, None, load_s=True),
+        "dA": weight_grads(device, [without_db]),
+        "all of backward in one": linear(device, backward, None, load_s=True, chained=True),
+    }
+    return found | ({"S, its mask not stored": shrink(device, [forward._replace(mask=None)])} if s.dropout else {})
+
+
+def on_meta(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def predicted(gpu: Gpu, s: Shape) -> dict[str, tuple[float, ...]]:
+    """Microseconds at both ends of the band, of parts and of their differences."""
+    found = {
+        name: tuple(1e6 * facts(launch, gpu.arch, gpu.narrow_columns).seconds(at) for at in band_ends(gpu).values())
+        for name, launch in launches(gpu.device, s, on_meta).items()
+    }
+    return found | differences(found)
+
+
+def differences(found: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    """Of ``DIFFERENCES``, those whose two parts are in ``found``."""
+    return {
+        name: tuple(x - y for x, y in zip(found[more], found[less], strict=True))
+        for name, (more, less) in DIFFERENCES.items()
+        if more in found and less in found
+    }
