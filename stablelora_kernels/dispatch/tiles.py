@@ -216,11 +216,38 @@ def shrink_plan(device: Device, call: Call, projections: int = 1) -> Plan:
     return Plan(tile, reason, block_r, tiles, splits)
 
 
-def chained_shrink_plan(device: Device, call: Call, product: Tile, spare: int = 0) -> tuple[Plan, int]:
-    """For S by programs of its product's launch, whose tile is ``product``, and how many: each takes parts of S, then of dB.
+# Clocks of Hopper, whose products leave the least time: until loads come from memory; of a step of S or dB, at least, and of one
+# that draws a mask; and of a product's step, for each column.
+MEMORY_CLOCKS, STEP_CLOCKS, DRAWN_CLOCKS, COLUMN_CLOCKS = 1400, 200, 1250, 4
 
-    ``spare`` processors have a tile of the product less than the others. They alone compute S and dB if that takes no longer.
+
+def chained_plans(
+    device: Device, call: Call, product: Tile, with_db: bool, spare: int = 0
+) -> tuple[Plan, Plan | None, int]:
+    """For S, and dB if wanted, in the launch of ``product``; and the number of their programs, which take part after part.
+
+    ``spare`` processors have a tile of the product less than the others. S and dB are theirs alone if that takes no longer.
     """
+    s, b = _chained_shrink_plan(device, call, product), _chained_grad_plan(device, call, product) if with_db else None
+    if spare:
+        drawn = call.dropout and not call.masked
+        few, clocks = _by_few(s, call.k, spare, DRAWN_CLOCKS if drawn else STEP_CLOCKS)
+        few_b, more = _by_few(b, call.m, spare, STEP_CLOCKS) if b else (None, 0)
+        # A little longer still costs less than a phase of all processors.
+        if clocks + more <= 1.1 * cdiv(call.k, 64) * COLUMN_CLOCKS * product.BLOCK_N:
+            return few, few_b, min(spare, few.programs + (few_b.programs if few_b else 0))
+    return s, b, s.programs + (b.programs if b else 0)
+
+
+def _by_few(plan: Plan, size: int, programs: int, step_clocks: float) -> tuple[Plan, float]:
+    """``plan``, whose sums run over ``size``, for so few programs; and the clocks that they take."""
+    splits = min(plan.splits, max(1, programs // plan.tiles))
+    few = plan._replace(splits=without_empty_parts(cdiv(size, plan.tile.BLOCK_K), splits))
+    step = max(step_clocks, MEMORY_CLOCKS / (plan.tile.num_stages - 1))
+    return few, cdiv(few.programs, programs) * cdiv(size, 64 * few.splits) * step
+
+
+def _chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
     tile, reason = pick_tile(SHRINK_TILES, device, call)
     # A wider block of ranks for few warps would spill registers where they hold the sums' operands.
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128 if device.tma else 16 * product.num_warps))
@@ -230,17 +257,15 @@ def chained_shrink_plan(device: Device, call: Call, product: Tile, spare: int = 
     tile = Tile(rows, tile.BLOCK_N, depth, product.num_warps, tile.num_stages)
     tiles = cdiv(call.m, rows) * cdiv(call.r, block_r)
     # The product's shared memory leaves room for one program a processor.
-    steps = cdiv(call.k, depth)
-    splits = plan_split_k(device, tiles, steps, programs=1)
-    programs = tiles * splits
-    if spare:
-        fewer = without_empty_parts(steps, max(1, min(splits, spare // tiles)))
-        # Rows of X that a program reads for S, next to those of W that a tile takes. Drawing a mask takes four times as long.
-        read = cdiv(tiles * fewer, spare) * rows * (4 if call.dropout and not call.masked else 1) / fewer
-        if read <= product.BLOCK_N:
-            splits, programs = fewer, min(spare, tiles * fewer)
+    splits = plan_split_k(device, tiles, cdiv(call.k, depth), programs=1)
     tile = _deeper(tile, device, depth * _bytes(call, rows, block_r), call, product)
-    return Plan(tile, reason, block_r, tiles, splits), programs
+    return Plan(tile, reason, block_r, tiles, splits)
+
+
+def _chained_grad_plan(device: Device, call: Call, product: Tile) -> Plan:
+    plan = co_scheduled_grad_plan(device, call, True, product.num_warps)
+    stage = plan.tile.BLOCK_K * _bytes(call, plan.tile.BLOCK_M + plan.block_r)
+    return plan._replace(tile=_deeper(plan.tile, device, stage, call, product))
 
 
 def _deeper(tile: Tile, device: Device, bytes_a_stage: int, call: Call, product: Tile) -> Tile:
@@ -327,17 +352,6 @@ def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool, pr
     # A gated MLP's G and U are two operands in place of one.
     tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r))
     return Plan(tile, reason, block_r, tiles, splits), tiles_a
-
-
-def chained_grad_plan(device: Device, call: Call, product: Tile, programs: int) -> Plan:
-    """For dB by ``programs`` of dS in the launch of ``product``."""
-    plan = co_scheduled_grad_plan(device, call, True, product.num_warps)
-    tile, steps = plan.tile, cdiv(call.m, plan.tile.BLOCK_K)
-    shared = min(programs // plan.tiles, steps // 4) if plan.tiles <= MAX_SHARED_SUMS else 1
-    stage = tile.BLOCK_K * _bytes(call, tile.BLOCK_M + plan.block_r)
-    return plan._replace(
-        tile=_deeper(tile, device, stage, call, product), splits=without_empty_parts(steps, max(1, shared))
-    )
 
 
 def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -> Plan:

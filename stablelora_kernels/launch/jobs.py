@@ -203,17 +203,13 @@ class Chain(NamedTuple):
 
 
 def chain_ahead(device: Device, p: Product, product: Tile, spare: int) -> Chain:
-    """S, and dB if it is wanted, for the launch of ``p``, whose tile is ``product``; see ``chained_shrink_plan``."""
+    """S, and dB if it is wanted, for the launch of ``p``, whose tile is ``product``; see ``chained_plans``."""
     c = p.call
-    plan, programs = tiles.chained_shrink_plan(device, c, product, spare)
+    plan, of_b, programs = tiles.chained_plans(device, c, product, p.db is not None, spare)
     flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
     job, constants = s_job(device, [p], plan, flag_m)
+    db = grad_job(device, [p], of_b, True) if of_b else Gradient()
     chain = counters(tiles.CHAIN_HEAD + cdiv(c.m, flag_m), p.x.device, lane=4)
-    db = (
-        Gradient()
-        if p.db is None
-        else grad_job(device, [p], tiles.chained_grad_plan(device, c, product, programs), True)
-    )
     return Chain(chain, programs, plan.splits, job, constants, db)
 
 

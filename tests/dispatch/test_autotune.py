@@ -302,9 +302,9 @@ for rows in (70, 5):
 """
     env = {"STABLELORA_CACHE": str(tmp_path), "STABLELORA_AUTOTUNE": "1"}
     found = printed(code, TRITON_INTERPRET="0" if DEVICE == "cuda" else "1", **env)
-    assert found.splitlines() == ["['vendor'] False", "['vendor', 'fused'] True"]
+    assert found.splitlines() == ["['vendor'] False", "['vendor', 'chained'] True"]
     choices = {key.split()[1]: answer["choice"] for key, answer in answers().items()}
-    assert choices == {"m=128,": "vendor", "m=8,": "fused"}
+    assert choices == {"m=128,": "vendor", "m=8,": "chained"}
 
 
 # What an answer holds for, beside its key.

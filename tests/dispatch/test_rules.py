@@ -110,18 +110,24 @@ def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
 @pytest.mark.parametrize(
     ("direction", "dropout", "spare", "programs", "splits"),
     [
-        ("forward", False, 8, 8, 1), ("backward", True, 8, 8, 1), ("backward", False, 12, 12, 1),
-        # A program would read more than a tile's time allows, or draw for longer: all processors compute S first.
-        ("forward", False, 7, 128, 8), ("forward", True, 8, 128, 8), ("forward", False, 0, 128, 8),
+        ("forward", False, 8, 8, 1), ("forward", False, 4, 4, 1), ("backward", True, 8, 8, 1), ("backward", False, 12, 12, 1),
+        # It would take longer than a tile, for lack of processors or to draw: all processors compute S first, and dB.
+        ("forward", False, 3, 128, 8), ("forward", True, 24, 128, 8), ("backward", False, 7, 256, 8),
+        ("forward", False, 0, 128, 8),
         # Enough for all, in fewer parts.
-        ("forward", False, 68, 64, 4), ("forward", True, 68, 64, 4), ("forward", True, 24, 128, 8),
+        ("forward", True, 68, 64, 4), ("backward", False, 68, 68, 4),
     ],
 )  # fmt: skip
 def test_s_takes_the_idle_processors_of_a_last_round(direction, dropout, spare, programs, splits):
-    """16 tiles of 128 rows of S, beside a product's of 256 columns."""
+    """16 tiles of 128 rows of S, in backward 32 of dB, beside a product's of 256 columns."""
     given = call(direction, 2048, 4096, 4096, 16, dropout=dropout)
-    plan, found = tiles.chained_shrink_plan(H100, given, tiles.Tile(128, 256, 64, 8, 3), spare)
-    assert (found, plan.splits, plan.tiles) == (programs, splits, 16)
+    s, db, found = tiles.chained_plans(H100, given, tiles.Tile(128, 256, 64, 8, 3), direction == "backward", spare)
+    assert (found, s.splits, s.tiles, db and db.tiles) == (
+        programs,
+        splits,
+        16,
+        32 if direction == "backward" else None,
+    )
 
 
 @on_every_gpu
@@ -130,7 +136,7 @@ def test_programs_share_no_more_sums_than_there_are_counters(device):
     for n, r in itertools.product((4096, 131_072, 262_144), (16, 128, 512)):
         given = call("backward", 16_384, 4096, n, r, dropout=True)
         plans = [tiles.co_scheduled_grad_plan(device, given, b, warps) for b in (False, True) for warps in (4, 8)]
-        plans += [tiles.chained_grad_plan(device, given, tiles.Tile(128, 128, 64, 8, 4), 4096)]
+        plans += tiles.chained_plans(device, given, tiles.Tile(128, 128, 64, 8, 4), True)[:2]
         plans += [tiles.shrink_plan(device, given), tiles.weight_grads_plan(device, given, True, True)[0]]
         assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans), given
         assert n > 4096 or plans[2].splits > 1, given
