@@ -160,7 +160,7 @@ def test_targets_are_met_missed_or_not_measured(rows, expected):
 
 
 def test_losses_and_regret():
-    arms = {"frozen nn.Linear": 1.0, "eager LoRA": 4.0, "PEFT": 2.5, "ours": 5.0, "split": 4.0, report.S_ALONE: 0.1}
+    arms = {"frozen nn.Linear": 1.0, "eager LoRA": 4.0, "PEFT": 2.5, "ours": 5.0, "split": 4.0}
     times = pd.DataFrame([timed(*arm, m, "forward") for arm in arms.items() for m in (64, 16)])
     times.loc[(times.arm == "split") & (times.m == 16), "median"] = 5.0
     lost = report.losses(times[times.m == 64])
