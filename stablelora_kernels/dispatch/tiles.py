@@ -221,14 +221,12 @@ def shrink_plan(device: Device, call: Call, projections: int = 1) -> Plan:
 MEMORY_CLOCKS, STEP_CLOCKS, DRAWN_CLOCKS, COLUMN_CLOCKS = 1400, 200, 1250, 4
 
 
-def chained_plans(
-    device: Device, call: Call, product: Tile, with_db: bool, spare: int = 0
-) -> tuple[Plan, Plan | None, int]:
-    """For S, and dB if wanted, in the launch of ``product``; and the number of their programs, which take part after part.
+def chained_plans(device: Device, call: Call, product: Tile, db: bool, spare: int = 0) -> tuple[Plan, Plan | None, int]:
+    """For S, and with ``db`` for dB, in the launch of ``product``; and the number of their programs, which take part after part.
 
     ``spare`` processors have a tile of the product less than the others. S and dB are theirs alone if that takes no longer.
     """
-    s, b = _chained_shrink_plan(device, call, product), _chained_grad_plan(device, call, product) if with_db else None
+    s, b = _chained_shrink_plan(device, call, product), _chained_grad_plan(device, call, product) if db else None
     if spare:
         drawn = call.dropout and not call.masked
         few, clocks = _by_few(s, call.k, spare, DRAWN_CLOCKS if drawn else STEP_CLOCKS)
@@ -258,7 +256,9 @@ def _chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
     tiles = cdiv(call.m, rows) * cdiv(call.r, block_r)
     # The product's shared memory leaves room for one program a processor.
     splits = plan_split_k(device, tiles, cdiv(call.k, depth), programs=1)
-    tile = _deeper(tile, device, depth * _bytes(call, rows, block_r), call, product)
+    # What a mask leaves of X passes through shared memory.
+    kept = _bytes(call, rows * depth) if call.dropout and not call.masked else 0
+    tile = _deeper(tile, device, depth * _bytes(call, rows, block_r), call, product, kept)
     return Plan(tile, reason, block_r, tiles, splits)
 
 
@@ -268,10 +268,10 @@ def _chained_grad_plan(device: Device, call: Call, product: Tile) -> Plan:
     return plan._replace(tile=_deeper(plan.tile, device, stage, call, product))
 
 
-def _deeper(tile: Tile, device: Device, bytes_a_stage: int, call: Call, product: Tile) -> Tile:
+def _deeper(tile: Tile, device: Device, bytes_a_stage: int, call: Call, product: Tile, other_bytes: int = 0) -> Tile:
     """Like ``fit``, but with up to 7 stages in the memory of ``product``: few programs must keep many bytes in flight."""
     own = (product.num_stages - (not device.tma)) * _linear_stage(call, product, 0, True)
-    deep = fit(tile._replace(num_stages=7), device, bytes_a_stage, device.shared_limit - own)
+    deep = fit(tile._replace(num_stages=7), device, bytes_a_stage, max(device.shared_limit - own, other_bytes))
     return max(fit(tile, device, bytes_a_stage), deep, key=lambda each: each.num_stages)
 
 
@@ -314,8 +314,9 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or a mask.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
-    # A mask is read by words of 32 columns. Beside it, a gated MLP's gradients would spill in wider parts.
-    parts = min((8 if call.masked else 4) if call.gated else 2, tile.BLOCK_N // 32)
+    # A mask is read by words of 32 columns. Beside it, a gated MLP's gradients or 32 ranks would spill in wider parts.
+    parts = 4 if call.gated or (call.masked and block_r > 16) else 2
+    parts = min(2 * parts if call.gated and call.masked else parts, tile.BLOCK_N // 32)
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1

@@ -126,19 +126,19 @@ def test_what_the_report_promises() -> None:
     assert not rows.mma[lora & (low | ~nvidia)].str.contains(r"\bFFMA").any()
     assert rows.mma[lora & low & hopper & ~small].str.contains("HGMMA").all()
     # A few bytes around the epilogue are harmless; a spill inside the main loop is hundreds. AMD's scratch has scalar registers,
-    # too, of which a chained launch has many. dX with a mask in the widest tile stores two to four of its loop's invariants.
+    # too, of which a chained launch has many. So has one of ranks of 64 on GPUs whose programs hold these sums in registers.
     allowed = pd.Series(64, rows.index).mask(~nvidia & rows.variant.str.contains("chained"), 96).mask(hopper, 0)
-    allowed = allowed.mask(hopper & rows.variant.str.match(r"dx r(?:16|32) .*masked .*128x256x64"), 16)
-    # Exact float32 sums of dA beside a gated MLP's dH, of which the vendor's library computes the product.
-    allowed = allowed.mask(
-        hopper & (rows.dtype == "fp32") & rows.variant.str.contains("chained alone masked add silu"), 8
-    )
+    allowed = allowed.mask(nvidia & ~hopper & rows.variant.str.match("dx r64 chained masked"), 112)
+    # Exact float32 sums beside a branch, of which the vendor's library computes the product; and random numbers for 256 ranks.
+    allowed = allowed.mask(hopper & (rows.dtype == "fp32") & rows.variant.str.contains("chained"), 32)
+    allowed = allowed.mask(hopper & (rows.variant == "r256 64x64 dropout"), 16)
     assert (rows.spills <= allowed).all(), rows[rows.spills > allowed]
     # Values of NF4 are looked up one by one. A kernel with TMA has few accesses for a tile, and as many as others for a bias.
     least = rows.kernel.map({"lora_linear_quantized": 40, "lora_linear_tma": 48}).fillna(90)
-    # A mask's words have 32 bits.
-    least = least.mask(rows.variant.str.contains("masked|dropout"), least.clip(upper=64))
-    assert (rows.load_bits >= least)[lora & nvidia].all() and (rows.store_bits >= 96)[lora & nvidia].all()
+    # A mask's words have 32 bits, and are half of the loads beside a product that another launch computed. S stores bytes of it.
+    least = least.mask(rows.variant.str.contains("masked"), least.clip(upper=56))
+    stored = pd.Series(96, rows.index).mask(rows.variant.str.contains("dropout"), 80)
+    assert (rows.load_bits >= least)[lora & nvidia].all() and (rows.store_bits >= stored)[lora & nvidia].all()
 
 
 SCALAR = """
