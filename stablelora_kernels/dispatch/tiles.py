@@ -283,9 +283,9 @@ MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 
 def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None, has_w: bool = True) -> Plan:
     tile, reason = pick_tile(S_READ_TILES if load_s and has_w else LINEAR_TILES, device, call, measured)
-    # A wider block of ranks would spill registers beside the widest accumulator.
-    widest = load_s and tile.BLOCK_M * tile.BLOCK_N > 128 * 128
-    block_r = rank_block(call.r, 32 if widest else problem.MAX_FUSED_R)
+    # A wider block of ranks would spill registers beside the widest accumulator, or beside a mask without Hopper's units.
+    narrow = load_s and (tile.BLOCK_M * tile.BLOCK_N > 128 * 128 or (call.masked and not device.tma))
+    block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # The branch's operands need shared memory too.
     branch = block_r * _bytes(call, tile.BLOCK_M, tile.BLOCK_N)
     tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), branch)
@@ -298,7 +298,7 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
     if few:
         # All rows are in one tile.
         tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
-    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    block_r = rank_block(call.r, 32 if load_s and call.masked and not (few or device.tma) else problem.MAX_FUSED_R)
     tiles, steps = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
     # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
     programs = 2 if tile.BLOCK_M == 16 else 1
