@@ -158,7 +158,7 @@ NAMED = [
         Case("linear", (300, 160), (496,), (r,), BF16, FP32, kernel=kernel, arch="sm_80", processors=3)
         for kernel, r in (("split", 16), ("chained", 40))
     ),
-    # One program computes two tiles of S, or of dS, and then a tile of the product; then programs for dB and dA.
+    # One program computes two tiles of S, or two of dS and one of dB, while others compute the product's.
     *(
         Case("linear", (200, k), (n,), (16,), BF16, FP32, p=p, kernel="chained", arch=arch, processors=9)
         for arch, (k, n, p) in product(("sm_80", "sm_90"), ((96, 800, 0.0), (800, 96, 0.3)))

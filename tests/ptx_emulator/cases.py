@@ -252,7 +252,7 @@ def cases() -> Iterator[Case]:
     for kernel, r in (("chained", 40), ("split", 16)):
         name = f"linear {kernel} bf16/fp32 M300 N496 r{r} p0.0, 3 processors"
         yield Case(name, partial(linear, 300, 496, 160, r), kernel, processors=3)
-    # One program for two tiles of S or dS.
+    # One program for two tiles of S, or two of dS and one of dB.
     for n, k, p, processors in ((800, 96, 0.0, 9), (96, 800, 0.1, 9), (800, 96, 0.0, 3)):
         name = f"linear chained bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
         yield Case(name, partial(linear, 200, n, k, 16, p=p), "chained", processors)

@@ -12,7 +12,7 @@ from benchmarks.lab.predict.rivals import Shape
 
 # A timing's modes; and the phases of a layer that is taken apart: many launches in a graph, or one.
 GRAPH, EAGER = "graph", "eager"
-PARTS, ONE_LAUNCH = "many launches", "one launch"
+MANY_LAUNCHES, ONE_LAUNCH = "many launches", "one launch"
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 MANY, FEW = (2048, 4096, 8192), (1, 16, 64)
 # What a row may lack, besides records' COLUMNS.
@@ -92,7 +92,7 @@ def estimates(times: pd.DataFrame) -> pd.DataFrame:
         ).items():
             if name in found:
                 of = dict(zip(measured.columns, found[name], strict=True))
-                low, high, took = min(band), max(band), of.get(PARTS, float("nan"))
+                low, high, took = min(band), max(band), of.get(MANY_LAUNCHES, float("nan"))
                 off = took / high - 1 if took > high else min(0.0, took / low - 1)
                 rows.append({"m": int(m), "dropout": p, "launch": name, "fast": low, "slow": high, **of, "off": off})
     return pd.DataFrame(rows).round(2)

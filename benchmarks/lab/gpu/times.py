@@ -24,7 +24,7 @@ from benchmarks.common import optimizers
 from benchmarks.common.arms import OURS, PEFT
 from benchmarks.common.records import record
 from benchmarks.lab.gpu.device import MOST_CALLS, WARMUP, Arm, Device, Run, Samples
-from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, ONE_LAUNCH, PARTS
+from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, MANY_LAUNCHES, ONE_LAUNCH
 from benchmarks.lab.gpu.rows import FAILED, NOTE_LENGTH, SKIPPED, Row
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.layer_time import RANKS, ROWS, SIZES
@@ -103,7 +103,7 @@ def apart(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
     shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
     found = parts.launches(device_of(device.device), shape, make)
     runs = {name: partial(launch.run, device.device) for name, launch in found.items()}
-    return {name: partial(dict, {PARTS: run, ONE_LAUNCH: run}) for name, run in runs.items()}
+    return {name: partial(dict, {MANY_LAUNCHES: run, ONE_LAUNCH: run}) for name, run in runs.items()}
 
 
 class MLP(MLPCase):

@@ -1,7 +1,7 @@
 """Order the programs of a chained launch: a ticket for each program and a flag for each block of rows of S.
 
-Launch order is undefined, so programs take tickets. The first tickets compute S, the next the product, the last the weight
-gradients. Programs that need S wait for its flags. A program only waits for lower tickets, which are already running and
+Launch order is undefined, so programs take tickets. The first tickets compute S and dB, the next the product, the last dA.
+Programs that need S wait for its flags. A program only waits for lower tickets, which are already running and
 never wait: no deadlock, in any order and on any number of processors.
 
 A chain is int32 in memory, all 0 before and after a launch: the tickets drawn, the programs done, and from FLAGS on, for each

@@ -86,6 +86,13 @@ def test_the_model_gives_the_times_of_a_reading_by_first_principles(rows, dropou
     assert 1e6 * seconds(gpu, shape, FROZEN)[0] == pytest.approx({2048: 84, 4096: 165, 8192: 328}[rows], rel=0.02)
 
 
+def test_the_model_gives_the_time_of_two_launches():
+    """P5, after P1: 8,192 rows without dropout, of which S and the product were launches of their own."""
+    gpu, shape = H100._replace(l2_bandwidth=math.inf), Shape(8192, 4096, 4096, 16, False)
+    both = sum(layer_time.kernel_seconds(gpu, shape, way, "split") for way in DIRECTIONS)
+    assert both / sum(seconds(gpu, shape, FROZEN)) == pytest.approx(1.13, rel=0.05)
+
+
 def test_command_and_stored_tables(tmp_path, capsys, monkeypatch):
     """The README's figure draws the tables, and the guide has ranges of a gated MLP's time over the frozen one's."""
     monkeypatch.setattr(layer_time, "SIZES", ((4096, 4096),))
