@@ -99,10 +99,12 @@ DEQUANTIZE_TILES = (Rule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of
 SHRINK_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
+    Rule(lambda d, c: c.r > 128 and c.dropout, Tile(64, 256, 32, 8, 3),
+         "rank above 128, dropout: a wider tile would spill"),
     Rule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x is read once"),
     Rule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "dropout: no larger tile fits in registers"),
     Rule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "64 rows fill one matrix instruction; x is read in long runs"),
-)
+)  # fmt: skip
 
 # S of several projections, likewise; r is the largest rank.
 SHRINK_GROUP_TILES = (
@@ -118,10 +120,12 @@ SHRINK_GROUP_TILES = (
 
 # dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows of the sum.
 WEIGHT_GRADS_TILES = (
+    Rule(lambda d, c: c.dtype == torch.float32 and c.gated and c.masked, Tile(32, 64, 16, 4, 2),
+         "float32, a mask and a gated MLP: no larger tile fits in registers"),
     Rule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x and dy are read once"),
     Rule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "64 columns fill one matrix instruction"),
-)
+)  # fmt: skip
 
 # dA of several projections, likewise.
 WEIGHT_GRADS_GROUP_TILES = (
@@ -196,14 +200,14 @@ def without_empty_parts(steps: int, splits: int) -> int:
     return cdiv(steps, cdiv(steps, splits))
 
 
-def _bytes(call: Call, elements: int, of_lora: int = 0) -> int:
+def bytes_of(call: Call, elements: int, of_lora: int = 0) -> int:
     """Bytes of ``elements`` of x, W or Y, and of ``of_lora`` elements of A or B."""
     return elements * call.dtype.itemsize + of_lora * call.lora_dtype.itemsize
 
 
-def _linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
+def linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
     """Bytes of shared memory for a step of Y's main loop, which computes S as well unless it is read."""
-    return tile.BLOCK_K * _bytes(call, tile.BLOCK_M + tile.BLOCK_N, 0 if load_s else block_r)
+    return tile.BLOCK_K * bytes_of(call, tile.BLOCK_M + tile.BLOCK_N, 0 if load_s else block_r)
 
 
 def shrink_plan(device: Device, call: Call, projections: int = 1) -> Plan:
@@ -212,67 +216,8 @@ def shrink_plan(device: Device, call: Call, projections: int = 1) -> Plan:
     block_r = rank_block(call.r, tile.BLOCK_N)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
     splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), sums=projections)
-    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, tile.BLOCK_M, projections * block_r))
+    tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, tile.BLOCK_M, projections * block_r))
     return Plan(tile, reason, block_r, tiles, splits)
-
-
-# Clocks of Hopper, whose products leave the least time: until loads come from memory; of a step of S or dB, at least, and of one
-# that draws a mask; and of a product's step, for each column.
-MEMORY_CLOCKS, STEP_CLOCKS, DRAWN_CLOCKS, COLUMN_CLOCKS = 1400, 200, 1250, 4
-
-
-def chained_plans(device: Device, call: Call, product: Tile, db: bool, spare: int = 0) -> tuple[Plan, Plan | None, int]:
-    """For S, and with ``db`` for dB, in the launch of ``product``; and the number of their programs, which take part after part.
-
-    ``spare`` processors have a tile of the product less than the others. S and dB are theirs alone if that takes no longer.
-    """
-    s, b = _chained_shrink_plan(device, call, product), _chained_grad_plan(device, call, product) if db else None
-    if spare:
-        drawn = call.dropout and not call.masked
-        few, clocks = _by_few(s, call.k, spare, DRAWN_CLOCKS if drawn else STEP_CLOCKS)
-        few_b, more = _by_few(b, call.m, spare, STEP_CLOCKS) if b else (None, 0)
-        # A little longer still costs less than a phase of all processors.
-        if clocks + more <= 1.1 * cdiv(call.k, 64) * COLUMN_CLOCKS * product.BLOCK_N:
-            return few, few_b, min(spare, few.programs + (few_b.programs if few_b else 0))
-    return s, b, s.programs + (b.programs if b else 0)
-
-
-def _by_few(plan: Plan, size: int, programs: int, step_clocks: float) -> tuple[Plan, float]:
-    """``plan``, whose sums run over ``size``, for so few programs; and the clocks that they take."""
-    splits = min(plan.splits, max(1, programs // plan.tiles))
-    few = plan._replace(splits=without_empty_parts(cdiv(size, plan.tile.BLOCK_K), splits))
-    step = max(step_clocks, MEMORY_CLOCKS / (plan.tile.num_stages - 1))
-    return few, cdiv(few.programs, programs) * cdiv(size, 64 * few.splits) * step
-
-
-def _chained_shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
-    tile, reason = pick_tile(SHRINK_TILES, device, call)
-    # A wider block of ranks for few warps would spill registers where they hold the sums' operands.
-    block_r = rank_block(call.r, min(tile.BLOCK_N, 128 if device.tma else 16 * product.num_warps))
-    # A matrix instruction has 64 rows for each four warps.
-    rows = max(tile.BLOCK_M, 16 * product.num_warps)
-    depth = max(64, tile.BLOCK_K * tile.BLOCK_M // rows) if call.dtype != torch.float32 else tile.BLOCK_K
-    tile = Tile(rows, tile.BLOCK_N, depth, product.num_warps, tile.num_stages)
-    tiles = cdiv(call.m, rows) * cdiv(call.r, block_r)
-    # The product's shared memory leaves room for one program a processor.
-    splits = plan_split_k(device, tiles, cdiv(call.k, depth), programs=1)
-    # What a mask leaves of X passes through shared memory.
-    kept = _bytes(call, rows * depth) if call.dropout and not call.masked else 0
-    tile = _deeper(tile, device, depth * _bytes(call, rows, block_r), call, product, kept)
-    return Plan(tile, reason, block_r, tiles, splits)
-
-
-def _chained_grad_plan(device: Device, call: Call, product: Tile) -> Plan:
-    plan = co_scheduled_grad_plan(device, call, True, product.num_warps)
-    stage = plan.tile.BLOCK_K * _bytes(call, plan.tile.BLOCK_M + plan.block_r)
-    return plan._replace(tile=_deeper(plan.tile, device, stage, call, product))
-
-
-def _deeper(tile: Tile, device: Device, bytes_a_stage: int, call: Call, product: Tile, other_bytes: int = 0) -> Tile:
-    """Like ``fit``, but with up to 7 stages in the memory of ``product``: few programs must keep many bytes in flight."""
-    own = (product.num_stages - (not device.tma)) * _linear_stage(call, product, 0, True)
-    deep = fit(tile._replace(num_stages=7), device, bytes_a_stage, max(device.shared_limit - own, other_bytes))
-    return max(fit(tile, device, bytes_a_stage), deep, key=lambda each: each.num_stages)
 
 
 # Integers ahead of a chain's flags, see kernels/lora/chain.py.
@@ -287,8 +232,8 @@ def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None 
     narrow = load_s and (tile.BLOCK_M * tile.BLOCK_N > 128 * 128 or (call.masked and not device.tma))
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # The branch's operands need shared memory too.
-    branch = block_r * _bytes(call, tile.BLOCK_M, tile.BLOCK_N)
-    tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), branch)
+    branch = block_r * bytes_of(call, tile.BLOCK_M, tile.BLOCK_N)
+    tile = fit(tile, device, linear_stage(call, tile, block_r, load_s), branch)
     return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
 
 
@@ -303,7 +248,7 @@ def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile
     # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
     programs = 2 if tile.BLOCK_M == 16 else 1
     splits = plan_split_k(device, tiles, steps, programs=programs) if few else fill_split_k(device, tiles, steps)
-    return Plan(fit(tile, device, _linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits)
+    return Plan(fit(tile, device, linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits)
 
 
 def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> tuple[Plan, int]:
@@ -320,8 +265,8 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     part = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
     kept = 4 if call.gated else 1
-    finish = _bytes(call, kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
-    tile = fit(tile, device, _linear_stage(call, tile, block_r, load_s), finish)
+    finish = bytes_of(call, kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
+    tile = fit(tile, device, linear_stage(call, tile, block_r, load_s), finish)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
     return Plan(tile, reason, block_r, tiles), parts
 
@@ -332,9 +277,9 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, rows))
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
     # In shared memory: every stage's X and stored W; W once in float32 and once in X's dtype; the branch's operands.
-    stage = tile.BLOCK_K * (_bytes(call, tile.BLOCK_M) + tile.BLOCK_N * bits // 8)
+    stage = tile.BLOCK_K * (bytes_of(call, tile.BLOCK_M) + tile.BLOCK_N * bits // 8)
     weight = tile.BLOCK_K * tile.BLOCK_N * (4 + call.dtype.itemsize)
-    tile = fit(tile, device, stage, weight + block_r * _bytes(call, tile.BLOCK_M, tile.BLOCK_N))
+    tile = fit(tile, device, stage, weight + block_r * bytes_of(call, tile.BLOCK_M, tile.BLOCK_N))
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
     return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
 
@@ -351,7 +296,7 @@ def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool, pr
     tiles_a, tiles = need_a * of_a, need_a * of_a + need_b * of_b
     splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K), sums=projections)
     # A gated MLP's G and U are two operands in place of one.
-    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r))
+    tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r))
     return Plan(tile, reason, block_r, tiles, splits), tiles_a
 
 
@@ -363,7 +308,7 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
     gated = call.gated and not of_b
     # A matrix instruction has 64 rows for each four warps.
     columns = max(tile.BLOCK_M, 16 * warps)
-    tile = tile._replace(BLOCK_M=columns, BLOCK_K=32 if gated and not device.tma else tile.BLOCK_K)
+    tile = tile._replace(BLOCK_M=columns, BLOCK_K=min(32 if gated and not device.tma else 64, tile.BLOCK_K))
     tiles = cdiv(call.k if of_b else call.n, columns) * cdiv(call.r, block_r)
     steps = cdiv(call.m, tile.BLOCK_K)
     splits = plan_split_k(device, tiles, steps, programs=1)
@@ -371,7 +316,7 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
         # Chunks of rows, so that what dS's programs or dB's have read is still in L2 for the others. A chunk's part of dB,
         # stored and read again in float32, is an eighth of the chunk of dY that it sums up.
         splits = without_empty_parts(steps, max(splits, min(cdiv(call.m, 32 * block_r), steps // 4)))
-    tile = fit(tile, device, tile.BLOCK_K * _bytes(call, (1 + gated) * columns + block_r))
+    tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, (1 + gated) * columns + block_r))
     return Plan(tile, reason, block_r, tiles, splits)
 
 

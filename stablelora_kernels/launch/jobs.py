@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch import tiles
+from stablelora_kernels.dispatch import chained, tiles
 from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import input_precision
 from stablelora_kernels.dispatch.tiles import Plan, Tile
@@ -205,7 +205,7 @@ class Chain(NamedTuple):
 def chain_ahead(device: Device, p: Product, product: Tile, spare: int) -> Chain:
     """S, and dB if it is wanted, for the launch of ``p``, whose tile is ``product``; see ``chained_plans``."""
     c = p.call
-    plan, of_b, programs = tiles.chained_plans(device, c, product, p.db is not None, spare)
+    plan, of_b, programs = chained.chained_plans(device, c, product, p.db is not None, spare)
     flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
     job, constants = s_job(device, [p], plan, flag_m)
     db = grad_job(device, [p], of_b, True) if of_b else Gradient()

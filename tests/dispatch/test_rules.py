@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import rules, tiles
+from stablelora_kernels.dispatch import chained, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import KERNELS, choose, choose_form
 
@@ -121,10 +121,10 @@ def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
 def test_s_takes_the_idle_processors_of_a_last_round(direction, dropout, spare, programs, splits):
     """16 tiles of 128 rows of S, in backward 32 of dB, beside a product's of 256 columns."""
     given = call(direction, 2048, 4096, 4096, 16, dropout=dropout)
-    s, db, found = tiles.chained_plans(H100, given, tiles.Tile(128, 256, 64, 8, 3), direction == "backward", spare)
+    s, db, found = chained.chained_plans(H100, given, tiles.Tile(128, 256, 64, 8, 3), direction == "backward", spare)
     assert (found, s.splits, s.tiles) == (programs, splits, 16) and (db is None or db.tiles == 32)
     # Nine programs would share 64 steps by eight each, and the last one would have none.
-    few, _, _ = tiles.chained_plans(H100, given._replace(m=1024), tiles.Tile(128, 256, 64, 8, 3), False, spare=72)
+    few, _, _ = chained.chained_plans(H100, given._replace(m=1024), tiles.Tile(128, 256, 64, 8, 3), False, spare=72)
     assert (few.tiles, few.splits) == (8, 8)
 
 
@@ -134,7 +134,7 @@ def test_programs_share_no_more_sums_than_there_are_counters(device):
     for n, r in itertools.product((4096, 131_072, 262_144), (16, 128, 512)):
         given = call("backward", 16_384, 4096, n, r, dropout=True)
         plans = [tiles.co_scheduled_grad_plan(device, given, b, warps) for b in (False, True) for warps in (4, 8)]
-        plans += tiles.chained_plans(device, given, tiles.Tile(128, 128, 64, 8, 4), True)[:2]
+        plans += chained.chained_plans(device, given, tiles.Tile(128, 128, 64, 8, 4), True)[:2]
         plans += [tiles.shrink_plan(device, given), tiles.weight_grads_plan(device, given, True, True)[0]]
         assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans), given
         assert n > 4096 or plans[2].splits > 1, given

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from stablelora_kernels.dispatch import rules, tiles
+from stablelora_kernels.dispatch import chained, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
@@ -96,7 +96,7 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
 def test_flags_fit_into_a_lane(device, dtype):
     """A flag stands for 64 rows or more; a call with more rows than that many flags have is refused."""
     most = Call("forward", tiles.MAX_CHAINED_M, 4096, 4096, 16, dtype, FP32, True)
-    rows = tiles.chained_plans(device, most, Tile(64, 64, 32, 4, 3), False)[0].tile.BLOCK_M
+    rows = chained.chained_plans(device, most, Tile(64, 64, 32, 4, 3), False)[0].tile.BLOCK_M
     assert rows >= 64 and tiles.CHAIN_HEAD + -(-most.m // rows) <= MAX_SHARED_SUMS
     rules.check_possible(most, "chained")
     with pytest.raises(ValueError, match=f"up to {most.m} rows, got {most.m + 1}"):

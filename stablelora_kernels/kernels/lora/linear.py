@@ -82,22 +82,34 @@ def wait_for_s(chain, row0, branch, M, S: tl.constexpr):
 
 
 @triton.jit
+def _ahead(part, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
+    """The ``part``-th part of S, of which there are ``of_s``, and then of dB."""
+    if part < of_s:
+        shrink(part, x, s_job, chain, M, S_SPLITS, threshold, S)
+    elif DB is not None:
+        weight_grad(part - of_s, x, db, M, DB_SPLITS, DB)
+
+
+@triton.jit
 def product_program(
     x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S: tl.constexpr,
-    DB: tl.constexpr, DA: tl.constexpr,
+    DB: tl.constexpr, DA: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
-    """This program's number among the product's. One of S, dB or dA does its job here and gets -1."""
+    """This program's number among the product's. One of S, dB or dA does its job here and gets -1.
+
+    With LOOPS, the S_PROGRAMS may be fewer than the parts of S and dB. A loop of one turn would take registers from others.
+    """
     program = tl.program_id(0)
     if S is not None:
         program = draw_ticket(chain)
         if program < S_PROGRAMS:
             of_s = s_parts(M, s_job, S_SPLITS, S)
-            of_b = grad_parts(x, db, DB_SPLITS, DB) if DB is not None else 0
-            for part in tl.range(program, of_s + of_b, S_PROGRAMS, disable_licm=True):
-                if part < of_s:
-                    shrink(part, x, s_job, chain, M, S_SPLITS, threshold, S)
-                elif DB is not None:
-                    weight_grad(part - of_s, x, db, M, DB_SPLITS, DB)
+            if LOOPS:
+                of_b = grad_parts(x, db, DB_SPLITS, DB) if DB is not None else 0
+                for part in tl.range(program, of_s + of_b, S_PROGRAMS, disable_licm=True):
+                    _ahead(part, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S, DB)
+            else:
+                _ahead(program, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S, DB)
             leave(chain, M, S)
             return -1
         program -= S_PROGRAMS
@@ -127,7 +139,8 @@ def _lora_linear_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     program = product_program(
-        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA
+        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA,
+        w.ptr is not None,
     )  # fmt: skip
     if program < 0:
         return
