@@ -121,7 +121,7 @@ def test_command_and_stored_tables(tmp_path, capsys, monkeypatch):
         __main__.main(["--gpu", "h1000"])
 
 
-def test_the_predictions_page_has_the_models_figures():
+def test_pages_have_the_models_figures():
     """Also that of LoRAFusion over eager LoRA, the mean of 2k to 16k rows of an 8B model, which was published as 1.27."""
     sizes = itertools.product((2048, 4096, 8192, 16384), ((4096, 4096), (14336, 4096), (4096, 14336)))
     shapes = [Shape(m, n, k, 16, True) for m, (n, k) in sizes]
@@ -131,6 +131,17 @@ def test_the_predictions_page_has_the_models_figures():
     bands = [__main__.band(rows, arm, "{:.2f} to {:.2f}") for arm in (OURS, PEFT, "Axolotl", LORAFUSION)]
     for cells in zip(map(str, rows.m), *bands, strict=True):
         assert f"| {' | '.join(cells)} |" in PAGE
+    performance = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
+    from_2k, plain = (
+        table(H100, [Shape(m, 4096, 4096, 16, dropout) for m in (2048, 4096, 8192, 16384)]) for dropout in (True, False)
+    )
+
+    def whole_band(rows, arm):
+        ends = pd.concat(__main__.over_frozen(rows, arm, end) for end in ("", SLOW))
+        return f"{ends.min():.2f} to {ends.max():.2f}"
+
+    assert f"| {' | '.join(whole_band(from_2k, arm) for arm in (OURS, PEFT, LORAFUSION))} |" in performance
+    assert f"Without dropout ours is at {whole_band(plain, OURS)}" in PAGE
     for s in (Shape(m, 4096, 4096, 16, False) for m in (1, 128, 256, 2048)):
         times = [seconds(H100, s, OURS)]
         for kind, way in itertools.product(quantized.BITS, (("in_loop",), ("in_loop", False), ("dequantize",))):
