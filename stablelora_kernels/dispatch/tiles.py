@@ -100,7 +100,7 @@ SHRINK_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
     Rule(lambda d, c: c.r > 128 and c.dropout, Tile(64, 256, 32, 8, 3),
-         "rank above 128, dropout: a wider tile would spill"),
+         "rank above 128, dropout: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 64, Tile(64, 256, 64, 8, 3), "all ranks in one block, so x is read once"),
     Rule(lambda d, c: c.dropout, Tile(64, 64, 64, 4, 4), "dropout: no larger tile fits in registers"),
     Rule(lambda d, c: True, Tile(64, 64, 128, 4, 3), "64 rows fill one matrix instruction; x is read in long runs"),
