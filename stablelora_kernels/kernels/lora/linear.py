@@ -140,7 +140,7 @@ def _lora_linear_kernel(
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     program = product_program(
         x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA,
-        w.ptr is not None,
+        LOOPS=w.ptr is not None,
     )  # fmt: skip
     if program < 0:
         return

@@ -29,7 +29,7 @@ def _lora_linear_split_k_kernel(
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     program = product_program(
         x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA,
-        False,
+        LOOPS=False,
     )  # fmt: skip
     if program < 0:
         return

@@ -28,7 +28,7 @@ def _lora_linear_tma_kernel(
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     program = product_program(
         x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA,
-        True,
+        LOOPS=True,
     )  # fmt: skip
     if program < 0:
         return
