@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
     options = parser.parse_args(arguments)
     options.arch = options.arch.split(",")
-    if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_120")]:
+    if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_100", "sm_120")]:
         parser.error(f"--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got {unknown[0]!r}")
     if options.resident is not None and options.resident < 1:
         parser.error(f"--resident must be at least 1, got {options.resident}")

@@ -14,7 +14,7 @@ from tests.ptx_emulator.memory import EmulationError
 from tests.ptx_emulator.parse import SIZES, Instruction, Program
 
 Control = Callable[[CTA, Group], str]
-CONTROL = ("bra", "brx", "ret", "bar")
+CONTROL = ("bra", "brx", "ret", "bar", "barrier")
 
 
 class Run:
@@ -112,7 +112,7 @@ class CompiledProgram:
             return lambda c, group: c.exit(group)
         if ins.op.startswith("mbarrier.try_wait"):
             return self._wait_for_phase(ins)
-        if not ins.args[0].isdigit() or (head, ins.mods[1]) != ("bar", "sync"):
+        if not ins.args[0].isdigit() or ins.op not in ("bar.sync", "barrier.sync"):
             raise ins.unknown()
         number, count = int(ins.args[0]), int(ins.args[1], 0) if len(ins.args) > 1 else None
         return lambda c, group: c.barrier(group, number, count)
