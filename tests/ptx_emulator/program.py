@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx_emulator import accesses, tma, wgmma
+from tests.ptx_emulator import accesses, tcgen05, tma, wgmma
 from tests.ptx_emulator.arithmetic import Arithmetic
 from tests.ptx_emulator.machine import CTA, GO, STOP, Group
 from tests.ptx_emulator.memory import EmulationError
@@ -80,7 +80,7 @@ class CompiledProgram:
 
     def _action(self, ins: Instruction) -> Callable[[CTA, Any], None]:
         """A function of the CTA and a mask for an instruction that is no arithmetic."""
-        for module in (accesses, tma, wgmma):
+        for module in (accesses, tma, wgmma, tcgen05):
             for prefix, build in module.INSTRUCTIONS.items():
                 if ins.op.startswith(prefix):
                     return build(self.arithmetic, ins)
