@@ -21,10 +21,12 @@ pytestmark = pytest.mark.skipif(
     not triton.__version__.startswith("3.9."), reason="the emulator knows the instructions that Triton 3.9 makes"
 )
 
-ARCHS = ["sm_80", "sm_90"]
-# By day, two on each GPU.
+BLACKWELL = [pytest.param(arch, marks=pytest.mark.nightly) for arch in ("sm_100", "sm_120")]
+ARCHS = ["sm_80", "sm_90", *BLACKWELL]
+# By day, two on each of Ampere and Hopper.
 PLANTS = ["optimizer-barrier", "flag-acquire", "wgmma-wait"]
-# Of copies; and of warps, on sm_90 groups of four, which a wgmma needs whole, and programs.
+# Of copies; and of warps and programs. On sm_90, groups of four warps run apart, which a wgmma needs whole; tcgen05 needs whole
+# warps alone.
 SCHEDULES = [
     f"--landing {landing} {others}"
     for landing in ("late", "early")
@@ -54,9 +56,15 @@ raise SystemExit(any([main([*{arguments!r}, "--only", name]) for name in {only!r
 
 # In processes of some cases each: importing Triton takes as long as a case.
 @pytest.mark.parametrize("names", [QUICK[i::3] for i in range(3)], ids=lambda names: names[0])
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90", *BLACKWELL])
 def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
     emulate("--quick", "--arch", arch, only=names)
+
+
+@pytest.mark.parametrize(("arch", "name"), [("sm_100", "linear fused"), ("sm_120", "optimizer")])
+def test_a_kernel_of_blackwell(arch: str, name: str) -> None:
+    """By day: products of tensor memory, and packed float32."""
+    emulate("--quick", "--arch", arch, only=(name,))
 
 
 def test_programs_wait_as_on_amds_gpus() -> None:
@@ -124,7 +132,8 @@ def test_a_loop_without_end_is_stopped() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got 'sm_70'"),
+        ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_70'"),
+        ("--arch sm_80,gfx942", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'gfx942'"),
         ("--plant nothing", "invalid choice: 'nothing'"),
         ("--resident 0", "--resident must be at least 1, got 0"),
         ("", "TRITON_INTERPRET is set"),

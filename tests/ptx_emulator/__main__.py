@@ -23,6 +23,8 @@ QUICK = (
     "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
 )  # fmt: skip
+# GPUs whose PTX the emulator knows.
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-random")
 
 
@@ -36,9 +38,10 @@ def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx_emulator", description=__doc__)
-    parser.add_argument("--arch", default=",".join(BOTH), help="GPUs, with commas between them (default: %(default)s)")
+    help_ = f"of {', '.join(ARCHS)}, with commas between them (default: %(default)s)"
+    parser.add_argument("--arch", default=",".join(BOTH), help=help_)
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
-    parser.add_argument("--landing", choices=("late", "early", "random"), help="of asynchronous copies (default: late)")
+    parser.add_argument("--landing", choices=("late", "early", "random"), help="of copies and tcgen05.mma (default: late)")
     parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
     parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)")
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
@@ -49,8 +52,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
     options = parser.parse_args(arguments)
     options.arch = options.arch.split(",")
-    if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_100", "sm_120")]:
-        parser.error(f"--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got {unknown[0]!r}")
+    if unknown := [arch for arch in options.arch if arch not in ARCHS]:
+        parser.error(f"--arch must name GPUs of {', '.join(ARCHS)}, got {unknown[0]!r}")
     if options.resident is not None and options.resident < 1:
         parser.error(f"--resident must be at least 1, got {options.resident}")
     if os.environ.get("TRITON_INTERPRET") == "1":

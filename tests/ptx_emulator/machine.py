@@ -34,7 +34,7 @@ class Schedule(NamedTuple):
     """How a launch runs, wherever a GPU may do one or another thing."""
 
     arch: str = "sm_80"
-    # When asynchronous copies land: "late", at the wait that covers them; "early", at once; "random".
+    # When asynchronous copies and tcgen05's products land: "late", at the wait that covers them; "early", at once; "random".
     landing: str = "late"
     # None: warps in lockstep. "first": the first warp runs until it waits, then the next; "last", "random". "groups-first" and so
     # on: warpgroups, which a wgmma needs whole.
