@@ -61,10 +61,9 @@ def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
     emulate("--quick", "--arch", arch, only=names)
 
 
-@pytest.mark.parametrize(("arch", "name"), [("sm_100", "linear fused"), ("sm_120", "optimizer")])
-def test_a_kernel_of_blackwell(arch: str, name: str) -> None:
-    """By day: products of tensor memory, and packed float32."""
-    emulate("--quick", "--arch", arch, only=(name,))
+def test_kernels_of_blackwell() -> None:
+    """By day, of few rows: products in tensor memory, packed float32."""
+    emulate("--quick", "--arch", "sm_100,sm_120", only=("linear fused",))
 
 
 def test_programs_wait_as_on_amds_gpus() -> None:
