@@ -129,6 +129,34 @@ def test_a_loop_without_end_is_stopped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("lane", "shape", "allowed"),
+    [
+        (0, "32x32b.x1.b32 {%r1}, [%r2 + 0]", True),
+        (16, "16x32bx2.x1.b32 {%r1}, [%r2 + 0], 1", True),
+        (8, "16x32bx2.x1.b32 {%r1}, [%r2 + 0], 1", False),
+        (16, "32x32b.x1.b32 {%r1}, [%r2 + 0]", False),
+        (32, "32x32b.x1.b32 {%r1}, [%r2 + 0]", False),
+    ],
+)
+def test_a_warp_accesses_its_quarter_of_tensor_memory(lane: int, shape: str, allowed: bool) -> None:
+    """Of the 128 lanes, the first warp has 0 to 31."""
+    code = f"""mov.b32 %r1, global_smem;
+tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;
+ld.shared.b32 %r0, [%r1];
+add.u32 %r2, %r0, {lane << 16};
+tcgen05.ld.sync.aligned.{shape};
+tcgen05.wait::ld.sync.aligned;
+tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r0, 32"""
+    program = CompiledProgram(parse(PTX.replace("INSTRUCTION", code)))
+    x = torch.zeros(4)
+    launch = LaunchState(program, "kernel", (1, 1, 1), bytes(8), 16, {})
+    machine = Machine(global_memory([(x.data_ptr(), x.nbytes, "x")], 2), launch, Schedule("sm_100"))
+    machine.run()
+    kinds = [kind for kind, _ in machine.faults.found]
+    assert kinds == [] if allowed else kinds == ["tensor memory that a warp may not access"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_70'"),

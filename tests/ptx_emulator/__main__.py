@@ -41,7 +41,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     help_ = f"of {', '.join(ARCHS)}, with commas between them (default: %(default)s)"
     parser.add_argument("--arch", default=",".join(BOTH), help=help_)
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
-    parser.add_argument("--landing", choices=("late", "early", "random"), help="of copies and tcgen05.mma (default: late)")
+    help_ = "of copies and tcgen05.mma (default: late)"
+    parser.add_argument("--landing", choices=("late", "early", "random"), help=help_)
     parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
     parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)")
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")

@@ -1,9 +1,9 @@
 """Data-center Blackwell's tcgen05: tensor memory, and products that read and write it while the threads go on.
 
 A CTA's tensor memory has 128 lanes of 512 columns of 32 bits. Every access to it is asynchronous and has a serial number, see
-``memory``. A warp waits for its own loads with ``tcgen05.wait::ld`` and for its own stores with ``tcgen05.wait::st``. Products are
-waited for at an mbarrier, on which ``tcgen05.commit`` arrives when all earlier products of its thread have ended. A product
-computes when that happens, or at once, see ``Schedule.landing``.
+``memory``. A warp waits for its own loads with ``tcgen05.wait::ld`` and for its own stores with ``tcgen05.wait::st``. It waits for
+products at an mbarrier, on which ``tcgen05.commit`` arrives when all earlier products of its thread have ended. A product computes
+when somebody waits for that mbarrier, or at once, see ``Schedule.landing``.
 
 Registers of a ``tcgen05.ld`` have their values at once: PTX orders a thread's own use of them behind the load without a wait.
 """
@@ -33,7 +33,7 @@ LANES, COLUMNS = 128, 512
 QUARTER = 32
 THREAD = np.arange(32)
 # Types of operands by their numbers in an instruction descriptor.
-TYPES = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::tf32": {2: "tf32"}, "kind::f8f6f4": {0: "e4m3"}}
+TYPES = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::tf32": {2: "tf32"}}
 # Of an instruction descriptor: the bits of float32 sums, and those that must be as in it: no sparsity, sign or shift.
 FLOAT32_SUMS, FIXED = 1 << 4, 0x7F | 3 << 13 | 1 << 23 | 7 << 29
 
@@ -194,7 +194,7 @@ def _allocate(words: Arithmetic, ins: Instruction) -> Action:
         memory.words = np.full(LANES * columns, 0xFFFFFFFF, np.uint32)
         # A slot of readers for each warp's loads, and one for products.
         memory.region = Region(0, memory.words.nbytes, "tensor memory", 4, c.warps + 1)
-        # The address comes from no thread: TMA may overwrite it without a proxy fence, but other warps need a barrier.
+        # PTX orders this write with other accesses to the address, so TMA needs no proxy fence. Other warps need a barrier.
         at, serial = address(c)[[32 * warp]], races.new_serial(c.first_warp)
         number = np.array([c.first_warp + warp])
         races.write(shared, shared.granules(at, 4), number, ins, behind=serial)
