@@ -1,9 +1,9 @@
 """Data-center Blackwell's tcgen05: tensor memory, and products that read and write it while the threads go on.
 
 A CTA's tensor memory has 128 lanes of 512 columns of 32 bits. Every access to it is asynchronous and has a serial number, see
-``memory``. A warp waits for its own loads with ``tcgen05.wait::ld`` and for its own stores with ``tcgen05.wait::st``. It waits for
-products at an mbarrier, on which ``tcgen05.commit`` arrives when all earlier products of its thread have ended. A product computes
-when somebody waits for that mbarrier, or at once, see ``Schedule.landing``.
+``memory``. A warp waits for its own loads with ``tcgen05.wait::ld`` and for its own stores with ``tcgen05.wait::st``. For
+products it waits at an mbarrier, on which ``tcgen05.commit`` arrives when all earlier products of its thread have ended. A
+product computes when somebody waits for that mbarrier, or at once, see ``Schedule.landing``.
 
 Registers of a ``tcgen05.ld`` have their values at once: PTX orders a thread's own use of them behind the load without a wait.
 """
