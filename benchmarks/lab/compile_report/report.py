@@ -29,6 +29,7 @@ from typing import Any
 import pandas as pd
 import triton
 
+from benchmarks.common import tritons
 from benchmarks.common.assets import cache_dir
 from benchmarks.common.tables import RESULTS, write_text
 from benchmarks.lab.compile_report import machine_code
@@ -156,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--check", action="store_true", help="compare with the committed report; exit with 1 if something got worse")
     add("--write", action="store_true", help="renew the rows of the committed report")
     add("--quick", "--missing", action="store_true", help="only rows that it lacks or whose code has changed")
+    tritons.add_option(parser)
     args = parser.parse_args(argv)
+    tritons.run_again("benchmarks.lab.compile_report", args.triton, argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
     if (args.write or args.check) and not triton.__version__.startswith(f"{TRITON}."):
