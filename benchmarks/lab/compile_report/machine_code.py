@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.lab.compile_report import hazards
+from benchmarks.lab.compile_report import hazards, hazards_amd
 
 
 def target(arch: str) -> GPUTarget:
@@ -135,7 +135,7 @@ def read(compiled: Any) -> dict[str, Any]:
     GPUs they are read from PTX, whose widths the assembler keeps; on AMD's, scalars mostly have instructions of their own.
 
     Raises:
-        ValueError: the code has a fault of those in ``hazards``.
+        ValueError: the code has a fault of those in ``hazards`` or ``hazards_amd``.
     """
     asm, reason = compiled.asm, ""
     if "cubin" in asm:
@@ -147,7 +147,7 @@ def read(compiled: Any) -> dict[str, Any]:
         registers, reason = found["REG"], serialized(ptx)
         accesses = [(each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies]
     else:
-        machine, faults = asm["amdgcn"], [*hazards.early_counts(asm["amdgcn"])]
+        machine, faults = asm["amdgcn"], [*hazards_amd.faults(asm["amdgcn"])]
         found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", machine)}
         registers, spills = found["vgpr_count"], found["private_segment_fixed_size"]
         accesses = [
