@@ -22,7 +22,6 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.lab.gpu.stages import WATCHED
 from stablelora_kernels.testing import layer_arms
 from tests.helpers.cases import BF16
 from tests.helpers.gpu_checks import DEVICE, SMALL
@@ -30,6 +29,18 @@ from tests.helpers.gpu_checks import DEVICE, SMALL
 pytestmark = pytest.mark.nightly
 ROOT = Path(__file__).resolve().parents[2]
 END = time.monotonic() + float(os.environ.get("SLK_GPU_SECONDS", "600"))
+# What compute-sanitizer watches: all kernels, and each way of launching in a test that takes seconds without it.
+BRING_UP, PREPARED = "tests/gpu/test_bring_up.py", "tests/gpu/test_prepared_launches.py"
+WATCHED = {
+    "kernels": [f"{BRING_UP}::test_{name}" for name in ("doctor", "shrink", "linear", "other_ops")],
+    "launches": [
+        f"{PREPARED}::test_the_third_call_is_prepared",
+        "tests/gpu/test_cuda_graphs.py::test_a_call",
+        "tests/gpu/test_graphed_step.py::test_on_the_default_stream",
+        f"{BRING_UP}::test_optimizer",
+        f"{PREPARED}::test_streams_share_a_plan_and_not_its_counters",
+    ],
+}
 # The share of the time left that a tool may take over these tests.
 SHARES = {"kernels": 0.65, "launches": 1.0}
 # CUDA's installers put the tools here.

@@ -17,15 +17,3 @@ STREAMS = f"{PREPARED}::test_streams_share_a_plan_and_not_its_counters"
 SECOND_GPU = f"{PREPARED}::test_a_second_gpu_has_launches_of_its_own"
 # The ways of launching.
 LAUNCHES = (THIRD_CALL, GRAPHS, GRAPHED_STEP, OPTIMIZER, STREAMS, COMPETING, SECOND_GPU)
-
-# What compute-sanitizer watches: all kernels, and each way of launching in a test that takes seconds without it.
-WATCHED = {
-    "kernels": (*DOCTOR, *KERNELS),
-    "launches": (
-        THIRD_CALL,
-        f"{GRAPHS}::test_a_call",
-        f"{GRAPHED_STEP}::test_on_the_default_stream",
-        OPTIMIZER,
-        STREAMS,
-    ),
-}

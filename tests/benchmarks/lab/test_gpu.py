@@ -21,6 +21,7 @@ from benchmarks.lab.gpu import report, stages
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.launch_time import load_gpu
 from stablelora_kernels.dispatch import backend
+from tests.gpu.test_nvidia_tools import WATCHED
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
 pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="the dry run uses the interpreter")
@@ -98,7 +99,7 @@ def test_the_first_tests_come_in_order_and_none_is_left_out():
     assert places == sorted(places)
     # The section "correctness" leaves out these files.
     assert sorted(first) == sorted(collected(*command.FILES))
-    watched = collected(*stages.WATCHED["kernels"], *stages.WATCHED["launches"])
+    watched = collected(*WATCHED["kernels"], *WATCHED["launches"])
     assert {*watched} < {*first} and all(any(step in name for name in watched) for step in STEPS[:-2])
 
 
