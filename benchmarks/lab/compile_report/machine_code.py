@@ -19,7 +19,8 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.lab.compile_report import hazards
+from benchmarks.lab.compile_report import hazards, hazards_sass
+from benchmarks.lab.compile_report.sass import Program
 
 
 def target(arch: str) -> GPUTarget:
@@ -135,12 +136,13 @@ def read(compiled: Any) -> dict[str, Any]:
     GPUs they are read from PTX, whose widths the assembler keeps; on AMD's, scalars mostly have instructions of their own.
 
     Raises:
-        ValueError: the code has a fault of those in ``hazards``.
+        ValueError: the code has a fault of those in ``hazards`` or ``hazards_sass``.
     """
     asm, reason = compiled.asm, ""
     if "cubin" in asm:
         machine, ptx = cuobjdump(asm["cubin"]), asm["ptx"]
         faults = [*hazards.reloaded_scalars(ptx), *hazards.store_round_trips(ptx), *hazards.short_buffers(asm["ttgir"])]
+        faults += hazards_sass.overwritten_operands(Program(machine))
         found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)}
         # Some code reserves a stack that it does not use.
         spills = (found["STACK"] + found["LOCAL"]) * bool(re.search(r"\b(?:STL|LDL)\b", machine))

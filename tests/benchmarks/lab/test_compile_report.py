@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ import triton
 
 from benchmarks.lab.compile_report import machine_code, report
 from benchmarks.lab.compile_report.hazards import early_counts, reloaded_scalars, short_buffers, store_round_trips
+from benchmarks.lab.compile_report.hazards_sass import overwritten_operands
 from benchmarks.lab.compile_report.occupancy import occupancy
+from benchmarks.lab.compile_report.sass import Program
 from stablelora_kernels.dispatch.problem import DEVICES
 from tests.helpers.processes import python
 
@@ -180,6 +183,80 @@ PUBLISHED = """
 def test_a_fault_is_found_and_the_mended_text_has_none(find, text: str, of_fault: str, mended: str) -> None:
     assert len([*find(text)]) == 1
     assert [*find(text.replace(of_fault, mended, 1))] == []
+
+
+def sass(code: str) -> Program:
+    """Instructions as cuobjdump prints them: one for each line, 0x10 apart."""
+    lines = code.strip().splitlines()
+    words = "/* 0x0000000000000000 */\n  /* 0x000fe20000000000 */"
+    return Program("\n".join(f"  /*{16 * place:04x}*/  {line.strip()} ;  {words}" for place, line in enumerate(lines)))
+
+
+# From dX chained, masked, dA, whose loop has 400 instructions more.
+IN_FLIGHT = """
+    LDSM.16.MT88.4 R32, [R60+0xe000]
+    LDSM.16.MT88.4 R36, [R60+0xf000]
+    WARPGROUP.ARRIVE
+    HGMMA.64x16x16.F32.BF16 R24, R36, gdesc[UR20].tnspB, R24{group}
+    HGMMA.64x16x16.F32.BF16 R24, R32, gdesc[UR24].tnspB, R24, gsb0
+    {wait}
+    BSSY B0, 0xa0
+    @P1 BRA 0x90
+    STG.E.128 desc[UR4][R36.64], R32
+    BSYNC B0
+    @!P0 BRA 0x0
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
+    IMAD.MOV.U32 R36, RZ, RZ, R24
+    EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "wait", "overwritten"),
+    [
+        ("", "WARPGROUP.DEPBAR.LE gsb0, 0x0", []),
+        ("", "WARPGROUP.DEPBAR.LE gsb0, 0x1", ["R36 to R39", "R32 to R35"]),
+        # The second product is a group of its own, which this wait leaves in flight.
+        (", gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1", ["R32 to R35"]),
+        # A wait that does not run on every path.
+        ("", "@P3 WARPGROUP.DEPBAR.LE gsb0, 0x0", ["R36 to R39", "R32 to R35"]),
+        ("", "@P3 BRA 0xa0", ["R36 to R39", "R32 to R35"]),
+    ],
+)
+def test_operands_in_flight(group: str, wait: str, overwritten: list[str]) -> None:
+    lines = [*overwritten_operands(sass(IN_FLIGHT.format(group=group, wait=wait)))]
+    assert [line.partition(" of the HGMMA")[0] for line in lines] == overwritten
+    assert all(re.search(r"at 0x[34]0 are overwritten before a wait, first at 0x1?0 \(LDSM", line) for line in lines)
+
+
+def test_a_jump_that_cannot_be_followed() -> None:
+    text = IN_FLIGHT.format(group="", wait="BRX R4 -0x40")
+    with pytest.raises(ValueError, match="cannot follow BRX R4 -0x40 at 0x50"):
+        list(overwritten_operands(sass(text)))
+
+
+@pytest.mark.parametrize(
+    ("code", "writes", "reads"),
+    [
+        ("IMAD.WIDE.U32 R4, P0, R7, R8.reuse, R10", [4, 5], [7, 8, 10, 11]),
+        ("LDSM.16.MT88.4 R4, [R9+0x20]", [4, 5, 6, 7], [9]),
+        ("@P1 LDG.E.128 R4, desc[UR4][R12.64+0x10]", [4, 5, 6, 7], [12, 13]),
+        ("STS.64 [R9+UR4], R4", [], [4, 5, 9]),
+        ("SHFL.IDX PT, R4, R5, R6, 0x1f", [4], [5, 6]),
+        ("ISETP.GE.AND.EX P3, PT, R80, R67, PT, P4", [], [67, 80]),
+        ("LOP3.LUT P1, RZ, R3, 0x1f, R20, 0xf8, !PT", [], [3, 20]),
+        ("SHF.L.U64.HI R4, R8, 0x1, R9", [4], [8, 9]),
+        ("R2UR UR36, R8", [], [8]),
+        ("FADD2 R4, R8.F32x2.HI_LO, R10.F32x2.HI_LO", [4, 5], [8, 9, 10, 11]),
+        ("FADD R4, -RZ, |R8|", [4], [8]),
+        ("LDTM.x8 R4, tmem[UR9+0x80]", [*range(4, 12)], []),
+        ("HGMMA.64x8x8.F32.TF32 R4, R32, gdesc[UR20], !UPT", [4, 5, 6, 7], [32, 33, 34, 35]),
+        ("HGMMA.64x8x8.F32.TF32 R4, gdesc[UR20], R4", [4, 5, 6, 7], [4, 5, 6, 7]),
+    ],
+)
+def test_registers_of_an_instruction(code: str, writes: list[int], reads: list[int]) -> None:
+    (instruction,) = sass(code).instructions
+    assert (sorted(instruction.writes), sorted(instruction.reads)) == (writes, reads)
 
 
 # Of all rows one in 40: changed code is compiled and compared, other code is as recorded. Then no digest is computed again. Last,
