@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.lab.compile_report import hazards, hazards_sass
+from benchmarks.lab.compile_report import hazards, hazards_fences, hazards_sass
 from benchmarks.lab.compile_report.sass import Program
 
 
@@ -136,12 +136,13 @@ def read(compiled: Any) -> dict[str, Any]:
     GPUs they are read from PTX, whose widths the assembler keeps; on AMD's, scalars mostly have instructions of their own.
 
     Raises:
-        ValueError: the code has a fault of those in ``hazards`` or ``hazards_sass``.
+        ValueError: the code has a fault that a function of ``hazards``, ``hazards_fences`` or ``hazards_sass`` finds.
     """
     asm, reason = compiled.asm, ""
     if "cubin" in asm:
         machine, ptx = cuobjdump(asm["cubin"]), asm["ptx"]
         faults = [*hazards.reloaded_scalars(ptx), *hazards.store_round_trips(ptx), *hazards.short_buffers(asm["ttgir"])]
+        faults += [*hazards_fences.unfenced_copies(ptx), *hazards_fences.unfenced_stores(asm["ttgir"])]
         faults += hazards_sass.overwritten_operands(Program(machine))
         found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)}
         # Some code reserves a stack that it does not use.

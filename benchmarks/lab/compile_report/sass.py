@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from benchmarks.lab.compile_report import sass_registers
+from benchmarks.lab.compile_report.control_flow import State, walk
 
 # An instruction has 128 bits. The text has the lower word on the instruction's line and the upper word alone on the next line.
 _INSTRUCTION = re.compile(
@@ -58,9 +59,6 @@ class Instruction(NamedTuple):
         return bool(self.upper_word >> (_WAIT_MASK + scoreboard) & 1)
 
 
-State = TypeVar("State", bound=Hashable)
-
-
 class Program:
     """The instructions of one kernel and, for each, the places of those that may run next."""
 
@@ -83,22 +81,13 @@ class Program:
     def walk(
         self, start: int, state: State, pass_over: Callable[[Instruction, State], State | None]
     ) -> Iterator[tuple[Instruction, State]]:
-        """Every instruction that may run after that at place ``start``, nearest first, with every state it is met in.
+        """Every instruction that may run after that at place ``start``; see :func:`control_flow.walk`."""
 
-        ``pass_over`` returns the state behind an instruction, or None where the path ends.
-        """
-        todo = deque((successor, state) for successor in self.successors[start])
-        met = {*todo}
-        while todo:
-            place, state = todo.popleft()
-            yield self.instructions[place], state
-            state_behind = pass_over(self.instructions[place], state)
-            if state_behind is None:
-                continue
-            for successor in self.successors[place]:
-                if (successor, state_behind) not in met:
-                    met.add((successor, state_behind))
-                    todo.append((successor, state_behind))
+        def pass_over_place(place: int, state: State) -> State | None:
+            return pass_over(self.instructions[place], state)
+
+        for place, state_before in walk(self.successors, start, state, pass_over_place):
+            yield self.instructions[place], state_before
 
     def _successors_of(self, place: int) -> list[int]:
         instruction = self.instructions[place]

@@ -15,6 +15,7 @@ import triton
 
 from benchmarks.lab.compile_report import machine_code, report
 from benchmarks.lab.compile_report.hazards import early_counts, reloaded_scalars, short_buffers, store_round_trips
+from benchmarks.lab.compile_report.hazards_fences import unfenced_copies, unfenced_stores
 from benchmarks.lab.compile_report.hazards_sass import overwritten_operands
 from benchmarks.lab.compile_report.occupancy import occupancy
 from benchmarks.lab.compile_report.sass import Program
@@ -166,11 +167,66 @@ PUBLISHED = """
     s_waitcnt vmcnt(0)
     global_atomic_add v11, v11, v13, s[14:15] sc0
 """
+# A fence that one of two paths goes around, and a wait of inline assembly.
+COPIED = """
+$L__BB0_1:
+	.loc	1 40 32
+	cp.async.wait_group 	6;
+	@%p2 bra 	$L__BB0_2;
+	// begin inline asm
+	fence.proxy.async.shared::cta;
+$L__BB0_2:
+	{
+	.reg .pred complete;
+	waitLoop:
+	mbarrier.try_wait.parity.shared.b64 complete, [%r9], %r8;
+	@!complete bra.uni waitLoop;
+	}
+	wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1,%r2}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd5 + 0 ], 0x10;
+	@%p3 bra 	$L__BB0_1;
+	ret;
+"""
+TENSOR_MEMORY = COPIED.replace(
+    "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16", "tcgen05.mma.cta_group::1.kind::f16"
+)
+# A store at the end of a round, and a fence at the start of the next one, on one of two paths.
+STORED = """
+    %v = ttg.local_alloc : () -> !ttg.memdesc<2x64x16xbf16, #shared, #smem, mutable> loc(#loc1)
+    %u = ttg.local_alloc : () -> !ttg.memdesc<2x64x16xbf16, #shared, #smem, mutable> loc(#loc1)
+    cf.cond_br %p, ^bb2, ^bb1 loc(#loc1)
+  ^bb1:  // pred: ^bb0
+    %r:2 = scf.for %i = %c0 to %n step %c1 iter_args(%acc = %cst) -> (tensor<64x16xf32>)  : i32 {
+      scf.if %p {
+        ttng.fence_async_shared {bCluster = false} loc(#loc1)
+      } else {
+        %t = tt.load %ptr loc(#loc1)
+      } loc(#loc1)
+      %b = ttg.memdesc_index %v[%i] : !ttg.memdesc<2x64x16xbf16, #shared> -> !ttg.memdesc<64x16xbf16, #shared> loc("b"(#loc1))
+      %d = ttng.warp_group_dot %a, %b, %acc {isAsync = true} : tensor<64x64xbf16> * !ttg.memdesc<64x16xbf16, #shared> loc(#loc1)
+      ttg.local_store %x, %v : tensor<64x16xbf16> -> !ttg.memdesc<64x16xbf16, #shared> loc(#loc1)
+      scf.yield %d : tensor<64x16xf32> loc(#loc1)
+    } loc(#loc1)
+    cf.br ^bb2 loc(#loc1)
+  ^bb2:  // 2 preds: ^bb0, ^bb1
+    tt.return loc(#loc1)
+"""
+INLINE_FENCE = '%t = tt.elementwise_inline_asm "fence.proxy.async.shared::cta; mov.b32 $0, 0;" {pure = false}'
+ALLOCATED = STORED.replace("%b = ttg.memdesc_index %v[%i]", "%b = ttg.local_alloc %x").replace(
+    "local_store %x, %v", "local_store %x, %u"
+)
 
 
 @pytest.mark.parametrize(
     ("find", "text", "of_fault", "mended"),
     [
+        (unfenced_copies, COPIED, "@%p2 bra 	$L__BB0_2;", ""),
+        (unfenced_copies, TENSOR_MEMORY, "waitLoop;", "waitLoop; fence.proxy.async;"),
+        (unfenced_copies, COPIED, "cp.async.wait_group 	6;", "cp.async.commit_group;"),
+        (unfenced_stores, STORED, "%t = tt.load %ptr", INLINE_FENCE),
+        (unfenced_stores, STORED, "local_store %x, %v", "local_store %x, %u"),
+        (unfenced_stores, STORED, "scf.yield", "ttng.fence_async_shared\n      scf.yield"),
+        (unfenced_stores, ALLOCATED, "%d = ttng", "ttng.fence_async_shared\n      %d = ttng"),
         (reloaded_scalars, SCALAR, "@%p1", "bar.sync 0;\n @%p1"),
         (reloaded_scalars, SCALAR, "st.global.b32 [ %rd1 + 0", "st.global.b32 [ %rd1 + 8"),
         (reloaded_scalars, SCALAR, "ld", "add.s64 %rd1, %rd2, %r1;\n ld"),
