@@ -1,23 +1,25 @@
 """Faults that only the machine code of NVIDIA's GPUs shows. Each function yields a line for each fault.
 
-An instruction that works on in the background needs its registers until another instruction waits for it. Only the assembler
-keeps that right, and some releases of it do not.
+Some instructions run on after the next one has started, and need their registers until a later instruction waits for them. The
+assembler places these waits, and some of its releases are wrong.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 from benchmarks.lab.compile_report.sass import Instruction, Program
 from benchmarks.lab.compile_report.sass_registers import WARPGROUP_A, WARPGROUP_PRODUCT
 
-_WITH_REGISTERS = re.compile(r"R(\d+)$")
+_WITH_REGISTERS = re.compile(r"R(\d+)")
 # Instructions of WGMMA up to one with gsb0 are a group. This waits until at most so many groups are left.
 _GROUP_END = "gsb0"
 _GROUP_WAIT = "WARPGROUP.DEPBAR.LE"
 # More groups than any wait leaves.
 _MANY_GROUPS = 8
+_TENSOR_LOAD = "LDTM"
+_NO_SCOREBOARD = -1
 
 
 def overwritten_operands(program: Program) -> Iterator[str]:
@@ -30,15 +32,35 @@ def overwritten_operands(program: Program) -> Iterator[str]:
             in_flight = {*range(first, first + WARPGROUP_A)}
             # The state: how many groups are committed behind the product's own; -1 before its own is.
             behind = 0 if _GROUP_END in product.operands else -1
-            met = (instruction for instruction, _ in program.walk(place, behind, _groups_behind))
-            writers = [instruction for instruction in met if instruction.writes & in_flight]
+            met = program.walk(place, behind, _groups_behind)
+            writers = [instruction for instruction, _ in met if instruction.writes & in_flight]
             if writers:
                 registers = in_flight & set().union(*(writer.writes for writer in writers))
-                verb = "is" if len(registers) == 1 else "are"
-                yield (
-                    f"{_names(registers)} of the {product.opcode.partition('.')[0]} at {product.address:#x} {verb} overwritten"
-                    f" before a wait, first at {writers[0].address:#x} ({writers[0].text})"
-                )
+                yield _line(product, registers, "overwritten", writers[0])
+
+
+def early_uses(program: Program) -> Iterator[str]:
+    """Blackwell: registers of a load from tensor memory (LDTM) that are used before a wait for the load.
+
+    Triton places uses before ``tcgen05.wait::ld`` and leaves their order to the assembler. In machine code a load keeps a
+    scoreboard busy, and an instruction that needs its registers waits for that. A load without a scoreboard is done when the next
+    load is.
+    """
+    for place, load in enumerate(program.instructions):
+        if load.opcode.startswith(_TENSOR_LOAD):
+            in_flight = load.writes
+            scoreboard = _NO_SCOREBOARD if load.write_scoreboard is None else load.write_scoreboard
+            met = program.walk(place, scoreboard, _scoreboard_of_load)
+            users = [
+                instruction
+                for instruction, scoreboard in met
+                if in_flight & (instruction.reads | instruction.writes)
+                and not instruction.waits_for(scoreboard)
+                and not instruction.opcode.startswith(_TENSOR_LOAD)
+            ]
+            if users:
+                registers = in_flight & set().union(*(user.reads | user.writes for user in users))
+                yield _line(load, registers, "used", users[0])
 
 
 def _first_of_a(product: Instruction) -> int | None:
@@ -57,6 +79,24 @@ def _groups_behind(instruction: Instruction, behind: int) -> int | None:
     if WARPGROUP_PRODUCT.match(instruction.opcode) and _GROUP_END in instruction.operands:
         return min(behind + 1, _MANY_GROUPS)
     return behind
+
+
+def _scoreboard_of_load(instruction: Instruction, scoreboard: int) -> int | None:
+    """The scoreboard that is busy until a load is done, after ``instruction``, or None if that waits for the load."""
+    if instruction.waits_for(scoreboard):
+        return None
+    if scoreboard == _NO_SCOREBOARD and instruction.opcode.startswith(_TENSOR_LOAD) and not instruction.guard:
+        return scoreboard if instruction.write_scoreboard is None else instruction.write_scoreboard
+    return scoreboard
+
+
+def _line(in_flight: Instruction, registers: Set[int], verb: str, first: Instruction) -> str:
+    be = "is" if len(registers) == 1 else "are"
+    opcode = in_flight.opcode.partition(".")[0]
+    return (
+        f"{_names(registers)} of the {opcode} at {in_flight.address:#x} {be} {verb} before a wait,"
+        f" first at {first.address:#x} ({first.text})"
+    )
 
 
 def _names(registers: Iterable[int]) -> str:

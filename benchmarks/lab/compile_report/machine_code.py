@@ -143,7 +143,8 @@ def read(compiled: Any) -> dict[str, Any]:
         machine, ptx = cuobjdump(asm["cubin"]), asm["ptx"]
         faults = [*hazards.reloaded_scalars(ptx), *hazards.store_round_trips(ptx), *hazards.short_buffers(asm["ttgir"])]
         faults += [*hazards_fences.unfenced_copies(ptx), *hazards_fences.unfenced_stores(asm["ttgir"])]
-        faults += hazards_sass.overwritten_operands(Program(machine))
+        program = Program(machine)
+        faults += [*hazards_sass.overwritten_operands(program), *hazards_sass.early_uses(program)]
         found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)}
         # Some code reserves a stack that it does not use.
         spills = (found["STACK"] + found["LOCAL"]) * bool(re.search(r"\b(?:STL|LDL)\b", machine))

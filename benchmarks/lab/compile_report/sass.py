@@ -56,7 +56,7 @@ class Instruction(NamedTuple):
 
     def waits_for(self, scoreboard: int) -> bool:
         """True if this instruction starts only when ``scoreboard`` is not busy."""
-        return bool(self.upper_word >> (_WAIT_MASK + scoreboard) & 1)
+        return scoreboard >= 0 and bool(self.upper_word >> (_WAIT_MASK + scoreboard) & 1)
 
 
 class Program:

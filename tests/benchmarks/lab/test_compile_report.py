@@ -16,7 +16,7 @@ import triton
 from benchmarks.lab.compile_report import machine_code, report
 from benchmarks.lab.compile_report.hazards import early_counts, reloaded_scalars, short_buffers, store_round_trips
 from benchmarks.lab.compile_report.hazards_fences import unfenced_copies, unfenced_stores
-from benchmarks.lab.compile_report.hazards_sass import overwritten_operands
+from benchmarks.lab.compile_report.hazards_sass import early_uses, overwritten_operands
 from benchmarks.lab.compile_report.occupancy import occupancy
 from benchmarks.lab.compile_report.sass import Program
 from stablelora_kernels.dispatch.problem import DEVICES
@@ -241,11 +241,19 @@ def test_a_fault_is_found_and_the_mended_text_has_none(find, text: str, of_fault
     assert [*find(text.replace(of_fault, mended, 1))] == []
 
 
-def sass(code: str) -> Program:
-    """Instructions as cuobjdump prints them: one for each line, 0x10 apart."""
-    lines = code.strip().splitlines()
-    words = "/* 0x0000000000000000 */\n  /* 0x000fe20000000000 */"
-    return Program("\n".join(f"  /*{16 * place:04x}*/  {line.strip()} ;  {words}" for place, line in enumerate(lines)))
+def sass(code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, int] | None = None) -> Program:
+    """Instructions as cuobjdump prints them, one for each line and 0x10 apart.
+
+    By address: ``scoreboards`` that instructions keep busy until their results are written, and those that instructions wait for.
+    """
+    lines = []
+    for place, instruction in enumerate(code.strip().splitlines()):
+        address = 16 * place
+        upper_word = (scoreboards or {}).get(address, 7) << 46
+        if waits and address in waits:
+            upper_word |= 1 << 52 + waits[address]
+        lines.append(f"  /*{address:04x}*/  {instruction.strip()} ;  /* {0:#018x} */\n  /* {upper_word:#018x} */")
+    return Program("\n".join(lines))
 
 
 # From dX chained, masked, dA, whose loop has 400 instructions more.
@@ -283,6 +291,37 @@ def test_operands_in_flight(group: str, wait: str, overwritten: list[str]) -> No
     lines = [*overwritten_operands(sass(IN_FLIGHT.format(group=group, wait=wait)))]
     assert [line.partition(" of the HGMMA")[0] for line in lines] == overwritten
     assert all(re.search(r"at 0x[34]0 are overwritten before a wait, first at 0x1?0 \(LDSM", line) for line in lines)
+
+
+# From Y of sm_100: one load of two parts, of which the second keeps a scoreboard busy.
+LOADED = """
+    LDTM.16dp32bit_t0_t15.x8 R4, tmem[UR9]
+    LDTM.16dp32bit_t16_t31.x8 R4, tmem[UR9+0x8]
+    @P1 BRA 0x50
+    IMAD.MOV.U32 R20, RZ, RZ, R21
+    FADD R20, R20, R5
+    STS.128 [R30], R8
+    EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("waits", "registers", "first"),
+    [
+        ({0x30: 3, 0x50: 3}, "", ""),
+        ({0x20: 3}, "", ""),
+        ({0x30: 3}, "R8 to R11", "0x50 (STS.128 [R30], R8)"),
+        ({0x30: 2, 0x50: 3}, "R5", "0x40 (FADD R20, R20, R5)"),
+        ({}, "R5, R8 to R11", "0x50 (STS.128 [R30], R8)"),
+    ],
+)
+def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: str) -> None:
+    lines = [*early_uses(sass(LOADED, {0x10: 3}, waits))]
+    be = "is" if registers == "R5" else "are"
+    expected = [
+        f"{registers} of the LDTM at {load} {be} used before a wait, first at {first}" for load in ("0x0", "0x10")
+    ]
+    assert lines == (expected if registers else [])
 
 
 def test_a_jump_that_cannot_be_followed() -> None:
