@@ -38,7 +38,7 @@ def unfenced_copies(ptx: str) -> Iterator[str]:
         if (reader := _first_unfenced(program.successors, place, fences, readers)) is not None:
             yield (
                 f"no fence.proxy.async between {wait.opcode} {wait.operands} in line {wait.line} of the PTX and"
-                f" {statements[reader].opcode} in line {statements[reader].line}"
+                f" {statements[reader].opcode.partition('.sync')[0]} in line {statements[reader].line}"
             )
 
 
