@@ -60,7 +60,7 @@ def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
 
 
 def test_programs_wait_as_on_amds_gpus() -> None:
-    """Triton's own loop around a volatile load waits for a flag there, as in the interpreter."""
+    """Triton's own loop around an atomic waits for a flag there, as in the interpreter."""
     patched = """
 import triton.language as tl
 from stablelora_kernels.kernels.lora import chain

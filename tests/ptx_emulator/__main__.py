@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.common import tritons
 from tests.ptx_emulator import runner
 from tests.ptx_emulator.cases import Case, cases, run_case
 from tests.ptx_emulator.machine import Schedule
@@ -47,6 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=help_)
     help_ = "take a barrier, wait or fence out of the PTX, which must be found; list: the names"
     parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
+    tritons.add_option(parser)
     options = parser.parse_args(arguments)
     options.arch = options.arch.split(",")
     if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_120")]:
@@ -75,6 +77,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[Case, Schedule]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    tritons.run_again("tests.ptx_emulator", options.triton, arguments)
     if options.plant == "list":
         print(*(f"{name}: {', '.join(plant.archs)}, {plant.kernel}" for name, plant in PLANTS.items()), sep="\n")
         return 0

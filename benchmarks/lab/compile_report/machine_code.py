@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.lab.compile_report import hazards, hazards_fences, hazards_sass
+from benchmarks.lab.compile_report import hazards, hazards_amd, hazards_fences, hazards_sass
 from benchmarks.lab.compile_report.sass import Program
 
 # Of Triton: (3, 9).
@@ -143,7 +143,7 @@ def read(compiled: Any) -> dict[str, Any]:
     GPUs they are read from PTX, whose widths the assembler keeps; on AMD's, scalars mostly have instructions of their own.
 
     Raises:
-        HazardError: the code has a fault that a function of ``hazards``, ``hazards_fences`` or ``hazards_sass`` finds.
+        HazardError: the code has a fault that a function of the modules ``hazards...`` finds.
     """
     asm, reason = compiled.asm, ""
     if "cubin" in asm:
@@ -158,7 +158,7 @@ def read(compiled: Any) -> dict[str, Any]:
         registers, reason = found["REG"], serialized(ptx)
         accesses = [(each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies]
     else:
-        machine, faults = asm["amdgcn"], [*hazards.early_counts(asm["amdgcn"])]
+        machine, faults = asm["amdgcn"], [*hazards_amd.faults(asm["amdgcn"])]
         found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", machine)}
         registers, spills = found["vgpr_count"], found["private_segment_fixed_size"]
         accesses = [

@@ -30,6 +30,7 @@ from typing import Any
 import pandas as pd
 import triton
 
+from benchmarks.common import tritons
 from benchmarks.common.assets import cache_dir
 from benchmarks.common.tables import RESULTS, write_text
 from benchmarks.lab.compile_report import machine_code
@@ -182,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--write", action="store_true", help="renew the rows of the committed report")
     add("--quick", "--missing", action="store_true", help="only rows that it lacks or whose code has changed")
     add("--hazards", action="store_true", help="print only faults, under any Triton; exit with 1 if there is one")
+    tritons.add_option(parser)
     args = parser.parse_args(argv)
+    tritons.run_again("benchmarks.lab.compile_report", args.triton, argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
     if args.hazards and (args.write or args.check or args.quick or args.csv):

@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import triton
 
-from benchmarks.lab.compile_report import machine_code, report
-from benchmarks.lab.compile_report.hazards import early_counts, reloaded_scalars, short_buffers, store_round_trips
+from benchmarks.lab.compile_report import hazards_amd, machine_code, report
+from benchmarks.lab.compile_report.hazards import reloaded_scalars, short_buffers, store_round_trips
+from benchmarks.lab.compile_report.hazards_amd import early_counts
 from benchmarks.lab.compile_report.hazards_fences import unfenced_copies, unfenced_stores
 from benchmarks.lab.compile_report.hazards_sass import early_uses, overwritten_operands
 from benchmarks.lab.compile_report.occupancy import occupancy
@@ -352,6 +353,72 @@ def test_a_jump_that_cannot_be_followed() -> None:
 def test_registers_of_an_instruction(code: str, writes: list[int], reads: list[int]) -> None:
     (instruction,) = sass(code).instructions
     assert (sorted(instruction.writes), sorted(instruction.reads)) == (writes, reads)
+
+
+# A chained forward has a ticket, partial sums, flags and the chain's reset.
+COMPILED_FOR_AMD = """
+import sys, torch
+from benchmarks.lab.compile_report.machine_code import compile_launch
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.explanation import linear_launches
+for arch in ("gfx90a", "gfx942"):
+    forward, _ = linear_launches(DEVICES[arch], 2048, 4096, 4096, 16, (torch.bfloat16, torch.float32), 0.0)
+    assert "chained" in forward[-1].variant
+    open(f"{sys.argv[1]}/{arch}", "w").write(compile_launch(forward[-1], arch).asm["amdgcn"])
+"""
+# What Triton 3.6 to 3.8 make of a loop around a volatile load.
+ENDLESS = ".L:\n\ts_mov_b64 vcc, vcc\n\ts_cbranch_vccz .L\n"
+STORE = "\tglobal_store_dword v1, v2, s[4:5]\n"
+INVALIDATE = r"\tbuffer_(?:inv sc1|wbinvl1_vol)\n"
+DONE = r"\ts_waitcnt vmcnt\(0\)[^\n]*\n"
+LOOK = r"global_atomic_\w+ (v\d+), .* offset:16 (?:sc0|glc)"
+
+
+@pytest.fixture(scope="module")
+def compiled_for_amd(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("amd")
+    done = python(COMPILED_FOR_AMD.replace("sys.argv[1]", repr(str(directory))))
+    assert done.returncode == 0, done.stderr[-8000:]
+    return directory
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
+@pytest.mark.parametrize(
+    ("find", "there", "instead"),
+    [
+        pytest.param("early_counts", rf"#ASMSTART\n{DONE}", "#ASMSTART\n", id="the program does not wait for its stores"),
+        pytest.param("late_releases", rf"(\tbuffer_wbl2 sc1\n){DONE}", r"\1", id="a release does not wait"),
+        pytest.param("late_releases", rf"{DONE}(?=\tglobal_atomic_add)", STORE, id="a release does not wait for a store"),
+        pytest.param("late_releases", r"\tbuffer_wbl2 sc1\n", "", id="a release does not write back"),
+        pytest.param("late_releases", r"buffer_wbl2 sc1", "buffer_wbl2 sc0", id="a release writes back for fewer"),
+        pytest.param("late_releases", rf"(\tbuffer_wbl2 sc1\n)({DONE})", r"\2\1", id="a release writes back too late"),
+        pytest.param("early_acquires", INVALIDATE, "", id="an acquire does not invalidate"),
+        pytest.param("early_acquires", r"buffer_inv sc1", "buffer_inv sc0", id="an acquire invalidates for fewer"),
+        pytest.param("early_acquires", f"({DONE})({INVALIDATE})", r"\2\1", id="an acquire invalidates too early"),
+        pytest.param("early_acquires", f"({DONE})({INVALIDATE})", r"\2", id="an acquire does not wait"),
+        pytest.param("early_acquires", f"({INVALIDATE})", r"\tbuffer_load_dword v1, v2, s[4:7], 0\n\1", id="a load is early"),
+        pytest.param("early_acquires", f"({INVALIDATE})", r"\1\tbuffer_load_dword v1, v2, s[4:7], 0\n", id="a load is unordered"),
+        pytest.param("cached_polls", LOOK, r"global_load_dword \1, v2, s[4:5] offset:16", id="a flag is read from a cache"),
+        pytest.param("endless_loops", rf"(?=\t{LOOK})", ENDLESS, id="a flag is read once"),
+    ],
+)  # fmt: skip
+def test_faults_planted_in_amds_code_are_found(
+    arch: str, find: str, there: str, instead: str, compiled_for_amd: Path
+) -> None:
+    text = (compiled_for_amd / arch).read_text()
+    assert [*hazards_amd.faults(text)] == []
+    places = len(re.findall(there, text))
+    # gfx90a has one L2 cache, and so nothing to write back.
+    assert places > 0 or (arch == "gfx90a" and "sc1" in there)
+    for place in range(places):
+        planted = _replaced(text, there, instead, place)
+        assert [*getattr(hazards_amd, find)(planted)], f"not found at match {place}"
+
+
+def _replaced(text: str, there: str, instead: str, place: int) -> str:
+    """``text`` with ``instead`` at the ``place``-th match alone."""
+    match = [*re.finditer(there, text)][place]
+    return text[: match.start()] + match.expand(instead) + text[match.end() :]
 
 
 # Of all rows one in 40: changed code is compiled and compared, other code is as recorded. Then no digest is computed again. Last,
