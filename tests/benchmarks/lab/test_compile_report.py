@@ -242,7 +242,7 @@ def test_a_fault_is_found_and_the_mended_text_has_none(find, text: str, of_fault
     assert [*find(text.replace(of_fault, mended, 1))] == []
 
 
-def sass(code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, int] | None = None) -> Program:
+def sass(code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, int] | None = None) -> str:
     """Instructions as cuobjdump prints them, one for each line and 0x10 apart.
 
     By address: ``scoreboards`` that instructions keep busy until their results are written, and those that instructions wait for.
@@ -254,7 +254,7 @@ def sass(code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, 
         if waits and address in waits:
             upper_word |= 1 << 52 + waits[address]
         lines.append(f"  /*{address:04x}*/  {instruction.strip()} ;  /* {0:#018x} */\n  /* {upper_word:#018x} */")
-    return Program("\n".join(lines))
+    return "\n".join(lines)
 
 
 # From dX chained, masked, dA, whose loop has 400 instructions more.
@@ -289,7 +289,7 @@ IN_FLIGHT = """
     ],
 )
 def test_operands_in_flight(group: str, wait: str, overwritten: list[str]) -> None:
-    lines = [*overwritten_operands(sass(IN_FLIGHT.format(group=group, wait=wait)))]
+    lines = [*overwritten_operands(Program(sass(IN_FLIGHT.format(group=group, wait=wait))))]
     assert [line.partition(" of the HGMMA")[0] for line in lines] == overwritten
     assert all(re.search(r"at 0x[34]0 are overwritten before a wait, first at 0x1?0 \(LDSM", line) for line in lines)
 
@@ -317,7 +317,7 @@ LOADED = """
     ],
 )
 def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: str) -> None:
-    lines = [*early_uses(sass(LOADED, {0x10: 3}, waits))]
+    lines = [*early_uses(Program(sass(LOADED, {0x10: 3}, waits)))]
     be = "is" if registers == "R5" else "are"
     expected = [
         f"{registers} of the LDTM at {load} {be} used before a wait, first at {first}" for load in ("0x0", "0x10")
@@ -325,10 +325,56 @@ def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: 
     assert lines == (expected if registers else [])
 
 
+@pytest.mark.parametrize(
+    ("code", "text", "words"),
+    [
+        ("ptx", SCALAR, "a late warp may load"),
+        ("ptx", 2 * WAIT, "2 waits for the end"),
+        ("ptx", COPIED, "of the PTX"),
+        ("ttgir", BUFFERS, "2 copies run ahead"),
+        ("ttgir", STORED, "of the TTGIR"),
+        ("sass", sass(IN_FLIGHT.format(group="", wait="NOP")), "R32 to R35 of the HGMMA"),
+        ("sass", sass(LOADED), "R5, R8 to R11 of the LDTM"),
+    ],
+)
+def test_no_row_has_a_fault(code: str, text: str, words: str, monkeypatch) -> None:
+    codes = {"ptx": "", "ttgir": "", "sass": ""} | {code: text}
+    monkeypatch.setattr(machine_code, "cuobjdump", lambda cubin: f"REG:168 STACK:0 LOCAL:0\n{codes['sass']}")
+    monkeypatch.setattr(machine_code, "serialized", lambda ptx: "")
+    asm = {"cubin": b"", "ptx": codes["ptx"], "ttgir": codes["ttgir"], "ttir": ""}
+    with pytest.raises(machine_code.HazardError, match=words):
+        machine_code.read(SimpleNamespace(asm=asm))
+
+
+def test_only_faults_are_printed(monkeypatch, capsys) -> None:
+    variants = {
+        "r16": {"serialized": ""},
+        "r32": "R4 is lost",
+        "r64": {"serialized": "C7511 X"},
+        "r128": "not compiled: Y",
+    }
+    rows = {("lora_shrink", variant, "sm_90", "bf16"): row for variant, row in variants.items()}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(report, "make_row", rows.__getitem__)
+    monkeypatch.setattr(report, "jobs", lambda arch: rows)
+    assert report.main(["--hazards", "--arch", "sm_90"]) == 1
+    *faults, summary = capsys.readouterr().out.splitlines()
+    assert faults == [
+        "lora_shrink | r32 | sm_90 | bf16: R4 is lost",
+        "lora_shrink | r64 | sm_90 | bf16: serialized: C7511 X",
+        "lora_shrink | r128 | sm_90 | bf16: not compiled: Y",
+    ]
+    assert summary == f"Triton {triton.__version__}: 3 of 4 rows have a fault"
+    monkeypatch.setattr(report, "jobs", lambda arch: [*rows][:1])
+    assert report.main(["--hazards", "--arch", "sm_90"]) == 0
+    with pytest.raises(SystemExit):
+        report.main(["--hazards", "--check"])
+
+
 def test_a_jump_that_cannot_be_followed() -> None:
     text = IN_FLIGHT.format(group="", wait="BRX R4 -0x40")
     with pytest.raises(ValueError, match="cannot follow BRX R4 -0x40 at 0x50"):
-        list(overwritten_operands(sass(text)))
+        list(overwritten_operands(Program(sass(text))))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +397,7 @@ def test_a_jump_that_cannot_be_followed() -> None:
     ],
 )
 def test_registers_of_an_instruction(code: str, writes: list[int], reads: list[int]) -> None:
-    (instruction,) = sass(code).instructions
+    (instruction,) = Program(sass(code)).instructions
     assert (sorted(instruction.writes), sorted(instruction.reads)) == (writes, reads)
 
 
