@@ -11,12 +11,13 @@ from typing import NamedTuple
 from benchmarks.lab.compile_report import sass_registers
 from benchmarks.lab.compile_report.control_flow import State, walk
 
-# An instruction has 128 bits. The text has the lower word on the instruction's line and the upper word alone on the next line.
+# The text has an instruction's lower word on the instruction's line and the upper word alone on the next line.
 _INSTRUCTION = re.compile(
     r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)\s*;"
     r"\s*/\* 0x[0-9a-f]{16} \*/\s+/\* 0x(?P<upper_word>[0-9a-f]{16}) \*/",
     re.M,
 )
+_BYTES = 16
 # Places of fields in the upper word. 7 is no scoreboard.
 _WRITE_SCOREBOARD = 46
 _WAIT_MASK = 52
@@ -60,13 +61,17 @@ class Instruction(NamedTuple):
 
 
 class Program:
-    """The instructions of one kernel and, for each, the places of those that may run next."""
+    """The instructions of one kernel and, for each, the places of those that may run next.
+
+    Raises:
+        ValueError: the text is not that of one kernel.
+    """
 
     def __init__(self, sass: str) -> None:
         self.instructions = [_instruction(match) for match in _INSTRUCTION.finditer(sass)]
         addresses = [instruction.address for instruction in self.instructions]
-        if addresses != sorted(set(addresses)):
-            raise ValueError("the text has more than one function")
+        if addresses != [*range(0, _BYTES * len(addresses), _BYTES)]:
+            raise ValueError("the SASS has more than one function, or an instruction that cannot be read")
         self._places = {address: place for place, address in enumerate(addresses)}
 
     @cached_property
