@@ -76,6 +76,34 @@ def test_every_case(arch: str, schedule: str) -> None:
     emulate(*schedule.replace("--warps ", apart).split(), "--arch", arch)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_planted_fault_changes_the_ptx(arch: str) -> None:
+    """Of each kernel that a plant names. Compiled, not run: whether the emulator finds the faults is the night's."""
+    run(f"""
+from tests.ptx_emulator.cases import cases, kernels_of
+from tests.ptx_emulator.plants import PLANTS
+here = {{name: plant for name, plant in PLANTS.items() if {arch!r} in plant.archs}}
+wanted = {{plant.case for plant in here.values()}}
+kernels = {{case.name: kernels_of(case, {arch!r}) for case in cases() if case.name in wanted}}
+unplanted = [
+    name for name, plant in here.items()
+    if all(plant.edit(kernel.name, kernel.ptx) == kernel.ptx for kernel in kernels[plant.case])
+]
+assert not unplanted and len(here) >= 10, unplanted
+""")
+
+
+def test_a_fault_that_finds_no_place_is_not_one_that_is_found() -> None:
+    """The exit status is none of those of a run."""
+    run("""
+from tests.ptx_emulator.__main__ import main
+from tests.ptx_emulator.plants import PLANTS
+PLANTS["optimizer-barrier"] = PLANTS["optimizer-barrier"]._replace(source="no_file.py")
+assert main(["--plant", "optimizer-barrier", "--arch", "sm_80"]) == 3
+assert main(["--plant", "tma-flag-release", "--arch", "sm_80"]) == 2
+""")
+
+
 @pytest.mark.parametrize("names", [PLANTS, pytest.param(None, marks=pytest.mark.nightly)], ids=["few", "all"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_planted_faults_are_found(arch: str, names: list[str] | None) -> None:

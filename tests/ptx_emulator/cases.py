@@ -5,7 +5,7 @@ An error is a share of the library's own bound, :func:`stablelora_kernels.testin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from stablelora_kernels import StableLoRAAdamW, testing, use_backend, use_kernel
 from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.launch import workspace
+from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim import snapshot
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
@@ -27,8 +28,10 @@ from tests.helpers import case_checks
 from tests.helpers import cases as calls
 from tests.helpers.cases import BF16, FP16, FP32, far, laid_out
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
+from tests.ptx_emulator import library, runner
 from tests.ptx_emulator.library import Log, emulated
 from tests.ptx_emulator.machine import Schedule
+from tests.ptx_emulator.memory import EmulationError, Faults
 
 # By name: the error and its bound.
 Errors = dict[str, tuple[float, float]]
@@ -53,6 +56,8 @@ class Outcome(NamedTuple):
     share: float
     words: str
     log: Log
+    # False: the emulator, or the library, could not run the case to its end, for a reason that is no fault of the kernel.
+    ran: bool = True
 
     @property
     def right(self) -> bool:
@@ -72,7 +77,8 @@ def run_case(case: Case, schedule: Schedule) -> Outcome:
         left = sum(int(buffer.count_nonzero()) for buffer in workspace._in_use.values())
         errors["counters left"] = float(left), 0.5
     except Exception as error:
-        return Outcome(float("inf"), f"{type(error).__name__}: {str(error)[:300]}", log)
+        words = f"{type(error).__name__}: {str(error)[:300]}"
+        return Outcome(float("inf"), words, log, ran=isinstance(error, EmulationError))
     finally:
         torch.set_float32_matmul_precision(precision)
     shares = {
@@ -81,6 +87,22 @@ def run_case(case: Case, schedule: Schedule) -> Outcome:
     }
     worst = max(shares, key=lambda name: shares[name])
     return Outcome(shares[worst], f"{worst} {shares[worst]:.2f}", log)
+
+
+def kernels_of(case: Case, arch: str) -> list[runner.Compiled]:
+    """The compiled kernels of a case, each once, without running them."""
+    kernels: dict[str, runner.Compiled] = {}
+
+    def compile_only(launch: Launch, schedule: Schedule, more: Iterable[tuple[Tensor, str]] = ()) -> Faults:
+        compiled = runner.compile_to_ptx(launch, schedule.arch)
+        kernels[compiled.ptx] = compiled
+        return Faults()
+
+    with mock.patch.object(library, "run", compile_only):
+        outcome = run_case(case, Schedule(arch))
+    # Its numbers are garbage: no kernel wrote them.
+    assert outcome.ran, outcome.words
+    return [*kernels.values()]
 
 
 def _compare(found: Results, ref: Results, base: Results, dtype: torch.dtype) -> Errors:
