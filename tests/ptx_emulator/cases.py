@@ -14,10 +14,15 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from stablelora_kernels import StableLoRAAdamW, testing, use_backend, use_kernel
+from stablelora_kernels import StableLoRAAdamW, testing, use_autotune, use_backend, use_kernel
+from stablelora_kernels.dispatch import autotune
+from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
@@ -148,6 +153,16 @@ def linear(
     return _compare(found, testing.oracle(inputs, SCALING, keep, p), testing.eager(inputs, SCALING, keep, p), dtype)
 
 
+def autotuned(choice: Choice, run: Callable[[], Errors]) -> Errors:
+    """``run`` as if autotuning had found ``choice``, for the calls that have it among their candidates."""
+
+    def choose(device: Device, call: Call, *operands: Any) -> Choice | None:
+        return choice if choice in autotune.candidates(device, call).values() else None
+
+    with use_autotune(True), mock.patch.object(autotune, "choose", choose):
+        return run()
+
+
 def branch(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float) -> Errors:
     """The branch alone onto a finished product."""
     return _of(calls.Case("branch", (m, k), (n,), (r,), dtype, FP32, p=p))
@@ -199,10 +214,14 @@ def optimizer(
     shapes: Sequence[tuple[int, int, int]] = SHAPES,
     dtype: torch.dtype = FP32,
     way: str = "",
+    latching: bool = False,
     **options: Any,
 ) -> Errors:
-    """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the capture of a CUDA graph."""
-    made = []
+    """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the capture of a CUDA graph.
+
+    ``latching``: pairs must latch in these steps, some of them and not all.
+    """
+    made, latches = [], []
     for name in ("triton", "torch"):
         with use_backend(name), ExitStack() as stack:
             pairs = make_pairs([*shapes], dtype)
@@ -216,7 +235,10 @@ def optimizer(
                 with mock.patch.object(snapshot, "capturing", lambda now=capturing: now):
                     each.step()
             made.append([_whole(p.detach()) for p in params_of(each)])
-    errors = {}
+            latches.append([int(each.state[pair.A]["latched_at"]) for pair in pairs])
+    errors = {"latches": (float(latches[0] != latches[1]), 0.5)}
+    if latching:
+        errors["no latch"] = float(len({*latches[0]}) == 1), 0.5
     for i, (p, q) in enumerate(zip(*made, strict=True)):
         # Moments of few bits round by random numbers, which an unlike last bit of a moment turns over.
         few = options.get("moments_dtype", FP32) != FP32
@@ -227,14 +249,25 @@ def optimizer(
 
 @contextmanager
 def _sharded(pairs: list[LoRAPair]) -> Iterator[list[LoRAPair]]:
-    """``pairs`` as DTensors over a mesh of this process alone: A by columns, so that a shard is not one run of it, B by rows."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """``pairs`` as the second of two processes holds them: A by columns, so that a shard is not one run of it, B by rows.
+
+    There is no first process. Its collectives return what this one brings, so norms are those of this process's shards, on both
+    paths.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
-        mesh = init_device_mesh("cpu", (1,))
-        halves = ([distribute_tensor(t.detach(), mesh, [Shard(dim)]) for t, dim in ((p.A, 1), (p.B, 0))] for p in pairs)
-        yield [LoRAPair(p.name, *(t.requires_grad_() for t in both)) for p, both in zip(pairs, halves, strict=True)]
+        mesh = DeviceMesh("cpu", [0, 1])
+        yield [
+            LoRAPair(pair.name, _half(pair.A, mesh, 1).requires_grad_(), _half(pair.B, mesh, 0).requires_grad_())
+            for pair in pairs
+        ]
     finally:
         dist.destroy_process_group()
+
+
+def _half(t: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
+    mine = t.detach().chunk(2, dim)[1].contiguous()
+    return DTensor.from_local(mine, mesh, [Shard(dim)], run_check=False, shape=t.shape, stride=t.stride())
 
 
 def _whole(t: Any) -> Tensor:
@@ -245,7 +278,7 @@ def _set_gradients(params: list[Any], step: int) -> None:
     whole = [torch.empty(p.shape, dtype=p.dtype) for p in params]
     set_grads(whole, step)
     for p, w in zip(params, whole, strict=True):
-        p.grad = distribute_tensor(w.grad, p.device_mesh, p.placements) if hasattr(p, "placements") else w.grad
+        p.grad = _half(w.grad, p.device_mesh, p.placements[0].dim) if hasattr(p, "placements") else w.grad
 
 
 def cases() -> Iterator[Case]:
@@ -278,6 +311,13 @@ def cases() -> Iterator[Case]:
     for n, k, p, processors in ((800, 96, 0.0, 9), (96, 800, 0.1, 9), (800, 96, 0.0, 3)):
         name = f"linear chained bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
         yield Case(name, partial(linear, 200, n, k, 16, p=p), "chained", processors)
+    # S, dB and dA whose parts programs share, each with counters of its own, beside those of the chain.
+    name = "linear chained bf16/fp32 M520 N520 K64 r16 p0.1, shared sums"
+    yield Case(name, partial(linear, 520, 520, 64, 16, p=0.1), "chained")
+    # A tile of S has more rows than the product's.
+    for p in (0.0, 0.1):
+        run = partial(autotuned, Choice("chained", "", Tile(64, 256, 64, 8, 3)), partial(linear, 200, 264, 160, 16, p=p))
+        yield Case(f"linear bf16/fp32 M200 N264 r16 p{p}, autotuned 64 x 256", run, processors=5)
     for m, k, p in ((1, 1024, 0.0), (5, 520, 0.0), (33, 520, 0.1), (130, 1100, 0.0), (130, 1104, 0.1)):
         yield Case(f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p))
     every = ("x", "weight", "lora_A", "lora_B", "grad")
@@ -362,5 +402,6 @@ def cases() -> Iterator[Case]:
         ("bf16, 8-bit moments", partial(optimizer, 2, dtype=BF16, moments_dtype=torch.uint8)),
         ("fp32, sharded", partial(optimizer, 3, way="sharded")), ("fp32, captured", partial(optimizer, 3, way="captured")),
         ("bf16, sharded", partial(optimizer, 3, dtype=BF16, way="sharded")),
+        ("fp32, sharded, latching", partial(optimizer, 3, way="sharded", latching=True, lr=0.1)),
     ):  # fmt: skip
         yield Case(f"optimizer {words}", run)
