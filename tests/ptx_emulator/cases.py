@@ -312,11 +312,14 @@ def cases() -> Iterator[Case]:
         name = f"linear chained bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
         yield Case(name, partial(linear, 200, n, k, 16, p=p), "chained", processors)
     # S, dB and dA whose parts programs share, each with counters of its own, beside those of the chain.
-    name = "linear chained bf16/fp32 M520 N520 K64 r16 p0.1, shared sums"
-    yield Case(name, partial(linear, 520, 520, 64, 16, p=0.1), "chained")
+    for p in (0.0, 0.1):
+        name = f"linear chained bf16/fp32 M520 N520 K64 r16 p{p}, shared sums"
+        yield Case(name, partial(linear, 520, 520, 64, 16, p=p), "chained")
     # A tile of S has more rows than the product's.
     for p in (0.0, 0.1):
-        run = partial(autotuned, Choice("chained", "", Tile(64, 256, 64, 8, 3)), partial(linear, 200, 264, 160, 16, p=p))
+        run = partial(
+            autotuned, Choice("chained", "", Tile(64, 256, 64, 8, 3)), partial(linear, 200, 264, 160, 16, p=p)
+        )
         yield Case(f"linear bf16/fp32 M200 N264 r16 p{p}, autotuned 64 x 256", run, processors=5)
     for m, k, p in ((1, 1024, 0.0), (5, 520, 0.0), (33, 520, 0.1), (130, 1100, 0.0), (130, 1104, 0.1)):
         yield Case(f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p))
@@ -374,6 +377,8 @@ def cases() -> Iterator[Case]:
     yield Case("mlp split bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1), "split")
     yield Case("mlp bf16 M130 p0.1, shared A", partial(mlp, 130, 96, 64, 80, (16,) * 3, p=0.1, shared=True))
     yield Case("mlp bf16 M130, branch at down alone", partial(mlp, 130, 96, 64, 80, (None, None, 16)))
+    # One launch for gate and up; dA of down reads G and U in its own loop.
+    yield Case("mlp bf16 M130 r16 p0.0, 2 processors", partial(mlp, 130, 96, 64, 80, (16,) * 3), processors=2)
     yield Case(
         "mlp bf16 M300 F520 p0.1, 2 processors", partial(mlp, 300, 520, 264, 160, (16,) * 3, p=0.1), processors=2
     )

@@ -83,6 +83,6 @@ PLANTS = {
     "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", HOPPER),
     "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
     "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
-    "load-bytes": Plant(_SPLIT, _TMA, "linear_tma.py", r"(expect_tx\.shared(?:::cta)?\.b64 _, \[%r\d+\], )(\d+)", _one_more, HOPPER),
+    "load-bytes": Plant(_SPLIT, _TMA, "linear_tma.py", r"(expect_tx\.shared\S* _, \[%r\d+\], )(\d+)", _one_more, HOPPER),
     "store-wait": Plant(_SPLIT, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", HOPPER),
 }  # fmt: skip
