@@ -321,8 +321,8 @@ def _proxy_fence(ins: Instruction, c: CTA, mask: Any) -> None:
 
 INSTRUCTIONS: dict[str, Callable[[Arithmetic, Instruction], Action]] = {
     "mbarrier.init": _init, "mbarrier.inval": _invalidate, "mbarrier.arrive.expect_tx": _expect,
-    "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier": _load, "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier": _load,
-    "cp.async.bulk.tensor.2d.global.shared::cta": _store,
+    "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier": _load, "cp.async.bulk.tensor.2d.global.shared::cta": _store,
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier": _load,
     "cp.async.bulk.commit_group": whole(_commit), "cp.async.bulk.wait_group": whole(_wait),
     "fence.proxy.async": whole(_proxy_fence),
 }  # fmt: skip
