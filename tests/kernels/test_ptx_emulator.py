@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from tests.helpers.processes import python
-from tests.ptx_emulator.__main__ import QUICK
+from tests.ptx_emulator.__main__ import LONG, QUICK
 from tests.ptx_emulator.__main__ import parse as parse_command
 from tests.ptx_emulator.machine import LaunchState, Machine, Schedule
 from tests.ptx_emulator.memory import EmulationError, global_memory
 from tests.ptx_emulator.parse import parse
 from tests.ptx_emulator.program import CompiledProgram
 
-triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
-pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith("3.9."), reason="the emulator knows the instructions that Triton 3.9 makes"
-)
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
+# The last of each minor release that the metadata allows, but for 3.7: torch 2.12 and 2.13 pin 3.7.1.
+TRITONS = ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
 BLACKWELL = [pytest.param(arch, marks=pytest.mark.nightly) for arch in ("sm_100", "sm_120")]
 ARCHS = ["sm_80", "sm_90", *BLACKWELL]
 # By day, two on each of Ampere and Hopper.
@@ -55,7 +54,11 @@ raise SystemExit(any([main([*{arguments!r}, "--only", name]) for name in {only!r
 
 
 # In processes of some cases each: importing Triton takes as long as a case.
-@pytest.mark.parametrize("names", [QUICK[i::3] for i in range(3)], ids=lambda names: names[0])
+BY_DAY = [name for name in QUICK if name not in LONG]
+CASES = [*(tuple(BY_DAY[i::3]) for i in range(3)), *(pytest.param((name,), marks=pytest.mark.nightly) for name in LONG)]
+
+
+@pytest.mark.parametrize("names", CASES, ids=lambda names: names[0])
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90", *BLACKWELL])
 def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
     emulate("--quick", "--arch", arch, only=names)
@@ -67,7 +70,7 @@ def test_kernels_of_blackwell() -> None:
 
 
 def test_programs_wait_as_on_amds_gpus() -> None:
-    """Triton's own loop around a volatile load waits for a flag there, as in the interpreter."""
+    """Triton's own loop around an atomic waits for a flag there, as in the interpreter."""
     patched = """
 import triton.language as tl
 from stablelora_kernels.kernels.lora import chain
@@ -76,11 +79,67 @@ chain.INTERPRETING = tl.constexpr(True)"""
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("options", ["--arch sm_90", "--arch sm_80 --quick", "--arch sm_100 --quick"])
+@pytest.mark.parametrize("version", TRITONS)
+def test_every_case_under_every_triton(version: str, options: str) -> None:
+    """Each torch pins one Triton. --triton installs it beside this one, and runs the command again with it."""
+    arguments = ["-m", "--triton", version, *options.split()]
+    run(f"""
+import runpy, sys
+sys.argv = {arguments!r}
+runpy.run_module("tests.ptx_emulator", run_name="__main__")
+""")
+
+
+def test_barriers_of_our_own_suffice() -> None:
+    """Triton 3.9 adds a barrier of its own ahead of an atomic that releases, and 3.6 does not: the source must have all."""
+    run("""
+from tests.ptx_emulator import runner
+from tests.ptx_emulator.cases import cases, run_case
+from tests.ptx_emulator.machine import Schedule
+from tests.ptx_emulator.plants import without_barriers_of_triton
+runner.edits[:] = [without_barriers_of_triton]
+names = ("linear chained bf16/fp32 M130 r16 p0.1", "linear bf16/fp32 M33 K520 r16 p0.1, long sum")
+outcomes = [run_case(case, Schedule(warps="first")) for case in cases() if case.name in names]
+wrong = [line for outcome in outcomes if not outcome.right for line in (outcome.words, *outcome.log.faults.lines())]
+assert len(outcomes) == 2 and not wrong, wrong
+""")
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_case(arch: str, schedule: str) -> None:
     apart = "--warps groups-" if arch == "sm_90" else "--warps "
     emulate(*schedule.replace("--warps ", apart).split(), "--arch", arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_planted_fault_changes_the_ptx(arch: str) -> None:
+    """Of each kernel that a plant names. Compiled, not run: whether the emulator finds the faults is the night's."""
+    run(f"""
+from tests.ptx_emulator.cases import cases, kernels_of
+from tests.ptx_emulator.plants import PLANTS
+here = {{name: plant for name, plant in PLANTS.items() if {arch!r} in plant.archs}}
+wanted = {{plant.case for plant in here.values()}}
+kernels = {{case.name: kernels_of(case, {arch!r}) for case in cases() if case.name in wanted}}
+unplanted = [
+    name for name, plant in here.items()
+    if all(plant.edit(kernel.name, kernel.ptx) == kernel.ptx for kernel in kernels[plant.case])
+]
+assert not unplanted and len(here) >= 10, unplanted
+""")
+
+
+def test_a_fault_that_finds_no_place_is_not_one_that_is_found() -> None:
+    """The exit status is none of those of a run."""
+    run("""
+from tests.ptx_emulator.__main__ import main
+from tests.ptx_emulator.plants import PLANTS
+PLANTS["optimizer-barrier"] = PLANTS["optimizer-barrier"]._replace(source="no_file.py")
+assert main(["--plant", "optimizer-barrier", "--arch", "sm_80"]) == 3
+assert main(["--plant", "tma-flag-release", "--arch", "sm_80"]) == 2
+""")
 
 
 @pytest.mark.parametrize("names", [PLANTS, pytest.param(None, marks=pytest.mark.nightly)], ids=["few", "all"])

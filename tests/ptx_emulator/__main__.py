@@ -1,4 +1,8 @@
-"""Run the library's compiled kernels on a CPU and print a table, then every fault. Exits with 1 on any fault or wrong number."""
+"""Run the library's compiled kernels on a CPU and print a table, then every fault.
+
+Exit status: 0 without any fault; 1 with a fault or a wrong number; 2 if the options fit no case; 3 if --plant planted nothing,
+or its case could not run to the end, so that nobody knows whether the fault is found.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,17 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.common import tritons
 from tests.ptx_emulator import runner
 from tests.ptx_emulator.cases import Case, cases, run_case
 from tests.ptx_emulator.machine import Schedule
 from tests.ptx_emulator.plants import BOTH, PLANTS
 
+# Sums that programs share at once, a tile that only autotuning takes, two blocks of ranks. The tests run them at night alone.
+LONG = (
+    "linear chained bf16/fp32 M520 N520 K64 r16 p0.0, shared sums", "linear bf16/fp32 M200 N264 r16 p0.1, autotuned 64 x 256",
+    "linear bf16/fp32 M96 N72 K64 r100 p0.1",
+)  # fmt: skip
 # Each kernel, the optimizer's included, in few cases.
 QUICK = (
     "linear fused bf16/fp32 M5 N64 K512 r16", "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
@@ -22,7 +32,13 @@ QUICK = (
     "linear split bf16/fp32 M130 r16 p0.0", "branch bf16 M33 r16 p0.0",
     "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
+    "optimizer fp32, sharded, latching",
+    # With products whose operand comes from registers: Triton 3.6 or 3.7 computed wrong dA, dB or Y in each.
+    "linear bf16/bf16 M33 N96 K160 r16 p0.1", "linear bf16/fp32 M130 r16 p0.1, X shifted",
+    "mlp bf16 M130 r16 p0.0, 2 processors",
+    *LONG,
 )  # fmt: skip
+NOTHING_FITS, NOTHING_PLANTED = 2, 3
 # GPUs whose PTX the emulator knows.
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-random")
@@ -37,7 +53,8 @@ def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.ptx_emulator", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx_emulator", description=__doc__, formatter_class=raw)
     help_ = f"of {', '.join(ARCHS)}, with commas between them (default: %(default)s)"
     parser.add_argument("--arch", default=",".join(BOTH), help=help_)
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
@@ -47,10 +64,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)")
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
     parser.add_argument("--resident", type=int, metavar="N", help="CTAs that run at a time (default: all)")
-    help_ = "each kernel once, copies early, warps apart, four CTAs at a time, the last first"
+    help_ = "each kernel in a few cases, copies early, warps apart, four CTAs at a time, the last first"
     parser.add_argument("--quick", action="store_true", help=help_)
     help_ = "take a barrier, wait or fence out of the PTX, which must be found; list: the names"
     parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
+    tritons.add_option(parser)
     options = parser.parse_args(arguments)
     options.arch = options.arch.split(",")
     if unknown := [arch for arch in options.arch if arch not in ARCHS]:
@@ -77,8 +95,14 @@ def chosen(options: argparse.Namespace) -> list[tuple[Case, Schedule]]:
     return found
 
 
+def _refuse(message: str, status: int) -> int:
+    print(f"python -m tests.ptx_emulator: error: {message}", file=sys.stderr)
+    return status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    tritons.run_again("tests.ptx_emulator", options.triton, arguments)
     if options.plant == "list":
         print(*(f"{name}: {', '.join(plant.archs)}, {plant.kernel}" for name, plant in PLANTS.items()), sep="\n")
         return 0
@@ -93,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner.edits[:] = [edit] if options.plant else []
     todo = chosen(options)
     if not todo:
-        sys.exit("python -m tests.ptx_emulator: error: no case fits the options")
+        return _refuse("no case fits the options", NOTHING_FITS)
     print("| GPU | case | launches | error over bound | faults | seconds |\n|---|---|---|---|---|---|", flush=True)
-    details, bad = [], 0
+    details, bad, stopped = [], 0, []
     for case, schedule in todo:
         began = time.monotonic()
         outcome = run_case(case, schedule)
@@ -105,10 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = (schedule.arch, case.name, len(launches), words, len(faults), seconds)
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
         bad += not outcome.right
+        stopped += [] if outcome.ran else [outcome.words]
         if not outcome.right:
             details += [f"{schedule.arch} {case.name}: {line}" for line in (outcome.words, *launches, *faults)]
     if options.plant and not planted:
-        sys.exit(f"python -m tests.ptx_emulator: error: no code for {options.plant} to be planted in")
+        return _refuse(f"no code for {options.plant} to be planted in", NOTHING_PLANTED)
+    if options.plant and stopped:
+        return _refuse(
+            f"{options.plant} is planted, but its case did not run to the end: {stopped[0]}", NOTHING_PLANTED
+        )
     print(f"\n{len(todo)} cases, {bad} with a fault or a wrong number")
     print(*details, sep="\n")
     return int(bad > 0)

@@ -5,7 +5,7 @@ An error is a share of the library's own bound, :func:`stablelora_kernels.testin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,12 +14,18 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from stablelora_kernels import StableLoRAAdamW, testing, use_backend, use_kernel
+from stablelora_kernels import StableLoRAAdamW, testing, use_autotune, use_backend, use_kernel
+from stablelora_kernels.dispatch import autotune
+from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.launch import workspace
+from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim import snapshot
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
@@ -27,8 +33,10 @@ from tests.helpers import case_checks
 from tests.helpers import cases as calls
 from tests.helpers.cases import BF16, FP16, FP32, far, laid_out
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
+from tests.ptx_emulator import library, runner
 from tests.ptx_emulator.library import Log, emulated
 from tests.ptx_emulator.machine import Schedule
+from tests.ptx_emulator.memory import EmulationError, Faults
 
 # By name: the error and its bound.
 Errors = dict[str, tuple[float, float]]
@@ -53,6 +61,8 @@ class Outcome(NamedTuple):
     share: float
     words: str
     log: Log
+    # False: the emulator, or the library, could not run the case to its end, for a reason that is no fault of the kernel.
+    ran: bool = True
 
     @property
     def right(self) -> bool:
@@ -72,7 +82,8 @@ def run_case(case: Case, schedule: Schedule) -> Outcome:
         left = sum(int(buffer.count_nonzero()) for buffer in workspace._in_use.values())
         errors["counters left"] = float(left), 0.5
     except Exception as error:
-        return Outcome(float("inf"), f"{type(error).__name__}: {str(error)[:300]}", log)
+        words = f"{type(error).__name__}: {str(error)[:300]}"
+        return Outcome(float("inf"), words, log, ran=isinstance(error, EmulationError))
     finally:
         torch.set_float32_matmul_precision(precision)
     shares = {
@@ -81,6 +92,22 @@ def run_case(case: Case, schedule: Schedule) -> Outcome:
     }
     worst = max(shares, key=lambda name: shares[name])
     return Outcome(shares[worst], f"{worst} {shares[worst]:.2f}", log)
+
+
+def kernels_of(case: Case, arch: str) -> list[runner.Compiled]:
+    """The compiled kernels of a case, each once, without running them."""
+    kernels: dict[str, runner.Compiled] = {}
+
+    def compile_only(launch: Launch, schedule: Schedule, more: Iterable[tuple[Tensor, str]] = ()) -> Faults:
+        compiled = runner.compile_to_ptx(launch, schedule.arch)
+        kernels[compiled.ptx] = compiled
+        return Faults()
+
+    with mock.patch.object(library, "run", compile_only):
+        outcome = run_case(case, Schedule(arch))
+    # Its numbers are garbage: no kernel wrote them.
+    assert outcome.ran, outcome.words
+    return [*kernels.values()]
 
 
 def _compare(found: Results, ref: Results, base: Results, dtype: torch.dtype) -> Errors:
@@ -124,6 +151,16 @@ def linear(
     torch.manual_seed(11)
     keep = _mask(m, k, p)
     return _compare(found, testing.oracle(inputs, SCALING, keep, p), testing.eager(inputs, SCALING, keep, p), dtype)
+
+
+def autotuned(choice: Choice, run: Callable[[], Errors]) -> Errors:
+    """``run`` as if autotuning had found ``choice``, for the calls that have it among their candidates."""
+
+    def choose(device: Device, call: Call, *operands: Any) -> Choice | None:
+        return choice if choice in autotune.candidates(device, call).values() else None
+
+    with use_autotune(True), mock.patch.object(autotune, "choose", choose):
+        return run()
 
 
 def branch(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float) -> Errors:
@@ -177,10 +214,14 @@ def optimizer(
     shapes: Sequence[tuple[int, int, int]] = SHAPES,
     dtype: torch.dtype = FP32,
     way: str = "",
+    latching: bool = False,
     **options: Any,
 ) -> Errors:
-    """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the capture of a CUDA graph."""
-    made = []
+    """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the capture of a CUDA graph.
+
+    ``latching``: pairs must latch in these steps, some of them and not all.
+    """
+    made, latches = [], []
     for name in ("triton", "torch"):
         with use_backend(name), ExitStack() as stack:
             pairs = make_pairs([*shapes], dtype)
@@ -194,7 +235,10 @@ def optimizer(
                 with mock.patch.object(snapshot, "capturing", lambda now=capturing: now):
                     each.step()
             made.append([_whole(p.detach()) for p in params_of(each)])
-    errors = {}
+            latches.append([int(each.state[pair.A]["latched_at"]) for pair in pairs])
+    errors = {"latches": (float(latches[0] != latches[1]), 0.5)}
+    if latching:
+        errors["no latch"] = float(len({*latches[0]}) == 1), 0.5
     for i, (p, q) in enumerate(zip(*made, strict=True)):
         # Moments of few bits round by random numbers, which an unlike last bit of a moment turns over.
         few = options.get("moments_dtype", FP32) != FP32
@@ -205,14 +249,25 @@ def optimizer(
 
 @contextmanager
 def _sharded(pairs: list[LoRAPair]) -> Iterator[list[LoRAPair]]:
-    """``pairs`` as DTensors over a mesh of this process alone: A by columns, so that a shard is not one run of it, B by rows."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """``pairs`` as the second of two processes holds them: A by columns, so that a shard is not one run of it, B by rows.
+
+    There is no first process. Its collectives return what this one brings, so norms are those of this process's shards, on both
+    paths.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
-        mesh = init_device_mesh("cpu", (1,))
-        halves = ([distribute_tensor(t.detach(), mesh, [Shard(dim)]) for t, dim in ((p.A, 1), (p.B, 0))] for p in pairs)
-        yield [LoRAPair(p.name, *(t.requires_grad_() for t in both)) for p, both in zip(pairs, halves, strict=True)]
+        mesh = DeviceMesh("cpu", [0, 1])
+        yield [
+            LoRAPair(pair.name, _half(pair.A, mesh, 1).requires_grad_(), _half(pair.B, mesh, 0).requires_grad_())
+            for pair in pairs
+        ]
     finally:
         dist.destroy_process_group()
+
+
+def _half(t: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
+    mine = t.detach().chunk(2, dim)[1].contiguous()
+    return DTensor.from_local(mine, mesh, [Shard(dim)], run_check=False, shape=t.shape, stride=t.stride())
 
 
 def _whole(t: Any) -> Tensor:
@@ -223,7 +278,7 @@ def _set_gradients(params: list[Any], step: int) -> None:
     whole = [torch.empty(p.shape, dtype=p.dtype) for p in params]
     set_grads(whole, step)
     for p, w in zip(params, whole, strict=True):
-        p.grad = distribute_tensor(w.grad, p.device_mesh, p.placements) if hasattr(p, "placements") else w.grad
+        p.grad = _half(w.grad, p.device_mesh, p.placements[0].dim) if hasattr(p, "placements") else w.grad
 
 
 def cases() -> Iterator[Case]:
@@ -256,6 +311,16 @@ def cases() -> Iterator[Case]:
     for n, k, p, processors in ((800, 96, 0.0, 9), (96, 800, 0.1, 9), (800, 96, 0.0, 3)):
         name = f"linear chained bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
         yield Case(name, partial(linear, 200, n, k, 16, p=p), "chained", processors)
+    # S, dB and dA whose parts programs share, each with counters of its own, beside those of the chain.
+    for p in (0.0, 0.1):
+        name = f"linear chained bf16/fp32 M520 N520 K64 r16 p{p}, shared sums"
+        yield Case(name, partial(linear, 520, 520, 64, 16, p=p), "chained")
+    # A tile of S has more rows than the product's.
+    for p in (0.0, 0.1):
+        run = partial(
+            autotuned, Choice("chained", "", Tile(64, 256, 64, 8, 3)), partial(linear, 200, 264, 160, 16, p=p)
+        )
+        yield Case(f"linear bf16/fp32 M200 N264 r16 p{p}, autotuned 64 x 256", run, processors=5)
     for m, k, p in ((1, 1024, 0.0), (5, 520, 0.0), (33, 520, 0.1), (130, 1100, 0.0), (130, 1104, 0.1)):
         yield Case(f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p))
     every = ("x", "weight", "lora_A", "lora_B", "grad")
@@ -312,6 +377,8 @@ def cases() -> Iterator[Case]:
     yield Case("mlp split bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1), "split")
     yield Case("mlp bf16 M130 p0.1, shared A", partial(mlp, 130, 96, 64, 80, (16,) * 3, p=0.1, shared=True))
     yield Case("mlp bf16 M130, branch at down alone", partial(mlp, 130, 96, 64, 80, (None, None, 16)))
+    # One launch for gate and up; dA of down reads G and U in its own loop.
+    yield Case("mlp bf16 M130 r16 p0.0, 2 processors", partial(mlp, 130, 96, 64, 80, (16,) * 3), processors=2)
     yield Case(
         "mlp bf16 M300 F520 p0.1, 2 processors", partial(mlp, 300, 520, 264, 160, (16,) * 3, p=0.1), processors=2
     )
@@ -340,5 +407,6 @@ def cases() -> Iterator[Case]:
         ("bf16, 8-bit moments", partial(optimizer, 2, dtype=BF16, moments_dtype=torch.uint8)),
         ("fp32, sharded", partial(optimizer, 3, way="sharded")), ("fp32, captured", partial(optimizer, 3, way="captured")),
         ("bf16, sharded", partial(optimizer, 3, dtype=BF16, way="sharded")),
+        ("fp32, sharded, latching", partial(optimizer, 3, way="sharded", latching=True, lr=0.1)),
     ):  # fmt: skip
         yield Case(f"optimizer {words}", run)
