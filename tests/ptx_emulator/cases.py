@@ -408,5 +408,6 @@ def cases() -> Iterator[Case]:
         ("fp32, sharded", partial(optimizer, 3, way="sharded")), ("fp32, captured", partial(optimizer, 3, way="captured")),
         ("bf16, sharded", partial(optimizer, 3, dtype=BF16, way="sharded")),
         ("fp32, sharded, latching", partial(optimizer, 3, way="sharded", latching=True, lr=0.1)),
+        ("fp32, sharded, clipped", partial(optimizer, 2, way="sharded", max_grad_norm=0.1)),
     ):  # fmt: skip
         yield Case(f"optimizer {words}", run)
