@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 import triton
 
+from benchmarks.common.tritons import PINNED
 from benchmarks.lab.compile_report import hazards_amd, machine_code, report
 from benchmarks.lab.compile_report.hazards import reloaded_scalars, short_buffers, store_round_trips
 from benchmarks.lab.compile_report.hazards_amd import early_counts
@@ -20,6 +21,7 @@ from benchmarks.lab.compile_report.hazards_fences import unfenced_copies, unfenc
 from benchmarks.lab.compile_report.hazards_sass import early_uses, overwritten_operands
 from benchmarks.lab.compile_report.occupancy import occupancy
 from benchmarks.lab.compile_report.sass import Program
+from stablelora_kernels.dispatch.backend import judge
 from stablelora_kernels.dispatch.problem import DEVICES
 from tests.helpers.processes import python
 
@@ -489,6 +491,11 @@ for digest, different in zip(digests, (5, 4), strict=True):
     found = [*(digest(each, "sm_90") for each in (launch, launch, unused, *others)), digest(launch, "sm_80")]
     assert found[0] == found[1] and len(set(found)) == different, (digest, found)
 """
+HAZARDS = """
+import runpy, sys
+sys.argv = ["-m", "--triton", {!r}, "--hazards", "--arch", {!r}]
+runpy.run_module("benchmarks.lab.compile_report", run_name="__main__")
+"""
 ALL = "from benchmarks.lab.compile_report.report import main; raise SystemExit(main(['--check', '--arch', '{}']))"
 
 
@@ -503,3 +510,13 @@ ALL = "from benchmarks.lab.compile_report.report import main; raise SystemExit(m
 def test_todays_kernels_keep_the_report(code: str, tmp_path: Path) -> None:
     done = python(code, STABLELORA_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr[-8000:]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("arch", report.ARCHS)
+@pytest.mark.parametrize("version", PINNED)
+def test_no_triton_compiles_a_hazard(version: str, arch: str) -> None:
+    if arch.startswith("sm_") and (problem := judge((int(arch[3:-1]), int(arch[-1])), version).problem):
+        pytest.skip(f"the kernels do not run there by default: {problem}")
+    done = python(HAZARDS.format(version, arch))
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
