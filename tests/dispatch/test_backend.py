@@ -263,7 +263,7 @@ def test_explain_and_doctor_say_which_row_a_newer_gpu_takes(machine):
     assert str(found).startswith(f"backend triton on sm_103 ('auto' takes the Triton kernels on a GPU; {taken})\n")
     assert "taken as" not in str(other)
     gpus = doctor._versions()
-    assert gpus["GPU 0"] == f"some GPU, sm_103; {taken}; the row of compute capability 10.0 needs Triton 3.6.0 or newer"
+    assert gpus["GPU 0"] == f"some GPU, sm_103; {taken}; the row of compute capability 10.0 needs Triton 3.7.1 or newer"
     assert gpus["GPU 1"] == "some GPU, sm_90; the row of compute capability 9.0 needs Triton 3.6.0 or newer"
 
 
