@@ -9,8 +9,8 @@ from stablelora_kernels.dispatch import backend
 from stablelora_kernels.utils.extras import release
 
 INTERPRETING: tl.constexpr = tl.constexpr(backend.INTERPRETING)
-# Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that reads it through the asynchronous
-# proxy (triton-lang/triton#9610).
+# Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that reads it through the
+# asynchronous proxy (triton-lang/triton#9610).
 FENCES_COPIES: tl.constexpr = tl.constexpr(release(triton.__version__, 3) >= (3, 7, 1))
 
 
@@ -44,9 +44,9 @@ def finished(acc):
 
     Triton lets an asynchronous product of Hopper's run on into the loop's next round. Two kinds of products must not:
 
-    - A product whose first operand is in registers, as a masked or gated tile is, and float32 under TensorFloat-32. The next round
-      overwrites these registers. Triton 3.6 and 3.7 keep no copy of them; Triton 3.8 does, and its ptxas (CUDA 12.9) removes it
-      again (triton-lang/triton#11781).
+    - A product whose first operand is in registers, as a masked or gated tile is, and float32 under TensorFloat-32. The next
+      round overwrites these registers. Triton 3.6 and 3.7 keep no copy of them; Triton 3.8 does, and its ptxas (CUDA 12.9)
+      removes it again (triton-lang/triton#11781).
     - A product that shares an operand in shared memory with another reader. Triton adds a buffer for an operand that only the
       product reads. It adds none for an operand with another reader, so the next copy would overwrite what the product reads.
     """

@@ -30,7 +30,9 @@ def test_the_command_runs_under_the_release_with_its_arguments(unpacked: Path, t
     (tmp_path / "command.py").write_text(
         "import sys; from importlib.metadata import version; print(version('triton'), *sys.argv[1:])"
     )
-    code = "from benchmarks.common.tritons import run_again; run_again('command', '0.1.2', ['--triton', '0.1.2', 'b c'])"
+    code = (
+        "from benchmarks.common.tritons import run_again; run_again('command', '0.1.2', ['--triton', '0.1.2', 'b c'])"
+    )
     environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "STABLELORA_CACHE": str(tmp_path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "0.1.2 --triton 0.1.2 b c\n", done.stderr

@@ -79,7 +79,9 @@ chain.INTERPRETING = tl.constexpr(True)"""
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("options", ["--arch sm_90", "--arch sm_80 --quick", "--arch sm_100 --quick", "--arch sm_120 --quick"])
+@pytest.mark.parametrize(
+    "options", ["--arch sm_90", "--arch sm_80 --quick", "--arch sm_100 --quick", "--arch sm_120 --quick"]
+)
 @pytest.mark.parametrize("version", PINNED)
 def test_every_case_under_every_triton(version: str, options: str) -> None:
     """Each torch pins one Triton. --triton installs it beside this one, and runs the command again with it.
