@@ -30,7 +30,7 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 def _fence_copies():
     """Make what threads have written to shared memory visible to a WGMMA, which reads it through the asynchronous proxy.
 
-    Data-center Blackwell's products would need it too, but there the pipeliner of Triton 3.6 refuses a loop with such a statement.
+    Data-center Blackwell's products would need it too, but the pipeliner of Triton 3.6 refuses their loops with such a statement.
     """
     if targets_hopper():
         tl.inline_asm_elementwise(
