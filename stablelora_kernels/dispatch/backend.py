@@ -130,6 +130,9 @@ def interpreter_problem() -> str | None:
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 TRITON_PROBLEM = _triton_problem() or (interpreter_problem() if INTERPRETING else None)
 TRITON_VERSION = _triton_version()
+# Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that reads it through the
+# asynchronous proxy (triton-lang/triton#9610).
+TRITON_FENCES_COPIES = TRITON_VERSION is None or release(TRITON_VERSION, 3) >= (3, 7, 1)
 _FORCED = "the backend is forced (set_backend or STABLELORA_BACKEND)"
 _warned: set[str] = set()
 

@@ -6,12 +6,9 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.dispatch import backend
-from stablelora_kernels.utils.extras import release
 
 INTERPRETING: tl.constexpr = tl.constexpr(backend.INTERPRETING)
-# Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that reads it through the
-# asynchronous proxy (triton-lang/triton#9610).
-FENCES_COPIES: tl.constexpr = tl.constexpr(release(triton.__version__, 3) >= (3, 7, 1))
+FENCES_COPIES: tl.constexpr = tl.constexpr(backend.TRITON_FENCES_COPIES)
 
 
 @triton.jit
