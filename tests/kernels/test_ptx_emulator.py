@@ -16,7 +16,7 @@ from tests.ptx_emulator.memory import EmulationError, global_memory
 from tests.ptx_emulator.parse import parse
 from tests.ptx_emulator.program import CompiledProgram
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 # The last of each minor release that the metadata allows, but for 3.7: torch 2.12 and 2.13 pin 3.7.1.
 TRITONS = ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
@@ -40,7 +40,14 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+# The library's products have a fence of their own; these have Triton's alone.
+needs_fences = pytest.mark.skipif(
+    triton.__version__ in ("3.6.0", "3.7.0"),
+    reason="this Triton leaves out fences between copies and WGMMAs, as is found",
+)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=needs_fences)])
 def test_kernels_of_its_own(arch: str) -> None:
     run(f"from tests.ptx_emulator.validation import main; main({arch!r})")
 
@@ -62,6 +69,9 @@ def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
     emulate("--quick", "--arch", arch, only=names)
 
 
+@pytest.mark.skipif(
+    triton.__version__ < "3.8", reason="for NVIDIA's GPUs, Triton before 3.8 drops an atomic whose result nobody uses"
+)
 def test_programs_wait_as_on_amds_gpus() -> None:
     """Triton's own loop around a volatile load waits for a flag there, as in the interpreter."""
     patched = """
