@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import backend, problem, rules
-from stablelora_kernels.dispatch.backend import resolve_backend
+from stablelora_kernels.dispatch.backend import explain_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel
+from stablelora_kernels.dispatch.settings import get_autotune, get_kernel
 from stablelora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
 from stablelora_kernels.projection import Projection, flatten, layouts_of, scale_count, split
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
@@ -62,6 +62,8 @@ class Explanation(NamedTuple):
         backward_kernel: likewise for dX, dA and dB.
         backward_reason: the reason for that kernel.
         backward: its launches.
+        backend_reason: the reason for the backend. It says so if the installed Triton is not proven for the GPU, and names the
+            compute capability that a newer GPU is taken as.
     """
 
     backend: str
@@ -72,9 +74,12 @@ class Explanation(NamedTuple):
     backward_kernel: str
     backward_reason: str
     backward: tuple[Step, ...]
+    backend_reason: str = ""
 
     def __str__(self) -> str:
-        lines = [f"backend {self.backend}" + (f" on {self.arch}" if self.arch else "")]
+        place = f" on {self.arch}" if self.arch else ""
+        reason = f" ({self.backend_reason})" if self.backend_reason else ""
+        lines = [f"backend {self.backend}{place}{reason}"]
         for name in ("forward", "backward"):
             lines.append(f"{name}: {getattr(self, name + '_kernel')} ({getattr(self, name + '_reason')})")
             for number, step in enumerate(getattr(self, name), 1):
@@ -143,10 +148,10 @@ def explain(
             raise ValueError(f"{name} must be {'None' if name == 'quantized' else False} for several N, got {given!r}")
     if quantized is not None and branch_only:
         raise ValueError(f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}")
-    gpu = _gpu(device)
+    gpu, backend_reason = _gpu(device)
     if gpu is None:
-        why = f"the backend is {get_backend()!r}, which here runs PyTorch's operators; device='sm_90' lists an H100's launches"
-        return Explanation("torch", "", "torch", why, (), "torch", why, ())
+        why = "the backend is PyTorch's operators; device='sm_90' lists an H100's launches"
+        return Explanation("torch", "", "torch", why, (), "torch", why, (), backend_reason)
     weight: Any = "none" if branch_only else quantized_weight(quantized, ns[0], K) if quantized is not None else "plain"
     ways = linear_launches(gpu, M, ns, K, r, (dtype, lora_dtype), dropout_p, weight)
     told: list[Any] = []
@@ -154,7 +159,7 @@ def explain(
         sizes = [(n, K) if direction == "forward" else (K, n) for n in ns]
         calls = [Call(direction, M, *size, r, dtype, lora_dtype, dropout_p > 0) for size in sizes]
         told += [*_choice(gpu, calls, weight), tuple(map(_step, launches))]
-    return Explanation("triton", gpu.arch, *told)
+    return Explanation("triton", gpu.arch, *told)._replace(backend_reason=backend_reason)
 
 
 def _choice(gpu: Device, calls: Sequence[Call], weight: Any) -> tuple[str, str]:
@@ -179,12 +184,13 @@ def _choice(gpu: Device, calls: Sequence[Call], weight: Any) -> tuple[str, str]:
     return f"{choice.kernel}, {kernel}", f"{choice.reason}; then {reason}"
 
 
-def _gpu(device: torch.device | str | None) -> Device | None:
-    """The GPU for ``device``, or None if PyTorch's operators would run."""
+def _gpu(device: torch.device | str | None) -> tuple[Device | None, str]:
+    """The GPU for ``device``, or None if PyTorch's operators would run, and the reason for the backend."""
     if isinstance(device, str) and device in problem.DEVICES:
         if backend.TRITON_PROBLEM is not None:
             raise RuntimeError(f"device={device!r} asks for launches of Triton kernels, but {backend.TRITON_PROBLEM}")
-        return problem.DEVICES[device]
+        gpu = problem.DEVICES[device]
+        return gpu, _reason_if_named(gpu)
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -192,7 +198,18 @@ def _gpu(device: torch.device | str | None) -> Device | None:
     if found is None or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
         known = ", ".join(problem.DEVICES)
         raise ValueError(f"device must be a device of this machine, as 'cpu', or one of {known}, got {device!r}")
-    return problem.device_of(found) if resolve_backend(found) == "triton" else None
+    answer = explain_backend(found)
+    return (problem.device_of(found) if answer.backend == "triton" else None), answer.reason
+
+
+def _reason_if_named(gpu: Device) -> str:
+    """The reason for listing Triton's launches on a GPU that need not be here."""
+    if not gpu.nvidia:
+        return ""
+    verdict = backend.judge(divmod(gpu.generation, 10), backend.TRITON_VERSION)
+    if not verdict.problem:
+        return ""
+    return f"as named, but 'auto' would take PyTorch's operators: {verdict.problem}; {verdict.remedy}"
 
 
 def _step(launch: Any) -> Step:

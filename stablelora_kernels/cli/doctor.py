@@ -106,7 +106,8 @@ def _report_findings(device: torch.device, report: Report) -> str | None:
     """Report on the machine. Return the backend's name, or None if the chosen one can't run."""
     name: str | None = None
     try:
-        name, reason = backend.explain_backend(device)
+        answer = backend.explain_backend(device)
+        name, reason = answer.backend, answer.reason
     except RuntimeError as error:
         reason = str(error)
     environment = {variable: os.environ[variable] for variable in VARIABLES if variable in os.environ}
@@ -135,12 +136,20 @@ def _versions() -> dict[str, str]:
         "ROCm": torch.version.hip or "not in this torch",
     }
     for index in range(gpus):
-        properties = torch.cuda.get_device_properties(index)
-        arch = arch_of(properties)
-        known = "" if arch in DEVICES else ", for which the dispatch tables were not made"
-        found["GPU" if gpus == 1 else f"GPU {index}"] = f"{properties.name}, {arch}{known}"
+        found["GPU" if gpus == 1 else f"GPU {index}"] = _gpu(index)
     built_for = torch.version.cuda or torch.version.hip
     return found if gpus else found | {"GPU": f"no GPU that this torch {'sees' if built_for else 'could use'}"}
+
+
+def _gpu(index: int) -> str:
+    """A GPU in words, with its row of the backend's table, or what is missing there."""
+    properties = torch.cuda.get_device_properties(index)
+    name = f"{properties.name}, {arch_of(properties)}"
+    if torch.version.hip:
+        return name if arch_of(properties) in DEVICES else f"{name}, for which the dispatch tables were not made"
+    row, verdict = backend.row_of((properties.major, properties.minor)), backend.verdict_of(index)
+    notes = [verdict.problem, verdict.taken_as, row.requirement]
+    return "; ".join([name, *filter(None, notes)])
 
 
 def _report_results(title: str, results: list[Result], report: Report) -> None:

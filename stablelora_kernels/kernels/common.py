@@ -6,8 +6,12 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.dispatch import backend
+from stablelora_kernels.utils.extras import release
 
 INTERPRETING: tl.constexpr = tl.constexpr(backend.INTERPRETING)
+# Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that reads it through the
+# asynchronous proxy (triton-lang/triton#9610).
+FENCES_COPIES: tl.constexpr = tl.constexpr(release(triton.__version__, 3) >= (3, 7, 1))
 
 
 @triton.jit
@@ -17,19 +21,37 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     if INTERPRETING:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
+        if not FENCES_COPIES:
+            _fence_copies()
         return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def _fence_copies():
+    """Make what threads have written to shared memory visible to a WGMMA, which reads it through the asynchronous proxy.
+
+    Data-center Blackwell's products would need it too, but the pipeliner of Triton 3.6 refuses their loops with such a statement.
+    """
+    if targets_hopper():
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
 def finished(acc):
     """Return ``acc`` once its product is complete.
 
-    Triton lets an asynchronous product of Hopper's run on into the loop's next round, where a copy fills a buffer again. For an
-    operand that only this product reads, Triton adds a buffer. For an operand with another reader it adds none, so the copy
-    would overwrite what the product still reads.
+    Triton lets an asynchronous product of Hopper's run on into the loop's next round. Two kinds of products must not:
+
+    - A product whose first operand is in registers, as a masked or gated tile is, and float32 under TensorFloat-32. The next
+      round overwrites these registers. Triton 3.6 and 3.7 keep no copy of them; Triton 3.8 does, and its ptxas (CUDA 12.9)
+      removes it again (triton-lang/triton#11781).
+    - A product that shares an operand in shared memory with another reader. Triton adds a buffer for an operand that only the
+      product reads. It adds none for an operand with another reader, so the next copy would overwrite what the product reads.
     """
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
-        if not targets_amd():
+        if targets_hopper():
             # Any use of the values makes Triton wait for them.
             acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc
@@ -155,6 +177,13 @@ def _halves(tile):
 def targets_amd(_semantic=None):
     """Whether the kernel is compiled for an AMD GPU, a constant."""
     return tl.constexpr(_semantic.builder.options.backend_name == "hip")
+
+
+@tl.core.builtin
+def targets_hopper(_semantic=None):
+    """Whether the kernel is compiled for Hopper, a constant."""
+    options = _semantic.builder.options
+    return tl.constexpr(options.backend_name == "cuda" and options.arch == "sm90")
 
 
 @triton.jit

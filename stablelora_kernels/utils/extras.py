@@ -28,9 +28,10 @@ def import_extra(module: str, extra: str, feature: str) -> Any:
         raise ImportError(f"{feature} needs {package}: pip install 'stablelora-kernels[{extra}]' ({error})") from error
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+def release(version: str, length: int = 2) -> tuple[int, ...]:
+    """The first ``length`` numbers of a version; missing ones are 0."""
+    numbers = [int(number) for number in re.findall(r"\d+", version)]
+    return tuple([*numbers, *[0] * length][:length])
 
 
 def is_hub_id(text: str) -> bool:

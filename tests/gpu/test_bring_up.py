@@ -1,6 +1,6 @@
 """The first tests that a GPU runs: each kernel, in the simplest call that takes it, and each way of launching it.
 
-``benchmarks.lab.gpu`` runs them first, in this order, in which each takes one step beyond those before it, and
+``benchmarks.lab.gpu`` runs them first, in the order of its ``stages``, in which each takes one step beyond those before it, and
 ``test_nvidia_tools`` runs them under compute-sanitizer. So they are few, small, and do not fill memory with NaN.
 """
 
@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from stablelora_kernels import StableLoRAAdamW
+from stablelora_kernels.cli import doctor
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.launch.jobs import forward_product
 from stablelora_kernels.launch.lora_linear import shrink
+from stablelora_kernels.ops.lora_linear import new_mask
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import assert_no_worse
@@ -62,6 +64,12 @@ LAUNCHED = {
 CALLS = [(*each, p) for each in LAUNCHED for p in ((0.0,) if "fused" in each else (0.0, 0.1))]
 
 
+def test_doctor():
+    """All checks of ``stablelora-kernels doctor``. Each must launch kernels."""
+    problems = [f"{r['family']}, {r['case']}: {r['problem']}" for r in doctor.run_checks(DEVICE) if not r["passed"]]
+    assert not problems, "\n".join(problems)
+
+
 @by_dropout
 @pytest.mark.parametrize("splits", (1, 2))
 def test_shrink(splits, p, monkeypatch):
@@ -74,7 +82,8 @@ def test_shrink(splits, p, monkeypatch):
     s = torch.full((m, r), float("nan"), dtype=BF16, device=DEVICE)
     y = torch.empty(m, n, dtype=BF16, device=DEVICE)
     projection = Projection(given["weight0"], None, a, given["lora_B0"], scaling)
-    shrink(GPU, [forward_product(x, projection, s, y, number, p)]).run(DEVICE)
+    random = (number, new_mask(x, k)) if p else (None, None)
+    shrink(GPU, [forward_product(x, projection, s, y, random, p)]).run(DEVICE)
     dropped = x * keep_rows(case, torch.arange(m, device=DEVICE), 5) if p else x
     exact = scaling * dropped.double() @ a.double().t()
     assert_no_worse(s, exact, scaling * (dropped @ a.to(BF16).t()), name="S")

@@ -1,6 +1,7 @@
 """NVIDIA's tools over the kernels: compute-sanitizer's report no error in ours, and ncu counts the bytes from and to memory.
 
-They take minutes, so name them: ``pytest -m nightly tests/gpu/test_nvidia_tools.py``. A tool ends after ``SLK_GPU_SECONDS``.
+They take minutes, so name them: ``pytest -m nightly tests/gpu/test_nvidia_tools.py``. All tools together end after
+``SLK_GPU_SECONDS``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -26,19 +28,32 @@ from tests.helpers.gpu_checks import DEVICE, SMALL
 
 pytestmark = pytest.mark.nightly
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = float(os.environ.get("SLK_GPU_SECONDS", "600"))
+END = time.monotonic() + float(os.environ.get("SLK_GPU_SECONDS", "600"))
+# What compute-sanitizer watches: all kernels, and each way of launching in a test that takes seconds without it.
+BRING_UP, PREPARED = "tests/gpu/test_bring_up.py", "tests/gpu/test_prepared_launches.py"
+WATCHED = {
+    "kernels": [f"{BRING_UP}::test_{name}" for name in ("doctor", "shrink", "linear", "other_ops")],
+    "launches": [
+        f"{PREPARED}::test_the_third_call_is_prepared",
+        "tests/gpu/test_cuda_graphs.py::test_a_call",
+        "tests/gpu/test_graphed_step.py::test_on_the_default_stream",
+        f"{BRING_UP}::test_optimizer",
+        f"{PREPARED}::test_streams_share_a_plan_and_not_its_counters",
+    ],
+}
+# The share of the time left that a tool may take over these tests.
+SHARES = {"kernels": 0.65, "launches": 1.0}
 # CUDA's installers put the tools here.
 PLACES = ("/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda*/compute-sanitizer")
-TESTS = "tests/gpu/test_bring_up.py"
 # A report's first line begins one column behind the bar, perhaps on pytest's own line; the others deeper.
 REPORT = re.compile(r"={9} (\S.*)\n(?:=+  .*\n)+")
 OURS = re.compile(r"\b_[a-z_]+_kernel\b")
-TEST = re.compile(rf"^{re.escape(TESTS)}::(\S+)", re.MULTILINE)
+TEST = re.compile(r"^tests/gpu/\w+\.py::(\S+)", re.MULTILINE)
 BYTES = ["dram__bytes_read.sum", "dram__bytes_write.sum"]
 ARMS = ("frozen", "eager", "ours")
 
 
-def run_tool(program: str, *arguments: str, **variables: str) -> tuple[int | None, str]:
+def run_tool(program: str, *arguments: str, share: float = 1.0, **variables: str) -> tuple[int | None, str]:
     """Return the tool's exit status, None if it ran out of time, and what it printed. Skip the test if it is not here."""
     places = [place for pattern in PLACES for place in sorted(glob.glob(pattern))]
     found = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
@@ -47,7 +62,8 @@ def run_tool(program: str, *arguments: str, **variables: str) -> tuple[int | Non
     try:
         done = subprocess.run(
             [found, *arguments], cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=max(1.0, share * (END - time.monotonic())),
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         return None, (late.stdout or b"").decode(errors="replace")
@@ -70,12 +86,17 @@ def errors(printed: str) -> tuple[Counter[str], int]:
     return ours, others
 
 
+@pytest.mark.parametrize("watched", WATCHED)
 @pytest.mark.parametrize("tool", ("memcheck", "synccheck", "initcheck", "racecheck"))
-def test_no_errors_in_our_kernels(tool, record_property):
+def test_no_errors_in_our_kernels(tool, watched, record_property):
+    # Without the caching allocator each tensor is an allocation of its own, and memory beyond it is out of bounds. A CUDA graph
+    # can't be captured without it.
+    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if watched == "kernels" else {}
     status, printed = run_tool(
-        "compute-sanitizer", "--tool", tool, sys.executable, "-m", "pytest", TESTS, "-v", "-s", "-p", "no:cacheprovider",
-        # Without the caching allocator each tensor is an allocation of its own, and memory beyond it is out of bounds.
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        "compute-sanitizer", "--tool", tool, sys.executable, "-m", "pytest", *WATCHED[watched],
+        "-v", "-s", "-p", "no:cacheprovider",
+        share=SHARES[watched],
+        **memory,
         # The tests' watchdog would take a slow tool for a kernel that hangs.
         SLK_GPU_WATCHDOG="0",
         PYTHONUNBUFFERED="1",

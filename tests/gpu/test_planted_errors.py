@@ -1,4 +1,4 @@
-"""The GPU tests fail on planted errors. This runs without a GPU."""
+"""The GPU tests run, and fail on planted errors. This needs no GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ pytestmark = pytest.mark.skipif(not gpu_checks.SMALL, reason="runs at small size
 
 def ignore(name: str, value: object) -> None:
     """Stand in for pytest's ``record_property``."""
+
+
+@pytest.mark.parametrize("p", (0.0, 0.1))
+@pytest.mark.parametrize("splits", (1, 2))
+def test_the_test_of_one_launch_runs(splits, p, monkeypatch):
+    """It takes the launch from its launcher, whose arguments may change. All others call the public functions."""
+    test_bring_up.test_shrink(splits, p, monkeypatch)
 
 
 def test_a_wrong_result_fails(monkeypatch, poisoned_outputs):

@@ -1,4 +1,4 @@
-"""Prepared launches on a GPU: on several streams at once, and on a second GPU."""
+"""Prepared launches on a GPU: a call's third time, on several streams at once, and on a second GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from tests.helpers import cases
+from stablelora_kernels.ops import plans
+from tests.helpers import cases, gpu_checks
 from tests.helpers.case_checks import assert_close, changed
 from tests.helpers.gpu_checks import DEVICE, SMALL, linear, make
 
@@ -15,6 +16,19 @@ pytestmark = pytest.mark.gpu
 
 # Few rows share sums by counters, many wait for flags.
 SIZES = ((9, 48, 40, 16),) if SMALL else ((16, 4096, 4096, 16), (200, 4096, 4096, 16), (4096, 4096, 4096, 16))
+
+
+@pytest.mark.parametrize("p", (0.0, 0.1))
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_third_call_is_prepared(size, p):
+    """The first plans its launches, the second prepares them. Each call has tensors of its own."""
+    case = linear(*size, p)
+    given = make(case)
+    first, second, third = (cases.run(case, given) for _ in range(3))
+    assert_close(first, second)
+    assert_close(first, third)
+    gpu_checks.check(case, given, third)
+    assert any(entry.prepared for entry in plans._young.values())
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

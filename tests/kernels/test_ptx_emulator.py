@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.common.tritons import PINNED
+from stablelora_kernels.dispatch.backend import judge
 from tests.helpers.processes import python
 from tests.ptx_emulator.__main__ import LONG, QUICK
 from tests.ptx_emulator.__main__ import parse as parse_command
@@ -18,12 +20,12 @@ from tests.ptx_emulator.program import CompiledProgram
 
 triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-# The last of each minor release that the metadata allows, but for 3.7: torch 2.12 and 2.13 pin 3.7.1.
-TRITONS = ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
-ARCHS = ["sm_80", "sm_90"]
-# By day, two on each GPU.
+BLACKWELL = [pytest.param(arch, marks=pytest.mark.nightly) for arch in ("sm_100", "sm_120")]
+ARCHS = ["sm_80", "sm_90", *BLACKWELL]
+# By day, two on each of Ampere and Hopper.
 PLANTS = ["optimizer-barrier", "flag-acquire", "wgmma-wait"]
-# Of copies; and of warps, on sm_90 groups of four, which a wgmma needs whole, and programs.
+# Of copies; and of warps and programs. On sm_90, groups of four warps run apart, which a wgmma needs whole; tcgen05 needs whole
+# warps alone.
 SCHEDULES = [
     f"--landing {landing} {others}"
     for landing in ("late", "early")
@@ -64,16 +66,18 @@ CASES = [*(tuple(BY_DAY[i::3]) for i in range(3)), *(pytest.param((name,), marks
 
 
 @pytest.mark.parametrize("names", CASES, ids=lambda names: names[0])
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90", *BLACKWELL])
 def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
     emulate("--quick", "--arch", arch, only=names)
 
 
-@pytest.mark.skipif(
-    triton.__version__ < "3.8", reason="for NVIDIA's GPUs, Triton before 3.8 drops an atomic whose result nobody uses"
-)
+def test_kernels_of_blackwell() -> None:
+    """By day, of few rows: products in tensor memory, packed float32."""
+    emulate("--quick", "--arch", "sm_100,sm_120", only=("linear fused",))
+
+
 def test_programs_wait_as_on_amds_gpus() -> None:
-    """Triton's own loop around a volatile load waits for a flag there, as in the interpreter."""
+    """Triton's own loop around an atomic waits for a flag there, as in the interpreter."""
     patched = """
 import triton.language as tl
 from stablelora_kernels.kernels.lora import chain
@@ -82,16 +86,24 @@ chain.INTERPRETING = tl.constexpr(True)"""
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("options", ["--arch sm_90", "--arch sm_80 --quick", "--arch sm_100 --quick"])
-@pytest.mark.parametrize("version", TRITONS)
+@pytest.mark.parametrize(
+    "options", ["--arch sm_90", "--arch sm_80 --quick", "--arch sm_100 --quick", "--arch sm_120 --quick"]
+)
+@pytest.mark.parametrize("version", PINNED)
 def test_every_case_under_every_triton(version: str, options: str) -> None:
-    """Each torch pins one Triton. --triton installs it beside this one, and runs the command again with it."""
+    """Each torch pins one Triton. --triton installs it beside this one, and runs the command again with it.
+
+    Where the table in ``dispatch.backend`` says that a release is wrong for a GPU, the emulator must find a fault.
+    """
     arguments = ["-m", "--triton", version, *options.split()]
-    run(f"""
+    done = python(f"""
 import runpy, sys
 sys.argv = {arguments!r}
 runpy.run_module("tests.ptx_emulator", run_name="__main__")
 """)
+    arch = options.split()[1].removeprefix("sm_")
+    wrong = judge((int(arch[:-1]), int(arch[-1])), version).problem
+    assert done.returncode == (1 if wrong else 0), done.stdout + done.stderr
 
 
 def test_barriers_of_our_own_suffice() -> None:
@@ -191,9 +203,38 @@ def test_a_loop_without_end_is_stopped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("lane", "shape", "allowed"),
+    [
+        (0, "32x32b.x1.b32 {%r1}, [%r2 + 0]", True),
+        (16, "16x32bx2.x1.b32 {%r1}, [%r2 + 0], 1", True),
+        (8, "16x32bx2.x1.b32 {%r1}, [%r2 + 0], 1", False),
+        (16, "32x32b.x1.b32 {%r1}, [%r2 + 0]", False),
+        (32, "32x32b.x1.b32 {%r1}, [%r2 + 0]", False),
+    ],
+)
+def test_a_warp_accesses_its_quarter_of_tensor_memory(lane: int, shape: str, allowed: bool) -> None:
+    """Of the 128 lanes, the first warp has 0 to 31."""
+    code = f"""mov.b32 %r1, global_smem;
+tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;
+ld.shared.b32 %r0, [%r1];
+add.u32 %r2, %r0, {lane << 16};
+tcgen05.ld.sync.aligned.{shape};
+tcgen05.wait::ld.sync.aligned;
+tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r0, 32"""
+    program = CompiledProgram(parse(PTX.replace("INSTRUCTION", code)))
+    x = torch.zeros(4)
+    launch = LaunchState(program, "kernel", (1, 1, 1), bytes(8), 16, {})
+    machine = Machine(global_memory([(x.data_ptr(), x.nbytes, "x")], 2), launch, Schedule("sm_100"))
+    machine.run()
+    kinds = [kind for kind, _ in machine.faults.found]
+    assert kinds == [] if allowed else kinds == ["tensor memory that a warp may not access"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got 'sm_70'"),
+        ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_70'"),
+        ("--arch sm_80,gfx942", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'gfx942'"),
         ("--plant nothing", "invalid choice: 'nothing'"),
         ("--resident 0", "--resident must be at least 1, got 0"),
         ("", "TRITON_INTERPRET is set"),

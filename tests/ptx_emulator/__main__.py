@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.common import tritons
 from tests.ptx_emulator import runner
 from tests.ptx_emulator.cases import Case, cases, run_case
 from tests.ptx_emulator.machine import Schedule
@@ -38,6 +39,8 @@ QUICK = (
     *LONG,
 )  # fmt: skip
 NOTHING_FITS, NOTHING_PLANTED = 2, 3
+# GPUs whose PTX the emulator knows.
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-random")
 
 
@@ -52,9 +55,11 @@ def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tests.ptx_emulator", description=__doc__, formatter_class=raw)
-    parser.add_argument("--arch", default=",".join(BOTH), help="GPUs, with commas between them (default: %(default)s)")
+    help_ = f"of {', '.join(ARCHS)}, with commas between them (default: %(default)s)"
+    parser.add_argument("--arch", default=",".join(BOTH), help=help_)
     parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
-    parser.add_argument("--landing", choices=("late", "early", "random"), help="of asynchronous copies (default: late)")
+    help_ = "of copies and tcgen05.mma (default: late)"
+    parser.add_argument("--landing", choices=("late", "early", "random"), help=help_)
     parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
     parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)")
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
@@ -63,10 +68,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=help_)
     help_ = "take a barrier, wait or fence out of the PTX, which must be found; list: the names"
     parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
+    tritons.add_option(parser)
     options = parser.parse_args(arguments)
     options.arch = options.arch.split(",")
-    if unknown := [arch for arch in options.arch if arch not in (*BOTH, "sm_86", "sm_89", "sm_120")]:
-        parser.error(f"--arch must name GPUs of sm_80, sm_86, sm_89, sm_90 and sm_120, got {unknown[0]!r}")
+    if unknown := [arch for arch in options.arch if arch not in ARCHS]:
+        parser.error(f"--arch must name GPUs of {', '.join(ARCHS)}, got {unknown[0]!r}")
     if options.resident is not None and options.resident < 1:
         parser.error(f"--resident must be at least 1, got {options.resident}")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -96,6 +102,7 @@ def _refuse(message: str, status: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    tritons.run_again("tests.ptx_emulator", options.triton, arguments)
     if options.plant == "list":
         print(*(f"{name}: {', '.join(plant.archs)}, {plant.kernel}" for name, plant in PLANTS.items()), sep="\n")
         return 0

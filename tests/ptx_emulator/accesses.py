@@ -267,6 +267,21 @@ def _elect(words: Arithmetic, ins: Instruction) -> Action:
     return elect
 
 
+def _reduce(words: Arithmetic, ins: Instruction) -> Action:
+    """The smallest or largest number of each warp, NaN left out, for all its threads."""
+    reduce = {"redux.sync.min.f32": np.fmin.reduce, "redux.sync.max.f32": np.fmax.reduce}.get(ins.op)
+    if reduce is None:
+        raise ins.unknown()
+    place, read = words.place(ins.args[0]), words.reader(ins.args[1], "f32")
+
+    def redux(c: CTA, mask: Any) -> None:
+        warps = c.full_warps(mask, ins)
+        results = reduce(c.by_warp(read(c), warps), axis=1)
+        c.set_by_warp(place, results.view(np.uint32)[:, None], warps)
+
+    return redux
+
+
 def _mma(words: Arithmetic, ins: Instruction) -> Action:
     *shape, d_kind, a_kind, b_kind, c_kind = ins.mods[-7:]
     rows, columns, depth = map(int, re.findall(r"\d+", shape[0]))
@@ -336,6 +351,7 @@ def _matrix(words: Arithmetic, ins: Instruction) -> Action:
 INSTRUCTIONS: dict[str, Callable[[Arithmetic, Instruction], Action]] = {
     "ld.param": _load_parameter, "ld.": _load, "st.": _store, "atom.global": _atomic, "red.global": _atomic,
     "cp.async.commit_group": whole(_commit_copies), "cp.async.wait_group": whole(_wait_for_copies),
-    "cp.async.ca.shared": _copy, "cp.async.cg.shared": _copy, "shfl.sync": _shuffle, "elect.sync": _elect, "mma.sync": _mma,
+    "cp.async.ca.shared": _copy, "cp.async.cg.shared": _copy, "shfl.sync": _shuffle, "elect.sync": _elect, "redux.sync": _reduce,
+    "mma.sync": _mma,
     "ldmatrix": _matrix, "stmatrix": _matrix, "prefetch.global": whole(_nothing), "bar.warp.sync": whole(_nothing),
 }  # fmt: skip

@@ -46,6 +46,7 @@ COMPARISONS = {
     "hi": ">",
     "hs": ">=",
 }
+NARROW = ("bf16", "f16")
 ROUNDINGS = {"rzi": "trunc", "rni": "rint", "rmi": "floor", "rpi": "ceil"}
 Result = list[tuple[int, str]]
 
@@ -64,7 +65,8 @@ class Arithmetic:
         special: Callable[[Instruction], Result] | None = getattr(self, f"_{head}", None)
         if special is not None:
             return special(ins)
-        template = PLAIN.get(f"{head}.{ins.kind[0]}", PLAIN.get(head))
+        letter = "f" if ins.kind in NARROW else ins.kind[0]
+        template = PLAIN.get(f"{head}.{letter}", PLAIN.get(head))
         return None if template is None else self._plain(ins, template)
 
     # Operands and results.
@@ -130,6 +132,10 @@ class Arithmetic:
 
     def _plain(self, ins: Instruction, template: str) -> Result:
         kind, args = ins.kind, ins.args[1:]
+        if kind in NARROW and "f32" in ins.mods:
+            return self._mixed(ins, template)
+        if kind == "f32x2":
+            return self._pair(ins, template)
         if kind in ("bf16", "f16", "f64", "bf16x2", "f16x2"):
             raise ins.unknown()
         if "hi" in ins.mods:
@@ -147,6 +153,21 @@ class Arithmetic:
             template = "nx.ftz(" + template + ")"
             values = [f"nx.ftz({value})" for value in values]
         return self._result(ins.args[0], template.format(*values), kind)
+
+    def _mixed(self, ins: Instruction, template: str) -> Result:
+        """Blackwell's sums of float32 and narrower numbers: all operands but the last are narrow."""
+        if not {*ins.mods[1:-2]} <= {"rn"}:
+            raise ins.unknown()
+        *narrow, wide = ins.args[1:]
+        values = [f"nx.{ins.kind}_to_f32({self.value(arg, 'b16')})" for arg in narrow]
+        return self._result(ins.args[0], template.format(*values, self.value(wide, "f32")), "f32")
+
+    def _pair(self, ins: Instruction, template: str) -> Result:
+        """Blackwell's arithmetic on two float32 in 64 bits. In a view of float32 they are neighbors."""
+        if not {*ins.mods[1:-1]} <= {"rn"}:
+            raise ins.unknown()
+        values = [f"{self.value(arg, 'b64')}.view(F32)" for arg in ins.args[1:]]
+        return self._result(ins.args[0], f"{template.format(*values)}.view(U64)", "b64")
 
     def _shl(self, ins: Instruction) -> Result:
         value, left = self.value(ins.args[1], ins.kind), ins.mods[0] == "shl"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.ptx_emulator import tma, wgmma
+from tests.ptx_emulator import tcgen05, tma, wgmma
 from tests.ptx_emulator.memory import EmulationError, Faults, Races, Space, shared_memory
 from tests.ptx_emulator.parse import SIZES, Instruction
 
@@ -34,7 +34,7 @@ class Schedule(NamedTuple):
     """How a launch runs, wherever a GPU may do one or another thing."""
 
     arch: str = "sm_80"
-    # When asynchronous copies land: "late", at the wait that covers them; "early", at once; "random".
+    # When asynchronous copies and tcgen05's products land: "late", at the wait that covers them; "early", at once; "random".
     landing: str = "late"
     # None: warps in lockstep. "first": the first warp runs until it waits, then the next; "last", "random". "groups-first" and so
     # on: warpgroups, which a wgmma needs whole.
@@ -100,8 +100,8 @@ class CTA:
         self.groups = [Group(0, self.everyone)]
         if machine.schedule.warps:
             size = 128 if machine.schedule.warps.startswith("groups") else 32
-            self.groups = [Group(0, self.all_lanes // size == i, i) for i in range(n // size)]
-        # Asynchronous operations in flight, see ``accesses``, ``tma`` and ``wgmma``.
+            self.groups = [Group(0, self.all_lanes // size == i, i) for i in range(-(-n // size))]
+        # Asynchronous operations in flight, see ``accesses``, ``tma``, ``wgmma`` and ``tcgen05``.
         self.copies: list[Any] = []
         self.copy_group = np.zeros(self.warps, np.int64)
         self.mbarriers: dict[int, Any] = {}
@@ -109,6 +109,7 @@ class CTA:
         # Queues of TMA stores by thread, and of wgmmas by warpgroup.
         self.stores: dict[int, Any] = {}
         self.products: dict[int, Any] = {}
+        self.tensor_memory = tcgen05.TensorMemory()
 
     # Registers.
 
@@ -279,6 +280,7 @@ class Machine:
             if outcome is None:
                 tma.end(cta)
                 wgmma.end(cta)
+                tcgen05.end(cta)
                 # Memory for the others.
                 cta.R = []
             else:

@@ -13,7 +13,7 @@ SIZES = {
     **dict.fromkeys(("b8", "u8", "s8", "pred"), 1),
     **dict.fromkeys(("b16", "u16", "s16", "f16", "bf16"), 2),
     **dict.fromkeys(("b32", "u32", "s32", "f32", "f16x2", "bf16x2"), 4),
-    **dict.fromkeys(("b64", "u64", "s64", "f64"), 8),
+    **dict.fromkeys(("b64", "u64", "s64", "f64", "f32x2"), 8),
 }
 # Where a CTA's shared memory begins. TMA and wgmma need multiples of 1,024.
 SHARED_BASE = 1024

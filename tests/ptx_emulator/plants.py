@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from tests.ptx_emulator.machine import Schedule
 
-BOTH, AMPERE, HOPPER = ("sm_80", "sm_90"), ("sm_80",), ("sm_90",)
+# GPUs by their kernels: sm_120 has those of Ampere; sm_90 and sm_100 have TMA.
+BOTH, EVERY = ("sm_80", "sm_90"), ("sm_80", "sm_90", "sm_100", "sm_120")
+AMPERE, WITH_TMA, HOPPER, TCGEN05 = ("sm_80", "sm_120"), ("sm_90", "sm_100"), ("sm_90",), ("sm_100",)
 
 
 class Plant(NamedTuple):
@@ -20,7 +22,7 @@ class Plant(NamedTuple):
     source: str
     pattern: str
     by: str | Callable[[re.Match[str]], str] = ""
-    archs: tuple[str, ...] = BOTH
+    archs: tuple[str, ...] = EVERY
     schedule: Schedule = Schedule()
 
     def edit(self, name: str, ptx: str) -> str:
@@ -64,7 +66,8 @@ _CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/
 _LONG, _OPTIMIZER = "linear bf16/fp32 M33 K520 r16 p0.1, long sum", "optimizer bf16, masters, clipped"
 _SPLIT_K, _TMA, _SHRINK = "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel", "_lora_shrink_kernel"
 _BARRIER, _APART = r"bar\.sync\s+0;", Schedule(warps="groups-first")
-# By name. Where both GPUs have the kernel, one entry serves both.
+_ARRIVAL = r"mbarrier.arrive.expect_tx.shared::cta.b64 _, \1, 0;"
+# By name. One entry serves all GPUs that have the kernel.
 PLANTS = {
     "optimizer-barrier": Plant(_OPTIMIZER, "_stable_adamw_kernel", "step.py", _BARRIER, schedule=_APART),
     "split-k-barrier": Plant(_LONG, _SPLIT_K, "common.py", _BARRIER, schedule=_APART),
@@ -78,11 +81,17 @@ PLANTS = {
     "flag-acquire": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acquire\.", ".relaxed.", AMPERE),
     "flag-barrier": Plant(_CHAINED, "_lora_linear_kernel", "common.py", _BARRIER, "", AMPERE, Schedule(warps="first")),
     "chain-end": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acq_rel\.", ".relaxed.", AMPERE),
-    "tma-flag-release": Plant(_CHAINED, _TMA, "chain.py", r"\.release\.", ".relaxed.", HOPPER),
-    "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", HOPPER),
-    "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", HOPPER),
+    "tma-flag-release": Plant(_CHAINED, _TMA, "chain.py", r"\.release\.", ".relaxed.", WITH_TMA),
+    "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", WITH_TMA),
+    "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", WITH_TMA),
     "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
     "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
-    "load-bytes": Plant(_SPLIT, _TMA, "linear_tma.py", r"(expect_tx\.shared\S* _, \[%r\d+\], )(\d+)", _one_more, HOPPER),
-    "store-wait": Plant(_SPLIT, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", HOPPER),
+    "load-bytes": Plant(_SPLIT, _TMA, "linear_tma.py", r"(expect_tx\.shared\S* _, \[%r\d+\], )(\d+)", _one_more, WITH_TMA),
+    "store-wait": Plant(_SPLIT, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", WITH_TMA),
+    "tcgen05-wait-for-stores": Plant(_SPLIT, _TMA, "common.py", r"tcgen05\.wait::st\.sync\.aligned;", "", TCGEN05),
+    "tcgen05-wait-for-loads": Plant(_SPLIT, _TMA, "linear_tma.py", r"tcgen05\.wait::ld\.sync\.aligned;", "", TCGEN05),
+    "tcgen05-fence": Plant(_SPLIT, _TMA, "common.py", r"fence\.proxy\.async\.shared::cta;", "", TCGEN05),
+    # The thread arrives itself, before its products have ended.
+    "tcgen05-early-arrival": Plant(_SPLIT, _TMA, "common.py", r"tcgen05\.commit\.\S+ (\[%r\d+\]);", _ARRIVAL, TCGEN05),
+    "tcgen05-deallocation": Plant(_SPLIT, _TMA, "linear_tma.py", r"@%p\d+ tcgen05\.dealloc\.[^;]*;", "", TCGEN05),
 }  # fmt: skip

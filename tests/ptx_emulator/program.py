@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx_emulator import accesses, tma, wgmma
+from tests.ptx_emulator import accesses, tcgen05, tma, wgmma
 from tests.ptx_emulator.arithmetic import Arithmetic
 from tests.ptx_emulator.machine import CTA, GO, STOP, Group
 from tests.ptx_emulator.memory import EmulationError
 from tests.ptx_emulator.parse import SIZES, Instruction, Program
 
 Control = Callable[[CTA, Group], str]
-CONTROL = ("bra", "brx", "ret", "bar")
+CONTROL = ("bra", "brx", "ret", "bar", "barrier")
 
 
 class Run:
@@ -80,7 +80,7 @@ class CompiledProgram:
 
     def _action(self, ins: Instruction) -> Callable[[CTA, Any], None]:
         """A function of the CTA and a mask for an instruction that is no arithmetic."""
-        for module in (accesses, tma, wgmma):
+        for module in (accesses, tma, wgmma, tcgen05):
             for prefix, build in module.INSTRUCTIONS.items():
                 if ins.op.startswith(prefix):
                     return build(self.arithmetic, ins)
@@ -112,7 +112,7 @@ class CompiledProgram:
             return lambda c, group: c.exit(group)
         if ins.op.startswith("mbarrier.try_wait"):
             return self._wait_for_phase(ins)
-        if not ins.args[0].isdigit() or (head, ins.mods[1]) != ("bar", "sync"):
+        if not ins.args[0].isdigit() or ins.op not in ("bar.sync", "barrier.sync"):
             raise ins.unknown()
         number, count = int(ins.args[0]), int(ins.args[1], 0) if len(ins.args) > 1 else None
         return lambda c, group: c.barrier(group, number, count)

@@ -66,6 +66,12 @@ class Mbarrier:
     def bring(self, given: Snapshot) -> None:
         self.brought = given.merged(self.brought)
 
+    def end(self, c: CTA, serials: list[int]) -> None:
+        """Bring the ends of asynchronous operations."""
+        nothing, seen = np.zeros_like(c.machine.races.clock[0]), np.zeros(max(serials, default=0) + 1, bool)
+        seen[serials] = True
+        self.bring(Snapshot(nothing, nothing, seen))
+
     def settle(self, c: CTA) -> None:
         """Complete the phase if all of it is here."""
         if self.pending == 0 and self.tx == 0:
@@ -96,8 +102,7 @@ class Load:
         if barrier is None:
             raise EmulationError("a TMA load completes on an mbarrier that is gone")
         barrier.tx -= len(self.there) * size
-        nothing = np.zeros_like(c.machine.races.clock[0])
-        barrier.bring(Snapshot(nothing, nothing, np.arange(self.serial + 1) == self.serial))
+        barrier.end(c, [self.serial])
         barrier.settle(c)
 
 
@@ -161,12 +166,17 @@ def mbarrier(c: CTA, address: int, ins: Instruction, warps: Any) -> Mbarrier:
     return barrier
 
 
+def _awaited(c: CTA, address: int) -> list[Any]:
+    """What will arrive on an mbarrier: TMA loads, and commits of tcgen05's products."""
+    return [operation for operation in (*c.loads, *c.tensor_memory.commits) if operation.mbarrier == address]
+
+
 def phase_has_passed(c: CTA, address: int, parity: int, ins: Instruction) -> bool:
-    """Whether the phase of ``parity`` has completed. Loads land until it has."""
+    """Whether the phase of ``parity`` has completed. Operations land until it has."""
     barrier = mbarrier(c, address, ins, ())
-    for load in [load for load in c.loads if load.mbarrier == address]:
+    for operation in _awaited(c, address):
         if barrier.phase & 1 == parity:
-            load.land(c)
+            operation.land(c)
     return barrier.phase & 1 != parity
 
 
@@ -189,8 +199,8 @@ def _invalidate(words: Arithmetic, ins: Instruction) -> Action:
     def invalidate(c: CTA, mask: Any) -> None:
         for lane in c.lanes(mask):
             at = int(address(c)[lane])
-            if mbarrier(c, at, ins, ()).tx or any(load.mbarrier == at for load in c.loads):
-                c.machine.faults.add("mbarrier invalidated while copies are on their way", ins, f"{at:#x}")
+            if mbarrier(c, at, ins, ()).tx or _awaited(c, at):
+                c.machine.faults.add("mbarrier invalidated while operations will arrive on it", ins, f"{at:#x}")
             del c.mbarriers[at]
 
     return invalidate

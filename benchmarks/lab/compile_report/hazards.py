@@ -1,4 +1,4 @@
-"""Faults of compiled kernels that show in their text. Each function yields a line for each fault.
+"""Faults of kernels compiled for NVIDIA's GPUs that show in their text. Each function yields a line for each fault.
 
 What a compiler makes of a kernel may race where the source does not seem to, and no interpreter sees that. ``machine_code.read``
 raises for each fault, so the compile report covers every launch that dispatch can pick.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import dropwhile
 from typing import NamedTuple
 
 _PTX = re.compile(r"^\s*\{?\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(\{[^}]*\}|\[[^\]]*\]|[^,;\n]+),?([^;\n]*);", re.M)
@@ -110,15 +109,3 @@ def short_buffers(ttgir: str) -> Iterator[str]:
         refilled = any(allocated in filled for copy, filled in copies if copy > loop)
         if depth and refilled and int(depth[1]) <= ahead:
             yield f"{ahead} copies run ahead into {depth[1]} buffers of {operand}, which a product may still read"
-
-
-def early_counts(gcn: str) -> Iterator[str]:
-    """AMD: atomics that publish stores of the whole program, but behind a barrier before which waves do not wait for theirs."""
-    lines = [line.split(";")[0].strip() for line in gcn.splitlines()]
-    for place, line in enumerate(lines):
-        if line.startswith("global_atomic_add"):
-            # Past the barriers, two in a row.
-            behind = dropwhile(lambda line: line != "s_barrier", lines[place::-1])
-            found = (re.match(r"s_waitcnt\b.*\bvmcnt\(0\)|(buffer|global)_store_", line) for line in behind)
-            if (first := next(filter(None, found), None)) and first[1]:
-                yield f"{line} publishes stores that other waves have not waited for"

@@ -19,7 +19,15 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.lab.compile_report import hazards
+from benchmarks.lab.compile_report import hazards, hazards_amd, hazards_fences, hazards_sass
+from benchmarks.lab.compile_report.sass import Program
+
+# Of Triton: (3, 9).
+RELEASE = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+class HazardError(ValueError):
+    """Compiled code has a fault that may make its results wrong."""
 
 
 def target(arch: str) -> GPUTarget:
@@ -114,7 +122,7 @@ def nvdisasm(cubin: bytes) -> str:
 def serialized(ptx: str) -> str:
     """Why ptxas lets each WGMMA wait for the one before it, or ``""``: Hopper's matrix units then idle between them."""
     # As Triton calls it.
-    flags = ["--regAllocOptLevel=2"] if triton.__version__ >= "3.9" else []
+    flags = ["--regAllocOptLevel=2"] if RELEASE >= (3, 7) else []
     options = ["-lineinfo", "-v", *flags, "--gpu-name=sm_90a", "-o", os.devnull]
     log = _run(get_ptxas(90).path, options, ptx.encode()).stderr if "wgmma" in ptx else ""
     found = re.findall(r"\((C\d+)\)[^\n]*serialized due to (.*?) in (?:the )?function", log)
@@ -135,19 +143,22 @@ def read(compiled: Any) -> dict[str, Any]:
     GPUs they are read from PTX, whose widths the assembler keeps; on AMD's, scalars mostly have instructions of their own.
 
     Raises:
-        ValueError: the code has a fault of those in ``hazards``.
+        HazardError: the code has a fault that a function of the modules ``hazards...`` finds.
     """
     asm, reason = compiled.asm, ""
     if "cubin" in asm:
         machine, ptx = cuobjdump(asm["cubin"]), asm["ptx"]
         faults = [*hazards.reloaded_scalars(ptx), *hazards.store_round_trips(ptx), *hazards.short_buffers(asm["ttgir"])]
+        faults += [*hazards_fences.unfenced_copies(ptx), *hazards_fences.unfenced_stores(asm["ttgir"])]
+        program = Program(machine)
+        faults += [*hazards_sass.overwritten_operands(program), *hazards_sass.early_uses(program)]
         found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)}
         # Some code reserves a stack that it does not use.
         spills = (found["STACK"] + found["LOCAL"]) * bool(re.search(r"\b(?:STL|LDL)\b", machine))
         registers, reason = found["REG"], serialized(ptx)
         accesses = [(each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies]
     else:
-        machine, faults = asm["amdgcn"], [*hazards.early_counts(asm["amdgcn"])]
+        machine, faults = asm["amdgcn"], [*hazards_amd.faults(asm["amdgcn"])]
         found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", machine)}
         registers, spills = found["vgpr_count"], found["private_segment_fixed_size"]
         accesses = [
@@ -155,7 +166,7 @@ def read(compiled: Any) -> dict[str, Any]:
             for way, dwords, plain, part in _GCN_ACCESS.findall(machine)
         ]
     if faults:
-        raise ValueError("; ".join(faults))
+        raise HazardError("; ".join(faults))
     names, scalar = {*_MATRIX.findall(machine)}, re.findall(r"\bFFMA2?\b", machine)
     names |= {*scalar} if not names and len(scalar) >= FEWEST_FMAS else set()
     row = {"registers": registers, "spills": spills, "serialized": reason}

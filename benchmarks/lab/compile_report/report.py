@@ -4,13 +4,14 @@
     python -m benchmarks.lab.compile_report --check     compare with the committed report; exit with 1 if something got worse
     python -m benchmarks.lab.compile_report --write     renew the rows of the committed report
         --quick or --missing: only the rows that it lacks and those whose code has changed since
+    python -m benchmarks.lab.compile_report --hazards   print only faults, under any Triton; exit with 1 if there is one
 
 The committed report is benchmarks/results/compile_report.csv. Its rows are from one release of Triton, and are compared only
 under that. Columns: registers a thread; spills, bytes of local memory a thread; bytes of shared memory a program; the matrix
 instructions; serialized, why ptxas lets each of Hopper's wait for the last, or empty; the mean bits of a load and of a store,
 see ``machine_code.read``; occupancy, the share of a processor's warps that are resident; a digest of the intermediate code.
-What can't be compiled is listed at the end, and the exit status is 1. A row takes 1 to 5 s of one core, 0.5 s once Triton has
-it in its cache; its digest takes 0.15 s, once.
+Rows with a hazard or without code are listed at the end, and the exit status is 1. A row takes 1 to 5 s of one core, 0.5 s once
+Triton has it in its cache; its digest takes 0.15 s, once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 import pandas as pd
 import triton
 
+from benchmarks.common import tritons
 from benchmarks.common.assets import cache_dir
 from benchmarks.common.tables import RESULTS, write_text
 from benchmarks.lab.compile_report import machine_code
@@ -84,19 +86,43 @@ def codes_of(labels: Sequence[Label]) -> dict[Label, str]:
 
 
 def make_row(label: Label) -> dict[str, Any] | str:
-    """Compile one launch and read what came out, or the error in words."""
+    """Compile one launch and read what came out, or say in words what is wrong."""
     launch, arch = jobs(label[2])[label], label[2]
     try:
         compiled = machine_code.compile_launch(launch, arch)
         facts, metadata = machine_code.read(compiled), compiled.metadata
+    except machine_code.HazardError as error:
+        return str(error)
     except Exception as error:
         while error.__cause__ is not None:
             error = error.__cause__
-        return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+        return f"not compiled: {type(error).__name__}: {' '.join(str(error).split())[-300:]}"
     columns = getattr(metadata, "tmem_size", 0) or 0
     facts["occupancy"] = occupancy(arch, facts["registers"], metadata.shared, metadata.num_warps, columns)
     memory = {"shared_bytes": metadata.shared, "shared_limit": DEVICES[arch].shared_limit}
     return {**dict(zip(LABEL, label, strict=True)), **facts, **memory}
+
+
+def make_rows(labels: Sequence[Label]) -> Iterator[tuple[Label, dict[str, Any] | str]]:
+    """Each label and what :func:`make_row` returns for it, with the progress on stderr."""
+    # The compiler runs without Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, (label, row) in enumerate(zip(labels, pool.map(make_row, labels), strict=True), start=1):
+            yield label, row
+            if number % 50 == 0 or number == len(labels):
+                print(f"{number} of {len(labels)}", file=sys.stderr)
+
+
+def print_faults(labels: Sequence[Label]) -> int:
+    """Print each row with a hazard, without code or with serialized WGMMAs; return the number of these rows."""
+    faulty = 0
+    for label, row in make_rows(labels):
+        fault = row if isinstance(row, str) else row["serialized"] and f"serialized: {row['serialized']}"
+        if fault:
+            faulty += 1
+            print(f"{' | '.join(label)}: {fault}", flush=True)
+    print(f"Triton {triton.__version__}: {faulty} of {len(labels)} rows have a fault")
+    return faulty
 
 
 def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -156,26 +182,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--check", action="store_true", help="compare with the committed report; exit with 1 if something got worse")
     add("--write", action="store_true", help="renew the rows of the committed report")
     add("--quick", "--missing", action="store_true", help="only rows that it lacks or whose code has changed")
+    add("--hazards", action="store_true", help="print only faults, under any Triton; exit with 1 if there is one")
+    tritons.add_option(parser)
     args = parser.parse_args(argv)
+    tritons.run_again("benchmarks.lab.compile_report", args.triton, argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
+    if args.hazards and (args.write or args.check or args.quick or args.csv):
+        parser.error("--hazards compares with no report and writes none")
     if (args.write or args.check) and not triton.__version__.startswith(f"{TRITON}."):
         parser.error(f"the committed report is from Triton {TRITON}, this is {triton.__version__}")
     archs = args.arch or ARCHS
     labels = [label for arch in archs for label in jobs(arch) if label[0].startswith(args.kernel)]
+    if args.hazards:
+        return 1 if print_faults(labels) else 0
     old, codes = read_report(), codes_of(labels)
     known = recorded(old) if args.quick else {}
     todo = [label for label in labels if codes[label] != known.get(label)]
     rows, problems = [], []
-    # The compiler runs without Python's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, (label, result) in enumerate(zip(todo, pool.map(make_row, todo), strict=True), start=1):
-            if isinstance(result, str):
-                problems.append(f"{' | '.join(label)}: not compiled: {result}")
-            else:
-                rows.append(result | {"code": codes[label]})
-            if number % 50 == 0 or number == len(todo):
-                print(f"{number} of {len(todo)}", file=sys.stderr)
+    for label, row in make_rows(todo):
+        if isinstance(row, str):
+            problems.append(f"{' | '.join(label)}: {row}")
+        else:
+            rows.append(row | {"code": codes[label]})
     new = table(rows)
     print(new.to_string(index=False) if rows else "no row to compile")
     if args.csv:

@@ -1,10 +1,14 @@
 """Try this library on an NVIDIA GPU, one step after another, then measure it against rivals.
 
-    python -m benchmarks.lab.gpu [--budget 1500] [--only SECTION ...] [--out DIRECTORY]
+    python -m benchmarks.lab.gpu [--budget 1500] [--only SECTION ...] [--out DIRECTORY] [--anyway]
     python -m benchmarks.lab.gpu --dry-run
 
-First compute-sanitizer watches the first tests. Then ``bringup`` runs tests by one worker, in an order in which each depends on
-those before it. A failure in either ends the run. Then come the other tests, by several workers, times, and bytes by ncu.
+The first row has the versions of torch, Triton and ptxas. If the installed Triton is known to be wrong for this GPU, the command
+says so and stops; ``--anyway`` goes on.
+
+``doctor``, ``kernels`` and ``launches`` run tests by one worker, in an order in which each depends on those before it. Then
+compute-sanitizer's tools watch the same kernels and launches. A failure up to here ends the run. Then come the other tests, by
+several workers, times, and bytes by ncu.
 
 Each section is a pytest process of its own, so a crash or a hang loses only that section. Rows are kept as they come; an
 interrupt keeps them. ``--dry-run`` executes the same code in Triton's interpreter on a CPU at tiny sizes: it writes nothing into
@@ -27,29 +31,35 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from benchmarks.common.measure import environment
 from benchmarks.common.records import read_records, write_records
 from benchmarks.common.tables import RESULTS, write_text
-from benchmarks.lab.gpu import report
-from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACHED, NOTE_LENGTH, ROOT, Row
+from benchmarks.lab.gpu import report, stages
+from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACHED, NOTE_LENGTH, OK, ROOT, Row
+from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch.backend import Capability
 
 TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
-# Each takes one step beyond those before it, so the first that fails says where to look.
-STAGES = ("bring_up", "prepared_launches", "cuda_graphs", "graphed_step", "competing_stream")
-BRING_UP = [f"tests/gpu/test_{name}.py" for name in STAGES]
+# One worker, which stops at the first failure.
+FIRST = ["-m", "gpu", "-x"]
+# Files whose tests are all among the first.
+FILES = sorted({test.partition("::")[0] for test in (*stages.DOCTOR, *stages.KERNELS, *stages.LAUNCHES)})
 # Most of the tests' time goes into compiling kernels on the host. loadgroup keeps those that fill the GPU in one process.
 WORKERS = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"] if find_spec("xdist") else []
 # An unusable GPU fails every test.
 TIMES = ["benchmarks/lab/gpu/times.py", "--confcutdir", "benchmarks/lab/gpu", "--maxfail=3", "-k"]
 # A share of the time and pytest's arguments, in the order in which they run.
 SECTIONS: dict[str, tuple[float, list[str]]] = {
+    "doctor": (30, [*stages.DOCTOR, *FIRST]),
+    "kernels": (130, [*stages.KERNELS, *FIRST]),
+    "launches": (140, [*stages.LAUNCHES, *FIRST]),
     "memcheck": (150, [*TOOLS, "memcheck"]),
     "synccheck": (70, [*TOOLS, "synccheck"]),
     "initcheck": (70, [*TOOLS, "initcheck"]),
     "racecheck": (110, [*TOOLS, "racecheck"]),
-    "bringup": (300, [*BRING_UP, "-m", "gpu", "-x"]),
-    "correctness": (220, ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in BRING_UP), *WORKERS]),
+    "correctness": (220, ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in FILES), *WORKERS]),
     "apart": (40, [*TIMES, "apart"]),
     "layer": (260, [*TIMES, "layer"]),
     "mlp": (80, [*TIMES, "mlp"]),
@@ -59,11 +69,28 @@ SECTIONS: dict[str, tuple[float, list[str]]] = {
     "dram": (70, [*TOOLS, "fewer_bytes"]),
 }
 # A failure ends the run: what follows would only repeat it, or hang.
-ENDING = ("memcheck", "synccheck", "initcheck", "racecheck", "bringup")
+ENDING = (*report.FIRST, "memcheck", "synccheck", "initcheck", "racecheck")
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def ptxas_version(capability: Capability) -> str:
+    """Return the version of the ptxas by which Triton assembles code for GPUs of ``capability``."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    path = get_ptxas(10 * capability[0] + capability[1]).path
+    printed = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", printed)
+    return version[1] if version else "unknown"
+
+
+def versions(machine: Row, capability: Capability, problem: str) -> Row:
+    """Return the first row: the versions that decide which machine code runs. ``problem``: why it is known to be wrong, or ""."""
+    arch = f"sm_{capability[0]}{capability[1]}"
+    words = f"torch {machine['torch']}, Triton {machine['triton']}, ptxas {machine['ptxas']} for {arch}"
+    return {"section": "versions", "case": words, "status": OK, "note": problem}
 
 
 def variables(seconds: float, dry: bool) -> dict[str, str]:
@@ -155,6 +182,7 @@ def main(given: Sequence[str] | None = None) -> int:
     add("--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="run only these sections")
     add("--out", type=Path, help="where to write (default: benchmarks/results/<the GPU's name>)")
     add("--commit", help="the commit that is measured, if this is not a git checkout")
+    add("--anyway", action="store_true", help="go on if the installed Triton is known to be wrong for this GPU")
     add("--dry-run", action="store_true", help="run the same code in the interpreter on a CPU, at tiny sizes")
     options = parser.parse_args(given)
     dry, machine = options.dry_run, environment()
@@ -165,6 +193,9 @@ def main(given: Sequence[str] | None = None) -> int:
     if not dry and machine["gpu"] is None:
         say("torch finds no NVIDIA GPU here. --dry-run runs the same code in Triton's interpreter.")
         return 2
+    if backend.TRITON_PROBLEM is not None:
+        say(f"The kernels can't run here: {backend.TRITON_PROBLEM}.")
+        return 2
     if options.commit:
         machine["commit"] = options.commit
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
@@ -173,7 +204,19 @@ def main(given: Sequence[str] | None = None) -> int:
     # A time limit sends SIGTERM; treat it as an interrupt. A shell starts background processes with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    # In a dry run the interpreter stands in for an H100.
+    capability = (9, 0) if dry else torch.cuda.get_device_capability()
+    verdict = backend.UNKNOWN if dry else backend.verdict_of(torch.cuda.current_device())
+    machine["ptxas"] = ptxas_version(capability)
+    first = versions(machine, capability, verdict.problem)
+    write_records(out / "versions.csv", [first], machine)
+    say(first["case"])
+    if verdict.problem and not options.anyway:
+        remedy = f"; {verdict.remedy}" if verdict.remedy else ""
+        say(f"{verdict.problem}{remedy}. --anyway runs it all the same.")
+        return 2
     rows = run([name for name in SECTIONS if name in options.only], out, options.budget, machine, dry)
+    rows = pd.concat([pd.DataFrame([first]), rows], ignore_index=True)
     page = report.page(rows, machine, dry)
     print(page, f"Files in {out}", sep="\n", flush=True)
     write_text(out / "summary.md", page)

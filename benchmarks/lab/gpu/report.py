@@ -10,6 +10,8 @@ from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.launch_time import load_gpu
 from benchmarks.lab.predict.rivals import Shape
 
+# The sections of the first tests, in order.
+FIRST = ("doctor", "kernels", "launches")
 # A timing's modes; and the phases of a layer that is taken apart: many launches in a graph, or one.
 GRAPH, EAGER = "graph", "eager"
 MANY_LAUNCHES, ONE_LAUNCH = "many launches", "one launch"
@@ -109,7 +111,8 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     """Return the text of summary.md."""
     rows = rows.reindex(columns=[*dict.fromkeys([*rows, *COLUMNS, *USED])])
     times = rows[(rows.metric == "us") & (rows.status == OK)]
-    tests = rows[(rows.section == "bringup") & rows.test.notna()]
+    tests = rows[rows.section.isin(FIRST) & rows.test.notna()]
+    versions = rows[rows.section == "versions"][["case", "note"]].fillna("")
     others = times[~times.section.isin(["layer", "apart"])].pivot_table(
         "median", ["section", "case", "phase", "mode", "arm"]
     )
@@ -119,6 +122,7 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     if times.sm_mhz.notna().any():
         clock = f"{times.sm_mhz.describe().to_string()}\n{times.throttle.value_counts()}"
     parts = {
+        "Versions": "\n".join(versions.agg("\n".join, axis=1)).strip(),
         "Targets": "\n".join(verdicts),
         "The first tests, in order up to the first that failed": count(tests, "test"),
         "Failed": failures(rows) or "nothing",

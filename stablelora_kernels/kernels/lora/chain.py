@@ -37,9 +37,10 @@ def wait_for_flag(chain_ptr, flag, M, R, S: tl.constexpr):
     flag_ptr = chain_ptr + FLAGS + flag
     tiles = tl.cdiv(tl.minimum(M - flag * S.FLAG_M, S.FLAG_M), S.BLOCK_M) * tl.cdiv(R, S.BLOCK_R)
     if INTERPRETING or targets_amd():
-        while tl.load(flag_ptr, volatile=True) < tiles:
+        # An atomic, because Triton before 3.9 drops volatile on AMD: the compiler then loads once and waits forever. It acquires
+        # itself, because Triton 3.9 does not always wait for an atomic whose result nobody uses before it empties the cache.
+        while tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu") < tiles:
             pass
-        tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu")
     else:
         # A loop that Triton does not see: around a loop that it sees, it would not pipeline the stores of tiles. Nor would
         # ptxas keep the load of an atomic whose result nobody uses. The braces make the label local, for several copies.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, draw_keep, keep_of, load_keep, pack_keep, shared_sum
+from stablelora_kernels.kernels.common import cast, dot, draw_keep, finished, keep_of, load_keep, pack_keep, shared_sum
 from stablelora_kernels.kernels.lora.chain import raise_flag
 from stablelora_kernels.kernels.lora.gated import gated
 
@@ -86,7 +86,11 @@ def shrink(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
                 if member.mask is not None:
                     store_mask(member.mask, pack_keep(drawn), rows, k0, M, x.width)
                 kept = tl.where(keep_of(drawn), x_tile, 0.0)
-            added += (dot(kept, cast(a, x_tile.dtype), sums[i], TILE.PRECISION),)  # type: ignore[assignment]
+            total = dot(kept, cast(a, x_tile.dtype), sums[i], TILE.PRECISION)
+            if member.seed is not None or TILE.PRECISION == "tf32":
+                # The first operand is in registers.
+                total = finished(total)
+            added += (total,)  # type: ignore[assignment]
         sums = added
 
     for i in tl.static_range(MEMBERS):
@@ -165,7 +169,11 @@ def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
             kept = z_tile
             if member.mask is not None:
                 kept = tl.where(load_keep(member.mask, rows, c0, M, z.width, BLOCK_C), z_tile, 0.0)
-            added += (dot(tl.trans(kept), t, sums[i], TILE.PRECISION),)  # type: ignore[assignment]
+            total = dot(tl.trans(kept), t, sums[i], TILE.PRECISION)
+            if member.mask is not None or z.u is not None or TILE.PRECISION == "tf32":
+                # The first operand is in registers.
+                total = finished(total)
+            added += (total,)  # type: ignore[assignment]
         sums = added
 
     for i in tl.static_range(MEMBERS):

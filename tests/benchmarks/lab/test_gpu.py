@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import __main__ as command
-from benchmarks.lab.gpu import report
+from benchmarks.lab.gpu import report, stages
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.launch_time import load_gpu
 from stablelora_kernels.dispatch import backend
+from tests.gpu.test_nvidia_tools import WATCHED
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
 pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="the dry run uses the interpreter")
@@ -49,7 +51,7 @@ def test_a_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     summary = (tmp_path / "summary.md").read_text()
     assert "DRY RUN" in summary.splitlines()[0] and "\nmet: " not in summary and "\nmissed: " not in summary
     found = {path.stem: read_records(path) for path in tmp_path.glob("*.csv")}
-    assert {*found} == {*command.SECTIONS}
+    assert {*found} == {"versions", *command.SECTIONS}
     assert all({*rows.dry} == {"dry"} and {*rows.status} <= {"ok", "skipped"} for rows in found.values())
     graphs = pd.concat(found.values()).query("metric == 'us' and mode == 'graph' and median > 0")
     arms = graphs.groupby("section").arm.agg(set)
@@ -58,7 +60,7 @@ def test_a_dry_run_executes_every_section_and_measures_nothing(tmp_path):
 
 @pytest.mark.nightly
 def test_an_interrupt_keeps_the_rows_and_ends_the_processes(tmp_path):
-    process, path = start(tmp_path, "--only", "bringup", "layer"), tmp_path / "bringup.csv"
+    process, path = start(tmp_path, "--only", "kernels", "layer"), tmp_path / "kernels.csv"
     until = time.monotonic() + 300
     while time.monotonic() < until and not (path.exists() and path.read_text().count(",ok") > 1):
         time.sleep(0.05)
@@ -72,6 +74,83 @@ def test_a_dry_run_does_not_write_among_the_results(capsys):
     with pytest.raises(SystemExit):
         command.main(["--dry-run", "--out", str(RESULTS / "h100")])
     assert "--out must lie outside" in capsys.readouterr().err and not (RESULTS / "h100").exists()
+
+
+# The steps of the first tests, in order: a kernel's name or a test's, with the words of its parameters.
+STEPS = (
+    "test_doctor", "test_shrink[1-", "test_shrink[2-", "test_linear[odd rows-split", "test_linear[even rows-split",
+    "test_linear[few rows-fused", "test_linear[long sum-split", "test_linear[one tile-chained",
+    "test_linear[many tiles-chained", "test_linear[many tiles of dX-chained", "test_other_ops[group", "test_other_ops[mlp",
+    "nf4", "fp8", "test_the_third_call_is_prepared", "test_a_call", "test_on_the_default_stream", "test_optimizer",
+    "test_streams_share", "test_chained_launches_beside_other_work", "test_a_second_gpu",
+)  # fmt: skip
+
+
+def collected(*arguments: str) -> list[str]:
+    """The names of the tests that pytest would run, in order."""
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", *arguments]
+    printed = subprocess.run(words, cwd=command.ROOT, capture_output=True, text=True, check=True).stdout
+    return [line.partition("::")[2] for line in printed.splitlines() if "::" in line]
+
+
+def test_the_first_tests_come_in_order_and_none_is_left_out():
+    first = collected(*stages.DOCTOR, *stages.KERNELS, *stages.LAUNCHES)
+    places = [next(place for place, name in enumerate(first) if step in name) for step in STEPS]
+    assert places == sorted(places)
+    # The section "correctness" leaves out these files.
+    assert sorted(first) == sorted(collected(*command.FILES))
+    watched = collected(*WATCHED["kernels"], *WATCHED["launches"])
+    assert {*watched} < {*first} and all(any(step in name for name in watched) for step in STEPS[:-2])
+
+
+class Ran(Exception):
+    """A section would begin."""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """This machine seems to have an H100, and no section runs."""
+
+    def begins(*arguments):
+        raise Ran
+
+    monkeypatch.setattr(command, "environment", lambda: {"gpu": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0"})
+    monkeypatch.setattr(command, "run", begins)
+    monkeypatch.setattr(command.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(command.torch.cuda, "current_device", lambda: 0)
+
+
+def test_the_first_row_has_the_versions(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(backend, "verdict_of", lambda index: backend.UNKNOWN)
+    with pytest.raises(Ran):
+        command.main(["--out", str(tmp_path)])
+    (row,) = read_records(tmp_path / "versions.csv").to_dict("records")
+    assert re.fullmatch(r"torch 2\.11\.0, Triton 3\.6\.0, ptxas \d+\.\d+\.\d+ for sm_90", row["case"])
+    assert row["case"] in capsys.readouterr().err and row["status"] == "ok"
+
+
+def test_a_triton_that_is_known_to_be_wrong_ends_the_run_unless_anyway(gpu, monkeypatch, tmp_path, capsys):
+    wrong = "Triton 3.6.0 makes wrong code of these kernels for compute capability 9.0 (H100, H200, GH200)"
+    monkeypatch.setattr(
+        backend, "verdict_of", lambda index: backend.Verdict(wrong, "install Triton 3.7.1 or newer", "")
+    )
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"{wrong}; install Triton 3.7.1 or newer. --anyway runs it all the same."
+    )
+    with pytest.raises(Ran):
+        command.main(["--out", str(tmp_path), "--anyway"])
+    first = read_records(tmp_path / "versions.csv")
+    assert [*first.note] == [wrong]
+    versions = report.page(first, {"gpu": "x"}, dry=False).partition("## Versions")[2].partition("##")[0]
+    assert wrong in versions and "ptxas" in versions
+
+
+def test_without_a_usable_triton_nothing_runs(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
+    assert command.main(["--out", str(tmp_path)]) == 2
+    assert "can't run here: Triton is not installed" in capsys.readouterr().err
 
 
 TESTS = """
