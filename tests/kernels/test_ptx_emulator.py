@@ -185,7 +185,14 @@ ret;
 
 
 @pytest.mark.parametrize(
-    "instruction", ["add.sat.bf16x2 %r1, %r1, %r2", "bar.red.popc.u32 %r1, 0, 1", "ld.local.u32 %r1, [%r2]"]
+    "instruction",
+    [
+        "add.sat.bf16x2 %r1, %r1, %r2",
+        "add.sat.f32 %r1, %r1, %r2",
+        "add.f32 %r1, %r1, %r2, %r2",
+        "bar.red.popc.u32 %r1, 0, 1",
+        "ld.local.u32 %r1, [%r2]",
+    ],
 )
 def test_an_unknown_instruction_is_named_with_its_line(instruction: str) -> None:
     assert CompiledProgram(parse(PTX.replace("INSTRUCTION", "mov.b32 %r1, %tid.x"))).runs

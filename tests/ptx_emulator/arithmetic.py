@@ -34,6 +34,8 @@ PLAIN = {
     "and": "({0} & {1})", "or": "({0} | {1})", "xor": "({0} ^ {1})", "not": "(~{0})", "bfe": "nx.bit_field({0}, {1}, {2})",
     "prmt": "nx.permute_bytes({0}, {1}, {2})", "selp": "np.where({2}, {0}, {1})", "cvta": "{0}",
 }  # fmt: skip
+# Words between an operation and its type that change nothing, or that are seen to.
+MODIFIERS = {"rn", "ftz", "lo", "hi", "wide", "approx", "full", "NaN", "to", "global", "param"}
 COMPARISONS = {
     "eq": "==",
     "ne": "!=",
@@ -136,12 +138,17 @@ class Arithmetic:
             return self._mixed(ins, template)
         if kind == "f32x2":
             return self._pair(ins, template)
-        if kind in ("bf16", "f16", "f64", "bf16x2", "f16x2"):
+        if kind in ("bf16", "f16", "f64", "bf16x2", "f16x2") or not {*ins.mods[1:-1]} <= MODIFIERS:
             raise ins.unknown()
         if "hi" in ins.mods:
             template = "nx.mulhi({0}, {1})"
         if ins.mods[0] in ("min", "max") and "NaN" in ins.mods:
             template = PLAIN[ins.mods[0]]
+        if ins.mods[0] in ("min", "max") and len(args) == 3:
+            # Blackwell's, of three operands.
+            template = template.format(template, "{2}")
+        if len(args) != len({*re.findall(r"\{\d\}", template)}):
+            raise ins.unknown()
         kinds = {"bfe": [kind, "u32", "u32"], "selp": [kind, kind, "pred"]}.get(ins.mods[0], [kind] * 3)
         values = [self.value(arg, of) for arg, of in zip(args, kinds, strict=False)]
         if "wide" in ins.mods:
