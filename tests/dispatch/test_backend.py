@@ -122,13 +122,13 @@ JUDGED = [
     ((8, 9), "3.9.0", [], ""),
     ((9, 0), "3.6.0", [], ""),
     ((9, 0), None, [], ""),
-    ((10, 0), "3.6.0", ["Triton 3.6.0 leaves out fences", "for compute capability 10.0 (B200)"], ""),
-    ((10, 0), "3.7.0", ["Triton 3.7.0 leaves out fences"], ""),
-    ((10, 0), "3.7.1", [], ""),
-    ((10, 3), "3.7.1", [], "compute capability 10.3 (B300) is taken as 10.0"),
-    ((11, 0), "3.6.0", ["Triton 3.6.0 leaves out fences", "for compute capability 11.0 (Jetson Thor)"],
+    ((10, 0), "3.6.0", ["Triton 3.6.0 makes wrong code", "for compute capability 10.0 (B200)"], ""),
+    ((10, 0), "3.8.0", ["Triton 3.8.0 makes wrong code"], ""),
+    ((10, 0), "3.9.0", [], ""),
+    ((10, 3), "3.9.0", [], "compute capability 10.3 (B300) is taken as 10.0"),
+    ((11, 0), "3.7.1", ["Triton 3.7.1 makes wrong code", "for compute capability 11.0 (Jetson Thor)"],
      "compute capability 11.0 (Jetson Thor) is taken as 10.0"),
-    ((11, 0), "3.8.0", [], "compute capability 11.0 (Jetson Thor) is taken as 10.0"),
+    ((11, 0), "3.9.0", [], "compute capability 11.0 (Jetson Thor) is taken as 10.0"),
     ((12, 0), "3.6.0", [], ""),
     ((12, 1), "3.6.0", [], "compute capability 12.1 (GB10) is taken as 12.0"),
     ((12, 2), "3.9", [], "compute capability 12.2 is taken as 12.0"),
@@ -263,7 +263,7 @@ def test_explain_and_doctor_say_which_row_a_newer_gpu_takes(machine):
     assert str(found).startswith(f"backend triton on sm_103 ('auto' takes the Triton kernels on a GPU; {taken})\n")
     assert "taken as" not in str(other)
     gpus = doctor._versions()
-    assert gpus["GPU 0"] == f"some GPU, sm_103; {taken}; the row of compute capability 10.0 needs Triton 3.7.1 or newer"
+    assert gpus["GPU 0"] == f"some GPU, sm_103; {taken}; the row of compute capability 10.0 needs Triton 3.9.0 or newer"
     assert gpus["GPU 1"] == "some GPU, sm_90; the row of compute capability 9.0 needs Triton 3.6.0 or newer"
 
 
