@@ -36,19 +36,30 @@ def _fence_copies():
 
 
 @triton.jit
+def register_dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """``dot`` in a loop, of an ``a`` in registers, as masked or gated tiles are, and float32 under TensorFloat-32.
+
+    Hopper's product is complete on return. Triton lets asynchronous products run on into the loop's next round, which overwrites
+    these registers: Triton 3.6 and 3.7 keep no copy of them; Triton 3.8 does, and its ptxas (CUDA 12.9) removes it again
+    (triton-lang/triton#11781).
+    """
+    acc = dot(a, b, acc, INPUT_PRECISION)
+    if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
+        if targets_hopper() and (a.dtype != tl.float32 or INPUT_PRECISION == "tf32"):
+            acc = finished(acc)
+    return acc
+
+
+@triton.jit
 def finished(acc):
     """Return ``acc`` once its product is complete.
 
-    Triton lets an asynchronous product of Hopper's run on into the loop's next round. Two kinds of products must not:
-
-    - A product whose first operand is in registers, as a masked or gated tile is, and float32 under TensorFloat-32. The next
-      round overwrites these registers. Triton 3.6 and 3.7 keep no copy of them; Triton 3.8 does, and its ptxas (CUDA 12.9)
-      removes it again (triton-lang/triton#11781).
-    - A product that shares an operand in shared memory with another reader. Triton adds a buffer for an operand that only the
-      product reads. It adds none for an operand with another reader, so the next copy would overwrite what the product reads.
+    Triton lets an asynchronous product of Hopper's run on into the loop's next round, where a copy fills a buffer again. Triton
+    adds a buffer for an operand that only this product reads. It adds none for an operand with another reader, so the copy
+    would overwrite what the product still reads.
     """
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
-        if targets_hopper():
+        if not targets_amd():
             # Any use of the values makes Triton wait for them.
             acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc

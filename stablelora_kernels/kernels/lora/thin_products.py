@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stablelora_kernels.kernels.common import cast, dot, draw_keep, finished, keep_of, load_keep, pack_keep, shared_sum
+from stablelora_kernels.kernels.common import (
+    cast,
+    dot,
+    draw_keep,
+    keep_of,
+    load_keep,
+    pack_keep,
+    register_dot,
+    shared_sum,
+)
 from stablelora_kernels.kernels.lora.chain import raise_flag
 from stablelora_kernels.kernels.lora.gated import gated
 
@@ -86,10 +95,11 @@ def shrink(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
                 if member.mask is not None:
                     store_mask(member.mask, pack_keep(drawn), rows, k0, M, x.width)
                 kept = tl.where(keep_of(drawn), x_tile, 0.0)
-            total = dot(kept, cast(a, x_tile.dtype), sums[i], TILE.PRECISION)
+            a = cast(a, x_tile.dtype)
             if member.seed is not None or TILE.PRECISION == "tf32":
-                # The first operand is in registers.
-                total = finished(total)
+                total = register_dot(kept, a, sums[i], TILE.PRECISION)
+            else:
+                total = dot(kept, a, sums[i], TILE.PRECISION)
             added += (total,)  # type: ignore[assignment]
         sums = added
 
@@ -169,10 +179,10 @@ def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
             kept = z_tile
             if member.mask is not None:
                 kept = tl.where(load_keep(member.mask, rows, c0, M, z.width, BLOCK_C), z_tile, 0.0)
-            total = dot(tl.trans(kept), t, sums[i], TILE.PRECISION)
             if member.mask is not None or z.u is not None or TILE.PRECISION == "tf32":
-                # The first operand is in registers.
-                total = finished(total)
+                total = register_dot(tl.trans(kept), t, sums[i], TILE.PRECISION)
+            else:
+                total = dot(tl.trans(kept), t, sums[i], TILE.PRECISION)
             added += (total,)  # type: ignore[assignment]
         sums = added
 
