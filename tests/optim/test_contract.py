@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.model.apply import apply_lora
@@ -37,6 +38,10 @@ def row(request: pytest.FixtureRequest) -> Row:
     return OPTIONS[request.param]
 
 
+def tensors_in(state: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+
 @pytest.mark.covering(1)
 def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     """All options are in the state but storage and the schedule, which a function cannot be."""
@@ -50,7 +55,7 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     with torch.no_grad():
         for p, value in zip(halves(pairs), values, strict=True):
             p.copy_(value)
-    resumed = StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept)
+    resumed, untouched = StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept), copy.deepcopy(state)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.load_state_dict(state)
@@ -62,6 +67,8 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
         take_step(step, straight, *others)
     for other in others:
         assert all_equal(snapshot(straight), snapshot(other)) and latches(straight) == latches(other)
+    # The state that it was given is the caller's still.
+    assert all(map(torch.equal, tensors_in(state), tensors_in(untouched)))
 
 
 @pytest.mark.covering
