@@ -293,7 +293,9 @@ def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     parallelize_module(model[0], mesh, PLAN)
     assert model[0].up is up and type(up) is LoRAShardedLinear
-    assert not up.lora_A.requires_grad and up.lora_A.placements == (Replicate(),) and up.lora_B.placements == (Shard(0),)
+    assert (
+        not up.lora_A.requires_grad and up.lora_A.placements == (Replicate(),) and up.lora_B.placements == (Shard(0),)
+    )
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     model(torch.randn(2, WIDTH))
     assert seen == ["DTensor"]

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.optim.snapshot import LIVE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import load_moment
 from stablelora_kernels.pairs import LoRAPair
@@ -106,6 +107,27 @@ def test_a_step_on_triton_is_one_launch(option):
             found.append(dict(made))
     clipped = option.options.get("max_grad_norm") is not None
     assert found == [step | sums, step | sums if clipped else step, step | sums]
+
+
+def test_a_step_on_triton_reads_nothing_from_its_device(monkeypatch):
+    """A read would raise on the meta device, and make the host wait for a GPU."""
+    seen = []
+    monkeypatch.setattr("stablelora_kernels.optim.stable_adamw.resolve_backend", lambda device: "triton")
+    monkeypatch.setattr(
+        "stablelora_kernels.launch.base.Launch.run", lambda launch, device: seen.append(launch.kernel.__name__)
+    )
+    pairs = [
+        LoRAPair(pair.name, *(t.detach().to("meta").requires_grad_() for t in (pair.A, pair.B)))
+        for pair in make_pairs()
+    ]
+    on_device = {name: torch.zeros((), device="meta") for name in LIVE}
+    optimizer = StableLoRAAdamW(pairs, **on_device, max_grad_norm=1.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="meta"), torch.zeros((), device="meta")
+    for _ in range(3):
+        for p in halves(pairs):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert seen == ["_square_sums_kernel", "_stable_adamw_kernel"] * 3
 
 
 @pytest.mark.covering(1)
