@@ -230,8 +230,10 @@ def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager

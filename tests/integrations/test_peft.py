@@ -226,11 +226,11 @@ def test_generate_gives_pefts_tokens(backend, calls):
     model = make(model=llama(pad_token_id=0), task_type="CAUSAL_LM", target_modules="all-linear")
     ids = torch.tensor([[1, 5, 7], [1, 9, 3]])
     settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    expected = model.generate(input_ids=ids, **settings)
+    pefts = model.generate(input_ids=ids, **settings)
     slk.accelerate_peft(model, strict=True)
-    found = model.generate(input_ids=ids, **settings)
-    assert torch.equal(found.sequences, expected.sequences)
-    for logits, of_peft in zip(found.logits, expected.logits, strict=True):
+    ours = model.generate(input_ids=ids, **settings)
+    assert torch.equal(ours.sequences, pefts.sequences)
+    for logits, of_peft in zip(ours.logits, pefts.logits, strict=True):
         torch.testing.assert_close(logits, of_peft)
     # The prompt, and each token but the last.
     assert calls.layers == {"lora_linear": 14 * 6}

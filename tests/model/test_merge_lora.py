@@ -125,11 +125,11 @@ def test_the_block_holds_in_every_thread():
     """As where DataParallel computes, or a server's worker."""
     model, base = adapted()
     active = output(model)
-    with ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as worker:
         for _ in range(2):
             with slk.disable_lora(model):
-                assert torch.equal(other.submit(output, model).result(), base)
-            assert torch.equal(other.submit(output, model).result(), active)
+                assert torch.equal(worker.submit(output, model).result(), base)
+            assert torch.equal(worker.submit(output, model).result(), active)
 
 
 def test_a_compiled_model_is_compiled_once_more():

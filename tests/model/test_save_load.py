@@ -54,16 +54,16 @@ def test_dtype_is_kept(dtype, tmp_path):
 
 def test_weights_that_a_saved_module_ties_are_saved(tmp_path):
     """safetensors refuses tensors that share memory."""
-    head = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("one", "other")})
-    head["other"].weight = head["one"].weight
+    head = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("tokens", "labels")})
+    head["labels"].weight = head["tokens"].weight
     first = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": head})
     second = copy.deepcopy(first)
     slk.apply_lora(first, lora_config(target_modules=["q_proj"], modules_to_save=["head"]))
-    nn.init.normal_(head["one"].weight)
+    nn.init.normal_(head["tokens"].weight)
     slk.save_adapter(first, tmp_path)
     slk.load_adapter(second, tmp_path)
-    assert torch.equal(second["head"]["one"].weight, head["one"].weight)
-    assert second["head"]["other"].weight is second["head"]["one"].weight
+    assert torch.equal(second["head"]["tokens"].weight, head["tokens"].weight)
+    assert second["head"]["labels"].weight is second["head"]["tokens"].weight
 
 
 def test_what_does_not_change_the_result_is_accepted(model, saved):
