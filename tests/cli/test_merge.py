@@ -38,11 +38,20 @@ def reload(path):
     return model.eval()
 
 
+# One file for each kind that transformers may need.
+TOKENIZER = {
+    "added_tokens.json", "chat_template.jinja", "image_processor_config.json", "merges.txt", "preprocessor_config.json",
+    "processor_config.json", "qwen.tiktoken", "special_tokens_map.json", "spiece.model", "tokenizer.json",
+    "tokenizer_config.json", "vocab.json",
+}  # fmt: skip
+
+
 def prepare(tmp_path, model=None, **config):
     """A model's directory with a tokenizer's files, an adapter's for it, and the model with the adapter on."""
     model = make_llama() if model is None else model
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    for name in TOKENIZER:
+        (tmp_path / "model" / name).write_text("{}")
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"a": 1}')
     (tmp_path / "model" / "training_args.bin").write_bytes(b"\x80")
     adapted = copy.deepcopy(model)
@@ -99,7 +108,7 @@ def test_what_it_writes(tmp_path, capsys, stored, wanted, written):
     if stored == written == "float32":
         torch.testing.assert_close(output(merged), expected)
     assert (report["merged"], report["dtype"], report["architecture"]) == (4, written, "LlamaForCausalLM")
-    assert report["copied"] == ["tokenizer.json", "tokenizer_config.json"] and report["untied"] is False
+    assert report["copied"] == sorted(TOKENIZER) and report["untied"] is False
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"a": 1}'
     assert "training_args.bin" not in content(tmp_path / "out")
     assert names_in(tmp_path) == ["adapter", "model", "out"]
@@ -213,6 +222,14 @@ def merged_before(path, add=None):
         (path / "out" / add).mkdir()
 
 
+def a_directory_in_place_of_a_file(path):
+    merged_before(path)
+    file = path / "out" / "tokenizer.json"
+    file.unlink()
+    file.mkdir()
+    (file / "notes").write_text("mine")
+
+
 def another_model(path):
     make_llama().save_pretrained(path / "out")
 
@@ -230,6 +247,9 @@ FAILURES = {
     ),
     "--out is there": (merged_before, "", 2, "--out must be empty or not there, got "),
     "a directory of one's own in --out": (partial(merged_before, add="a"), "--overwrite", 2, "what this command wrote, got "),
+    "a directory of a written file's name": (
+        a_directory_in_place_of_a_file, "--overwrite", 2, "what this command wrote, got ",
+    ),
     "another's model": (another_model, "--overwrite", 2, "/out' with config.json, generation_config"),
     "no config": (lambda path: (path / "model" / "config.json").unlink(), "", 2, "with config.json, got"),
     "a file as --out": (lambda path: (path / "out").write_text(""), "", 2, "--out must be a directory, got the file"),

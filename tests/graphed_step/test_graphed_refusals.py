@@ -53,6 +53,12 @@ def of_shards(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
     graphed(model, slk.StableLoRAAdamW.from_model(model, capturable=True))
 
 
+def in_accelerates_hook(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed (pip install .[test])")
+    hooks.add_hook_to_module(model[1], hooks.ModelHook())
+    graphed(model, optimizer)
+
+
 def in_a_global_hook(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
     with nn.modules.module.register_module_forward_hook(nothing):
         graphed(model, optimizer)
@@ -66,6 +72,7 @@ def nothing(*args: Any) -> None:
 CHANGED: dict[str, Callable[[Any, slk.StableLoRAAdamW], Any]] = {
     r"model must have no hooks, .* got hooks on '0'": lambda m, o: m[0].register_forward_pre_hook(nothing),
     r"model must have no hooks, .* got hooks on '2'": lambda m, o: m[2].register_full_backward_hook(nothing),
+    r"model must have no hooks, .* got hooks on '0\.lora_B'": lambda m, o: m[0].lora_B.register_hook(nothing),
     r"optimizer must have no step hooks, .* got <built-in": lambda m, o: o.register_step_post_hook(print),
     r"no shrink_schedule, .* got <class 'float'>: write its": lambda m, o: setattr(o, "shrink_schedule", float),
     r"must be on one GPU, got tensors on .*meta": lambda m, o: m.register_buffer("b", torch.zeros(1, device="meta")),
@@ -77,6 +84,7 @@ PLACES: dict[str, Callable[[nn.Module, slk.StableLoRAAdamW], Any]] = {
     r"model must not be in DataParallel, .* got it in one": lambda m, o: graphed(nn.DataParallel(m), o),
     r"model must be whole on one GPU, got the DTensor '0\.weight'": of_shards,
     r"must step on Triton's kernels .* backend 'torch'": on_pytorchs_operators,
+    r"model must have no hooks, .* got hooks on '1'": in_accelerates_hook,
     r"model must have no hooks, .* got global module hooks": in_a_global_hook,
 }
 
@@ -220,6 +228,15 @@ def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     slk.merge_lora(model)
     yield
@@ -235,6 +252,7 @@ TF32 = "backends.cuda.matmul.fp32_precision = 'tf32'"
 CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[Any]]] = {
     r"model.training was True and is False": lambda m, o: changed(m, "training", False),
     r"model.0.merged was False and is True": lambda m, o: merged(m),
+    r"model.0._disabled was False and is True": lambda m, o: slk.disable_lora(m),
     r"model.0.scaling was 8.0 and is 1.0": lambda m, o: changed(m[0], "scaling", 1.0),
     r"model._modules.1 was Tanh() and is ReLU()": lambda m, o: changed(m, "1", nn.ReLU()),
     r"_parameters.lora_A was a tensor of": lambda m, o: changed(m[0], "lora_A", nn.Parameter(m[0].lora_A.detach())),
@@ -244,6 +262,8 @@ CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[A
     r"model.0.weight has other memory than before": lambda m, o: changed(m[0].weight, "data", m[0].weight.data.clone()),
     r"backend was 'triton' and is 'torch'": lambda m, o: slk.use_backend("torch"),
     r"kernel was 'auto' and is 'split'": lambda m, o: slk.use_kernel("split"),
+    r"autotune was False and is True": lambda m, o: slk.use_autotune(True),
+    r"deterministic algorithms was False and is True": lambda m, o: deterministic(),
     r"TensorFloat-32 in float32 products was False and is True": lambda m, o: switched(TF32),
     r"global module hooks was False": lambda m, o: nn.modules.module.register_module_forward_pre_hook(nothing),
     r"optimizer's step hooks was [] and is [": lambda m, o: o.register_step_pre_hook(nothing),
@@ -273,6 +293,22 @@ def test_a_change_after_the_capture_is_noticed(words, shared):
     assert all_equal(before, [p.detach() for p in model.parameters()]) and graphs.replays == replays
     step((X, GOAL))
     assert graphs.replays == replays + 1
+
+
+SCALERS: dict[str, Callable[[torch.amp.GradScaler], None]] = {
+    "grad_scaler.get_growth_factor() was 2.0 and is 3.0": lambda scaler: scaler.set_growth_factor(3.0),
+    "grad_scaler.get_backoff_factor() was 0.5 and is 0.25": lambda scaler: scaler.set_backoff_factor(0.25),
+    "grad_scaler.get_growth_interval() was 2000 and is 7": lambda scaler: scaler.set_growth_interval(7),
+}
+
+
+@pytest.mark.parametrize("words", SCALERS)
+def test_a_change_of_the_grad_scaler_is_noticed(words):
+    scaler = torch.amp.GradScaler(DEVICE)
+    step, *_ = captured(grad_scaler=scaler)
+    SCALERS[words](scaler)
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        step((X, GOAL))
 
 
 RESETS: dict[str, tuple[Callable[[slk.StableLoRAAdamW], Any], str]] = {

@@ -94,8 +94,8 @@ def trainable(model):
 
 
 def snapshot(model):
-    """Everything that a refused call must leave alone: objects, flags and values."""
-    modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False)]
+    """Everything that a refused call must leave alone: objects, their attributes' names, flags and values."""
+    modules = [(name, module, list(vars(module))) for name, module in model.named_modules(remove_duplicate=False)]
     parameters = [
         (name, p, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)
     ]

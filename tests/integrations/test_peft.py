@@ -15,7 +15,7 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.cases import BF16, DTYPES, FP16, FP32
 from tests.helpers.oracle import check_all, layer_oracle, run_layer
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
-from tests.helpers.small_models import IDS, output
+from tests.helpers.small_models import IDS, llama, output
 
 lora = peft.tuners.lora
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias.*")
@@ -220,6 +220,20 @@ def test_error_against_float64_is_pefts(dtypes, autocast, backend, calls):
     ref = layer_oracle(x, base.weight, base.bias, pair, grad, layer.scaling["default"])
     check_all(found, ref, eager, low)
     assert found["Y"].dtype == (low if autocast else dtypes[0]) and found["dA"].dtype == dtypes[1]
+
+
+def test_generate_gives_pefts_tokens(backend, calls):
+    model = make(model=llama(pad_token_id=0), task_type="CAUSAL_LM", target_modules="all-linear")
+    ids = torch.tensor([[1, 5, 7], [1, 9, 3]])
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    pefts = model.generate(input_ids=ids, **settings)
+    slk.accelerate_peft(model, strict=True)
+    ours = model.generate(input_ids=ids, **settings)
+    assert torch.equal(ours.sequences, pefts.sequences)
+    for logits, of_peft in zip(ours.logits, pefts.logits, strict=True):
+        torch.testing.assert_close(logits, of_peft)
+    # The prompt, and each token but the last.
+    assert calls.layers == {"lora_linear": 14 * 6}
 
 
 def test_adapters_that_do_not_fit_are_pefts_own(calls):

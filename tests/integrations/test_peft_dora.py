@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -48,9 +50,12 @@ def results(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (70,), (3, 5)])
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
-def test_output_and_gradients(dtype, rows, bias, backend, calls):
+def test_output_and_gradients(dtype, rows, bias, backend, calls, monkeypatch):
     if dtype == FP64 and backend == "triton":
         pytest.skip("the Triton kernels do not compute in float64")
+    # 70 rows and the weight take several blocks each.
+    monkeypatch.setattr(dora, "_ROWS", 32)
+    monkeypatch.setattr(dora, "_ELEMENTS", 10 * K)
     model = one_layer(nn.Linear(K, N, bias).to(dtype), dtype)
     x = torch.randn(*rows, K).to(dtype)
     exact, own = results(copy.deepcopy(model).double(), x.double()), results(model, x)
@@ -117,8 +122,21 @@ def test_quantized_bases_are_multiplied_not_dequantized_again(quantize, options,
     assert sums == [(N, 128)] * 2
 
 
-def test_it_keeps_x_s_and_z_and_makes_nothing_of_the_weights_size(calls):
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantized_weight_is_freed_with_its_model():
+    model = one_layer(bnb_4bit(nn.Linear(128, N), compute_dtype=FP32))
+    slk.accelerate_peft(model, strict=True)
+    model(torch.randn(3, 128))
+    weight = weakref.ref(model.base_model.model[0].base_layer.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.parametrize("magnitude_trains", [True, False])
+def test_it_keeps_x_s_and_z_and_makes_nothing_of_the_weights_size(magnitude_trains, calls):
     model = one_layer(nn.Linear(512, 512))
+    model.base_model.model[0].lora_magnitude_vector["default"].weight.requires_grad_(magnitude_trains)
     slk.accelerate_peft(model)
     x = torch.randn(70, 512).requires_grad_()
     kept: list[torch.Tensor] = []
@@ -126,8 +144,9 @@ def test_it_keeps_x_s_and_z_and_makes_nothing_of_the_weights_size(calls):
         model(x)
     parameters = {p.data_ptr() for p in model.parameters()}
     sizes = sorted({t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in parameters}.values())
-    # The factor and the norms, S, x and Z.
-    assert sizes[-2:] == [70 * 512] * 2 and all(size <= 70 * max(R, 8) for size in sizes[:-2])
+    # The factor and the norms, S, x and, for the magnitude alone, Z.
+    wide = 1 + magnitude_trains
+    assert sizes[-wide:] == [70 * 512] * wide and all(size <= 70 * max(R, 8) for size in sizes[:-wide])
 
 
 def test_with_dropout_only_evaluation_is_ours(backend, calls):
@@ -151,7 +170,7 @@ def test_with_dropout_only_evaluation_is_ours(backend, calls):
 
 
 def test_what_peft_computes_itself(calls):
-    """Two adapters at once, hooks, and layers that quantize their input."""
+    """Two adapters at once, hooks, offloading, and layers that quantize their input."""
     model = make(use_dora=True)
     slk.accelerate_peft(model, strict=True)
     output(model)
@@ -176,6 +195,11 @@ def test_what_peft_computes_itself(calls):
     for model, text in ((hooked, "Linear"), (eight, "Linear8bitLt")):
         (row,) = slk.accelerate_peft(model).skipped
         assert row.reason == f"adapter 'default' is DoRA on a {text}, or on a layer with hooks"
+    offloaded = one_layer()
+    # PEFT's option for it needs a GPU.
+    offloaded.base_model.model[0].ephemeral_gpu_offload = True
+    (row,) = slk.accelerate_peft(offloaded).skipped
+    assert row.reason == "adapter 'default' is DoRA with hooks, or with a weight on another device"
 
 
 def test_torch_compile_has_no_graph_break(backend):

@@ -217,25 +217,36 @@ class Twice(nn.Module):
         return 2 * w
 
 
-CHANGES = {
-    "its experts are computed by 'sonicmoe'": with_implementation("sonicmoe"),
-    "its down_proj trains": train_weight,
-    "another parametrization changes its weights": lambda w: parametrize.register_parametrization(
-        w.get_base_layer(), "down_proj", Twice()
-    ),
-    "it holds a module with hooks": lambda w: w.base_layer.register_forward_hook(lambda *args: None),
-    "its forward was replaced": lambda w: setattr(w, "forward", w.forward),
-    "adapter 'default' of its down_proj is not of plain nn.Linears, or has hooks": lambda w: (
-        peft_experts.wrapped_parameters(w)["down_proj"].lora_A["default"].register_forward_hook(lambda *args: None)
-    ),
-}
+def nothing(*args):
+    pass
 
 
-@pytest.mark.parametrize("reason", CHANGES)
-def test_what_is_not_understood_is_named_and_stays_pefts(reason, calls):
+def double_weight(wrapper):
+    parametrize.register_parametrization(wrapper.get_base_layer(), "down_proj", Twice())
+
+
+def hook_lora_A(wrapper):
+    peft_experts.wrapped_parameters(wrapper)["down_proj"].lora_A["default"].register_forward_hook(nothing)
+
+
+CHANGES = [
+    ("its experts are computed by 'sonicmoe'", with_implementation("sonicmoe")),
+    ("its down_proj trains", train_weight),
+    ("another parametrization changes its weights", double_weight),
+    # On the wrapper of the other parameter, and on the experts themselves.
+    ("it holds a module with hooks", lambda w: w.base_layer.register_forward_hook(nothing)),
+    ("it holds a module with hooks", lambda w: w.get_base_layer().register_forward_hook(nothing)),
+    ("its forward was replaced", lambda w: setattr(w, "forward", w.forward)),
+    ("adapter 'default' of its down_proj is not of plain nn.Linears, or has hooks", hook_lora_A),
+    ("its down_proj is of one expert", lambda w: setattr(w, "num_experts", 1)),
+]
+
+
+@pytest.mark.parametrize(("reason", "change"), CHANGES)
+def test_what_is_not_understood_is_named_and_stays_pefts(reason, change, calls):
     model = with_lora(build("qwen3_moe"))
     (wrapper,) = (m for name, m in model.named_modules() if name.endswith("mlp.experts"))
-    CHANGES[reason](wrapper)
+    change(wrapper)
     report = slk.accelerate_peft(model)
     assert [(row.name, row.reason) for row in report.skipped] == [
         ("base_model.model.model.layers.0.mlp.experts", reason)
@@ -250,6 +261,9 @@ def test_other_modules_are_named():
     assert {row.reason for row in report.skipped} == {
         "JetMoeParallelExperts is not a stack of experts that lora_experts is known to fit"
     }
+    # A bias is no stack of matrices.
+    model = with_lora(build("gpt_oss"), target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj_bias"])
+    assert [row.reason for row in slk.accelerate_peft(model).skipped] == ["PEFT adapts its gate_up_proj_bias"]
     # By PEFT's own rule, all linear layers include the experts, and the router as a parameter.
     model = build("qwen3_moe")
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))

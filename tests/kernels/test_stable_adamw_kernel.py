@@ -156,6 +156,26 @@ def test_mixed_parameters_in_one_optimizer(backend: str, monkeypatch: pytest.Mon
     assert None in oracle.latched_at.values() and 1 in oracle.latched_at.values()
 
 
+def test_16_bytes_are_read_at_a_time_of_aligned_tensors_alone() -> None:
+    """A GPU faults at other addresses, the interpreter does not: so what the step tells the kernel of each tensor."""
+    optimizer = StableLoRAAdamW(mixed_parameters(), lr=1e-2)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    set_grads(params, 0)
+    first = params[0]
+    memory = torch.zeros(first.numel() + 1, dtype=first.dtype, device=DEVICE)
+    for is_aligned in (True, False):
+        if not is_aligned:
+            first.grad = memory[1:].view_as(first)
+        with use_backend("triton"):
+            optimizer.step()
+        (engine,) = optimizer._engines
+        variants = dict(zip(engine.params, engine.memory.addresses[:, 1].tolist(), strict=True))
+        assert variants[first] & 1 == is_aligned
+        for p, variant in variants.items():
+            fits = p.numel() % 16 == 0 and p.data_ptr() % 16 == 0 and p.grad.data_ptr() % 16 == 0
+            assert variant & 1 == fits, p.shape
+
+
 @by_dtype
 def test_both_backends_round_with_the_same_noise(dtype: torch.dtype) -> None:
     """After powers of two and no Adam step both round the same float32 values."""

@@ -314,6 +314,17 @@ def test_a_call_that_is_interrupted_at_any_operator_is_rolled_back(tmp_path, has
     assert interrupt.seen < at
 
 
+def test_a_call_that_fails_at_its_end_is_rolled_back(monkeypatch):
+    """Then its attributes are there already."""
+
+    def fail(model):
+        raise OSError("at the end")
+
+    monkeypatch.setattr("stablelora_kernels.model.apply.count_parameters", fail)
+    with refused(model := Model(), OSError, "at the end"):
+        slk.apply_lora(model, WITH_BIASES, fuse_projections=True)
+
+
 def of_zero_3():
     """Cut by DeepSpeed, which leaves an empty placeholder."""
     model = nn.Linear(4, 4, bias=False)

@@ -154,6 +154,16 @@ def test_half_of_a_module_in_bfloat16_under_autocast_and_its_latches():
     assert row.name.endswith("mlp.experts.down_proj") and row.experts == E
 
 
+def test_autocast_does_not_round_what_is_merged():
+    model = own(build("qwen3_moe", dtype=FP32))
+    twin = copy.deepcopy(model)
+    slk.merge_lora(twin)
+    with torch.autocast("cpu", BF16):
+        slk.merge_lora(model)
+    for p, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, expected)
+
+
 def test_what_does_not_match_or_fit_is_named():
     model, called = build("qwen3_moe"), []
     for names, reason in (

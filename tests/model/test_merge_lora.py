@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,6 +121,17 @@ def test_copies_made_in_the_block_are_not_in_it():
     assert all(torch.equal(output(twin), active) for twin in twins)
 
 
+def test_the_block_holds_in_every_thread():
+    """As where DataParallel computes, or a server's worker."""
+    model, base = adapted()
+    active = output(model)
+    with ThreadPoolExecutor(1) as worker:
+        for _ in range(2):
+            with slk.disable_lora(model):
+                assert torch.equal(worker.submit(output, model).result(), base)
+            assert torch.equal(worker.submit(output, model).result(), active)
+
+
 def test_a_compiled_model_is_compiled_once_more():
     model, base = adapted()
     active, graphs = output(model), []
@@ -227,8 +239,10 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind):
     slk.unmerge_lora(model)
     assert torch.equal(output(model), expected)
     assert_saved_as_it_is(model, tmp_path / "unmerged")
-    # A head that it unties stays so.
+    # A head that it unties stays so, and the config says so.
     slk.remove_lora(model)
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings == is_tied
     torch.testing.assert_close(reload(model, tmp_path / "removed"), expected)
 
 

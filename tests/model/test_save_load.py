@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import main
@@ -48,6 +50,20 @@ def test_dtype_is_kept(dtype, tmp_path):
             for half in ("lora_A", "lora_B"):
                 found, wanted = getattr(layer, half), getattr(first.get_submodule(name), half)
                 assert found.dtype == expected and torch.equal(found, wanted.to(expected))
+
+
+def test_weights_that_a_saved_module_ties_are_saved(tmp_path):
+    """safetensors refuses tensors that share memory."""
+    head = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("tokens", "labels")})
+    head["labels"].weight = head["tokens"].weight
+    first = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": head})
+    second = copy.deepcopy(first)
+    slk.apply_lora(first, lora_config(target_modules=["q_proj"], modules_to_save=["head"]))
+    nn.init.normal_(head["tokens"].weight)
+    slk.save_adapter(first, tmp_path)
+    slk.load_adapter(second, tmp_path)
+    assert torch.equal(second["head"]["tokens"].weight, head["tokens"].weight)
+    assert second["head"]["labels"].weight is second["head"]["tokens"].weight
 
 
 def test_what_does_not_change_the_result_is_accepted(model, saved):

@@ -57,6 +57,16 @@ def test_the_error_is_the_distance_to_the_exact_sum(transposed, dtype, k, n):
     assert torch.equal(made.weight.double(), frozen)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_autocast_does_not_round_the_change(transposed):
+    made = layer(torch.float32, transposed=transposed)
+    twin = copy.deepcopy(made)
+    error = twin.merge()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made.merge() == error
+    assert torch.equal(made.weight, twin.weight)
+
+
 VANISHING = [(torch.bfloat16, 1e-6), (torch.float16, 1e-7), (torch.float32, 1e-11), (torch.bfloat16, 0.0)]
 
 

@@ -258,6 +258,17 @@ def test_forwards_like_ligers(source):
     assert verdict(*made(forward_of(source))) == "its forward can't be followed (RuntimeError)"
 
 
+def test_a_partials_keywords_are_compared(calls):
+    tanh, exact = (functools.partial(gelu, approximate=name) for name in ("tanh", "none"))
+    models = [made(forward_of("d(self.act_fn(g) * u)"), tanh, fuse)[0] for fuse in (True, False)]
+    for act_fn, tolerance in ((tanh, 1e-10), (exact, 0.0)):
+        for model in models:
+            model["mlp"].act_fn = act_fn
+        assert_same(*map(step, models), tolerance)
+        # Only the first was recognized.
+        assert calls.mlps == ["gelu_tanh"]
+
+
 CHANGES = {
     "another module of the same class": lambda mlp: setattr(mlp, "act_fn", Act(F.gelu)),
     "its function": lambda mlp: setattr(mlp.act_fn, "function", F.gelu),

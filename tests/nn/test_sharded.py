@@ -20,7 +20,9 @@ import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.sharded import LoRAShardedLinear
 from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
+from stablelora_kernels.testing import fp8_weight
 from tests.helpers.processes import needs_gloo, spawn
+from tests.helpers.quantized_weights import fp8_linear
 
 pytestmark = needs_gloo
 WIDTH, HIDDEN, STEPS, ROWS, LENGTH = 12, 20, 6, 4, 6
@@ -287,10 +289,13 @@ def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:
 
     up, seen = model[0].up, []
     up.register_forward_hook(lambda module, args, output: seen.append(type(output).__name__))
+    up.lora_A.requires_grad_(False)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     parallelize_module(model[0], mesh, PLAN)
     assert model[0].up is up and type(up) is LoRAShardedLinear
-    assert up.lora_A.placements == (Replicate(),) and up.lora_B.placements == (Shard(0),)
+    assert (
+        not up.lora_A.requires_grad and up.lora_A.placements == (Replicate(),) and up.lora_B.placements == (Shard(0),)
+    )
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     model(torch.randn(2, WIDTH))
     assert seen == ["DTensor"]
@@ -303,6 +308,21 @@ def test_projections_that_were_computed_together(mesh: DeviceMesh) -> None:
         parallelize_module(model, mesh, {"q_proj": LoRAColwiseParallel()})
     x = torch.randn(5, 8)
     assert model["q_proj"](x).shape == model["v_proj"](x).shape == (5, 8)
+
+
+@pytest.mark.parametrize("style", PLAN.values(), ids=lambda style: type(style).__name__)
+def test_layers_that_are_not_cut(style, mesh):
+    merged = slk.LoRALinear(8, 8, r=2)
+    merged.merge()
+    sharded = slk.LoRALinear.from_linear(cut(mesh, Shard(0)), r=2)
+    quantized = slk.LoRALinear.from_linear(fp8_linear(fp8_weight(8, 64), torch.bfloat16), r=2)
+    name = type(style).__name__
+    with pytest.raises(ValueError, match=f"{name} cuts a LoRALinear that is not merged, got a merged one"):
+        parallelize_module(merged, mesh, style)
+    for layer in (sharded, quantized):
+        message = f"{name} cuts a LoRALinear over a plain weight, got a {type(layer).__name__}"
+        with pytest.raises(NotImplementedError, match=message):
+            parallelize_module(layer, mesh, style)
 
 
 def test_start_and_errors(mesh):

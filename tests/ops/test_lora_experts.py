@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -135,6 +136,36 @@ def test_matches_the_oracle(case, monkeypatch):
             assert_no_worse(value, exact[name], eager[name], dtype=case.dtype, name=name)
     unused = slice(case.ends[-1], None)
     assert not found["Y"][unused].any() and not found.get("dx", found["Y"])[unused].any()
+
+
+def on_a_gpu(dtype, shape, strides=None, address=0):
+    """What can_group asks of a tensor."""
+    strides = torch.empty(shape, device="meta").stride() if strides is None else strides
+    return SimpleNamespace(
+        is_cuda=True, device="cuda", dtype=dtype, shape=shape, element_size=lambda: dtype.itemsize,
+        stride=strides.__getitem__, is_contiguous=lambda: True, data_ptr=lambda: address,
+    )  # fmt: skip
+
+
+X, WEIGHT = on_a_gpu(BF16, (8, 64)), on_a_gpu(BF16, (4, 64, 64))
+GROUPED = {
+    "as it is": (X, WEIGHT, True),
+    "float32": (on_a_gpu(FP32, (8, 64)), WEIGHT, False),
+    "x off by 8 bytes": (on_a_gpu(BF16, (8, 64), address=8), WEIGHT, False),
+    "the weight off by 2 bytes": (X, on_a_gpu(BF16, (4, 64, 64), address=2), False),
+    "every second column": (on_a_gpu(BF16, (8, 64), (128, 2)), WEIGHT, False),
+    "rows of 136 bytes": (on_a_gpu(BF16, (8, 64), (68, 1)), WEIGHT, False),
+    "60 outputs": (X, on_a_gpu(BF16, (4, 60, 64)), False),
+}
+
+
+@pytest.mark.parametrize(("x", "weight", "grouped"), GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("capability", [(8, 0), (7, 5)])
+def test_what_pytorch_groups(x, weight, grouped, capability, monkeypatch):
+    """It raises, or reads wrongly, at addresses that are no multiple of 16."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert op.can_group(x, weight) == (grouped and capability >= (8, 0))
 
 
 def test_each_expert_is_a_lora_linear_to_the_bit():

@@ -20,6 +20,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 import stablelora_kernels as slk
 from stablelora_kernels import functional
+from stablelora_kernels.launch.workspace import Workspace
 from stablelora_kernels.ops import plans
 from tests.helpers.autotuning import tuned_by_hand
 from tests.helpers.case_checks import assert_close, run_recorded
@@ -44,6 +45,8 @@ from tests.helpers.operators import Operators
 from tests.helpers.precision import switched
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from stablelora_kernels.launch import prepared as prepared_launches
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +247,15 @@ def test_the_table_is_bounded_and_keeps_what_is_used(monkeypatch):
         assert plans.find(("kept",)) is kept
         assert len(plans._young) + len(plans._old) <= 8
     assert plans.find((0,)) is None
+
+
+def test_parts_of_the_scratch_memory_begin_at_aligned_addresses():
+    """A GPU reads 16 bytes at a time there. All parts are one allocation; these have 12, 10 and 256 bytes."""
+    taken = Workspace()
+    taken.scratch = [torch.empty(3), torch.empty(5, dtype=BF16), torch.empty(64)]
+    tensors = prepared_launches._Tensors([torch.empty(4)], [torch.empty(4)], taken)
+    offsets = [tensors.view(memory).offset for memory in taken.scratch]
+    assert offsets == [0, 256, 512] and tensors.scratch_bytes == 768
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from stablelora_kernels.ops import torch_path
 from tests.helpers.case_checks import assert_close, check, held_by
 from tests.helpers.cases import BF16, FP32, OPS, Case, forced, leaves, make, ours, results, run, small
 from tests.helpers.operators import Operators
@@ -55,6 +56,20 @@ def test_an_mlp_holds_g_and_u(shared, dtype, p, backend):
     assert held_by(case) == wide + thin + masks
     x = rows * k * dtype.itemsize
     assert held_by(case) + x <= 1.01 * (wide + x) + (masks if backend == "triton" else 0)
+
+
+@pytest.mark.parametrize(("p", "limit"), [(0.0, 512), (0.5, 64)])
+def test_fewer_rows_take_plain_operators(p, limit, monkeypatch):
+    """As docs/limitations.md says. With dropout these keep the masked x, the op does not."""
+    monkeypatch.setattr(torch_path, "FEW_ROWS_WITHOUT_DROPOUT", 512)
+    for rows in (limit - 1, limit):
+        case = small("linear", rows, p=p, backend="torch")
+        with forced(case):
+            (y,) = ours(case, leaves(case, make(case)))
+        is_plain = "LoRALinear" not in type(y.grad_fn).__name__
+        assert is_plain == (rows < limit)
+        masked_x = rows * case.shape[-1] * case.dtype.itemsize
+        assert (held_by(case) >= masked_x) == (is_plain and p > 0)
 
 
 # Of an MLP's gradients: the bytes that are held for them, and the products of the PyTorch path's backward. Those are of down dS

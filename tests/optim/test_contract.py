@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.optim.snapshot import LIVE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import load_moment
 from stablelora_kernels.pairs import LoRAPair
@@ -37,6 +39,10 @@ def row(request: pytest.FixtureRequest) -> Row:
     return OPTIONS[request.param]
 
 
+def tensors_in(state: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+
 @pytest.mark.covering(1)
 def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     """All options are in the state but storage and the schedule, which a function cannot be."""
@@ -50,7 +56,7 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     with torch.no_grad():
         for p, value in zip(halves(pairs), values, strict=True):
             p.copy_(value)
-    resumed = StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept)
+    resumed, untouched = StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept), copy.deepcopy(state)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.load_state_dict(state)
@@ -62,6 +68,8 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
         take_step(step, straight, *others)
     for other in others:
         assert all_equal(snapshot(straight), snapshot(other)) and latches(straight) == latches(other)
+    # The state that it was given is the caller's still.
+    assert all(map(torch.equal, tensors_in(state), tensors_in(untouched)))
 
 
 @pytest.mark.covering
@@ -99,6 +107,27 @@ def test_a_step_on_triton_is_one_launch(option):
             found.append(dict(made))
     clipped = option.options.get("max_grad_norm") is not None
     assert found == [step | sums, step | sums if clipped else step, step | sums]
+
+
+def test_a_step_on_triton_reads_nothing_from_its_device(monkeypatch):
+    """A read would raise on the meta device, and make the host wait for a GPU."""
+    seen = []
+    monkeypatch.setattr("stablelora_kernels.optim.stable_adamw.resolve_backend", lambda device: "triton")
+    monkeypatch.setattr(
+        "stablelora_kernels.launch.base.Launch.run", lambda launch, device: seen.append(launch.kernel.__name__)
+    )
+    pairs = [
+        LoRAPair(pair.name, *(t.detach().to("meta").requires_grad_() for t in (pair.A, pair.B)))
+        for pair in make_pairs()
+    ]
+    on_device = {name: torch.zeros((), device="meta") for name in LIVE}
+    optimizer = StableLoRAAdamW(pairs, **on_device, max_grad_norm=1.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="meta"), torch.zeros((), device="meta")
+    for _ in range(3):
+        for p in halves(pairs):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert seen == ["_square_sums_kernel", "_stable_adamw_kernel"] * 3
 
 
 @pytest.mark.covering(1)

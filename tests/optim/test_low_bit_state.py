@@ -12,7 +12,7 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import BLOCK, MOMENT_WORD, load_moment
 from stablelora_kernels.reference import stochastic_round_ref
 from stablelora_kernels.reference.optimizer import mix32, moment8_ref, moment_noise_ref, rounding_noise_ref
-from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, snapshot
+from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import take_step
 from tests.optim.options import BF16, FP32, FP64
 
@@ -71,7 +71,27 @@ def test_a_value_that_is_not_finite_shows(backend, bad):
         assert found[2 * BLOCK :].isfinite().all()
 
 
+@pytest.mark.parametrize("moments", [BF16, torch.uint8])
+def test_a_scale_leaves_the_gradients_as_they_are(backend, moments):
+    """GradScaler may read them again."""
+    optimizer = StableLoRAAdamW(make_pairs(), moments_dtype=moments)
+    set_grads(params_of(optimizer), 0)
+    before = [p.grad.clone() for p in params_of(optimizer)]
+    optimizer.grad_scale = torch.tensor(4.0, device=DEVICE)
+    optimizer.step()
+    assert all_equal([p.grad for p in params_of(optimizer)], before)
+
+
 # bfloat16 and masters
+
+
+def test_both_halves_of_the_seed_count(backend):
+    after = []
+    for seed in (5, 5 + 2**32):
+        optimizer = StableLoRAAdamW(make_pairs(dtype=BF16), lr=1e-2, seed=seed)
+        take_step(0, optimizer)
+        after.append(snapshot(optimizer))
+    assert not all_equal(*after)
 
 
 def test_a_parameter_that_someone_else_wrote_to_is_its_own_master(backend):

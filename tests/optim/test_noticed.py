@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.optim.snapshot import LIVE, Snapshot
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
+from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import latches, take_step
 from tests.optim.options import BF16, FP16, FP32, FP64
@@ -184,6 +187,38 @@ def test_a_change_is_noticed(backend, name, storage):
         each.grad_scale = None
         take_step(5, each)
     assert all_equal(snapshot(optimizer), snapshot(other))
+
+
+def test_another_backend_is_taken():
+    optimizer = trained("float32")
+    for name in ("triton", "triton", "torch", "triton"):
+        with use_backend(name), count_launches() as made:
+            optimizer.step()
+        assert bool(made) == (name == "triton")
+
+
+def test_other_gradients_are_no_write_by_others():
+    """The step after it measures no norm anew, which would be a launch more."""
+    with use_backend("triton"):
+        optimizer = trained("float32")
+        for change in (GRADIENTS["no gradient"], GRADIENTS["another gradient"]):
+            change(optimizer, optimizer.pairs[0].B)
+            optimizer.step()
+            with count_launches() as made:
+                optimizer.step()
+            assert dict(made) == {"_stable_adamw_kernel": 1}
+            set_grads(params_of(optimizer), 1)
+
+
+@pytest.mark.parametrize("key", LIVE)
+def test_a_tensor_on_the_host_is_compared_by_its_number(key):
+    """Beside an engine on a GPU, which does not read it from there."""
+    value = torch.tensor(0.1)
+    groups = StableLoRAAdamW(make_pairs(SHAPES), **{key: value}).param_groups
+    first = Snapshot.take(groups, [], {}, [], on_cpu=False)
+    assert not Snapshot.take(groups, [], {}, [], on_cpu=False).since(first).hyper
+    value.fill_(0.2)
+    assert Snapshot.take(groups, [], {}, [], on_cpu=False).since(first).hyper
 
 
 # Changes that do not fit: the next step names them and changes nothing

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import stablelora_kernels as slk
+from stablelora_kernels.optim import sharding
 from tests.helpers.distributed_training import TRAINING, compare, fit, gather
 from tests.helpers.optimizers import make_pairs, params_of, set_grads
 from tests.helpers.processes import needs_gloo, spawn
@@ -257,7 +258,7 @@ def step_alike(both: list[slk.StableLoRAAdamW], way: Placement | None = None) ->
         assert both[0].state[p]["step"].item() == both[1].state[q]["step"].item()
 
 
-def test_what_is_refused_of_dtensors(mesh):
+def test_what_is_refused_of_dtensors(mesh, monkeypatch):
     with pytest.raises(TypeError, match=r"'q.lora_A' must be sharded or replicated, got the placements \(Part"):
         slk.StableLoRAAdamW(pair(mesh, Partial()))
     with pytest.raises(ValueError, match=r"parameter 'q.lora_A' is a DTensor, whose moments cannot be in 8 bits"):
@@ -265,6 +266,12 @@ def test_what_is_refused_of_dtensors(mesh):
     strided = DTensor.from_local(torch.randn(6, 4).t(), mesh, [Shard(0)], run_check=False).requires_grad_()
     with pytest.raises(ValueError, match=r"'q.lora_A' is sharded, so its shards must be contiguous, got the strides"):
         slk.StableLoRAAdamW([("q.lora_A", strided), pair(mesh)[1]])
+    # As on four processes.
+    placements = [Shard(1), Shard(2)]
+    cut_twice = distribute_tensor(torch.randn(4, 6, 8), init_device_mesh("cpu", (1, 1)), placements).requires_grad_()
+    monkeypatch.setattr(sharding, "shard_extent", lambda p: ((4, 3, 4), (0, 0, 0)))
+    with pytest.raises(ValueError, match=r"'w' may be sharded along its first dimension and one more, got .*dim=1"):
+        slk.StableLoRAAdamW([("w", cut_twice), *whole(pair(mesh))])
 
 
 def test_parts_change_as_a_whole_does(mesh, backend):
