@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from tests.helpers.threads import ONE_THREAD
+
+# Before NumPy, which PyTorch imports, starts OpenBLAS's threads. Test runs side by side, the workers of pytest -n and the
+# processes that tests start would fight for the cores. The user's own setting has precedence.
+os.environ.update(ONE_THREAD | os.environ)
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,12 +23,8 @@ from tests.helpers.interpreter import speed_up_interpreter
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     speed_up_interpreter()
-# Processes of tests, of which pytest -n starts several, must not fight for the cores; nor those that tests start themselves.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-else:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+# PyTorch's own operators are tested with two threads where this process is alone, and with one each where it is not.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -21,6 +21,7 @@ from benchmarks.lab.gpu import report, stages
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.launch_time import load_gpu
 from stablelora_kernels.dispatch import backend
+from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.gpu.test_nvidia_tools import WATCHED
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
@@ -74,6 +75,16 @@ def test_a_dry_run_does_not_write_among_the_results(capsys):
     with pytest.raises(SystemExit):
         command.main(["--dry-run", "--out", str(RESULTS / "h100")])
     assert "--out must lie outside" in capsys.readouterr().err and not (RESULTS / "h100").exists()
+
+
+def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypatch):
+    for name in ONE_THREAD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    dry = command.variables(60, dry=True)
+    assert {name: dry[name] for name in ONE_THREAD} == ONE_THREAD | {"OMP_NUM_THREADS": "3"}
+    # A GPU's sections take times of PyTorch's operators too.
+    assert "OPENBLAS_NUM_THREADS" not in command.variables(60, dry=False)
 
 
 # The steps of the first tests, in order: a kernel's name or a test's, with the words of its parameters.
