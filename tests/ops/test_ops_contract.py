@@ -9,7 +9,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from stablelora_kernels.functional import lora_linear
 from tests.helpers.case_checks import assert_close, changed, check, eager
-from tests.helpers.cases import BF16, DEVICE, FP16, FP32, FP64, OPS, Case, make, ours, run, small
+from tests.helpers.cases import BF16, DEVICE, FP16, FP32, FP64, OPS, Case, Operands, make, ours, run, small
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 # Below and above the number of rows from which the PyTorch path has its own autograd function; one row without a row index.
@@ -115,6 +115,27 @@ def test_dropout_only_in_training_and_only_on_the_branch(op, rows, backend):
 # NaN, infinity and the ends of float16.
 
 
+def far_reaching(op: str, sign: int, rows: int, backend: str) -> tuple[Case, Operands]:
+    """S of about 1300 and a scaling of 64: their product is no float16, G, Y and all gradients are."""
+    case = small(op, rows, dtype=FP16, lora_dtype=FP16, scalings=(sign * 64.0, -64.0, 64.0), backend=backend)
+    given = make(case)
+    for name in given:
+        # The input of down is small.
+        down = op == "mlp" and name[-1] == "2"
+        by = {"lora_A": 10 if down else 1000, "lora_B": 1e-3 if down else 1e-4 if op == "mlp" else 1e-2, "grad": 1e-3}
+        given[name] = given[name] * by.get(name[:-1], 1) if given[name] is not None else None
+    assert (given["x"].double() @ given["lora_A0"].double().T).abs().max() * 64 > torch.finfo(FP16).max
+    return case, given
+
+
+def with_tiny_gradients(rows: int, backend: str) -> tuple[Case, Operands]:
+    """dY of 1e-6 times B is below float16's smallest normal number, though s times that is not."""
+    case = Case("linear", (rows, 48), (48,), (4,), FP16, FP16, scalings=(64.0,), bias=(False,), backend=backend)
+    given = make(case)
+    given |= {"grad0": given["grad0"] * 1e-6, "lora_B0": given["lora_B0"] * 0.02}
+    return case, given
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize("broken", ["x", "weight1", "lora_A0", "lora_B2", "grad0"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
@@ -141,24 +162,13 @@ def test_nan_and_infinity_go_where_eagers_go(op, rows, scaling, value, broken, b
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "mlp"])
 def test_float16_reaches_as_far_as_by_hand(op, sign, rows, backend):
-    """S of about 1300 and a scaling of 64: their product is no float16, G, Y and all gradients are."""
-    case = small(op, rows, dtype=FP16, lora_dtype=FP16, scalings=(sign * 64.0, -64.0, 64.0), backend=backend)
-    given = make(case)
-    for name in given:
-        # The input of down is small.
-        down = op == "mlp" and name[-1] == "2"
-        by = {"lora_A": 10 if down else 1000, "lora_B": 1e-3 if down else 1e-4 if op == "mlp" else 1e-2, "grad": 1e-3}
-        given[name] = given[name] * by.get(name[:-1], 1) if given[name] is not None else None
-    assert (given["x"].double() @ given["lora_A0"].double().T).abs().max() * 64 > torch.finfo(FP16).max
+    case, given = far_reaching(op, sign, rows, backend)
     check(case, run(case, given), given)
 
 
 @few_and_many_rows
 def test_tiny_gradients_in_float16_are_not_lost(rows, backend):
-    """dY of 1e-6 times B is below float16's smallest normal number, though s times that is not."""
-    case = Case("linear", (rows, 48), (48,), (4,), FP16, FP16, scalings=(64.0,), bias=(False,), backend=backend)
-    given = make(case)
-    given |= {"grad0": given["grad0"] * 1e-6, "lora_B0": given["lora_B0"] * 0.02}
+    case, given = with_tiny_gradients(rows, backend)
     check(case, run(case, given), given)
 
 
