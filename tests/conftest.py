@@ -43,11 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """Each test's calls are first calls: a test may have changed what launches depend on, such as a table of tiles."""
-    from stablelora_kernels.ops import plans, torch_path
+    from stablelora_kernels.ops import plans
 
     plans.clear()
-    # Of 5 rows, plain operators are tested; at 70 or more the function of autograd, without dropout too.
-    torch_path.FEW_ROWS_WITHOUT_DROPOUT = torch_path.FEW_ROWS
 
 
 @pytest.fixture
@@ -75,6 +73,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["few", "many"])
+def rows(request: pytest.FixtureRequest, backend: str) -> int:
+    """Rows on both sides of the limit from which a backend computes in another way."""
+    from tests.helpers.cases import FEW, MANY
+
+    return FEW if request.param == "few" else MANY[backend]
+
+
+@pytest.fixture(params=["one row", "few", "many", "many in two dimensions", "no rows"])
+def leading(request: pytest.FixtureRequest, backend: str) -> tuple[int, ...]:
+    """The leading sizes of x: without a row index, on both sides of the limit, and empty."""
+    from tests.helpers.cases import FEW, MANY
+
+    many = MANY[backend]
+    sizes = {"one row": (), "few": (FEW,), "many": (many,), "many in two dimensions": (2, many // 2), "no rows": (0,)}
+    return sizes[request.param]
 
 
 @pytest.fixture(params=["torch", "triton"])
