@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
@@ -25,7 +25,9 @@ from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.gpu.test_nvidia_tools import WATCHED
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
-pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="the dry run uses the interpreter")
+pytestmark = pytest.mark.skipif(
+    not backend.INTERPRETING, reason="the dry run uses the interpreter: runs on machines without a GPU"
+)
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
