@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from tests.helpers.threads import ONE_THREAD
+
+# Before NumPy, which PyTorch imports, starts OpenBLAS's threads. Test runs side by side, the workers of pytest -n and the
+# processes that tests start would fight for the cores. The user's own setting has precedence.
+os.environ.update(ONE_THREAD | os.environ)
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,12 +23,8 @@ from tests.helpers.interpreter import speed_up_interpreter
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     speed_up_interpreter()
-# Processes of tests, of which pytest -n starts several, must not fight for the cores; nor those that tests start themselves.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-else:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+# PyTorch's own operators are tested with two threads where this process is alone, and with one each where it is not.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,11 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """Each test's calls are first calls: a test may have changed what launches depend on, such as a table of tiles."""
-    from stablelora_kernels.ops import plans, torch_path
+    from stablelora_kernels.ops import plans
 
     plans.clear()
-    # Of 5 rows, plain operators are tested; at 70 or more the function of autograd, without dropout too.
-    torch_path.FEW_ROWS_WITHOUT_DROPOUT = torch_path.FEW_ROWS
 
 
 @pytest.fixture
@@ -73,6 +73,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["few", "many"])
+def rows(request: pytest.FixtureRequest, backend: str) -> int:
+    """Rows on both sides of the limit from which a backend computes in another way."""
+    from tests.helpers.cases import FEW, MANY
+
+    return FEW if request.param == "few" else MANY[backend]
+
+
+@pytest.fixture(params=["one row", "few", "many", "many in two dimensions", "no rows"])
+def leading(request: pytest.FixtureRequest, backend: str) -> tuple[int, ...]:
+    """The leading sizes of x: without a row index, on both sides of the limit, and empty."""
+    from tests.helpers.cases import FEW, MANY
+
+    many = MANY[backend]
+    sizes = {"one row": (), "few": (FEW,), "many": (many,), "many in two dimensions": (2, many // 2), "no rows": (0,)}
+    return sizes[request.param]
 
 
 @pytest.fixture(params=["torch", "triton"])

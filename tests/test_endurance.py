@@ -90,8 +90,10 @@ def test_the_same_bits_again_and_in_another_process(settings: list[Setting]) -> 
     assert rest == [function(*args) for function, args in others]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA forbids forks of a process that has used it")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs on systems with fork")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs on machines without a GPU: CUDA forbids forks of a process that has used it"
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forked_worker_computes_the_same(backend: str) -> None:
     """After calls here, backward included. torch refuses backward in a fork, so the worker infers and steps."""

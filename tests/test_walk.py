@@ -50,9 +50,11 @@ def walk(call: Callable[[], object], x: Tensor) -> list[str]:
     return [path for path, _ in groupby(entered)]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a launch in the interpreter is given tensors, not addresses")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="runs in the interpreter, which gives a launch tensors, on machines without a GPU"
+)
 def test_x_enters_few_files_and_comes_back_to_none_more_than_twice() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
     layer, x = slk.LoRALinear(64, 48, r=8, dtype=BF16), torch.randn(70, 64, dtype=BF16, requires_grad=True)
     plans.clear()
     with slk.use_backend("triton"):

@@ -35,6 +35,7 @@ from stablelora_kernels.functional import FP8Weight, NF4Weight, lora_branch, lor
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef, dropout_keep_ref
+from stablelora_kernels.utils.threads import ONE_THREAD
 from stablelora_kernels.utils.timing import version_of
 from stablelora_kernels.utils.validation import counted
 
@@ -171,7 +172,9 @@ def _report_results(title: str, results: list[Result], report: Report) -> None:
 def _interpreted() -> Iterator[Result]:
     """The results of a process with Triton's interpreter on, since Triton reads TRITON_INTERPRET when it is imported."""
     command = [sys.executable, "-c", f"from {__name__} import print_checks; print_checks()"]
-    options: dict[str, Any] = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "stdout": subprocess.PIPE, "text": True}
+    # The interpreter's arrays are so small that more threads make it slower. The user's own setting has precedence.
+    environment = ONE_THREAD | os.environ | {"TRITON_INTERPRET": "1"}
+    options: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "text": True}
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **options) as process:
         try:
             yield from map(json.loads, process.stdout or ())

@@ -346,7 +346,7 @@ def _facts_of(
         (plain or not any(needs))
         and (base is None or base.dtype == x.dtype)
         and backend == "torch"
-        and is_few(x, *plain, limit=few_rows(x, dropout_p))
+        and is_few(x, *plain, limit=few_rows(x, dropout_p, any(needs)))
     ):
         strategy = "plain operators"
     if backend == "triton":

@@ -148,13 +148,13 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
     return not (wide and by_onednn(x.dtype, x.device))
 
 
-def few_rows(x: Tensor, dropout_p: float) -> int:
+def few_rows(x: Tensor, dropout_p: float, needs_gradients: bool) -> int:
     """The ``limit`` of :func:`is_few` for a single projection."""
-    if by_float32(x):
-        return FLOAT32_ROWS
-    if x.dtype == torch.float16:
+    if x.dtype == torch.float16 and needs_gradients:
         # Autograd would round dY B and dY^T S before it scales them; in float16 that loses what scaled_product keeps.
         return 0
+    if by_float32(x):
+        return FLOAT32_ROWS
     return FEW_ROWS if dropout_p else FEW_ROWS_WITHOUT_DROPOUT
 
 
@@ -255,8 +255,9 @@ def torch_ds(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 def torch_db(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -> Tensor:
     """dB = s' dY^T S, [N, r], in ``lora_dtype``."""
     if grad.dtype in _OF_MKL:
-        db = product(s.t(), grad).t().to(lora_dtype, memory_format=torch.contiguous_format)
-        return db.mul_(scaling)
+        # Scale before float16, which may be the dtype of A and B, rounds the sum.
+        db = product(s.t(), grad).mul_(scaling)
+        return db.t().to(lora_dtype, memory_format=torch.contiguous_format)
     if grad.dtype != torch.float16:
         return product(grad.t(), s).to(lora_dtype).mul_(scaling)
     if lora_dtype == torch.float16:

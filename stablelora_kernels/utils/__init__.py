@@ -1,1 +1,1 @@
-"""Helpers without LoRA kernels: validation, timing, DTensors and model wrappers."""
+"""Helpers without LoRA kernels: validation, timing, threads, DTensors and model wrappers."""

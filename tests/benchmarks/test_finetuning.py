@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.finetuning import arms, experiment, report
 from benchmarks.finetuning.recipe import Recipe
+from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.helpers.headlines import write_headlines
 from tests.helpers.small_models import llama
 
@@ -206,10 +208,12 @@ with pool(1) as processes:
 
 
 def test_a_worker_has_one_thread_and_ends_with_a_parent_that_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None and parent.stdout.readline().strip() == b"1"
+    two_threads = os.environ | dict.fromkeys(ONE_THREAD, "2")
+    with subprocess.Popen([sys.executable, "-c", PARENT], env=two_threads, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        threads = parent.stdout.readline()
         parent.kill()
-        assert parent.communicate(timeout=60)[0] == b""
+        assert (threads.strip(), parent.communicate(timeout=60)[0]) == (b"1", b"")
 
 
 @pytest.mark.nightly

@@ -178,7 +178,7 @@ def test_a_run_as_a_user_starts_it(tmp_path: Path) -> None:
     """One arm is broken, host cases run over the null driver, figures are kept, and a second run is compared with them."""
     (tmp_path / "breakage.py").write_text("from benchmarks.suite import layers\nlayers.by_loralib = lambda *_: 1 / 0")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON_INTERPRET"))}
-    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    kept["PYTHONPATH"] = str(tmp_path)
 
     def run(*options: str, suite: str = "tiny") -> str:
         file = Path(__file__).resolve().parents[2] / "benchmarks" / "suite" / "test_layer.py"

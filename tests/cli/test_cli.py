@@ -14,6 +14,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.cli import COMMANDS, doctor, main
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import check_environment
+from stablelora_kernels.utils.threads import ONE_THREAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +100,7 @@ def test_doctor_tests_every_kernel_family(name, capsys):
 
 @pytest.mark.nightly
 def test_doctor_interprets_in_a_process_of_its_own(capsys):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
     with slk.use_backend("torch"):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
@@ -115,6 +116,19 @@ def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatc
     report = doctor_json(capsys, "--interpret", status=1)
     (check,) = report["self_tests"][1]["checks"]
     assert "STABLELORA_KERNEL must be one of" in check["problem"] and not check["passed"]
+
+
+def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport json, os\nprint(json.dumps(dict(os.environ)))")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    for name in ONE_THREAD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (environment,) = doctor._interpreted()
+    assert environment["TRITON_INTERPRET"] == "1"
+    assert {name: environment[name] for name in ONE_THREAD} == ONE_THREAD | {"OMP_NUM_THREADS": "3"}
 
 
 def raising(*args):

@@ -236,7 +236,7 @@ def test_it_is_off(timer, few, launched, why):
         forget()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU, whose times mean something")
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs on machines without a GPU, whose times mean nothing")
 def test_the_interpreter_is_not_timed(timer, monkeypatch):
     monkeypatch.setattr(autotune, "measure", autotune.time_on_gpu)
     forward(inputs_of())

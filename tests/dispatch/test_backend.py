@@ -254,7 +254,7 @@ def test_explain_and_doctor_say_that_a_gpu_is_too_old(machine):
 
 
 def test_explain_and_doctor_say_which_row_a_newer_gpu_takes(machine):
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
     machine((10, 3), (9, 0))
     taken = "compute capability 10.3 (B300) is taken as 10.0"
     with slk.use_backend("auto"):
@@ -268,7 +268,7 @@ def test_explain_and_doctor_say_which_row_a_newer_gpu_takes(machine):
 
 
 def test_explain_lists_a_named_gpus_launches_and_says_that_the_installed_triton_is_not_proven(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
     monkeypatch.setattr(backend, "ROWS", (*backend.ROWS[:2], RAISED, *backend.ROWS[3:]))
     for version, proven in (("3.6.0", False), ("3.7.1", True)):
         monkeypatch.setattr(backend, "TRITON_VERSION", version)
@@ -291,7 +291,7 @@ TAKEN = [
 @pytest.mark.parametrize(("device", "arch"), TAKEN, ids=lambda value: getattr(value, "arch", None))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_newer_gpu_gets_the_launches_of_the_one_it_is_taken_as(device, arch, dropout):
-    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
     alike = DEVICES[arch]._replace(processors=device.processors)
     for rows in (8, 128, 512, 4096):
         launches = [

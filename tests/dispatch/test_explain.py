@@ -12,8 +12,8 @@ from stablelora_kernels.ops import plans
 from tests.helpers.case_checks import launches, run_recorded, table
 from tests.helpers.cases import BF16, DEVICE, FP32, Case
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
-another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than this machine's is pretended")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU: runs on machines without one")
 
 
 def explained(case):

@@ -164,6 +164,9 @@ def small(op: str, rows: int | tuple[int, ...] = 70, **changes: Any) -> Case:
     return found.but(**changes)
 
 
+#: Rows on both sides of each backend's limits. PyTorch's operators run under ordinary autograd with fewer than 64 rows, and
+#: without dropout with fewer than 512; from there on they have an autograd function of their own.
+FEW, MANY = 5, {"torch": 520, "triton": 70}
 #: The kinds of calls that :func:`small` makes.
 OPS = ("linear", "branch", "group", "nf4", "mlp")
 

@@ -15,7 +15,9 @@ import pytest
 
 from tests.helpers.processes import answer_of
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked and killed")
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="runs on systems whose processes can be forked and killed"
+)
 NOBODY = 65534
 # What actions import, once for all of them; what is not installed is left out.
 PRELOAD = ["stablelora_kernels", "safetensors.torch", "tests.helpers.small_models", "examples.replace_linear"]

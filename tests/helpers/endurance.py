@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.ops import torch_path
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.interpreter import speed_up_interpreter
 from tests.helpers.optimizers import DEVICE, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.small_models import fill_b
 from tests.optim.options import OPTIONS
 
-# As the fixture in tests/conftest.py does, which a spawned process does not have.
-torch_path.FEW_ROWS_WITHOUT_DROPOUT = torch_path.FEW_ROWS
 #: One step of something; what it computed, by the step's number.
 Work = Callable[[int], list[Tensor]]
 LAYERS, GROUP = "layers", "group"

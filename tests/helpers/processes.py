@@ -21,7 +21,8 @@ from tests.helpers.interpreter import speed_up_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_gloo = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo on Linux"
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux",
+    reason="runs on Linux where PyTorch has gloo",
 )
 
 

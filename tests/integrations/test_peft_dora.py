@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,6 +24,13 @@ from tests.helpers.small_models import output
 K, N, R = 40, 56, 3
 TRAINED = ("lora_A", "lora_B", "lora_magnitude_vector")
 WITH_DROPOUT = "adapter 'default' is DoRA with dropout, which needs the base product of two inputs"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight's elements, and rows of Z, in several blocks of which the last is smaller."""
+    monkeypatch.setattr(dora, "_ELEMENTS", 5 * K)
+    monkeypatch.setattr(dora, "_ROWS", 16)
 
 
 def one_layer(layer: nn.Module | None = None, dtype: Any = FP32, **options: Any) -> Any:
@@ -49,13 +57,13 @@ def results(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (70,), (3, 5)])
-@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
-def test_output_and_gradients(dtype, rows, bias, backend, calls, monkeypatch):
-    if dtype == FP64 and backend == "triton":
-        pytest.skip("the Triton kernels do not compute in float64")
-    # 70 rows and the weight take several blocks each.
-    monkeypatch.setattr(dora, "_ROWS", 32)
-    monkeypatch.setattr(dora, "_ELEMENTS", 10 * K)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    # The Triton kernels do not compute in float64.
+    [("torch", FP64), *product(["torch", "triton"], [FP32, BF16, FP16])],
+    indirect=["backend"],
+)
+def test_output_and_gradients(dtype, rows, bias, backend, calls):
     model = one_layer(nn.Linear(K, N, bias).to(dtype), dtype)
     x = torch.randn(*rows, K).to(dtype)
     exact, own = results(copy.deepcopy(model).double(), x.double()), results(model, x)

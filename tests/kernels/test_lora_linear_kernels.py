@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ from tests.helpers.case_checks import assert_close, check, eager, oracle
 from tests.helpers.cases import BF16, DEVICE, FP32, Case, far, make, run
 
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended"),
+    pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU: runs on machines without one"),
     pytest.mark.usefixtures("poisoned_outputs"),
 ]
 

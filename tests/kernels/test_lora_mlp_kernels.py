@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 from tests.helpers.case_checks import launches
 from tests.helpers.cases import BF16, DEVICE, FP32, Case, small
 
-another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="another GPU than the one that is here is pretended")
+another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU: runs on machines without one")
 
 
 @another_gpu

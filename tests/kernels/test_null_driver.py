@@ -12,13 +12,11 @@ import pytest
 from tests.helpers.cases import DEVICE
 from tests.helpers.processes import python
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 
-@pytest.mark.skipif(
-    DEVICE == "cuda", reason="the null driver's tensors are on the CPU; tests/gpu has launches that run"
-)
-@pytest.mark.skipif(sys.platform != "linux", reason="the null driver is a shared library of Linux")
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs on machines without a GPU; tests/gpu has launches that run")
+@pytest.mark.skipif(sys.platform != "linux", reason="runs on Linux, whose shared library the null driver is")
 @pytest.mark.parametrize("only_mlp", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["", "mlp"])
 def test_prepared_launches_pass_what_triton_passes(only_mlp: bool) -> None:
     done = python(f"from tests.helpers.null_driver_checks import main; raise SystemExit(main({only_mlp}))")

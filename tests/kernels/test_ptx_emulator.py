@@ -18,7 +18,7 @@ from tests.ptx_emulator.memory import EmulationError, global_memory
 from tests.ptx_emulator.parse import parse
 from tests.ptx_emulator.program import CompiledProgram
 
-triton = pytest.importorskip("triton", reason="Triton is not installed on this platform")
+triton = pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 BLACKWELL = [pytest.param(arch, marks=pytest.mark.nightly) for arch in ("sm_100", "sm_120")]
 ARCHS = ["sm_80", "sm_90", *BLACKWELL]
@@ -45,7 +45,7 @@ def run(code: str) -> None:
 # The library's products have a fence of their own; these have Triton's alone.
 needs_fences = pytest.mark.skipif(
     triton.__version__ in ("3.6.0", "3.7.0"),
-    reason="this Triton leaves out fences between copies and WGMMAs, as is found",
+    reason="runs under Triton 3.7.1 and newer: older ones leave out fences between copies and WGMMAs, as is found",
 )
 
 

@@ -17,7 +17,7 @@ from tests.helpers.optimizers import DEVICE, make_pairs, set_grads
 from tests.helpers.processes import printed
 from tests.helpers.steps import latches, take_step
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 import triton.language as tl  # noqa: E402
 
 from stablelora_kernels.kernels.stable_adamw import tables  # noqa: E402

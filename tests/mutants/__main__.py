@@ -70,7 +70,7 @@ def planted(source: str, fault: Fault) -> str:
 
 def run(tree: Path, tests: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    environment = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     return subprocess.run(
         command, cwd=tree, env=os.environ | environment, capture_output=True, text=True, timeout=SECONDS
     )

@@ -9,8 +9,9 @@ import stablelora_kernels as slk
 from stablelora_kernels.ops import torch_path
 from stablelora_kernels.testing import assert_no_worse
 from tests.helpers.case_checks import check
-from tests.helpers.cases import BF16, FP32, FP64, Case, run, small
+from tests.helpers.cases import BF16, FP16, FP32, FP64, Case, run, small
 from tests.helpers.operators import Operators
+from tests.ops.test_ops_contract import far_reaching, with_tiny_gradients
 
 ONEDNN = {"mkldnn._linear_pointwise.default"}
 MKL = {"aten.mm.default", "aten.addmm.default"}
@@ -19,7 +20,7 @@ MKL = {"aten.mm.default", "aten.addmm.default"}
 @pytest.fixture
 def onednn(monkeypatch):
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch has no oneDNN")
+        pytest.skip("runs with builds of PyTorch that have oneDNN: PyPI's for x86")
     monkeypatch.setattr(torch_path, "ONEDNN_HELPS", True)
     monkeypatch.setattr(torch_path, "ONEDNN_FROM", 1)
     monkeypatch.setattr(torch_path, "FUNCTION_FROM", 1)
@@ -64,7 +65,6 @@ def test_which_library(onednn, monkeypatch):
     for dtype in (FP64, BF16):
         assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == MKL
     with monkeypatch.context() as patch:
-        patch.setattr(torch_path, "FEW_ROWS_WITHOUT_DROPOUT", 512)
         patch.setattr(torch_path, "ONEDNN_HELPS", False)
         with Operators() as operators:
             run(case)
@@ -143,6 +143,37 @@ def test_low_precision_without_instructions_runs_in_float32(op, without_instruct
     for rows, expected in ((7, {BF16}), (8, {FP32})):
         if op in ("linear", "branch"):
             assert multiplied_dtypes(small(op, rows, dtype=BF16, backend="torch"))[1] == expected
+
+
+# What PyTorch's query says that oneDNN multiplies on a processor.
+ANSWERS = {"neither": (), "bf16": (BF16,), "fp16": (FP16,), "both": (BF16, FP16)}
+
+
+@pytest.fixture(params=[(answer, onednn) for answer in ANSWERS for onednn in ("on", "off")], ids="-".join)
+def processor(request, monkeypatch):
+    """Each answer of the query in turn, with oneDNN on and off."""
+    answer, onednn = request.param
+    multiplied = {dtype: dtype in ANSWERS[answer] for dtype in torch_path.MULTIPLIED}
+    monkeypatch.setattr(torch_path, "MULTIPLIED", multiplied)
+    with torch.backends.mkldnn.flags(enabled=onednn == "on"):
+        yield
+
+
+# On both sides of the limit where the processor does not multiply the dtype, and of that where it does.
+@pytest.mark.parametrize("rows", [7, 8, 70])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_every_processor_matches_the_oracle(dtype, rows, processor):
+    for op in ("linear", "branch", "group", "nf4", "mlp"):
+        for changes in ({}, {"p": 0.3}, {"lora_dtype": dtype}):
+            case = small(op, rows, dtype=dtype, backend="torch").but(**changes)
+            check(case, run(case))
+
+
+@pytest.mark.parametrize("rows", [5, 8, 70])
+def test_every_processor_keeps_the_ends_of_float16(rows, processor):
+    cases = [far_reaching(op, sign, rows, "torch") for op in ("linear", "branch", "group", "mlp") for sign in (1, -1)]
+    for case, given in [*cases, with_tiny_gradients(rows, "torch")]:
+        check(case, run(case, given), given)
 
 
 def test_who_decides_on_float32(monkeypatch):

@@ -9,13 +9,10 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from stablelora_kernels.functional import lora_linear
 from tests.helpers.case_checks import assert_close, changed, check, eager
-from tests.helpers.cases import BF16, DEVICE, FP16, FP32, FP64, OPS, Case, make, ours, run, small
+from tests.helpers.cases import BF16, DEVICE, FEW, FP16, FP32, FP64, MANY, OPS, Case, Operands, make, ours, run, small
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-# Below and above the number of rows from which the PyTorch path has its own autograd function; one row without a row index.
-LEADING = [(), (5,), (70,), (2, 35), (0,)]
 every_op = pytest.mark.parametrize("op", OPS)
-few_and_many_rows = pytest.mark.parametrize("rows", [5, 70])
 
 
 # Consumers.
@@ -37,7 +34,6 @@ IN_PLACE = {
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("consumer", IN_PLACE)
-@pytest.mark.parametrize("leading", LEADING, ids=str)
 @every_op
 def test_outputs_may_be_changed_in_place(op, leading, consumer, p, backend):
     case = small(op, leading, p=p, backend=backend)
@@ -49,7 +45,6 @@ def test_outputs_may_be_changed_in_place(op, leading, consumer, p, backend):
     assert_close(in_place, apart)
 
 
-@few_and_many_rows
 def test_base_out_is_left_alone_and_may_be_needed_by_another_backward(rows, backend):
     case = small("branch", rows, backend=backend)
     given = make(case)
@@ -77,7 +72,6 @@ def test_saved_tensors_may_be_mutated_where_autograd_allows_it(op, backend):
 
 @pytest.mark.covering
 @pytest.mark.parametrize("sizes", [(0, 20), (24, 0), (0, 0)], ids=str)
-@pytest.mark.parametrize("leading", LEADING, ids=str)
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "mlp", "mlp without branches"])
 def test_no_columns(op, leading, sizes, backend):
     """Eager PyTorch's results, from sums over nothing: the bias, or nothing, and gradients of zeros."""
@@ -91,7 +85,6 @@ def test_no_columns(op, leading, sizes, backend):
 
 @pytest.mark.covering
 @pytest.mark.parametrize("p", [0.9999924, 1 - 2**-53])
-@few_and_many_rows
 @every_op
 def test_dropout_may_be_close_to_one(op, rows, p, backend):
     """On a CPU the mask has 16 bits an element, of which not all values may drop."""
@@ -99,7 +92,6 @@ def test_dropout_may_be_close_to_one(op, rows, p, backend):
 
 
 @pytest.mark.covering
-@few_and_many_rows
 @every_op
 def test_dropout_only_in_training_and_only_on_the_branch(op, rows, backend):
     case = small(op, rows, p=0.5, backend=backend)
@@ -115,11 +107,31 @@ def test_dropout_only_in_training_and_only_on_the_branch(op, rows, backend):
 # NaN, infinity and the ends of float16.
 
 
+def far_reaching(op: str, sign: int, rows: int, backend: str) -> tuple[Case, Operands]:
+    """S of about 1300 and a scaling of 64: their product is no float16, G, Y and all gradients are."""
+    case = small(op, rows, dtype=FP16, lora_dtype=FP16, scalings=(sign * 64.0, -64.0, 64.0), backend=backend)
+    given = make(case)
+    for name in given:
+        # The input of down is small.
+        down = op == "mlp" and name[-1] == "2"
+        by = {"lora_A": 10 if down else 1000, "lora_B": 1e-3 if down else 1e-4 if op == "mlp" else 1e-2, "grad": 1e-3}
+        given[name] = given[name] * by.get(name[:-1], 1) if given[name] is not None else None
+    assert (given["x"].double() @ given["lora_A0"].double().T).abs().max() * 64 > torch.finfo(FP16).max
+    return case, given
+
+
+def with_tiny_gradients(rows: int, backend: str) -> tuple[Case, Operands]:
+    """dY of 1e-6 times B is below float16's smallest normal number, though s times that is not."""
+    case = Case("linear", (rows, 48), (48,), (4,), FP16, FP16, scalings=(64.0,), bias=(False,), backend=backend)
+    given = make(case)
+    given |= {"grad0": given["grad0"] * 1e-6, "lora_B0": given["lora_B0"] * 0.02}
+    return case, given
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize("broken", ["x", "weight1", "lora_A0", "lora_B2", "grad0"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("scaling", [1.7, 0.0])
-@few_and_many_rows
 @every_op
 def test_nan_and_infinity_go_where_eagers_go(op, rows, scaling, value, broken, backend):
     """Also through a branch whose scaling is 0, since 0 times NaN is NaN."""
@@ -137,28 +149,15 @@ def test_nan_and_infinity_go_where_eagers_go(op, rows, scaling, value, broken, b
 
 
 @pytest.mark.covering
-@few_and_many_rows
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "mlp"])
 def test_float16_reaches_as_far_as_by_hand(op, sign, rows, backend):
-    """S of about 1300 and a scaling of 64: their product is no float16, G, Y and all gradients are."""
-    case = small(op, rows, dtype=FP16, lora_dtype=FP16, scalings=(sign * 64.0, -64.0, 64.0), backend=backend)
-    given = make(case)
-    for name in given:
-        # The input of down is small.
-        down = op == "mlp" and name[-1] == "2"
-        by = {"lora_A": 10 if down else 1000, "lora_B": 1e-3 if down else 1e-4 if op == "mlp" else 1e-2, "grad": 1e-3}
-        given[name] = given[name] * by.get(name[:-1], 1) if given[name] is not None else None
-    assert (given["x"].double() @ given["lora_A0"].double().T).abs().max() * 64 > torch.finfo(FP16).max
+    case, given = far_reaching(op, sign, rows, backend)
     check(case, run(case, given), given)
 
 
-@few_and_many_rows
 def test_tiny_gradients_in_float16_are_not_lost(rows, backend):
-    """dY of 1e-6 times B is below float16's smallest normal number, though s times that is not."""
-    case = Case("linear", (rows, 48), (48,), (4,), FP16, FP16, scalings=(64.0,), bias=(False,), backend=backend)
-    given = make(case)
-    given |= {"grad0": given["grad0"] * 1e-6, "lora_B0": given["lora_B0"] * 0.02}
+    case, given = with_tiny_gradients(rows, backend)
     check(case, run(case, given), given)
 
 
@@ -176,7 +175,6 @@ def test_db_may_be_beyond_float16(backend):
 
 
 @pytest.mark.covering
-@few_and_many_rows
 @pytest.mark.parametrize("lora_dtype", [FP32, BF16], ids=str)
 @every_op
 def test_autocast_casts_as_linear_does(op, lora_dtype, rows, backend):
@@ -197,13 +195,13 @@ def test_autocast_casts_as_linear_does(op, lora_dtype, rows, backend):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("forward", [False, True])
-@pytest.mark.parametrize("rows", [5, 70, 130])
+@pytest.mark.parametrize("rows", [FEW, 70, 130, MANY["torch"]])
 @every_op
 def test_backward_inside_autocast_is_the_forwards(op, rows, forward, backend):
     """Autocast would make some products bfloat16 of a float32 forward, where autograd calls plain operators."""
     trained = ["x", "weight0", "bias0", "weight1", "lora_A", "lora_B"] if op != "mlp" else None
     case = small(op, rows, wanted=trained, autocast=forward, backend=backend)
-    inside = forward or (op != "branch" and rows > 64)
+    inside = forward or (op != "branch" and rows >= MANY[backend])
     found = run(case.but(backward_in_autocast=inside))
     assert all(found[name].dtype == FP32 for name in case.wanted_names if name in found)
     assert_close(found, run(case))
@@ -226,7 +224,6 @@ def test_autocast_in_other_dtypes(op, backend):
 
 
 @pytest.mark.covering
-@few_and_many_rows
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @every_op
 def test_the_defaults_of_device_and_dtype_do_not_matter(op, p, rows, backend):
@@ -243,7 +240,7 @@ def test_the_defaults_of_device_and_dtype_do_not_matter(op, p, rows, backend):
 
 
 @pytest.mark.covering
-@pytest.mark.parametrize("leading", [(5,), (70,), (2, 35)], ids=str)
+@pytest.mark.parametrize("leading", ["few", "many", "many in two dimensions"], indirect=True)
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "mlp"])
 def test_the_meta_device_gives_shapes(op, leading, backend):
     case = small(op, leading, p=0.3, backend=backend)

@@ -40,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 SHAPES = [
     ((1, 1), 1, 1), ((5, 37), 53, 3), ((2, 35, 31), 17, 20), ((67, 40), 48, 20), ((70, 136), 72, 64), ((131, 75), 90, 128),
 ]  # fmt: skip
+MANY_ROWS = ((2, 260, 37), 53, 3)
 LAYOUTS = {
     "contiguous": {},
     "transposed": dict.fromkeys(("x", "weight", "lora_A", "lora_B", "grad", "base_out"), "transposed"),
@@ -121,6 +122,9 @@ QUANTIZED_SHAPES = [
 TABLE = [
     *rows("linear"),
     *rows("branch", dtypes=BRANCHES, kernel=["torch", "auto"]),
+    # From 512 rows on, PyTorch's operators have an autograd function of their own, without dropout too.
+    *rows("linear", shape=[MANY_ROWS], kernel=["torch"], arch=ARCHES[:1], tile=TILES[:1], p=[0.0]),
+    *rows("branch", shape=[MANY_ROWS], kernel=["torch"], arch=ARCHES[:1], tile=TILES[:1], p=[0.0], dtypes=BRANCHES),
     *rows("group"),
     *rows("linear", shape=QUANTIZED_SHAPES, kernel=["torch", "auto", "split"], quantized=[(kind,) for kind in QUANTIZED]),
     *rows(
@@ -237,7 +241,6 @@ def test_matches_the_oracle(case):
     check(case, run(case), roundings=case.dtype == FP64 or (case.op == "mlp" and few))
 
 
-@pytest.mark.parametrize("rows", [5, 70])
 def test_outputs_that_nobody_uses(rows, backend):
     """An unused projection of a group has no part in backward; with none used there are no gradients at all."""
     case = small("group", rows, backend=backend)

@@ -12,7 +12,6 @@ from tests.helpers.cases import BF16, FP32, OPS, Case, forced, leaves, make, our
 from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-few_and_many_rows = pytest.mark.parametrize("rows", [5, 70])
 every_op = pytest.mark.parametrize("op", OPS)
 # A generator's state, which the PyTorch path of the MLP keeps for a mask, has 5 kB whatever the sizes.
 STATE = torch.get_rng_state().nbytes
@@ -122,7 +121,6 @@ def test_without_gradients_neither_g_nor_u_is_kept(processors):
 
 @pytest.mark.covering
 @pytest.mark.parametrize("reentrant", [False, True])
-@few_and_many_rows
 @pytest.mark.parametrize("op", [*OPS, "shared", "shared, trained weight"])
 def test_checkpointing_sees_the_same_masks(op, rows, reentrant, backend):
     """Also where separate layers compute under one mask, in the forward without gradients that a checkpoint runs first."""
@@ -143,7 +141,6 @@ def test_checkpointing_sees_the_same_masks(op, rows, reentrant, backend):
 
 
 @pytest.mark.covering(1)
-@few_and_many_rows
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @every_op
 def test_a_second_backward_gives_the_same_gradients(op, p, rows, backend):

@@ -90,7 +90,9 @@ def test_changing_shapes(kind, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor's code for CPUs wants a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="runs where g++ is installed, which compiles inductor's code for CPUs"
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_inductor(dropout, backend):
     """It draws random numbers of its own. For a given mask Y is linear in x, so that <x, dX> = <dY, Y> tells."""

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.processes import ROOT
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("git") is None or shutil.which("bash") is None, reason="needs git and bash"
+    shutil.which("git") is None or shutil.which("bash") is None, reason="runs where git and bash are installed"
 )
 VERSION, CHANGES, PROJECT = "stablelora_kernels/_version.py", "CHANGELOG.md", "pyproject.toml"
 

@@ -32,6 +32,7 @@ import pandas as pd
 
 from benchmarks.common.assets import Asset, AssetError, fetch
 from benchmarks.common.tables import write_text
+from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.peft_suite import hub
 from tests.peft_suite.plugin import ACCELERATE, OUTCOMES
 
@@ -73,10 +74,9 @@ def environment(outcomes: Path, cache: Path, accelerate: bool, backend: str) -> 
         "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT))),
         "HF_HUB_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         "STABLELORA_BACKEND": backend,
     }
-    return os.environ | more | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})
+    return ONE_THREAD | os.environ | more | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})
 
 
 def run_both(

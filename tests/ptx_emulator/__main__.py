@@ -12,6 +12,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+from tests.helpers.threads import ONE_THREAD
+
+# Before NumPy, which PyTorch imports, starts OpenBLAS's threads. The user's own setting has precedence.
+os.environ.update(ONE_THREAD | os.environ)
+
 import torch
 
 from benchmarks.common import tritons

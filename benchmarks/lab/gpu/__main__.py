@@ -40,6 +40,7 @@ from benchmarks.lab.gpu import report, stages
 from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACHED, NOTE_LENGTH, OK, ROOT, Row
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.backend import Capability
+from stablelora_kernels.utils.threads import ONE_THREAD
 
 TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 # One worker, which stops at the first failure.
@@ -98,8 +99,8 @@ def variables(seconds: float, dry: bool) -> dict[str, str]:
     ours = ("STABLELORA_", "SLK_", "TRITON_INTERPRET")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "SLK_GPU_WATCHDOG"}
     if dry:
-        # The interpreter's arrays are so small that more threads make it slower.
-        kept |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "SLK_GPU_DRY_RUN": "1", "OMP_NUM_THREADS": "1"}
+        # The interpreter's arrays are so small that more threads make it slower. The user's own setting has precedence.
+        kept = ONE_THREAD | kept | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "SLK_GPU_DRY_RUN": "1"}
     # A tool leaves a moment for the report of what it found.
     return kept | {"SLK_GPU_SECONDS": str(max(1.0, seconds - 5))}
 

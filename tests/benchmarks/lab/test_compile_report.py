@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 import triton
 
@@ -26,7 +26,8 @@ from stablelora_kernels.dispatch.problem import DEVICES
 from tests.helpers.processes import python
 
 of_this_triton = pytest.mark.skipif(
-    not triton.__version__.startswith(f"{report.TRITON}."), reason=f"the report is of Triton {report.TRITON}'s compiler"
+    not triton.__version__.startswith(f"{report.TRITON}."),
+    reason=f"runs under Triton {report.TRITON}, whose code is reported",
 )
 # %rd2 differs between threads, %rd1 does not.
 PTX = """
@@ -517,6 +518,6 @@ def test_todays_kernels_keep_the_report(code: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", PINNED)
 def test_no_triton_compiles_a_hazard(version: str, arch: str) -> None:
     if arch.startswith("sm_") and (problem := judge((int(arch[3:-1]), int(arch[-1])), version).problem):
-        pytest.skip(f"the kernels do not run there by default: {problem}")
+        pytest.skip(f"runs under the Tritons by which the kernels run on this GPU: {problem}")
     done = python(HAZARDS.format(version, arch))
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
@@ -21,10 +21,13 @@ from benchmarks.lab.gpu import report, stages
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.launch_time import load_gpu
 from stablelora_kernels.dispatch import backend
+from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.gpu.test_nvidia_tools import WATCHED
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
-pytestmark = pytest.mark.skipif(not backend.INTERPRETING, reason="the dry run uses the interpreter")
+pytestmark = pytest.mark.skipif(
+    not backend.INTERPRETING, reason="the dry run uses the interpreter: runs on machines without a GPU"
+)
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -74,6 +77,16 @@ def test_a_dry_run_does_not_write_among_the_results(capsys):
     with pytest.raises(SystemExit):
         command.main(["--dry-run", "--out", str(RESULTS / "h100")])
     assert "--out must lie outside" in capsys.readouterr().err and not (RESULTS / "h100").exists()
+
+
+def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypatch):
+    for name in ONE_THREAD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    dry = command.variables(60, dry=True)
+    assert {name: dry[name] for name in ONE_THREAD} == ONE_THREAD | {"OMP_NUM_THREADS": "3"}
+    # A GPU's sections take times of PyTorch's operators too.
+    assert "OPENBLAS_NUM_THREADS" not in command.variables(60, dry=False)
 
 
 # The steps of the first tests, in order: a kernel's name or a test's, with the words of its parameters.

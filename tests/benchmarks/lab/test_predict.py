@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 pytest.importorskip("pandas", reason="tables need the bench extra")
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 import pandas as pd
 import triton
@@ -59,7 +59,7 @@ def counted(args):
     return printed(f"from benchmarks.lab.predict.count import main; print(main({args}))")
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="counted in the code of this compiler")
+@pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="runs under Triton 3.9, whose code was counted")
 @pytest.mark.parametrize("kernel", ["r16 64x64 dropout", pytest.param("", marks=pytest.mark.nightly)])
 def test_the_instructions_are_those_of_the_machine_code(kernel):
     found = counted(["--check", "--variant", kernel])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("pandas", reason="tables need the bench extra")
-pytest.importorskip("triton", reason="Triton is not installed on this platform")
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 import pandas as pd
 import triton
@@ -29,7 +29,9 @@ from tests.helpers.case_checks import table
 from tests.helpers.cases import BF16, FP16, FP32, Case, make, run
 
 pytestmark = [
-    pytest.mark.skipif(not backend.INTERPRETING, reason="bytes are counted in the interpreter only"),
+    pytest.mark.skipif(
+        not backend.INTERPRETING, reason="bytes are counted in the interpreter: runs on machines without a GPU"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 H100 = DEVICES["sm_90"]
