@@ -218,9 +218,9 @@ def _add_chain(t: _Account, a: dict[str, Any], programs: int) -> None:
         rows = cdiv(cdiv(m, da.BLOCK_M), a["DA_SPLITS"]) * da.BLOCK_M
         each = (cdiv(min(start + rows, m), s.FLAG_M) - start // s.FLAG_M for start in range(0, m, rows))
         waits += cdiv(a["N"], da.BLOCK_C) * cdiv(a["da"].members[0].R, da.BLOCK_R) * sum(each)
-    # Integers: tickets, programs done, tiles of S; a wait loads its flag, then acquires it; the last program writes zeros.
+    # Integers: tickets, programs done, tiles of S; a wait adds zero to its flag; the last program writes zeros.
     counted, used = 2 * programs + tiles_s, 2 + cdiv(m, s.FLAG_M)
-    t.add(a["chain"], counted + 2 * waits, counted + waits + used, used)
+    t.add(a["chain"], counted + waits, counted + waits + used, used)
 
 
 def _add_product(t: _Account, a: dict[str, Any]) -> None:
