@@ -231,10 +231,9 @@ WANTED = table(wanting, op=OPS, rows=[5, 70], subset=SUBSETS, backend=["torch", 
 
 
 @pytest.mark.parametrize("case", [*TABLE, *WANTED, *NAMED], ids=str)
-def test_matches_the_oracle(case):
-    # By chance, eager's own error of a few elements may be next to nothing. In float64 the oracle rounds as well.
-    few = case.shape == (1, 1) or (len(case.shape) == 1 and case.dtype == FP32)
-    check(case, run(case), roundings=case.dtype == FP64 or (case.op == "mlp" and few))
+def test_matches_the_oracle(case, record_property):
+    share, name = check(case, run(case))
+    record_property("largest share of a bound", (share, f"{name} of {case}"))
 
 
 @pytest.mark.parametrize("rows", [5, 70])
