@@ -248,7 +248,12 @@ class Deviation(NamedTuple):
 
 
 def farthest_element(
-    out: Tensor, ref: Tensor, baseline: Tensor, dtype: torch.dtype, rounding: Rounded | None = None, name: str = "result"
+    out: Tensor,
+    ref: Tensor,
+    baseline: Tensor,
+    dtype: torch.dtype,
+    rounding: Rounded | None = None,
+    name: str = "result",
 ) -> Deviation:
     """The element of ``out`` whose error is the largest share of its bound; see :func:`assert_no_worse`."""
     if not out.numel():
@@ -264,7 +269,9 @@ def farthest_element(
     return Deviation(errors.flatten()[place].item(), bounds.flatten()[place].item(), name)
 
 
-def scale_of(out: Tensor, ref: Tensor, slope: float, rounding: Rounded | None = None, name: str = "result") -> Deviation:
+def scale_of(
+    out: Tensor, ref: Tensor, slope: float, rounding: Rounded | None = None, name: str = "result"
+) -> Deviation:
     """The share by which ``out`` as a whole is too large or too small: how far ``<out, ref> / <ref, ref>`` is from 1.
 
     It may be ``slope``. Where few numbers are rounded on the way, chance may make it larger: DEVIATIONS standard deviations of
@@ -308,7 +315,7 @@ def assert_no_worse(
     rounding: Rounded | None = None,
     slope: float | None = None,
     name: str = "result",
-) -> None:
+) -> list[Deviation]:
     """Raise AssertionError unless ``out`` is finite and as near to ``ref`` as plain PyTorch's result, or as rounding allows.
 
     ``ref`` is the float64 oracle and ``baseline`` is plain PyTorch's result. Each element may be off by
@@ -318,15 +325,16 @@ def assert_no_worse(
 
     ``rounding`` is this result's of :func:`roundings`. With it an element may instead be off by DEVIATIONS standard deviations
     of its rounding, if that is more. With ``rounding`` or ``slope``, the scale of all elements together is bounded too: by
-    ``slope``, which is that of SLOPES unless given, or by DEVIATIONS standard deviations.
+    ``slope``, which is that of SLOPES unless given, or by DEVIATIONS standard deviations. Return what was compared.
     """
     assert out.shape == ref.shape, f"{name} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     if not out.numel():
-        return
+        return []
     assert bool(torch.isfinite(out).all()), f"{name} holds values that are not finite"
-    for measured in deviations(out, ref, baseline, dtype=dtype, rounding=rounding, slope=slope, name=name):
-        message = f"{measured.of} is off by {measured.error:.3e}, allowed {measured.bound:.3e}"
-        assert measured.error <= measured.bound, message
+    compared = deviations(out, ref, baseline, dtype=dtype, rounding=rounding, slope=slope, name=name)
+    for error, bound, of in compared:
+        assert error <= bound, f"{of} is off by {error:.3e}, allowed {bound:.3e}"
+    return compared
 
 
 @contextmanager

@@ -77,7 +77,8 @@ class Rounded:
     def __mul__(self, factor: Rounded | Tensor | float) -> Rounded:
         """The product element by element, before it is rounded."""
         if not isinstance(factor, Rounded):
-            return Rounded(self.value * factor, self.deviation * abs(factor), self.errors)
+            size = factor.abs() if isinstance(factor, Tensor) else abs(factor)
+            return Rounded(self.value * factor, self.deviation * size, self.errors)
         deviation = torch.hypot(self.deviation * factor.exact, self.exact * factor.deviation)
         return Rounded(self.value * factor.value, deviation, self.errors | factor.errors)
 

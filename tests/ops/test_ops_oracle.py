@@ -34,6 +34,7 @@ from tests.helpers.cases import (
     separately,
     small,
 )
+from tests.helpers.largest_shares import PROPERTY
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 # x's shape, columns, rank: single, odd, prime; above one tile and above one block of ranks; multiples of 16 bytes.
@@ -233,7 +234,7 @@ WANTED = table(wanting, op=OPS, rows=[5, 70], subset=SUBSETS, backend=["torch", 
 @pytest.mark.parametrize("case", [*TABLE, *WANTED, *NAMED], ids=str)
 def test_matches_the_oracle(case, record_property):
     share, name = check(case, run(case))
-    record_property("largest share of a bound", (share, f"{name} of {case}"))
+    record_property(PROPERTY, (share, f"{name} of {case}"))
 
 
 @pytest.mark.parametrize("rows", [5, 70])
