@@ -5,9 +5,10 @@ Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci. Comput. 41, 201
 A rounding moves a number between 2^e and 2^(e+1) by at most u 2^e, where u is the unit roundoff; evenly distributed, that is a
 standard deviation of u 2^e / √3. Independent deviations add as squares, so they pass through a product of matrices like this::
 
-    C = A B:   var(C) = var(A) (B ∘ B) + (A ∘ A) var(B) + var(sums),   sd(sums) = u (½ |A| |B| + ¼ √n |A B|)
+    C = A B:   var(C) = var(A) (B ∘ B) + (A ∘ A) var(B) + var(sums)
+               var(sums) = (u |A| |B| / 2)² + (u √n |A B| / 4)²
 
-The last term is the rounding of sums over n terms, in any order.
+The last line is the rounding of sums over n terms, in any order.
 
 - Terms that cancel: a sum stays within a constant times u of the sum of absolute values, whatever n is (Higham and Mary,
   "Sharper Probabilistic Backward Error Analysis for Basic Linear Algebra Kernels with Random Data", SIAM J. Sci. Comput. 42,
@@ -145,7 +146,7 @@ class Arithmetic:
         product = Rounded(a.value @ b.value, variance.sqrt(), a.errors | b.errors)
         canceling = CANCELING * (a.exact.abs() @ b.exact.abs())
         agreeing = AGREEING * math.sqrt(a.exact.shape[-1]) * product.exact.abs()
-        return product.rounded(unit_roundoff(self.sums) * (canceling + agreeing))
+        return product.rounded(unit_roundoff(self.sums) * torch.hypot(canceling, agreeing))
 
 
 class RoundedLayer:
