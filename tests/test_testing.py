@@ -50,7 +50,7 @@ def test_small_float16_numbers_keep_their_spacing():
 @pytest.mark.parametrize("agree", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 30, 1000])
 def test_sums_round_less_than_their_deviation(n, agree):
-    """One after the other, without fused multiply-add, sums round the most. Their deviation is at most twice that."""
+    """One after the other, without fused multiply-add, sums round the most: between half their deviation and all of it."""
     a, b = normal(50, n), normal(n, 60, seed=1)
     if agree:
         a, b = a.abs(), b.abs()
@@ -58,7 +58,7 @@ def test_sums_round_less_than_their_deviation(n, agree):
     for i in range(n):
         running = running + a[:, i, None] * b[i]
     product = Arithmetic(FP32).product(operand(a, FP32), operand(b, FP32))
-    assert 0.5 < root_mean_square((running - product.exact) / product.deviation) < 1
+    assert 0.5 < root_mean_square((running - product.exact) / product.deviation) < 1.05
 
 
 def test_rounded_operands_pass_through_products():
@@ -70,12 +70,12 @@ def test_rounded_operands_pass_through_products():
 
 
 def test_equal_rows_are_rounded_alike():
-    """Behind an expanded operand, deviations add up like what they round. Twice the error of one row is that of two."""
-    row, ones = normal(1, 40).double(), torch.ones(1, 64, dtype=FP64)
-    rows = operand(row.expand(64, 40), BF16)
+    """Behind an expanded operand, the errors of a sum over rows add up like the rows; they do not cancel."""
+    row, ones = normal(1, 400).double(), torch.ones(1, 64, dtype=BF16)
+    rows = operand(row.expand(64, 400), BF16)
     total = Arithmetic(BF16).product(operand(ones, BF16), rows)
     errors = 64 * (row.bfloat16().double() - row)
-    assert root_mean_square(errors) == pytest.approx(root_mean_square(total.deviation), rel=0.2)
+    assert root_mean_square(errors) == pytest.approx(root_mean_square(total.deviation), rel=0.1)
 
 
 def test_the_scale_varies_as_its_deviation_says():
