@@ -263,7 +263,9 @@ def farthest_element(
     atol = EPS[dtype] * ref.abs().max().item()
     bounds = torch.full_like(errors, 2 * (baseline.double() - ref).abs().max().item() + atol)
     if rounding is not None:
-        bounds = bounds.maximum(DEVIATIONS * rounding.deviation.view(ref.shape))
+        # In float64 the oracle rounds as much, independently.
+        oracles = math.sqrt(2) if dtype == torch.float64 else 1.0
+        bounds = bounds.maximum(DEVIATIONS * oracles * rounding.deviation.view(ref.shape))
     # Where both are zero, the share is NaN.
     place = (errors / bounds).nan_to_num(nan=0.0, posinf=math.inf).argmax()
     return Deviation(errors.flatten()[place].item(), bounds.flatten()[place].item(), name)
