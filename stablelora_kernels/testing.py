@@ -1,4 +1,4 @@
-"""Helpers for tests and benchmarks: inputs, an error bound that comes from a baseline's own error, and baselines to time."""
+"""Helpers for tests and benchmarks: inputs, the bound on errors, and baselines to time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,6 +26,7 @@ from stablelora_kernels.reference import (
     nf4_ref,
     unpack_mask,
 )
+from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, dequantized, operand, total
 from stablelora_kernels.utils.tensors import drop_share
 
 #: The inputs that get gradients, and the gradients' names.
@@ -35,6 +36,12 @@ GRADIENTS = {"base_out": "dBASE", "x": "dX", "lora_A": "dA", "lora_B": "dB"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: One unit in the last place of 1.0, by dtype.
 EPS = {d: torch.finfo(d).eps for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+#: How many standard deviations of its rounding a result may be off by. A normal deviate is farther off six times in 10⁷ draws.
+DEVIATIONS = 5.0
+#: By which share of itself a result of a linear layer may be too large or too small as a whole, by dtype.
+SLOPES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+#: The same for a gated MLP, where errors of G and U multiply.
+MLP_SLOPES = {dtype: 5 * slope for dtype, slope in SLOPES.items()}
 
 
 def make_inputs(
@@ -151,6 +158,52 @@ def oracle(
     return {"Y": y, **lora_linear_grads_ref(d["grad"], d["x"], d["weight"], *pair)}
 
 
+def rounded_operand(t: Tensor | NF4Weight | FP8Weight | None, dtype: torch.dtype) -> Rounded | None:
+    """An operand in float64, with the rounding that it takes to be used in ``dtype``."""
+    if t is None:
+        return None
+    return operand(t.detach(), dtype) if isinstance(t, Tensor) else dequantized(dequantized_ref(t), dtype)
+
+
+def roundings(
+    inputs: dict[str, Any],
+    scaling: float,
+    keep: torch.Tensor | None = None,
+    p: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Rounded]:
+    """How far rounding may move each result of :func:`oracle` on any processor.
+
+    ``dtype``: that in which a call multiplies and stores, which is x's unless given.
+    """
+    storage = dtype or inputs["x"].dtype
+    names = ("weight", "bias", "lora_A", "lora_B")
+    operands = {name: rounded_operand(inputs.get(name), storage) for name in names}
+    layer = RoundedLayer(Arithmetic(storage), **operands, scaling=scaling, keep=keep, dropout_p=drop_share(p))
+    x, grad = (as_rows(inputs[name], storage) for name in ("x", "grad"))
+    results = {}
+    base = inputs.get("base_out")
+    if base is None:
+        results["Y"] = layer.forward(x)
+    else:
+        results["Y"] = layer.forward(x, as_rows(base, base.dtype), base.dtype)
+        # The gradient itself.
+        results["dBASE"] = as_rows(inputs["grad"], inputs["grad"].dtype)
+    gradients = layer.backward(grad)
+    return results | {GRADIENTS[name]: gradients[name] for name in ("x", "lora_A", "lora_B")}
+
+
+def as_rows(t: Tensor, dtype: torch.dtype) -> Rounded:
+    """An operand of any leading sizes as a matrix, with the rounding that it takes to be used in ``dtype``."""
+    return operand(t.detach().reshape(t.shape[:-1].numel(), t.shape[-1]), dtype)
+
+
+def group_roundings(parts: list[dict[str, Rounded]], dtype: torch.dtype) -> dict[str, Rounded]:
+    """The roundings of :func:`group_results`, whose sum of dX is rounded to ``dtype`` after each addition."""
+    named = {f"{name}{i}": part[name] for i, part in enumerate(parts) for name in ("Y", "dA", "dB")}
+    return named | {"dX": total([part["dX"] for part in parts], dtype)}
+
+
 def group_results(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The results of projections of one x: each projection's have its number, and the gradients of x add up to dX."""
     named = {f"{name}{i}": part[name] for i, part in enumerate(parts) for name in ("Y", "dA", "dB")}
@@ -179,17 +232,80 @@ def keep_of(y: Tensor, x: Tensor) -> Tensor:
     return mask.view(x.shape)
 
 
-def error_and_bound(
-    out: Tensor, ref: Tensor, baseline: Tensor, dtype: torch.dtype | None = None
-) -> tuple[float, float]:
-    """``max|out - ref|``, infinite for NaN, and its bound ``2 max|baseline - ref| + atol``; see :func:`assert_no_worse`."""
+class Deviation(NamedTuple):
+    """How far a result is off and how far it may be, by its elements or by its scale."""
+
+    error: float
+    bound: float
+    of: str
+
+    @property
+    def share(self) -> float:
+        """The error as a share of the bound; infinite if a result that must be exact is not."""
+        if self.bound:
+            return self.error / self.bound
+        return math.inf if self.error else 0.0
+
+
+def farthest_element(
+    out: Tensor,
+    ref: Tensor,
+    baseline: Tensor,
+    dtype: torch.dtype,
+    rounding: Rounded | None = None,
+    name: str = "result",
+) -> Deviation:
+    """The element of ``out`` whose error is the largest share of its bound; see :func:`assert_no_worse`."""
     if not out.numel():
-        return 0.0, 0.0
+        return Deviation(0.0, 0.0, name)
     ref = ref.double()
-    atol = EPS[dtype or out.dtype] * ref.abs().max().item()
-    error = (out.double() - ref).abs().max().item()
-    error = math.inf if math.isnan(error) else error
-    return error, 2 * (baseline.double() - ref).abs().max().item() + atol
+    errors = (out.double() - ref).abs().nan_to_num(nan=math.inf)
+    atol = EPS[dtype] * ref.abs().max().item()
+    bounds = torch.full_like(errors, 2 * (baseline.double() - ref).abs().max().item() + atol)
+    if rounding is not None:
+        # In float64 the oracle rounds as much, independently.
+        oracles = math.sqrt(2) if dtype == torch.float64 else 1.0
+        bounds = bounds.maximum(DEVIATIONS * oracles * rounding.deviation.view(ref.shape))
+    # Where both are zero, the share is NaN.
+    place = (errors / bounds).nan_to_num(nan=0.0, posinf=math.inf).argmax()
+    return Deviation(errors.flatten()[place].item(), bounds.flatten()[place].item(), name)
+
+
+def scale_of(
+    out: Tensor, ref: Tensor, slope: float, rounding: Rounded | None = None, name: str = "result"
+) -> Deviation:
+    """The share by which ``out`` as a whole is too large or too small: how far ``<out, ref> / <ref, ref>`` is from 1.
+
+    It may be ``slope``. Where few numbers are rounded on the way, chance may make it larger: DEVIATIONS standard deviations of
+    all roundings together are allowed. They fall with the root of how many numbers are rounded.
+    """
+    of, ref = f"the scale of {name}", ref.double()
+    square = ref.square().sum().item()
+    if not square:
+        return Deviation(0.0, slope, of)
+    error = abs((out.double() * ref).sum().item() / square - 1)
+    chance = 0.0 if rounding is None else DEVIATIONS * rounding.projected(ref) / square
+    return Deviation(math.inf if math.isnan(error) else error, max(slope, chance), of)
+
+
+def deviations(
+    out: Tensor,
+    ref: Tensor,
+    baseline: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    rounding: Rounded | None = None,
+    slope: float | None = None,
+    name: str = "result",
+) -> list[Deviation]:
+    """What :func:`assert_no_worse` compares: the farthest element, and the scale if ``rounding`` or ``slope`` is given."""
+    dtype = dtype or out.dtype
+    measured = [farthest_element(out, ref, baseline, dtype, rounding, name)]
+    if slope is None and rounding is not None:
+        slope = SLOPES[dtype]
+    if slope is not None and out.numel():
+        measured.append(scale_of(out, ref, slope, rounding, name))
+    return measured
 
 
 def assert_no_worse(
@@ -198,20 +314,29 @@ def assert_no_worse(
     baseline: Tensor,
     *,
     dtype: torch.dtype | None = None,
+    rounding: Rounded | None = None,
+    slope: float | None = None,
     name: str = "result",
-) -> None:
-    """Raise AssertionError unless ``|out - ref| <= 2 max|baseline - ref| + atol`` everywhere, and ``out`` is finite.
+) -> list[Deviation]:
+    """Raise AssertionError unless ``out`` is finite and as near to ``ref`` as plain PyTorch's result, or as rounding allows.
 
-    ``ref`` is the float64 oracle and ``baseline`` is plain PyTorch's result, so the bound is twice the error that a user already
-    has. ``atol`` covers a baseline that happens to be exact: one unit in the last place of ref's largest element in ``dtype``,
-    the dtype of the arithmetic, which is out's unless given.
+    ``ref`` is the float64 oracle and ``baseline`` is plain PyTorch's result. Each element may be off by
+    ``2 max|baseline - ref| + atol``, twice the error that a user already has. ``atol`` covers a baseline that happens to be
+    exact: one unit in the last place of ref's largest element in ``dtype``, the dtype of the arithmetic, which is out's unless
+    given.
+
+    ``rounding`` is this result's of :func:`roundings`. With it an element may instead be off by DEVIATIONS standard deviations
+    of its rounding, if that is more. With ``rounding`` or ``slope``, the scale of all elements together is bounded too: by
+    ``slope``, which is that of SLOPES unless given, or by DEVIATIONS standard deviations. Return what was compared.
     """
     assert out.shape == ref.shape, f"{name} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     if not out.numel():
-        return
+        return []
     assert bool(torch.isfinite(out).all()), f"{name} holds values that are not finite"
-    error, bound = error_and_bound(out, ref, baseline, dtype)
-    assert error <= bound, f"{name} is off by {error:.3e}, allowed {bound:.3e}"
+    compared = deviations(out, ref, baseline, dtype=dtype, rounding=rounding, slope=slope, name=name)
+    for error, bound, of in compared:
+        assert error <= bound, f"{of} is off by {error:.3e}, allowed {bound:.3e}"
+    return compared
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.helpers.covering import leave_the_rest_to_the_night
 from tests.helpers.interpreter import speed_up_interpreter
+from tests.helpers.largest_shares import pytest_terminal_summary  # noqa: F401
 
 # Triton reads this as it is imported, so it must be set before any test module imports a kernel.
 if not torch.cuda.is_available():

@@ -1,5 +1,5 @@
 """Says which backend runs on this machine and why, lists versions, and tests every kernel family on small inputs. The error
-against a float64 computation must be at most twice the error of plain PyTorch (the bound).
+against a float64 computation must be at most twice the error of plain PyTorch, or what rounding allows (the bound).
 
 On a GPU it tests the Triton kernels, on a CPU the PyTorch path. With --interpret it also tests the Triton kernels on the CPU,
 in Triton's interpreter.
@@ -35,6 +35,8 @@ from stablelora_kernels.functional import FP8Weight, NF4Weight, lora_branch, lor
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef, dropout_keep_ref
+from stablelora_kernels.reference.rounding import Rounded
+from stablelora_kernels.testing import Deviation
 from stablelora_kernels.utils.threads import ONE_THREAD
 from stablelora_kernels.utils.timing import version_of
 from stablelora_kernels.utils.validation import counted
@@ -59,7 +61,7 @@ SCALING = 1.7
 DROPOUT = 0.125
 Result = dict[str, Any]
 Tensors = dict[str, Tensor]
-# An error, its bound and the name of the result that has them.
+# An error, its bound and what has them.
 Measured = tuple[float, float, str]
 Check = Callable[[torch.device], Measured]
 
@@ -248,14 +250,17 @@ def _result(family: str, case: str, problem: str | None, **found: Any) -> Result
     return {"family": family, "case": case, **unknown, **found, "problem": problem, "passed": problem is None}
 
 
-def nearest_to_bound(out: Tensors, ref: Tensors, base: Tensors, dtype: torch.dtype) -> Measured:
-    """The result whose error is the largest share of its bound."""
-    found = []
+def nearest_to_bound(
+    out: Tensors, ref: Tensors, base: Tensors, dtype: torch.dtype, roundings: dict[str, Rounded] | None = None
+) -> Measured:
+    """The result whose error, of an element or of its scale, is the largest share of its bound."""
+    measured: list[Deviation] = []
     for name, value in out.items():
         if value.shape != ref[name].shape:
             raise AssertionError(f"{name} must be {list(ref[name].shape)}, got {list(value.shape)}")
-        found.append((*testing.error_and_bound(value, ref[name], base[name], dtype), name))
-    return max(found, key=lambda m: m[0] / m[1] if m[1] else float(m[0] > 0))
+        rounding = roundings[name] if roundings else None
+        measured += testing.deviations(value, ref[name], base[name], dtype=dtype, rounding=rounding, name=name)
+    return max(measured, key=lambda deviation: deviation.share)
 
 
 def check_layer(
@@ -297,7 +302,9 @@ def check_layer(
     out = {f"Y{i}": y for i, y in zip(numbers, ys, strict=True)} | dict(zip(leaves, gradients, strict=True))
     expected = ([results(part, SCALING, keep, p) for part in parts] for results in (testing.oracle, testing.eager))
     ref, base = (each[0] if len(parts) == 1 else testing.group_results(each) for each in expected)
-    return nearest_to_bound(out, ref, base, dtype)
+    by_part = [testing.roundings(part, SCALING, keep, p) for part in parts]
+    roundings = by_part[0] if len(parts) == 1 else testing.group_roundings(by_part, dtype)
+    return nearest_to_bound(out, ref, base, dtype, roundings)
 
 
 def check_mask(device: torch.device) -> Measured:

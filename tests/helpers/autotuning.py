@@ -83,7 +83,7 @@ def forward(inputs, dropout_p=0.0):
 def check_all(inputs):
     """Y and the three gradients against the oracle."""
     ref, base = (results(inputs, SCALING) for results in (testing.oracle, testing.eager))
-    check_results(testing.run(forward, inputs), ref, base, inputs["x"].dtype)
+    check_results(testing.run(forward, inputs), ref, base, inputs["x"].dtype, testing.roundings(inputs, SCALING))
 
 
 def files() -> list[Path]:

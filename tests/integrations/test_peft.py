@@ -11,9 +11,9 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.testing import EPS
+from stablelora_kernels.testing import EPS, oracle, roundings
 from tests.helpers.cases import BF16, DTYPES, FP16, FP32
-from tests.helpers.oracle import check_all, layer_oracle, run_layer
+from tests.helpers.oracle import check_all, layer_inputs, run_layer
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
 from tests.helpers.small_models import IDS, llama, output
 
@@ -217,8 +217,8 @@ def test_error_against_float64_is_pefts(dtypes, autocast, backend, calls):
     slk.accelerate_peft(model)
     found = run_layer(torch.autocast("cpu", low, enabled=autocast)(model), x, pair, grad)
     assert calls.layers == {"lora_linear": 1}
-    ref = layer_oracle(x, base.weight, base.bias, pair, grad, layer.scaling["default"])
-    check_all(found, ref, eager, low)
+    inputs, scaling = layer_inputs(x, base.weight, base.bias, pair, grad), layer.scaling["default"]
+    check_all(found, oracle(inputs, scaling), eager, low, roundings(inputs, scaling, dtype=low))
     assert found["Y"].dtype == (low if autocast else dtypes[0]) and found["dA"].dtype == dtypes[1]
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels import quantized
-from stablelora_kernels.testing import EPS
+from stablelora_kernels.testing import EPS, oracle, roundings
 from tests.helpers.cases import BF16, FP16, FP32
-from tests.helpers.oracle import check_all, layer_oracle, run_layer
+from tests.helpers.oracle import check_all, layer_inputs, run_layer
 from tests.helpers.peft_models import config, peft
 from tests.helpers.quantized_weights import K, N, bnb_4bit, bnb_8bit, torchao, torchao_int8
 from tests.integrations.test_peft import check_story
@@ -72,8 +72,8 @@ def test_what_the_kernels_read_is_as_exact_as_pefts(quantize, dtype, options, au
     assert calls.layers == {"lora_linear" if backend == "triton" else "lora_branch": 1}
     assert found["Y"].dtype == x.dtype
     weight = quantized.read(layer.base_layer.weight).dequantize(torch.float64)
-    ref = layer_oracle(x, weight, layer.base_layer.bias, pair, grad, layer.scaling["default"])
-    check_all(found, ref, eager, dtype)
+    inputs, scaling = layer_inputs(x, weight, layer.base_layer.bias, pair, grad), layer.scaling["default"]
+    check_all(found, oracle(inputs, scaling), eager, dtype, roundings(inputs, scaling, dtype=dtype))
 
 
 def test_float8_under_autocast_is_torchaos_product(backend, calls):

@@ -1,6 +1,6 @@
 """Calls of the library's ops in every form that dispatch can take, each compared with its reference in float64.
 
-An error is a share of the library's own bound, :func:`stablelora_kernels.testing.error_and_bound`: twice eager PyTorch's error.
+An error is a share of the library's own bound, that of :func:`stablelora_kernels.testing.assert_no_worse`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim import snapshot
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
+from stablelora_kernels.reference.rounding import Rounded
 from tests.helpers import case_checks
 from tests.helpers import cases as calls
 from tests.helpers.cases import BF16, FP16, FP32, far, laid_out
@@ -110,14 +111,26 @@ def kernels_of(case: Case, arch: str) -> list[runner.Compiled]:
     return [*kernels.values()]
 
 
-def _compare(found: Results, ref: Results, base: Results, dtype: torch.dtype) -> Errors:
+def _compare(
+    found: Results,
+    ref: Results,
+    base: Results,
+    dtype: torch.dtype,
+    roundings: dict[str, Rounded],
+    slopes: dict[torch.dtype, float] = testing.SLOPES,
+) -> Errors:
+    # TensorFloat-32 has ten bits of fraction like float16, eager PyTorch on a CPU all.
+    tf32 = torch.get_float32_matmul_precision() == "high"
+    slope = slopes[torch.float16 if tf32 else dtype]
     errors = {}
     for name, value in found.items():
-        error, bound = testing.error_and_bound(value, ref[name], base[name], dtype)
-        if torch.get_float32_matmul_precision() == "high":
-            # TensorFloat-32 has ten bits of fraction, eager PyTorch on a CPU all.
-            bound += 2e-3 * ref[name].abs().max().item()
-        errors[name] = error, bound
+        rounding = roundings[name]
+        element, *scale = testing.deviations(
+            value, ref[name], base[name], dtype=dtype, rounding=rounding, slope=slope, name=name
+        )
+        more = 2e-3 * ref[name].abs().max().item() if tf32 else 0.0
+        errors[name] = element.error, element.bound + more
+        errors |= {one.of: (one.error, one.bound) for one in scale}
     return errors
 
 
@@ -150,7 +163,10 @@ def linear(
         found |= zip((testing.GRADIENTS[name] for name in wanted), grads, strict=True)
     torch.manual_seed(11)
     keep = _mask(m, k, p)
-    return _compare(found, testing.oracle(inputs, SCALING, keep, p), testing.eager(inputs, SCALING, keep, p), dtype)
+    ref, base, roundings = (
+        results(inputs, SCALING, keep, p) for results in (testing.oracle, testing.eager, testing.roundings)
+    )
+    return _compare(found, ref, base, dtype, roundings)
 
 
 def autotuned(choice: Choice, run: Callable[[], Errors]) -> Errors:
@@ -189,7 +205,8 @@ def group(m: int, ns: Sequence[int], k: int, ranks: Sequence[int], dtype: torch.
         testing.group_results([results(part, SCALING, keep, p) for part, keep in zip(parts, keeps, strict=True)])
         for results in (testing.oracle, testing.eager)
     )
-    return _compare(found, ref, base, dtype)
+    by_part = [testing.roundings(part, SCALING, keep, p) for part, keep in zip(parts, keeps, strict=True)]
+    return _compare(found, ref, base, dtype, testing.group_roundings(by_part, dtype))
 
 
 def mlp(
@@ -206,7 +223,11 @@ def _of(case: calls.Case) -> Errors:
     torch.manual_seed(case.seed)
     found = calls.results(case, calls.ours(case, leaf), leaf)
     masks = case_checks.masks(case, given)
-    return _compare(found, case_checks.oracle(case, given, *masks), case_checks.eager(case, given, *masks), case.dtype)
+    ref, base, roundings = (
+        results(case, given, *masks) for results in (case_checks.oracle, case_checks.eager, case_checks.roundings)
+    )
+    slopes = testing.MLP_SLOPES if case.op == "mlp" else testing.SLOPES
+    return _compare(found, ref, base, case.dtype, roundings, slopes)
 
 
 def optimizer(

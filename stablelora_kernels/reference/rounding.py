@@ -1,0 +1,265 @@
+"""How far rounding may move each result of the formulas in ``lora``, on any processor: an error analysis that runs beside them.
+
+Each matrix carries its exact values and a standard deviation per element. The model is that of N. J. Higham and T. Mary, "A New
+Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci. Comput. 41, 2019): roundings are independent and have mean zero.
+A rounding moves a number between 2^e and 2^(e+1) by at most u 2^e, where u is the unit roundoff; evenly distributed, that is a
+standard deviation of u 2^e / √3. Independent deviations add as squares, so they pass through a product of matrices like this::
+
+    C = A B:   var(C) = var(A) (B ∘ B) + (A ∘ A) var(B) + var(sums)
+               var(sums) = (u |A| |B| / 2)² + (u √n |A B| / 4)²
+
+The last line is the rounding of sums over n terms, in any order.
+
+- Terms that cancel: a sum stays within a constant times u of the sum of absolute values, whatever n is (Higham and Mary,
+  "Sharper Probabilistic Backward Error Analysis for Basic Linear Algebra Kernels with Random Data", SIAM J. Sci. Comput. 42,
+  2020). The sum of the first i products has the variance i σ². A rounding of it has 0.54 u² i σ² / 3: the mean of 4^e over the
+  squares of the numbers between 2^e and 2^(e+1) is 0.54. All roundings together have 0.09 u² n² σ². For normal numbers
+  |A| |B| is n σ 2/π, of which the root is 0.47.
+- Terms that agree: the first i of them are i/n of the sum. All roundings together have 0.54 u² n (A B)² / 9, of which the root
+  is 0.24 u √n |A B|.
+
+Blocked sums, which processors compute in several parts, round less than either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.reference.lora import activation_ref
+
+# The shares of |A| |B| and of √n |A B| in the standard deviation of a sum, in units of u.
+CANCELING, AGREEING = 1 / 2, 1 / 4
+# Operations that round an activation function, or its derivative.
+OF_ACTIVATION = 4
+# code · absmax + offset, times code, in float32.
+OF_DEQUANTIZING = 3
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """What rounding to nearest moves a number by at most, as a share of the number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def deviation_of_rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The standard deviation of one rounding to ``dtype``, per element."""
+    _, exponent = torch.frexp(value.abs())
+    # frexp's fraction begins at one half. Below the smallest normal number the spacing stays.
+    power = torch.exp2(exponent.double() - 1).clamp(min=torch.finfo(dtype).tiny)
+    return torch.where(value == 0, 0.0, power * (unit_roundoff(dtype) / math.sqrt(3)))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A float64 matrix, and the standard deviation of each element of what a processor computes in its place."""
+
+    # Exact, and differentiable by the errors.
+    value: Tensor
+    deviation: Tensor
+    # A zero for each number that was rounded on the way, in units of its rounding's deviation.
+    errors: frozenset[Tensor] = frozenset()
+
+    @property
+    def exact(self) -> Tensor:
+        return self.value.detach()
+
+    @property
+    def T(self) -> Rounded:
+        return Rounded(self.value.T, self.deviation.T, self.errors)
+
+    def __add__(self, addend: Rounded) -> Rounded:
+        deviation = torch.hypot(self.deviation, addend.deviation)
+        return Rounded(self.value + addend.value, deviation, self.errors | addend.errors)
+
+    def __mul__(self, factor: Rounded | Tensor | float) -> Rounded:
+        """The product element by element, before it is rounded."""
+        if not isinstance(factor, Rounded):
+            size = factor.abs() if isinstance(factor, Tensor) else abs(factor)
+            return Rounded(self.value * factor, self.deviation * size, self.errors)
+        deviation = torch.hypot(self.deviation * factor.exact, self.exact * factor.deviation)
+        return Rounded(self.value * factor.value, deviation, self.errors | factor.errors)
+
+    def rounded(self, amount: Tensor) -> Rounded:
+        """The same after one more rounding, with a standard deviation of ``amount`` per element."""
+        # Equal numbers are rounded alike, such as those in all rows behind an expanded x.
+        distinct, place = self.exact.float().unique(return_inverse=True)
+        error = torch.zeros_like(distinct, dtype=torch.float64).requires_grad_()
+        value = self.value + amount * error[place]
+        return Rounded(value, torch.hypot(self.deviation, amount), self.errors | {error})
+
+    def stored(self, dtype: torch.dtype, times: int = 1) -> Rounded:
+        """The same after ``times`` roundings to ``dtype``."""
+        return self.rounded(deviation_of_rounding(self.exact, dtype) * math.sqrt(times))
+
+    def projected(self, direction: Tensor) -> float:
+        """The standard deviation of the inner product with ``direction``, to the first order in the errors."""
+        errors = list(self.errors)
+        inner = (self.value * direction.reshape(self.value.shape)).sum()
+        if not errors:
+            return 0.0
+        slopes = torch.autograd.grad(inner, errors, retain_graph=True)
+        return math.sqrt(sum(slope.square().sum().item() for slope in slopes))
+
+
+def operand(t: Tensor, dtype: torch.dtype) -> Rounded:
+    """An operand that is rounded to ``dtype`` as it is used, unless it has no more digits than that."""
+    exact = Rounded(t.double(), torch.zeros_like(t, dtype=torch.float64))
+    return exact if torch.finfo(t.dtype).eps >= torch.finfo(dtype).eps else exact.stored(dtype)
+
+
+def dequantized(weight: Tensor, dtype: torch.dtype) -> Rounded:
+    """A quantized weight, given in float64, that is computed with the digits of sums and rounded to ``dtype``."""
+    exact = Rounded(weight, torch.zeros_like(weight))
+    return exact.stored(Arithmetic(dtype).sums, OF_DEQUANTIZING).stored(dtype)
+
+
+def repeats(rows: Tensor) -> float:
+    """How often a row occurs on average. Equal rows are rounded alike, and their deviations do not cancel in a sum."""
+    return rows.shape[0] / max(rows.float().unique(dim=0).shape[0], 1)
+
+
+def variance_of_product(a: Rounded, b: Tensor) -> Tensor:
+    """The variance of ``a b`` that a's deviations make."""
+    if not a.deviation.any():
+        return b.new_zeros(a.exact.shape[0], b.shape[1])
+    # (d Σ b)² is at most n d² Σ b².
+    return repeats(a.exact.T) * (a.deviation.square() @ b.square())
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Sums have the digits of ``sums``; operands and intermediate results are stored as ``storage``."""
+
+    storage: torch.dtype
+
+    @property
+    def sums(self) -> torch.dtype:
+        return torch.float64 if self.storage == torch.float64 else torch.float32
+
+    def product(self, a: Rounded, b: Rounded) -> Rounded:
+        """``a b``, summed but not stored."""
+        variance = variance_of_product(a, b.exact) + variance_of_product(b.T, a.exact.T).T
+        product = Rounded(a.value @ b.value, variance.sqrt(), a.errors | b.errors)
+        canceling = CANCELING * (a.exact.abs() @ b.exact.abs())
+        agreeing = AGREEING * math.sqrt(a.exact.shape[-1]) * product.exact.abs()
+        return product.rounded(unit_roundoff(self.sums) * torch.hypot(canceling, agreeing))
+
+
+class RoundedLayer:
+    """A layer with its LoRA branch, forward and backward. It remembers what backward reads, as an autograd function does.
+
+    ``lora_A`` and ``lora_B`` are None for a projection without a branch, ``weight`` for a branch alone. ``keep`` [..., K] is the
+    mask of a dropout of probability ``dropout_p``.
+    """
+
+    def __init__(
+        self,
+        arithmetic: Arithmetic,
+        weight: Rounded | None,
+        bias: Rounded | None,
+        lora_A: Rounded | None,
+        lora_B: Rounded | None,
+        scaling: float,
+        keep: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> None:
+        self.arithmetic, self.scaling = arithmetic, scaling
+        self.weight, self.bias = weight, bias
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self.share = None if keep is None else keep.reshape(-1, keep.shape[-1]).double() / (1 - dropout_p)
+
+    def masked(self, t: Rounded) -> Rounded:
+        return t if self.share is None else t * self.share
+
+    def forward(self, x: Rounded, base: Rounded | None = None, dtype: torch.dtype | None = None) -> Rounded:
+        """Y [M, N] of x [M, K], stored as ``dtype`` or as intermediate results are. ``base`` replaces the product."""
+        storage, product = self.arithmetic.storage, self.arithmetic.product
+        self.x = x
+        if base is None:
+            assert self.weight is not None
+            base = product(x, self.weight.T)
+            base = (base if self.bias is None else base + self.bias).stored(storage)
+        if self.lora_A is None or self.lora_B is None:
+            return base
+        self.dropped = self.masked(x)
+        self.s = product(self.dropped, self.lora_A.T).stored(storage)
+        branch = (product(self.s, self.lora_B.T) * self.scaling).stored(storage)
+        return (base + branch).stored(dtype or storage)
+
+    def backward(self, grad: Rounded) -> dict[str, Rounded]:
+        """The gradients by their operands' names, of x [M, K] too, for an incoming gradient [M, N]."""
+        storage, product = self.arithmetic.storage, self.arithmetic.product
+        gradients: dict[str, Rounded] = {}
+        if self.weight is not None:
+            gradients["x"] = product(grad, self.weight).stored(storage)
+            gradients["weight"] = product(grad.T, self.x).stored(storage)
+        if self.bias is not None:
+            ones = torch.ones_like(grad.exact[:, :1])
+            gradients["bias"] = product(grad.T, Rounded(ones, torch.zeros_like(ones))).stored(storage)
+        if self.lora_A is None or self.lora_B is None:
+            return gradients
+        # The product is rounded, and rounded again as it is scaled.
+        ds = (product(grad, self.lora_B) * self.scaling).stored(storage, times=2)
+        branch = self.masked(product(ds, self.lora_A).stored(storage))
+        gradients["x"] = (gradients["x"] + branch).stored(storage) if self.weight is not None else branch
+        gradients["lora_A"] = product(ds.T, self.dropped).stored(storage)
+        gradients["lora_B"] = (product(grad.T, self.s) * self.scaling).stored(storage, times=2)
+        return gradients
+
+
+def total(terms: Sequence[Rounded], dtype: torch.dtype) -> Rounded:
+    """The sum of ``terms``, rounded to ``dtype`` after each addition."""
+    running = terms[0]
+    for term in terms[1:]:
+        running = (running + term).stored(dtype)
+    return running
+
+
+class RoundedMLP:
+    """A gated MLP: Y = down(act(gate(X)) ∘ up(X))."""
+
+    def __init__(self, gate: RoundedLayer, up: RoundedLayer, down: RoundedLayer, activation: str) -> None:
+        self.gate, self.up, self.down = gate, up, down
+        self.activation = activation
+        self.arithmetic = gate.arithmetic
+
+    def forward(self, x: Rounded) -> Rounded:
+        self.g, self.u = self.gate.forward(x), self.up.forward(x)
+        self.act, self.slope = self._activated(self.g)
+        return self.down.forward((self.act * self.u).stored(self.arithmetic.storage))
+
+    def backward(self, grad: Rounded) -> list[dict[str, Rounded]]:
+        """The gradients of gate, of up and of down by their operands' names. That of x is gate's, and of both."""
+        storage = self.arithmetic.storage
+        of_down = self.down.backward(grad)
+        dh = of_down["x"]
+        of_up = self.up.backward((dh * self.act).stored(storage))
+        of_gate = self.gate.backward(((dh * self.u).stored(storage) * self.slope).stored(storage))
+        of_gate["x"] = total([of_gate["x"], of_up["x"]], storage)
+        return [of_gate, of_up, of_down]
+
+    def _activated(self, g: Rounded) -> tuple[Rounded, Rounded]:
+        """act(G), and its derivative."""
+        act, slope, curvature = derivatives(g.exact, self.activation)
+        sums = self.arithmetic.sums
+        # An argument's size bounds act's, and 1 is about the largest slope.
+        of_act = deviation_of_rounding(g.exact, sums) * math.sqrt(OF_ACTIVATION)
+        of_slope = deviation_of_rounding(torch.ones_like(act), sums) * math.sqrt(OF_ACTIVATION)
+        # The errors of G pass on by the derivatives.
+        error = g.value - g.exact
+        acts = Rounded(act + slope * error, g.deviation * slope.abs(), g.errors).rounded(of_act)
+        slopes = Rounded(slope + curvature * error, g.deviation * curvature.abs(), g.errors).rounded(of_slope)
+        return acts.stored(self.arithmetic.storage), slopes
+
+
+def derivatives(g: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """act(g), act'(g) and act''(g)."""
+    g = g.detach().requires_grad_()
+    act = activation_ref(g, activation)
+    (slope,) = torch.autograd.grad(act.sum(), g, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), g)
+    return act.detach(), slope.detach(), curvature
