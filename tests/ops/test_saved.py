@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stablelora_kernels.ops import torch_path
 from tests.helpers.case_checks import assert_close, check, held_by
-from tests.helpers.cases import BF16, FP32, OPS, Case, forced, leaves, make, ours, results, run, small
+from tests.helpers.cases import BF16, FP32, MANY, OPS, Case, forced, leaves, make, ours, results, run, small
 from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -202,7 +202,7 @@ def test_what_is_saved_may_not_be_changed_in_between(name, backend):
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("op", ["linear", "mlp"])
 def test_second_derivatives_are_refused(op, warm, backend):
-    case = small(op, backend=backend)
+    case = small(op, rows=MANY[backend], backend=backend)
     leaf = leaves(case, make(case))
     for _ in range(3 * warm):
         ours(case, leaf)[0].sum().backward()
