@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from stablelora_kernels.ops import torch_path
 from tests.helpers.case_checks import assert_close, check, held_by
 from tests.helpers.cases import BF16, FP32, MANY, OPS, Case, forced, leaves, make, ours, results, run, small
 from tests.helpers.operators import Operators
@@ -58,9 +57,8 @@ def test_an_mlp_holds_g_and_u(shared, dtype, p, backend):
 
 
 @pytest.mark.parametrize(("p", "limit"), [(0.0, 512), (0.5, 64)])
-def test_fewer_rows_take_plain_operators(p, limit, monkeypatch):
+def test_fewer_rows_take_plain_operators(p, limit):
     """As docs/limitations.md says. With dropout these keep the masked x, the op does not."""
-    monkeypatch.setattr(torch_path, "FEW_ROWS_WITHOUT_DROPOUT", 512)
     for rows in (limit - 1, limit):
         case = small("linear", rows, p=p, backend="torch")
         with forced(case):
