@@ -177,9 +177,9 @@ def test_ends():
 def test_later(): pass
 """
 ENDS = {
-    "failed": ("os._exit(7)", 60.0, "exit status 7"),
+    "failed": ("os._exit(7)", 300.0, "exit status 7"),
     "begun": ("subprocess.Popen(['sleep', '6789']); time.sleep(600)", 60.0, "time was up"),
-    "ok": ("pass", 60.0, "broken here"),
+    "ok": ("pass", 300.0, "broken here"),
 }
 
 
