@@ -172,7 +172,7 @@ def roundings(
     p: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Rounded]:
-    """How far rounding may move each result of :func:`oracle` on any processor.
+    """How far rounding may move Y, dX, dA and dB (of a branch alone also dBASE) on any processor, by these names.
 
     ``dtype``: that in which a call multiplies and stores, which is x's unless given.
     """
