@@ -252,7 +252,7 @@ def lora_experts(
     if autocast and (dtype := _autocast_dtype(x)) is not None:
         given = _autocast_projection(Projection(weight, bias, lora_A, lora_B, scaling), dtype)
         x, (weight, bias, lora_A, lora_B, _) = cast(x, dtype), given  # type: ignore[assignment]
-    check_experts(x, weight, bias, lora_A, lora_B, offsets, transposed)
+    check_experts(x, weight, bias, lora_A, lora_B, scaling, offsets, transposed)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     return lora_experts_op(
         x, weight, bias, lora_A, lora_B, scaling, offsets, transposed, dropout_p if training else 0.0

@@ -114,7 +114,7 @@ def _compute_routed(experts: Any, up: Product, down: Product, x: Tensor, index: 
     h = h * weights.reshape(-1)[order].unsqueeze(-1)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    return h[place].view(tokens, top_k, -1).sum(1).to(x.dtype)
+    return h[place].view(tokens, top_k, h.shape[-1]).sum(1).to(x.dtype)
 
 
 # This library's layers

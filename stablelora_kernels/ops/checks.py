@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,8 @@ def check(x: Tensor, projections: Sequence[Projection], base: Tensor | None, is_
 
 def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | None = None) -> None:
     """``of``: the projection's name before those of its operands, such as ``"gate."``. ``base``: that of a lone branch."""
-    weight, bias, lora_A, lora_B, _ = p
+    weight, bias, lora_A, lora_B, scaling = p
+    _check_scaling(f"{of}scaling", scaling)
     if base is not None:
         if base.dim() < 1 or x.dim() < 1 or base.shape[:-1] != x.shape[:-1]:
             raise ValueError(
@@ -77,6 +79,12 @@ def _check_dtypes(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, of: s
         raise TypeError(f"{of}lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
 
 
+def _check_scaling(name: str, scaling: Any) -> None:
+    # A tensor would get no gradient, and its value of the first call would be remembered.
+    if not isinstance(scaling, Real):
+        raise TypeError(f"{name} must be a number, got a {type(scaling).__name__}")
+
+
 def _check_float(name: str, t: Tensor) -> None:
     if t.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {t.dtype}")
@@ -105,9 +113,11 @@ def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) ->
 
 
 def check_experts(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, transposed: bool
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor,
+    transposed: bool,
+) -> None:  # fmt: skip
     """Check the operands of ``lora_experts``."""
+    _check_scaling("scaling", scaling)
     if weight.dim() != 3:
         raise ValueError(f"weight must be {'[E, K, N]' if transposed else '[E, N, K]'}, got {list(weight.shape)}")
     count, n, k = weight.transpose(1, 2).shape if transposed else weight.shape

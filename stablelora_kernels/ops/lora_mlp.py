@@ -25,8 +25,9 @@ from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     can_redraw,
-    draw_dropout,
+    draw_keep,
     draw_keep_again,
+    draw_keep_and_state,
     expanded,
     is_few,
     like_rows_of,
@@ -198,10 +199,13 @@ def _forward(facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[
 
 def _draw(x: Tensor, p: Projection, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
     """The keep-mask of x's shape, what gives it to backward again, and s' / scaling; no mask without a branch."""
-    dropout_p = dropout_p if p.rank else 0.0
-    state = torch.get_rng_state() if dropout_p and can_redraw(x) else None
-    keep, scale = draw_dropout(x, dropout_p, 1.0)
-    return keep, keep if state is None else state, scale
+    if dropout_p == 0.0 or p.rank == 0:
+        return None, None, 1.0
+    if can_redraw(x):
+        keep, state, dropout_p = draw_keep_and_state(x.shape, dropout_p)
+        return keep, state, 1 / (1 - dropout_p)
+    keep, dropout_p = draw_keep(x, dropout_p)
+    return keep, keep, 1 / (1 - dropout_p)
 
 
 def _drawn_again(random: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:

@@ -205,8 +205,22 @@ def can_redraw(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def draw_keep_and_state(shape: Sequence[int], dropout_p: float) -> tuple[Tensor, Tensor, float]:
+    """:func:`draw_keep` on a CPU, and between its results the state that :func:`draw_keep_again` draws the same mask from.
+
+    Other threads draw from torch's generator too. A generator of the mask's own makes the mask follow from the state alone,
+    whatever they draw meanwhile; torch's generator then continues behind it.
+    """
+    state = torch.get_rng_state()
+    generator = torch.Generator()
+    generator.set_state(state)
+    keep, dropout_p = _draw(shape, torch.device("cpu"), dropout_p, generator)
+    torch.set_rng_state(generator.get_state())
+    return keep, state, dropout_p
+
+
 def draw_keep_again(state: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
-    """The keep-mask that :func:`draw_keep` drew when torch's generator was in ``state``."""
+    """The keep-mask that :func:`draw_keep_and_state` returned with ``state``."""
     generator = torch.Generator()
     generator.set_state(state)
     return _draw(shape, torch.device("cpu"), dropout_p, generator)[0]

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import main
+from stablelora_kernels.integrations.peft_experts import AcceleratedExperts
 from stablelora_kernels.nn import LoRAExperts
 from stablelora_kernels.nn.experts import each_expert
 from stablelora_kernels.ops.torch_path import draw_keep
@@ -115,6 +116,26 @@ def test_dropout_against_the_formulas(family):
         ):  # fmt: skip
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
         assert stack.eval()(x, offsets).equal(stack(x, offsets)) and not stack(x, offsets).equal(found)
+
+
+@pytest.mark.parametrize("adapted", ["by apply_lora", "by PEFT"])
+@pytest.mark.parametrize("family", BY_DAY)
+def test_no_tokens(family, adapted):
+    """A process of several may get none: transformers' module returns [0, H]."""
+    model = build(family)
+    if adapted == "by PEFT":
+        model = with_lora(model)
+        assert not slk.accelerate_peft(model, strict=True).skipped
+        module = next(m for m in model.modules() if isinstance(m, AcceleratedExperts))
+    else:
+        module = experts_of(own(model))
+    x, index, weights = (t[:0].detach().requires_grad_(t.is_floating_point()) for t in routing())
+    y = module(x) if family == "llama4_text" else module(x, index, weights)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and not p.grad.any() for p in trained)
 
 
 def test_copied_checkpointed_and_compiled():

@@ -77,6 +77,7 @@ def bad_pairs(of, n, k, r, fits):
         ({b: zeros(n, r, device="meta")}, ValueError, f"{b} {ON_META}"),
         ({a: half[a]}, TypeError, f"{a} and lora_B must have one dtype, got torch.float16 and torch.float32"),
         (half, TypeError, f"{a} and lora_B must be float32 or of x's dtype torch.float32, got torch.float16"),
+        ({f"{of}scaling": torch.tensor(2.0)}, TypeError, f"{of}scaling must be a number, got a Tensor"),
     ]  # fmt: skip
 
 
@@ -132,6 +133,7 @@ REFUSED = {
     "group": [
         ({"weights": []}, ValueError, "one length, of 1 to 3, got 0, 2, 2, 2, 2"),
         ({"scalings": [1.0]}, ValueError, "one length, of 1 to 3, got 2, 2, 2, 2, 1"),
+        ({"scalings.1": torch.tensor(2.0)}, TypeError, "scaling must be a number, got a Tensor"),
         ({"lora_As.1": zeros(3, 23)}, ValueError, r"lora_A must be \[r, 24\] .* got \[3, 23\]"),
         ({"x": zeros(5, 23)}, ValueError, r"x must be \[..., 24\] to fit weight \[20, 24\], got \[5, 23\]"),
         ({"biases.0": zeros(12)}, ValueError, r"bias must be \[20\] to fit weight \[20, 24\], got \[12\]"),

@@ -273,6 +273,7 @@ def test_opcheck_and_torch_compile_without_a_break(p):
         ),
         ({"offsets": torch.tensor([5, 9, 9, 41])}, ValueError, "offsets must end within the 40 rows of x, got 41"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be .* got 1.0"),
+        ({"scaling": torch.tensor(1.7)}, TypeError, "scaling must be a number, got a Tensor"),
     ],
 )
 def test_errors(changes, error, message):

@@ -169,6 +169,25 @@ def test_a_mask_drawn_again_is_the_mask(op, backend):
         assert_close(results(*call), right)
 
 
+def test_another_thread_may_draw_while_a_mask_is_drawn(monkeypatch):
+    """Backward has forward's masks, whatever is drawn from torch's generator once its state has been read."""
+    case = small("mlp", p=0.4, backend="torch")
+    expected, leaf = run(case), leaves(case, make(case))
+    read_state, states = torch.get_rng_state, []
+
+    def read_before_another_thread_draws():
+        states.append(read_state())
+        torch.rand(1000)
+        return states[-1]
+
+    torch.manual_seed(case.seed)
+    with monkeypatch.context() as patch, forced(case):
+        patch.setattr(torch, "get_rng_state", read_before_another_thread_draws)
+        ys = ours(case, leaf)
+    assert len(states) == 3
+    assert_close(results(case, ys, leaf), expected)
+
+
 SEVERAL_WORDS = (
     Case("linear", (70, 72), (40,), (6,), FP32, FP32, p=0.3),
     Case("group", (70, 72), (40, 24), (6, 3), FP32, FP32, p=0.3),
