@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.testing.cases import BF16, Case, make, run
 from tests.helpers.case_checks import assert_close
-from tests.helpers.cases import BF16, Case, make, run, small
+from tests.helpers.cases import small
 from tests.helpers.memory_faults import Faults, each_allocation, fail
 from tests.helpers.optimizers import all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.optim.options import OPTIONS, STORED

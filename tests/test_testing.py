@@ -14,8 +14,9 @@ from stablelora_kernels.reference.rounding import (
     operand,
 )
 from stablelora_kernels.testing import DEVIATIONS, assert_no_worse, deviations
-from tests.helpers.case_checks import as_computed, check, masks, oracle
-from tests.helpers.cases import BF16, FP16, FP32, FP64, make
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, make
+from stablelora_kernels.testing.expectations import as_computed, masks, oracle
+from tests.helpers.case_checks import check
 from tests.ops.test_ops_oracle import TABLE
 
 # By which factor each dtype's results may not be off.

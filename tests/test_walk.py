@@ -17,7 +17,7 @@ from torch import Tensor
 
 import stablelora_kernels as slk
 from stablelora_kernels.ops import plans
-from tests.helpers.cases import BF16, DEVICE
+from stablelora_kernels.testing.cases import BF16, DEVICE
 
 PACKAGE = Path(slk.__file__).parent
 ARCHITECTURE = PACKAGE.parent / "docs" / "internals" / "architecture.md"

@@ -25,6 +25,7 @@ from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
     can_redraw,
+    draw_dropout,
     draw_keep,
     draw_keep_again,
     draw_keep_and_state,

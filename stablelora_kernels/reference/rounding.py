@@ -256,6 +256,34 @@ class RoundedMLP:
         return acts.stored(self.arithmetic.storage), slopes
 
 
+class RoundedDoRA:
+    """DoRA: Y = (m / n) Z + bias for a layer's Z, with the magnitudes m and the norms n of the rows of W + s B A.
+
+    The rounding of n is left out: a norm of K numbers has 1/√K of the relative error of one of them.
+    """
+
+    def __init__(self, layer: RoundedLayer, magnitude: Tensor, norms: Tensor, bias: Rounded | None) -> None:
+        self.layer, self.bias = layer, bias
+        self.norms, self.factor = norms, magnitude / norms
+        self.arithmetic = layer.arithmetic
+
+    def forward(self, x: Rounded) -> Rounded:
+        storage = self.arithmetic.storage
+        self.z = self.layer.forward(x)
+        # The factor is rounded as well.
+        y = (self.z * self.factor).stored(storage, times=2)
+        return y if self.bias is None else (y + self.bias).stored(storage)
+
+    def backward(self, grad: Rounded) -> dict[str, Rounded]:
+        """The gradients of the layer by their operands' names, and that of the magnitudes [N]."""
+        storage = self.arithmetic.storage
+        gradients = self.layer.backward((grad * self.factor).stored(storage, times=2))
+        ones = torch.ones_like(self.z.exact[:, :1])
+        sums = self.arithmetic.product((grad * self.z).stored(storage).T, Rounded(ones, torch.zeros_like(ones)))
+        gradients["magnitude"] = (sums.stored(storage) * (1 / self.norms)[:, None]).stored(storage)
+        return gradients
+
+
 def derivatives(g: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """act(g), act'(g) and act''(g)."""
     g = g.detach().requires_grad_()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import COMMANDS, doctor, main
+from stablelora_kernels.cli import COMMANDS, doctor, main, self_test
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import check_environment
+from stablelora_kernels.testing import cases
 from stablelora_kernels.utils.threads import ONE_THREAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,11 +74,21 @@ def doctor_json(capsys, *argv: str, status: int = 0):
     return json.loads(capsys.readouterr().out)
 
 
-KERNELS = {
-    "lora_linear", "lora_weight_grads", "lora_linear_quantized",
-    "lora_linear_split_k", "lora_linear_tma", "lora_shrink", "square_sums", "stable_adamw",
+FAMILIES = {
+    "lora_linear", "dropout's mask", "lora_linear_group", "lora_linear_quantized", "lora_branch", "lora_mlp", "lora_experts",
+    "DoRA", "stable_adamw",
 }  # fmt: skip
+# Those that PyTorch's operators compute on every backend.
+WITHOUT_KERNELS = {"lora_experts"}
 ON = {"torch": "PyTorch's operators on cpu", "triton": "the Triton kernels in Triton's interpreter"}
+
+
+def every_kernel() -> set[str]:
+    """The kernels of the package by the names that explain() has for them."""
+    sources = (Path(slk.__file__).parent / "kernels").rglob("*.py")
+    return {
+        name for source in sources for name in re.findall(r"^def _(\w+)_kernel\(", source.read_text(), re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize("name", ON)
@@ -86,16 +99,14 @@ def test_doctor_tests_every_kernel_family(name, capsys):
     assert name == "triton" or "'auto' takes PyTorch's operators" in report["backend"]["reason"]
     (tested,) = report["self_tests"]
     assert tested["on"] == ON[name]
-    assert {check["family"] for check in tested["checks"]} == {
-        "lora_linear", "dropout's mask", "lora_linear_group", "lora_linear_quantized", "lora_branch", "stable_adamw",
-    }  # fmt: skip
+    assert {check["family"] for check in tested["checks"]} == FAMILIES
     for check in tested["checks"]:
-        assert check["passed"] and check["error"] <= check["bound"] and bool(check["kernels"]) == (name == "triton")
+        assert check["passed"] and check["error"] <= check["bound"]
+        assert bool(check["kernels"]) == (name == "triton" and check["family"] not in WITHOUT_KERNELS)
         # An exact result would mean that nothing was compared.
         assert check["family"] == "dropout's mask" or check["error"] > 0
-    assert {kernel for check in tested["checks"] for kernel in check["kernels"]} == (
-        KERNELS if name == "triton" else set()
-    )
+    launched = {kernel for check in tested["checks"] for kernel in check["kernels"]}
+    assert launched == (every_kernel() if name == "triton" else set())
 
 
 @pytest.mark.nightly
@@ -105,7 +116,7 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and all(f"Self-test of {place}" in out for place in ON.values())
-    assert f"All {2 * len(doctor.checks())} checks passed." in out
+    assert f"All {2 * len(self_test.checks())} checks passed." in out
 
 
 def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatch):
@@ -142,26 +153,36 @@ def never_latching(right, *args, **options):
     return optimizer
 
 
-def launching_nothing(right, base, x, a, b, scaling):
+def launching_nothing(right, base, x, a, b, scaling, *dropout):
     return base + scaling * (x.to(a.dtype) @ a.T @ b.T).to(base.dtype)
 
 
-LINEAR = {"lora_linear", "lora_linear_quantized", "dropout's mask"}
-# A name in the self-test, what is done in its place, the only families that fail then, and why.
+LINEAR = {"lora_linear", "lora_linear_quantized"}
+# A name in a module that the self-test calls, what is done in its place, the only families that fail then, and why.
 FAULTS = {
-    "a wrong result": ("lora_branch", lambda right, *args: right(*args) * 1.5, {"lora_branch"}, "off by"),
-    "NaN": ("lora_linear", lambda right, *args: right(*args) + float("nan"), LINEAR, "off by inf"),
-    "an exception": ("lora_linear_group", raising, {"lora_linear_group"}, "RuntimeError: out of memory"),
-    "another mask": ("lora_linear", lambda right, *args: right(*args) + 1e-3 * (args[-1] > 0), {"dropout's mask"}, "off by"),
-    "no latch": ("StableLoRAAdamW", never_latching, {"stable_adamw"}, "the pairs must latch at steps"),
-    "no kernel": ("lora_branch", launching_nothing, {"lora_branch"}, "no Triton kernel was launched"),
+    "a wrong result": (cases, "lora_branch", lambda right, *args: right(*args) * 1.5, {"lora_branch"}, "off by"),
+    "a wrong MLP": (cases, "lora_mlp", lambda right, *args: right(*args) * 1.05, {"lora_mlp"}, "off by"),
+    "NaN": (cases, "lora_linear", lambda right, *args: right(*args) + float("nan"), LINEAR, "off by inf"),
+    "an exception": (cases, "lora_linear_group", raising, {"lora_linear_group"}, "RuntimeError: out of memory"),
+    "another mask": (
+        self_test, "lora_linear", lambda right, *args: right(*args) + 1e-3 * (args[-1] == self_test.DROPOUT), {"dropout's mask"},
+        "off by",
+    ),
+    "another expert": (
+        self_test, "lora_experts", lambda right, *args: right(*args[:-1], args[-1] - 1), {"lora_experts"}, "off by",
+    ),
+    "norms of W alone": (self_test, "row_norms", lambda right, sums, *args: sums.sqrt(), {"DoRA"}, "off by"),
+    "no latch": (self_test, "StableLoRAAdamW", never_latching, {"stable_adamw"}, "the pairs must latch at steps"),
+    "no kernel": (cases, "lora_branch", launching_nothing, {"lora_branch"}, "no Triton kernel was launched"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_fail_the_self_test(capsys, monkeypatch, fault):
-    name, wrong, families, problem = FAULTS[fault]
-    monkeypatch.setattr(doctor, name, partial(wrong, getattr(doctor, name)))
+    module, name, wrong, families, problem = FAULTS[fault]
+    first_of = {check.family: check for check in reversed(self_test.checks())}
+    monkeypatch.setattr(self_test, "checks", lambda: [*first_of.values()])
+    monkeypatch.setattr(module, name, partial(wrong, getattr(module, name)))
     with slk.use_backend("triton" if fault == "no kernel" else "torch"):
         report = doctor_json(capsys, status=1)
     failed = [check for check in report["self_tests"][0]["checks"] if not check["passed"]]
@@ -170,7 +191,7 @@ def test_planted_faults_fail_the_self_test(capsys, monkeypatch, fault):
 
 
 def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "lora_branch", raising)
+    monkeypatch.setattr(cases, "lora_branch", raising)
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else "1.0")
     # Read before, so that no other test runs with "split".
     check_environment()
@@ -178,7 +199,7 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
     with slk.use_backend("torch"):
         assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED lora_branch, bf16: " in out and f"1 of {len(doctor.checks())} checks FAILED." in out
+    assert "FAILED lora_branch, bf16: " in out and f"1 of {len(self_test.checks())} checks FAILED." in out
     assert "  STABLELORA_KERNEL=split\n" in out and "  peft             missing  accelerate_peft\n" in out
 
 

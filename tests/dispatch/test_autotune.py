@@ -17,8 +17,8 @@ from stablelora_kernels.dispatch import autotune, problem, rules
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launch, VendorProduct
+from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, laid_out
 from tests.helpers.autotuning import GPU, answers, check_all, files, forget, forward, inputs_of, tuned_by_hand, words
-from tests.helpers.cases import BF16, DEVICE, FP32, laid_out
 from tests.helpers.precision import switched
 from tests.helpers.processes import printed
 

@@ -9,8 +9,8 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import backend, rules
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.ops import plans
+from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case
 from tests.helpers.case_checks import launches, run_recorded, table
-from tests.helpers.cases import BF16, DEVICE, FP32, Case
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU: runs on machines without one")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 
+from stablelora_kernels.testing.cases import Case, run
 from tests.helpers.case_checks import calls, check
-from tests.helpers.cases import Case, run
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned_outputs")]
 

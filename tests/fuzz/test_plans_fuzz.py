@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablelora_kernels.ops import plans
+from stablelora_kernels.testing.cases import Case, Results
 from tests.helpers.case_checks import calls, run_recorded
-from tests.helpers.cases import Case, Results
 from tests.helpers.launches import without_plans
 from tests.helpers.precision import SWITCHES, switched
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stablelora_kernels import StableLoRAAdamW
-from stablelora_kernels.cli import doctor
+from stablelora_kernels.cli.self_test import run_checks
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.launch.jobs import forward_product
@@ -20,9 +20,9 @@ from stablelora_kernels.launch.lora_linear import shrink
 from stablelora_kernels.ops.lora_linear import new_mask
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
-from stablelora_kernels.testing import assert_no_worse
-from tests.helpers import case_checks, cases, gpu_checks
-from tests.helpers.cases import BF16, FP32, Case
+from stablelora_kernels.testing import assert_no_worse, cases
+from stablelora_kernels.testing.cases import BF16, FP32, Case
+from tests.helpers import case_checks, gpu_checks
 from tests.helpers.gpu_checks import DEVICE, SMALL, keep_rows, linear, make
 from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import SHAPES, in_float64, make_pairs
@@ -66,7 +66,7 @@ CALLS = [(*each, p) for each in LAUNCHED for p in ((0.0,) if "fused" in each els
 
 def test_doctor():
     """All checks of ``stablelora-kernels doctor``. Each must launch kernels."""
-    problems = [f"{r['family']}, {r['case']}: {r['problem']}" for r in doctor.run_checks(DEVICE) if not r["passed"]]
+    problems = [f"{r['family']}, {r['case']}: {r['problem']}" for r in run_checks(DEVICE) if not r["passed"]]
     assert not problems, "\n".join(problems)
 
 

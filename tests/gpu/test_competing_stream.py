@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from tests.helpers import cases
-from tests.helpers.cases import BF16, Case, Operands
+from stablelora_kernels.testing import cases
+from stablelora_kernels.testing.cases import BF16, Case, Operands
 from tests.helpers.gpu_checks import DEVICE, SMALL, linear, make
 from tests.helpers.launches import count_launches
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import tests.optim.test_capture as captures
-from stablelora_kernels.testing import keep_of
-from tests.helpers import cases
+from stablelora_kernels.testing import cases, keep_of
+from stablelora_kernels.testing.cases import Case, Operands, Results
 from tests.helpers.case_checks import assert_close
-from tests.helpers.cases import Case, Operands, Results
 from tests.helpers.gpu_checks import SMALL, capture, check, linear, make, record
 from tests.helpers.graphed_steps import use_graphs
 

@@ -23,7 +23,7 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.testing import layer_arms
-from tests.helpers.cases import BF16
+from stablelora_kernels.testing.cases import BF16
 from tests.helpers.gpu_checks import DEVICE, SMALL
 
 pytestmark = pytest.mark.nightly

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from stablelora_kernels.dispatch.rules import KERNELS
-from tests.helpers import case_checks, cases, gpu_checks
-from tests.helpers.cases import ACTIVATIONS, BF16, FP16, FP32, Case
+from stablelora_kernels.testing import cases
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case
+from stablelora_kernels.testing.expectations import ACTIVATIONS
+from tests.helpers import case_checks, gpu_checks
 from tests.helpers.gpu_checks import DEVICE, SMALL, by_kernel, keep_rows, linear, make, record
 
 pytestmark = pytest.mark.gpu

@@ -6,8 +6,9 @@ import pytest
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.testing import cases
 from tests.gpu import test_bring_up, test_cuda_graphs, test_nvidia_tools, test_oracle
-from tests.helpers import cases, gpu_checks
+from tests.helpers import gpu_checks
 from tests.helpers.gpu_checks import Captured, linear
 
 pytestmark = pytest.mark.skipif(not gpu_checks.SMALL, reason="runs at small sizes, in the interpreter")

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from stablelora_kernels.ops import plans
-from tests.helpers import cases, gpu_checks
-from tests.helpers.case_checks import assert_close, changed
+from stablelora_kernels.testing import cases
+from stablelora_kernels.testing.expectations import changed
+from tests.helpers import gpu_checks
+from tests.helpers.case_checks import assert_close
 from tests.helpers.gpu_checks import DEVICE, SMALL, linear, make
 
 pytestmark = pytest.mark.gpu

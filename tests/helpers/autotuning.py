@@ -15,7 +15,7 @@ from stablelora_kernels import testing
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.ops import plans
-from tests.helpers.cases import BF16, DEVICE
+from stablelora_kernels.testing.cases import BF16, DEVICE
 from tests.helpers.oracle import check_all as check_results
 
 SCALING = 1.7

@@ -1,4 +1,4 @@
-"""Checks of :class:`tests.helpers.cases.Case`: its error within its bound, torch.compile, saved bytes; tables and random ones."""
+"""Checks of a :class:`Case`: its error within its bound, torch.compile, saved bytes; tables of cases and random ones."""
 
 from __future__ import annotations
 
@@ -14,132 +14,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablelora_kernels import testing
-from stablelora_kernels.ops.torch_path import draw_keep
-from stablelora_kernels.reference import dropout_keep_ref
-from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, RoundedMLP, total
-from stablelora_kernels.testing import as_rows, assert_no_worse
-from stablelora_kernels.utils.tensors import drop_share
-from tests.helpers.cases import (
-    ACTIVATIONS,
+from stablelora_kernels.reference.rounding import Rounded
+from stablelora_kernels.testing import assert_no_worse
+from stablelora_kernels.testing.cases import (
     BF16,
     DEVICE,
-    DTYPES,
-    FP32,
     FP64,
     LAYOUTS,
     Case,
     Operands,
     Results,
-    by_hand,
-    by_reference,
     forced,
     leaves,
     make,
     ours,
-    plain,
-    projections,
-    results,
     run,
 )
+from stablelora_kernels.testing.expectations import (
+    ACTIVATIONS,
+    Expected,
+    as_computed,
+    expectations,
+)
+from tests.helpers.cases import DTYPES
 from tests.helpers.covering import covering
 from tests.helpers.launches import count_launches, recorded_launches
-
-# Of a result with more elements, eager's own error is no luck, and the analysis takes long.
-MOST_ROUNDINGS = 2**21
-
-
-def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
-    """The dropout masks that a call must draw behind its seed, by projection, and the probability that they are drawn with."""
-    keeps: list[Tensor | None] = []
-    torch.manual_seed(case.seed)
-    x, p = given["x"], case.p
-    for i, r in enumerate(case.ranks):
-        width = case.sizes[0] if case.op == "mlp" and i == 2 else x.shape[-1]
-        rows = x.shape[:-1].numel()
-        if r is None or not case.p or not case.training:
-            keeps.append(None)
-        elif case.shared and i == 1:
-            keeps.append(keeps[0])
-        elif case.backend == "triton":
-            number = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
-            keeps.append(dropout_keep_ref(rows, width, case.p, number).to(DEVICE).view(*x.shape[:-1], width))
-            p = drop_share(case.p)
-        else:
-            keep, p = draw_keep(torch.empty(rows, width, device=DEVICE), case.p)
-            keeps.append(keep.view(*x.shape[:-1], width))
-    return keeps, p
-
-
-def changed(given: Operands, change: Callable[[str, Tensor], Tensor]) -> Operands:
-    """``given`` with ``change(name, t)`` for each tensor."""
-    return {name: change(name, t) if isinstance(t, Tensor) else t for name, t in given.items()}
-
-
-def as_computed(case: Case, given: Operands) -> Operands:
-    """The values that the op computes with: under autocast, float32 A and B are cast on the fly, and base_out is left alone."""
-
-    def cast(name: str, t: Tensor) -> Tensor:
-        left = name.startswith(("base_out", "grad")) or (name.startswith("lora_") and t.dtype == FP32)
-        return t if left else t.to(BF16)
-
-    return changed(given, cast) if case.autocast else given
-
-
-def eager(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
-    """The results by hand, in x's dtype."""
-    return expected(case, given, lambda leaf: by_hand(case, leaf, keeps, p))
-
-
-def oracle(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
-    """The results in float64, from the values of ``given``."""
-    wide = {name: None if t is None else plain(t, FP64) for name, t in given.items()}
-    return expected(case, wide, lambda leaf: by_reference(case, leaf, keeps, p))
-
-
-def roundings(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> dict[str, Rounded]:
-    """How far rounding may move each result, on any processor."""
-    storage = arithmetic_of(case)
-    arithmetic = Arithmetic(storage)
-    layers = []
-    for i, part in enumerate(projections(case, given)):
-        weight, bias, a, b = (
-            testing.rounded_operand(t, storage) for t in (part.weight, part.bias, part.lora_A, part.lora_B)
-        )
-        layers.append(RoundedLayer(arithmetic, weight, bias, a, b, part.scaling, keeps[i], p))
-    x = as_rows(given["x"], storage)
-    grads = {i: as_rows(given[f"grad{i}"], storage) for i in case.outputs()}
-    if case.op == "mlp":
-        mlp = RoundedMLP(*layers, case.activation)
-        outputs = {"Y0": mlp.forward(x)}
-        gradients = mlp.backward(grads[2])
-        dx = gradients[0]["x"]
-    elif case.op == "branch":
-        base = given["base_out"]
-        outputs = {"Y0": layers[0].forward(x, as_rows(base, base.dtype), base.dtype)}
-        # The gradient of base_out is the incoming one.
-        gradients = [layers[0].backward(grads[0])]
-        outputs["base_out"] = as_rows(given["grad0"], given["grad0"].dtype)
-        dx = gradients[0]["x"]
-    else:
-        outputs = {f"Y{i}": layer.forward(x) for i, layer in enumerate(layers)}
-        gradients = [layer.backward(grads[i]) for i, layer in enumerate(layers)]
-        dx = total([of_layer["x"] for of_layer in gradients], storage)
-    if case.shared and "lora_A" in gradients[1]:
-        gradients[0]["lora_A"] = total([of_layer["lora_A"] for of_layer in gradients[:2]], storage)
-    named = {f"{name}{i}": t for i, of_layer in enumerate(gradients) for name, t in of_layer.items() if name != "x"}
-    return outputs | named | {"x": dx}
-
-
-def arithmetic_of(case: Case) -> torch.dtype:
-    """The dtype that the products of a call are stored in."""
-    # Below some rows autograd calls plain operators, which a backward inside autocast runs in bfloat16.
-    lowered = case.autocast or (case.backward_in_autocast and case.dtype != FP64)
-    return BF16 if lowered else case.dtype
-
-
-def expected(case: Case, given: Operands, call: Callable[[Operands], Sequence[Tensor]]) -> Results:
-    leaf = leaves(case, given)
-    return results(case.but(in_place=False, backward_in_autocast=False), call(leaf), leaf)
 
 
 def check(
@@ -155,16 +54,11 @@ def check(
     run of the case. ``where_eager_is_finite``: operands may hold NaN and infinity, and only finite elements are compared.
     """
     given = make(case) if given is None else given
-    low = as_computed(case, given)
-    keeps, p = masks(case, given) if keep is None else ([keep], case.p)
     # oneDNN's AMX instructions read the gaps between bfloat16 rows, so a baseline that has to be finite has none.
-    without_gaps = low if where_eager_is_finite else changed(low, lambda name, t: t.contiguous())
-    ref, base = oracle(case, low, keeps, p), eager(case, without_gaps, keeps, p)
-    elements = max(value.numel() for value in found.values())
-    allowed = roundings(case, low, keeps, p) if elements <= MOST_ROUNDINGS else {}
-    slopes = testing.MLP_SLOPES if case.op == "mlp" else testing.SLOPES
-    assert found.keys() == base.keys()
-    like = given | dict.fromkeys((f"Y{i}" for i in range(3)), given.get("base_out", low["x"]))
+    wanted = expectations(case, given, keep, contiguous=where_eager_is_finite)
+    assert found.keys() == wanted.keys()
+    outputs = dict.fromkeys((f"Y{i}" for i in range(3)), given.get("base_out", as_computed(case, given)["x"]))
+    like = given | outputs
     broken = any(isinstance(t, Tensor) and not t.isfinite().all() for t in given.values())
     largest = 0.0, ""
     for name, value in found.items():
@@ -173,21 +67,19 @@ def check(
             # It is only added to.
             assert torch.equal(value, given["grad0"]) or broken
             continue
-        # Gradients are products in x's dtype; the output is rounded to base_out's.
-        dtype = value.dtype if name[0] == "Y" else low["x"].dtype
-        rounding, slope = allowed.get(name), slopes[dtype]
-        if where_eager_is_finite and not (value.isfinite() & ref[name].isfinite() & base[name].isfinite()).all():
-            check_finite_part(name, value, ref[name], base[name], dtype, rounding, broken)
+        expected = wanted[name]
+        finite = value.isfinite() & expected.ref.isfinite() & expected.baseline.isfinite()
+        if where_eager_is_finite and not finite.all():
+            check_finite_part(name, value, expected, broken)
             continue
-        compared = assert_no_worse(value, ref[name], base[name], dtype=dtype, rounding=rounding, slope=slope, name=name)
+        compared = assert_no_worse(value, name=name, **expected._asdict())
         largest = max([largest, *((one.share, one.of) for one in compared)])
     return largest
 
 
-def check_finite_part(
-    name: str, value: Tensor, ref: Tensor, eager: Tensor, dtype: torch.dtype, rounding: Rounded | None, broken: bool
-) -> None:
+def check_finite_part(name: str, value: Tensor, expected: Expected, broken: bool) -> None:
     """A result is finite where eager PyTorch's is, and there each element has the usual bound."""
+    ref, eager, dtype, rounding, _ = expected
     assert value.shape == ref.shape, (name, value.shape, ref.shape)
     if broken:
         # Which of NaN and infinity comes out depends on the order of a sum.

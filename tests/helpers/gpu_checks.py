@@ -14,9 +14,10 @@ from torch import Tensor
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import possible_kernels
 from stablelora_kernels.reference import philox_ref
+from stablelora_kernels.testing import cases
+from stablelora_kernels.testing.cases import BF16, FP32, Case, Operands, Results
 from stablelora_kernels.utils.tensors import drop_share
-from tests.helpers import case_checks, cases
-from tests.helpers.cases import BF16, FP32, Case, Operands, Results
+from tests.helpers import case_checks
 
 SMALL = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if SMALL else "cuda")

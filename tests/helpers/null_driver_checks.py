@@ -22,7 +22,7 @@ from benchmarks.common.null_driver import launches, null_driver, null_driver_pro
 from stablelora_kernels.launch import base, prepared
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing import make_pairs
-from tests.helpers.cases import BF16, FP32, Case, Operands, leaves, make, ours
+from stablelora_kernels.testing.cases import BF16, FP32, Case, Operands, leaves, make, ours
 
 torch.set_num_threads(1)
 LINEAR = Case("linear", (130, 64), (96,), (8,), BF16, FP32, p=0.1)

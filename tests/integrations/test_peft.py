@@ -12,7 +12,8 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing import EPS, oracle, roundings
-from tests.helpers.cases import BF16, DTYPES, FP16, FP32
+from stablelora_kernels.testing.cases import BF16, FP16, FP32
+from tests.helpers.cases import DTYPES
 from tests.helpers.oracle import check_all, layer_inputs, run_layer
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
 from tests.helpers.small_models import IDS, llama, output

@@ -16,7 +16,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.ops import dora
 from stablelora_kernels.quantized import read
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.cases import BF16, FP16, FP32, FP64
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
 from tests.helpers.peft_models import config, make, peft
 from tests.helpers.quantized_weights import bnb_4bit, bnb_8bit, torchao
 from tests.helpers.small_models import output

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import stablelora_kernels as slk
 from stablelora_kernels.integrations import peft_experts
 from stablelora_kernels.nn import experts
-from tests.helpers.cases import BF16, FP32
+from stablelora_kernels.testing.cases import BF16, FP32
 from tests.helpers.moe_models import BY_DAY, FAMILIES, IDS, E, H, build, peft, results, routing, with_lora
 from tests.helpers.peft_models import make
 

@@ -12,7 +12,7 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels import quantized
 from stablelora_kernels.testing import EPS, oracle, roundings
-from tests.helpers.cases import BF16, FP16, FP32
+from stablelora_kernels.testing.cases import BF16, FP16, FP32
 from tests.helpers.oracle import check_all, layer_inputs, run_layer
 from tests.helpers.peft_models import config, peft
 from tests.helpers.quantized_weights import K, N, bnb_4bit, bnb_8bit, torchao, torchao_int8

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 from stablelora_kernels.launch import base, workspace
-from tests.helpers.cases import BF16, DEVICE, FP32, Case, make, run
+from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case, make, run
 from tests.helpers.launches import specialization
 
 CPU = torch.device("cpu")

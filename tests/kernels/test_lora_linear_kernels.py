@@ -23,8 +23,10 @@ from stablelora_kernels.launch.lora_linear import backward_launches, forward_lau
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
-from tests.helpers.case_checks import assert_close, check, eager, oracle
-from tests.helpers.cases import BF16, DEVICE, FP32, Case, far, make, run
+from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case, make, run
+from stablelora_kernels.testing.expectations import eager, oracle
+from tests.helpers.case_checks import assert_close, check
+from tests.helpers.cases import far
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU: runs on machines without one"),

@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
+from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case
 from tests.helpers.case_checks import launches
-from tests.helpers.cases import BF16, DEVICE, FP32, Case, small
+from tests.helpers.cases import small
 
 another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU: runs on machines without one")
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.helpers.cases import DEVICE
+from stablelora_kernels.testing.cases import DEVICE
 from tests.helpers.processes import python
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")

@@ -9,7 +9,8 @@ import stablelora_kernels as slk
 from stablelora_kernels import testing
 from stablelora_kernels.functional import FP8Weight, lora_branch, lora_linear, lora_linear_group, lora_mlp
 from stablelora_kernels.ops import plans
-from tests.helpers.cases import BF16, DEVICE, FP16, FP32, FP64, Case, make, projections, small
+from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, FP64, Case, make, projections
+from tests.helpers.cases import small
 from tests.helpers.launches import count_launches
 
 PROJECTIONS = ("gate", "up", "down")

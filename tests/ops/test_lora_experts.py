@@ -13,7 +13,7 @@ from stablelora_kernels.ops import lora_experts as op
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
-from tests.helpers.cases import BF16, FP16, FP32, FP64
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
 from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")

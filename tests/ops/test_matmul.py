@@ -8,8 +8,9 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.ops import torch_path
 from stablelora_kernels.testing import assert_no_worse
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, Case, run
 from tests.helpers.case_checks import check
-from tests.helpers.cases import BF16, FP16, FP32, FP64, Case, run, small
+from tests.helpers.cases import small
 from tests.helpers.operators import Operators
 from tests.ops.test_ops_contract import far_reaching, with_tiny_gradients
 

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from stablelora_kernels.functional import lora_linear
-from tests.helpers.case_checks import assert_close, changed, check, eager
-from tests.helpers.cases import BF16, DEVICE, FEW, FP16, FP32, FP64, MANY, OPS, Case, Operands, make, ours, run, small
+from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, FP64, Case, Operands, make, ours, run
+from stablelora_kernels.testing.expectations import changed, eager
+from tests.helpers.case_checks import assert_close, check
+from tests.helpers.cases import FEW, MANY, OPS, small
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 every_op = pytest.mark.parametrize("op", OPS)

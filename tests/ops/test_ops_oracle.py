@@ -14,16 +14,12 @@ from stablelora_kernels.dispatch.rules import KERNELS, check_possible
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
-from tests.helpers.case_checks import assert_close, check, table
-from tests.helpers.cases import (
-    ACTIVATIONS,
+from stablelora_kernels.testing.cases import (
     BF16,
     DEVICE,
-    DTYPES,
     FP16,
     FP32,
     FP64,
-    OPS,
     QUANTIZED,
     TINY,
     Case,
@@ -31,9 +27,10 @@ from tests.helpers.cases import (
     make,
     ours,
     run,
-    separately,
-    small,
 )
+from stablelora_kernels.testing.expectations import ACTIVATIONS
+from tests.helpers.case_checks import assert_close, check, table
+from tests.helpers.cases import DTYPES, OPS, separately, small
 from tests.helpers.largest_shares import PROPERTY
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")

@@ -22,14 +22,11 @@ import stablelora_kernels as slk
 from stablelora_kernels import functional
 from stablelora_kernels.launch.workspace import Workspace
 from stablelora_kernels.ops import plans
-from tests.helpers.autotuning import tuned_by_hand
-from tests.helpers.case_checks import assert_close, run_recorded
-from tests.helpers.cases import (
+from stablelora_kernels.testing.cases import (
     BF16,
     DEVICE,
     FP16,
     FP32,
-    OPS,
     QUANTIZED,
     Case,
     forced,
@@ -38,8 +35,10 @@ from tests.helpers.cases import (
     on_device,
     ours,
     run,
-    small,
 )
+from tests.helpers.autotuning import tuned_by_hand
+from tests.helpers.case_checks import assert_close, run_recorded
+from tests.helpers.cases import OPS, small
 from tests.helpers.launches import count_launches, without_plans
 from tests.helpers.operators import Operators
 from tests.helpers.precision import switched
@@ -178,7 +177,7 @@ def everything() -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
     for layer in model.values():
         nn.init.normal_(layer.lora_B)
     weights = [functional.LoRAWeights(m.weight, m.bias, m.lora_A, m.lora_B, m.scaling) for m in model.values()]
-    stored = on_device(QUANTIZED["nf4"](64, 64))
+    stored = on_device(QUANTIZED["nf4"](64, 64), DEVICE)
 
     def forward(x):
         x = x + sum(model[name](x) for name in names[:3])

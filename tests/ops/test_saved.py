@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from stablelora_kernels.testing.cases import BF16, FP32, Case, forced, leaves, make, ours, results, run
 from tests.helpers.case_checks import assert_close, check, held_by
-from tests.helpers.cases import BF16, FP32, MANY, OPS, Case, forced, leaves, make, ours, results, run, small
+from tests.helpers.cases import MANY, OPS, small
 from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")

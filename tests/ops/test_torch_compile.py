@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
+from stablelora_kernels.testing.cases import BF16, make, ours, run
 from tests.helpers.case_checks import check_compiled
-from tests.helpers.cases import BF16, OPS, make, ours, run, small
+from tests.helpers.cases import OPS, small
 from tests.helpers.operators import Operators
 from tests.helpers.small_models import fill_b, llama
 

@@ -23,16 +23,14 @@ from stablelora_kernels.dispatch import autotune
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.functional import lora_linear, lora_linear_group
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim import snapshot
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.reference import dropout_keep_ref
-from stablelora_kernels.reference.rounding import Rounded
-from tests.helpers import case_checks
-from tests.helpers import cases as calls
-from tests.helpers.cases import BF16, FP16, FP32, far, laid_out
+from stablelora_kernels.testing import cases as calls
+from stablelora_kernels.testing.cases import BF16, FP16, FP32
+from stablelora_kernels.testing.expectations import expectations
+from tests.helpers.cases import far
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
 from tests.ptx_emulator import library, runner
 from tests.ptx_emulator.library import Log, emulated
@@ -114,62 +112,44 @@ def kernels_of(case: Case, arch: str) -> list[runner.Compiled]:
     return [*kernels.values()]
 
 
-def _compare(
-    found: Results,
-    ref: Results,
-    base: Results,
-    dtype: torch.dtype,
-    roundings: dict[str, Rounded],
-    slopes: dict[torch.dtype, float] = testing.SLOPES,
-) -> Errors:
+def _errors_of(case: calls.Case, given: calls.Operands) -> Errors:
+    """The errors of a call with the operands ``given``, and their bounds."""
+    leaf = calls.leaves(case, given)
+    torch.manual_seed(case.seed)
+    results = calls.results(case, calls.ours(case, leaf), leaf)
     # TensorFloat-32 has ten bits of fraction, eager PyTorch on a CPU all.
     tf32 = torch.get_float32_matmul_precision() == "high"
-    slope = TF32_SLOPE if tf32 else slopes[dtype]
     errors = {}
-    for name, value in found.items():
-        rounding = roundings[name]
-        element, *scale = testing.deviations(
-            value, ref[name], base[name], dtype=dtype, rounding=rounding, slope=slope, name=name
-        )
-        more = 2e-3 * ref[name].abs().max().item() if tf32 else 0.0
+    for name, expected in expectations(case, given).items():
+        if tf32:
+            expected = expected._replace(slope=TF32_SLOPE)
+        element, *scale = expected.deviations(results[name], name)
+        more = 2e-3 * expected.ref.abs().max().item() if tf32 else 0.0
         errors[name] = element.error, element.bound + more
         errors |= {one.of: (one.error, one.bound) for one in scale}
     return errors
 
 
-def _mask(rows: int, columns: int, p: float) -> Tensor | None:
-    return dropout_keep_ref(rows, columns, p, int(torch.randint(2**63 - 1, (1,)))) if p else None
-
-
 def _layout(t: Tensor, how: str) -> Tensor:
     if how == "far rows":
         return far(t, 2**27)
-    return far(t.t(), 2**27).t() if how == "far columns" else laid_out(t, how)
+    return far(t.t(), 2**27).t() if how == "far columns" else calls.laid_out(t, how)
 
 
 def linear(
     m: int, n: int, k: int, r: int, dtype: torch.dtype = BF16, lora: torch.dtype = FP32, p: float = 0.0, bias: bool = True,
-    quantized: str = "", layouts: dict[str, str] | None = None, wanted: Sequence[str] = ("x", "lora_A", "lora_B"),
+    quantized: str | None = None, layouts: dict[str, str] | None = None,
+    wanted: Sequence[str] = ("x", "lora_A", "lora_B"),
 ) -> Errors:  # fmt: skip
     """A layer's forward, and the gradients that are ``wanted``."""
-    inputs: dict[str, Any] = testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=lora, bias=bias)
-    inputs |= {name: _layout(inputs[name], how) for name, how in (layouts or {}).items()}
-    if quantized:
-        nested = quantized.endswith("nested")
-        inputs["weight"] = testing.fp8_weight(n, k) if quantized == "fp8" else testing.nf4_weight(n, k, 64, nested)
-    leaves = {name: inputs[name].detach().requires_grad_(name in wanted) for name in ("x", "lora_A", "lora_B")}
-    torch.manual_seed(11)
-    y = lora_linear(leaves["x"], inputs["weight"], inputs["bias"], leaves["lora_A"], leaves["lora_B"], SCALING, p)
-    found = {"Y": y.detach()}
-    if wanted:
-        grads = torch.autograd.grad(y, [leaves[name] for name in wanted], inputs["grad"])
-        found |= zip((testing.GRADIENTS[name] for name in wanted), grads, strict=True)
-    torch.manual_seed(11)
-    keep = _mask(m, k, p)
-    ref, base, roundings = (
-        results(inputs, SCALING, keep, p) for results in (testing.oracle, testing.eager, testing.roundings)
+    case = calls.Case(
+        "linear", (m, k), (n,), (r,), dtype, lora, p=p, bias=(bias,), quantized=(quantized,), wanted=wanted
     )
-    return _compare(found, ref, base, dtype, roundings)
+    given = calls.make(case)
+    for kind, how in (layouts or {}).items():
+        name = kind if kind == "x" else f"{kind}0"
+        given[name] = _layout(given[name], how)
+    return _errors_of(case, given)
 
 
 def autotuned(choice: Choice, run: Callable[[], Errors]) -> Errors:
@@ -184,32 +164,14 @@ def autotuned(choice: Choice, run: Callable[[], Errors]) -> Errors:
 
 def branch(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float) -> Errors:
     """The branch alone onto a finished product."""
-    return _of(calls.Case("branch", (m, k), (n,), (r,), dtype, FP32, p=p))
+    case = calls.Case("branch", (m, k), (n,), (r,), dtype, FP32, p=p)
+    return _errors_of(case, calls.make(case))
 
 
 def group(m: int, ns: Sequence[int], k: int, ranks: Sequence[int], dtype: torch.dtype = BF16, p: float = 0.0) -> Errors:
     """Projections of one X."""
-    parts: list[dict[str, Any]] = [
-        testing.make_inputs((m, k), n, r, dtype=dtype, lora_dtype=FP32, bias=True, seed=i)
-        for i, (n, r) in enumerate(zip(ns, ranks, strict=True))
-    ]
-    parts = [part | {"x": parts[0]["x"]} for part in parts]
-    x, *pairs = (t.detach().requires_grad_() for t in (
-        parts[0]["x"], *(part["lora_A"] for part in parts), *(part["lora_B"] for part in parts)))  # fmt: skip
-    lists = [part["weight"] for part in parts], [part["bias"] for part in parts]
-    torch.manual_seed(11)
-    ys = lora_linear_group(x, *lists, pairs[: len(ns)], pairs[len(ns) :], [SCALING] * len(ns), p)
-    grads = torch.autograd.grad(ys, [x, *pairs], [part["grad"] for part in parts])
-    names = [f"{name}{i}" for name in ("Y", "dA", "dB") for i in range(len(ns))]
-    found = dict(zip(names, [*(y.detach() for y in ys), *grads[1:]], strict=True)) | {"dX": grads[0]}
-    torch.manual_seed(11)
-    keeps = [_mask(m, k, p) for _ in ns]
-    ref, base = (
-        testing.group_results([results(part, SCALING, keep, p) for part, keep in zip(parts, keeps, strict=True)])
-        for results in (testing.oracle, testing.eager)
-    )
-    by_part = [testing.roundings(part, SCALING, keep, p) for part, keep in zip(parts, keeps, strict=True)]
-    return _compare(found, ref, base, dtype, testing.group_roundings(by_part, dtype))
+    case = calls.Case("group", (m, k), (*ns,), (*ranks,), dtype, FP32, p=p, bias=(True,))
+    return _errors_of(case, calls.make(case))
 
 
 def mlp(
@@ -217,20 +179,8 @@ def mlp(
     activation: str = "silu", shared: bool = False,
 ) -> Errors:  # fmt: skip
     """A gated MLP."""
-    return _of(calls.Case("mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared))
-
-
-def _of(case: calls.Case) -> Errors:
-    given = calls.make(case)
-    leaf = calls.leaves(case, given)
-    torch.manual_seed(case.seed)
-    found = calls.results(case, calls.ours(case, leaf), leaf)
-    masks = case_checks.masks(case, given)
-    ref, base, roundings = (
-        results(case, given, *masks) for results in (case_checks.oracle, case_checks.eager, case_checks.roundings)
-    )
-    slopes = testing.MLP_SLOPES if case.op == "mlp" else testing.SLOPES
-    return _compare(found, ref, base, case.dtype, roundings, slopes)
+    case = calls.Case("mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared)
+    return _errors_of(case, calls.make(case))
 
 
 def optimizer(

@@ -24,9 +24,9 @@ from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.testing import fp8_weight, nf4_weight
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, make, run
 from tests.benchmarks.lab.byte_counter import counted
 from tests.helpers.case_checks import table
-from tests.helpers.cases import BF16, FP16, FP32, Case, make, run
 
 pytestmark = [
     pytest.mark.skipif(

@@ -1,0 +1,289 @@
+"""One call of any op as a :class:`Case`: its operands, and its results by the op.
+
+A call is a list of projections, numbered from 0, and how they combine. Operands have names: "x", "base_out" (of ``lora_branch``)
+and, for each projection, "weight0", "bias0", "lora_A0", "lora_B0" and "grad0", the gradient of its output. A gated MLP has gate,
+up and down as projections 0, 1 and 2, and one output. Results are the outputs "Y0", ... and gradients by their operands' names.
+
+``expectations`` has what the results must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.dispatch import tiles
+from stablelora_kernels.dispatch.problem import Rule
+from stablelora_kernels.dispatch.settings import use_backend, use_kernel
+from stablelora_kernels.dispatch.tiles import Tile
+from stablelora_kernels.functional import LoRAWeights, lora_branch, lora_linear, lora_linear_group, lora_mlp
+from stablelora_kernels.testing.devices import pretend_gpu
+from stablelora_kernels.testing.inputs import fp8_weight, make_inputs, nf4_weight
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHORT = {FP64: "fp64", FP32: "fp32", BF16: "bf16", FP16: "fp16"}
+LAYOUTS = ("contiguous", "transposed", "wider", "every second", "shifted", "expanded", "negated")
+QUANTIZED: dict[str, Callable[[int, int], Any]] = {
+    "nf4": lambda n, k: nf4_weight(n, k, 64, nested=False),
+    "nf4 nested": lambda n, k: nf4_weight(n, k, 64, nested=True),
+    "nf4 128 nested": lambda n, k: nf4_weight(n, k, 128, nested=True),
+    "fp8": fp8_weight,
+}
+# Many tiles, ragged edges and several blocks of ranks at small sizes. Masks are read by words of 32 columns.
+TINY = Tile(32, 32, 16, 4, 2)
+Operands = dict[str, Any]
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call. What a tuple has of each projection, a group has in any number from 1 to 3."""
+
+    # "linear", "branch", "group" or "mlp".
+    op: str = "linear"
+    # Of x.
+    shape: tuple[int, ...] = (70, 24)
+    # Columns of each projection's output, and its rank; None is a projection without a branch.
+    sizes: tuple[int, ...] = (20,)
+    ranks: tuple[int | None, ...] = (6,)
+    dtype: torch.dtype = FP32
+    lora_dtype: torch.dtype = FP32
+    # Of base_out, if it is not x's.
+    base_dtype: torch.dtype | None = None
+    p: float = 0.0
+    training: bool = True
+    backend: str = "triton"
+    kernel: str = "auto"
+    # Of backward, if it is another.
+    backward_kernel: str | None = None
+    # The GPU that the interpreter stands in for.
+    arch: str | None = None
+    processors: int | None = None
+    # Every kernel's tile, in place of its table's.
+    tile: Tile | None = None
+    # Names of QUANTIZED.
+    quantized: tuple[str | None, ...] = (None, None, None)
+    bias: tuple[bool, ...] = (True, False, True)
+    scalings: tuple[float, ...] = (1.7, -0.75, 0.5)
+    activation: str = "silu"
+    # Gate's A is up's too.
+    shared: bool = False
+    # By kinds of operands, such as "lora_A" or "grad": see :func:`laid_out`.
+    layouts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    # The operands, or kinds of them, whose gradients are computed; None: x, A's, B's and base_out.
+    wanted: Iterable[str] | None = None
+    autocast: bool = False
+    backward_in_autocast: bool = False
+    # The output is added to in place before backward.
+    in_place: bool = False
+    # The operand whose first element is ``value``.
+    broken: str | None = None
+    value: float = torch.nan
+    seed: int = 0
+    # Of torch.
+    device: str = DEVICE
+
+    def __str__(self) -> str:
+        """Sizes and dtypes, and each option that is not the default: a test's id."""
+        shape, sizes, ranks = ("x".join(map(str, each)) for each in (self.shape, self.sizes, self.ranks))
+        words = [self.op, f"{shape}-{sizes}", f"r{ranks}", f"{SHORT[self.dtype]}/{SHORT[self.lora_dtype]}"]
+        for option in fields(self)[6:]:
+            value = getattr(self, option.name)
+            if value not in (option.default, {}) and (self.broken or option.name != "value"):
+                words.append(short(value) if isinstance(value, str) else f"{option.name}={short(value)}")
+        return " ".join(words)
+
+    def but(self, **changes: Any) -> Case:
+        return replace(self, **changes)
+
+    @property
+    def device_type(self) -> str:
+        return torch.device(self.device).type
+
+    @property
+    def count(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def wanted_names(self) -> list[str]:
+        """The operands whose gradients are computed, in their order."""
+        names = ["base_out"] if self.op == "branch" else []
+        names += ["x", *self.of_branches("lora_A"), *self.of_branches("lora_B")]
+        if self.wanted is None:
+            return names
+        others = [f"{kind}{i}" for kind in ("weight", "bias") for i in range(self.count)]
+        return [name for name in (*names, *others) if {name, name[:-1]} & set(self.wanted)]
+
+    def of_branches(self, kind: str) -> list[str]:
+        """The names of all A's, or of all B's. A shared A is one."""
+        there = [
+            i for i, r in enumerate(self.ranks) if r is not None and not (self.shared and (kind, i) == ("lora_A", 1))
+        ]
+        return [f"{kind}{i}" for i in there]
+
+    def outputs(self) -> list[int]:
+        """The projections whose outputs the call returns."""
+        return [2] if self.op == "mlp" else list(range(self.count))
+
+
+def short(value: Any) -> str:
+    """``value`` in a few words. Of several equal ones it has one."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, Tile):
+        return "tiny" if value == TINY else "x".join(map(str, value))
+    if isinstance(value, (tuple, set, frozenset)):
+        return "-".join(dict.fromkeys(short(each) for each in value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return SHORT[value] if isinstance(value, torch.dtype) else str(value)
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """``t`` with other strides, and NaN in the gaps. "expanded" repeats its first row, or element, with stride 0.
+
+    "negated": a view whose memory holds the values times -1, as that of a conjugate's imaginary part does.
+    """
+    if layout == "negated":
+        return torch._neg_view(-t)
+    if layout == "expanded":
+        return t[:1].expand(t.shape) if t.dim() and t.shape[0] else t
+    if layout == "contiguous":
+        return t.contiguous()
+    if layout == "transposed":
+        return t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() > 1 else t
+    if layout == "shifted":
+        flat = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype, device=t.device)
+        return flat[1:].view(t.shape).copy_(t)
+    step = 2 if layout == "every second" else 1
+    gaps = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), torch.nan, dtype=t.dtype, device=t.device)
+    return gaps[..., 1 : 1 + step * t.shape[-1] : step].copy_(t)
+
+
+def make(case: Case) -> Operands:
+    """The operands by name, laid out; absent are those that the call does not have."""
+    given: Operands = {}
+    for i, (n, r) in enumerate(zip(case.sizes, case.ranks, strict=True)):
+        *leading, k = (*case.shape[:-1], case.sizes[0]) if case.op == "mlp" and i == 2 else case.shape
+        made: Operands = make_inputs(
+            (*leading, max(k, 1)), n, r or 1, dtype=case.dtype, lora_dtype=case.lora_dtype, bias=case.bias[i % len(case.bias)],
+            device=case.device, seed=case.seed + i,
+        )  # fmt: skip
+        made |= {name: made[name][..., :k] for name in ("x", "weight", "lora_A")}
+        if r is None:
+            del made["lora_A"], made["lora_B"]
+        if i:
+            del made["x"]
+        if i not in case.outputs():
+            del made["grad"]
+        if case.op == "branch":
+            base = torch.nn.functional.linear(made["x"].double(), made.pop("weight").double())
+            dtype = case.base_dtype or case.dtype
+            made |= {"base_out": base.to(dtype), "grad": made["grad"].to(dtype), "bias": None}
+        if (kind := case.quantized[i % len(case.quantized)]) is not None:
+            made["weight"] = on_device(QUANTIZED[kind](n, k), case.device)
+        for name, t in made.items():
+            layout = case.layouts.get(name, "contiguous")
+            key = name if name in ("x", "base_out") else f"{name}{i}"
+            given[key] = laid_out(t, layout) if isinstance(t, Tensor) else t
+    if case.shared:
+        del given["lora_A1"]
+    target = given.get(case.broken or "")
+    if isinstance(target, Tensor) and target.numel():
+        target[(0,) * target.dim()] = case.value
+    return given
+
+
+def on_device(weight: Any, device: str) -> Any:
+    """A quantized weight on ``device``."""
+    parts = {part.name: getattr(weight, part.name) for part in fields(weight)}
+    return type(weight)(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in parts.items()})
+
+
+def leaves(case: Case, given: Operands) -> Operands:
+    """``given``, of which those that the case wants require gradients, with the strides they came in."""
+    wanted = set(case.wanted_names)
+    return {
+        name: t.detach().requires_grad_(name in wanted) if isinstance(t, Tensor) and not name.startswith("grad") else t
+        for name, t in given.items()
+    }
+
+
+def projection(given: Operands, i: int, scaling: float) -> LoRAWeights:
+    """Projection ``i`` of ``given``. A shared A is found under the number of gate."""
+    b = given.get(f"lora_B{i}")
+    a = None if b is None else given.get(f"lora_A{i}", given.get("lora_A0"))
+    return LoRAWeights(given.get(f"weight{i}"), given.get(f"bias{i}"), a, b, scaling)
+
+
+def projections(case: Case, given: Operands) -> list[LoRAWeights]:
+    return [projection(given, i, case.scalings[i % len(case.scalings)]) for i in range(case.count)]
+
+
+def ours(case: Case, given: Operands) -> tuple[Tensor, ...]:
+    """The outputs of one call of the op."""
+    # Of any type, since which operands there are depends on the op.
+    parts: list[Any] = [*projections(case, given)]
+    x, first, dropout = given["x"], parts[0], (case.p, case.training)
+    if case.op == "branch":
+        return (lora_branch(given["base_out"], x, first.lora_A, first.lora_B, first.scaling, *dropout),)
+    if case.op == "group":
+        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+        lora_As, lora_Bs = [part.lora_A for part in parts], [part.lora_B for part in parts]
+        return lora_linear_group(x, weights, biases, lora_As, lora_Bs, [part.scaling for part in parts], *dropout)
+    if case.op == "mlp":
+        gate, up, down = parts
+        return (lora_mlp(x, gate, up, down, case.activation, *dropout),)
+    return (lora_linear(x, first.weight, first.bias, first.lora_A, first.lora_B, first.scaling, *dropout),)
+
+
+@contextmanager
+def forced(case: Case) -> Iterator[None]:
+    """The backend, the kernel, the GPU and the tile that the case names."""
+    with ExitStack() as stack:
+        stack.enter_context(use_backend(case.backend))
+        stack.enter_context(use_kernel(case.kernel))
+        if case.arch is not None:
+            stack.enter_context(pretend_gpu(case.arch, case.processors))
+        if case.tile is not None:
+            for name in (name for name in dir(tiles) if name.endswith("_TILES")):
+                rule = (Rule(lambda d, c: True, case.tile, "a test"),)
+                stack.enter_context(mock.patch.object(tiles, name, rule))
+        yield
+
+
+def run(
+    case: Case, given: Operands | None = None, call: Callable[[Case, Operands], Sequence[Tensor]] = ours
+) -> Results:
+    """The outputs of ``call``, and the gradients that the case wants."""
+    given = make(case) if given is None else given
+    leaf = leaves(case, given)
+    with forced(case):
+        torch.manual_seed(case.seed)
+        with torch.autocast(case.device_type, BF16, enabled=case.autocast):
+            ys = call(case, leaf)
+        return results(case, ys, leaf)
+
+
+def results(case: Case, ys: Sequence[Tensor], leaf: Operands) -> Results:
+    """The outputs and the gradients behind them by name."""
+    values = {f"Y{i}": y.detach().clone() for i, y in enumerate(ys)}
+    used = [(i, y) for i, y in zip(case.outputs(), ys, strict=True) if y.requires_grad]
+    if not used:
+        return values
+    grads = [leaf[f"grad{i}"].to(y.dtype) for i, y in used]
+    # The gradient of what an in-place operator makes of an output is that of the output before.
+    outputs = [y.add_(1) if case.in_place else y for _, y in used]
+    backward = use_kernel(case.backward_kernel) if case.backward_kernel else nullcontext()
+    with backward, torch.autocast(case.device_type, BF16, enabled=case.backward_in_autocast):
+        torch.autograd.backward(outputs, grads)
+    names = [name for name in case.wanted_names if isinstance(leaf.get(name), Tensor)]
+    return values | {name: leaf[name].grad for name in names}

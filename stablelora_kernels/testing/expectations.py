@@ -1,0 +1,225 @@
+"""What the results of a :class:`Case` must be: by the reference in float64, by hand as a user computes them, and by the analysis
+of their rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.ops.torch_path import draw_keep
+from stablelora_kernels.reference import dropout_keep_ref, lora_branch_ref, lora_linear_ref
+from stablelora_kernels.reference.lora import lora_mlp_ref
+from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, RoundedMLP, total
+from stablelora_kernels.testing.bounds import MLP_SLOPES, SLOPES, Deviation, deviations
+from stablelora_kernels.testing.cases import (
+    BF16,
+    FP32,
+    FP64,
+    Case,
+    Operands,
+    Results,
+    leaves,
+    projections,
+    results,
+)
+from stablelora_kernels.testing.inputs import dequantized_ref
+from stablelora_kernels.testing.layers import as_rows, rounded_operand
+from stablelora_kernels.utils.tensors import drop_share
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
+}
+
+
+def combined(case: Case, layer: Callable[[Tensor, int], Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of a call whose projection ``i`` of an input is ``layer(input, i)``."""
+    if case.op == "mlp":
+        return (layer(ACTIVATIONS[case.activation](layer(x, 0)) * layer(x, 1), 2),)
+    return tuple(layer(x, i) for i in range(case.count))
+
+
+def plain(weight: Any, dtype: torch.dtype) -> Tensor:
+    """A weight in full."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    return dequantized_ref(weight).to(weight.stored.data.device) if dtype == FP64 else weight.dequantize(dtype)
+
+
+def by_hand(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> tuple[Tensor, ...]:
+    """The outputs as a user computes them, operator by operator in x's dtype."""
+    parts: list[Any] = [*projections(case, given)]
+
+    def layer(x: Tensor, i: int) -> Tensor:
+        part, keep = parts[i], keeps[i]
+        base = given.get("base_out")
+        if base is None:
+            base = torch.nn.functional.linear(x, plain(part.weight, x.dtype), part.bias)
+        if part.lora_A is None:
+            return base
+        dropped = x if keep is None else x * keep.to(x.dtype) / (1 - p)
+        branch = dropped @ part.lora_A.to(x.dtype).T @ part.lora_B.to(x.dtype).T
+        return (base + branch * part.scaling).to(base.dtype)
+
+    return combined(case, layer, given["x"])
+
+
+def by_reference(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> tuple[Tensor, ...]:
+    """The outputs of ``stablelora_kernels.reference``, for operands in float64."""
+    parts: list[Any] = [*projections(case, given)]
+    x, first = given["x"], parts[0]
+    if case.op == "branch":
+        return (lora_branch_ref(given["base_out"], x, first.lora_A, first.lora_B, first.scaling, keeps[0], p),)
+    layers: list[Any] = []
+    for part in parts:
+        lora_A, lora_B = part.lora_A, part.lora_B
+        if lora_A is None:
+            lora_A, lora_B = x.new_zeros(0, part.weight.shape[1]), x.new_zeros(part.weight.shape[0], 0)
+        layers.append((part.weight, part.bias, lora_A, lora_B))
+    scalings = [part.scaling for part in parts]
+    if case.op == "mlp":
+        return (lora_mlp_ref(x, layers, scalings, case.activation, keeps, p),)
+    outputs = []
+    for (weight, bias, lora_A, lora_B), scaling, keep in zip(layers, scalings, keeps, strict=True):
+        outputs.append(lora_linear_ref(x, weight, bias, lora_A, lora_B, scaling, keep, p))
+    return tuple(outputs)
+
+
+# Of a result with more elements, eager's own error is no luck, and the analysis takes long.
+MOST_ROUNDINGS = 2**21
+
+
+class Expected(NamedTuple):
+    """What one result must be, by the arguments of ``assert_no_worse``."""
+
+    ref: Tensor
+    baseline: Tensor
+    # That of the arithmetic.
+    dtype: torch.dtype
+    rounding: Rounded | None
+    slope: float
+
+    def deviations(self, out: Tensor, name: str) -> list[Deviation]:
+        return deviations(out, name=name, **self._asdict())
+
+
+def expectations(
+    case: Case, given: Operands, keep: Tensor | None = None, contiguous: bool = False
+) -> dict[str, Expected]:
+    """What each result of a call with the operands ``given`` must be, by name.
+
+    ``keep``: the dropout mask, if it is not that of a run of the case. ``contiguous``: eager PyTorch gets its operands so.
+    """
+    computed = as_computed(case, given)
+    keeps, p = masks(case, given) if keep is None else ([keep], case.p)
+    eagers = changed(computed, lambda name, t: t.contiguous()) if contiguous else computed
+    ref, baseline = oracle(case, computed, keeps, p), eager(case, eagers, keeps, p)
+    elements = max(t.numel() for t in baseline.values())
+    allowed = roundings(case, computed, keeps, p) if elements <= MOST_ROUNDINGS else {}
+    slopes = MLP_SLOPES if case.op == "mlp" else SLOPES
+    expected = {}
+    for name, value in baseline.items():
+        # Gradients are products in x's dtype; the output is rounded to base_out's.
+        dtype = value.dtype if name.startswith("Y") else computed["x"].dtype
+        expected[name] = Expected(ref[name], value, dtype, allowed.get(name), slopes[dtype])
+    return expected
+
+
+def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
+    """The dropout masks that a call must draw behind its seed, by projection, and the probability that they are drawn with."""
+    keeps: list[Tensor | None] = []
+    torch.manual_seed(case.seed)
+    x, p = given["x"], case.p
+    for i, r in enumerate(case.ranks):
+        width = case.sizes[0] if case.op == "mlp" and i == 2 else x.shape[-1]
+        rows = x.shape[:-1].numel()
+        if r is None or not case.p or not case.training:
+            keeps.append(None)
+        elif case.shared and i == 1:
+            keeps.append(keeps[0])
+        elif case.backend == "triton":
+            number = int(torch.randint(2**63 - 1, (1,), device=case.device))
+            keeps.append(dropout_keep_ref(rows, width, case.p, number).to(case.device).view(*x.shape[:-1], width))
+            p = drop_share(case.p)
+        else:
+            keep, p = draw_keep(torch.empty(rows, width, device=case.device), case.p)
+            keeps.append(keep.view(*x.shape[:-1], width))
+    return keeps, p
+
+
+def changed(given: Operands, change: Callable[[str, Tensor], Tensor]) -> Operands:
+    """``given`` with ``change(name, t)`` for each tensor."""
+    return {name: change(name, t) if isinstance(t, Tensor) else t for name, t in given.items()}
+
+
+def as_computed(case: Case, given: Operands) -> Operands:
+    """The values that the op computes with: under autocast, float32 A and B are cast on the fly, and base_out is left alone."""
+
+    def cast(name: str, t: Tensor) -> Tensor:
+        left = name.startswith(("base_out", "grad")) or (name.startswith("lora_") and t.dtype == FP32)
+        return t if left else t.to(BF16)
+
+    return changed(given, cast) if case.autocast else given
+
+
+def eager(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
+    """The results by hand, in x's dtype."""
+    return called(case, given, lambda leaf: by_hand(case, leaf, keeps, p))
+
+
+def oracle(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
+    """The results in float64, from the values of ``given``."""
+    wide = {name: None if t is None else plain(t, FP64) for name, t in given.items()}
+    return called(case, wide, lambda leaf: by_reference(case, leaf, keeps, p))
+
+
+def roundings(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> dict[str, Rounded]:
+    """How far rounding may move each result, on any processor."""
+    storage = arithmetic_of(case)
+    arithmetic = Arithmetic(storage)
+    parts: list[Any] = [*projections(case, given)]
+    layers = []
+    for part, keep in zip(parts, keeps, strict=True):
+        weight, bias = rounded_operand(part.weight, storage), rounded_operand(part.bias, storage)
+        lora_A, lora_B = rounded_operand(part.lora_A, storage), rounded_operand(part.lora_B, storage)
+        layers.append(RoundedLayer(arithmetic, weight, bias, lora_A, lora_B, part.scaling, keep, p))
+    x = as_rows(given["x"], storage)
+    grads = {i: as_rows(given[f"grad{i}"], storage) for i in case.outputs()}
+    if case.op == "mlp":
+        gate, up, down = layers
+        mlp = RoundedMLP(gate, up, down, case.activation)
+        outputs = {"Y0": mlp.forward(x)}
+        gradients = mlp.backward(grads[2])
+        dx = gradients[0]["x"]
+    elif case.op == "branch":
+        base = given["base_out"]
+        outputs = {"Y0": layers[0].forward(x, as_rows(base, base.dtype), base.dtype)}
+        # The gradient of base_out is the incoming one.
+        gradients = [layers[0].backward(grads[0])]
+        outputs["base_out"] = as_rows(given["grad0"], given["grad0"].dtype)
+        dx = gradients[0]["x"]
+    else:
+        outputs = {f"Y{i}": layer.forward(x) for i, layer in enumerate(layers)}
+        gradients = [layer.backward(grads[i]) for i, layer in enumerate(layers)]
+        dx = total([of_layer["x"] for of_layer in gradients], storage)
+    if case.shared and "lora_A" in gradients[1]:
+        gradients[0]["lora_A"] = total([of_layer["lora_A"] for of_layer in gradients[:2]], storage)
+    named = {f"{name}{i}": t for i, of_layer in enumerate(gradients) for name, t in of_layer.items() if name != "x"}
+    return outputs | named | {"x": dx}
+
+
+def arithmetic_of(case: Case) -> torch.dtype:
+    """The dtype that the products of a call are stored in."""
+    # Below some rows autograd calls plain operators, which a backward inside autocast runs in bfloat16.
+    lowered = case.autocast or (case.backward_in_autocast and case.dtype != FP64)
+    return BF16 if lowered else case.dtype
+
+
+def called(case: Case, given: Operands, call: Callable[[Operands], Sequence[Tensor]]) -> Results:
+    """The results of ``call`` with leaves of ``given``, without what a case does to the op's own."""
+    leaf = leaves(case, given)
+    return results(case.but(in_place=False, backward_in_autocast=False), call(leaf), leaf)

@@ -1,0 +1,102 @@
+"""Inputs of layers and of the optimizer: random operands, quantized weights, pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.reference import fp8_ref, nf4_ref
+
+#: The dtypes of a layer by their short names.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_inputs(
+    shape: tuple[int, ...],
+    out_features: int,
+    r: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """Random arguments of :func:`stablelora_kernels.functional.lora_linear` by name, and an incoming gradient ``grad``.
+
+    ``shape`` is x's; its last size is in_features. The values are scaled so that the base product and the LoRA branch are both
+    of order one. B is not zero: with a zero B, every gradient of A would vanish.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    k, n = shape[-1], out_features
+
+    def normal(*size: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * std).to(device=device, dtype=to)
+
+    lora = lora_dtype or dtype
+    return {
+        "x": normal(*shape),
+        "weight": normal(n, k, std=k**-0.5),
+        "bias": normal(n) if bias else None,
+        "lora_A": normal(r, k, std=k**-0.5, to=lora),
+        "lora_B": normal(n, r, std=r**-0.5, to=lora),
+        "grad": normal(*shape[:-1], n),
+    }
+
+
+def nf4_weight(n: int, k: int, blocksize: int, nested: bool) -> NF4Weight:
+    """A random 4-bit weight on the CPU, scaled so that its products are of order one."""
+    generator = torch.Generator().manual_seed(n * k)
+
+    def integers(size: int) -> Tensor:
+        return torch.randint(256, (size,), dtype=torch.uint8, generator=generator)
+
+    def positive(size: int) -> Tensor:
+        return (torch.rand(size, generator=generator) + 0.5) * k**-0.5
+
+    blocks = -(-n * k // blocksize)
+    code = torch.linspace(-1.7, 1.7, 16) ** 3
+    packed = integers(-(-n * k // 2))
+    if not nested:
+        return NF4Weight(packed, positive(blocks), code, (n, k), blocksize)
+    offset, nested_code = torch.tensor(k**-0.5), torch.linspace(-0.9, 1, 256)
+    return NF4Weight(
+        packed, integers(blocks), code, (n, k), blocksize, positive(-(-blocks // 256)), nested_code, offset, 256
+    )
+
+
+def fp8_weight(n: int, k: int) -> FP8Weight:
+    """A random float8 weight with one scale a row, on the CPU."""
+    generator = torch.Generator().manual_seed(n * k)
+    # The small values are subnormal in float8.
+    values = torch.randn(n, k, generator=generator) * torch.logspace(-3, 1, k)
+    return FP8Weight(values.to(torch.float8_e4m3fn), (torch.rand(n, generator=generator) + 0.5) * k**-0.5)
+
+
+def dequantized_ref(weight: NF4Weight | FP8Weight) -> torch.Tensor:
+    """A quantized weight in float64, by the oracle."""
+    parts = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+    return fp8_ref(**parts) if isinstance(weight, FP8Weight) else nf4_ref(**parts)
+
+
+def make_pairs(
+    count: int, r: int, n: int, device: torch.device | str, latched: bool, m: int | None = None
+) -> list[LoRAPair]:
+    """Pairs of A [r, n] and B [m, r] with gradients; m is n unless given.
+
+    With ``latched``, B is so large that every pair latches at the first step. Otherwise B is zero, so A keeps shrinking.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for i in range(count):
+        a = torch.randn(r, n, generator=generator) / n**0.5
+        b = torch.full((m or n, r), 1.0 if latched else 0.0)
+        pair = LoRAPair(f"layer{i}", *(nn.Parameter(x.to(device)) for x in (a, b)))
+        for p in (pair.A, pair.B):
+            p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
+        pairs.append(pair)
+    return pairs
