@@ -9,7 +9,7 @@ import torch
 from benchmarks.common.tables import RESULTS
 from benchmarks.research import __main__, report, runner, stability, widths
 
-pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STORED = RESULTS / "epyc-avx512-2core"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-pytest.importorskip("peft", reason="is an arm; the suite extra brings it")
+pytest.importorskip("peft", reason="runs where peft is installed: pip install .[suite]")
 
 from benchmarks.common.measure import shuffled
 from benchmarks.common.null_driver import null_driver_problem

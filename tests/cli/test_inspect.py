@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import main
+from stablelora_kernels.cli import inspect, main
 from tests.cli.test_cli import fails
 from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted
 
-safetensors = pytest.importorskip("safetensors.torch")
+safetensors = pytest.importorskip(
+    "safetensors.torch", reason="runs where safetensors is installed: pip install .[test]"
+)
 PREFIX = "base_model.model."
 
 
@@ -44,8 +46,9 @@ def printed(capsys, *argv, status=0):
     return capsys.readouterr().out
 
 
-def test_every_figure(tmp_path, capsys):
-    """An adapter with ranks and alphas of its own, modules_to_save, and B that is not zero."""
+def test_every_figure(tmp_path, capsys, monkeypatch):
+    """An adapter with ranks and alphas of its own, modules_to_save, and B that is not zero. Norms are sums of several parts."""
+    monkeypatch.setattr(inspect, "_ELEMENTS", 7)
     patterns = {"rank_pattern": {"layers.1.v_proj": 3}, "alpha_pattern": {"q_proj": 5}}
     model, path = adapted(0, use_rslora=True, modules_to_save=["lm_head"], **patterns), tmp_path / "adapter"
     slk.save_adapter(model, path)

@@ -20,8 +20,10 @@ from tests.helpers.dying import in_child, needs_fork
 from tests.helpers.moe_models import build, stacks
 from tests.helpers.small_models import fill_b, llama, lora_config, output
 
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
+transformers = pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
+safetensors = pytest.importorskip(
+    "safetensors.torch", reason="runs where safetensors is installed: pip install .[test]"
+)
 # What the tests themselves save is no part of a command's stderr.
 transformers.logging.disable_progress_bar()
 WEIGHT = "model.layers.1.self_attn.q_proj"

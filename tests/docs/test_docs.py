@@ -146,7 +146,7 @@ def test_wrong_names_get_a_hint() -> None:
     """PEFT's spelling; our config for PEFT; and a report taken for the model."""
     with pytest.raises(AttributeError, match="has no attribute 'LoraConfig'; did you mean 'LoRAConfig'"):
         slk.LoraConfig(target_modules=["0"])
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
     config, model = slk.LoRAConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(AttributeError, match=r"PEFT's .* takes a peft\.LoraConfig"):
         peft.get_peft_model(model, config)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
-    pytest.importorskip(module, reason="the test extra brings what examples import")
+    pytest.importorskip(module, reason=f"runs where {module} is installed: pip install .[test]")
 
 from safetensors.torch import load_file  # noqa: E402
 
@@ -149,7 +149,7 @@ def test_replace_linear_killed_while_it_saves(tmp_path: Path) -> None:
 
 def test_tutorial(files: list[str], tmp_path: Path, capsys) -> None:
     """It learns, and the saved adapter has the trained model's loss."""
-    pytest.importorskip("matplotlib", reason="draws the plots; the bench extra brings it")
+    pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[bench]")
     out = tmp_path / "out"
     tutorial.main([*files, "--out", str(out), "--steps", "8"])
     printed = capsys.readouterr().out

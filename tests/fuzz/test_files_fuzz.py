@@ -28,7 +28,7 @@ CONFIG = {"modules_to_save": ["lm_head"], "bias": "lora_only", "rank_pattern": {
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """An adapter's directory and its model."""
-    pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
+    pytest.importorskip("safetensors.torch", reason="runs where safetensors is installed: pip install .[test]")
     model, directory = adapted(1, **CONFIG), tmp_path_factory.mktemp("fuzz") / "original"
     save_adapter(model, directory)
     return directory, model

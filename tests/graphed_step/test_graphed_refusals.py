@@ -54,7 +54,7 @@ def of_shards(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
 
 
 def in_accelerates_hook(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed (pip install .[test])")
+    hooks = pytest.importorskip("accelerate.hooks", reason="runs where accelerate is installed: pip install .[test]")
     hooks.add_hook_to_module(model[1], hooks.ModelHook())
     graphed(model, optimizer)
 

@@ -43,7 +43,8 @@ def edit_config(directory, name=CONFIG_NAME, /, **changes):
 
 
 def edit_tensors(directory, change, name=WEIGHTS_NAME):
-    safetensors_torch = pytest.importorskip("safetensors.torch")
+    reason = "runs where safetensors is installed: pip install .[test]"
+    safetensors_torch = pytest.importorskip("safetensors.torch", reason=reason)
     tensors = safetensors_torch.load_file(directory / name)
     change(tensors)
     safetensors_torch.save_file(tensors, directory / name, metadata={"format": "pt"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+transformers = pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
 auto = transformers.models.auto.modeling_auto
 
 # Sizes by each name that a configuration may have for them.

@@ -55,7 +55,7 @@ def adapted(module, library="ours", fuse=True, dropout=0.0, targets=TARGETS, fus
     fusions = {"fuse_mlp": fuse, "fuse_projections": fuse_projections}
     if library == "ours":
         return model.train(), slk.apply_lora(model, slk.LoRAConfig(**config), **fusions)
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
     model = peft.get_peft_model(model, peft.LoraConfig(**config)).train()
     match_dtype(model)
     return model, slk.accelerate_peft(model, **fusions)

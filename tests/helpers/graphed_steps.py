@@ -132,7 +132,7 @@ def llama_with(kind: str, attention: str = "eager") -> tuple[nn.Module, slk.Stab
     model: Any = llama(attn_implementation=attention).to(DEVICE)
     config: dict[str, Any] = {"r": 2, "lora_dropout": 0.1 if SMALL else 0.0, "target_modules": ["q_proj", "v_proj"]}
     if kind == "PEFT's layers":
-        peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+        peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
         model = peft.get_peft_model(model, peft.LoraConfig(**config))
         slk.accelerate_peft(model)
     else:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
+transformers = pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
 
 H, I, E, TOP, VOCABULARY = 32, 48, 4, 2, 64
 _COMMON = {

@@ -12,7 +12,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.testing import EPS
 from tests.helpers.small_models import IDS, Model
 
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 QV = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 

@@ -16,7 +16,7 @@ N, K = 96, 64
 
 
 def bnb_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None = torch.float32, **options) -> nn.Linear:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]")
     options = {"quant_type": "nf4", "compute_dtype": compute_dtype, "bias": linear.bias is not None} | options
     layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **options)
     layer.load_state_dict(linear.state_dict())
@@ -24,14 +24,16 @@ def bnb_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None = torch.float3
 
 
 def bnb_8bit(linear: nn.Linear) -> nn.Linear:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]")
     layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
 
 def torchao(linear: nn.Linear, config: str) -> nn.Linear:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="runs where torchao is installed: pip install .[test]"
+    )
     quantization.quantize_(linear, getattr(quantization, config)())
     return linear
 
@@ -116,7 +118,9 @@ def scaled(linear: nn.Linear) -> nn.Linear:
 
 def torchao_fp8_a_tensor(linear: nn.Linear) -> nn.Linear:
     """With one scale for the whole weight."""
-    one = pytest.importorskip("torchao.quantization", reason="torchao is not installed").PerTensor()
+    one = pytest.importorskip(
+        "torchao.quantization", reason="runs where torchao is installed: pip install .[test]"
+    ).PerTensor()
     torchao(linear, "Float8WeightOnlyConfig")
     values = torch.randn(linear.weight.shape, dtype=linear.weight.dtype)
     linear.weight = nn.Parameter(type(linear.weight).from_hp(values, granularity=one), requires_grad=False)

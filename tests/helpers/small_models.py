@@ -48,7 +48,9 @@ IDS = torch.arange(10).view(2, 5)
 
 def llama(**changes):
     """A Llama of two layers, of which ``changes`` replace settings; its values go by torch's seed."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    transformers = pytest.importorskip(
+        "transformers", reason="runs where transformers is installed: pip install .[test]"
+    )
     settings = {
         "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2,
@@ -58,7 +60,9 @@ def llama(**changes):
 
 def gpt2():
     """Of two layers, whose weights are [in, out] and whose head is tied."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    transformers = pytest.importorskip(
+        "transformers", reason="runs where transformers is installed: pip install .[test]"
+    )
     config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0)
     return transformers.GPT2LMHeadModel(config).eval()
 

@@ -17,7 +17,7 @@ import stablelora_kernels as slk
 from tests.helpers import small_models
 
 peft, transformers, _ = (
-    pytest.importorskip(name, reason="the test extra brings the trainers")
+    pytest.importorskip(name, reason=f"runs where {name} is installed: pip install .[test]")
     for name in ("peft", "transformers", "accelerate")
 )
 STEPS, WORDS = 6, 32

@@ -15,7 +15,7 @@ from stablelora_kernels.testing import EPS
 from tests.helpers.architectures import architectures, build, logits, transformers
 from tests.helpers.small_models import refused
 
-peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 BY_TYPE = dict(architectures())
 # Their MLPs are computed in one op.
 GATED = ["llama", "qwen3", "gemma", "phi3", "qwen2_moe"]

@@ -139,7 +139,7 @@ def runs(
 ) -> tuple[Any, Any, Path]:
     """Trained in one go here, and resumed from the middle in another process, with dropout, warm-up and accumulated gradients."""
     for module in ("trl", "datasets"):
-        pytest.importorskip(module, reason="the test extra brings the trainers")
+        pytest.importorskip(module, reason=f"runs where {module} is installed: pip install .[test]")
     place, cases = tmp_path_factory.mktemp("trainers"), CASES if "nightly" in pytestconfig.option.markexpr else DAY
     whole = {case: trainer_runs.run(place, case) for case in cases}
     command = [sys.executable, "-m", "tests.helpers.trainer_runs", str(place), *map("/".join, cases)]

@@ -69,7 +69,7 @@ CHOICES = [
 @pytest.mark.filterwarnings("ignore")
 def test_matches_what_peft_matches(kwargs):
     """PEFT's own config is taken, too."""
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
     theirs, config = Model(), peft.LoraConfig(**{"r": 2, "lora_alpha": 16} | kwargs)
     try:
         tuned = peft.get_peft_model(theirs, config)
@@ -289,7 +289,7 @@ CALLS = {
 
 @pytest.mark.parametrize(("has_lora", "call"), CALLS.values(), ids=CALLS)
 def test_a_call_that_is_interrupted_at_any_operator_is_rolled_back(tmp_path, has_lora, call):
-    pytest.importorskip("safetensors.torch", reason="safetensors is not installed (pip install .[test])")
+    pytest.importorskip("safetensors.torch", reason="runs where safetensors is installed: pip install .[test]")
     source, model, calls = Model(), Model(tied=True), []
     slk.apply_lora(source, WITH_BIASES)
     fill_b(source)
@@ -374,7 +374,7 @@ def calls(layers: int, directory: Path) -> dict[str, int]:
 
 def test_calls_grow_like_layers(tmp_path: Path) -> None:
     """Twice the layers take twice the calls, Python's and C's."""
-    pytest.importorskip("safetensors", reason="safetensors is not installed (pip install .[test])")
+    pytest.importorskip("safetensors", reason="runs where safetensors is installed: pip install .[test]")
     # What only a first run does.
     calls(2, tmp_path)
     few, twice = calls(100, tmp_path), calls(200, tmp_path)

@@ -151,7 +151,9 @@ def test_a_config_without_alpha_means_pefts_default(tmp_path):
 
 
 def test_peft_finds_the_models_class(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    transformers = pytest.importorskip(
+        "transformers", reason="runs where transformers is installed: pip install .[test]"
+    )
     torch.manual_seed(0)
     llama().save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()

@@ -20,7 +20,9 @@ from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_config, edit_tensors, fresh
 from tests.helpers.small_models import fill_b, lora_config, output, refused
 
-safetensors_torch = pytest.importorskip("safetensors.torch", reason="pip install .[test] brings safetensors")
+safetensors_torch = pytest.importorskip(
+    "safetensors.torch", reason="runs where safetensors is installed: pip install .[test]"
+)
 
 
 def test_the_same_adapter_gives_the_same_bytes(model, saved):
@@ -209,7 +211,7 @@ def test_modules_to_save_of_another_dtype(tmp_path):
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     """A hub with one adapter, at its top and in a folder of it. The fixture is the list of what it was asked for."""
-    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (pip install .[test])")
+    hub = pytest.importorskip("huggingface_hub", reason="runs where huggingface_hub is installed: pip install .[test]")
     monkeypatch.chdir(tmp_path)
     snapshot, asked = tmp_path / "cache", []
     slk.save_adapter(adapted(1), snapshot)

@@ -21,7 +21,7 @@ from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import IDS, Model, lora_config, refused
 
-pytest.importorskip("safetensors", reason="safetensors is not installed")
+pytest.importorskip("safetensors", reason="runs where safetensors is installed: pip install .[test]")
 pytestmark = needs_gloo
 # A saved module, trained biases and an odd rank: every kind of tensor that a file holds, cut unevenly.
 CONFIG = {"r": 3, "modules_to_save": ["lm_head"], "bias": "lora_only"}

@@ -137,7 +137,7 @@ def live(request) -> Callable[..., Life]:
         plain, keys = None if kind == "fp8" else model(x).detach(), set(model.state_dict())
         config = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]} | config
         if kind == "PEFT":
-            peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+            peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
             model = peft.get_peft_model(model, peft.LoraConfig(**config, init_lora_weights=False))
             report = slk.accelerate_peft(model, strict=True)
         else:
@@ -314,7 +314,9 @@ def test_hooks_move_and_removing_gives_the_base_back(kind, live):
 
 @each_alone
 def test_its_adapter_is_saved_and_loaded(kind, live, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="runs where safetensors is installed: pip install .[test]"
+    )
     bias = "none" if kind in ("bfloat16", "nf4 in x's dtype") else "lora_only"
     life = live(kind, bias=bias)
     assert bias == "none" or life.layer.bias.requires_grad

@@ -35,7 +35,7 @@ def test_fp8_reference_has_all_256_values():
 
 
 def bitsandbytes() -> Any:
-    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+    return pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]")
 
 
 # How many elements are dequantized at once.
@@ -89,7 +89,7 @@ def test_bitsandbytes_packing_for_cpus_is_refused():
 @in_parts
 def test_torchao(elements, monkeypatch):
     monkeypatch.setattr(quantized, "_ELEMENTS", elements)
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed (pip install torchao)")
+    torchao = pytest.importorskip("torchao.quantization", reason="runs where torchao is installed: pip install .[test]")
     model = torch.nn.Sequential(torch.nn.Linear(37, 53, dtype=torch.bfloat16), torch.nn.Linear(16, 16))
     torchao.quantize_(model[0], torchao.Float8WeightOnlyConfig())
     torchao.quantize_(model[1], torchao.Int8WeightOnlyConfig())

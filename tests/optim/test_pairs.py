@@ -38,7 +38,7 @@ def test_pairs_of_our_layers_come_in_order_with_their_parameters():
 
 
 def test_pairs_of_a_peft_model_with_two_adapters():
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+    peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
     base = nn.Sequential(nn.Linear(4, 6), nn.Embedding(5, 4), nn.Conv2d(4, 4, 3))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "1", "2"]))
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["0"]))

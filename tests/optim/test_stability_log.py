@@ -93,7 +93,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_plot(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install .[test])")
+    pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[test]")
     optimizer, path = make_optimizer(), tmp_path / "log.csv"
     with slk.StabilityLogger(optimizer, path, every=1):
         steps(optimizer, 8)

@@ -15,7 +15,7 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import make_pairs
 from tests.helpers.steps import assert_no_worse_than_adamw
 
-pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest (pip install expecttest)")
+pytest.importorskip("expecttest", reason="runs where expecttest is installed: pip install .[test]")
 from torch.testing._internal.common_optimizers import optim_db
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from tests.helpers.processes import ROOT
 from tests.helpers.small_models import Model, lora_config
 from tests.helpers.wheel import SOURCES, build_wheel, copy_sources
 
-pytest.importorskip("setuptools", minversion="77", reason="builds without a network")
+pytest.importorskip("setuptools", minversion="77", reason="runs where setuptools 77 is installed: it builds without a network")
 
 
 def run(directory: Path, *command: str | Path) -> str:
@@ -45,7 +45,7 @@ def test_the_sdist_is_the_package(tmp_path: Path) -> None:
 
 def test_the_wheels_commands(tmp_path: Path) -> None:
     """doctor by the program, inspect as a module."""
-    pytest.importorskip("safetensors", reason="the adapters extra brings it")
+    pytest.importorskip("safetensors", reason="runs where safetensors is installed: pip install .[adapters]")
     target, wheel = tmp_path / "target", build_wheel(tmp_path, "--no-build-isolation")
     tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"stablelora_kernels"}

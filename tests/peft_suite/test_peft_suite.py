@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-pytest.importorskip("peft", reason="peft is not installed (pip install .[test])")
+pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 
 from tests.peft_suite import __main__ as suite
 from tests.peft_suite import hub

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="has the MLP; the bench extra brings it")
-pytest.importorskip("peft", reason="is an arm; the bench extra brings it")
-pytest.importorskip("matplotlib", reason="draws; the bench extra brings it")
+pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[bench]")
+pytest.importorskip("peft", reason="runs where peft is installed: pip install .[bench]")
+pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[bench]")
 
 from torch import nn
 from transformers import LlamaConfig

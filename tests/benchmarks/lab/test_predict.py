@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-pytest.importorskip("pandas", reason="tables need the bench extra")
+pytest.importorskip("pandas", reason="runs where pandas is installed: pip install .[bench]")
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 import pandas as pd

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("pandas", reason="tables need the bench extra")
+pytest.importorskip("pandas", reason="runs where pandas is installed: pip install .[bench]")
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 import pandas as pd
