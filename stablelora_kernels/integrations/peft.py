@@ -16,6 +16,7 @@ from stablelora_kernels.model.reports import (
     SkippedModule,
     count_parameters,
     list_some,
+    notes_on_heads,
     notes_on_mlps,
 )
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
@@ -102,6 +103,8 @@ def accelerate_peft(
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
     notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        notes += notes_on_heads(model)
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))

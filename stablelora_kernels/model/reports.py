@@ -150,6 +150,34 @@ def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     return notes or ["fuse_mlp found no gated MLP with LoRA"]
 
 
+# The ends of transformers' names of classes whose head is new in each fine-tuning, and of attributes that hold such a head.
+_NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
+_HEADS = ("classifier", "score", "qa_outputs", "head")
+
+
+def notes_on_heads(model: nn.Module) -> list[str]:
+    """A note if the head of a transformers model stays frozen, though a new head has random values."""
+    for module in model.modules():
+        kinds = type(module).__mro__
+        if not any(kind.__name__.endswith(_NEW_HEADS) for kind in kinds if kind.__module__.startswith("transformers.")):
+            continue
+        body = getattr(type(module), "base_model_prefix", "")
+        heads = [
+            name
+            for name, child in module.named_children()
+            if (name != body if body in module._modules else name.endswith(_HEADS))
+            and any(True for _ in child.parameters())
+            and not any(parameter.requires_grad for parameter in child.parameters())
+        ]
+        if not heads:
+            return []
+        names = ", ".join(map(repr, heads))
+        return [
+            f"{names} of {type(module).__name__} stays frozen; if it is new, its values are random: name it in modules_to_save"
+        ]
+    return []
+
+
 def _by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
     """The names of each reason, and the reason."""
     names: dict[str | None, list[str]] = {}
