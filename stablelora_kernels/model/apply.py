@@ -29,6 +29,7 @@ from stablelora_kernels.model.reports import (
     SkippedModule,
     count_parameters,
     list_some,
+    notes_on_gradients,
     notes_on_heads,
     notes_on_mlps,
     rows_of,
@@ -75,7 +76,7 @@ def apply_lora(
 
     Returns:
         The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a warning. So is a
-        head for classification or the like that stays frozen.
+        head for classification or the like that stays frozen, and a frozen layer that gives its input no gradient.
 
     Raises:
         ValueError: no layer matches, none of ``modules_to_save`` matches, or one of them holds parameters that cannot be
@@ -90,7 +91,7 @@ def apply_lora(
     with unchanged_on_error(model):
         report = apply_plan(model, plan, {}, fuse_projections, fuse_mlp)
     save_merged_layers_plain(model)
-    for note in notes_on_heads(model):
+    for note in notes_on_gradients(model) + notes_on_heads(model):
         warnings.warn(note, stacklevel=2)
     if plan.unmatched:
         matched = counted(len(report.replaced), "module")
@@ -144,7 +145,7 @@ def apply_plan(
     if fuse_mlp:
         mlps = fuse_mlps(model, OWN_LAYERS)
         notes += notes_on_mlps(mlps)
-    notes += notes_on_heads(model)
+    notes += notes_on_gradients(model) + notes_on_heads(model)
     setattr(model, CONFIG_ATTRIBUTE, config)
     return LoRAReport(rows_of(layers), plan.skipped, *count_parameters(model), tuple(notes), mlps)
 

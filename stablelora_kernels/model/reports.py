@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.nn.fused_mlp import GatedMLP
+from stablelora_kernels.nn.gradients import layers_without_gradient
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.utils.modules import check_module
@@ -148,6 +149,14 @@ def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     notes = [f"computed in one op each: {kinds}"] if fused else []
     notes += [f"not in one op: {text}" for text in _by_reason(mlp for mlp in mlps if mlp.reason is not None)]
     return notes or ["fuse_mlp found no gated MLP with LoRA"]
+
+
+def notes_on_gradients(model: nn.Module) -> list[str]:
+    """A note on the layers of ``model`` through which LoRA on earlier layers gets no gradient, for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in layers_without_gradient(model).items():
+        names.setdefault(reason, []).append(name)
+    return [f"{reason}, so adapters before it get wrong gradients: {list_some(some)}" for reason, some in names.items()]
 
 
 # The ends of transformers' names of classes whose head is new in each fine-tuning, and of attributes that hold such a head.
