@@ -14,11 +14,13 @@ from stablelora_kernels.model.reports import (
     LoRAReport,
     ReplacedModule,
     SkippedModule,
+    by_reason,
     count_parameters,
     list_some,
     notes_on_gradients,
     notes_on_heads,
     notes_on_mlps,
+    stacks_without_adapter,
 )
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
@@ -103,9 +105,10 @@ def accelerate_peft(
     for wrapper in stacks.values():
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
-    notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
+    notes = faults + _unmatched(model)
     if any(parameter.requires_grad for parameter in model.parameters()):
         notes += notes_on_heads(model)
+    notes += _notes_on_stacks(model, wrappers)
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
@@ -134,15 +137,27 @@ def _faults(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
+    """Notes on the experts that have no adapter: PEFT's "all-linear" reaches those of some families alone."""
+    adapted = {wrapper.get_base_layer()._parameters.get(wrapper.parameter_name) for wrapper in wrappers.values()}
+    adapted |= {parameter for parameter in model.parameters() if parameter.requires_grad}
+    stacks = stacks_without_adapter(model, adapted)
+    return by_reason(SkippedModule(name.replace(".base_layer", ""), reason) for name, reason in stacks.items())
+
+
 def _unfuse(model: nn.Module) -> None:
     remove_projection_groups(model.modules())
     unfuse_mlps(model.modules())
 
 
-def _unmatched(model: nn.Module, names: list[str]) -> list[str]:
-    """A note on each adapter whose target_modules name something that matches none of ``names``, of which PEFT says nothing."""
-    configs = {}
-    for module in model.modules():
+def _unmatched(model: nn.Module) -> list[str]:
+    """A note on each adapter whose target_modules name something that matches no module, of which PEFT says nothing.
+
+    Under "all-linear" PEFT lists every linear layer there, also those that ``exclude_modules`` or ``modules_to_save`` keep out.
+    """
+    names, configs = [], {}
+    for name, module in model.named_modules():
+        names.append(name)
         found = module.__dict__.get("peft_config")
         configs.update(found if isinstance(found, dict) else {})
     notes = {key: unmatched_names(getattr(config, "target_modules", None), names) for key, config in configs.items()}

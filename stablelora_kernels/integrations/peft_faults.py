@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import peft
 import torch
@@ -146,4 +146,4 @@ def _adapted(names: tuple[str, ...], computed: frozenset[str]) -> ParamWrapper:
     targets = [f"experts.{name}" for name in names]
     config = peft.LoraConfig(r=1, target_modules=[], target_parameters=targets, init_lora_weights=False)
     model = nn.ModuleDict({"experts": _TwoExperts(names, computed)})
-    return peft.inject_adapter_in_model(config, model).get_submodule("experts")
+    return cast(ParamWrapper, peft.inject_adapter_in_model(config, model).get_submodule("experts"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.config import LoRAConfig, unmatched_names, unmatched_patterns
@@ -33,6 +32,7 @@ from stablelora_kernels.model.reports import (
     notes_on_heads,
     notes_on_mlps,
     rows_of,
+    stacks_without_adapter,
 )
 from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack, StackedWeight, reason_to_skip
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
@@ -219,7 +219,11 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
             skipped.append(SkippedModule(name, str(error)))
     _add_stacks(model, config, targets, skipped)
     if config.all_linear:
-        skipped += _stacked_matrices(model, config, targets)
+        adapted = {target.weight for target, _ in targets.values() if isinstance(target, StackedWeight)}
+        skipped += [
+            SkippedModule(name, config.reason_to_exclude(name) or reason)
+            for name, reason in stacks_without_adapter(model, adapted).items()
+        ]
     if not targets:
         raise ValueError(_nothing_matched(named, config, skipped))
 
@@ -299,28 +303,6 @@ def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
             if isinstance(head, nn.Module):
                 heads[head] = 'it is the output head, which "all-linear" leaves out'
     return heads
-
-
-def _stacked_matrices(model: nn.Module, config: LoRAConfig, targets: Collection[str]) -> list[SkippedModule]:
-    """The modules whose own parameters stack matrices, as transformers 5 stores experts, without those of ``targets``."""
-    stacks: dict[str, dict[str, int]] = {}
-    for name, module in model.named_modules():
-        # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
-        own = {} if isinstance(module, _ConvNd) else module._parameters
-        known = {
-            key: p for key, p in own.items() if p is not None and not is_lazy(p) and f"{name}.{key}" not in targets
-        }
-        if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
-            stacks[name] = sizes
-    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
-    reason = (
-        f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
-        "and get no adapter unless target_parameters names them"
-    )
-    return [
-        SkippedModule(name, config.reason_to_exclude(name) or f"it stacks matrices in {', '.join(sizes)}, {reason}")
-        for name, sizes in stacks.items()
-    ]
 
 
 def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.nn.fused_mlp import GatedMLP
@@ -105,7 +106,7 @@ class LoRAReport(_Report):
             named = "" if adapter is None else f", adapter {adapter!r}"
             stacked = "" if experts == 1 else f"{experts} experts of "
             lines.append(f"  {count} x {name}: {stacked}{k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
-        lines += [f"  skipped {text}" for text in _by_reason(self.skipped)]
+        lines += [f"  skipped {text}" for text in by_reason(self.skipped)]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -147,8 +148,28 @@ def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     fused = Counter(mlp.activation for mlp in mlps if mlp.reason is None)
     kinds = "; ".join(f"{n} x gated MLP ({kind})" for kind, n in fused.items())
     notes = [f"computed in one op each: {kinds}"] if fused else []
-    notes += [f"not in one op: {text}" for text in _by_reason(mlp for mlp in mlps if mlp.reason is not None)]
+    notes += [f"not in one op: {text}" for text in by_reason(mlp for mlp in mlps if mlp.reason is not None)]
     return notes or ["fuse_mlp found no gated MLP with LoRA"]
+
+
+def stacks_without_adapter(model: nn.Module, adapted: Collection[nn.Parameter | None]) -> dict[str, str]:
+    """The modules whose own parameters stack matrices, as transformers 5 stores experts, with what that means.
+
+    Parameters of ``adapted`` have an adapter and do not count.
+    """
+    stacks: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
+        parameters = {} if isinstance(module, _ConvNd) else module._parameters
+        known = {key: p for key, p in parameters.items() if p is not None and not is_lazy(p) and p not in adapted}
+        if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
+            stacks[name] = sizes
+    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
+    reason = (
+        f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
+        "and get no adapter unless target_parameters names them"
+    )
+    return {name: f"it stacks matrices in {', '.join(sizes)}, {reason}" for name, sizes in stacks.items()}
 
 
 def notes_on_gradients(model: nn.Module) -> list[str]:
@@ -187,7 +208,7 @@ def notes_on_heads(model: nn.Module) -> list[str]:
     return []
 
 
-def _by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
+def by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
     """The names of each reason, and the reason."""
     names: dict[str | None, list[str]] = {}
     for each in found:

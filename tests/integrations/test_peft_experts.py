@@ -306,6 +306,29 @@ def test_what_peft_trains_wrongly_is_told():
             assert slk.accelerate_peft(good, strict=True).notes == ()
 
 
+@pytest.mark.parametrize(("family", "is_adapted"), [("gpt_oss", False), ("qwen3_moe", True)])
+def test_experts_without_an_adapter_are_told_as_by_apply_lora(family, is_adapted):
+    """PEFT's "all-linear" reaches those of some families alone, ours of none."""
+    model = peft.get_peft_model(build(family), peft.LoraConfig(target_modules="all-linear"))
+    told = slk.accelerate_peft(model).notes
+    skipped = slk.apply_lora(build(family), slk.LoRAConfig(target_modules="all-linear")).skipped
+    (expected,) = (row for row in skipped if row.name == "model.layers.0.mlp.experts")
+    assert "of the model's weights are in such parameters and get no adapter" in expected.reason
+    if is_adapted:
+        assert told == () and slk.accelerate_peft(with_lora(build(family))).notes == ()
+        return
+    # PEFT's adapters count as weights, too.
+    share = re.compile(r"[\d.]+%")
+    (note,) = told
+    assert share.sub("", note) == share.sub("", f"base_model.model.{expected.name}: {expected.reason}")
+    # One of the two has an adapter.
+    half = with_lora(build(family), target_parameters=["mlp.experts.down_proj"])
+    (note,) = slk.accelerate_peft(half).notes
+    assert note.startswith(
+        "base_model.model.model.layers.0.mlp.experts: it stacks matrices in gate_up_proj, as experts"
+    )
+
+
 # By the adapted parameters: those whose adapter is lost, and whether PEFT nests them in another order than plain ones.
 IN_4_BITS = {("gate_up_proj", "down_proj"): (("down_proj",), True), ("down_proj",): ((), False)}
 
