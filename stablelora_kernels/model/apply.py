@@ -314,7 +314,7 @@ def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:
     if isinstance(parents[-1], LoRALinear):
         return "it is the base layer of a LoRALinear"
     if any("base_layer" in parent._modules for parent in [*parents, module]):
-        return "it is part of a PEFT layer; accelerate_peft runs those"
+        return _OF_PEFT
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         return None
     if isinstance(parents[-1], nn.TransformerEncoderLayer):
@@ -329,7 +329,16 @@ def _is_fully_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
+_OF_PEFT = "it is part of a PEFT layer; accelerate_peft runs those"
+
+
 def _nothing_matched(named: list[tuple[str, nn.Module]], config: LoRAConfig, skipped: list[SkippedModule]) -> str:
+    if skipped and all(module.reason == _OF_PEFT for module in skipped):
+        # Neither the skipped layers nor the model's linear layers tell more.
+        return (
+            f"target_modules {config.target_modules!r} matches PEFT's layers alone, which have LoRA already: "
+            "slk.accelerate_peft(model) runs them on these kernels"
+        )
     text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none"
     if config.target_parameters:
         text += f"; nor does target_parameters {config.target_parameters!r} match a stack of experts"
