@@ -333,10 +333,10 @@ _OF_PEFT = "it is part of a PEFT layer; accelerate_peft runs those"
 
 
 def _nothing_matched(named: list[tuple[str, nn.Module]], config: LoRAConfig, skipped: list[SkippedModule]) -> str:
-    if skipped and all(module.reason == _OF_PEFT for module in skipped):
-        # Neither the skipped layers nor the model's linear layers tell more.
+    if any(module.reason == _OF_PEFT for module in skipped):
+        # A list of the skipped layers and of the model's linear layers would bury that.
         return (
-            f"target_modules {config.target_modules!r} matches PEFT's layers alone, which have LoRA already: "
+            f"target_modules {config.target_modules!r} matches no layer but PEFT's, which have LoRA already: "
             "slk.accelerate_peft(model) runs them on these kernels"
         )
     text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none"

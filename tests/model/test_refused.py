@@ -13,7 +13,7 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.adapters import adapted, fresh
-from tests.helpers.small_models import Model, lora_config, refused
+from tests.helpers.small_models import Model, llama, lora_config, refused
 
 
 def applies(**config):
@@ -126,7 +126,11 @@ REFUSED = {
     ),
     "PEFT's model, adapted": (
         with_peft, applies(),
-        r"target_modules \['q_proj', 'v_proj'\] matches PEFT's layers alone, which have LoRA already: slk.accelerate_peft",
+        r"target_modules \['q_proj', 'v_proj'\] matches no layer but PEFT's, which have LoRA already: slk.accelerate_peft",
+    ),
+    "PEFT's model and its head, adapted": (
+        lambda: with_peft(model=llama(), target_modules="all-linear"), applies(target_modules="all-linear"),
+        "^target_modules 'all-linear' matches no layer but PEFT's, .{,100}$",
     ),
     "PEFT's model, merged": (with_peft, lambda model, path: slk.merge_lora(model), OF_PEFT + r"model.merge_adapter\(\) "),
     "PEFT's model, unmerged": (
