@@ -138,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(str(error))
     model.to(device).train()
     if args.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Older transformers have it under the second name alone.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model = distribute(model, args.distributed, device)
     hyper = {"lr": args.lr, "shrink_ratio": args.shrink_ratio, "max_grad_norm": 1.0, "seed": args.seed}
     optimizer = slk.StableLoRAAdamW.from_model(model, **hyper)

@@ -1,6 +1,6 @@
-"""Fine-tune a language model with PEFT's LoRA on this library's kernels. One file to copy: it needs no clone.
+"""Fine-tune a language model with PEFT's LoRA on this library's kernels. One file to copy: it reads no other file of the clone.
 
-pip install 'stablelora-kernels[peft]'
+pip install '.[peft]'   (in a clone; stablelora-kernels is not on PyPI yet)
 python one_file.py --model HuggingFaceTB/SmolLM2-135M --text my_text.txt --out run
 """
 

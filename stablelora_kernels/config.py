@@ -12,6 +12,12 @@ from stablelora_kernels.utils.validation import check_bool, check_choice, check_
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
+# The modules that PEFT trains whole for a task, because transformers initializes them at random.
+HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # How the keys of rank_pattern and alpha_pattern are matched: as regular expressions for a dotted name or its end after a dot.
 PATTERN = r"(.*\.)?({})$"
 
@@ -45,7 +51,8 @@ class LoRAConfig:
         fan_in_fan_out: whether weights are stored as [in, out], as in transformers' ``Conv1D``. As in PEFT the layer's type
             decides; the report names layers whose type contradicts this field.
         task_type: PEFT's name of the task, such as "CAUSAL_LM", which ``save_adapter`` writes for PEFT's auto classes. None
-            stands for what the model's class says.
+            stands for what the model's class says. As in PEFT, "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
+            ``modules_to_save``, and "QUESTION_ANS" adds "qa_outputs": such a head is new, so it is trained whole.
 
     Raises:
         ValueError: a field is out of range.
@@ -146,6 +153,11 @@ class LoRAConfig:
     def saves(self, name: str) -> bool:
         """Whether ``modules_to_save`` names this module. As in PEFT, "head" also names "lm_head": no dot is needed."""
         return any(name.endswith(end) for end in self.modules_to_save or ())
+
+    @property
+    def heads_of_task(self) -> tuple[str, ...]:
+        """The ends of names of modules that ``task_type`` trains whole."""
+        return HEADS_OF_TASKS.get(self.task_type or "", ())
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer of this dotted name: from ``rank_pattern``, else ``r``."""

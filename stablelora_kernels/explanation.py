@@ -137,7 +137,9 @@ def explain(
         check_int(name, value, minimum=low)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"dtype must be bfloat16, float16 or float32, which the kernels compute in, got {dtype}")
+        raise TypeError(
+            f"dtype must be torch.bfloat16, torch.float16 or torch.float32, which the kernels compute in, got {dtype!r}"
+        )
     lora_dtype = torch.float32 if lora_dtype is None else lora_dtype
     if lora_dtype not in (dtype, torch.float32):
         raise TypeError(f"lora_dtype must be float32 or dtype {dtype}, got {lora_dtype}")
@@ -196,8 +198,10 @@ def _gpu(device: torch.device | str | None) -> tuple[Device | None, str]:
     except RuntimeError:
         found = None
     if found is None or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        known = ", ".join(problem.DEVICES)
-        raise ValueError(f"device must be a device of this machine, as 'cpu', or one of {known}, got {device!r}")
+        known = ", ".join(f"{arch!r} ({names})" for arch, names in problem.GPU_NAMES.items())
+        raise ValueError(
+            f"device must be a device of this machine, as 'cpu', or a GPU by its kind, {known}; got {device!r}"
+        )
     answer = explain_backend(found)
     return (problem.device_of(found) if answer.backend == "triton" else None), answer.reason
 

@@ -98,6 +98,7 @@ BEHIND_IMPORT_EXTRA = {
     "integrations.peft_operands": {"peft", "bitsandbytes"},
     "integrations.peft_dora": {"peft"},
     "integrations.peft_experts": {"peft"},
+    "integrations.peft_faults": {"peft"},
 }
 
 

@@ -61,6 +61,13 @@ DEVICES = {
 }
 
 
+# The GPUs that are named after each kind, in words for messages.
+GPU_NAMES = {
+    "sm_80": "A100", "sm_86": "A40, RTX 3090", "sm_89": "L4, L40S, RTX 4090", "sm_90": "H100, H200", "sm_100": "B200",
+    "sm_120": "RTX 5090", "gfx90a": "MI250X", "gfx942": "MI300X",
+}  # fmt: skip
+
+
 @cache
 def device_of(device: torch.device) -> Device:
     """The GPU behind ``device``; an H100 where the interpreter stands in for one."""

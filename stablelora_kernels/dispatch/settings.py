@@ -67,7 +67,8 @@ _start_values: dict[str, Any] = {}
 def _start_value(name: str) -> Any:
     if name not in _start_values:
         values, variable = _VALUES[name], f"STABLELORA_{name.upper()}"
-        word = os.environ.get(variable, next(iter(values)))
+        # An empty value means unset, as for most programs.
+        word = os.environ.get(variable) or next(iter(values))
         _start_values[name] = values[check_choice(f"the environment variable {variable}", word, [*values])]
     return _start_values[name]
 

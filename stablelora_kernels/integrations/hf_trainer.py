@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import warnings
@@ -49,7 +50,16 @@ class StableLoRAAdamWFactory:
         That is ``lr``, ``weight_decay``, ``betas`` and ``eps``, unless ``kwargs`` has them, and the rule that biases and norms
         have no weight decay (``Trainer.get_decay_parameter_names``). These parameters are the second of two groups, as in the
         Trainer's AdamW, so its checkpoints can be resumed. The other ``kwargs`` are :class:`StableLoRAAdamW`'s.
+
+        Raises:
+            TypeError: the optimizer has no argument of such a name.
         """
+        known = [name for name in inspect.signature(StableLoRAAdamW).parameters if name != "params"]
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else f", which takes {', '.join(known)}"
+                raise TypeError(f"StableLoRAAdamW has no argument {name!r}{hint}")
         read = (args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         return cls, {**dict(zip(_OF_ARGS, read, strict=True)), "trainer_groups": True, **kwargs}
 
@@ -117,8 +127,21 @@ class StabilityCallback:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the optimizer, and go before all callbacks that report, since a user's come after them."""
-        _stable_optimizer(self.trainer.optimizer)
+        """Check the optimizer, and go before all callbacks that report, since a user's come after them.
+
+        It warns if the optimizer has its default learning rate where ``TrainingArguments`` has another one.
+        """
+        default = inspect.signature(StableLoRAAdamW).parameters["lr"].default
+        groups = _stable_optimizer(self.trainer.optimizer).param_groups
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        if args.learning_rate != default and all(isinstance(rate, float) and rate == default for rate in rates):
+            warnings.warn(
+                f"the optimizer's lr is {default}, its default, and not learning_rate={args.learning_rate} of TrainingArguments: "
+                "a trainer takes an optimizer as it is. Pass lr to it, or "
+                "optimizer_cls_and_kwargs=StableLoRAAdamWFactory.from_args(args, ...)",
+                UserWarning,
+                stacklevel=2,
+            )
         callbacks = self.trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from stablelora_kernels.config import unmatched_names
-from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model.reports import (
     LoRAReport,
     ReplacedModule,
     SkippedModule,
+    by_reason,
     count_parameters,
     list_some,
+    notes_on_gradients,
+    notes_on_heads,
     notes_on_mlps,
+    stacks_without_adapter,
 )
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
@@ -40,8 +44,8 @@ def accelerate_peft(
     that: PEFT would copy x to float32, this library does not. DoRA without dropout, and stacks of experts with one active adapter
     (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's size.
 
-    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in float8 or integers, and below
-    a layer whose input compressed-tensors quantizes.
+    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in float8, integers or 4 bits,
+    and before a layer that quantizes its input, as some of torchao's and compressed-tensors' do.
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
@@ -88,7 +92,7 @@ def accelerate_peft(
     for name, wrapper in stacks.items():
         for parameter, each in experts.wrapped_parameters(wrapper).items():
             replaced += [_row(f"{name}.{parameter}", each, adapter) for adapter in each.lora_A]
-    faults = _faults(tuner_layers)
+    faults = _faults(model, wrappers)
     if strict and faults:
         raise ValueError(f"strict=True, but {faults[0]}")
     if strict and skipped:
@@ -101,7 +105,10 @@ def accelerate_peft(
     for wrapper in stacks.values():
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
-    notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
+    notes = faults + _unmatched(model)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        notes += notes_on_heads(model)
+    notes += _notes_on_stacks(model, wrappers)
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
         notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
@@ -118,22 +125,24 @@ def _row(name: str, layer: Any, adapter: str) -> ReplacedModule:
     return ReplacedModule(name, *sizes, layer.lora_alpha[adapter], layer.scaling[adapter], adapter, experts)
 
 
-def _faults(tuner_layers: list[tuple[str, Any]]) -> list[str]:
+def _faults(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
     """What trains wrongly or not at all without PEFT's saying so, whoever computes the branch."""
-    found: dict[str, list[str]] = {}
-    for name, module in tuner_layers:
-        base = module.get_base_layer()
-        # compressed-tensors keeps here what it quantizes; with a scheme for weights alone, all is well.
-        if getattr(getattr(base, "quantization_scheme", None), "input_activations", None) is not None:
-            reason = "compressed-tensors quantizes its input without a gradient, so adapters below get wrong gradients"
-            found.setdefault(reason, []).append(name)
-        parameter = getattr(module, "parameter_name", None)
-        if parameter is not None and (dtype := module.get_param().dtype) not in FLOAT_DTYPES:
-            reason = (
-                f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
-            )
-            found.setdefault(reason, []).append(name)
-    return [f"{reason}: {list_some(names)}" for reason, names in found.items()]
+    faults = []
+    if wrappers:
+        from stablelora_kernels.integrations.peft_faults import faults_of_wrappers
+
+        faults += faults_of_wrappers(wrappers.items())
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        faults += notes_on_gradients(model)
+    return faults
+
+
+def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
+    """Notes on the experts that have no adapter: PEFT's "all-linear" reaches those of some families alone."""
+    adapted = {wrapper.get_base_layer()._parameters.get(wrapper.parameter_name) for wrapper in wrappers.values()}
+    adapted |= {parameter for parameter in model.parameters() if parameter.requires_grad}
+    stacks = stacks_without_adapter(model, adapted)
+    return by_reason(SkippedModule(name.replace(".base_layer", ""), reason) for name, reason in stacks.items())
 
 
 def _unfuse(model: nn.Module) -> None:
@@ -141,10 +150,14 @@ def _unfuse(model: nn.Module) -> None:
     unfuse_mlps(model.modules())
 
 
-def _unmatched(model: nn.Module, names: list[str]) -> list[str]:
-    """A note on each adapter whose target_modules name something that matches none of ``names``, of which PEFT says nothing."""
-    configs = {}
-    for module in model.modules():
+def _unmatched(model: nn.Module) -> list[str]:
+    """A note on each adapter whose target_modules name something that matches no module, of which PEFT says nothing.
+
+    Under "all-linear" PEFT lists every linear layer there, also those that ``exclude_modules`` or ``modules_to_save`` keep out.
+    """
+    names, configs = [], {}
+    for name, module in model.named_modules():
+        names.append(name)
         found = module.__dict__.get("peft_config")
         configs.update(found if isinstance(found, dict) else {})
     notes = {key: unmatched_names(getattr(config, "target_modules", None), names) for key, config in configs.items()}

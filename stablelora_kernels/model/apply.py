@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.config import LoRAConfig, unmatched_names, unmatched_patterns
@@ -28,8 +28,11 @@ from stablelora_kernels.model.reports import (
     SkippedModule,
     count_parameters,
     list_some,
+    notes_on_gradients,
+    notes_on_heads,
     notes_on_mlps,
     rows_of,
+    stacks_without_adapter,
 )
 from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack, StackedWeight, reason_to_skip
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
@@ -37,7 +40,7 @@ from stablelora_kernels.nn.fused_mlp import OWN_LAYERS, GatedMLP, compute_projec
 from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer, projection_group_key
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
-from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp
+from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp, clean
 from stablelora_kernels.utils.tensors import is_sharded
 from stablelora_kernels.utils.validation import counted
 
@@ -49,8 +52,8 @@ def apply_lora(
 
     A new layer shares the old layer's weight, bias and hooks, its device and its training mode. A and B are float32, or
     float64 with a float64 weight. A layer that is registered in two places is matched by its first name and stays one layer in
-    both. Trainable afterwards are A and B, the biases that ``config.bias`` selects and the modules of
-    ``config.modules_to_save``. As in PEFT, such a module gets a copy of a weight that is tied to a module outside.
+    both. Trainable afterwards are A and B, the biases that ``config.bias`` selects, the modules of ``config.modules_to_save``
+    and the new head of ``config.task_type``. As in PEFT, such a module gets a copy of a weight that is tied to a module outside.
 
     Replaced are ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``. If the kernels
     cannot read a weight (it is neither plain, nor 4-bit, nor torchao's float8), the original layer computes the base product
@@ -72,7 +75,8 @@ def apply_lora(
             ``fuse_mlp`` goes before ``fuse_projections``.
 
     Returns:
-        The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a warning.
+        The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a warning. So is a
+        head for classification or the like that stays frozen, and a frozen layer that gives its input no gradient.
 
     Raises:
         ValueError: no layer matches, none of ``modules_to_save`` matches, or one of them holds parameters that cannot be
@@ -83,10 +87,12 @@ def apply_lora(
     """
     if not isinstance(config, LoRAConfig) and getattr(config, "peft_type", None) is not None:
         config = config_from_peft(config)
-    plan = plan_lora(model, config)
+    plan = plan_lora(model, _with_heads_of_task(model, config))
     with unchanged_on_error(model):
         report = apply_plan(model, plan, {}, fuse_projections, fuse_mlp)
     save_merged_layers_plain(model)
+    for note in notes_on_gradients(model) + notes_on_heads(model):
+        warnings.warn(note, stacklevel=2)
     if plan.unmatched:
         matched = counted(len(report.replaced), "module")
         warnings.warn(f"{plan.unmatched}, while other names match {matched}", stacklevel=2)
@@ -139,8 +145,19 @@ def apply_plan(
     if fuse_mlp:
         mlps = fuse_mlps(model, OWN_LAYERS)
         notes += notes_on_mlps(mlps)
+    notes += notes_on_gradients(model) + notes_on_heads(model)
     setattr(model, CONFIG_ATTRIBUTE, config)
     return LoRAReport(rows_of(layers), plan.skipped, *count_parameters(model), tuple(notes), mlps)
+
+
+def _with_heads_of_task(model: nn.Module, config: Any) -> Any:
+    """``config`` with those heads of its task in ``modules_to_save`` that ``model`` has."""
+    if not isinstance(config, LoRAConfig) or not isinstance(model, nn.Module):
+        return config
+    names = [clean(path) for path, _ in model.named_modules()]
+    heads = [head for head in config.heads_of_task if any(name.endswith(head) for name in names)]
+    new = [head for head in heads if head not in (config.modules_to_save or ())]
+    return replace(config, modules_to_save=[*(config.modules_to_save or ()), *new]) if new else config
 
 
 def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
@@ -202,12 +219,17 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
             skipped.append(SkippedModule(name, str(error)))
     _add_stacks(model, config, targets, skipped)
     if config.all_linear:
-        skipped += _stacked_matrices(model, config, targets)
+        adapted = {target.weight for target, _ in targets.values() if isinstance(target, StackedWeight)}
+        skipped += [
+            SkippedModule(name, config.reason_to_exclude(name) or reason)
+            for name, reason in stacks_without_adapter(model, adapted).items()
+        ]
     if not targets:
         raise ValueError(_nothing_matched(named, config, skipped))
 
     saved = saved_modules(model, config)
-    if config.modules_to_save and not saved:
+    asked = [end for end in config.modules_to_save or () if end not in config.heads_of_task]
+    if asked and not saved:
         raise ValueError(
             f"modules_to_save must name modules of the model, got {config.modules_to_save}, which match nothing"
         )
@@ -220,7 +242,7 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
                     f"modules_to_save names {name!r}, but {key!r} holds {parameter.dtype}, which cannot be trained"
                 )
 
-    missed = [end for end in config.modules_to_save or () if not any(name.endswith(end) for name in saved)]
+    missed = [end for end in asked if not any(name.endswith(end) for name in saved)]
     every_unmatched = [
         unmatched_names(config.target_modules, (name for name, _ in named)),
         unmatched_names(config.target_parameters, (name for name, _ in model.named_parameters()), "target_parameters"),
@@ -228,6 +250,8 @@ def plan_lora(model: nn.Module, config: LoRAConfig) -> LoRAPlan:
     unmatched = ", and ".join(filter(None, every_unmatched))
     notes = [unmatched] if unmatched else []
     notes += [f"modules_to_save {end!r} matches nothing" for end in missed]
+    if heads_of_task := [name for name in saved if name.endswith(config.heads_of_task)]:
+        notes.append(f"{list_some(heads_of_task)} trained whole, as PEFT does for task_type {config.task_type!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         notes += [f"{field} {key!r} matches nothing" for key in unmatched_patterns(getattr(config, field), targets)]
     if config.exclude_modules and not any(module.reason.startswith("exclude_modules") for module in skipped):
@@ -281,28 +305,6 @@ def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
     return heads
 
 
-def _stacked_matrices(model: nn.Module, config: LoRAConfig, targets: Collection[str]) -> list[SkippedModule]:
-    """The modules whose own parameters stack matrices, as transformers 5 stores experts, without those of ``targets``."""
-    stacks: dict[str, dict[str, int]] = {}
-    for name, module in model.named_modules():
-        # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
-        own = {} if isinstance(module, _ConvNd) else module._parameters
-        known = {
-            key: p for key, p in own.items() if p is not None and not is_lazy(p) and f"{name}.{key}" not in targets
-        }
-        if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
-            stacks[name] = sizes
-    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
-    reason = (
-        f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
-        "and get no adapter unless target_parameters names them"
-    )
-    return [
-        SkippedModule(name, config.reason_to_exclude(name) or f"it stacks matrices in {', '.join(sizes)}, {reason}")
-        for name, sizes in stacks.items()
-    ]
-
-
 def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:
     """Why a matched module cannot be replaced in this model, or None. The factory knows the reasons in the module itself."""
     if isinstance(module, LoRALinear):
@@ -312,7 +314,7 @@ def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:
     if isinstance(parents[-1], LoRALinear):
         return "it is the base layer of a LoRALinear"
     if any("base_layer" in parent._modules for parent in [*parents, module]):
-        return "it is part of a PEFT layer; accelerate_peft runs those"
+        return _OF_PEFT
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         return None
     if isinstance(parents[-1], nn.TransformerEncoderLayer):
@@ -327,7 +329,16 @@ def _is_fully_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
+_OF_PEFT = "it is part of a PEFT layer; accelerate_peft runs those"
+
+
 def _nothing_matched(named: list[tuple[str, nn.Module]], config: LoRAConfig, skipped: list[SkippedModule]) -> str:
+    if any(module.reason == _OF_PEFT for module in skipped):
+        # A list of the skipped layers and of the model's linear layers would bury that.
+        return (
+            f"target_modules {config.target_modules!r} matches no layer but PEFT's, which have LoRA already: "
+            "slk.accelerate_peft(model) runs them on these kernels"
+        )
     text = f"target_modules must match an nn.Linear of the model, got {config.target_modules!r}, which matches none"
     if config.target_parameters:
         text += f"; nor does target_parameters {config.target_parameters!r} match a stack of experts"

@@ -55,7 +55,7 @@ def merge_lora(model: nn.Module) -> MergeReport:
     Raises:
         ValueError: the model has no LoRA layers, or a merged weight would not be finite. Nothing is changed then.
     """
-    layers = require_lora_layers(model)
+    layers = require_lora_layers(model, of_peft="model.merge_adapter()")
     owners = parameter_owners(model)
     shared = {
         name: tuple(path for owner, path in owners[layer.frozen_weight] if owner not in (layer, layer.holder))
@@ -78,7 +78,7 @@ def unmerge_lora(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no LoRA layers.
     """
-    for layer in require_lora_layers(model).values():
+    for layer in require_lora_layers(model, of_peft="model.unmerge_adapter()").values():
         if layer.merged:
             layer.unmerge()
 
@@ -97,7 +97,8 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
         ValueError: the model has no LoRA layers or is itself one, or a merged weight would not be finite. Nothing is changed
             then.
     """
-    layers = require_lora_layers(model, not_alone="can't replace itself")
+    of_peft = "model.merge_and_unload(), or model.unload() to drop the adapter,"
+    layers = require_lora_layers(model, not_alone="can't replace itself", of_peft=of_peft)
     report = MergeReport({}, {})
     if merge:
         report = merge_lora(model)

@@ -49,9 +49,24 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def require_lora_layers(model: nn.Module, not_alone: str = "") -> dict[str, LoRALinear]:
-    """As :func:`lora_layers`; raises ValueError if there are none, or if ``model`` is itself one and ``not_alone`` is given."""
+def check_not_pefts(model: nn.Module, method: str) -> None:
+    """Raise ValueError if PEFT's layers hold the model's LoRA. ``method`` says which of PEFT's methods do the same."""
+    of_peft = any(
+        hasattr(module, "base_layer") and any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+        for module in model.modules()
+    )
+    if of_peft and not lora_layers(model):
+        raise ValueError(f"the LoRA layers of this {type(model).__name__} are PEFT's: call {method} instead")
+
+
+def require_lora_layers(model: nn.Module, not_alone: str = "", of_peft: str = "") -> dict[str, LoRALinear]:
+    """As :func:`lora_layers`; raises ValueError if there are none, or if ``model`` is itself one and ``not_alone`` is given.
+
+    ``of_peft``: the method of PEFT's that a PEFT model has for this.
+    """
     layers = lora_layers(model)
+    if not layers and of_peft:
+        check_not_pefts(model, of_peft)
     if not layers:
         raise ValueError(
             f"model must have LoRALinear layers (apply_lora makes them), got a {type(model).__name__} without any"

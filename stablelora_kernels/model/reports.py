@@ -9,9 +9,11 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.nn.fused_mlp import GatedMLP
+from stablelora_kernels.nn.gradients import layers_without_gradient
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.utils.modules import check_module
@@ -104,7 +106,7 @@ class LoRAReport(_Report):
             named = "" if adapter is None else f", adapter {adapter!r}"
             stacked = "" if experts == 1 else f"{experts} experts of "
             lines.append(f"  {count} x {name}: {stacked}{k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
-        lines += [f"  skipped {text}" for text in _by_reason(self.skipped)]
+        lines += [f"  skipped {text}" for text in by_reason(self.skipped)]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -146,11 +148,67 @@ def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     fused = Counter(mlp.activation for mlp in mlps if mlp.reason is None)
     kinds = "; ".join(f"{n} x gated MLP ({kind})" for kind, n in fused.items())
     notes = [f"computed in one op each: {kinds}"] if fused else []
-    notes += [f"not in one op: {text}" for text in _by_reason(mlp for mlp in mlps if mlp.reason is not None)]
+    notes += [f"not in one op: {text}" for text in by_reason(mlp for mlp in mlps if mlp.reason is not None)]
     return notes or ["fuse_mlp found no gated MLP with LoRA"]
 
 
-def _by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
+def stacks_without_adapter(model: nn.Module, adapted: Collection[nn.Parameter | None]) -> dict[str, str]:
+    """The modules whose own parameters stack matrices, as transformers 5 stores experts, with what that means.
+
+    Parameters of ``adapted`` have an adapter and do not count.
+    """
+    stacks: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
+        parameters = {} if isinstance(module, _ConvNd) else module._parameters
+        known = {key: p for key, p in parameters.items() if p is not None and not is_lazy(p) and p not in adapted}
+        if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
+            stacks[name] = sizes
+    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
+    reason = (
+        f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
+        "and get no adapter unless target_parameters names them"
+    )
+    return {name: f"it stacks matrices in {', '.join(sizes)}, {reason}" for name, sizes in stacks.items()}
+
+
+def notes_on_gradients(model: nn.Module) -> list[str]:
+    """A note on the layers of ``model`` through which LoRA on earlier layers gets no gradient, for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in layers_without_gradient(model).items():
+        names.setdefault(reason, []).append(name)
+    return [f"{reason}, so adapters before it get wrong gradients: {list_some(some)}" for reason, some in names.items()]
+
+
+# The ends of transformers' names of classes whose head is new in each fine-tuning, and of attributes that hold such a head.
+_NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
+_HEADS = ("classifier", "score", "qa_outputs", "head")
+
+
+def notes_on_heads(model: nn.Module) -> list[str]:
+    """A note if the head of a transformers model stays frozen, though a new head has random values."""
+    for module in model.modules():
+        kinds = type(module).__mro__
+        if not any(kind.__name__.endswith(_NEW_HEADS) for kind in kinds if kind.__module__.startswith("transformers.")):
+            continue
+        body = getattr(type(module), "base_model_prefix", "")
+        heads = [
+            name
+            for name, child in module.named_children()
+            if (name != body if body in module._modules else name.endswith(_HEADS))
+            and any(True for _ in child.parameters())
+            and not any(parameter.requires_grad for parameter in child.parameters())
+        ]
+        if not heads:
+            return []
+        names = ", ".join(map(repr, heads))
+        return [
+            f"{names} of {type(module).__name__} stays frozen; if it is new, its values are random: name it in modules_to_save"
+        ]
+    return []
+
+
+def by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
     """The names of each reason, and the reason."""
     names: dict[str | None, list[str]] = {}
     for each in found:

@@ -18,6 +18,7 @@ from stablelora_kernels.model.apply import LoRAPlan, apply_plan, plan_lora
 from stablelora_kernels.model.merge import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
+    check_not_pefts,
     lora_layers,
     registrations,
     require_lora_layers,
@@ -59,7 +60,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     import_extra("numpy", "adapters", "save_adapter")
     given, model = model, unwrap(model)
     reshard(model)
-    require_lora_layers(model, not_alone="has no name in a file")
+    require_lora_layers(model, not_alone="has no name in a file", of_peft="model.save_pretrained(path)")
     layers = _layers(model)
     directory = Path(path).resolve()
     if directory.exists() and not directory.is_dir():
@@ -122,6 +123,9 @@ def load_adapter(
     import_safetensors()
     given, model = model, unwrap(model)
     reshard(model)
+    check_not_pefts(
+        model, "model.load_adapter(path, adapter_name), or peft.PeftModel.from_pretrained(base_model, path),"
+    )
     directory = adapter_directory(path, revision, subfolder)
     config_file, weights_file, content, tensors = read_adapter(directory, lambda tensor: tensor)
     if foreign := [key for key in tensors if not key.startswith(PREFIX)]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES
+from stablelora_kernels.nn.gradients import reason_input_gets_no_gradient
 from stablelora_kernels.quantized import is_quantized
 
 _STATE_DICT_HOOKS = (
@@ -36,14 +37,15 @@ def class_for(base: Any) -> type[Any]:
     """
     if not isinstance(base, nn.Linear) and not is_conv1d(base):
         raise TypeError(f"linear must be an nn.Linear or transformers' Conv1D, got {type(base).__name__}")
-    # torchao sets this attribute if it also quantizes the input.
-    if (kwargs := getattr(base.weight, "act_quant_kwargs", None)) is not None:
-        raise ValueError(
-            f"linear must give its input a gradient, which a layer that quantizes it does not, got act_quant_kwargs {kwargs}"
-        )
+    _check_gradient(base)
     layer_class = next(load() for fits, load in _registry if fits(base))
     layer_class.check_base(base)
     return layer_class
+
+
+def _check_gradient(base: Any) -> None:
+    if (reason := reason_input_gets_no_gradient(base)) is not None:
+        raise ValueError(f"linear must give its input a gradient, but {reason}")
 
 
 def replacement_class(module: Any) -> type[Any]:
@@ -61,6 +63,8 @@ def replacement_class(module: Any) -> type[Any]:
             raise TypeError(f"{kind} is a subclass of nn.Linear that a model may use without calling it")
     elif not is_conv1d(module):
         raise TypeError(f"{kind} is not an nn.Linear")
+    # Before the other reasons: this one concerns the layers before it, too.
+    _check_gradient(module)
     if "forward" in module.__dict__:
         raise ValueError("its forward was replaced (as accelerate's hooks do)")
     if set(module._parameters) != {"weight", "bias"} or module._modules:

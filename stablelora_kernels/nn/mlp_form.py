@@ -219,7 +219,7 @@ class _Attributes(dict[str, Any]):
         if not run.is_projection(value):
             # Python finds a class's attribute without asking here. The instance may have its own instead, now or later.
             classes = set(kind.__mro__) - set(nn.Module.__mro__)
-            names = (vars(value).keys() & dir(kind)).union(*map(vars, classes)) - {"forward"}
+            names = (vars(value).keys() & dir(kind)).union(*map(vars, classes)) - {"forward", *_FOR_PRINTING}
             for name in names:
                 if not name.startswith("__"):
                     with contextlib.suppress(AttributeError):
@@ -271,6 +271,8 @@ class _Attributes(dict[str, Any]):
         raise RuntimeError(self.run.reason)
 
 
+# Methods that print a module. Liger binds them to an instance together with its forward.
+_FOR_PRINTING = ("_get_name", "extra_repr")
 # PyTorch's operations for Liger's. Liger's take optional factors, which these refuse.
 _LIGER = {
     "_swiglu_dispatch": lambda gate, up: silu(gate) * up,

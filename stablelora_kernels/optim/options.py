@@ -220,8 +220,12 @@ def check_group(group: Any, defaults: dict[str, Any]) -> dict[str, Any]:
             pair, half = split
             other = "B" if half == "A" else "A"
             if (pair, other) in frozen:
+                remedy = (
+                    "set requires_grad=True, or train the other half alone, as LoRA-FA does, with torch.optim.AdamW"
+                )
                 raise ValueError(
-                    f"pair {pair!r}: lora_{half} is trainable but lora_{other} is frozen (requires_grad=False)"
+                    f"pair {pair!r}: lora_{half} is trainable but lora_{other} is frozen (requires_grad=False), and Stable-LoRA "
+                    f"needs both; {remedy}"
                 )
     return {
         **group,

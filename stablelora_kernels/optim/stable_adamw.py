@@ -144,7 +144,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def from_model(cls, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
         """The optimizer of every trainable parameter of ``model``, with this library's LoRA layers or PEFT's.
 
-        Parameter names leave out DistributedDataParallel, torch.compile and checkpoint_wrapper.
+        Parameter names leave out DistributedDataParallel, torch.compile and checkpoint_wrapper. Given to a ``Trainer`` in
+        ``optimizers``, it keeps its own ``lr``: the trainer's ``learning_rate`` does not count.
 
         Raises:
             TypeError: ``model`` is no module.

@@ -7,7 +7,7 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import backend, rules
-from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.problem import DEVICES, GPU_NAMES
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case
 from tests.helpers.case_checks import launches, run_recorded, table
@@ -103,10 +103,15 @@ WRONG = [
     ({"N": (16,)}, ValueError, r"N must be one size or 2 to 3, got \(16,\)"),
     ({"N": (16, 0)}, ValueError, "N must be .* 1, got 0"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a finite number in \[0, 1\), got 1.0"),
-    ({"device": "sm_75"}, ValueError, "one of sm_80, .*, got 'sm_75'"),
-    ({"device": "h100"}, ValueError, "device must be .* of this machine, as 'cpu', or one of sm_80, .*, got 'h100'"),
-    ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*, got 'cuda:99'"),
+    ({"device": "sm_75"}, ValueError, r"by its kind, 'sm_80' \(A100\), .*; got 'sm_75'"),
+    (
+        {"device": "h100"},
+        ValueError,
+        r"device must be .* as 'cpu', or a GPU by its kind, .*'sm_90' \(H100, .*; got 'h100'",
+    ),
+    ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*; got 'cuda:99'"),
     ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
+    ({"dtype": "bf16"}, TypeError, "dtype must be torch.bfloat16, torch.float16 or torch.float32, .* got 'bf16'"),
     ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
     ({"quantized": "int8"}, ValueError, "quantized must be 'nf4', 'fp8' or None, got 'int8'"),
     ({"quantized": "nf4", "N": (16, 16)}, ValueError, "quantized must be None for several N, got 'nf4'"),
@@ -119,6 +124,10 @@ def test_explain_checks_its_arguments():
     for change, error, message in WRONG:
         with pytest.raises(error, match=message):
             slk.explain(**good | change)
+
+
+def test_every_gpu_has_a_name_for_messages():
+    assert GPU_NAMES.keys() == DEVICES.keys()
 
 
 def test_a_named_gpu_needs_triton(monkeypatch):

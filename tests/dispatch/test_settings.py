@@ -45,7 +45,10 @@ def test_a_setting_holds_for_good_or_for_a_block(name, value, other, wrong, erro
 def test_environment_variables_set_the_start_values():
     code = "import stablelora_kernels as slk; print(slk.get_backend(), slk.get_kernel(), slk.get_autotune())"
     known = {"STABLELORA_BACKEND": "torch", "STABLELORA_KERNEL": "split", "STABLELORA_AUTOTUNE": "1"}
-    for given, expected in (({"STABLELORA_AUTOTUNE": "0"}, "auto auto False"), (known, "torch split True")):
+    # An empty one is not set.
+    empty = dict.fromkeys(known, "")
+    cases = (({"STABLELORA_AUTOTUNE": "0"}, "auto auto False"), (known, "torch split True"), (empty, "auto auto False"))
+    for given, expected in cases:
         assert printed(code, **given) == expected
 
 

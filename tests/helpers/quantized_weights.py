@@ -116,6 +116,36 @@ def scaled(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+class Failing(Scaled):
+    """A weight that has no product on this device, and says that it quantizes its input."""
+
+    act_quant_kwargs = "rows"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            raise RuntimeError("no kernel")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def failing(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Failing))
+    return linear
+
+
+def compressed_tensors(linear: nn.Linear, input_activations: bool) -> nn.Linear:
+    """As compressed-tensors leaves a layer: it rounds the weight, and the input if its scheme has ``input_activations``."""
+    scheme = SimpleNamespace(weights="8 bits", input_activations="8 bits" if input_activations else None)
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight, rounded = (linear.weight * 64).round() / 64, (x * 64).round() / 64
+        return nn.functional.linear(rounded if input_activations else x, weight, linear.bias)
+
+    linear.quantization_scheme, linear.forward = scheme, forward
+    return linear
+
+
 def torchao_fp8_a_tensor(linear: nn.Linear) -> nn.Linear:
     """With one scale for the whole weight."""
     one = pytest.importorskip(

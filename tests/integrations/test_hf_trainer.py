@@ -111,6 +111,13 @@ def test_from_args_lets_keywords_win_and_the_factory_warns_without(tmp_path):
         factory()(llama("peft"), lr=1.0)
 
 
+def test_from_args_refuses_an_unknown_keyword_at_once(tmp_path):
+    with pytest.raises(TypeError, match="no argument 'shrinkratio'; did you mean 'shrink_ratio'"):
+        by_args(tmp_path, shrinkratio=0.1)
+    with pytest.raises(TypeError, match=r"no argument 'x', which takes lr, betas, eps, .* seed$"):
+        by_args(tmp_path, x=1)
+
+
 @pytest.mark.parametrize("kind", ["peft", "ours"])
 def test_a_checkpoint_of_the_trainers_adamw_goes_on(tmp_path, kind):
     """With from_args to what AdamW alone reaches; without it an error says what the file is and what to do."""

@@ -6,20 +6,19 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 import stablelora_kernels as slk
-from stablelora_kernels.integrations import peft_experts
+from stablelora_kernels.integrations import peft_experts, peft_faults
 from stablelora_kernels.nn import experts
 from stablelora_kernels.testing.cases import BF16, FP32
 from tests.helpers.moe_models import BY_DAY, FAMILIES, IDS, E, H, build, peft, results, routing, with_lora
 from tests.helpers.peft_models import make
+from tests.helpers.quantized_weights import compressed_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -212,17 +211,20 @@ def to_float8(wrapper):
     base.down_proj = nn.Parameter(base.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
 
 
-class Twice(nn.Module):
-    def forward(self, w):
-        return 2 * w
-
-
 def nothing(*args):
     pass
 
 
-def double_weight(wrapper):
-    parametrize.register_parametrization(wrapper.get_base_layer(), "down_proj", Twice())
+def in_4_bits(model):
+    """With its experts in 4 bits, as bitsandbytes stores them; and a copy with what they stand for."""
+    bnb = pytest.importorskip("bitsandbytes.nn.parametrize", reason="bitsandbytes is not installed")
+    plain = copy.deepcopy(model)
+    (experts,) = (m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    (others,) = (m for m in plain.modules() if hasattr(m, "gate_up_proj"))
+    for name in ("gate_up_proj", "down_proj"):
+        bnb.replace_parameter_4bit(experts, name)
+        getattr(others, name).data.copy_(getattr(experts, name))
+    return model, plain
 
 
 def hook_lora_A(wrapper):
@@ -232,7 +234,6 @@ def hook_lora_A(wrapper):
 CHANGES = [
     ("its experts are computed by 'sonicmoe'", with_implementation("sonicmoe")),
     ("its down_proj trains", train_weight),
-    ("another parametrization changes its weights", double_weight),
     # On the wrapper of the other parameter, and on the experts themselves.
     ("it holds a module with hooks", lambda w: w.base_layer.register_forward_hook(nothing)),
     ("it holds a module with hooks", lambda w: w.get_base_layer().register_forward_hook(nothing)),
@@ -272,10 +273,10 @@ def test_other_modules_are_named():
     assert "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'" in str(report)
 
 
-def quantizes(**scheme: Any) -> Any:
-    """A small PEFT model whose q_proj compressed-tensors has quantized, as it leaves it."""
+def quantized_q_proj(input_activations: bool) -> Any:
+    """A small PEFT model whose first q_proj compressed-tensors has quantized."""
     model = make()
-    model.base_model.model.layers[0].q_proj.base_layer.quantization_scheme = SimpleNamespace(**scheme)
+    compressed_tensors(model.base_model.model.layers[0].q_proj.base_layer, input_activations)
     return model
 
 
@@ -288,8 +289,8 @@ INTO_FLOAT8 = (
 def test_what_peft_trains_wrongly_is_told():
     model = with_lora(build("qwen3_moe"))
     to_float8(next(m for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)))
-    wrong = "compressed-tensors quantizes its input without a gradient, .* wrong gradients: base_model.model.layers.0.q_proj$"
-    for faulty, text in ((model, INTO_FLOAT8), (quantizes(weights=1, input_activations=object()), wrong)):
+    wrong = "compressed-tensors quantizes the input without a gradient, .* wrong gradients: base_model.model.layers.0.q_proj$"
+    for faulty, text in ((model, INTO_FLOAT8), (quantized_q_proj(True), wrong)):
         with pytest.raises(ValueError, match=f"strict=True, but {text}"):
             slk.accelerate_peft(faulty, strict=True)
         with pytest.warns(UserWarning, match=text):
@@ -299,10 +300,86 @@ def test_what_peft_trains_wrongly_is_told():
         "its down_proj is a Parameter of torch.float8_e4m3fn"
     ]
     # Weights alone: all is well.
-    for good in (quantizes(weights=object(), input_activations=None), make(), with_lora(build("qwen3_moe"))):
+    for good in (quantized_q_proj(False), make(), with_lora(build("qwen3_moe"))):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert slk.accelerate_peft(good, strict=True).notes == ()
+
+
+@pytest.mark.parametrize(("family", "is_adapted"), [("gpt_oss", False), ("qwen3_moe", True)])
+def test_experts_without_an_adapter_are_told_as_by_apply_lora(family, is_adapted):
+    """PEFT's "all-linear" reaches those of some families alone, ours of none."""
+    model = peft.get_peft_model(build(family), peft.LoraConfig(target_modules="all-linear"))
+    told = slk.accelerate_peft(model).notes
+    skipped = slk.apply_lora(build(family), slk.LoRAConfig(target_modules="all-linear")).skipped
+    (expected,) = (row for row in skipped if row.name == "model.layers.0.mlp.experts")
+    assert "of the model's weights are in such parameters and get no adapter" in expected.reason
+    if is_adapted:
+        assert told == () and slk.accelerate_peft(with_lora(build(family))).notes == ()
+        return
+    # PEFT's adapters count as weights, too.
+    share = re.compile(r"[\d.]+%")
+    (note,) = told
+    assert share.sub("", note) == share.sub("", f"base_model.model.{expected.name}: {expected.reason}")
+    # One of the two has an adapter.
+    half = with_lora(build(family), target_parameters=["mlp.experts.down_proj"])
+    (note,) = slk.accelerate_peft(half).notes
+    assert note.startswith(
+        "base_model.model.model.layers.0.mlp.experts: it stacks matrices in gate_up_proj, as experts"
+    )
+
+
+# By the adapted parameters: those whose adapter is lost, and whether PEFT nests them in another order than plain ones.
+IN_4_BITS = {("gate_up_proj", "down_proj"): (("down_proj",), True), ("down_proj",): ((), False)}
+
+
+@pytest.mark.parametrize(("names", "lost", "reorders"), [(names, *rest) for names, rest in IN_4_BITS.items()], ids=str)
+def test_what_peft_does_wrong_with_experts_in_4_bits_is_told(names, lost, reorders):
+    """If this fails with a new PEFT, that trains them right: the texts here, in experts.md and in errors.md say otherwise."""
+    model, plain = in_4_bits(build("qwen3_moe", dtype=FP32))
+    # PEFT matches such parameters by their whole names alone.
+    options = {"target_parameters": [f"model.layers.0.mlp.experts.{name}" for name in names]}
+    model, plain = with_lora(model, **options), with_lora(plain, **options)
+    expected = peft_faults.ParametrizedFaults(lost, repeats=True, remains=True, reorders=reorders)
+    assert peft_faults.faults_of_parametrized(names, frozenset(names)) == expected
+    assert f"experts wrongly whose weights another parametrization computes: {expected}: base_model" in " ".join(
+        slk.accelerate_peft(copy.deepcopy(model)).notes
+    )
+    with pytest.raises(ValueError, match=r"strict=True, but PEFT .* trains experts wrongly whose weights"):
+        slk.accelerate_peft(model, strict=True)
+
+    # That is what PEFT does with the model.
+    adapters = [m for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)]
+    others = [m for m in plain.modules() if isinstance(m, peft_experts.ParamWrapper)]
+    assert reorders == ([m.parameter_name for m in adapters] != [m.parameter_name for m in others])
+    for name in names:
+        one, other = (next(m for m in some if m.parameter_name == name) for some in (adapters, others))
+        other.load_state_dict({key: p for key, p in one.state_dict().items() if key.startswith("lora_")}, strict=False)
+    assert set(results(model)) - {"Y"} == {
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and get_wrapper(model, name).parameter_name not in lost
+    }
+    with torch.no_grad():
+        right = plain(input_ids=IDS).logits
+        errors = [(model(input_ids=IDS).logits - right).abs().max().item() for _ in range(3)]
+        assert 1e-3 < errors[1] < errors[2]
+        with model.disable_adapter(), plain.disable_adapter():
+            off = (model(input_ids=IDS).logits - plain(input_ids=IDS).logits).abs().max().item()
+    assert off > 1e-3
+
+
+def get_wrapper(model, name):
+    return model.get_submodule(name.partition(".lora_")[0])
+
+
+def test_the_trial_of_experts_leaves_no_trace():
+    peft_faults.faults_of_parametrized.cache_clear()
+    before, names = torch.get_rng_state(), ("up_proj", "down_proj")
+    with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", BF16):
+        faults = peft_faults.faults_of_parametrized(names, frozenset(names))
+    assert torch.equal(torch.get_rng_state(), before) and faults.lost == ("down_proj",)
+    assert peft_faults.faults_of_parametrized(names, frozenset()) == peft_faults.ParametrizedFaults()
 
 
 def test_one_latch_for_a_stack_is_told():

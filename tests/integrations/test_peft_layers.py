@@ -184,8 +184,23 @@ def test_errors():
     for model in (Model(), peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["q_proj"]))):
         with pytest.raises(ValueError, match=f"model must have PEFT LoRA layers, got a {type(model).__name__}"):
             slk.accelerate_peft(model)
-    note = "target_modules 'v_porj' matches nothing (adapter 'default')"
-    assert slk.accelerate_peft(make(target_modules=["q_proj", "v_porj"])).notes == (note,)
+
+
+TYPO = "target_modules 'v_porj' matches nothing (adapter 'default')"
+ALL = {"target_modules": "all-linear"}
+NOTES = {
+    "a typo": ({"target_modules": ["q_proj", "v_porj"]}, (TYPO,)),
+    "a list": ({"target_modules": ["q_proj", "v_proj"]}, ()),
+    # Nobody wrote the names that PEFT makes of it.
+    "all-linear without a layer": (ALL | {"exclude_modules": ["v_proj"]}, ()),
+    "all-linear without a trained module": (ALL | {"modules_to_save": ["lm_head"]}, ()),
+    "names that are excluded": ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, ()),
+}
+
+
+@pytest.mark.parametrize(("options", "notes"), NOTES.values(), ids=NOTES)
+def test_names_that_match_nothing_are_told_and_no_others(options, notes):
+    assert slk.accelerate_peft(make(**options)).notes == notes
 
 
 def test_peft_is_imported_only_when_it_is_asked_for(monkeypatch):

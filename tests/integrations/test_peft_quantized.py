@@ -15,7 +15,16 @@ from stablelora_kernels.testing import EPS, oracle, roundings
 from stablelora_kernels.testing.cases import BF16, FP16, FP32
 from tests.helpers.oracle import check_all, layer_inputs, run_layer
 from tests.helpers.peft_models import config, peft
-from tests.helpers.quantized_weights import K, N, bnb_4bit, bnb_8bit, torchao, torchao_int8
+from tests.helpers.quantized_weights import (
+    K,
+    N,
+    bnb_4bit,
+    bnb_8bit,
+    compressed_tensors,
+    scaled,
+    torchao,
+    torchao_int8,
+)
 from tests.integrations.test_peft import check_story
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
@@ -168,3 +177,88 @@ def test_copies_and_compile(backend):
         # bitsandbytes' own forward can't be compiled whole, as it may change its bias.
         torch._dynamo.reset()
         assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+def torchao_with(name):
+    return partial(torchao, config=f"{name}Config")
+
+
+# How a layer is quantized, and why LoRA before it would train wrongly.
+KINDS = {
+    "plain": (nn.Linear.eval, None),
+    "4 bits": (bnb_4bit, None),
+    "8 bits": (bnb_8bit, None),
+    "torchao int8": (torchao_int8, None),
+    "torchao intx": (torchao_with("IntxWeightOnly"), None),
+    "torchao float8": (torchao_fp8, None),
+    "another library's weight": (scaled, None),
+    "compressed-tensors, weights": (partial(compressed_tensors, input_activations=False), None),
+    "torchao int8, inputs": (
+        torchao_with("Int8DynamicActivationInt8Weight"), "its Int8Tensor's product has no gradient for the input",
+    ),
+    "torchao intx, inputs": (
+        torchao_with("Int8DynamicActivationIntxWeight"),
+        "its IntxUnpackedToInt8Tensor's product has no gradient for the input",
+    ),
+    "compressed-tensors, inputs": (
+        partial(compressed_tensors, input_activations=True), "compressed-tensors quantizes the input without a gradient",
+    ),
+}  # fmt: skip
+
+
+def gradient_of_the_first(model):
+    """Of B of the layer "0", which has the only branch."""
+    x = torch.randn(37, K, generator=torch.Generator().manual_seed(1))
+    model(x).square().sum().backward()
+    (gradient,) = (p.grad for name, p in model.named_parameters() if "lora_B" in name)
+    return gradient.flatten()
+
+
+def two_layers(quantize):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(K, K), quantize(nn.Linear(K, N)))
+
+
+def two_pefts(quantize, targets):
+    """Two layers with PEFT's adapters on ``targets``."""
+    model = two_layers(quantize)
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, config(target_modules=targets)).train()
+
+
+RIGHT = {name: quantize for name, (quantize, reason) in KINDS.items() if reason is None}
+WRONG = {name: kind for name, kind in KINDS.items() if name not in RIGHT}
+
+
+@pytest.mark.parametrize("quantize", RIGHT.values(), ids=RIGHT)
+def test_layers_that_give_their_input_a_gradient_are_accepted(quantize, recwarn):
+    found = gradient_of_the_first(two_pefts(quantize, ["0"]))
+    expected = gradient_of_the_first(two_pefts(nn.Linear.eval, ["0"]))
+    assert nn.functional.cosine_similarity(found, expected, 0) > 0.99
+    for targets in (["0"], ["0", "1"]):
+        assert slk.accelerate_peft(two_pefts(quantize, targets), strict=True).notes == ()
+        model = two_layers(quantize)
+        is_replaced = targets == ["0", "1"] and "forward" not in vars(model[1])
+        report = slk.apply_lora(model, slk.LoRAConfig(target_modules=targets))
+        assert len(report.replaced) == 1 + is_replaced and not any("gradient" in note for note in report.notes)
+    assert not any("gradient" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize(("quantize", "reason"), WRONG.values(), ids=WRONG)
+def test_layers_that_give_their_input_no_gradient_are_named_and_refused(quantize, reason):
+    """Whether they have adapters themselves or come behind layers that have."""
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient_of_the_first(two_pefts(quantize, ["0"]))
+    text = f"{reason}, so adapters before it get wrong gradients: "
+    for targets in (["0"], ["0", "1"]):
+        with pytest.raises(ValueError, match=f"strict=True, but {text}base_model.model.1$"):
+            slk.accelerate_peft(two_pefts(quantize, targets), strict=True)
+        with pytest.warns(UserWarning, match=text):
+            assert slk.accelerate_peft(two_pefts(quantize, targets)).notes == (f"{text}base_model.model.1",)
+        with pytest.warns(UserWarning, match=text):
+            report = slk.apply_lora(two_layers(quantize), slk.LoRAConfig(target_modules=targets))
+        assert report.notes == (f"{text}1",) and [row.name for row in report.replaced] == ["0"]
+        skipped = f"linear must give its input a gradient, but {reason}"
+        assert [row.reason for row in report.skipped] == [skipped] * ("1" in targets)
+        # Where nothing trains, nothing trains wrongly.
+        assert slk.accelerate_peft(two_pefts(quantize, targets).requires_grad_(False), strict=True).notes == ()

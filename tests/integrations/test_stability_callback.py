@@ -61,6 +61,18 @@ def expected_values(optimizer) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize(
+    ("settings", "warns"), [({}, True), ({"lr": 2e-4}, False), ({"lr": torch.tensor(1e-4)}, False)]
+)
+def test_a_learning_rate_of_the_arguments_that_does_not_count_is_told(settings, warns, tmp_path, recwarn):
+    """An optimizer that is made without a rate has the default, whatever the Trainer's arguments say."""
+    trainer = make_trainer(llama("ours"), tmp_path, "optimizers", settings, max_steps=1, learning_rate=3e-2)
+    trainer.add_callback(slk.StabilityCallback(trainer))
+    trainer.train()
+    text = "the optimizer's lr is 0.0001, its default, and not learning_rate=0.03 of TrainingArguments"
+    assert any(text in str(warning.message) for warning in recwarn) == warns
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("made", [transformers.Trainer, Metrics])
 @pytest.mark.parametrize("via", ["a factory", "optimizers"])

@@ -15,7 +15,7 @@ from tests.helpers.adapters import CONFIG_NAME, config_in
 from tests.helpers.peft_models import make as make_peft
 from tests.helpers.peft_models import peft
 from tests.helpers.quantized_weights import bnb_4bit
-from tests.helpers.small_models import Model, fill_b, gpt2, llama, output, trainable
+from tests.helpers.small_models import IDS, Model, fill_b, gpt2, llama, lora_config, output, trainable
 
 
 class Small(Model):
@@ -190,3 +190,116 @@ def test_pefts_line(capsys, kind):
         assert capsys.readouterr().out == theirs
         assert slk.count_parameters(model) == model.get_nb_trainable_parameters()
         slk.accelerate_peft(model)
+
+
+# Heads that a task trains whole.
+
+
+def of_task(name, **changes):
+    """A small model of transformers for a task, in float64 and without dropout."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    kind = getattr(transformers, name)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_labels": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    if "DistilBert" in name:
+        sizes = {"vocab_size": 32, "dim": 16, "hidden_dim": 24, "n_layers": 1, "num_labels": 2}
+        heads = {"n_heads": 2}
+    torch.manual_seed(0)
+    return kind(kind.config_class(**sizes | heads | changes)).double().eval()
+
+
+ANSWERS = {"start_positions": torch.tensor([1, 0]), "end_positions": torch.tensor([2, 4])}
+TOKENS, SEQUENCES = {"labels": IDS % 2}, {"labels": torch.tensor([1, 0])}
+# The task, the model, the layers with LoRA, and the labels.
+TASKS = {
+    "sequences": ("SEQ_CLS", "BertForSequenceClassification", ["query", "value"], SEQUENCES),
+    "sequences, all-linear": ("SEQ_CLS", "BertForSequenceClassification", "all-linear", SEQUENCES),
+    "sequences, the head named": ("SEQ_CLS", "BertForSequenceClassification", ["query", "classifier"], SEQUENCES),
+    "sequences, two layers in the head": ("SEQ_CLS", "DistilBertForSequenceClassification", ["q_lin"], SEQUENCES),
+    "sequences, a llama": ("SEQ_CLS", "LlamaForSequenceClassification", "all-linear", SEQUENCES),
+    "tokens": ("TOKEN_CLS", "BertForTokenClassification", ["query", "value"], TOKENS),
+    "answers": ("QUESTION_ANS", "BertForQuestionAnswering", ["query", "value"], ANSWERS),
+}
+TASKS_BY_NIGHT = ("sequences", "sequences, the head named", "sequences, a llama")
+
+
+def first_output(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).to_tuple()[0]
+
+
+def by_our_names(model):
+    """The parameters that train, of a PEFT model or of ours."""
+    return {
+        name.removeprefix("base_model.model.").replace("modules_to_save.default.", "").replace(".default.weight", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def losses(model, labels):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(4):
+        loss = model(input_ids=IDS, **labels).loss
+        yield loss.item()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(
+    ("task", "name", "targets", "labels"),
+    [
+        pytest.param(*case, id=key, marks=pytest.mark.nightly if key in TASKS_BY_NIGHT else ())
+        for key, case in TASKS.items()
+    ],
+)
+@pytest.mark.parametrize("config_class", [slk.LoRAConfig, peft.LoraConfig], ids=["ours", "PEFT's"])
+def test_a_tasks_head_is_trained_saved_and_loaded_as_by_peft(config_class, task, name, targets, labels, tmp_path):
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": targets, "task_type": task}
+    ours, theirs = of_task(name), peft.get_peft_model(of_task(name), peft.LoraConfig(**settings)).eval()
+    report = slk.apply_lora(ours, config_class(**settings))
+    trained, expected = by_our_names(ours), by_our_names(theirs)
+    assert trained.keys() == expected.keys() and not all(".lora_" in key for key in trained)
+    heads = {key.partition(".")[0] for key in trained if ".lora_" not in key}
+    note = f"{', '.join(sorted(heads, reverse=True))} trained whole, as PEFT does for task_type {task!r}"
+    assert note in report.notes and not any("matches nothing" in text for text in report.notes)
+    with torch.no_grad():
+        for key, parameter in trained.items():
+            parameter.copy_(expected[key])
+    assert [*losses(ours, labels)] == pytest.approx([*losses(theirs, labels)], rel=1e-12)
+
+    slk.save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for place, wanted in ((tmp_path / "ours", first_output(ours)), (tmp_path / "theirs", first_output(theirs))):
+        loaded = of_task(name)
+        slk.load_adapter(loaded, place)
+        torch.testing.assert_close(first_output(loaded), wanted)
+        torch.testing.assert_close(first_output(peft.PeftModel.from_pretrained(of_task(name), place).eval()), wanted)
+
+
+def test_a_head_that_stays_frozen_is_told():
+    text = "'classifier' of BertForSequenceClassification stays frozen; if it is new, its values are random"
+    for task in (None, "FEATURE_EXTRACTION", "QUESTION_ANS"):
+        config = lora_config(target_modules=["query"], task_type=task)
+        with pytest.warns(UserWarning, match=text):
+            report = slk.apply_lora(of_task("BertForSequenceClassification"), config)
+        assert [note for note in report.notes if text in note]
+        model = peft.get_peft_model(
+            of_task("BertForSequenceClassification"), peft.LoraConfig(target_modules=["query"], task_type=task)
+        )
+        assert [note for note in slk.accelerate_peft(model).notes if text in note]
+    # PEFT's rule has no name for these heads.
+    with pytest.warns(UserWarning, match="'classification_head' of BartForSequenceClassification stays frozen"):
+        slk.apply_lora(
+            of_task("BartForSequenceClassification", d_model=16, encoder_layers=1, decoder_layers=1),
+            lora_config(task_type="SEQ_CLS"),
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"modules_to_save": ["classifier"]}, {"target_modules": "all-linear"}):
+            report = slk.apply_lora(
+                of_task("BertForSequenceClassification"), lora_config(**{"target_modules": ["query"]} | options)
+            )
+            assert report.notes == ()

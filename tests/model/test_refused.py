@@ -13,7 +13,7 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.adapters import adapted, fresh
-from tests.helpers.small_models import Model, lora_config, refused
+from tests.helpers.small_models import Model, llama, lora_config, refused
 
 
 def applies(**config):
@@ -81,6 +81,12 @@ def with_peft(**config):
     return make(**config)
 
 
+def accelerated(model):
+    slk.accelerate_peft(model)
+    return model
+
+
+OF_PEFT = "^the LoRA layers of this PeftModel are PEFT's: call "
 NO_LORA = r"model must have LoRALinear layers \(apply_lora makes them\), got a Model"
 NOT_FINITE = r"'layers.1.v_proj': merging would give a weight that is not finite"
 TRAINED = r"model must keep what its base model computes, got "
@@ -117,6 +123,27 @@ REFUSED = {
     "PEFT's layers": (Model, applies_pefts(layers_to_transform=[0]), "write them as a regular expression"),
     "PEFT's IA3": (
         Model, applies_pefts("IA3Config", feedforward_modules=[]), "peft_type in the IA3Config must be 'LORA'",
+    ),
+    "PEFT's model, adapted": (
+        with_peft, applies(),
+        r"target_modules \['q_proj', 'v_proj'\] matches no layer but PEFT's, which have LoRA already: slk.accelerate_peft",
+    ),
+    "PEFT's model and its head, adapted": (
+        lambda: with_peft(model=llama(), target_modules="all-linear"), applies(target_modules="all-linear"),
+        "^target_modules 'all-linear' matches no layer but PEFT's, .{,100}$",
+    ),
+    "PEFT's model, merged": (with_peft, lambda model, path: slk.merge_lora(model), OF_PEFT + r"model.merge_adapter\(\) "),
+    "PEFT's model, unmerged": (
+        with_peft, lambda model, path: slk.unmerge_lora(model), OF_PEFT + r"model.unmerge_adapter\(\) ",
+    ),
+    "PEFT's model, removed": (
+        lambda: accelerated(with_peft()), lambda model, path: slk.remove_lora(model),
+        OF_PEFT + r"model.merge_and_unload\(\), or model.unload\(\) to drop the adapter, ",
+    ),
+    "PEFT's model, saved": (with_peft, saves, OF_PEFT + r"model.save_pretrained\(path\) "),
+    "PEFT's model, loaded": (
+        lambda: accelerated(with_peft()), loads,
+        OF_PEFT + r"model.load_adapter\(path, adapter_name\), or peft.PeftModel.from_pretrained\(base_model, path\), instead$",
     ),
     "merged, no LoRA": (Model, lambda model, path: slk.merge_lora(model), NO_LORA),
     "unmerged, no LoRA": (Model, lambda model, path: slk.unmerge_lora(model), NO_LORA),

@@ -17,6 +17,7 @@ from tests.helpers.quantized_weights import (
     N,
     Scaled,
     conv1d,
+    failing,
     fp8_linear,
     scaled,
     torchao,
@@ -68,18 +69,22 @@ def fp8(**changes):
     return linear
 
 
-NO_GRADIENT = "linear must give its input a gradient, which a layer that quantizes"
+NO_GRADIENT = "linear must give its input a gradient, but its {}'s product has no gradient"
 FLOAT16 = {"lora_dtype": torch.float16}
 # A base, more arguments, and the class that it gets, or the error. LoRAConfig's checks are in tests/model/test_apply.py.
 BASES = {
     # A weight_norm is computed at each access, by code of the layer's own.
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), {}, LoRABranchLinear),
     "float8 of one scale": (lambda: fp8(scale=torch.ones(())), {}, LoRABranchLinear),
-    "float8 that quantizes its input": (lambda: fp8(act_quant_kwargs="rows"), {}, NO_GRADIENT),
-    # torchao's products in 8 bits are known for that.
-    "torchao int8": (
-        lambda: torchao(nn.Linear(K, N, dtype=BF16), "Int8DynamicActivationInt8WeightConfig"), {}, NO_GRADIENT,
+    # Others are in tests/integrations/test_peft_quantized.py.
+    "float8 that quantizes its input, and gives it a gradient": (
+        lambda: fp8(act_quant_kwargs="rows"), {}, LoRABranchLinear,
     ),
+    "torchao int8": (
+        lambda: torchao(nn.Linear(K, N, dtype=BF16), "Int8DynamicActivationInt8WeightConfig"), {},
+        NO_GRADIENT.format("Int8Tensor"),
+    ),
+    "one that cannot be called here": (lambda: failing(nn.Linear(K, N)), {}, NO_GRADIENT.format("Failing")),
     "a convolution": (
         lambda: nn.Conv1d(1, 1, 1), {}, r"linear must be an nn.Linear or transformers' Conv1D, got Conv1d",
     ),
@@ -115,14 +120,18 @@ def test_a_layer_that_gives_its_input_no_gradient():
     """Its input would be trained on the branch's gradient alone."""
 
     class Deaf(Scaled):
+        is_deaf = False
+
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
             out = super().__torch_function__(func, types, args, kwargs or {})
-            return out.detach() if func is nn.functional.linear else out
+            return out.detach() if func is nn.functional.linear and cls.is_deaf else out
 
     linear = nn.Linear(K, N)
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Deaf))
     layer, x = lora_over(linear), torch.randn(5, K)
+    # Otherwise lora_over would refuse it.
+    Deaf.is_deaf = True
     assert layer(x).requires_grad
     with pytest.raises(RuntimeError, match=r"base_layer must give its input a gradient, .* Linear with a Deaf"):
         layer(x.requires_grad_())

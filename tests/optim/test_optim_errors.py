@@ -86,6 +86,10 @@ def frozen(named: list[tuple[str, torch.Tensor]], *places: int) -> list[tuple[st
 
 
 NAMES = "StableLoRAAdamW.from_model(model)"
+FROZEN_A = (
+    "pair 'q': lora_B is trainable but lora_A is frozen (requires_grad=False), and Stable-LoRA needs both; "
+    "set requires_grad=True, or train the other half alone, as LoRA-FA does, with torch.optim.AdamW"
+)
 SHARED = torch.ones(2, requires_grad=True)
 
 
@@ -97,7 +101,7 @@ SHARED = torch.ones(2, requires_grad=True)
         ({"params": lora()}, TypeError, "got one dict"),
         (frozen(lora(), 0, 1), ValueError, "parameters (none); .* freezes an adapter unless is_trainable=True"),
         ([("w", SHARED)], ValueError, "among the 1 trainable parameters ('w'); without one this would be plain AdamW"),
-        (frozen(lora(), 0), ValueError, "pair 'q': lora_B is trainable but lora_A is frozen (requires_grad=False)"),
+        (frozen(lora(), 0), ValueError, FROZEN_A),
         ([*lora(), *lora()[:1]], ValueError, "two parameters are named 'q.lora_A'"),
         ([*lora(), ("v", SHARED), ("w", SHARED)], ValueError, "one tensor is given as 'v' and as 'w'"),
         ([*lora(), ("z", SHARED.to(torch.complex64))], TypeError, "'z' must be float32, float64, bfloat16 or float16, got"),

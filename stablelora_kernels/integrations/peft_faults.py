@@ -1,0 +1,149 @@
+"""What PEFT trains wrongly or not at all without saying so, whoever computes the branch. This module imports peft.
+
+What a PEFT release does is tried on two small experts rather than looked up by its version.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import peft
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stablelora_kernels.functional import FLOAT_DTYPES
+from stablelora_kernels.integrations.peft_experts import wrapped_parameters
+from stablelora_kernels.model.reports import list_some
+
+
+class ParametrizedFaults(NamedTuple):
+    """What PEFT does wrong with adapters on parameters that another parametrization computes, as bitsandbytes does in 4 bits."""
+
+    # Parameters whose adapter gets no gradient.
+    lost: tuple[str, ...] = ()
+    # Each call without gradients adds the delta to those of the calls before it.
+    repeats: bool = False
+    # A disabled adapter's delta is added still.
+    remains: bool = False
+    # PEFT nests the parameters, and so names them in the adapter's file, in another order than plain ones.
+    reorders: bool = False
+
+    @property
+    def trains_wrongly(self) -> bool:
+        return bool(self.lost) or self.repeats or self.remains
+
+    def __str__(self) -> str:
+        texts = [f"the adapter of {' and '.join(self.lost)} has no effect and gets no gradient"] if self.lost else []
+        if self.repeats:
+            texts.append("each call without gradients adds the delta once more")
+        if self.remains:
+            texts.append("disabling the adapter leaves its delta there")
+        if self.reorders:
+            texts.append(
+                "the adapter's file names the parameters in another order, so it does not load on plain weights"
+            )
+        return "; ".join(texts)
+
+
+def faults_of_wrappers(wrappers: Iterable[tuple[str, Any]]) -> list[str]:
+    """A sentence on each fault of PEFT's ``wrappers`` of parameters, which come by name, the outermost first."""
+    names: dict[str, list[str]] = {}
+    nested = set()
+    for name, wrapper in wrappers:
+        nested.add(id(wrapper.base_layer))
+        parameter, computed = wrapper.parameter_name, getattr(wrapper.get_base_layer(), "parametrizations", ())
+        if parameter not in computed and (dtype := wrapper.get_param().dtype) not in FLOAT_DTYPES:
+            reason = (
+                f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
+            )
+            names.setdefault(reason, []).append(name)
+        if id(wrapper) in nested:
+            continue
+        if (faults := faults_of_parametrized(*_parameters(wrapper))).trains_wrongly:
+            reason = f"PEFT {peft.__version__} trains experts wrongly whose weights another parametrization computes: {faults}"
+            names.setdefault(reason, []).append(name)
+    return [f"{reason}: {list_some(of_reason)}" for reason, of_reason in names.items()]
+
+
+def _parameters(wrapper: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The adapted parameters of a module, in the order of their definition, and those that a parametrization computes."""
+    base, adapted = wrapper.get_base_layer(), wrapped_parameters(wrapper)
+    computed = [*getattr(base, "parametrizations", ())]
+    return tuple(name for name in [*base._parameters, *computed] if name in adapted), frozenset(computed) & {*adapted}
+
+
+@lru_cache
+def faults_of_parametrized(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults:
+    """What the installed PEFT does wrong with adapters on the parameters ``names`` of a module, of which some are computed."""
+    if not computed:
+        return ParametrizedFaults()
+    # The trial draws none of the user's random numbers, and takes none of the user's modes.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.inference_mode(False), torch.enable_grad():
+            try:
+                return _try(names, computed)
+            except Exception:
+                # A PEFT that refuses such experts is not silent about them.
+                return ParametrizedFaults()
+
+
+def _try(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults:
+    experts, plain = _adapted(names, computed), _adapted(names, frozenset())
+    wrappers, x = wrapped_parameters(experts), torch.ones(1, _TwoExperts.SIZE)
+    frozen = experts.get_base_layer()(x)
+    experts(x).sum().backward()
+    lost = [name for name in names if all(p.grad is None for p in _pair(wrappers[name]))]
+    with torch.no_grad():
+        repeats = not torch.equal(experts(x), experts(x))
+        for wrapper in wrappers.values():
+            wrapper.enable_adapters(False)
+        remains = not torch.equal(experts(x), frozen)
+    return ParametrizedFaults(tuple(lost), repeats, remains, [*wrappers] != [*wrapped_parameters(plain)])
+
+
+def _pair(wrapper: Any) -> list[Tensor]:
+    (adapter,) = wrapper.lora_A
+    return [wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight]
+
+
+class _Integers(nn.Module):
+    """Computes a parameter from integers, as bitsandbytes does from 4 bits."""
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return stored.float()
+
+
+class _TwoExperts(nn.Module):
+    """Multiplies by each of its parameters, which stack two matrices."""
+
+    SIZE = 4
+
+    def __init__(self, names: tuple[str, ...], computed: frozenset[str]) -> None:
+        super().__init__()
+        for name in names:
+            dtype = torch.int8 if name in computed else torch.float32
+            weight = torch.ones(2, self.SIZE, self.SIZE, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        for name in names:
+            if name in computed:
+                parametrize.register_parametrization(self, name, _Integers(), unsafe=True)
+        self.names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = x @ getattr(self, name).sum(0)
+        return x
+
+
+def _adapted(names: tuple[str, ...], computed: frozenset[str]) -> ParamWrapper:
+    """Two experts with a LoRA adapter of PEFT's on each parameter."""
+    targets = [f"experts.{name}" for name in names]
+    config = peft.LoraConfig(r=1, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    model = nn.ModuleDict({"experts": _TwoExperts(names, computed)})
+    return cast(ParamWrapper, peft.inject_adapter_in_model(config, model).get_submodule("experts"))
