@@ -119,7 +119,8 @@ def _make_directory(path: Path) -> bool:
     """Make a directory and its parents, and return whether it was missing."""
     try:
         path.mkdir(parents=True)
-    except FileExistsError:
+    except OSError:
+        # Of a directory that is there, the system may say first that it is on a read-only file system.
         if not path.is_dir():
             raise
         return False

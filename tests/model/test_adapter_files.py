@@ -146,7 +146,7 @@ THINGS = {
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("thing", THINGS)
-def test_what_has_a_name_of_a_savers_is_removed_and_nothing_that_it_links_to(tmp_path, old, new, thing, name, exists):
+def test_what_has_a_savers_name_is_removed_but_not_what_it_links_to(tmp_path, old, new, thing, name, exists):
     """An archive may bring such a link."""
     directory, other = tmp_path / "adapter", tmp_path / "other"
     save_adapter(old, other)
