@@ -78,19 +78,21 @@ def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
         raise ValueError(f"path must be a directory on this machine with {CONFIG_NAME}, got {str(path)!r} ({found})")
-    weights, pending = directory / WEIGHTS_NAME, directory / PENDING
-    # Twice: a saver may move it from the second to the first place meanwhile.
-    places = (directory, pending, directory)
-    config = next((place / CONFIG_NAME for place in places if (place / CONFIG_NAME).is_file()), None)
-    if config is None:
-        raise ValueError(f"path must hold {CONFIG_NAME}, got {str(path)!r} without it")
+    config, weights, pending = directory / CONFIG_NAME, directory / WEIGHTS_NAME, directory / PENDING
+    if not config.is_file():
+        if _is_save(pending):
+            config = pending / CONFIG_NAME
+        # A saver may have moved it meanwhile.
+        elif not config.is_file():
+            raise ValueError(f"path must hold {CONFIG_NAME}, got {str(path)!r} without it")
     if config.parent == pending and (pending / WEIGHTS_NAME).is_file():
         # A save that was committed and is not finished. Its saver may move them before they are read.
         return config, pending / WEIGHTS_NAME
     if not weights.is_file():
         if pickles := [file.name for file in sorted(directory.iterdir()) if file.suffix in PICKLES]:
             raise ValueError(
-                f"path must hold {WEIGHTS_NAME}, got {list_some(pickles)}: a pickle can run code, so it is refused"
+                f"path must hold {WEIGHTS_NAME}, got {str(path)!r} with {list_some(pickles)}: a pickle can run code, so it is "
+                "refused"
             )
         raise ValueError(f"path must hold {WEIGHTS_NAME}, got {str(path)!r} without it")
     return config, weights
@@ -175,32 +177,25 @@ def _identity(file: Path) -> tuple[int, ...] | None:
 
 def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files to ``directory``; see the module's docstring. One process writes at a time, the others wait."""
-    is_new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(directory / f"{PENDING}.lock") as alone:
+    with locked(directory / f"{PENDING}.lock") as alone:
+        _finish(directory)
+        temporary = directory / f"{PENDING}.{'tmp' if alone else uuid.uuid4().hex}"
+        # A dead process has left it: a living one would hold the lock.
+        _remove(temporary)
+        try:
+            # Without locks, another process that fails may have removed the directory.
+            temporary.mkdir(parents=True)
+            _write_files(temporary, config, tensors)
+            old = directory / CONFIG_NAME
+            if old.is_file() and old.read_bytes() == (temporary / CONFIG_NAME).read_bytes():
+                # One file is one unit.
+                os.replace(temporary / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+            else:
+                os.replace(temporary, directory / PENDING)
+                old.unlink(missing_ok=True)
+        finally:
+            _remove(temporary)
             _finish(directory)
-            temporary = directory / f"{PENDING}.{'tmp' if alone else uuid.uuid4().hex}"
-            # A dead process has left it: a living one would hold the lock.
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                temporary.mkdir()
-                _write_files(temporary, config, tensors)
-                old = directory / CONFIG_NAME
-                if old.is_file() and old.read_bytes() == (temporary / CONFIG_NAME).read_bytes():
-                    # One file is one unit.
-                    os.replace(temporary / WEIGHTS_NAME, directory / WEIGHTS_NAME)
-                else:
-                    os.replace(temporary, directory / PENDING)
-                    old.unlink(missing_ok=True)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-                _finish(directory)
-    except BaseException:
-        if is_new:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
-        raise
 
 
 def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -241,8 +236,22 @@ def _order_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
 def _finish(directory: Path) -> None:
     """Finish a save that was committed, and drop one that was not."""
     pending = directory / PENDING
-    if not (directory / CONFIG_NAME).exists() and (pending / CONFIG_NAME).exists():
+    if not (directory / CONFIG_NAME).exists() and _is_save(pending):
         with contextlib.suppress(FileNotFoundError):
             os.replace(pending / WEIGHTS_NAME, directory / WEIGHTS_NAME)
         os.replace(pending / CONFIG_NAME, directory / CONFIG_NAME)
-    shutil.rmtree(pending, ignore_errors=True)
+    _remove(pending)
+
+
+def _is_save(pending: Path) -> bool:
+    """Whether a saver has committed ``pending``. No saver makes a link: what a link names belongs to someone else."""
+    return not pending.is_symlink() and (pending / CONFIG_NAME).is_file()
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, a file or a link if it is there and can be removed, but nothing that a link names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

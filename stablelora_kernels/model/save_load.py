@@ -27,7 +27,8 @@ from stablelora_kernels.model.modules import (
 )
 from stablelora_kernels.model.peft_format import PREFIX, config_of, content_of, file_name, read_config
 from stablelora_kernels.model.reports import LoRAReport, SkippedModule, count_parameters, list_some, rows_of
-from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.experts import StackedWeight
+from stablelora_kernels.nn.linear import LoRALinear, sizes_of
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
 from stablelora_kernels.utils.tensors import copy, is_first_rank, is_sharded, whole
@@ -149,6 +150,7 @@ def load_adapter(
             except ValueError as error:
                 raise ValueError(f"{config_file}: {error}") from None
             _check_not_meta({f"{name}.weight": layer.weight for name, (layer, _) in plan.targets.items()})
+            _check_new_layers(plan, tensors, config_file, weights_file)
             report = apply_plan(model, plan, _lora_dtypes(plan, tensors), fuse_projections, fuse_mlp)
         targets = _tensors(model, config, _layers(model))
         _check_not_meta(targets)
@@ -160,6 +162,27 @@ def load_adapter(
         _copy_all(targets, tensors)
     save_merged_layers_plain(model)
     return report
+
+
+def _check_new_layers(plan: LoRAPlan, tensors: Mapping[str, Tensor], config_file: Path, weights_file: Path) -> None:
+    """Raise ValueError unless the file has A and B of the new layers, in the shapes that its config gives them.
+
+    Called before they are allocated: a config may name a rank for which no memory is large enough.
+    """
+    ranks: dict[str, int] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, (base, _) in plan.targets.items():
+        a, b = (f"{file_name(name, base)}.lora_{role}.weight" for role in "AB")
+        r = plan.config.rank_of(name)
+        rows = r * base.count if isinstance(base, StackedWeight) else r
+        in_features, out_features = sizes_of(base)
+        ranks |= {a: r, b: r}
+        shapes |= {a: [rows, in_features], b: [out_features, rows]}
+    _check_present(shapes, tensors, weights_file)
+    for key, shape in shapes.items():
+        if list(tensors[key].shape) != shape:
+            message = _wrong_shape(key, shape, tensors, weights_file)
+            raise ValueError(f"{message}, where r in {config_file} is {ranks[key]}")
 
 
 def _lora_dtypes(plan: LoRAPlan, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
@@ -182,8 +205,7 @@ def _check_tensors(
     tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], skipped: Iterable[SkippedModule], file: Path
 ) -> None:
     """Raise ValueError unless a file's tensors are those of ``targets``, in shape and kind of dtype. Values are cast."""
-    if missing := [key for key in targets if key not in tensors]:
-        raise ValueError(f"{file} must hold {list_some(missing)}, got {counted(len(tensors), 'tensor')} without them")
+    _check_present(targets, tensors, file)
     if unexpected := [key for key in tensors if key not in targets]:
         reasons = [
             f"; {module.name}: {module.reason}" for module in skipped if unexpected[0].startswith(f"{module.name}.")
@@ -192,14 +214,23 @@ def _check_tensors(
             f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that{''.join(reasons)}"
         )
     for key, target in targets.items():
-        shape, dtype = list(tensors[key].shape), tensors[key].dtype
-        if shape != list(target.shape):
-            raise ValueError(f"{key} in {file} must be {list(target.shape)}, got {shape}")
+        dtype = tensors[key].dtype
+        if tensors[key].shape != target.shape:
+            raise ValueError(_wrong_shape(key, list(target.shape), tensors, file))
         if ".lora_A." in key or ".lora_B." in key:
             if dtype not in FLOAT_DTYPES:
                 raise ValueError(f"{key} in {file} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}")
         elif _kind(dtype) != _kind(target.dtype):
             raise ValueError(f"{key} in {file} must be {target.dtype} or alike, got {dtype}")
+
+
+def _check_present(keys: Iterable[str], tensors: Mapping[str, Tensor], file: Path) -> None:
+    if missing := [key for key in keys if key not in tensors]:
+        raise ValueError(f"{file} must hold {list_some(missing)}, got {counted(len(tensors), 'tensor')} without them")
+
+
+def _wrong_shape(key: str, shape: list[int], tensors: Mapping[str, Tensor], file: Path) -> str:
+    return f"{key} in {file} must be {shape}, got {list(tensors[key].shape)}"
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, ...]:

@@ -197,7 +197,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._skipped_on_device: dict[torch.device, Tensor] = getattr(self, "_skipped_on_device", {})
         # One a device.
         self._engines: list[TorchStep | TritonStep] = []
-        # The parameters, or shards, whose versions tell that someone else wrote to them.
+        # The parameters, and their shards, whose versions tell that someone else wrote to them.
         self._watched: list[Tensor] = []
         self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
@@ -272,7 +272,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(self._written)
         assert self._last.versions is not None
         if self._raised is None:
-            # A shard has a version of its own, which this leaves alone.
             self._raised = snapshot.versions_of(self._watched) - self._last.versions
         self._last.versions += self._raised
 
@@ -303,7 +302,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
         members = [member for engine in self._engines for member in engine.members]
         self.state.update({member.owner: state.as_owned(member.entry, member.owner) for member in members})
-        self._watched = [engine.params[i] for engine in self._engines for i in engine.watched]
+        # An operation on a DTensor raises its own version, and one on its shard that of the shard.
+        watched = [engine.members[i] for engine in self._engines for i in engine.watched]
+        shards = [member.param for member in watched if member.param is not member.owner]
+        self._watched = [member.owner for member in watched] + shards
         self._written = []
 
     def refresh(self) -> None:

@@ -97,27 +97,28 @@ class TorchStep(Engine):
             gradients: one a member.
             change: what has changed since the last step.
             grad_scale: float32 scalar that the gradients are to be divided by.
-            found_inf: float32 scalar; if it is not 0, nothing changes.
+            found_inf: float32 scalar; if it is not 0, only masters change, where someone else has written to their parameter.
         """
         if self.device.type == "cuda" and snapshot.capturing():
             raise RuntimeError(
                 f"PyTorch's operators on {self.device} decide the latch on the host, so no CUDA graph can hold this step: use "
                 "backend 'triton', and no float64 parameters"
             )
-        if found_inf is not None and self.grad_sums.all_reduce_max_(found_inf.clone()).item():
-            return
+        # Before anything may skip the step: each change is told once.
         grads = gradients.tensors
         if change.gradients or not self.direct:
             self.present = [g is not None for g in grads]
             self.taken = 1 if all(self.present) else upload(self.present, torch.float32, self.device)
             grads, self.direct = gradients.converted(self.work)
+        if change.written:
+            self.refresh_masters()
+        if found_inf is not None and self.grad_sums.all_reduce_max_(found_inf.clone()).item():
+            return
         if self.max_grad_norm is not None:
             norm, grad_scale = self._norm_and_clip_scale(grads, grad_scale)
             if not math.isfinite(norm.item()):
                 self.skipped += 1
                 return
-        if change.written:
-            self.refresh_masters()
         for scratch in self.scratch:
             scratch.load(self.steps.int() + 1, self.seeds)
         shrinking, latched = self._decide_latch()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -9,6 +12,14 @@ from stablelora_kernels.pairs import LoRAPair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8, 24, 40), (1, 7, 13), (3, 31, 5), (20, 16, 16)]
+# Writes to a B by someone else, large enough for its pair to latch. They run under no_grad.
+WRITES: dict[str, Callable[[StableLoRAAdamW, torch.Tensor], Any]] = {
+    "in place": lambda optimizer, p: p.fill_(100),
+    "by copy_": lambda optimizer, p: p.copy_(torch.full_like(p, 100)),
+    "through detach": lambda optimizer, p: p.detach().fill_(100),
+    "value in other memory": lambda optimizer, p: setattr(p, "data", torch.full_like(p, 100)),
+    "through data, and refresh()": lambda optimizer, p: (p.data.fill_(100), optimizer.refresh()),
+}
 
 
 def make_pairs(

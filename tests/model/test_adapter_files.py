@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +21,9 @@ import safetensors.torch
 import torch
 
 from stablelora_kernels.cli import main
+from stablelora_kernels.model import adapter_files
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
+from stablelora_kernels.utils import extras
 from stablelora_kernels.utils.extras import locked
 from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, fresh, loaded
 from tests.helpers.dying import NOBODY, as_nobody, in_child, kills, needs_fork, with_room
@@ -70,7 +73,9 @@ def leave_unfinished(directory, old, new):
             return
 
 
-WAS = ["nothing", "a directory", "the same config", "another config", "PEFT's", "an unfinished save"]
+# The names that a saver uses in the directory for a while.
+NAMES = [".adapter_save", ".adapter_save.tmp", ".adapter_save.lock"]
+WAS = ["nothing", "a directory", "the same config", "another config", "PEFT's", "an unfinished save", "links"]
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.nightly)])
@@ -78,12 +83,18 @@ WAS = ["nothing", "a directory", "the same config", "another config", "PEFT's", 
 def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, old, new, was, every):
     """By day at one of three operations, another one for each state of the directory."""
     directory, template, written = tmp_path / "adapter", tmp_path / "before", adapted(3, lora_alpha=4)
+    other = tmp_path / "other"
+    save_adapter(old, other)
     if was == "PEFT's":
         save_as_peft(template)
     elif was == "an unfinished save":
         leave_unfinished(template, old, new)
     elif was.endswith("config"):
         save_adapter(old if was == "the same config" else new, template)
+    elif was == "links":
+        save_adapter(new, template)
+        for name in NAMES:
+            (template / name).symlink_to("../other")
     before = loaded(template) if template.exists() else None
     if was != "nothing":
         template.mkdir(exist_ok=True)
@@ -92,10 +103,10 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
 
     def prepare():
         for leftover in tmp_path.iterdir():
-            if leftover != template:
+            if leftover not in (template, other):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if template.exists():
-            shutil.copytree(template, directory)
+            shutil.copytree(template, directory, symlinks=True)
 
     outcomes = set()
     for _ in kills(partial(save_adapter, written, directory), prepare, 1 + WAS.index(was) % every, every):
@@ -112,8 +123,59 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
         save_adapter(written, directory)
         assert torch.equal(loaded(directory), after)
         assert sorted(os.listdir(directory)) == ["README.md"] * (was != "nothing") + [CONFIG_NAME, WEIGHTS_NAME]
-        assert set(os.listdir(tmp_path)) <= {"adapter", "before"}
+        assert set(os.listdir(tmp_path)) <= {"adapter", "before", "other"}
     assert outcomes == {"old", "new"}
+    assert sorted(os.listdir(other)) == [CONFIG_NAME, WEIGHTS_NAME] and torch.equal(loaded(other), output(old))
+
+
+def make_directory_with_a_file(path, other):
+    path.mkdir()
+    (path / "file").touch()
+
+
+THINGS = {
+    "a link to another adapter": lambda path, other: path.symlink_to(other),
+    "a link to a file": lambda path, other: path.symlink_to(other / CONFIG_NAME),
+    "a link to nothing": lambda path, other: path.symlink_to("nothing"),
+    "a file": lambda path, other: path.touch(),
+    "a pipe": lambda path, other: os.mkfifo(path),
+    "a directory": make_directory_with_a_file,
+}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("thing", THINGS)
+def test_what_has_a_savers_name_is_removed_but_not_what_it_links_to(tmp_path, old, new, thing, name, exists):
+    """An archive may bring such a link."""
+    directory, other = tmp_path / "adapter", tmp_path / "other"
+    save_adapter(old, other)
+    directory.mkdir()
+    if exists:
+        save_adapter(old, directory)
+    THINGS[thing](directory / name, other)
+    if name == NAMES[2] and (reason := {"a directory": "Is a directory", "a pipe": "No such device"}.get(thing)):
+        fail_to_save(new, directory, f"{reason}.*{name}")
+        return
+    if not exists:
+        with refused(model := fresh(), ValueError, f"must hold {CONFIG_NAME}, got .* without it"):
+            load_adapter(model, directory)
+    save_adapter(new, directory)
+    assert torch.equal(loaded(directory), output(new)) and torch.equal(loaded(other), output(old))
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "other"]
+    assert all(sorted(os.listdir(place)) == [CONFIG_NAME, WEIGHTS_NAME] for place in (directory, other))
+
+
+@pytest.mark.parametrize("target", ["a directory", "nothing"])
+def test_the_directory_may_be_a_link(tmp_path, old, new, target):
+    directory, link = tmp_path / "adapter", tmp_path / "link"
+    if target == "a directory":
+        save_adapter(old, directory)
+    link.symlink_to("adapter")
+    for model in (old, new):
+        save_adapter(model, link)
+        assert link.is_symlink() and torch.equal(loaded(link), output(model))
+    assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME]
 
 
 # No room, no rights
@@ -255,6 +317,84 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
         assert held and len(calls) == 2
         with pytest.raises(BlockingIOError):
             flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_link_that_another_process_has_replaced_by_its_lock_stays_away(tmp_path, monkeypatch):
+    """Both have found the link. The one that comes second must not remove the other's file."""
+    path, flock, others = tmp_path / "lock", fcntl.flock, []
+    path.symlink_to("nothing")
+
+    def replaced_meanwhile(descriptor, operation):
+        if path.is_symlink():
+            path.unlink()
+            others.append(path.open("w"))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
+    with locked(path):
+        assert os.path.samestat(os.fstat(others[0].fileno()), os.lstat(path))
+    others[0].close()
+
+
+@pytest.mark.parametrize("fails_too", [False, True])
+@pytest.mark.parametrize("place", ["at its lock", "before its lock"])
+def test_a_save_that_fails_leaves_a_new_directory_to_those_that_wait(tmp_path, monkeypatch, old, new, place, fails_too):
+    """If they fail, too, nothing stays. The one that waits has found the directory, which is gone when it goes on."""
+    directory, main_thread, write = tmp_path / "adapter", threading.current_thread(), adapter_files._write_files
+    waiting, reached, gone = [], threading.Event(), threading.Event()
+
+    def fail_once(*arguments):
+        if not waiting:
+            waiting.append(pool.submit(save_adapter, new, directory))
+            assert reached.wait(60)
+        elif not fails_too:
+            return write(*arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def reach(function, *arguments):
+        if threading.current_thread() is not main_thread:
+            reached.set()
+            assert place == "at its lock" or gone.wait(60)
+        return function(*arguments)
+
+    owner, name = (fcntl, "flock") if place == "at its lock" else (extras, "_open_without_links")
+    monkeypatch.setattr(owner, name, partial(reach, getattr(owner, name)))
+    monkeypatch.setattr(adapter_files, "_write_files", fail_once)
+    with ThreadPoolExecutor() as pool:
+        fail_to_save(old, directory, "No space left on device")
+        gone.set()
+        if fails_too:
+            with pytest.raises(OSError, match="No space left on device"):
+                waiting[0].result()
+            assert os.listdir(tmp_path) == []
+        else:
+            waiting[0].result()
+            assert torch.equal(loaded(directory), output(new))
+            assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_a_directory_that_was_there_stays_if_a_save_fails(tmp_path, monkeypatch, old):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(adapter_files, "_write_files", fail)
+    for directory in (tmp_path / "empty", tmp_path / "new"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        fail_to_save(old, directory, "No space left on device")
+        assert os.listdir(tmp_path) == ["empty"] and os.listdir(tmp_path / "empty") == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSPC])
+def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch, number):
+    """As in /proc, in which no file can be made, or on a full disk."""
+
+    def fail(path, flags):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(extras, "_open_without_links", fail)
+    with pytest.raises(OSError, match=f"{os.strerror(number)}: .*/new/lock"), locked(tmp_path / "new" / "lock"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, old, new):

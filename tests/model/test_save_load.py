@@ -121,7 +121,7 @@ NEW, OLD, BOTH, READ, ALL = (
 DAMAGED = {
     "a pickle": (
         write("adapter_model.bin", pickle.dumps(Bomb()), instead_of=WEIGHTS_NAME),
-        f"must hold {WEIGHTS_NAME}, got adapter_model.bin: a pickle can run code, so it is refused", ALL,
+        f"must hold {WEIGHTS_NAME}, got .* with adapter_model.bin: a pickle can run code, so it is refused", ALL,
     ),
     "a pickle by another name": (
         write(WEIGHTS_NAME, pickle.dumps(Bomb())), "must be a safetensors file, got one that cannot", ALL,
@@ -151,6 +151,18 @@ DAMAGED = {
     "DoRA": (config(use_dora=True, x=[1]), r"must use plain LoRA, got use_dora=True, x=\[1\], which is not supported", BOTH),
     "PiSSA": (config(init_lora_weights="pissa"), "init_lora_weights must be True, False or 'gaussian', got 'pissa'", BOTH),
     "other targets": (config(target_modules=["q_proj"]), "got layers.0.v_proj.lora_A.weight, .* beyond that", NEW),
+    "another r": (
+        config(r=3),
+        rf"{WEIGHTS_NAME} must be \[3, 8\], got \[2, 8\], where r in \S*/{CONFIG_NAME} is 3$", NEW,
+    ),
+    "an r beyond any memory": (
+        config(r=10**400, rank_pattern={"v_proj": 10**12}),
+        r"must be \[10{400}, 8\], got \[2, 8\], where r in .* is 10{400}$", NEW,
+    ),
+    "an r beyond any memory, and no tensors": (
+        lambda path: (config(r=10**12)(path), edit_tensors(path, lambda tensors: tensors.clear())),
+        f"{WEIGHTS_NAME} must hold layers.0.q_proj.lora_A.weight, .*, got 0 tensors without them", NEW,
+    ),
     "the model's r": (config(r=3), "r of 'layers.0.q_proj' is 2 in the model, got 3 in ", OLD),
     "the model's alpha": (config(lora_alpha=8), "lora_alpha of 'layers.0.q_proj' is 16 in the model, got 8 in ", OLD),
     "the model's scaling": (config(use_rslora=True), "use_rslora of .* is False in the model, got True in ", OLD),
@@ -163,7 +175,9 @@ DAMAGED = {
 
 @pytest.mark.parametrize(("damage", "message", "readers"), DAMAGED.values(), ids=DAMAGED)
 def test_files_that_are_refused(saved, model, capsys, damage, message, readers):
+    """Every message names the file or its directory."""
     damage(saved)
+    message = rf"(?s)\A(?=.*{re.escape(str(saved))}).*(?:{message})"
     for target in [{"new": fresh(), "old": model}[reader] for reader in readers[:2]]:
         with refused(target, (ValueError, TypeError), message):
             slk.load_adapter(target, saved)

@@ -18,7 +18,7 @@ from stablelora_kernels.optim.snapshot import LIVE, Snapshot
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.optimizers import DEVICE, WRITES, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import latches, take_step
 from tests.optim.options import BF16, FP16, FP32, FP64
 
@@ -92,16 +92,6 @@ GRADIENTS: dict[str, Change] = {
     "misaligned gradient": lambda o, p: misaligned(p),
     "expanded gradient": lambda o, p: setattr(p, "grad", p.grad[:1].clone().expand_as(p)),
     "a scale of all": lambda o, p: setattr(o, "grad_scale", TENSOR),
-}
-
-# Writes to a B, large enough for its pair to latch
-
-
-WRITES: dict[str, Change] = {
-    "in place": lambda o, p: p.fill_(100),
-    "through detach": lambda o, p: p.detach().fill_(100),
-    "value in other memory": lambda o, p: setattr(p, "data", torch.full_like(p, 100)),
-    "through data, and refresh()": lambda o, p: (p.data.fill_(100), o.refresh()),
 }
 
 # Changes of the state and of the groups

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 import stablelora_kernels as slk
 from stablelora_kernels.optim import sharding
+from stablelora_kernels.utils.tensors import local
 from tests.helpers.distributed_training import TRAINING, compare, fit, gather
 from tests.helpers.optimizers import make_pairs, params_of, set_grads
 from tests.helpers.processes import needs_gloo, spawn
@@ -43,6 +44,8 @@ PLACEMENTS = {
 # Every process has all of it; PyTorch 2.6 sends it nonetheless.
 NO_SCATTER = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
 SETTINGS: dict[str, Any] = {"lr": 0.08, "shrink_ratio": 0.1, "weight_decay": 0.1, "seed": 7}
+# The step that is skipped.
+SKIPPED = 5
 CLIPPED = {**SETTINGS, "max_grad_norm": 0.05}
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 # Of each: parameters' dtype, backend, settings.
@@ -54,6 +57,7 @@ CASES: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
     "clipped kernel": (FP32, "triton", CLIPPED),
     "bfloat16": (BF16, "torch", SETTINGS),
     "bfloat16 kernel": (BF16, "triton", SETTINGS),
+    "master": (BF16, "torch", {**SETTINGS, "master_weights": True}),
     "master kernel": (BF16, "triton", {**SETTINGS, "master_weights": True}),
     "bfloat16 moments": (BF16, "torch", {**SETTINGS, "moments_dtype": BF16}),
     "bfloat16 moments kernel": (BF16, "triton", {**SETTINGS, "moments_dtype": BF16}),
@@ -86,8 +90,16 @@ def distributed(named: Named, world: int, way: str) -> Named:
     ]
 
 
-def train(named: Named, **settings: Any) -> dict[str, Any]:
-    """Everything after some steps, whole."""
+def train(named: Named, overflows: bool = True, **settings: Any) -> dict[str, Any]:
+    """Everything after some steps, whole.
+
+    A gradient appears in a step that is skipped. Others write to a parameter before it, and to this process's part later.
+
+    Args:
+        named: the parameters.
+        overflows: whether this process is one that finds the infinity for which all skip the step.
+        settings: of the optimizer.
+    """
     optimizer = slk.StableLoRAAdamW([(name, p.requires_grad_()) for name, p in named], **settings)
     whole = [torch.empty(p.shape, dtype=p.dtype) for _, p in named]
     for step in range(9):
@@ -96,6 +108,15 @@ def train(named: Named, **settings: Any) -> dict[str, Any]:
             p.grad = w.grad.clone()
             if isinstance(p, DTensor):
                 p.grad = distribute_tensor(w.grad, p.device_mesh, p.placements, **NO_SCATTER)
+        if step < SKIPPED:
+            named[-1][1].grad = None
+        elif step == SKIPPED:
+            with torch.no_grad():
+                named[0][1].mul_(1.5)
+        elif step == SKIPPED + 2:
+            with torch.no_grad():
+                local(named[0][1]).mul_(1.5)
+        optimizer.found_inf = torch.tensor(float(overflows and step == SKIPPED))
         optimizer.step()
     tensors = {name: gather(p) for name, p in named}
     tensors |= {f"{name}, {key}": gather(value) for name, p in named for key, value in optimizer.state[p].items()}
@@ -110,7 +131,8 @@ def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], 
         for way in WAYS[world]:
             if name in FEW or way == WAYS[world][0]:
                 with slk.use_backend(backend):
-                    found[name, way] = train(distributed(named_parameters(dtype), world, way), **settings)
+                    named = distributed(named_parameters(dtype), world, way)
+                    found[name, way] = train(named, overflows=rank == world - 1, **settings)
     return found
 
 
