@@ -24,6 +24,8 @@ def onednn(monkeypatch):
     monkeypatch.setattr(torch_path, "ONEDNN_HELPS", True)
     monkeypatch.setattr(torch_path, "ONEDNN_FROM", 1)
     monkeypatch.setattr(torch_path, "FUNCTION_FROM", 1)
+    with torch.backends.mkldnn.flags(enabled=True):
+        yield
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -62,8 +64,10 @@ def test_which_library(onednn, monkeypatch):
     assert products_of(case) == products_of(few) == ONEDNN
     with torch.backends.mkldnn.flags(enabled=False):
         assert products_of(case) == MKL
-    for dtype in (FP64, BF16):
-        assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == MKL
+    for dtype, multiplied, products in ((FP64, True, MKL), (BF16, True, MKL), (BF16, False, ONEDNN)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied))
+            assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == products
     with monkeypatch.context() as patch:
         patch.setattr(torch_path, "ONEDNN_HELPS", False)
         with Operators() as operators:
