@@ -44,20 +44,25 @@ class Result(NamedTuple):
         return f"{self.kind.name:12} {counts or 'no result'}, {self.seconds:.0f} s{verdict}"
 
 
-def environment(kind: Kind) -> dict[str, str]:
-    """This process's environment without GPUs, and of libraries' instructions and threads only the kind's settings."""
+def environment(kind: Kind, directory: Path) -> dict[str, str]:
+    """This process's environment without GPUs, and of libraries' instructions and threads only the kind's settings.
+
+    Inductor's cache would give a kind the code that it made for another one's instructions: the kind's is in ``directory``.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return kept | kind.variables() | {"CUDA_VISIBLE_DEVICES": ""}
+    more = {"CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor")}
+    return kept | kind.variables() | more
 
 
 def run(kind: Kind, arguments: Sequence[str]) -> Result:
     """Run pytest with ``arguments`` in a process of ``kind``, which prints where this one prints."""
-    with tempfile.TemporaryDirectory(prefix="processors-") as directory:
-        outcomes = Path(directory) / "outcomes.json"
+    with tempfile.TemporaryDirectory(prefix="processors-") as name:
+        directory = Path(name)
+        outcomes = directory / "outcomes.json"
         plugin = ["-p", "tests.processors.plugin", "--processor", kind.name, "--outcomes", str(outcomes)]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugin, *arguments]
         started = time.perf_counter()
-        status = subprocess.run(command, cwd=ROOT, env=environment(kind)).returncode
+        status = subprocess.run(command, cwd=ROOT, env=environment(kind, directory)).returncode
         seconds = time.perf_counter() - started
         counts = json.loads(outcomes.read_text(encoding="utf-8")) if outcomes.exists() else {}
     return Result(kind, status, seconds, counts)

@@ -123,6 +123,7 @@ def test_a_kind_that_fails_or_runs_nothing_fails_the_command(
     assert not {"ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS"} & {*native}
     assert SSE41.items() <= sse41.items()
     assert two_threads["OMP_NUM_THREADS"] == two_threads["OPENBLAS_NUM_THREADS"] == "2"
+    assert len({env["TORCHINDUCTOR_CACHE_DIR"] for _, env in runs}) == len(runs)
     assert command.main(["--kind", "native"]) == 0
 
 
