@@ -48,10 +48,11 @@ def environment(kind: Kind, directory: Path) -> dict[str, str]:
     """This process's environment without GPUs, and of libraries' instructions and threads only the kind's settings.
 
     Inductor's cache would give a kind the code that it made for another one's instructions: the kind's is in ``directory``.
+    PyTorch's threads sleep while they wait: on a busy machine, they would take the cores from those that they wait for.
     """
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     more = {"CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor")}
-    return kept | kind.variables() | more
+    return {"OMP_WAIT_POLICY": "passive"} | kept | kind.variables() | more
 
 
 def run(kind: Kind, arguments: Sequence[str]) -> Result:
