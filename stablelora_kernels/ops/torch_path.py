@@ -44,14 +44,19 @@ def _is_amd() -> bool:
         return "AuthenticAMD" in platform.processor()
 
 
+def onednn_helps(is_amd: bool) -> bool:
+    """Whether oneDNN is there and multiplies float32 faster than MKL, on a processor of AMD's or of another vendor."""
+    return (
+        is_amd
+        and torch.backends.mkl.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
 # Module constants, because torch.compile reads them as such.
 IS_AMD = _is_amd()
-ONEDNN_HELPS = (
-    torch.backends.mkl.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and IS_AMD
-)
+ONEDNN_HELPS = onednn_helps(IS_AMD)
 
 
 def _is_multiplied(name: str) -> bool:
@@ -287,12 +292,16 @@ def _in_float32(p: Projection) -> Projection:
 
 
 def torch_fwd(
-    x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the scalings are s'."""
+    x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the scalings are s'.
+
+    ``weight_dtype``: what the values of a quantized weight are rounded to, if it is not x's dtype.
+    """
     if by_float32(x):
         with without_autocast(x):
-            ys, every_s = torch_fwd(x.float(), [_in_float32(p) for p in projections], keeps, base)
+            ys, every_s = torch_fwd(x.float(), [_in_float32(p) for p in projections], keeps, base, x.dtype)
         return [y.to(x.dtype if base is None else base.dtype) for y in ys], [s.to(x.dtype) for s in every_s]
     lora_As: list[Any] = [p.lora_A for p in projections]
     # S first: then X is in the cache for the wide products.
@@ -305,7 +314,7 @@ def torch_fwd(
         assert lora_B is not None
         if base is None:
             assert weight is not None
-            y = wide_product(x, as_plain(weight, x.dtype).t(), bias)
+            y = wide_product(x, as_plain(weight, weight_dtype or x.dtype).to(x.dtype).t(), bias)
             # In place, the branch needs no second activation.
             ys.append(y.addmm_(s, lora_B.t(), alpha=scaling) if scaling != 0 else with_branch(y, s, lora_B, scaling))
         elif base.dtype == s.dtype:
@@ -323,17 +332,17 @@ def expanded(grad: Tensor) -> Tensor:
 
 def torch_bwd(
     x: Any, grads: Sequence[Tensor], projections: Sequence[Projection], s: Sequence[Any], keeps: Sequence[Tensor | None],
-    lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
+    lora_dtype: torch.dtype, need_x: bool, need_a: bool, need_b: bool, weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
     """dX, and the dA's and dB's in ``lora_dtype``. All tensors have one dtype; the scalings are s'.
 
-    Without a weight, dX is the branch's part alone.
+    Without a weight, dX is the branch's part alone. ``weight_dtype`` is that of :func:`torch_fwd`.
     """
     if by_float32(grads[0]):
         x, *s = (None if t is None else t.float() for t in (x, *s))
         projections = [_in_float32(p) for p in projections]
         in_float32, needs = [grad.float() for grad in grads], (need_x, need_a, need_b)
-        found, *rest = torch_bwd(x, in_float32, projections, s, keeps, lora_dtype, *needs)
+        found, *rest = torch_bwd(x, in_float32, projections, s, keeps, lora_dtype, *needs, grads[0].dtype)
         return None if found is None else found.to(grads[0].dtype), *rest  # type: ignore[return-value]
     dx: Tensor | None = None
     das: list[Tensor] = []
@@ -354,7 +363,7 @@ def torch_bwd(
             dx = product(every_ds[i], lora_As[i])
             dx = dx if mask is None else dx.mul_(mask)
         else:
-            weight = as_plain(p.weight, grad.dtype)
+            weight = as_plain(p.weight, weight_dtype or grad.dtype).to(grad.dtype)
             dx = wide_product(grad, weight) if dx is None else add_wide_product(dx, grad, weight)
             # In a call with dropout, a projection without a mask has no branch.
             dx = dx if mask is None else dx.addcmul_(product(every_ds[i], lora_As[i]), mask)

@@ -10,6 +10,7 @@ import torch
 
 from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops import lora_experts as op
+from stablelora_kernels.ops import torch_path
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -168,14 +169,16 @@ def test_what_pytorch_groups(x, weight, grouped, capability, monkeypatch):
     assert op.can_group(x, weight) == (grouped and capability >= (8, 0))
 
 
-def test_each_expert_is_a_lora_linear_to_the_bit():
-    # For float32 adapters, few rows would be cast in place of A and B.
-    case = Experts(BF16, BF16, bias=True)
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_each_expert_is_a_lora_linear_to_the_bit(multiplied, monkeypatch):
+    monkeypatch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied))
+    # For float32 adapters, few rows would be cast in place of A and B. Fewer than FLOAT32_ROWS of lora_linear are not computed
+    # in float32 where the processor does not multiply bfloat16.
+    case = Experts(BF16, BF16, bias=True, ends=(10, 10, 32, 40))
     given = make(case)
     found, start = run(case, given), 0
     for e, end in enumerate(case.ends):
         parts = [given[name].detach()[e] for name in ("weight", "bias", "lora_A", "lora_B")]
-        # As many rows as plain operators would be faster for, which round otherwise.
         y = lora_linear(given["x"][start:end], *(t.requires_grad_(i > 1) for i, t in enumerate(parts)), 1.7)
         assert torch.equal(found["Y"][start:end], y)
         start = end

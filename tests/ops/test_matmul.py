@@ -8,8 +8,9 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.ops import torch_path
 from stablelora_kernels.testing import assert_no_worse
-from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, Case, run
-from tests.helpers.case_checks import check
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, Case, make, run
+from stablelora_kernels.testing.expectations import plain
+from tests.helpers.case_checks import assert_close, check
 from tests.helpers.cases import small
 from tests.helpers.operators import Operators
 from tests.ops.test_ops_contract import far_reaching, with_tiny_gradients
@@ -25,6 +26,8 @@ def onednn(monkeypatch):
     monkeypatch.setattr(torch_path, "ONEDNN_HELPS", True)
     monkeypatch.setattr(torch_path, "ONEDNN_FROM", 1)
     monkeypatch.setattr(torch_path, "FUNCTION_FROM", 1)
+    with torch.backends.mkldnn.flags(enabled=True):
+        yield
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -63,8 +66,10 @@ def test_which_library(onednn, monkeypatch):
     assert products_of(case) == products_of(few) == ONEDNN
     with torch.backends.mkldnn.flags(enabled=False):
         assert products_of(case) == MKL
-    for dtype in (FP64, BF16):
-        assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == MKL
+    for dtype, multiplied, products in ((FP64, True, MKL), (BF16, True, MKL), (BF16, False, ONEDNN)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied))
+            assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == products
     with monkeypatch.context() as patch:
         patch.setattr(torch_path, "ONEDNN_HELPS", False)
         with Operators() as operators:
@@ -146,6 +151,17 @@ def test_low_precision_without_instructions_runs_in_float32(op, without_instruct
             assert multiplied_dtypes(small(op, rows, dtype=BF16, backend="torch"))[1] == expected
 
 
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_a_quantized_weight_is_rounded_before_it_is_multiplied_in_float32(kind, op, without_instructions):
+    """The results are those of the same weight in x's dtype, as everywhere, and as the base layer computes them."""
+    for dtype in (BF16, FP16):
+        case = small(op, dtype=dtype, quantized=(kind,), backend="torch")
+        operands = make(case)
+        dequantized = {name: plain(t, dtype) if name.startswith("weight") else t for name, t in operands.items()}
+        assert_close(run(case, operands), run(case, dequantized))
+
+
 # What PyTorch's query says that oneDNN multiplies on a processor.
 ANSWERS = {"neither": (), "bf16": (BF16,), "fp16": (FP16,), "both": (BF16, FP16)}
 
@@ -182,7 +198,8 @@ def test_who_decides_on_float32(monkeypatch):
     assert not torch_path._is_multiplied("a dtype that no PyTorch knows")
     for multiplied in (True, False):
         monkeypatch.setattr(torch_path, "MULTIPLIED", {BF16: multiplied})
-        assert torch_path.by_float32(x) == (not multiplied)
+        with torch.backends.mkldnn.flags(enabled=True):
+            assert torch_path.by_float32(x) == (not multiplied)
         assert not torch_path.by_float32(x.to("meta")) and not torch_path.by_float32(x.float())
         with torch.backends.mkldnn.flags(enabled=False):
             assert torch_path.by_float32(x)

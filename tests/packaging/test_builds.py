@@ -17,7 +17,9 @@ from tests.helpers.processes import ROOT
 from tests.helpers.small_models import Model, lora_config
 from tests.helpers.wheel import SOURCES, build_wheel, copy_sources
 
-pytest.importorskip("setuptools", minversion="77", reason="runs where setuptools 77 is installed: it builds without a network")
+pytest.importorskip(
+    "setuptools", minversion="77", reason="runs where setuptools 77 is installed: it builds without a network"
+)
 
 
 def run(directory: Path, *command: str | Path) -> str:
