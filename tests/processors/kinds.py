@@ -74,7 +74,7 @@ def set_up(kind: Kind) -> None:
     from stablelora_kernels.ops import torch_path
 
     if kind.onednn is not None:
-        torch.backends.mkldnn.enabled = kind.onednn
+        torch._C._set_mkldnn_enabled(kind.onednn)
     if kind.threads is not None:
         torch.set_num_threads(kind.threads)
     if kind.is_amd is not None:
