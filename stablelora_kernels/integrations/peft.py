@@ -80,7 +80,7 @@ def accelerate_peft(
                 skipped.append(SkippedModule(name, reason))
             else:
                 rows.append(_row(name, module, adapter))
-        if rows:
+        if rows or any(layers.is_only_evaluated(module, adapter) for adapter in module.lora_A):
             accelerated.append(module)
             replaced += rows
     stacks, reasons = experts.read_wrappers(wrappers) if wrappers else ({}, [])
@@ -102,9 +102,12 @@ def accelerate_peft(
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
     notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
+    if beside := [name for name, module in tuner_layers if module in accelerated and layers.is_dora_beside(module)]:
+        notes.append(f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}")
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
-        notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
+        of_groups = (layers.projection_group_key, layers.compute_projection_group, layers.reason_to_compute_alone)
+        notes += make_projection_groups(model, named, *of_groups)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
