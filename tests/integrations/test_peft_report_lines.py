@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import stablelora_kernels as slk
-from tests.helpers.peft_models import config, make, peft
+from tests.helpers.peft_models import config, make, own_forwards
 from tests.helpers.quantized_weights import torchao
 from tests.helpers.small_models import IDS, llama
 
@@ -81,20 +81,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def by_peft(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The layers whose own forward of PEFT ran."""
-    layers: list[Any] = []
-    own_forward = peft.tuners.lora.Linear.forward
-
-    def recorded(self, *args, **kwargs):
-        layers.append(self)
-        return own_forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(peft.tuners.lora.Linear, "forward", recorded)
-    return layers
-
-
 def claimed(note: str) -> Counter[int]:
     """How many groups of how many projections a note counts."""
     listed = re.findall(r"(\d+) x \(([^)]*)\)", note)
@@ -103,14 +89,15 @@ def claimed(note: str) -> Counter[int]:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_lines_are_true_of_the_next_call(setting, fusion, calls, by_peft):
+def test_lines_are_true_of_the_next_call(setting, fusion, calls):
     model = make(model=setting.base(llama(pad_token_id=0)), target_modules=TARGETS, **setting.options).train()
     setting.change(model)
     report = slk.accelerate_peft(model, **{fusion: True})
     assert setting.of(fusion) in str(report)
-    model(IDS)
+    with own_forwards() as layers:
+        model(IDS)
     names = {id(module): name for name, module in model.named_modules()}
-    own = {names[id(layer)] for layer in by_peft}
+    own = {names[id(layer)] for layer in layers}
     groups, mlps = Counter[int](), 0
     for note in report.notes:
         if note.startswith("fused projections: "):
