@@ -111,15 +111,16 @@ def _compute_sums(dora: Dora, base: Any) -> Tensor:
 
 
 def _tensors_of(weight: Any) -> list[Tensor]:
-    """The tensors that the values of a quantized weight come from."""
+    """The tensors that the values of a quantized weight come from. Views that are made in inference mode have no version."""
+    if not hasattr(weight, "quant_state"):
+        return [weight.qdata, weight.scale]
     if is_packed_for_cpu(weight):
         return [weight, weight.quant_state.absmax, weight.quant_state.code]
-    stored = read(weight).stored
-    return [stored.data, *stored.scales]
+    return [weight, *read(weight).stored.scales]
 
 
 def _state_of(t: Tensor) -> tuple[Any, ...]:
-    # Tensors of inference mode have no version.
+    # A model that is made in inference mode has no versions either.
     return t.device, t.data_ptr(), 0 if t.is_inference() else t._version
 
 

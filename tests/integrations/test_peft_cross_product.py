@@ -200,7 +200,7 @@ class Case(NamedTuple):
         return {"Y": y.detach(), "dX": x.grad} | grads
 
     def lower(self) -> torch.dtype | None:
-        """The autocast under which PEFT multiplies in the ops' dtype. Without, it computes float32 branches of 16 bits in float32."""
+        """The autocast under which PEFT multiplies in the ops' dtype: beside a base of 16 bits it casts x to float32."""
         lifts = self.autocast is None and self.base != FP32 and self.adapters == FP32 and self.kind != "experts"
         return self.base if lifts else self.autocast
 
