@@ -37,8 +37,9 @@ def accelerate_peft(
     On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also holds for bitsandbytes' 4-bit
     and torchao's float8 weights. Any other base layer (otherwise quantized, transformers' Conv1D, with hooks) computes its own
     product, and one op per adapter adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change
-    that: PEFT would copy x to float32, this library does not. DoRA without dropout, and stacks of experts with one active adapter
-    (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's size.
+    that: PEFT would copy x to float32, this library does not. DoRA without dropout (with dropout in evaluation only), and stacks
+    of experts with one active adapter (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's
+    size.
 
     A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in float8 or integers, and below
     a layer whose input compressed-tensors quantizes.
@@ -65,6 +66,7 @@ def accelerate_peft(
     """
     layers, experts = _layers(), _experts()
     accelerated, replaced, skipped = [], [], []
+    beside: list[str] = []
     tuner_layers = _tuner_layers(model, layers)
     wrappers = {name: module for name, module in tuner_layers if experts and isinstance(module, experts.ParamWrapper)}
     for name, module in tuner_layers:
@@ -83,6 +85,8 @@ def accelerate_peft(
         if rows or any(layers.is_only_evaluated(module, adapter) for adapter in module.lora_A):
             accelerated.append(module)
             replaced += rows
+            if layers.is_dora_beside(module):
+                beside.append(name)
     stacks, reasons = experts.read_wrappers(wrappers) if wrappers else ({}, [])
     skipped += reasons
     for name, wrapper in stacks.items():
@@ -102,7 +106,7 @@ def accelerate_peft(
         wrapper.__class__ = experts.AcceleratedExperts
     _unfuse(model)
     notes = faults + _unmatched(model, [name for name, _ in tuner_layers])
-    if beside := [name for name, module in tuner_layers if module in accelerated and layers.is_dora_beside(module)]:
+    if beside:
         notes.append(f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}")
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
