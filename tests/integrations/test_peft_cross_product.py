@@ -23,11 +23,13 @@ from stablelora_kernels.testing import MLP_SLOPES, SLOPES, assert_no_worse
 from tests.helpers import gated_mlps, moe_models
 from tests.helpers.case_checks import next_keep
 from tests.helpers.cases import BF16, FP16, FP32, FP64, MANY
+from tests.helpers.largest_shares import PROPERTY
 from tests.helpers.op_calls import Calls, counted_ops
 from tests.helpers.peft_models import config, own_forwards, peft
 from tests.helpers.quantized_weights import bnb_4bit, torchao
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Products are so small that two threads would mostly wait for each other.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 K, N, P = 32, 24, 0.3
 Results = dict[str, Tensor]
 
@@ -250,7 +252,7 @@ def dropping_alike(model: Any, case: Case) -> Any:
 
 @pytest.mark.covering
 @pytest.mark.parametrize(("kind", "autocast", "base", "adapters", "dropout", "call"), CASES)
-def test_cross_product(kind, autocast, base, adapters, dropout, call, backend):
+def test_cross_product(kind, autocast, base, adapters, dropout, call, backend, record_property):
     low = AUTOCAST[autocast] or BF16
     base_dtype = FP32 if base == "fp32 base" else low
     # Experts' op has one way for any number of rows.
@@ -270,6 +272,7 @@ def test_cross_product(kind, autocast, base, adapters, dropout, call, backend):
         found = case.run(model, x, case.autocast)
     check_calls(case, calls, layers)
     assert found.keys() == of_peft.keys()
+    shares = [(0.0, "")]
     for name, value in found.items():
         assert value.dtype == of_peft[name].dtype, name
         if case.is_pefts:
@@ -278,7 +281,9 @@ def test_cross_product(kind, autocast, base, adapters, dropout, call, backend):
         # Experts are gated MLPs too.
         slopes = MLP_SLOPES if kind in ("MLP", "experts") else SLOPES
         slope = slopes[case.low] if name == "Y" else None
-        assert_no_worse(value, reference[name], baseline[name], dtype=case.low, slope=slope, name=name)
+        compared = assert_no_worse(value, reference[name], baseline[name], dtype=case.low, slope=slope, name=name)
+        shares += [(one.share, f"{one.of} of {case}") for one in compared]
+    record_property(PROPERTY, max(shares))
 
 
 def check_calls(case: Case, calls: Calls, layers: list[Any]) -> None:
