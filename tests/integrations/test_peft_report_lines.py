@@ -14,7 +14,7 @@ from tests.helpers.peft_models import config, make, own_forwards
 from tests.helpers.quantized_weights import torchao
 from tests.helpers.small_models import IDS, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 hotswap = pytest.importorskip("peft.utils.hotswap", reason="peft is not installed (pip install .[test])")
 FUSIONS = ("fuse_projections", "fuse_mlp")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
