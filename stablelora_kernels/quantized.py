@@ -161,7 +161,7 @@ class NF4Weight:
                 f"weight must be a quantized Params4bit of two dimensions, got {type(weight).__name__} of "
                 f"shape {list(weight.shape)}, quant_state {state!r}"
             )
-        if getattr(state, "packing_format_for_cpu", False):
+        if is_packed_for_cpu(weight):
             raise ValueError(
                 "weight must be in bitsandbytes' usual packing, got the one that it makes on a CPU in eval mode; make the "
                 "weight's layer compute in train mode, or move it to a GPU, before its first call"
@@ -268,6 +268,11 @@ def _has_passed(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) ->
 def is_quantized(weight: Any) -> bool:
     """Whether ``weight`` is a parameter of bitsandbytes in 4 bits or of torchao in float8, by the name of its type."""
     return type(weight).__name__ in ("Params4bit", "Float8Tensor")
+
+
+def is_packed_for_cpu(weight: Any) -> bool:
+    """Whether bitsandbytes has packed ``weight`` for inference on a CPU, which only its own layer reads."""
+    return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def read(weight: Any) -> NF4Weight | FP8Weight:

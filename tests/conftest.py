@@ -69,7 +69,7 @@ def mesh() -> Iterator[DeviceMesh]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """PyTorch's fused AdamW starts its threads for every tensor, however small, and waits for a busy machine to run them."""
+    """PyTorch's operators start their threads for small tensors too, and wait for a busy machine to run them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

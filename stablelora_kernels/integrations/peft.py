@@ -41,8 +41,9 @@ def accelerate_peft(
     On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also holds for bitsandbytes' 4-bit
     and torchao's float8 weights. Any other base layer (otherwise quantized, transformers' Conv1D, with hooks) computes its own
     product, and one op per adapter adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change
-    that: PEFT would copy x to float32, this library does not. DoRA without dropout, and stacks of experts with one active adapter
-    (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's size.
+    that: PEFT would copy x to float32, this library does not. DoRA without dropout (with dropout in evaluation only), and stacks
+    of experts with one active adapter (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's
+    size.
 
     A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in float8, integers or 4 bits,
     and before a layer that quantizes its input, as some of torchao's and compressed-tensors' do.
@@ -69,6 +70,7 @@ def accelerate_peft(
     """
     layers, experts = _layers(), _experts()
     accelerated, replaced, skipped = [], [], []
+    beside: list[str] = []
     tuner_layers = _tuner_layers(model, layers)
     wrappers = {name: module for name, module in tuner_layers if experts and isinstance(module, experts.ParamWrapper)}
     for name, module in tuner_layers:
@@ -84,9 +86,11 @@ def accelerate_peft(
                 skipped.append(SkippedModule(name, reason))
             else:
                 rows.append(_row(name, module, adapter))
-        if rows:
+        if rows or any(layers.is_only_evaluated(module, adapter) for adapter in module.lora_A):
             accelerated.append(module)
             replaced += rows
+            if layers.is_dora_beside(module):
+                beside.append(name)
     stacks, reasons = experts.read_wrappers(wrappers) if wrappers else ({}, [])
     skipped += reasons
     for name, wrapper in stacks.items():
@@ -109,9 +113,12 @@ def accelerate_peft(
     if any(parameter.requires_grad for parameter in model.parameters()):
         notes += notes_on_heads(model)
     notes += _notes_on_stacks(model, wrappers)
+    if beside:
+        notes.append(f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}")
     if fuse_projections:
         named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
-        notes.append(make_projection_groups(model, named, layers.projection_group_key, layers.compute_projection_group))
+        of_groups = (layers.projection_group_key, layers.compute_projection_group, layers.reason_to_compute_alone)
+        notes += make_projection_groups(model, named, *of_groups)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,14 @@ from stablelora_kernels.integrations.peft_operands import (
     read_matrices,
 )
 from stablelora_kernels.nn.linear import weight_and_bias
-from stablelora_kernels.ops.dora import row_norms, scale_columns, square_sums
-from stablelora_kernels.quantized import is_quantized, read
+from stablelora_kernels.ops.dora import row_norms, scale_columns, square_sums, square_sums_by_products
+from stablelora_kernels.ops.torch_path import without_autocast
+from stablelora_kernels.quantized import is_packed_for_cpu, is_quantized, read
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import is_sharded
+
+# The largest element of an input for whose product a bias is taken away again.
+_LARGEST = 64.0
 
 
 class Dora(NamedTuple):
@@ -36,48 +41,87 @@ class Dora(NamedTuple):
     bias: Tensor | None
 
     def output(self, base: Any, x: Tensor) -> Tensor:
-        """(m / n) Z + bias, for the product Z of the base layer and the branch without a bias."""
+        """(m / n) Z + bias in the dtype of the base layer's output, for its product and the branch, Z, without a bias."""
         operand = base_operand(base, x)
         if isinstance(operand, Base):
             z = self.branch.with_base(operand._replace(bias=None), x)
+            # Quantized base layers return x's dtype, even under autocast.
+            dtype = z.dtype if isinstance(operand.weight, Tensor) else x.dtype
         else:
-            z = self.branch.add_to(self.product(base, x), x)
-        with torch.no_grad():
-            norms = _row_norms(self, base, z.dtype)
-        return scale_columns(z, self.magnitude / norms, self.bias)
+            base_out = base(x)
+            z = self.branch.add_to(self.without_bias(base_out), x)
+            dtype = base_out.dtype
+        # Norms need the digits of the weights, which autocast would take from them.
+        with torch.no_grad(), without_autocast(x):
+            norms = _row_norms(self, base)
+        return scale_columns(z, self.magnitude / norms, self.bias).to(dtype)
 
-    def product(self, base: Any, x: Tensor) -> Tensor:
-        """X W^T, as the base layer computes it."""
-        y = base(x)
-        return y if self.bias is None else y - self.bias
-
-
-# By quantized weight, where its memory is and its version, and |W_n|^2.
-_square_sums = WeakTensorKeyDictionary()
+    def without_bias(self, base_out: Tensor) -> Tensor:
+        return base_out if self.bias is None else base_out - self.bias
 
 
-def _row_norms(dora: Dora, base: Any, dtype: torch.dtype) -> Tensor:
-    (lora_A, lora_B, _, scaling, _), weight = dora.branch, dora.weight
-    if is_quantized(weight):
-        sums, products = _sums_of_quantized(weight), dora.product(base, lora_A.to(dtype))
-    else:
-        sums = square_sums(weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            products = nn.functional.linear(lora_A.to(weight.dtype), weight)
-    return row_norms(sums, products, lora_A, lora_B, scaling)
+class _KnownSums(NamedTuple):
+    """|W_n|^2 of a quantized weight, and the state of its memory that they were computed from."""
+
+    state: list[tuple[Any, ...]]
+    sums: Tensor
 
 
-def _sums_of_quantized(weight: Any) -> Tensor:
-    """|W_n|^2, kept until the weight is moved or written: dequantizing takes a while."""
-    stored = read(weight).stored
+# By quantized weight.
+_known_sums: MutableMapping[Tensor, _KnownSums] = WeakTensorKeyDictionary()
+
+
+def _row_norms(dora: Dora, base: Any) -> Tensor:
+    branch, weight = dora.branch, dora.weight
+    if not is_quantized(weight):
+        products = nn.functional.linear(branch.lora_A.to(weight.dtype), weight)
+        return row_norms(square_sums(weight), products, branch.lora_A, branch.lora_B, branch.scaling)
+    products = _product(dora, base, branch.lora_A)
+    return row_norms(_sums_of_quantized(dora, base), products, branch.lora_A, branch.lora_B, branch.scaling)
+
+
+def _product(dora: Dora, base: Any, x: Tensor) -> Tensor:
+    """X W^T of a quantized weight, by its layer."""
+    # bitsandbytes' layers cast their input themselves.
+    x = x.to(torch.float32 if hasattr(base, "compute_dtype") else dora.weight.dtype)
+    if dora.bias is None:
+        return base(x)
+    # Beside a much larger bias, few digits would be left for the product.
+    factor = _LARGEST / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    return dora.without_bias(base(x * factor)) / factor
+
+
+def _sums_of_quantized(dora: Dora, base: Any) -> Tensor:
+    """|W_n|^2, kept until the weight or one of its scales is moved or written: dequantizing takes a while."""
+    weight = dora.weight
     if torch.compiler.is_compiling():
-        return square_sums(stored.dequantize(torch.float32))
-    state = stored.data.device, stored.data.data_ptr(), stored.data._version
-    known, sums = _square_sums.get(weight, (None, None))
-    if known != state:
-        sums = square_sums(stored.dequantize(torch.float32))
-        _square_sums[weight] = state, sums
-    return sums
+        return square_sums(read(weight).dequantize(torch.float32))
+    state = [_state_of(t) for t in _tensors_of(weight)]
+    known = _known_sums.get(weight)
+    if known is None or known.state != state:
+        known = _KnownSums(state, _compute_sums(dora, base))
+        _known_sums[weight] = known
+    return known.sums
+
+
+def _compute_sums(dora: Dora, base: Any) -> Tensor:
+    if is_packed_for_cpu(dora.weight):
+        return square_sums_by_products(lambda x: _product(dora, base, x), dora.weight.quant_state.shape, dora.magnitude)
+    return square_sums(read(dora.weight).dequantize(torch.float32))
+
+
+def _tensors_of(weight: Any) -> list[Tensor]:
+    """The tensors that the values of a quantized weight come from. Views that are made in inference mode have no version."""
+    if not hasattr(weight, "quant_state"):
+        return [weight.qdata, weight.scale]
+    if is_packed_for_cpu(weight):
+        return [weight, weight.quant_state.absmax, weight.quant_state.code]
+    return [weight, *read(weight).stored.scales]
+
+
+def _state_of(t: Tensor) -> tuple[Any, ...]:
+    # A model that is made in inference mode has no versions either.
+    return t.device, t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def is_dora(layer: Any, adapter: str) -> bool:

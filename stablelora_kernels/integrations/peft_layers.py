@@ -31,17 +31,32 @@ from stablelora_kernels.integrations.peft_operands import (
 )
 from stablelora_kernels.nn.fused_mlp import LayerKind, Operand
 from stablelora_kernels.nn.projection_group import ATTRIBUTE
+from stablelora_kernels.quantized import is_quantized
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
+
+# Why the ops do not train such an adapter.
+DORA_WITH_DROPOUT = (
+    "is DoRA with dropout, which needs the base product of two inputs to train; evaluation runs on the ops"
+)
 
 
 def reason_against(layer: Any, adapter: str) -> str | None:
     """Why PEFT's own forward must compute an adapter of a layer, at least in training, or None."""
     found = read_dora(layer, adapter) if is_dora(layer, adapter) else read_branch(layer, adapter)
-    if not isinstance(found, (str, Branch)) and type(layer.lora_dropout[adapter]) is nn.Dropout:
-        return f"adapter {adapter!r} is DoRA with dropout, which needs the base product of two inputs"
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    return f"adapter {adapter!r} {DORA_WITH_DROPOUT}" if _is_dora_with_dropout(layer, adapter) else None
+
+
+def is_only_evaluated(layer: Any, adapter: str) -> bool:
+    """Whether the ops compute an adapter in evaluation, but not in training."""
+    return _is_dora_with_dropout(layer, adapter) and not isinstance(read_dora(layer, adapter), str)
+
+
+def _is_dora_with_dropout(layer: Any, adapter: str) -> bool:
+    return is_dora(layer, adapter) and type(layer.lora_dropout[adapter]) is nn.Dropout
 
 
 def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
@@ -158,6 +173,50 @@ def projection_group_key(layer: Any) -> tuple[Any, ...]:
     return (layer.in_features, base.weight.dtype) if type(base) is nn.Linear else (id(layer),)
 
 
+def reason_to_compute_alone(layer: Any) -> str | None:
+    """Why :func:`compute_projection_group` leaves a layer and its group to themselves as the layer is now, or None."""
+    if (reason := _state_against(layer)) is not None:
+        return reason
+    active = _active_adapters(layer)
+    if not active:
+        return "has no active adapter"
+    for adapter in active:
+        if isinstance(branch := read_branch(layer, adapter), str):
+            return _who_computes(layer, adapter, branch)
+    operand = base_operand(layer._modules["base_layer"], None)
+    if isinstance(operand, str):
+        return operand
+    return "has a quantized weight" if is_quantized(operand.weight) else None
+
+
+def _state_against(layer: Any) -> str | None:
+    """Why an accelerated layer computes no branch in its present state, or None."""
+    if layer.merged:
+        return "is merged"
+    return "is disabled" if layer.disable_adapters else None
+
+
+def _active_adapters(layer: Any) -> list[str]:
+    """The active adapters that an accelerated layer has."""
+    return [name for name in layer.active_adapters if name in layer._modules["lora_A"]._modules]
+
+
+def is_dora_beside(layer: Any) -> bool:
+    """Whether DoRA is active beside another adapter, so that PEFT's own forward computes both."""
+    active = _active_adapters(layer)
+    return len(active) > 1 and any(is_dora(layer, adapter) for adapter in active)
+
+
+def _who_computes(layer: Any, adapter: str, reason: str) -> str:
+    """Where an accelerated layer's active adapter runs in training that :func:`read_branch` refuses for ``reason``."""
+    if is_dora(layer, adapter):
+        of_dora = reason_against(layer, adapter)
+        if of_dora is None and not is_dora_beside(layer):
+            return f"computes adapter {adapter!r}, which is DoRA, by itself"
+        reason = of_dora or f"adapter {adapter!r} is DoRA beside another active adapter"
+    return f"runs PEFT's own forward: {reason}"
+
+
 def read_operand(layer: Any, x: Tensor | None) -> Operand | str:
     """What a fused MLP reads of a PEFT layer or of a frozen one beside it, or why that must compute by itself.
 
@@ -187,20 +246,18 @@ def _active_branch(layer: Any, x: Tensor | None) -> Branch | str | None:
         adapters = getattr(layer, "lora_A", ())
         reasons = [reason_against(layer, name) for name in adapters if type(layer) in KNOWN]
         return f"runs PEFT's own forward: {next(filter(None, reasons), f'it is a {type(layer).__name__}')}"
-    if layer.merged:
-        return "is merged"
-    if layer.disable_adapters:
-        return "is disabled"
+    if (reason := _state_against(layer)) is not None:
+        return reason
     if x is not None and is_observed(layer):
         return "is watched"
-    active = [name for name in layer.active_adapters if name in layer._modules["lora_A"]._modules]
+    active = _active_adapters(layer)
     if len(active) > 1:
         return f"has {len(active)} active adapters, {', '.join(map(repr, active))}"
     if not active:
         return None
     branch = read_branch(layer, active[0])
     if isinstance(branch, str):
-        return f"runs PEFT's own forward: {branch}"
+        return _who_computes(layer, active[0], branch)
     if branch.bias is not None:
         return f"has a bias in lora_B of adapter {active[0]!r}, which trains"
     # Without an x, the dropout of training.

@@ -140,7 +140,7 @@ def apply_plan(
         module.requires_grad_(True)
     if fuse_projections:
         plain = {name: layer for name, layer in layers.items() if type(layer) is LoRALinear}
-        notes.append(make_projection_groups(model, plain, projection_group_key, compute_projection_group))
+        notes += make_projection_groups(model, plain, projection_group_key, compute_projection_group)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
         mlps = fuse_mlps(model, OWN_LAYERS)

@@ -99,7 +99,7 @@ class LoRAReport(_Report):
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
         modules = len({module.name for module in self.replaced})
-        where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module runs on this library's ops"
+        where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module trains on this library's ops"
         lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
         kinds = Counter((m.name.rpartition(".")[2], *astuple(m)[1:]) for m in self.replaced)
         for (name, k, n, r, alpha, scaling, adapter, experts), count in kinds.items():

@@ -158,6 +158,8 @@ def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> di
             return f"{name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
         operands[name] = operand
     each = operands.values()
+    if all(o.dropout_p is None for o in each):
+        return "no projection has an active adapter"
     for what, values in (
         ("lora_dropout", [o.dropout_p for o in each]),
         ("the adapter's dtype", [None if o.weights.lora_A is None else o.weights.lora_A.dtype for o in each]),

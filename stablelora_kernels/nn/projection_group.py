@@ -117,8 +117,12 @@ def make_projection_groups(
     layers: Mapping[str, Any],
     key: Callable[[Any], tuple[Any, ...]],
     compute: Callable[[Sequence[Any], Tensor], Any],
-) -> str:
-    """Put those of ``layers`` that share an input into groups, replace existing groups, and return a note for the report."""
+    reason_to_compute_alone: Callable[[Any], str | None] = lambda layer: None,
+) -> list[str]:
+    """Put those of ``layers`` that share an input into groups, replace existing groups, and return notes for the report.
+
+    ``reason_to_compute_alone(layer)``: why ``compute`` leaves a layer and its group to themselves as the layer is now, or None.
+    """
     groups = _find_projection_groups(model, layers, key)
     remove_projection_groups(layers.values())
     for names in groups:
@@ -128,9 +132,20 @@ def make_projection_groups(
         for layer in group.layers:
             layer.__dict__[ATTRIBUTE] = group
     if not groups:
-        return "fuse_projections found no layers that share an input"
-    counts = Counter(", ".join(name.rpartition(".")[2] for name in names) for names in groups)
-    return "fused projections: " + "; ".join(f"{count} x ({kind})" for kind, count in counts.items())
+        return ["fuse_projections found no layers that share an input"]
+    kinds: dict[str | None, Counter[str]] = {}
+    for names in groups:
+        children = [name.rpartition(".")[2] for name in names]
+        reasons = {child: reason_to_compute_alone(layers[name]) for child, name in zip(children, names, strict=True)}
+        first = next((f"{child!r} {reason}" for child, reason in reasons.items() if reason is not None), None)
+        kinds.setdefault(first, Counter())[", ".join(children)] += 1
+    return [_note(counts, reason) for reason, counts in kinds.items()]
+
+
+def _note(counts: Counter[str], reason: str | None) -> str:
+    """A note on groups of one outcome, by their layers' names."""
+    listed = "; ".join(f"{count} x ({names})" for names, count in counts.items())
+    return f"fused projections: {listed}" if reason is None else f"projections that are not fused: {listed}: {reason}"
 
 
 def remove_projection_groups(layers: Iterable[Any]) -> None:

@@ -7,6 +7,7 @@ W A^T is the base layer's product for the r rows of A, so W itself may be stored
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,25 @@ def square_sums(weight: Tensor) -> Tensor:
     return torch.cat(parts).square_()
 
 
+def square_sums_by_products(product: Callable[[Tensor], Tensor], shape: tuple[int, int], like: Tensor) -> Tensor:
+    """|W_n|^2 for each row of a W that nothing but its layer reads, in float32.
+
+    Args:
+        product: returns x W^T for x [M, K].
+        shape: N and K.
+        like: a tensor of the dtype and on the device that x must have.
+    """
+    n, k = shape
+    total = torch.zeros(n, dtype=torch.float32, device=like.device)
+    step = max(1, _ELEMENTS // max(n, k))
+    for start in range(0, k, step):
+        # Some rows of the identity matrix, whose products are columns of W.
+        rows = like.new_zeros(min(step, k - start), k)
+        rows.diagonal(start).fill_(1)
+        total += product(rows).float().square_().sum(0)
+    return total
+
+
 class _ScaleColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
@@ -60,12 +80,16 @@ class _ScaleColumns(torch.autograd.Function):
         if z is None:
             return dz, None
         total = torch.zeros_like(factor)
-        for dy, part in zip(grad.flatten(0, -2).split(_ROWS), z.flatten(0, -2).split(_ROWS), strict=True):
-            total += (dy.to(factor.dtype) * part).sum(0)
+        grad_blocks, z_blocks = (t.reshape(-1, t.shape[-1]).split(_ROWS) for t in (grad, z))
+        for grad_rows, z_rows in zip(grad_blocks, z_blocks, strict=True):
+            total += (grad_rows.to(factor.dtype) * z_rows).sum(0)
         return dz, total
 
 
 def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """``factor ∘ Z + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N]; rounded to z's dtype once or twice."""
+    """``factor ∘ Z + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N]; rounded to z's dtype once or twice.
+
+    A bias in another dtype is cast to z's, as in a linear layer under autocast.
+    """
     y: Tensor = _ScaleColumns.apply(z, factor)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)

@@ -129,6 +129,14 @@ def expectations(
     return expected
 
 
+def next_keep(rows: int, width: int, p: float, backend: str, device: str) -> tuple[Tensor, float]:
+    """The mask [rows, width] that a call draws next from torch's generator, and the probability that it is drawn with."""
+    if backend != "triton":
+        return draw_keep(torch.empty(rows, width, device=device), p)
+    seed = int(torch.randint(2**63 - 1, (1,), device=device))
+    return dropout_keep_ref(rows, width, p, seed).to(device), drop_share(p)
+
+
 def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
     """The dropout masks that a call must draw behind its seed, by projection, and the probability that they are drawn with."""
     keeps: list[Tensor | None] = []
@@ -141,12 +149,8 @@ def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
             keeps.append(None)
         elif case.shared and i == 1:
             keeps.append(keeps[0])
-        elif case.backend == "triton":
-            number = int(torch.randint(2**63 - 1, (1,), device=case.device))
-            keeps.append(dropout_keep_ref(rows, width, case.p, number).to(case.device).view(*x.shape[:-1], width))
-            p = drop_share(case.p)
         else:
-            keep, p = draw_keep(torch.empty(rows, width, device=case.device), case.p)
+            keep, p = next_keep(rows, width, case.p, case.backend, case.device)
             keeps.append(keep.view(*x.shape[:-1], width))
     return keeps, p
 

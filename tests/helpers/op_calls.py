@@ -15,11 +15,11 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels import functional
 
-OPS = ("lora_linear", "lora_linear_if", "lora_branch", "lora_linear_group", "lora_mlp")
+OPS = ("lora_linear", "lora_linear_if", "lora_branch", "lora_linear_group", "lora_mlp", "lora_experts")
 
 
 class Calls:
-    """``layers`` counts lora_linear and lora_branch. ``before`` runs before each call, and may raise."""
+    """``layers`` counts lora_linear, lora_branch and lora_experts. ``before`` runs before each call, and may raise."""
 
     def __init__(self) -> None:
         self.before: Callable[[], Any] = lambda: None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,3 +69,23 @@ def one_layer(dtype, lora_dtype=torch.float32):
         if "lora_" in name:
             parameter.data = parameter.data.to(lora_dtype)
     return model, torch.randn(96, 80).to(dtype).requires_grad_()
+
+
+@contextmanager
+def own_forwards() -> Iterator[list[Any]]:
+    """The layers whose own forward of PEFT runs in the block."""
+    layers: list[Any] = []
+
+    def recording(forward):
+        def recorded(self, *args, **kwargs):
+            layers.append(self)
+            return forward(self, *args, **kwargs)
+
+        return recorded
+
+    kinds = [getattr(peft.tuners.lora, name, None) for name in ("Linear", "Linear4bit", "Linear8bitLt", "ParamWrapper")]
+    with ExitStack() as stack:
+        for kind in kinds:
+            if kind is not None:
+                stack.enter_context(mock.patch.object(kind, "forward", recording(kind.forward)))
+        yield layers

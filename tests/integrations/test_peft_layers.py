@@ -92,7 +92,7 @@ def test_variants_are_named():
     assert not report.replaced and [type(m) for m in model.modules()] == before
     assert len(report.skipped) == 4
     assert all(text.startswith("adapter 'default' is a variant of LoRA") for text in reasons(report).values())
-    assert str(report).startswith("No LoRA module runs on this library's ops; ")
+    assert str(report).startswith("No LoRA module trains on this library's ops; ")
     for change, reason in (
         (lambda layer: layer.lora_A.update({"default": nn.Linear(16, 4)}), "lora_A of adapter 'default' has a bias"),
         (

@@ -179,7 +179,7 @@ class Linear(nn.Linear):
     pass
 
 
-DORA = "'gate_proj' runs PEFT's own forward: adapter 'default' is a variant of LoRA (DoraLinearVariant)"
+DORA = "'gate_proj' computes adapter 'default', which is DoRA, by itself"
 STACKED = "'gate_up_proj' holds gate and up stacked in a quantized weight, which is not cut in two"
 GATE = {"targets": ["gate_proj"]}
 NOT_READ = {
