@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from stablelora_kernels.quantized import is_packed_for_cpu
 from stablelora_kernels.utils.tensors import is_sharded
 
 # Attributes by which libraries say that a weight's product quantizes its input. They decide where a call is not possible.
@@ -29,8 +28,6 @@ def reason_input_gets_no_gradient(layer: nn.Module) -> str | None:
         return None
     if _scheme_of_inputs(layer) is not None:
         return None if _gives_gradient(layer) else "compressed-tensors quantizes the input without a gradient"
-    if is_packed_for_cpu(layer.weight):
-        return "bitsandbytes has packed its weight for evaluation on a CPU, whose product has no gradient for the input"
     # Subclasses have products of their own, and a parametrized one computes its weight at each access.
     if type(layer) is not nn.Linear or not _is_of_a_library(layer.weight) or _gives_gradient(layer):
         return None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_packed_for_cpu
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
 
 NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 N, K = 96, 64
@@ -114,20 +114,6 @@ class Scaled(Tensor):
 def scaled(linear: nn.Linear) -> nn.Linear:
     linear.weight = nn.Parameter((linear.weight.detach() / 2).as_subclass(Scaled))
     return linear
-
-
-def bnb_4bit_packed(linear: nn.Linear) -> nn.Linear:
-    """As bitsandbytes leaves a layer after a call in evaluation, if the processor has instructions for it.
-
-    With a bias, training raises an error.
-    """
-    linear.bias = None
-    layer = bnb_4bit(linear).requires_grad_(False).eval()
-    with torch.no_grad():
-        layer(torch.ones(1, linear.in_features))
-    if not is_packed_for_cpu(layer.weight):
-        pytest.skip("runs on CPUs with AVX512-BF16, for which bitsandbytes packs the weight")
-    return layer.train()
 
 
 class Failing(Scaled):
