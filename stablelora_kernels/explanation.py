@@ -18,7 +18,7 @@ from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import get_autotune, get_kernel
 from stablelora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
-from stablelora_kernels.projection import Projection, flatten, layouts_of, scale_count, split
+from stablelora_kernels.projection import BIASES, Projection, flat, layouts_of, scales_of
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.validation import check_float, check_int
 
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     """One launch.
 
     Attributes:
-        kernel: "lora_linear_tma", "lora_shrink", ...; "vendor" for the vendor's product.
+        kernel: "lora_linear_tma", "lora_down", ...; "vendor" for the vendor's product.
         variant: the kernel's variant and its tile, in words.
         reason: the reason for the tile.
         grid: programs. Empty for the vendor's product, which chooses grid, warps and stages itself.
@@ -236,14 +236,15 @@ def linear_launches(
     projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
     x, seeds = _zeros(where, m, k, of=dtypes[0]), [seed_of(where, dropout_p) for _ in ns]
     base = _zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None
-    lists, numbers = lists_of(projections)
-    numbers = (*numbers, dropout_p)
-    (ys, s, masks), forward = lora_linear_fwd.plan(
-        device, (x, base, *lists, seeds, *numbers, True, dropout_p > 0), choices[0]
+    operands, numbers = flat(projections), numbers_of(projections, dropout_p)
+    scales = scales_of(projections, layouts_of(projections))
+    results, forward = lora_linear_fwd.plan(
+        device, (x, base, operands, scales, seeds, *numbers, True, dropout_p > 0), choices[0]
     )
-    datas, scales, _, lora_As, lora_Bs = lists
-    given = (x, ys, datas if base is None else (), scales, lora_As, lora_Bs, [s], masks or [None] * len(ns))
-    _, backward = lora_linear_bwd.plan(device, (*given, *numbers, True, True, True), choices[1])
+    ys, s, masks = results
+    operands[BIASES] = [None] * len(ns)
+    saved = (operands, scales, [s], masks or [None] * len(ns))
+    backward = lora_linear_bwd.plan(device, (x, ys, *saved, *numbers, True, True, True), choices[1])[1]
     return forward, backward
 
 
@@ -270,11 +271,9 @@ def projection_of(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: An
     return Projection(weight, _zeros(where, n, of=dtype), lora_A, lora_B, 1.0)
 
 
-def lists_of(projections: Sequence[Projection]) -> tuple[list[list[Any]], Any]:
-    """The lists of tensors that an op takes, then layouts and scalings."""
-    n, layouts = len(projections), layouts_of(projections)
-    lists = split(flatten(projections), (n, scale_count(layouts), n, n, n))
-    return lists, (layouts, [p.scaling for p in projections])
+def numbers_of(projections: Sequence[Projection], dropout_p: float) -> tuple[Any, ...]:
+    """What ops take behind lists of tensors: layouts, scalings, and the probability."""
+    return layouts_of(projections), [p.scaling for p in projections], dropout_p
 
 
 def seed_of(where: str, dropout_p: float) -> Tensor | None:

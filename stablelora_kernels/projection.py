@@ -34,20 +34,50 @@ class Projection(NamedTuple):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
-def flatten(projections: Sequence[Projection]) -> Sequence[Any]:
-    """The tensors of ``projections`` in the order in which ops take them: datas, all scales, biases, A's and B's.
+# Where each kind of tensor is among the operands that :func:`flat` makes of projections.
+WEIGHTS, BIASES, LORA_AS, LORA_BS = (slice(first, None, 4) for first in range(4))
 
-    A weight's data is the weight itself, or a quantized weight's bytes.
+
+def flat(projections: Sequence[Projection]) -> list[Any]:
+    """The operands of ``projections``, as ops and autograd functions take them: of each its data, bias, A and B.
+
+    A weight's data is the weight itself, or a quantized weight's bytes, whose scales are no operands: see :func:`scales_of`.
     """
-    if len(projections) == 1:
-        weight, bias, lora_A, lora_B, _ = projections[0]
-        return (weight.data, *weight.scales, bias, lora_A, lora_B) if isinstance(weight, Stored) else projections[0][:4]
-    weights, biases, lora_As, lora_Bs, _ = zip(*projections, strict=True)
-    if Stored not in map(type, weights):
-        return (*weights, *biases, *lora_As, *lora_Bs)
-    datas = [weight.data if isinstance(weight, Stored) else weight for weight in weights]
-    scales = [scale for weight in weights if isinstance(weight, Stored) for scale in weight.scales]
-    return (*datas, *scales, *biases, *lora_As, *lora_Bs)
+    operands: list[Any] = []
+    for p in projections:
+        operands += p[:4]
+        if isinstance(p.weight, Stored):
+            operands[-4] = p.weight.data
+    return operands
+
+
+def scales_of(projections: Sequence[Projection], layouts: Sequence[int]) -> Sequence[Tensor]:
+    """The scales of all quantized weights. Without ``layouts`` there is none."""
+    if not layouts:
+        return ()
+    return [scale for p in projections if isinstance(p.weight, Stored) for scale in p.weight.scales]
+
+
+def in_fours(operands: Sequence[Any]) -> list[Sequence[Any]]:
+    """The operands of each projection."""
+    return [operands[at : at + 4] for at in range(0, len(operands), 4)]
+
+
+def projections_of(
+    operands: Sequence[Any], scales: Iterable[Tensor], layouts: Sequence[int], scalings: Sequence[float]
+) -> list[Projection]:
+    """The projections that :func:`flat`, :func:`scales_of` and :func:`layouts_of` have taken apart."""
+    left, projections = iter(scales), []
+    for i, (of_one, scaling) in enumerate(zip(in_fours(operands), scalings, strict=True)):
+        p = Projection(*of_one, scaling)  # type: ignore[call-arg]
+        layout = Layout(*layouts[5 * i : 5 * i + 5]) if layouts else _PLAIN
+        if layout != _PLAIN:
+            scales_of_it = tuple(islice(left, layout.scale_count))
+            # A weight that nothing reads has no data.
+            data: Any = p.weight
+            p = p._replace(weight=None if data is None else Stored(data, scales_of_it, layout))
+        projections.append(p)
+    return projections
 
 
 def layouts_of(projections: Iterable[Projection]) -> tuple[int, ...]:
@@ -56,42 +86,9 @@ def layouts_of(projections: Iterable[Projection]) -> tuple[int, ...]:
     return tuple(chain.from_iterable(layouts)) if any(layout != _PLAIN for layout in layouts) else ()
 
 
-def scale_count(layouts: Sequence[int]) -> int:
-    """The number of scales of weights with these ``layouts``."""
-    each = (Layout(*layouts[at : at + 5]) for at in range(0, len(layouts), 5))
-    return sum(layout.scale_count for layout in each if layout != _PLAIN)
-
-
-def unflatten(
-    tensors: Sequence[Any], lengths: Sequence[int], layouts: Sequence[int], scalings: Sequence[float]
-) -> list[Projection]:
-    """The projections of flattened ``tensors``; ``lengths`` are those of datas, scales, biases, A's and B's."""
-    if len(scalings) == 1 and not layouts:
-        return [Projection(*tensors, scalings[0])]  # type: ignore[call-arg]
-    return projections_of(*split(tensors, lengths), layouts, scalings)  # type: ignore[call-arg, misc]
-
-
-def projections_of(
-    datas: Sequence[Any], scales: Iterable[Tensor], biases: Sequence[Any], lora_As: Sequence[Any], lora_Bs: Sequence[Any],
-    layouts: Sequence[int], scalings: Sequence[float],
-) -> list[Projection]:  # fmt: skip
-    """The projections of lists of each kind of tensor. No datas, or no biases, stand for as many times None."""
-    left, projections = iter(scales), []
-    for i, scaling in enumerate(scalings):
-        weight: Any = datas[i] if datas else None
-        layout = Layout(*layouts[5 * i : 5 * i + 5]) if layouts else _PLAIN
-        if layout != _PLAIN:
-            scales_of_it = tuple(islice(left, layout.scale_count))
-            # A weight that nothing reads has no data.
-            weight = None if weight is None else Stored(weight, scales_of_it, layout)
-        projections.append(Projection(weight, biases[i] if biases else None, lora_As[i], lora_Bs[i], scaling))
-    return projections
-
-
 def projections_in(call: Any) -> list[Projection]:
-    """The projections among an op's arguments; those of a backward have no biases."""
-    lists = (call.datas, call.scales, getattr(call, "biases", ()), call.lora_As, call.lora_Bs)
-    return projections_of(*lists, call.layouts, call.scalings)
+    """The projections among an op's arguments."""
+    return projections_of(call.operands, call.scales, call.layouts, call.scalings)
 
 
 def split(tensors: Iterable[Any], lengths: Sequence[int]) -> list[list[Any]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from stablelora_kernels.dispatch.problem import Device
-from stablelora_kernels.explanation import DTypes, Ways, lists_of, projection_of, seed_of
+from stablelora_kernels.explanation import DTypes, Ways, numbers_of, projection_of, seed_of
 from stablelora_kernels.ops.lora_mlp import lora_mlp_bwd, lora_mlp_fwd
+from stablelora_kernels.projection import flat, layouts_of, scales_of
 
 
 def mlp_launches(
@@ -28,13 +28,14 @@ def mlp_launches(
         projections.append(p if rank else p._replace(lora_A=None, lora_B=None))
     x = torch.zeros(m, k, dtype=dtypes[0], device="meta")
     seeds = [seed_of("meta", dropout_p if rank else 0.0) for rank in ranks]
-    lists, numbers = lists_of(projections)
+    operands, scales = flat(projections), scales_of(projections, layouts_of(projections))
+    numbers = (*numbers_of(projections, dropout_p), activation)
     stored = [seed is not None for seed in seeds]
-    given: tuple[Any, ...] = (x, *lists, seeds, *numbers, dropout_p, activation, True, stored)
-    (y, *kept, found), forward = lora_mlp_fwd.plan(device, given)
-    left = iter(found)
-    masks = [next(left) if each else None for each in stored]
-    datas, scales, _, lora_As, lora_Bs = lists
-    given = (torch.zeros_like(y), x, *kept, datas, scales, lora_As, lora_Bs, masks, *numbers, dropout_p, activation)
-    _, backward = lora_mlp_bwd.plan(device, (*given, True, (True,) * 3, (True,) * 3))
+    results, forward = lora_mlp_fwd.plan(device, (x, operands, scales, seeds, *numbers, True, stored))
+    y, *kept, stored_masks = results
+    left = iter(stored_masks)
+    masks = [next(left) if is_stored else None for is_stored in stored]
+    every = (True,) * 3
+    arguments = (torch.zeros_like(y), x, *kept, operands, scales, masks, *numbers, True, every, every)
+    backward = lora_mlp_bwd.plan(device, arguments)[1]
     return forward, backward

@@ -6,7 +6,7 @@ import torch
 
 from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 from stablelora_kernels.dispatch.tiles import (
-    SHRINK_TILES,
+    DOWN_TILES,
     Plan,
     Tile,
     bytes_of,
@@ -29,7 +29,7 @@ def chained_plans(device: Device, call: Call, product: Tile, db: bool, spare: in
 
     ``spare`` processors have a tile of the product less than the others. S and dB are theirs alone if that takes no longer.
     """
-    s, b = _shrink_plan(device, call, product), _grad_plan(device, call, product) if db else None
+    s, b = _down_plan(device, call, product), _grad_plan(device, call, product) if db else None
     if spare:
         drawn = call.dropout and not call.masked
         few, clocks = _by_few(s, call.k, spare, DRAWN_CLOCKS if drawn else STEP_CLOCKS)
@@ -48,8 +48,8 @@ def _by_few(plan: Plan, size: int, programs: int, step_clocks: float) -> tuple[P
     return few, cdiv(few.programs, programs) * cdiv(size, 64 * few.splits) * step
 
 
-def _shrink_plan(device: Device, call: Call, product: Tile) -> Plan:
-    tile, reason = pick_tile(SHRINK_TILES, device, call)
+def _down_plan(device: Device, call: Call, product: Tile) -> Plan:
+    tile, reason = pick_tile(DOWN_TILES, device, call)
     # A wider block of ranks for few warps would spill registers where they hold the sums' operands.
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128 if device.tma else 16 * product.num_warps))
     # A matrix instruction has 64 rows for each four warps.

@@ -95,8 +95,8 @@ QUANTIZED_TILES = (
 # W in full from 4 or 8 bits (dequantize): BLOCK_N rows and BLOCK_K columns.
 DEQUANTIZE_TILES = (Rule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W a thread"),)
 
-# S (lora_shrink): rows, ranks and K; BLOCK_N is the rank's block.
-SHRINK_TILES = (
+# S (lora_down): rows, ranks and K; BLOCK_N is the rank's block.
+DOWN_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 64 and d.shared_limit < 100_000, Tile(64, 128, 64, 8, 3), "little shared memory"),
     Rule(lambda d, c: c.r > 128 and c.dropout, Tile(64, 256, 32, 8, 3),
@@ -107,7 +107,7 @@ SHRINK_TILES = (
 )  # fmt: skip
 
 # S of several projections, likewise; r is the largest rank.
-SHRINK_GROUP_TILES = (
+DOWN_GROUP_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 8, 3), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.r > 32 and c.dropout and d.nvidia and not d.tma, Tile(32, 64, 32, 8, 3),
          "rank above 32, dropout: no larger tile fits in registers"),
@@ -210,9 +210,9 @@ def linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
     return tile.BLOCK_K * bytes_of(call, tile.BLOCK_M + tile.BLOCK_N, 0 if load_s else block_r)
 
 
-def shrink_plan(device: Device, call: Call, projections: int = 1) -> Plan:
+def down_plan(device: Device, call: Call, projections: int = 1) -> Plan:
     """For S of several ``projections``, ``call`` has the largest rank."""
-    tile, reason = pick_tile(SHRINK_GROUP_TILES if projections > 1 else SHRINK_TILES, device, call)
+    tile, reason = pick_tile(DOWN_GROUP_TILES if projections > 1 else DOWN_TILES, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
     splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), sums=projections)

@@ -24,7 +24,7 @@ from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
 from stablelora_kernels.kernels.lora.linear_quantized import _dequantize_kernel, _lora_linear_quantized_kernel
 from stablelora_kernels.kernels.lora.linear_split_k import _lora_linear_split_k_kernel
 from stablelora_kernels.kernels.lora.linear_tma import _lora_linear_tma_kernel
-from stablelora_kernels.kernels.lora.thin_products import _lora_shrink_kernel, _lora_weight_grads_kernel
+from stablelora_kernels.kernels.lora.thin_products import _lora_down_kernel, _lora_weight_grads_kernel
 from stablelora_kernels.launch import jobs as make
 from stablelora_kernels.launch.base import Launch, Launches, VendorProduct, flag_words, planned
 from stablelora_kernels.launch.jobs import Chain, Gradient, Product, Random, matrix, rows, threshold
@@ -62,7 +62,7 @@ def member_launches(device: Device, members: Sequence[Product], choice: Choice |
     """The launches of a forward of projections of one x."""
     choices = [choice or _choose(device, p, alone=len(members) == 1) for p in members]
     shared = len(members) > 1 and rules.choose_group([p.call for p in members], choices).shared
-    launches: Launches = [shrink(device, members)] if shared else []
+    launches: Launches = [lora_down(device, members)] if shared else []
     for p, chosen in zip(members, choices, strict=True):
         launches += product_launches(device, p, chosen, s_ready=shared)
     return launches
@@ -124,9 +124,9 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
     if isinstance(p.w, Stored):
         # W is dequantized in the product's own loop.
         p = _with_s(p)
-        return [shrink(device, [p]), quantized(device, p), *_gradients(device, p, with_db=False)]
+        return [lora_down(device, [p]), quantized(device, p), *_gradients(device, p, with_db=False)]
     if not p.wanted and (p.s is None or choice.kernel != "chained"):
-        return [*([shrink(device, [p])] if p.s is not None else []), *_gradients(device, p, with_db=p.s is None)]
+        return [*([lora_down(device, [p])] if p.s is not None else []), *_gradients(device, p, with_db=p.s is None)]
     rules.check_possible(p.call, choice.kernel)
     if choice.kernel == "vendor":
         return _onto_vendors(device, p, s_ready)
@@ -137,7 +137,7 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
     p = _with_s(p)
     if choice.kernel == "chained":
         return [linear(device, p, choice.tile, load_s=True, chained=True)]
-    return [shrink(device, [p]), linear(device, p, choice.tile, load_s=True)]
+    return [lora_down(device, [p]), linear(device, p, choice.tile, load_s=True)]
 
 
 def _with_s(p: Product) -> Product:
@@ -161,16 +161,16 @@ def _onto_vendors(device: Device, p: Product, s_ready: bool) -> Launches:
     return [product, *product_launches(device, branch, rules.choose_branch(p.call), s_ready)]
 
 
-def shrink(device: Device, members: Sequence[Product]) -> Launch:
+def lora_down(device: Device, members: Sequence[Product]) -> Launch:
     """S of ``members``, which share X; of a single one with dB, if wanted."""
     p, many, c = members[0], len(members), _largest(members)
-    plan = tiles.shrink_plan(device, c, many)
+    plan = tiles.down_plan(device, c, many)
     job, constants = make.s_job(device, members, plan)
     db = Gradient() if many > 1 else make.co_scheduled(device, p, True, plan.tile.num_warps)
     flags = flag_words(dropout=c.dropout and not c.masked, dB=db.programs > 0)
     args = (rows(p.x, c.k), job, db.job, c.m, plan.splits, db.programs, db.splits, threshold(p))
     words = f"{f'{many} of ' if many > 1 else ''}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
-    return planned(_lora_shrink_kernel, words, plan, plan.programs + db.programs, args, {"S": constants, "DB": db.tile})
+    return planned(_lora_down_kernel, words, plan, plan.programs + db.programs, args, {"S": constants, "DB": db.tile})
 
 
 def weight_grads(device: Device, members: Sequence[Product]) -> Launch:

@@ -28,11 +28,11 @@ from stablelora_kernels.launch.lora_linear import (
     dequantize,
     described,
     descriptor,
+    lora_down,
     member_launches,
     product_launches,
     product_tile,
     rows_contiguous,
-    shrink,
 )
 from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.projection import Projection
@@ -90,7 +90,7 @@ def mlp_forward_launches(
         launches += [*member_launches(device, members), _activation(members, h, activation, choice.reason)]
     else:
         shared = rules.choose_group([p.call for p in members], [None, None]).shared
-        launches += [shrink(device, members)] if shared else [shrink(device, [p]) for p in members if p.call.r]
+        launches += [lora_down(device, members)] if shared else [lora_down(device, [p]) for p in members if p.call.r]
         launches.append(_gate_up(device, members, h, activation, choice.kernel == "tma", keep=g is not None))
     first, p = plain(projections[2])
     down = forward_product(h, p, s_down, y, random[2], dropout_p)

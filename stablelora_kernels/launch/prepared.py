@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -264,8 +264,10 @@ class Prepared:
     def __init__(
         self, given: Sequence[Tensor | None], results: Sequence[Any], launches: Sequence[Any], taken: Workspace
     ) -> None:
-        # Of each result that is a list, None for a tensor.
-        self.lengths = [None if isinstance(each, Tensor) else len(each) for each in results]
+        # Of each result its place among all tensors, or a list's slice of them.
+        self._places: list[int | slice] = []
+        for each, end in zip(results, accumulate(1 if isinstance(t, Tensor) else len(t) for t in results), strict=True):
+            self._places.append(end - 1 if isinstance(each, Tensor) else slice(end - len(each), end))
         results = [t for each in results for t in ([each] if isinstance(each, Tensor) else each)]
         if not all(result.is_contiguous() for result in results):
             raise NotPreparable("a result is not contiguous")
@@ -273,13 +275,13 @@ class Prepared:
         self._allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
         if tensors.scratch_bytes:
             self._allocations.append(((tensors.scratch_bytes,), (1,), torch.uint8))
-        self._results, self._counts, self._device = len(results), taken.counters is not None, results[0].device
+        self._counts, self._device = taken.counters is not None, results[0].device
         self._on_gpu = self._device.type == "cuda"
         self._steps = [_Step(launch, tensors, self._device) for launch in launches]
         self._compiled = any(step.launcher is not None for step in self._steps)
 
-    def run(self, given: Sequence[Tensor | None]) -> list[Tensor]:
-        """Run the launches on ``given`` and return the results.
+    def run(self, given: Sequence[Tensor | None]) -> list[Any]:
+        """Run the launches on ``given`` and return the results, tensors and lists of tensors.
 
         It trusts that the layouts are those of the preparation, and that no capture records the stream.
         """
@@ -292,7 +294,7 @@ class Prepared:
                 self._launch([*given, *own])
         else:
             self._launch([*given, *own])
-        return own[: self._results]
+        return [own[place] for place in self._places]
 
     def _launch(self, tensors: Sequence[Tensor | None]) -> None:
         """Run the launches on operands, results and workspace, on the current device."""

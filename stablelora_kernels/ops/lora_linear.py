@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -44,14 +45,18 @@ from stablelora_kernels.ops.torch_path import (
     without_autocast,
 )
 from stablelora_kernels.projection import (
+    BIASES,
+    LORA_AS,
+    LORA_BS,
+    WEIGHTS,
     Projection,
-    flatten,
+    flat,
+    in_fours,
     layouts_of,
     projections_in,
     projections_of,
-    scale_count,
+    scales_of,
     split,
-    unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
 from stablelora_kernels.utils.tensors import cast, drop_share, outside_autocast
@@ -64,16 +69,16 @@ def new_mask(x: Tensor, columns: int) -> Tensor:
 
 def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     x, like = call.x, call.x if call.base is None else call.base
-    ys = [like.new_empty((*x.shape[:-1], b.shape[0])) for b in call.lora_Bs]
-    s = x.new_empty(math.prod(x.shape[:-1]) if call.save_s else 0, sum(a.shape[0] for a in call.lora_As))
+    lora_As, lora_Bs = call.operands[LORA_AS], call.operands[LORA_BS]
+    ys = [like.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_Bs]
+    s = x.new_empty(math.prod(x.shape[:-1]) if call.save_s else 0, sum(a.shape[0] for a in lora_As))
     return ys, s, [new_mask(x, x.shape[-1]) for _ in call.seeds if call.save_mask]
 
 
 @define_launches(
     "lora_linear_fwd",
-    "(Tensor x, Tensor? base, Tensor?[] datas, Tensor[] scales, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
-    "Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, bool save_s, bool save_mask) "
-    "-> (Tensor[], Tensor, Tensor[])",
+    "(Tensor x, Tensor? base, Tensor?[] operands, Tensor[] scales, Tensor?[] seeds, int[] layouts, float[] scalings, "
+    "float dropout_p, bool save_s, bool save_mask) -> (Tensor[], Tensor, Tensor[])",
     _allocate_forward,
 )
 def lora_linear_fwd(
@@ -81,7 +86,7 @@ def lora_linear_fwd(
 ) -> list[Any]:
     """The Y's [..., N], with ``save_s`` the S's [M, r] side by side, and with ``save_mask`` each mask, for x [..., K].
 
-    ``projection.flatten`` makes the lists; the scalings are :func:`scalings_of`. With ``base`` [..., N] there is one
+    ``projection.flat`` makes the operands; the scalings are :func:`scalings_of`. With ``base`` [..., N] there is one
     projection, a lone branch, and Y has base's dtype.
     """
     from stablelora_kernels.launch.lora_linear import forward_launches
@@ -94,9 +99,10 @@ def lora_linear_fwd(
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    grad, k = call.grads[0], call.lora_As[0].shape[1]
+    lora_As, lora_Bs = call.operands[LORA_AS], call.operands[LORA_BS]
+    grad, k = call.grads[0], lora_As[0].shape[1]
     dx = grad.new_empty((*grad.shape[:-1], k) if call.need_x else (0, k))
-    return dx, _like(call.lora_As) if call.need_a else [], _like(call.lora_Bs) if call.need_b else []
+    return dx, _like(lora_As) if call.need_a else [], _like(lora_Bs) if call.need_b else []
 
 
 def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -105,9 +111,8 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @define_launches(
     "lora_linear_bwd",
-    "(Tensor? x, Tensor[] grads, Tensor?[] datas, Tensor[] scales, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, "
-    "Tensor?[] masks, int[] layouts, float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) "
-    "-> (Tensor, Tensor[], Tensor[])",
+    "(Tensor? x, Tensor[] grads, Tensor?[] operands, Tensor[] scales, Tensor[] s, Tensor?[] masks, int[] layouts, "
+    "float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor[], Tensor[])",
     _allocate_backward,
 )
 def lora_linear_bwd(
@@ -115,8 +120,8 @@ def lora_linear_bwd(
 ) -> list[Any]:
     """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not needed are empty.
 
-    ``s``: each projection's S, or one matrix that has all of them side by side. Data of a weight that dX does not read is None;
-    a lone branch has no datas.
+    ``s``: each projection's S, or one matrix that has all of them side by side. Biases are None, and so is the data of a weight
+    that dX does not read, or that a lone branch does not have.
     """
     from stablelora_kernels.launch.lora_linear import backward_launches
 
@@ -124,7 +129,7 @@ def lora_linear_bwd(
     x, grads = None if call.x is None else as_matrix(call.x), [as_matrix(grad) for grad in call.grads]
     nothing = [None] * len(grads)
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
-    s = _each_s(call.s, call.lora_As) or nothing
+    s = _each_s(call.s, call.operands[LORA_AS]) or nothing
     projections = projections_in(call)
     return backward_launches(device, x, grads, projections, s, call.masks, call.dropout_p, wanted, choice)
 
@@ -145,51 +150,120 @@ def scalings_of(scalings: Sequence[float], dropout_p: float) -> tuple[float, ...
     return tuple([scaling / (1 - drop_share(dropout_p)) for scaling in scalings])
 
 
+class Needs(NamedTuple):
+    """Whether gradients are required: of x, of the A's and the B's (of all or none), of any weight and of any bias."""
+
+    x: bool
+    a: bool
+    b: bool
+    weight: bool
+    bias: bool
+
+
+class Saved(NamedTuple):
+    """How many tensors forward saves behind x, of each kind in this order."""
+
+    operands: int
+    scales: int
+    s: int
+    masks: int
+
+
+class ForwardNumbers(NamedTuple):
+    """The last arguments of ``lora_linear_fwd``."""
+
+    layouts: tuple[int, ...]
+    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    scalings: tuple[float, ...]
+    dropout_p: float
+    save_s: bool
+    save_mask: bool
+
+
+class BackwardNumbers(NamedTuple):
+    """The last arguments of ``lora_linear_bwd``."""
+
+    layouts: tuple[int, ...]
+    scalings: tuple[float, ...]
+    dropout_p: float
+    need_x: bool
+    need_a: bool
+    need_b: bool
+
+
 class LinearFacts(NamedTuple):
     """What follows from the key of a call."""
 
     # "one by one", by "plain operators", "with gradients" or "without gradients".
     strategy: str
     backend: str
-    # Of x, and of A and B.
-    dtypes: tuple[torch.dtype, torch.dtype]
-    dropout_p: float
-    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
-    scalings: tuple[float, ...]
-    # Whether gradients of x, the A's and the B's are required, and of any weight and of any bias.
-    needs: tuple[bool, bool, bool, bool, bool]
-    # The ops' arguments but for the tensors: lengths of the lists, and numbers.
-    forward: tuple[tuple[int, ...], tuple[Any, ...]]
-    backward: tuple[tuple[int, ...], tuple[Any, ...]]
+    # Of A and B.
+    lora_dtype: torch.dtype
+    needs: Needs
+    # Whether there is a base product in place of a weight.
+    is_branch: bool
+    saved: Saved
+    forward: ForwardNumbers
+    backward: BackwardNumbers
     # "one by one": the projections' own entries.
     members: tuple[Entry, ...]
 
 
-def _forward(
-    facts: LinearFacts, entry: Entry | None, x: Tensor, base: Tensor | None, tensors: Sequence[Any]
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[float]]:
-    """The Y's [..., N], S, dropout's masks, and each s', for x [..., K] and the flattened projections.
+class Forward(NamedTuple):
+    """The Y's [..., N], S, dropout's masks, each s', and the operands that it computed with.
 
-    On Triton one matrix has every S, side by side; it is empty if no gradient needs it, and no mask is there then. On the
-    PyTorch path all tensors have x's dtype.
+    On Triton one matrix has every S, side by side; it is empty if no gradient needs it, and no mask is there then.
     """
-    _, backend, _, dropout_p, scalings, _, (lengths, numbers), *_ = facts
-    if backend == "triton":
+
+    ys: Sequence[Tensor]
+    s: Sequence[Tensor]
+    masks: Sequence[Tensor | None]
+    scalings: Sequence[float]
+    operands: Sequence[Any]
+
+
+def _forward(
+    facts: LinearFacts,
+    entry: Entry | None,
+    x: Tensor,
+    base: Tensor | None,
+    operands: Sequence[Any],
+    scales: Sequence[Tensor],
+) -> Forward:
+    """For x [..., K], and the projections that ``projection.flat`` has taken apart."""
+    numbers = facts.forward
+    scalings, dropout_p = numbers.scalings, numbers.dropout_p
+    if facts.backend == "triton":
         # One by one, in the order in which separate projections draw theirs.
         seeds = [draw_seed(x, dropout_p) for _ in scalings] if dropout_p else [None] * len(scalings)
-        results, n = lora_linear_fwd((x, base, *tensors, *seeds), lengths, numbers, entry), len(seeds)
-        return results[:n], results[n : n + 1], results[n + 1 :] or [None] * n, scalings
+        ys, s, masks = lora_linear_fwd(entry, (x, base), (operands, scales, seeds), numbers)
+        return Forward(ys, [s], masks or [None] * len(ys), scalings, operands)
     rows = as_matrix(x)
     keeps, scalings = zip(*[draw_dropout(rows, dropout_p, scaling) for scaling in scalings], strict=True)
-    projections = unflatten(tensors, lengths[:-1], numbers[0], scalings)
+    # Cast once for forward and backward. The kernels cast in registers.
+    operands = with_branches_in(operands, x.dtype)
+    projections = projections_of(operands, scales, numbers.layouts, scalings)
     ys, each_s = torch_fwd(rows, projections, keeps, None if base is None else as_matrix(base))
     like = x if base is None else base
-    return [like_rows_of(y, like) for y in ys], each_s, keeps, scalings
+    return Forward([like_rows_of(y, like) for y in ys], each_s, keeps, scalings, operands)
 
 
-def _cast(tensors: Sequence[Any], n: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The flattened tensors of ``n`` projections, with A's and B's in ``dtype``."""
-    return (*tensors[: -2 * n], *[cast(t, dtype) for t in tensors[-2 * n :]])
+def with_branches_in(operands: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """``operands`` with each A and B in ``dtype``."""
+    cast_operands = [*operands]
+    for kind in (LORA_AS, LORA_BS):
+        cast_operands[kind] = [cast(t, dtype) for t in operands[kind]]
+    return cast_operands
+
+
+def read_by_backward(operands: Sequence[Any], weights: bool) -> list[Any]:
+    """``operands`` without those that backward does not read: biases, and unless ``weights``, weights."""
+    nothing = [None] * (len(operands) // 4)
+    kept = [*operands]
+    kept[BIASES] = nothing
+    if not weights:
+        kept[WEIGHTS] = nothing
+    return kept
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,86 +290,91 @@ def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> An
 class _LoRALinear(torch.autograd.Function):
     """Gradients of x, the A's and the B's by the formulas; those of weights and biases, if required, by plain products.
 
-    ``tensors`` are flattened projections. Either all A's require gradients or none; so do the B's.
+    ``tensors``: what ``projection.flat`` makes of the projections, and then all scales. Either all A's require gradients or
+    none; so do the B's.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, entry: Entry | None, facts: LinearFacts, x: Tensor, base: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        n, (need_x, need_a, need_b, need_w, _) = len(facts.scalings), facts.needs
-        if facts.backend == "torch":
-            # Cast once for forward and backward. The kernels cast in registers.
-            tensors = _cast(tensors, n, x.dtype)
-        ys, s, random, scalings = _forward(facts, entry, x, base, tensors)
-        nothing = (None,) * n
-        weights = tensors[: -3 * n] if need_x else nothing
+        needs, count = facts.needs, facts.saved.operands
+        operands, scales = tensors[:count], tensors[count:]
+        done = _forward(facts, entry, x, base, operands, scales)
         # Save only what backward reads. Save x itself, not its rows: the surrounding graph already holds it.
         ctx.save_for_backward(
-            x if need_w or need_a else None,
-            *(weights if base is None else ()),
-            *tensors[-2 * n :],
-            *(s if need_b else ()),
-            *(random if need_x or need_a else nothing),
+            x if needs.weight or needs.a else None,
+            *read_by_backward(done.operands, weights=needs.x),
+            *(scales if needs.x else ()),
+            *(done.s if needs.b else ()),
+            *(done.masks if needs.x or needs.a else [None] * len(done.masks)),
         )
-        if n > 1:
+        if len(done.ys) > 1:
             ctx.set_materialize_grads(False)
-        ctx.call = (facts, scalings)
-        return tuple(ys)
+        ctx.call = (facts, x.dtype, done.scalings)
+        return tuple(done.ys)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        facts, scalings = ctx.call
-        _, backend, dtypes, _, _, needs, (lengths, _), backward, _ = facts
-        need_x, need_a, need_b, need_w, need_bias = needs
-        x, *saved = ctx.saved_tensors
-        n, scales, is_branch = len(given), lengths[1], backward[0][1] == 0
-        used: Sequence[int] = range(n)
-        grads: Sequence[Any] = given
-        if is_branch:
-            grads = [given[0] if given[0].dtype is dtypes[0] else given[0].to(dtypes[0])]
-        elif n > 1 and any(grad is None for grad in given):
-            used, grads, saved, scalings, backward = _of_used(given, saved, scalings, backward)
+    def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        facts, dtype, scalings = ctx.call
+        needs = facts.needs
+        x, *tensors = ctx.saved_tensors
+        saved = split(tensors, facts.saved)
+        # A lone branch computes in x's dtype.
+        grads = [dys[0].to(dtype)] if facts.is_branch else [*dys]
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        if len(used) < len(grads):
+            # The outputs of a group's other projections were not used.
+            grads, scalings, saved = _of_used(used, grads, scalings, saved)
         dx: Tensor | None = None
-        found: Sequence[Any] = ()
-        if used and (need_x or need_a or need_b):
-            if backend == "triton":
-                dx, *found = lora_linear_bwd((x, *grads, *saved), *backward)
-            else:
-                leading, grads = grads[0].shape[:-1], [expanded(as_matrix(grad)) for grad in grads]
-                datas, of_weights, lora_As, lora_Bs, s, random = split(saved, backward[0][1:])
-                projections = projections_of(datas, of_weights, (), lora_As, lora_Bs, backward[1][0], scalings)
-                rows = None if x is None else as_matrix(x)
-                dx, das, dbs = torch_bwd(rows, grads, projections, s, random, dtypes[1], need_x, need_a, need_b)
-                dx, found = None if dx is None else dx.view(*leading, dx.shape[1]), [*das, *dbs]
-        results: list[Any] = [None] * (4 + scales + 4 * n)
-        results[2:4] = dx if need_x else None, given[0] if is_branch else None
+        das: Sequence[Any] = ()
+        dbs: Sequence[Any] = ()
+        if used and (needs.x or needs.a or needs.b):
+            dx, das, dbs = _gradients(facts, x, grads, saved, scalings)
+        # Of each projection, as its operands: of the weight, the bias, A and B.
+        of_each: list[Sequence[Tensor | None]] = [(None,) * 4] * len(dys)
         for place, i in enumerate(used):
-            if need_a:
-                results[4 + scales + 2 * n + i] = found[place]
-            if need_b:
-                results[4 + scales + 3 * n + i] = found[place - len(used)]
-            if need_w and ctx.needs_input_grad[4 + i]:
-                results[4 + i] = as_matrix(grads[place]).t() @ as_matrix(x)
-            if need_bias and ctx.needs_input_grad[4 + scales + n + i]:
-                results[4 + scales + n + i] = as_matrix(grads[place]).sum(0)
-        return tuple(results)
+            dw = dbias = None
+            if needs.weight or needs.bias:
+                # Behind entry, facts, x and base.
+                wants_weight, wants_bias = in_fours(ctx.needs_input_grad[4:])[i][:2]
+                dw = as_matrix(grads[place]).t() @ as_matrix(x) if wants_weight else None
+                dbias = as_matrix(grads[place]).sum(0) if wants_bias else None
+            of_each[i] = (dw, dbias, das[place] if needs.a else None, dbs[place] if needs.b else None)
+        of_operands = chain.from_iterable(of_each)
+        of_scales = [None] * (len(ctx.needs_input_grad) - 4 - 4 * len(dys))
+        return None, None, dx if needs.x else None, dys[0] if facts.is_branch else None, *of_operands, *of_scales
+
+
+def _gradients(
+    facts: LinearFacts, x: Tensor | None, grads: Sequence[Tensor], saved: Sequence[Any], scalings: tuple[float, ...]
+) -> tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
+    """dX, the dA's and the dB's, for each dY and the lists that forward saved behind x."""
+    needs = facts.needs
+    numbers = facts.backward
+    if facts.backend == "triton":
+        if len(scalings) < len(numbers.scalings):
+            numbers = numbers._replace(scalings=scalings)
+        return lora_linear_bwd(None, (x,), (grads, *saved), numbers)  # type: ignore[no-any-return]
+    operands, scales, s, keeps = saved
+    rows = None if x is None else as_matrix(x)
+    matrices = [expanded(as_matrix(grad)) for grad in grads]
+    projections = projections_of(operands, scales, numbers.layouts, scalings)
+    dx, das, dbs = torch_bwd(rows, matrices, projections, s, keeps, facts.lora_dtype, needs.x, needs.a, needs.b)
+    return None if dx is None else dx.view(*grads[0].shape[:-1], dx.shape[1]), das, dbs
 
 
 def _of_used(
-    given: Sequence[Tensor | None], saved: Sequence[Any], scalings: Sequence[float], backward: tuple[Any, Any]
-) -> tuple[Any, ...]:
-    """A group's projections whose outputs were used: their places, gradients, saved tensors and s', and the op's arguments."""
-    lengths, (layouts, _, *others) = backward
-    used = [i for i, grad in enumerate(given) if grad is not None]
-    datas, scales, lora_As, lora_Bs, s, random = split(saved, lengths[1:])
-    lists = [datas, lora_As, lora_Bs, _each_s(s, lora_As), random]
-    datas, lora_As, lora_Bs, s, random = ([each[i] for i in used if each] for each in lists)
-    saved, scalings = [*datas, *lora_As, *lora_Bs, *s, *random], tuple([scalings[i] for i in used])
-    count = len(used)
-    lengths = (count, count, len(scales), count, count, len(s), count)
-    return used, [given[i] for i in used], saved, scalings, (lengths, (layouts, scalings, *others))
+    used: Sequence[int], grads: Sequence[Any], scalings: Sequence[float], saved: Sequence[Any]
+) -> tuple[list[Any], tuple[float, ...], list[Any]]:
+    """A group's gradients, s' and saved lists of those projections alone whose outputs were ``used``."""
+    operands, scales, s, masks = saved
+    each_s = _each_s(s, operands[LORA_AS])
+    fours = in_fours(operands)
+    # The weights of a group are not quantized, so there are no scales.
+    saved = [[t for i in used for t in fours[i]], scales, [each_s[i] for i in used if each_s], [masks[i] for i in used]]
+    return [grads[i] for i in used], tuple([scalings[i] for i in used]), saved
 
 
 def lora_linear_op(
@@ -311,20 +390,17 @@ def lora_linear_op(
         facts = _facts_of(x, projections, base, dropout_p, backend)
         if entry is not None:
             entry.facts = facts
-    strategy = facts.strategy
-    if strategy == "one by one":
+    if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         members = facts.members if entry is not None else [None] * len(projections)
         pairs = zip(projections, members, strict=True)
         return [lora_linear_op(x, (p,), None, dropout_p, backend, member)[0] for p, member in pairs]
-    if strategy == "plain operators":
+    if facts.strategy == "plain operators":
         return (_plain_operators(x, projections[0], base, dropout_p),)
-    tensors = flatten(projections)
-    if strategy == "with gradients":
-        return apply(_LoRALinear, entry, facts, x, base, *tensors)
-    if backend == "torch":
-        tensors = _cast(tensors, len(projections), x.dtype)
-    return _forward(facts, entry, x, base, tensors)[0]
+    operands, scales = flat(projections), scales_of(projections, facts.forward.layouts)
+    if facts.strategy == "with gradients":
+        return apply(_LoRALinear, entry, facts, x, base, *operands, *scales)
+    return _forward(facts, entry, x, base, operands, scales).ys
 
 
 def _facts_of(
@@ -332,18 +408,19 @@ def _facts_of(
 ) -> LinearFacts:
     weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
     plain: list[Any] = [weight for weight in weights if not isinstance(weight, Stored)]
-    needs = [
+    *needs, of_base = (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in each)
         for each in ((x,), lora_As, lora_Bs, plain, biases, (base,))
-    ]
-    strategy = "with gradients" if any(needs) else "without gradients"
+    )
+    trains = any((*needs, of_base))
+    strategy = "with gradients" if trains else "without gradients"
     if len(projections) > 1:
         uniform = all(len({t.requires_grad for t in each}) == 1 for each in (lora_As, lora_Bs))
         if not uniform or len(plain) < len(weights) or (backend == "torch" and is_few(x, *plain)):
             strategy = "one by one"
     # Ordinary autograd would save a dequantized weight, and plain operators would round a branch to x's dtype.
     elif (
-        (plain or not any(needs))
+        (plain or not trains)
         and (base is None or base.dtype == x.dtype)
         and backend == "torch"
         and is_few(x, *plain, limit=few_rows(x, dropout_p, any(needs)))
@@ -351,21 +428,21 @@ def _facts_of(
         strategy = "plain operators"
     if backend == "triton":
         scalings = scalings_of(scalings, dropout_p)
-    need_x, need_a, need_b, *_ = needs
-    n, layouts = len(projections), layouts_of(projections)
-    scales, s_count = scale_count(layouts), (1 if backend == "triton" else n) if need_b else 0
-    lengths = (n if base is None else 0, scales if need_x else 0, n, n, s_count, n)
-    return LinearFacts(
-        strategy,
-        backend,
-        (x.dtype, lora_As[0].dtype),
-        dropout_p,
-        scalings,
-        tuple(needs[:5]),  # type: ignore[arg-type]
-        ((n, scales, n, n, n, n), (layouts, scalings, dropout_p, need_b, dropout_p > 0 and (need_x or need_a))),
-        ((n, *lengths), (layouts if need_x else (), scalings, dropout_p, need_x, need_a, need_b)),
-        tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else (),
+    members = tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else ()
+    dtype, layouts = lora_As[0].dtype, layouts_of(projections)
+    needed, n = Needs(*needs), len(projections)
+    each_s = 1 if backend == "triton" else n
+    saved = Saved(
+        operands=4 * n,
+        scales=len(scales_of(projections, layouts)) if needed.x else 0,
+        s=each_s if needed.b else 0,
+        masks=n,
     )
+    save_mask = dropout_p > 0 and (needed.x or needed.a)
+    forward = ForwardNumbers(layouts, scalings, dropout_p, needed.b, save_mask)
+    read_layouts = layouts if needed.x else ()
+    backward = BackwardNumbers(read_layouts, scalings, dropout_p, needed.x, needed.a, needed.b)
+    return LinearFacts(strategy, backend, dtype, needed, base is not None, saved, forward, backward, members)
 
 
 def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: float) -> Tensor:

@@ -20,7 +20,15 @@ from torch.nn.functional import gelu, linear, silu
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.lora_linear import apply, draw_seed, first_derivative, lora_linear_op, new_mask, scalings_of
+from stablelora_kernels.ops.lora_linear import (
+    apply,
+    draw_seed,
+    first_derivative,
+    lora_linear_op,
+    new_mask,
+    read_by_backward,
+    scalings_of,
+)
 from stablelora_kernels.ops.plans import Entry, define_launches
 from stablelora_kernels.ops.torch_path import (
     as_matrix,
@@ -38,14 +46,16 @@ from stablelora_kernels.ops.torch_path import (
     torch_fwd,
 )
 from stablelora_kernels.projection import (
+    LORA_AS,
+    LORA_BS,
+    WEIGHTS,
     Projection,
-    flatten,
+    flat,
     layouts_of,
     projections_in,
     projections_of,
-    scale_count,
+    scales_of,
     split,
-    unflatten,
 )
 from stablelora_kernels.quantized import Stored, as_plain
 
@@ -73,66 +83,73 @@ def _with_branches(
 ) -> list[Projection]:
     """``projections`` with an A and a B of rank 0 where there is no branch, and all of them in ``dtype`` if it is given."""
     of_others = next((p.lora_A.dtype for p in projections if p.lora_A is not None), like.dtype)
-    found = []
-    for weight, bias, lora_A, lora_B, scaling in projections:
-        # These sizes are never read where the weight is not read.
-        n, k = (0, 0) if weight is None else weight.shape
+    with_branches = []
+    for p in projections:
+        lora_A, lora_B = p.lora_A, p.lora_B
         if lora_A is None or lora_B is None:
-            lora_A, lora_B = (torch.empty(size, dtype=of_others, device=like.device) for size in ((0, k), (n, 0)))
+            # These sizes are never read where the weight is not read.
+            n, k = (0, 0) if p.weight is None else p.weight.shape
+            lora_A = torch.empty((0, k), dtype=of_others, device=like.device)
+            lora_B = torch.empty((n, 0), dtype=of_others, device=like.device)
         if dtype is not None:
             lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-        found.append(Projection(weight, bias, lora_A, lora_B, scaling))
-    return found
+        with_branches.append(p._replace(lora_A=lora_A, lora_B=lora_B))
+    return with_branches
 
 
-def _allocate_forward(call: Any) -> tuple[Any, ...]:
-    projections = projections_in(call)
-    (f, k), _, (n, _) = (p.weight.shape for p in projections)  # type: ignore[union-attr]
-    x, ranks = call.x, [p.rank for p in projections]
-    kept, m = (x.shape[:-1], row_count(x)) if call.save else ((0,), 0)
-    sizes = ((*x.shape[:-1], n), (*kept, f), (*kept, f), (m, ranks[0] + ranks[1]), (m, ranks[2]))
-    masks = [new_mask(x, width) for width, stored in zip((k, k, f), call.masks, strict=True) if stored]
-    return *[x.new_empty(size) for size in sizes], masks
+def _allocate_forward(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    x, projections = call.x, projections_in(call)
+    gate, up, down = projections
+    f, k = gate.weight.shape  # type: ignore[union-attr]
+    n = down.weight.shape[0]  # type: ignore[union-attr]
+    leading, rows = (x.shape[:-1], row_count(x)) if call.save else ((0,), 0)
+    g, u = x.new_empty((*leading, f)), x.new_empty((*leading, f))
+    s, s_down = x.new_empty((rows, gate.rank + up.rank)), x.new_empty((rows, down.rank))
+    masks = [new_mask(x, width) for width, is_stored in zip((k, k, f), call.masks, strict=True) if is_stored]
+    return x.new_empty((*x.shape[:-1], n)), g, u, s, s_down, masks
 
 
 @define_launches(
     "lora_mlp_fwd",
-    "(Tensor x, Tensor?[] datas, Tensor[] scales, Tensor?[] biases, Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] seeds, "
-    "int[] layouts, float[] scalings, float dropout_p, str activation, bool save, bool[] masks) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    "(Tensor x, Tensor?[] operands, Tensor[] scales, Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, "
+    "str activation, bool save, bool[] masks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _allocate_forward,
 )
 def lora_mlp_fwd(device: Device, call: Any, results: tuple[Any, ...], choice: Choice | None) -> list[Any]:
     """Y [..., N], and with ``save`` G and U [..., F], gate's and up's S side by side and down's S, for x [..., K].
 
-    ``projection.flatten`` makes the lists; the scalings are ``scalings_of``. ``masks``: whether gate's, up's and down's mask is
+    ``projection.flat`` makes the operands; the scalings are ``scalings_of``. ``masks``: whether gate's, up's and down's mask is
     stored.
     """
     from stablelora_kernels.launch.lora_mlp import mlp_forward_launches
 
-    x, (y, *kept), stored = as_matrix(call.x), [as_matrix(result) for result in results[:5]], iter(results[5])
-    projections = _with_branches(projections_in(call), x)
+    *matrices, masks = results
+    y, *kept = [as_matrix(matrix) for matrix in matrices]
     outputs = (y, *(kept if call.save else [None] * 4))
-    random = [(seed, next(stored) if wanted else None) for seed, wanted in zip(call.seeds, call.masks, strict=True)]
+    x, left = as_matrix(call.x), iter(masks)
+    projections = _with_branches(projections_in(call), x)
+    random = [(seed, next(left) if is_stored else None) for seed, is_stored in zip(call.seeds, call.masks, strict=True)]
     return mlp_forward_launches(device, x, projections, random, call.dropout_p, call.activation, outputs)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     grad, weight = call.grad, projections_in(call)[0].weight
     dx = grad.new_empty((*grad.shape[:-1], weight.shape[1]) if call.need_x and weight is not None else 0)
-    pairs = zip((*call.lora_As, *call.lora_Bs), (*call.needs_a, *call.needs_b), strict=True)
-    of_branches = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
-        for t, need in pairs
-    ]
-    return dx, of_branches[:3], of_branches[3:]
+
+    def like(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+        return [
+            torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
+            for t, need in zip(tensors, needs, strict=True)
+        ]
+
+    return dx, like(call.operands[LORA_AS], call.needs_a), like(call.operands[LORA_BS], call.needs_b)
 
 
 @define_launches(
     "lora_mlp_bwd",
-    "(Tensor grad, Tensor? x, Tensor g, Tensor u, Tensor? s, Tensor? s_down, Tensor?[] datas, Tensor[] scales, "
-    "Tensor?[] lora_As, Tensor?[] lora_Bs, Tensor?[] masks, int[] layouts, float[] scalings, float dropout_p, str activation, "
-    "bool need_x, bool[] needs_a, bool[] needs_b) -> (Tensor, Tensor[], Tensor[])",
+    "(Tensor grad, Tensor? x, Tensor g, Tensor u, Tensor? s, Tensor? s_down, Tensor?[] operands, Tensor[] scales, "
+    "Tensor?[] masks, int[] layouts, float[] scalings, float dropout_p, str activation, bool need_x, bool[] needs_a, "
+    "bool[] needs_b) -> (Tensor, Tensor[], Tensor[])",
     _allocate_backward,
 )
 def lora_mlp_bwd(
@@ -140,16 +157,64 @@ def lora_mlp_bwd(
 ) -> list[Any]:
     """dX [..., K], the dA's and the dB's, for dY [..., N] and what the forward saved; those that are not needed are empty.
 
-    Data of weights that no wanted gradient reads are None.
+    Biases are None, and so is the data of a weight that no wanted gradient reads.
     """
     from stablelora_kernels.launch.lora_mlp import mlp_backward_launches
 
-    dx, *each = results
-    das, dbs = ([t if t.numel() else None for t in tensors] for tensors in each)  # type: ignore[attr-defined]
+    dx, *of_branches = results
+    das, dbs = ([t if t.numel() else None for t in tensors] for tensors in of_branches)  # type: ignore[attr-defined]
     grad, g, u = (as_matrix(t) for t in (call.grad, call.g, call.u))
     x, kept = None if call.x is None else as_matrix(call.x), (g, u, call.s, call.s_down)
     rest = (call.masks, call.dropout_p, call.activation, (as_matrix(dx) if call.need_x else None, das, dbs))
     return mlp_backward_launches(device, x, grad, kept, _with_branches(projections_in(call), grad), *rest)
+
+
+class Needs(NamedTuple):
+    """Whether gradients are required: of x, and of gate's, up's and down's A and B."""
+
+    x: bool
+    a: tuple[bool, bool, bool]
+    b: tuple[bool, bool, bool]
+
+    @property
+    def thin_a(self) -> bool:
+        """Gate's or up's A."""
+        return self.a[0] or self.a[1]
+
+    @property
+    def thin_b(self) -> bool:
+        """Gate's or up's B."""
+        return self.b[0] or self.b[1]
+
+    @property
+    def h(self) -> bool:
+        """H, for any of them but down's own."""
+        return self.x or self.thin_a or self.thin_b
+
+
+class ForwardNumbers(NamedTuple):
+    """The last arguments of ``lora_mlp_fwd``."""
+
+    layouts: tuple[int, ...]
+    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    scalings: tuple[float, ...]
+    dropout_p: float
+    activation: str
+    save: bool
+    # Whether gate's, up's and down's mask is stored.
+    masks: tuple[bool, ...]
+
+
+class BackwardNumbers(NamedTuple):
+    """The last arguments of ``lora_mlp_bwd``."""
+
+    layouts: tuple[int, ...]
+    scalings: tuple[float, ...]
+    dropout_p: float
+    activation: str
+    need_x: bool
+    needs_a: tuple[bool, bool, bool]
+    needs_b: tuple[bool, bool, bool]
 
 
 class MLPFacts(NamedTuple):
@@ -158,55 +223,75 @@ class MLPFacts(NamedTuple):
     # "one by one", "with gradients" or "without gradients".
     strategy: str
     options: Options
-    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
-    scalings: tuple[float, ...]
-    layouts: tuple[int, ...]
-    # Of datas, scales, biases, A's, B's and seeds.
-    lengths: tuple[int, ...]
-    # Whether gradients of x, of each A and of each B are required.
-    needs: tuple[bool, tuple[bool, ...], tuple[bool, ...]]
-    # Whether backward reads x, G, U, gate's and up's S, down's S, and each weight.
-    reads: tuple[bool, ...]
+    scale_count: int
+    needs: Needs
     # Of A and B.
     lora_dtype: torch.dtype
+    forward: ForwardNumbers
+    backward: BackwardNumbers
     # "one by one": the projections' own entries.
     members: tuple[Entry, ...]
 
 
-# Y; G, U, gate's and up's S side by side, down's S, and of each projection its mask or what draws it again; the flattened
-# projections as backward reads them, and each s'.
-Forward = tuple[Tensor, Sequence[Any], Sequence[Any], Sequence[float]]
+class Kept(NamedTuple):
+    """What backward reads beside the projections and the masks; None is what it does not need."""
+
+    x: Tensor | None
+    g: Tensor
+    u: Tensor
+    # Gate's and up's side by side.
+    s: Tensor | None
+    s_down: Tensor | None
 
 
-def _forward(facts: MLPFacts, entry: Entry | None, x: Tensor, tensors: Sequence[Any], save: bool) -> Forward:
-    """For x [..., K] and the flattened projections. On Triton, Y alone is not empty without ``save``."""
-    _, (activation, dropout_p, backend, shared_mask), scalings, layouts, lengths, (_, needs_a, _), reads, *_ = facts
-    if backend == "torch":
-        return _torch_fwd(facts, x, tensors)
-    drops = [0.0 if lora_A is None else dropout_p for lora_A in tensors[-6:-3]]
+class Forward(NamedTuple):
+    """Y, and what backward needs of it; on Triton, Y alone is not empty if nothing is saved."""
+
+    y: Tensor
+    kept: Kept
+    # Of each projection its mask, or what draws it again.
+    random: Sequence[Tensor | None]
+    # Those that it computed with.
+    operands: Sequence[Any]
+    # Each s'.
+    scalings: Sequence[float]
+
+
+def _forward(
+    facts: MLPFacts, entry: Entry | None, x: Tensor, operands: Sequence[Any], scales: Sequence[Tensor], save: bool
+) -> Forward:
+    """For x [..., K], and the projections that ``projection.flat`` has taken apart."""
+    options = facts.options
+    if options.backend == "torch":
+        return _torch_fwd(facts, x, operands, scales)
+    dropout_p, shared_mask = options.dropout_p, options.shared_mask
+    drops = [0.0 if lora_A is None else dropout_p for lora_A in operands[LORA_AS]]
     # In the order in which separate projections draw theirs.
     gate = draw_seed(x, drops[0])
     seeds = (gate, gate if shared_mask else draw_seed(x, drops[1]), draw_seed(x, drops[2]))
-    need_a, *_, need_x, _, need_h = reads
-    need = need_x or need_a
-    wanted = (need, need and not shared_mask, need_h or needs_a[2])
-    stored = tuple([save and drop > 0 and wants for drop, wants in zip(drops, wanted, strict=True)])
-    numbers = (layouts, scalings, dropout_p, activation, save, stored)
-    y, g, u, s, s_down, *masks = lora_mlp_fwd((x, *tensors, *seeds), lengths, numbers, entry)
+    numbers = facts.forward if save else facts.forward._replace(save=False, masks=(False,) * 3)
+    y, *kept, masks = lora_mlp_fwd(entry, (x,), (operands, scales, seeds), numbers)
     left = iter(masks)
-    mask, of_up, of_down = [next(left) if is_stored else None for is_stored in stored]
-    return y, (g, u, s, s_down, mask, mask if shared_mask else of_up, of_down), tensors, scalings
+    mask, of_up, of_down = [next(left) if is_stored else None for is_stored in numbers.masks]
+    return Forward(y, Kept(x, *kept), (mask, mask if shared_mask else of_up, of_down), operands, numbers.scalings)
 
 
-def _draw(x: Tensor, p: Projection, dropout_p: float) -> tuple[Tensor | None, Tensor | None, float]:
-    """The keep-mask of x's shape, what gives it to backward again, and s' / scaling; no mask without a branch."""
+class Drawn(NamedTuple):
+    """The keep-mask of a projection's input, what gives it to backward again, and s' / scaling; no mask without a branch."""
+
+    keep: Tensor | None
+    random: Tensor | None
+    scale: float
+
+
+def _draw(x: Tensor, p: Projection, dropout_p: float) -> Drawn:
     if dropout_p == 0.0 or p.rank == 0:
-        return None, None, 1.0
+        return Drawn(None, None, 1.0)
     if can_redraw(x):
         keep, state, dropout_p = draw_keep_and_state(x.shape, dropout_p)
-        return keep, state, 1 / (1 - dropout_p)
+        return Drawn(keep, state, 1 / (1 - dropout_p))
     keep, dropout_p = draw_keep(x, dropout_p)
-    return keep, keep, 1 / (1 - dropout_p)
+    return Drawn(keep, keep, 1 / (1 - dropout_p))
 
 
 def _drawn_again(random: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:
@@ -214,93 +299,118 @@ def _drawn_again(random: Tensor | None, shape: Sequence[int], dropout_p: float) 
     return random if random is None or random.dtype == torch.bool else draw_keep_again(random, shape, dropout_p)
 
 
-def _torch_fwd(facts: MLPFacts, x: Tensor, tensors: Sequence[Any]) -> Forward:
-    _, (activation, dropout_p, _, shared_mask), scalings, layouts, lengths, *_ = facts
+def _torch_fwd(facts: MLPFacts, x: Tensor, operands: Sequence[Any], scales: Sequence[Tensor]) -> Forward:
+    activation, dropout_p = facts.options.activation, facts.options.dropout_p
+    rows = as_matrix(x)
     # Cast once for forward and backward.
-    cast = _with_branches(unflatten(tensors, lengths[:-1], layouts, scalings), x, x.dtype)
-    rows, (gate, up, down) = as_matrix(x), cast
-    drawn = [_draw(rows, gate, dropout_p)]
-    drawn.append(drawn[0] if shared_mask else _draw(rows, up, dropout_p))
-    scaled = [p._replace(scaling=p.scaling * scale) for p, (*_, scale) in zip((gate, up), drawn, strict=True)]
-    (g, u), each_s = torch_fwd(rows, scaled, [keep for keep, *_ in drawn])
+    projections = projections_of(operands, scales, facts.forward.layouts, facts.forward.scalings)
+    gate, up, down = _with_branches(projections, x, x.dtype)
+    of_gate = _draw(rows, gate, dropout_p)
+    of_up = of_gate if facts.options.shared_mask else _draw(rows, up, dropout_p)
+    gate, up = gate._replace(scaling=gate.scaling * of_gate.scale), up._replace(scaling=up.scaling * of_up.scale)
+    (g, u), each_s = torch_fwd(rows, [gate, up], [of_gate.keep, of_up.keep])
     h = _ACTIVATIONS[activation][0](g).mul_(u)
-    drawn.append(_draw(h, down, dropout_p))
-    keep, _, scale = drawn[2]
-    scaled.append(down._replace(scaling=down.scaling * scale))
-    (y,), (s_down,) = torch_fwd(h, scaled[2:], [keep])
-    kept = (g, u, torch.cat(each_s, 1), s_down, *(random for _, random, _ in drawn))
-    return like_rows_of(y, x), kept, flatten(cast), [p.scaling for p in scaled]
+    of_down = _draw(h, down, dropout_p)
+    down = down._replace(scaling=down.scaling * of_down.scale)
+    (y,), (s_down,) = torch_fwd(h, [down], [of_down.keep])
+    projections = [gate, up, down]
+    return Forward(
+        like_rows_of(y, x),
+        Kept(x, g, u, torch.cat(each_s, 1), s_down),
+        [of_gate.random, of_up.random, of_down.random],
+        flat(projections),
+        [p.scaling for p in projections],
+    )
 
 
 def _torch_bwd(
-    grad: Tensor, saved: Sequence[Any], random: Sequence[Any], projections: Sequence[Projection], facts: MLPFacts
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dX, the dA's and the dB's for dY [..., N], None if not needed. ``saved``: x, G, U, S and down's S; the scalings are s'."""
-    x, g, u, s, s_down = saved
-    activation, dropout_p, _, shared_mask = facts.options
-    need_a, _, _, need_b, need_b_down, need_x, _, need_h = facts.reads
-    need_a_down = facts.needs[1][2]
-    act, act_backward = _ACTIVATIONS[activation]
-    dy, rows = expanded(as_matrix(grad)), None if x is None else as_matrix(x)
-    h = act(g).mul_(u) if need_a_down else None
-    keep = _drawn_again(random[2], g.shape, dropout_p) if need_h or need_a_down else None
-    needs = (need_h, need_a_down, need_b_down)
-    dh, da, db = torch_bwd(h, [dy], projections[2:], [s_down], [keep], facts.lora_dtype, *needs)
+    facts: MLPFacts, grad: Tensor, kept: Kept, projections: Sequence[Projection], random: Sequence[Any]
+) -> tuple[Tensor | None, list[Any], list[Any]]:
+    """dX, the dA's and the dB's for dY [..., N], None if not needed. The projections' scalings are s'."""
+    needs, dropout_p = facts.needs, facts.options.dropout_p
+    act, act_backward = _ACTIVATIONS[facts.options.activation]
+    gate, up, down = projections
+    g, u = kept.g, kept.u
+    dy = expanded(as_matrix(grad))
+    h = act(g).mul_(u) if needs.a[2] else None
+    keep = _drawn_again(random[2], g.shape, dropout_p) if needs.h or needs.a[2] else None
+    dh, da_down, db_down = torch_bwd(
+        h, [dy], [down], [kept.s_down], [keep], facts.lora_dtype, needs.h, needs.a[2], needs.b[2]
+    )
     # Before there is dU.
     del h, keep
-    nothing: list[Any] = [None, None]
-    dx, das, dbs = None, nothing, nothing
+    dx: Tensor | None = None
+    das: list[Any] = []
+    dbs: list[Any] = []
     if dh is not None:
         du = act(g).mul_(dh)
         # dG takes the memory of dH. allow_mutation_on_saved_tensors(), for one, knows outputs by the name "out" alone.
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         dg = act_backward(dh.mul_(u), g, **({} if traced else {"grad_input": dh}))
         del dh
-        keeps = [*nothing]
-        if need_x or need_a:
-            assert projections[0].lora_A is not None
-            shape = (dy.shape[0], projections[0].lora_A.shape[1])
-            keeps[0] = _drawn_again(random[0], shape, dropout_p)
-            keeps[1] = keeps[0] if shared_mask else _drawn_again(random[1], shape, dropout_p)
-        each_s = nothing if s is None else s.split([p.rank for p in projections[:2]], 1)
-        needs = (need_x, need_a, need_b)
-        dx, das, dbs = torch_bwd(rows, [dg, du], projections[:2], each_s, keeps, facts.lora_dtype, *needs)
+        keeps: list[Tensor | None] = [None, None]
+        if needs.x or needs.thin_a:
+            assert gate.lora_A is not None
+            shape = (dy.shape[0], gate.lora_A.shape[1])
+            of_gate = _drawn_again(random[0], shape, dropout_p)
+            keeps = [of_gate, of_gate if facts.options.shared_mask else _drawn_again(random[1], shape, dropout_p)]
+        rows = None if kept.x is None else as_matrix(kept.x)
+        each_s: Sequence[Any] = [None, None] if kept.s is None else kept.s.split([gate.rank, up.rank], 1)
+        dx, das, dbs = torch_bwd(
+            rows, [dg, du], [gate, up], each_s, keeps, facts.lora_dtype, needs.x, needs.thin_a, needs.thin_b
+        )
     dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
-    return dx, [*(das or nothing), *(da or nothing[:1]), *(dbs or nothing), *(db or nothing[:1])]
+    of_a: list[Any] = [*(das or (None, None)), *(da_down or (None,))]
+    of_b: list[Any] = [*(dbs or (None, None)), *(db_down or (None,))]
+    return dx, of_a, of_b
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """``tensors`` are flattened projections. Weights and biases get no gradient."""
+    """``tensors``: the operands of gate, up and down, and then all scales. Weights and biases get no gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, entry: Entry | None, facts: MLPFacts, x: Tensor, *tensors: Any
     ) -> Tensor:
-        y, kept, used, scalings = _forward(facts, entry, x, tensors, save=True)
-        pairs = zip((x, *kept[:4], *used[:3]), facts.reads, strict=True)
-        read = [t if is_read else None for t, is_read in pairs]
-        ctx.save_for_backward(*read, *used[3:-9], *used[-6:], *kept[4:])
-        ctx.call = (facts, scalings)
-        return y
+        needs = facts.needs
+        operands, scales = tensors[:12], tensors[12:]
+        done = _forward(facts, entry, x, operands, scales, save=True)
+        kept = done.kept
+        gate, up, down = done.operands[WEIGHTS]
+        read = read_by_backward(done.operands, weights=False)
+        read[WEIGHTS] = [gate if needs.x else None, up if needs.x else None, down if needs.h else None]
+        ctx.save_for_backward(
+            x if needs.thin_a else None,
+            kept.g,
+            kept.u,
+            kept.s if needs.thin_b else None,
+            kept.s_down if needs.b[2] else None,
+            *read,
+            *scales,
+            *done.random,
+        )
+        ctx.call = (facts, done.scalings)
+        return done.y
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         facts, scalings = ctx.call
-        _, options, _, layouts, (_, scales, *_), needs, *_ = facts
-        lengths = (3, scales, 3, 3, 3)
+        needs = facts.needs
+        of_operands: list[Any] = [None] * 12
+        tensors = ctx.saved_tensors
+        kept = Kept(*tensors[:5])
+        saved = split(tensors[5:], (len(of_operands), facts.scale_count, 3))
         dx: Tensor | None
-        found: Sequence[Tensor | None]
-        if options.backend == "triton":
-            numbers = (layouts, scalings, options.dropout_p, options.activation, *needs)
-            dx, *found = lora_mlp_bwd((grad, *ctx.saved_tensors), lengths, numbers)
+        if facts.options.backend == "triton":
+            dx, das, dbs = lora_mlp_bwd(None, (grad, *kept), saved, facts.backward)
         else:
-            saved, datas, of_scales, lora_As, lora_Bs, random = split(ctx.saved_tensors, (5, *lengths))
-            projections = projections_of(datas, of_scales, (), lora_As, lora_Bs, layouts, scalings)
-            dx, found = _torch_bwd(grad, saved, random, projections, facts)
-        need_x, needs_a, needs_b = needs
-        of_branches = [t if need else None for t, need in zip(found, (*needs_a, *needs_b), strict=True)]
-        return None, None, dx if need_x else None, *[None] * (6 + scales), *of_branches
+            operands, scales, random = saved
+            projections = projections_of(operands, scales, facts.backward.layouts, scalings)
+            dx, das, dbs = _torch_bwd(facts, grad, kept, projections, random)
+        of_operands[LORA_AS] = [da if need else None for da, need in zip(das, needs.a, strict=True)]
+        of_operands[LORA_BS] = [db if need else None for db, need in zip(dbs, needs.b, strict=True)]
+        return None, None, dx if needs.x else None, *of_operands, *[None] * facts.scale_count
 
 
 def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, entry: Entry | None = None) -> Tensor:
@@ -313,9 +423,10 @@ def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, 
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         return _one_by_one(x, projections, options, facts.members if entry is not None else [None] * 3)
-    tensors = flatten(projections)
+    operands, scales = flat(projections), scales_of(projections, facts.forward.layouts)
     if facts.strategy == "without gradients":
-        return _forward(facts, entry, x, tensors, save=False)[0]
+        return _forward(facts, entry, x, operands, scales, save=False).y
+    tensors = [*operands, *scales]
     return apply(_LoRAMLP, entry, facts, x, *(_distinct(tensors) if torch.compiler.is_compiling() else tensors))
 
 
@@ -338,24 +449,27 @@ def _facts_of(x: Tensor, projections: Sequence[Projection], options: Options) ->
     with_grad = torch.is_grad_enabled()
     # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
     as_trained = with_grad or (shared_mask and dropout_p > 0)
-    needs_x, needs_a, needs_b = (
-        tuple([with_grad and t is not None and t.requires_grad for t in each]) for each in ((x,), lora_As, lora_Bs)
+    (need_x,), *of_branches = (
+        [with_grad and t is not None and t.requires_grad for t in each] for each in ((x,), lora_As, lora_Bs)
     )
-    strategy = "with gradients" if any((*needs_x, *needs_a, *needs_b)) else "without gradients"
+    needs = Needs(need_x, *map(tuple, of_branches))  # type: ignore[arg-type]
+    strategy = "with gradients" if needs.h or needs.a[2] or needs.b[2] else "without gradients"
     if not uniform or few or (trained and as_trained) or (quantized_few and not shared_mask):
         strategy = "one by one"
     if backend == "triton":
         scalings = scalings_of(scalings, dropout_p)
-    layouts = layouts_of(projections)
-    lengths, (need_x,) = (3, scale_count(layouts), 3, 3, 3, 3), needs_x
-    # dH needs down's weight, dX the others'.
-    need_a, need_b = any(needs_a[:2]), any(needs_b[:2])
-    need_h = need_x or need_a or need_b
-    reads = (need_a, True, True, need_b, needs_b[2], need_x, need_x, need_h)
     lora_dtype = next((lora_A.dtype for lora_A in lora_As if lora_A is not None), x.dtype)
     members = tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else ()
-    needs = (need_x, needs_a, needs_b)
-    return MLPFacts(strategy, options, scalings, layouts, lengths, needs, reads, lora_dtype, members)
+    layouts = layouts_of(projections)
+    scale_count = len(scales_of(projections, layouts))
+    thin = needs.x or needs.thin_a
+    read = (thin, thin and not shared_mask, needs.h or needs.a[2])
+    masks = tuple(
+        [dropout_p > 0 and p.lora_A is not None and is_read for p, is_read in zip(projections, read, strict=True)]
+    )
+    forward = ForwardNumbers(layouts, scalings, dropout_p, options.activation, True, masks)
+    backward = BackwardNumbers(layouts, scalings, dropout_p, options.activation, needs.x, needs.a, needs.b)
+    return MLPFacts(strategy, options, scale_count, needs, lora_dtype, forward, backward, members)
 
 
 def _one_by_one(

@@ -14,7 +14,7 @@ import math
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from torch.utils._pytree import tree_map_only
 from stablelora_kernels.dispatch import problem, settings
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.projection import split
 
 NAMESPACE = "stablelora_kernels"
 # Most entries. The oldest half of them goes when it is reached.
@@ -158,10 +157,6 @@ def _add(key: tuple[Any, ...], entry: Entry) -> Entry:
     return entry
 
 
-def _flat(results: Sequence[Any]) -> list[Tensor]:
-    return [t for each in results for t in ((each,) if isinstance(each, Tensor) else each)]
-
-
 class PlannedOp:
     """A torch.library op that runs launches, which are prepared once calls repeat."""
 
@@ -176,23 +171,23 @@ class PlannedOp:
 
     def __call__(
         self,
-        operands: Sequence[Tensor | None],
-        lengths: tuple[int, ...],
+        entry: Entry | None,
+        tensors: Sequence[Tensor | None],
+        lists: Sequence[Sequence[Tensor | None]],
         numbers: tuple[Any, ...],
-        entry: Entry | None = None,
-    ) -> Sequence[Tensor]:
-        """Run the op. Return its results, each tensor of a list by itself.
+    ) -> Any:
+        """Run the op and return the schema's results.
 
-        ``operands``: the schema's tensors and those of its lists, one after another; ``lengths``: of those lists; ``numbers``:
-        the schema's other arguments; ``entry``: that of the caller's key, from which all but the tensors' addresses follow.
+        ``tensors``, ``lists`` and ``numbers`` are the schema's arguments, those of the last one hashable. ``entry``: that of the
+        caller's key, from which all but the tensors' addresses follow, or None.
         """
-        known = entry or find(self._key_of(operands, lengths, numbers))
+        operands = [*tensors, *chain.from_iterable(lists)]
+        known = entry or find(self._key_of(operands, lists, numbers))
         prepared = None if known is None else known.prepared
         if not prepared:
-            lists = split(operands[self._lists :], lengths)
-            results = _flat(self._op(*operands[: self._lists], *lists, *numbers))
+            results = self._op(*tensors, *lists, *numbers)
             if entry is not None and prepared is None:
-                own = find(self._key_of(operands, lengths, numbers))
+                own = find(self._key_of(operands, lists, numbers))
                 entry.prepared = None if own is None else own.prepared
             return results
         if torch.autograd._profiler_enabled():
@@ -206,41 +201,38 @@ class PlannedOp:
 
         ``choice``: a kernel in place of the table's.
         """
-        (operands, *_), call = self._parts(args), self._call(*args)
-        results = self._allocate(call)
         # The first tensor of each op has a row for each of X.
-        if not next(t for t in operands if t is not None).numel():
-            for t in _flat(results):
-                t.zero_()
+        first, call = next(t for t in self._operands(args) if t is not None), self._call(*args)
+        results = self._allocate(call)
+        if not first.numel():
+            tree_map_only(Tensor, Tensor.zero_, results)
             return results, []
         return results, self._build(device, call, results, choice)
 
     def _run(self, *args: Any) -> Any:
         """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the plans too."""
-        operands, *_ = parts = self._parts(args)
-        if (key := self._key_of(*parts)) is None:
+        operands, lists = self._operands(args), args[self._lists : self._numbers]
+        numbers = tuple([tuple(each) if type(each) is list else each for each in args[self._numbers :]])
+        if (key := self._key_of(operands, lists, numbers)) is None:
             # PyTorch has resolved negated views in arguments of all kinds but "Tensor?[]".
             args = tree_map_only(Tensor, Tensor.resolve_neg, args)
         device = next(t.device for t in operands if t is not None)
         entry = find(key) or remember(key, "triton")
         if entry is not None and (entry.prepared or self._prepare(entry, device, args)):
-            left = iter(entry.prepared.run(operands))
-            lengths = entry.prepared.lengths
-            return tuple(next(left) if length is None else [*islice(left, length)] for length in lengths)
+            return tuple(entry.prepared.run(operands))
         results, launches = self.plan(problem.device_of(device), args)
         for launch in launches:
             launch.run(device)
         return results
 
-    def _parts(self, args: Sequence[Any]) -> tuple[list[Tensor | None], tuple[int, ...], tuple[Any, ...]]:
-        """The operands, lengths and numbers of :meth:`__call__`."""
-        lists = args[self._lists : self._numbers]
-        numbers = tuple([tuple(each) if isinstance(each, list) else each for each in args[self._numbers :]])
-        return [*args[: self._lists], *chain.from_iterable(lists)], tuple(map(len, lists)), numbers
+    def _operands(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """The tensors among ``args``, those of lists by themselves."""
+        return [*args[: self._lists], *chain.from_iterable(args[self._lists : self._numbers])]
 
     def _key_of(
-        self, operands: Sequence[Any], lengths: tuple[int, ...], numbers: tuple[Any, ...]
+        self, operands: Sequence[Any], lists: Sequence[Any], numbers: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
+        lengths = tuple(map(len, lists))
         # Keys compare 0.0 and -0.0 as equal.
         signs = tuple([math.copysign(1.0, scaling) for scaling in numbers[1]]) if 0.0 in numbers[1] else None
         return key_of((self._name, lengths, numbers, signs), operands)
@@ -251,7 +243,7 @@ class PlannedOp:
 
             args = _with_distinct_addresses(args)
             call = functools.partial(self.plan, problem.device_of(device), args)
-            entry.prepared = prepare(self._parts(args)[0], call) or False
+            entry.prepared = prepare(self._operands(args), call) or False
         entry.seen = True
         return entry.prepared
 

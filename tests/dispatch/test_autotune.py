@@ -56,7 +56,7 @@ def launched(monkeypatch):
         pytest.param("^vendor", "vendor", ["vendor", "lora_linear"], marks=pytest.mark.nightly),
         ("^lora_linear.* fused.* 64x256x64", "fused", ["lora_linear.* fused.* 64x256x64"]),
         ("^lora_linear.* chained.* 64x256x64", "chained", ["lora_linear.* chained.* 64x256x64"]),
-        ("^lora_shrink.* 64x256x64", "split", ["lora_shrink", "lora_linear.* 64x256x64"]),
+        ("^lora_down.* 64x256x64", "split", ["lora_down", "lora_linear.* 64x256x64"]),
     ],
 )
 def test_the_fastest_is_taken_and_right(timer, launched, fast, kernel, launches):

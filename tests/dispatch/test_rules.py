@@ -136,7 +136,7 @@ def test_programs_share_no_more_sums_than_there_are_counters(device):
         given = call("backward", 16_384, 4096, n, r, dropout=True)
         plans = [tiles.co_scheduled_grad_plan(device, given, b, warps) for b in (False, True) for warps in (4, 8)]
         plans += chained.chained_plans(device, given, tiles.Tile(128, 128, 64, 8, 4), True)[:2]
-        plans += [tiles.shrink_plan(device, given), tiles.weight_grads_plan(device, given, True, True)[0]]
+        plans += [tiles.down_plan(device, given), tiles.weight_grads_plan(device, given, True, True)[0]]
         assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans), given
         assert n > 4096 or plans[2].splits > 1, given
 

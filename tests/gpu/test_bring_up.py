@@ -16,7 +16,7 @@ from stablelora_kernels.cli.self_test import run_checks
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.launch.jobs import forward_product
-from stablelora_kernels.launch.lora_linear import shrink
+from stablelora_kernels.launch.lora_linear import lora_down
 from stablelora_kernels.ops.lora_linear import new_mask
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
@@ -50,11 +50,11 @@ SMALL_SIZES = dict.fromkeys(SIZES, (70, 48, 40, 8)) | {
 TMA = "linear_tma" if GPU.tma else "linear"
 # What a call launches, forward and backward.
 LAUNCHED = {
-    ("odd rows", "split"): {"shrink", "linear"},
-    ("even rows", "split"): {"shrink", TMA},
+    ("odd rows", "split"): {"down", "linear"},
+    ("even rows", "split"): {"down", TMA},
     ("few rows", "fused"): {"linear_split_k", "weight_grads"},
     ("even rows", "fused"): {TMA, "weight_grads"},
-    ("long sum", "split"): {"shrink", "linear_split_k"},
+    ("long sum", "split"): {"down", "linear_split_k"},
     ("one tile", "chained"): {TMA},
     ("many tiles", "chained"): {TMA, "linear_split_k"},
     ("many tiles of dX", "chained"): {TMA, "linear_split_k"},
@@ -72,7 +72,7 @@ def test_doctor():
 
 @by_dropout
 @pytest.mark.parametrize("splits", (1, 2))
-def test_shrink(splits, p, monkeypatch):
+def test_down(splits, p, monkeypatch):
     """S alone, of one part or of two."""
     monkeypatch.setattr(tiles, "plan_split_k", lambda *given, **more: splits)
     m, n, k, r = (70, 8, 300, 8) if SMALL else (512, 8, 1024, 16)
@@ -83,7 +83,7 @@ def test_shrink(splits, p, monkeypatch):
     y = torch.empty(m, n, dtype=BF16, device=DEVICE)
     projection = Projection(given["weight0"], None, a, given["lora_B0"], scaling)
     random = (number, new_mask(x, k)) if p else (None, None)
-    shrink(GPU, [forward_product(x, projection, s, y, random, p)]).run(DEVICE)
+    lora_down(GPU, [forward_product(x, projection, s, y, random, p)]).run(DEVICE)
     dropped = x * keep_rows(case, torch.arange(m, device=DEVICE), 5) if p else x
     exact = scaling * dropped.double() @ a.double().t()
     assert_no_worse(s, exact, scaling * (dropped @ a.to(BF16).t()), name="S")

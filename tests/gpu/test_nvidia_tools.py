@@ -32,7 +32,7 @@ END = time.monotonic() + float(os.environ.get("SLK_GPU_SECONDS", "600"))
 # What compute-sanitizer watches: all kernels, and each way of launching in a test that takes seconds without it.
 BRING_UP, PREPARED = "tests/gpu/test_bring_up.py", "tests/gpu/test_prepared_launches.py"
 WATCHED = {
-    "kernels": [f"{BRING_UP}::test_{name}" for name in ("doctor", "shrink", "linear", "other_ops")],
+    "kernels": [f"{BRING_UP}::test_{name}" for name in ("doctor", "down", "linear", "other_ops")],
     "launches": [
         f"{PREPARED}::test_the_third_call_is_prepared",
         "tests/gpu/test_cuda_graphs.py::test_a_call",

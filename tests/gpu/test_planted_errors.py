@@ -22,7 +22,7 @@ def ignore(name: str, value: object) -> None:
 @pytest.mark.parametrize("splits", (1, 2))
 def test_the_test_of_one_launch_runs(splits, p, monkeypatch):
     """It takes the launch from its launcher, whose arguments may change. All others call the public functions."""
-    test_bring_up.test_shrink(splits, p, monkeypatch)
+    test_bring_up.test_down(splits, p, monkeypatch)
 
 
 def test_a_wrong_result_fails(monkeypatch, poisoned_outputs):
@@ -63,8 +63,8 @@ SANITIZED = """========= COMPUTE-SANITIZER
 tests/gpu/test_bring_up.py::test_mlp[0.1] ========= Invalid __global__ read of size 4 bytes
 =========     at _lora_gate_up_kernel+0x1d0 in gate_up.py:120
 =========
-========= Warning: Race reported between Write access at _lora_shrink_kernel+0x90
-=========     and Read access at _lora_shrink_kernel+0xa0 [4 hazards]
+========= Warning: Race reported between Write access at _lora_down_kernel+0x90
+=========     and Read access at _lora_down_kernel+0xa0 [4 hazards]
 ========= Uninitialized __global__ memory read of size 2 bytes
 =========     at void cutlass_gemm+0x10
 ========= ERROR SUMMARY: 3 errors

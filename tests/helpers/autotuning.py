@@ -23,7 +23,7 @@ GPU = problem.device_of(torch.device(DEVICE))
 
 
 def words(launches) -> str:
-    """The launches' kernels and tiles: "lora_shrink 64x128 + lora_linear_tma 128x128x64", "vendor + ...".
+    """The launches' kernels and tiles: "lora_down 64x128 + lora_linear_tma 128x128x64", "vendor + ...".
 
     A product that computes its S has "fused" or "chained" before its tile.
     """

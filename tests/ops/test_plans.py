@@ -326,4 +326,4 @@ def test_a_group_computes_its_s_once():
     given = leaves(case, make(case))
     with forced(case), count_launches() as made:
         ours(case, given)
-    assert made == {"_lora_shrink_kernel": 1, "_lora_linear_kernel": 3}
+    assert made == {"_lora_down_kernel": 1, "_lora_linear_kernel": 3}

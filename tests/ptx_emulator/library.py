@@ -16,7 +16,6 @@ from stablelora_kernels.kernels import common
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.prepared import Repeated
 from stablelora_kernels.ops import plans
-from stablelora_kernels.projection import split
 from tests.ptx_emulator.machine import Schedule
 from tests.ptx_emulator.memory import Faults
 from tests.ptx_emulator.runner import run
@@ -57,11 +56,10 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
     device = problem.DEVICES[schedule.arch]
     device = device._replace(processors=processors or device.processors)
 
-    def call(op: plans.PlannedOp, operands: Any, lengths: Any, numbers: Any, entry: Any = None) -> Any:
-        lists = split(operands[op._lists :], lengths)
-        results, launches = op.plan(device, [*operands[: op._lists], *lists, *numbers])
+    def call(op: plans.PlannedOp, entry: Any, tensors: Any, lists: Any, numbers: Any) -> Any:
+        results, launches = op.plan(device, (*tensors, *lists, *numbers))
         log.run(launches)
-        return plans._flat(results)
+        return results
 
     with ExitStack() as stack:
         for target, name, value in (

@@ -64,7 +64,7 @@ def _one_more(found: re.Match[str]) -> str:
 
 _CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.1"
 _LONG, _OPTIMIZER = "linear bf16/fp32 M33 K520 r16 p0.1, long sum", "optimizer bf16, masters, clipped"
-_SPLIT_K, _TMA, _SHRINK = "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel", "_lora_shrink_kernel"
+_SPLIT_K, _TMA, _DOWN = "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel", "_lora_down_kernel"
 _BARRIER, _APART = r"bar\.sync\s+0;", Schedule(warps="groups-first")
 _ARRIVAL = r"mbarrier.arrive.expect_tx.shared::cta.b64 _, \1, 0;"
 # By name. One entry serves all GPUs that have the kernel.
@@ -75,8 +75,8 @@ PLANTS = {
     "split-k-acquire": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".release."),
     "split-k-scope": Plant(_LONG, _SPLIT_K, "common.py", r"\.gpu\.acq_rel\.", ".cta.acq_rel."),
     "split-k-copies": Plant(_LONG, _SPLIT_K, "linear_split_k.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
-    "shrink-copies": Plant(_SPLIT, _SHRINK, "thin_products.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
-    "shrink-buffers": Plant(_SPLIT, _SHRINK, "thin_products.py", _BARRIER, schedule=_APART),
+    "down-copies": Plant(_SPLIT, _DOWN, "thin_products.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
+    "down-buffers": Plant(_SPLIT, _DOWN, "thin_products.py", _BARRIER, schedule=_APART),
     "flag-release": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.release\.", ".relaxed.", AMPERE),
     "flag-acquire": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acquire\.", ".relaxed.", AMPERE),
     "flag-barrier": Plant(_CHAINED, "_lora_linear_kernel", "common.py", _BARRIER, "", AMPERE, Schedule(warps="first")),

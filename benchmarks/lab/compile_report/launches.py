@@ -113,7 +113,8 @@ def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, ke
     with torch.device("meta"):
         x, w = torch.empty(1, 4096, dtype=dtype).expand(4096, 4096), torch.empty(4096, 4096, dtype=dtype)
         a, b = torch.empty(r, 4096, dtype=lora), torch.empty(4096, r, dtype=lora)
-    args = (x, None, [w], (), [None], [a], [b], [None], (), [1.0], 0.0, False, False)
+    operands, no_scales, no_layouts = [w, None, a, b], (), ()
+    args = (x, None, operands, no_scales, [None], no_layouts, [1.0], 0.0, False, False)
     *_, launch = lora_linear_fwd.plan(device, args, Choice(kernel, ""))[1]
     return launch._replace(variant=f"{launch.variant} broadcast")
 

@@ -1,6 +1,6 @@
 """Machine code of every kernel and config that dispatch can pick, compiled for GPUs that need not be present.
 
-    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_shrink] [--csv FILE]
+    python -m benchmarks.lab.compile_report [--arch sm_90 ...] [--kernel lora_down] [--csv FILE]
     python -m benchmarks.lab.compile_report --check     compare with the committed report; exit with 1 if something got worse
     python -m benchmarks.lab.compile_report --write     renew the rows of the committed report
         --quick or --missing: only the rows that it lacks and those whose code has changed since

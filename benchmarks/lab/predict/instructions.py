@@ -183,7 +183,7 @@ def parts(text: str, jobs: Collection[str], persistent: bool) -> dict[str, Part]
             ranks.append(loop)
             continue
         # dB's code comes before dA's.
-        names = {"shrink": ["S"], "weight_grad": ["DB", "DA"]}.get(function, ["Y"])
+        names = {"down_part": ["S"], "weight_grad": ["DB", "DA"]}.get(function, ["Y"])
         found |= {job: loop for job in [job for job in names if job in jobs and job not in found][:1]}
     if {*jobs} - {*found} > {"Y"}:
         raise ValueError(f"loops of {jobs} were expected, those of {[*found]} were found")

@@ -17,7 +17,7 @@ from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.jobs import backward_product, forward_product
-from stablelora_kernels.launch.lora_linear import linear, product_launches, shrink, weight_grads
+from stablelora_kernels.launch.lora_linear import linear, lora_down, product_launches, weight_grads
 from stablelora_kernels.projection import Projection
 
 SHAPES = [Shape(m, 4096, 4096, 16, p, wide_adapters=False) for m, p in product((2048, 4096, 8192), (True, False))]
@@ -51,17 +51,17 @@ def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str,
     found = {
         "product": linear(device, of_product, None, load_s=True),
         VENDOR: product_launches(device, of_product, Choice("vendor", ""))[0],
-        "S": shrink(device, [forward]),
+        "S": lora_down(device, [forward]),
         "Y from S": linear(device, forward, None, load_s=True),
         "S and Y in one": linear(device, forward, None, load_s=True, chained=True),
-        "dS": shrink(device, [without_db]),
-        "dS and dB": shrink(device, [backward]),
+        "dS": lora_down(device, [without_db]),
+        "dS and dB": lora_down(device, [backward]),
         "dX": linear(device, without_db._replace(da=None), None, load_s=True),
         "dX and dA": linear(device, without_db, None, load_s=True),
         "dA": weight_grads(device, [without_db]),
         "all of backward in one": linear(device, backward, None, load_s=True, chained=True),
     }
-    return found | ({"S, its mask not stored": shrink(device, [forward._replace(mask=None)])} if s.dropout else {})
+    return found | ({"S, its mask not stored": lora_down(device, [forward._replace(mask=None)])} if s.dropout else {})
 
 
 def on_meta(*size: int, dtype: torch.dtype) -> Tensor:

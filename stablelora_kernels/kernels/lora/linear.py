@@ -8,7 +8,7 @@ All kernels of this directory, with s' = scaling / (1 - p) and a keep-mask of ze
 
 S and dS are scaled in float32 and rounded once. In float16, s' > 1 could make S overflow where Y does not, so S is stored in
 units of a power of two, UNIT; what is computed from S is multiplied by it, exactly, in float32. dX is the forward's formula
-with W, A and B read through swapped strides, so one kernel serves both. ``shrink`` has S; ``linear``, ``linear_split_k``,
+with W, A and B read through swapped strides, so one kernel serves both. ``down_part`` has S; ``linear``, ``linear_split_k``,
 ``linear_tma`` and ``linear_quantized`` have Y for any GPU, few rows, Hopper and a quantized W; ``weight_grads`` has dA and dB.
 Mostly, dA and dB take no launch of their own: dB is computed with dS, since both read dY, and programs for dA run with those for
 dX.
@@ -35,7 +35,7 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, dot, load_words, tile_of, unpack_words
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_flag
 from stablelora_kernels.kernels.lora.gated import prefetch, store_gated_grads
-from stablelora_kernels.kernels.lora.thin_products import grad_parts, part_of_rows, s_parts, shrink, weight_grad
+from stablelora_kernels.kernels.lora.thin_products import down_part, grad_parts, part_of_rows, s_parts, weight_grad
 
 # Of the three kernels of the product.
 NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_SPLITS", "DA_SPLITS", "threshold"]
@@ -85,7 +85,7 @@ def wait_for_s(chain, row0, branch, M, S: tl.constexpr):
 def _ahead(part, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
     """The ``part``-th part of S, of which there are ``of_s``, and then of dB."""
     if part < of_s:
-        shrink(part, x, s_job, chain, M, S_SPLITS, threshold, S)
+        down_part(part, x, s_job, chain, M, S_SPLITS, threshold, S)
     elif DB is not None:
         weight_grad(part - of_s, x, db, M, DB_SPLITS, DB)
 

@@ -23,7 +23,7 @@ from stablelora_kernels.kernels.lora.gated import gated
 
 
 @triton.jit(do_not_specialize=["M", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "threshold"])
-def _lora_shrink_kernel(x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
+def _lora_down_kernel(x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
     """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY.
 
     The DB_PROGRAMS programs of dB are spread evenly among those of S: both walk down the rows of X at one pace, so the second to
@@ -38,7 +38,7 @@ def _lora_shrink_kernel(x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold
         if is_db:
             weight_grad(before, x, db, M, DB_SPLITS, DB)
     if not is_db:
-        shrink(program - before, x, s, None, M, S_SPLITS, threshold, S)
+        down_part(program - before, x, s, None, M, S_SPLITS, threshold, S)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def s_parts(M, job, SPLITS, TILE: tl.constexpr):
 
 
 @triton.jit
-def shrink(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
+def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     """The ``part``-th of ``s_parts``, for each member of an ``SJob``.
 
     The last part of K to finish adds up all parts in order. Members of several projections have one block of ranks: X is read

@@ -109,12 +109,12 @@ def test_occupancy(given: tuple[str, int, int, int], expected: float) -> None:
     ],
 )
 def test_a_worse_row_is_found(column: str, worse: object, as_good: object) -> None:
-    label, other = ("lora_shrink", "r16", "sm_90", "bf16"), ("lora_shrink", "r32", "sm_90", "bf16")
+    label, other = ("lora_down", "r16", "sm_90", "bf16"), ("lora_down", "r32", "sm_90", "bf16")
     figures = 96, 0, 65_536, "HGMMA.64x16x16 HGMMA.64x64x16", "", 128, 64, 0.25
     row = dict(zip([*report.LABEL, *report.FIGURES], [*label, *figures], strict=True))
     old, limit = pd.DataFrame([row]), {"shared_limit": 232_448}
     (line,) = report.compare(old, report.table([row | limit | {column: worse}]), [label])
-    assert line.startswith(f"lora_shrink | r16 | sm_90 | bf16: {column} ")
+    assert line.startswith(f"lora_down | r16 | sm_90 | bf16: {column} ")
     assert report.compare(old, report.table([row | limit | {column: as_good}]), [label]) == []
     lines = report.compare(old, report.table([]), [other])
     assert [line.split(": ")[1] for line in lines] == ["vanished", "not in the committed report"]
@@ -142,7 +142,7 @@ def test_what_the_report_promises() -> None:
     # A mask's words have 32 bits, and are half of the loads beside a product that another launch computed, or beside dS. S stores
     # bytes of it.
     least = least.mask(rows.variant.str.match("dx r(?:16|32) (?:alone|fused) masked"), least.clip(upper=56))
-    stored = pd.Series(96, rows.index).mask((rows.kernel == "lora_shrink") & rows.variant.str.endswith("dropout"), 80)
+    stored = pd.Series(96, rows.index).mask((rows.kernel == "lora_down") & rows.variant.str.endswith("dropout"), 80)
     assert (rows.load_bits >= least)[lora & nvidia].all() and (rows.store_bits >= stored)[lora & nvidia].all()
 
 
@@ -356,16 +356,16 @@ def test_only_faults_are_printed(monkeypatch, capsys) -> None:
         "r64": {"serialized": "C7511 X"},
         "r128": "not compiled: Y",
     }
-    rows = {("lora_shrink", variant, "sm_90", "bf16"): row for variant, row in variants.items()}
+    rows = {("lora_down", variant, "sm_90", "bf16"): row for variant, row in variants.items()}
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(report, "make_row", rows.__getitem__)
     monkeypatch.setattr(report, "jobs", lambda arch: rows)
     assert report.main(["--hazards", "--arch", "sm_90"]) == 1
     *faults, summary = capsys.readouterr().out.splitlines()
     assert faults == [
-        "lora_shrink | r32 | sm_90 | bf16: R4 is lost",
-        "lora_shrink | r64 | sm_90 | bf16: serialized: C7511 X",
-        "lora_shrink | r128 | sm_90 | bf16: not compiled: Y",
+        "lora_down | r32 | sm_90 | bf16: R4 is lost",
+        "lora_down | r64 | sm_90 | bf16: serialized: C7511 X",
+        "lora_down | r128 | sm_90 | bf16: not compiled: Y",
     ]
     assert summary == f"Triton {triton.__version__}: 3 of 4 rows have a fault"
     monkeypatch.setattr(report, "jobs", lambda arch: [*rows][:1])

@@ -94,10 +94,10 @@ def test_few_of_the_gradients_of_a_broadcast_x(wanted: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("m", "n", "k", "blocksize", "nested", "dtype", "first"),
     [
-        (9, 264, 512, 64, True, BF16, "shrink"),
+        (9, 264, 512, 64, True, BF16, "down"),
         # Two programs' blocks to a scale, a tile of two scales, and edges in both directions.
-        (70, 1032, 512, 256, True, BF16, "shrink"),
-        (70, 136, 96, 32, True, FP16, "shrink"),
+        (70, 1032, 512, 256, True, BF16, "down"),
+        (70, 136, 96, 32, True, FP16, "down"),
         # Dequantized first, and so for want of alignment.
         (300, 264, 512, 64, True, BF16, "dequantize"),
         (9, 31, 75, 64, False, BF16, "dequantize"),
@@ -112,7 +112,7 @@ def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, first, p):
             part.copy_((torch.arange(part.numel()) % 256).to(torch.uint8))
     case = Case("linear", (m, k), (n,), (8,), dtype, p=p, arch="sm_90")
     launch, *_ = check_bytes(case, make(case) | {"weight0": weight})
-    assert launch.kernel.__name__.startswith(f"_lora_{first}" if first == "shrink" else f"_{first}")
+    assert launch.kernel.__name__.startswith(f"_lora_{first}" if first == "down" else f"_{first}")
 
 
 def test_launches_of_an_mlp_are_planned_as_they_are_made() -> None:
