@@ -76,6 +76,7 @@ def test_kernels_of_blackwell() -> None:
     emulate("--quick", "--arch", "sm_100,sm_120", only=("linear fused",))
 
 
+@pytest.mark.nightly
 def test_programs_wait_as_on_amds_gpus() -> None:
     """Triton's own loop around an atomic waits for a flag there, as in the interpreter."""
     patched = """
