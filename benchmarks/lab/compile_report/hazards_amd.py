@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import triton
+
+import stablelora_kernels
+
 _FILE = re.compile(r'\.file\s+(\d+) (?:"([^"]*)" )?"([^"]*)"')
 _LINE = re.compile(r"\.loc\s+(\d+) (\d+)")
 _ORDER = re.compile(r'sem="(\w+)"')
@@ -132,7 +136,7 @@ def _instructions(gcn: str) -> list[Instruction]:
     for line in gcn.splitlines():
         text = line.split(";")[0].strip()
         if match := _FILE.match(text):
-            files[match[1]] = str(Path(match[2] or "", match[3]))
+            files[match[1]] = _installed(str(Path(match[2] or "", match[3])))
         elif match := _LINE.match(text):
             source = linecache.getline(files[match[1]], int(match[2])).strip()
         elif text.startswith(".Lfunc_end"):
@@ -140,6 +144,16 @@ def _instructions(gcn: str) -> list[Instruction]:
         elif text and not _ASIDE.match(text):
             code.append(Instruction(" ".join(text.split()), source))
     return code
+
+
+def _installed(path: str) -> str:
+    """The installed file for a ``path`` in the text. Triton's cache may give code that was compiled in a clone which is gone."""
+    for package in (stablelora_kernels, triton):
+        directory = Path(package.__file__).parent
+        inside = f"/{directory.name}/"
+        if inside in path:
+            return str(directory / path.rpartition(inside)[2])
+    return path
 
 
 def _block_before(code: list[Instruction], place: int) -> list[str]:
