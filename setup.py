@@ -8,13 +8,18 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-# Code, which stays as it is, or the beginning of a link or of an attribute of HTML and its target in the repository.
-LINK = re.compile(r'```.*?```|`[^`\n]+`|(\]\(|\b(?:src|srcset|href)=")(?!https?:|mailto:|#)([^)"\s]+)', re.S)
+# Code, which stays as it is, or the beginning of a link or of an attribute of HTML and its target
+# in the repository.
+LINK = re.compile(
+    r'```.*?```|`[^`\n]+`|(\]\(|\b(?:src|srcset|href)=")(?!https?:|mailto:|#)([^)"\s]+)', re.S
+)
 IMAGES = (".png", ".svg", ".jpg", ".gif", ".webp")
 
 
 def description(readme: str, source: str, tag: str) -> str:
-    """``readme`` with its links into the repository led to ``tag`` in the repository at the address ``source``."""
+    """``readme`` with its links into the repository led to ``tag`` in the repository at the address
+    ``source``.
+    """
 
     def absolute(match: re.Match[str]) -> str:
         start, target = match.groups()

@@ -1,4 +1,6 @@
-"""``pytest benchmarks``: each entry of pytest-benchmark is one phase of a case, timed against its rivals round by round."""
+"""``pytest benchmarks``: each entry of pytest-benchmark is one phase of a case, timed against its
+rivals round by round.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,16 @@ DEVICE = pytest.StashKey[torch.device]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stablelora-kernels")
     group.addoption(
-        "--suite", choices=ROUNDS, default="quick", help="how many cases; tiny only shows that all of them run"
+        "--suite",
+        choices=ROUNDS,
+        default="quick",
+        help="how many cases; tiny only shows that all of them run",
     )
     group.addoption("--rounds", type=_rounds, help="timed rounds of a case (default: 15, full 50)")
     group.addoption("--device", help="cpu or cuda (default: the GPU if there is one)")
-    group.addoption("--records", type=Path, metavar="FILE", help="write every figure as a row of a CSV file")
+    group.addoption(
+        "--records", type=Path, metavar="FILE", help="write every figure as a row of a CSV file"
+    )
     group.addoption(
         "--arm",
         action="append",
@@ -88,7 +95,9 @@ def race(request: pytest.FixtureRequest, case: str) -> Iterator[Race]:
 
 
 @pytest.fixture
-def compare(request: pytest.FixtureRequest, benchmark: Any, race: Race, phase: str) -> Callable[[], None]:
+def compare(
+    request: pytest.FixtureRequest, benchmark: Any, race: Race, phase: str
+) -> Callable[[], None]:
     """Time a phase. Fails for an arm that failed, after the others were timed."""
     config, case = request.config, race.case
 
@@ -102,16 +111,25 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, race: Race, phase: s
         for error in race.failed.values():
             raise error
         if case.base not in race.arms:
-            raise RuntimeError(f"{case.base!r}, the base of {case.name!r}, did not run: {race.skipped[case.base]}")
+            raise RuntimeError(
+                f"{case.base!r}, the base of {case.name!r}, did not run: {race.skipped[case.base]}"
+            )
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     if rows := config.stash[ROWS]:
         if file := config.getoption("records"):
-            command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
-            header = environment() | {"load_average_at_start": round(config.stash[LOAD], 2), "command": command}
+            command = shlex.join(
+                ["python", "-m", "pytest", *map(str, config.invocation_params.args)]
+            )
+            header = environment() | {
+                "load_average_at_start": round(config.stash[LOAD], 2),
+                "command": command,
+            }
             write_records(file, rows, header)
         terminalreporter.section("arms, timed in turns")
         table.write(terminalreporter.write_line, rows, config.stash[LOAD])

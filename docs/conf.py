@@ -1,4 +1,6 @@
-"""The documentation site. ``sphinx-build -W docs .build/site`` builds it without a network; any warning is an error."""
+"""The documentation site. ``sphinx-build -W docs .build/site`` builds it without a network; any
+warning is an error.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,28 @@ project = "stablelora-kernels"
 author = "the stablelora-kernels authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 
 # Strings in docstrings keep their quotes.
 smartquotes_action = "De"
 highlight_language = "text"
 
-# Every reference must lead somewhere. There is no intersphinx, since its inventories are fetched: what others define
-# stays without a link.
+# Every reference must lead somewhere. There is no intersphinx, since its inventories are fetched:
+# what others define stays without a link.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|collections|os|contextlib|typing|pathlib|matplotlib)\..*"),
-    (r"py:.*", r"(Tensor|Any|Callable|Iterable|Iterator|Mapping|NoReturn|Path|Sequence|Figure|Stored)"),
+    (
+        r"py:.*",
+        r"(Tensor|Any|Callable|Iterable|Iterator|Mapping|NoReturn|Path|Sequence|Figure|Stored)",
+    ),
 ]
 
 autodoc_member_order = "bysource"
@@ -49,7 +60,8 @@ html_show_sphinx = html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-# Classes that LoRALinear.from_linear and apply_lora make: their constructor is not how one gets them.
+# Classes that LoRALinear.from_linear and apply_lora make: their constructor is not how one gets
+# them.
 MADE = (
     "nn.LoRAQuantizedLinear",
     "nn.LoRAConv1D",
@@ -61,7 +73,9 @@ MADE = (
 
 
 def _show_signature(app, what, name, obj, options, signature, return_annotation):
-    """A dataclass's ``field(default_factory=dict)`` as ``{}``; Sphinx cannot parse what Python prints for it."""
+    """A dataclass's ``field(default_factory=dict)`` as ``{}``; Sphinx cannot parse what Python
+    prints for it.
+    """
     if name.removeprefix("stablelora_kernels.") in MADE:
         return "", None
     if signature:

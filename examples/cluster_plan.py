@@ -1,11 +1,13 @@
-"""Memory and traffic of a LoRA run over several machines, before anyone rents them. Nothing is measured.
+"""Memory and traffic of a LoRA run over several machines, before anyone rents them. Nothing is
+measured.
 
 python -m examples.cluster_plan --checkpointing                      Llama 70B, four machines of eight GPUs
 python -m examples.cluster_plan --model DIRECTORY --nodes 2          a Llama of your own, by its config.json
 
-Parameters, and what a decoder layer saves for its backward, are counted on the model itself, in tensors without memory.
-Bytes that processes exchange are arithmetic, which its tests hold against counted ones. Times are those bytes over the
-links' rates and the operations over the matrix rate: no run is faster, how much slower it is only a run can tell.
+Parameters, and what a decoder layer saves for its backward, are counted on the model itself, in
+tensors without memory. Bytes that processes exchange are arithmetic, which its tests hold against
+counted ones. Times are those bytes over the links' rates and the operations over the matrix rate:
+no run is faster, how much slower it is only a run can tell.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Layer(NamedTuple):
 
     frozen: int
     adapters: int
-    # A of layers cut by columns and B of those cut by rows, whose gradients tensor parallelism sums.
+    # A of layers cut by columns and B of those cut by rows, whose gradients tensor parallelism
+    # sums.
     whole_adapters: int
     saved: float
 
@@ -84,7 +87,9 @@ class Plan(NamedTuple):
     between: float
 
 
-def count(config: dict[str, int], r: int, targets: Any, tensor: int = 1, tokens: int = 256) -> Model:
+def count(
+    config: dict[str, int], r: int, targets: Any, tensor: int = 1, tokens: int = 256
+) -> Model:
     """A Llama's parameters and saved activations on one of ``tensor`` GPUs that share its layers.
 
     Raises:
@@ -96,11 +101,16 @@ def count(config: dict[str, int], r: int, targets: Any, tensor: int = 1, tokens:
     mine, whole = (count_layer(config, r, targets, parts, tokens) for parts in (tensor, 1))
     hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
     rest = 2 * vocab * hidden + hidden
-    return Model(hidden, layers, vocab, mine, rest, layers * whole.frozen + rest, layers * whole.adapters)
+    return Model(
+        hidden, layers, vocab, mine, rest, layers * whole.frozen + rest, layers * whole.adapters
+    )
 
 
 def count_layer(config: dict[str, int], r: int, targets: Any, tensor: int, tokens: int) -> Layer:
-    part = {key: config[key] // tensor for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
+    part = {
+        key: config[key] // tensor
+        for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    }
     llama = LlamaConfig(**{**config, **part, "num_hidden_layers": 1}, attn_implementation="sdpa")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -139,16 +149,20 @@ def gathers(model: Model) -> float:
 def sums(model: Model, tokens: int, checkpointing: bool) -> float:
     """Bytes that tensor parallelism sums over its GPUs in a step.
 
-    Each layer sums the outputs of attention and MLP forward, their input gradients backward (except the first layer's, which
-    nobody needs), and the gradients of A and B that all GPUs hold. Checkpointing repeats the attention's output, but not the
-    MLP's, which is the layer's last.
+    Each layer sums the outputs of attention and MLP forward, their input gradients backward (except
+    the first layer's, which nobody needs), and the gradients of A and B that all GPUs hold.
+    Checkpointing repeats the attention's output, but not the MLP's, which is the layer's last.
     """
     times = (4 + checkpointing) * model.layers - 1
     return times * BF16 * tokens * model.hidden + FP32 * model.layers * model.layer.whole_adapters
 
 
-def plans(whole: Model, cut: Model | None, nodes: int, gpus: int, tokens: int, checkpointing: bool) -> dict[str, Plan]:
-    """Each arrangement's plan. ``cut`` is the model in as many parts as a machine has GPUs, or None if it can't be cut."""
+def plans(
+    whole: Model, cut: Model | None, nodes: int, gpus: int, tokens: int, checkpointing: bool
+) -> dict[str, Plan]:
+    """Each arrangement's plan. ``cut`` is the model in as many parts as a machine has GPUs, or None
+    if it can't be cut.
+    """
 
     def others(count: int) -> float:
         """The share of a ring's bytes that come from the other members."""
@@ -171,20 +185,25 @@ def plans(whole: Model, cut: Model | None, nodes: int, gpus: int, tokens: int, c
 
     world, copies = nodes * gpus, 2 * FP32 * whole.adapters
     exchanged = gathers(whole) + gradients(whole)
-    over_all, in_each = (memory(whole, BF16 * whole.frozen / n, gathered(whole), n) for n in (world, gpus))
+    over_all, in_each = (
+        memory(whole, BF16 * whole.frozen / n, gathered(whole), n) for n in (world, gpus)
+    )
     found = {
         "FSDP2 over all": Plan(over_all, exchanged * others(world), exchanged * others(nodes)),
         # A copy on each machine (HSDP): only the adapters' gradients leave it.
         "FSDP2 in each machine": Plan(in_each, exchanged * others(gpus), copies * others(nodes)),
     }
     if cut is not None:
-        # Layers cut over a machine's GPUs, FSDP2 over machines; as many micro-steps as GPUs, which share each one's tokens.
-        # Embedding and head are sharded over machines only.
+        # Layers cut over a machine's GPUs, FSDP2 over machines; as many micro-steps as GPUs, which
+        # share each one's tokens. Embedding and head are sharded over machines only.
         frozen = BF16 * (cut.layers * cut.layer.frozen + cut.rest) / nodes
-        # Each GPU's part comes from its like on the other machines; gradients are exchanged after the last micro-step.
+        # Each GPU's part comes from its like on the other machines; gradients are exchanged after
+        # the last micro-step.
         between = gpus * (gpus * gathers(cut) + gradients(cut)) * others(nodes)
         inside = gpus * 2 * sums(cut, tokens, checkpointing) * others(gpus)
-        found["tensor parallel in each"] = Plan(memory(cut, frozen, gathered(cut), nodes), inside, between)
+        found["tensor parallel in each"] = Plan(
+            memory(cut, frozen, gathered(cut), nodes), inside, between
+        )
     # DDP over all GPUs.
     nf4 = memory(whole, NF4 * whole.layers * whole.layer.frozen + BF16 * whole.rest, 0, 1)
     found["NF4, whole on each GPU"] = Plan(nf4, copies * others(world), copies * others(nodes))
@@ -192,11 +211,23 @@ def plans(whole: Model, cut: Model | None, nodes: int, gpus: int, tokens: int, c
 
 
 def operations(model: Model, config: dict[str, int], tokens: int, checkpointing: bool) -> float:
-    """One GPU's share of a step: products with W forward and for dX, with A and B and their gradients, attention."""
+    """One GPU's share of a step: products with W forward and for dX, with A and B and their
+    gradients, attention.
+    """
     passes = 2 + checkpointing
-    products = 2 * passes * (model.frozen - config["vocab_size"] * model.hidden) + 2 * (passes + 1) * model.adapters
+    products = (
+        2 * passes * (model.frozen - config["vocab_size"] * model.hidden)
+        + 2 * (passes + 1) * model.adapters
+    )
     # Scores and values over half the tokens before, forward; two and a half times that backward.
-    attention = 2 * tokens * config["num_attention_heads"] * config["head_dim"] * model.layers * (passes - 1 + 2.5)
+    attention = (
+        2
+        * tokens
+        * config["num_attention_heads"]
+        * config["head_dim"]
+        * model.layers
+        * (passes - 1 + 2.5)
+    )
     return tokens * (products + attention)
 
 
@@ -228,7 +259,9 @@ def config_of(name: str) -> dict[str, int]:
         return MODELS[name]
     path = Path(name).expanduser() / "config.json"
     if not path.is_file():
-        raise ValueError(f"--model must be one of {', '.join(MODELS)} or a directory with a config.json, got {name!r}")
+        raise ValueError(
+            f"--model must be one of {', '.join(MODELS)} or a directory with a config.json, got {name!r}"
+        )
     given = json.loads(path.read_text())
     if "hidden_size" in given and "num_attention_heads" in given:
         given.setdefault("num_key_value_heads", given["num_attention_heads"])
@@ -239,19 +272,39 @@ def config_of(name: str) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("cluster_plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "cluster_plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
-    add("--model", default="llama-70b", help=f"{', '.join(MODELS)}, or a directory with a config.json")
+    add(
+        "--model",
+        default="llama-70b",
+        help=f"{', '.join(MODELS)}, or a directory with a config.json",
+    )
     add("--nodes", type=int, default=4, help="machines")
     add("--gpus", type=int, default=8, help="GPUs of a machine")
     add("--tokens", type=int, default=4096, help="tokens in a step for each GPU, one sequence")
     add("--r", type=int, default=16, help="rank")
     add("--target-modules", default=["all-linear"], nargs="+", help="ends of names, or all-linear")
-    add("--checkpointing", action="store_true", help="each layer's activations computed again backward")
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="each layer's activations computed again backward",
+    )
     # NVIDIA's data sheet for NVLink 4 (half of 900 GB/s), and one 400 Gb/s adapter for each GPU.
     add("--nvlink", type=float, default=450e9, help="bytes a second into a GPU inside the machine")
-    add("--network", type=float, default=50e9, help="bytes a second into a machine, for each of its GPUs")
-    add("--matrix-rate", type=float, default=790e12, help="bfloat16 operations a second of a GPU's products: an H100's")
+    add(
+        "--network",
+        type=float,
+        default=50e9,
+        help="bytes a second into a machine, for each of its GPUs",
+    )
+    add(
+        "--matrix-rate",
+        type=float,
+        default=790e12,
+        help="bfloat16 operations a second of a GPU's products: an H100's",
+    )
     args = parser.parse_args(argv)
     for name in ("nodes", "gpus", "tokens", "r", "nvlink", "network", "matrix_rate"):
         if getattr(args, name) <= 0:
@@ -260,7 +313,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = config_of(args.model)
         whole = count(config, args.r, targets)
-        cut = None if config["num_key_value_heads"] % args.gpus else count(config, args.r, targets, args.gpus)
+        cut = (
+            None
+            if config["num_key_value_heads"] % args.gpus
+            else count(config, args.r, targets, args.gpus)
+        )
     except ValueError as error:
         parser.error(str(error))
     found = plans(whole, cut, args.nodes, args.gpus, args.tokens, args.checkpointing)

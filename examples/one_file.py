@@ -1,4 +1,5 @@
-"""Fine-tune a language model with PEFT's LoRA on this library's kernels. One file to copy: it reads no other file of the clone.
+"""Fine-tune a language model with PEFT's LoRA on this library's kernels. One file to copy: it reads
+no other file of the clone.
 
 pip install '.[peft]'   (in a clone; stablelora-kernels is not on PyPI yet)
 python one_file.py --model HuggingFaceTB/SmolLM2-135M --text my_text.txt --out run
@@ -17,10 +18,16 @@ import stablelora_kernels as slk
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("one_file", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "one_file", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a hub id or a local directory")
-    parser.add_argument("--text", type=Path, required=True, help="a text file; its last tenth is held out")
-    parser.add_argument("--out", type=Path, required=True, help="directory of checkpoints and of the adapter")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="a text file; its last tenth is held out"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory of checkpoints and of the adapter"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
@@ -37,7 +44,9 @@ def main() -> None:
     rows = [{"input_ids": row, "labels": row} for row in rows]
     held_out = max(1, len(rows) // 10)
 
-    lora = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(model, lora)
     # The one new line. The report says what runs on the kernels, and what does not and why.
     print(slk.accelerate_peft(model, fuse_mlp=True))
@@ -63,7 +72,9 @@ def main() -> None:
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    print(f"held-out loss {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after {args.steps} steps")
+    print(
+        f"held-out loss {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after {args.steps} steps"
+    )
     # PEFT's files: PeftModel.from_pretrained loads them.
     model.save_pretrained(args.out / "adapter")
     print(f"adapter in {args.out / 'adapter'}")

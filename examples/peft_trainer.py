@@ -1,10 +1,11 @@
-"""Fine-tune a PEFT model with Hugging Face's Trainer, on this library's kernels and with its optimizer.
+"""Fine-tune a PEFT model with Hugging Face's Trainer, on this library's kernels and with its
+optimizer.
 
 python -m examples.peft_trainer --out run               SmolLM2-135M on the plays of Shakespeare
 python -m examples.peft_trainer --out run --resume      go on from the last checkpoint
 
-What differs from a script without this library are two lines: accelerate_peft, and the optimizer's factory. TRL's
-SFTTrainer takes the same two.
+What differs from a script without this library are two lines: accelerate_peft, and the optimizer's
+factory. TRL's SFTTrainer takes the same two.
 """
 
 from __future__ import annotations
@@ -27,17 +28,29 @@ from examples.inputs import add_inputs, load_model, load_tokens
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("peft_trainer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "peft_trainer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add_inputs(parser)
-    add("--out", type=Path, required=True, help="directory for checkpoints and, at the end, the adapter")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory for checkpoints and, at the end, the adapter",
+    )
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--steps", type=int, default=100, help="optimizer steps of the whole run")
     add("--save-every", type=int, default=25, help="steps between two checkpoints")
     add("--batch-size", type=int, default=4, help="sequences in a forward pass")
     add("--gradient-accumulation", type=int, default=1, help="forward passes a step")
     add("--length", type=int, default=128, help="tokens a sequence")
-    add("--target-modules", nargs="+", default=["q_proj", "v_proj"], help="ends of the names of the layers to adapt")
+    add(
+        "--target-modules",
+        nargs="+",
+        default=["q_proj", "v_proj"],
+        help="ends of the names of the layers to adapt",
+    )
     add("--rank", type=int, default=8)
     add("--dropout", type=float, default=0.05, help="of the LoRA branch")
     add("--lr", type=float, default=1e-3)
@@ -47,13 +60,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("steps", "save_every", "batch_size", "gradient_accumulation", "rank"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+            )
     return args
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The last checkpoint that is whole. One that was being written when its run was killed may lack any file."""
-    numbered = {int(path.name.removeprefix("checkpoint-")): path for path in out.glob("checkpoint-*[0-9]")}
+    """The last checkpoint that is whole. One that was being written when its run was killed may
+    lack any file.
+    """
+    numbered = {
+        int(path.name.removeprefix("checkpoint-")): path for path in out.glob("checkpoint-*[0-9]")
+    }
     for step in sorted(numbered, reverse=True):
         try:
             # The Trainer writes it last.
@@ -71,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume and last is None:
         sys.exit(f"--resume needs a checkpoint in --out, got {args.out} without one")
     if last and not args.resume:
-        sys.exit(f"--out {args.out} holds {last.name} of another run: --resume it, or name another directory")
+        sys.exit(
+            f"--out {args.out} holds {last.name} of another run: --resume it, or name another directory"
+        )
 
     model, tokenizer = load_model(args.model, transformers.AutoModelForCausalLM)
     text, held_out = load_tokens(args.text, tokenizer, args.length)
@@ -98,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=args.lr,
         weight_decay=0.01,
         logging_steps=min(10, args.steps),
-        # Not by evaluate() before train(), after which the Trainer would not put a model in DDP any more.
+        # Not by evaluate() before train(), after which the Trainer would not put a model in DDP any
+        # more.
         eval_on_start=last is None,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
@@ -123,7 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     latched = [pair.latched for pair in trainer.optimizer.optimizer.stability()]
-    print(f"held-out loss {trainer.evaluate()['eval_loss']:.3f}, {sum(latched)} of {len(latched)} pairs latched")
+    print(
+        f"held-out loss {trainer.evaluate()['eval_loss']:.3f}, {sum(latched)} of {len(latched)} pairs latched"
+    )
     # PEFT's own files, as a checkpoint has them.
     trainer.save_model(str(args.out / "adapter"))
     print(f"adapter in {args.out / 'adapter'}")
@@ -136,6 +160,7 @@ if __name__ == "__main__":
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     if "RANK" in os.environ:
-        # As in finetune.py: gloo's threads may abort an interpreter that comes to its end under them.
+        # As in finetune.py: gloo's threads may abort an interpreter that comes to its end under
+        # them.
         sys.stdout.flush()
         os._exit(0)

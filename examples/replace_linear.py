@@ -34,12 +34,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_inputs(parser, "minilm")
-    add("--out", type=Path, required=True, help="directory for the checkpoint and, at the end, the adapter")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory for the checkpoint and, at the end, the adapter",
+    )
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--steps", type=int, default=60)
     add("--save-every", type=int, default=20, help="steps between two checkpoints")
     add("--batch-size", type=int, default=32, help="pairs of passages a step")
-    add("--target-modules", nargs="+", default=["query", "value"], help="ends of the names of the layers to adapt")
+    add(
+        "--target-modules",
+        nargs="+",
+        default=["query", "value"],
+        help="ends of the names of the layers to adapt",
+    )
     add("--rank", type=int, default=8)
     add("--dropout", type=float, default=0.05, help="of the LoRA branch")
     add("--lr", type=float, default=1e-3)
@@ -47,7 +57,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, least in (("steps", 1), ("save_every", 1), ("batch_size", 2)):
         if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
+            )
     return args
 
 
@@ -61,18 +73,27 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     file = args.out / "checkpoint.pt"
     if args.resume != file.exists():
-        found = "has none: leave --resume out" if args.resume else "has one: --resume it, or name another directory"
+        found = (
+            "has none: leave --resume out"
+            if args.resume
+            else "has one: --resume it, or name another directory"
+        )
         sys.exit(f"--resume is for an --out with a checkpoint, and {args.out} {found}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(args.model, AutoModel)
     lines = [line.strip() for line in load_text(args.text).splitlines() if line.strip()]
     passages = [" ".join(lines[i : i + LINES]) for i in range(0, len(lines) - LINES + 1, LINES)]
     if len(passages) < 4 * args.batch_size:
-        sys.exit(f"--text must have {4 * args.batch_size} passages of {LINES} lines, got {len(passages)}")
+        sys.exit(
+            f"--text must have {4 * args.batch_size} passages of {LINES} lines, got {len(passages)}"
+        )
 
     torch.manual_seed(args.seed)
     config = slk.LoRAConfig(
-        r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, target_modules=args.target_modules
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        lora_dropout=args.dropout,
+        target_modules=args.target_modules,
     )
     try:
         print(slk.apply_lora(model, config))
@@ -84,8 +105,12 @@ def main(argv: list[str] | None = None) -> None:
 
     def vectors(texts: list[str]) -> torch.Tensor:
         """The average of each text's last hidden states, of length 1."""
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt").to(device)
-        hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        inputs = tokenizer(
+            texts, padding=True, truncation=True, max_length=64, return_tensors="pt"
+        ).to(device)
+        hidden = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
@@ -113,12 +138,17 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     right = (outputs().argmax(1) == labels).sum().item()
-    print(f"step {start}: {right} of {args.batch_size} held-out passages are closest to their next passage")
+    print(
+        f"step {start}: {right} of {args.batch_size} held-out passages are closest to their next passage"
+    )
 
     for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps)):
-        # Batch and dropout go by the step, so that a resumed run is the uninterrupted one to the bit.
+        # Batch and dropout go by the step, so that a resumed run is the uninterrupted one to the
+        # bit.
         torch.manual_seed(args.seed * 1_000_003 + step)
-        loss = F.cross_entropy(20 * products(torch.randperm(border - 1)[: args.batch_size].tolist()), labels)
+        loss = F.cross_entropy(
+            20 * products(torch.randperm(border - 1)[: args.batch_size].tolist()), labels
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
 
     unmerged = outputs()
     right = (unmerged.argmax(1) == labels).sum().item()
-    print(f"step {args.steps}: {right} of {args.batch_size} held-out passages are closest to their next passage")
+    print(
+        f"step {args.steps}: {right} of {args.batch_size} held-out passages are closest to their next passage"
+    )
     slk.save_adapter(model, args.out / "adapter")
     print(f"adapter in {args.out / 'adapter'}")
 

@@ -1,4 +1,5 @@
-"""Fine-tune SmolLM2-135M on the plays of Shakespeare and plot its latch curve: the program of docs/getting-started/tutorial.md.
+"""Fine-tune SmolLM2-135M on the plays of Shakespeare and plot its latch curve: the program of
+docs/getting-started/tutorial.md.
 
 python -m examples.tutorial --out run               SmolLM2-135M, 48 steps; minutes on a CPU
 python -m examples.tutorial --out run --steps 20    a shorter run
@@ -25,10 +26,17 @@ from examples.inputs import add_inputs, load_model, load_tokens
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("tutorial", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "tutorial", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add_inputs(parser)
-    add("--out", type=Path, required=True, help="a new directory for the adapter, the log and the plots")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="a new directory for the adapter, the log and the plots",
+    )
     add("--steps", type=int, default=48, help="optimizer steps")
     args = parser.parse_args(argv)
     if args.steps < 1:
@@ -50,11 +58,16 @@ def show(when: str, model: Any, tokenizer: Any, held_out: torch.Tensor) -> None:
     inputs = tokenizer("ROMEO.\nO, my love,", return_tensors="pt").to(model.device)
     tokens = model.eval().generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=0)
     words = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])
-    print(f"{when}: held-out loss {held_out_loss(model, held_out):.3f}; O, my love,{words}", flush=True)
+    print(
+        f"{when}: held-out loss {held_out_loss(model, held_out):.3f}; O, my love,{words}",
+        flush=True,
+    )
 
 
 def plot_latches(optimizer: slk.StableLoRAAdamW, steps: int, file: Path) -> None:
-    """The latch curve: for each kind of layer, the share of its pairs that have latched, over the steps."""
+    """The latch curve: for each kind of layer, the share of its pairs that have latched, over the
+    steps.
+    """
     from matplotlib.figure import Figure
 
     latches = defaultdict(list)
@@ -63,7 +76,10 @@ def plot_latches(optimizer: slk.StableLoRAAdamW, steps: int, file: Path) -> None
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for kind, found in latches.items():
-        share = [sum(at is not None and at <= step for at in found) / len(found) for step in range(steps + 1)]
+        share = [
+            sum(at is not None and at <= step for at in found) / len(found)
+            for step in range(steps + 1)
+        ]
         axes.step(range(steps + 1), share, where="post", label=kind)
     axes.set(xlabel="optimizer step", ylabel="share of pairs that have latched", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.25)
@@ -108,7 +124,9 @@ def main(argv: list[str] | None = None) -> None:
 
     middle = f".{model.config.num_hidden_layers // 2}."
     slk.plot_stability(
-        log, args.out / "stability.png", pairs=[pair.name for pair in optimizer.pairs if middle in pair.name]
+        log,
+        args.out / "stability.png",
+        pairs=[pair.name for pair in optimizer.pairs if middle in pair.name],
     )
     plot_latches(optimizer, args.steps, args.out / "latches.png")
 

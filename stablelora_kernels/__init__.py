@@ -85,5 +85,7 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         # PEFT writes LoraConfig.
-        meant = next((f"; did you mean {known!r}?" for known in __all__ if known.lower() == name.lower()), "")
+        meant = next(
+            (f"; did you mean {known!r}?" for known in __all__ if known.lower() == name.lower()), ""
+        )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{meant}")

@@ -1,4 +1,6 @@
-"""``LoRAConfig``: which layers get a LoRA branch, and of which kind; and names of modules, matched as PEFT matches them."""
+"""``LoRAConfig``: which layers get a LoRA branch, and of which kind; and names of modules, matched
+as PEFT matches them.
+"""
 
 from __future__ import annotations
 
@@ -18,41 +20,46 @@ HEADS_OF_TASKS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# How the keys of rank_pattern and alpha_pattern are matched: as regular expressions for a dotted name or its end after a dot.
+# How the keys of rank_pattern and alpha_pattern are matched: as regular expressions for a dotted
+# name or its end after a dot.
 PATTERN = r"(.*\.)?({})$"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """The settings of :func:`~stablelora_kernels.apply_lora`. Fields have PEFT's names and match module names as PEFT's do.
+    """The settings of :func:`~stablelora_kernels.apply_lora`. Fields have PEFT's names and match
+    module names as PEFT's do.
 
     Args:
         r: rank, at least 1.
-        lora_alpha: the branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. It is 16 unless
-            given; PEFT's default is 8.
+        lora_alpha: the branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with
+            ``use_rslora``. It is 16 unless given; PEFT's default is 8.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
-        target_modules: required, since PEFT's defaults per architecture are not carried over. One of:
+        target_modules: required, since PEFT's defaults per architecture are not carried over. One
+            of:
 
             - a list of names; each matches a module's whole dotted name or its end after a dot;
             - "all-linear": every ``nn.Linear`` but the output head;
             - any other string: a regular expression for the whole dotted name;
             - None or an empty list, if there are ``target_parameters``.
-        target_parameters: names of stacks of experts, as "mlp.experts.gate_up_proj": each matches a parameter's whole dotted
-            name or its end after a dot.
+        target_parameters: names of stacks of experts, as "mlp.experts.gate_up_proj": each matches a
+            parameter's whole dotted name or its end after a dot.
         exclude_modules: names or a regular expression, as above, of modules to leave unchanged.
         use_rslora: rank-stabilized scaling.
         init_lora_weights: True, False or "gaussian", see :class:`~stablelora_kernels.LoRALinear`.
-        rank_pattern: ranks of some layers. A key is a regular expression for the whole dotted name or its end after a dot; the
-            first key that matches counts.
+        rank_pattern: ranks of some layers. A key is a regular expression for the whole dotted name
+            or its end after a dot; the first key that matches counts.
         alpha_pattern: alphas of some layers, likewise.
-        bias: which biases are also trained and saved: "none", "all" of the model's, or "lora_only", those of layers with a
-            branch.
+        bias: which biases are also trained and saved: "none", "all" of the model's, or "lora_only",
+            those of layers with a branch.
         modules_to_save: ends of names of modules that are trained whole and saved with the adapter.
-        fan_in_fan_out: whether weights are stored as [in, out], as in transformers' ``Conv1D``. As in PEFT the layer's type
-            decides; the report names layers whose type contradicts this field.
-        task_type: PEFT's name of the task, such as "CAUSAL_LM", which ``save_adapter`` writes for PEFT's auto classes. None
-            stands for what the model's class says. As in PEFT, "SEQ_CLS" and "TOKEN_CLS" add "classifier" and "score" to
-            ``modules_to_save``, and "QUESTION_ANS" adds "qa_outputs": such a head is new, so it is trained whole.
+        fan_in_fan_out: whether weights are stored as [in, out], as in transformers' ``Conv1D``. As
+            in PEFT the layer's type decides; the report names layers whose type contradicts this
+            field.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM", which ``save_adapter`` writes for
+            PEFT's auto classes. None stands for what the model's class says. As in PEFT, "SEQ_CLS"
+            and "TOKEN_CLS" add "classifier" and "score" to ``modules_to_save``, and "QUESTION_ANS"
+            adds "qa_outputs": such a head is new, so it is trained whole.
 
     Raises:
         ValueError: a field is out of range.
@@ -83,18 +90,30 @@ class LoRAConfig:
         check_init(self.init_lora_weights)
         check_choice("bias", self.bias, BIASES)
         if self.target_modules is None and not self.target_parameters:
-            raise ValueError("target_modules must be a list of names, 'all-linear' or a regular expression, got None")
+            raise ValueError(
+                "target_modules must be a list of names, 'all-linear' or a regular expression, got None"
+            )
         for name in ("modules_to_save", "target_parameters"):
             if isinstance(value := getattr(self, name), str):
                 raise TypeError(f"{name} must be a list of names or None, got the string {value!r}")
         # Copy, so that a list that its owner changes later stays as it was checked.
         set_field = object.__setattr__
         set_field(self, "target_modules", _check_names("target_modules", self.target_modules))
-        set_field(self, "target_parameters", _check_names("target_parameters", self.target_parameters) or None)
-        set_field(self, "exclude_modules", _check_names("exclude_modules", self.exclude_modules) or None)
-        set_field(self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save) or None)
+        set_field(
+            self,
+            "target_parameters",
+            _check_names("target_parameters", self.target_parameters) or None,
+        )
+        set_field(
+            self, "exclude_modules", _check_names("exclude_modules", self.exclude_modules) or None
+        )
+        set_field(
+            self, "modules_to_save", _check_names("modules_to_save", self.modules_to_save) or None
+        )
         if not self.target_modules and not self.target_parameters:
-            raise ValueError(f"target_modules must name at least one module, got {self.target_modules!r}")
+            raise ValueError(
+                f"target_modules must name at least one module, got {self.target_modules!r}"
+            )
         set_field(self, "rank_pattern", check_patterns("rank_pattern", self.rank_pattern))
         set_field(self, "alpha_pattern", check_patterns("alpha_pattern", self.alpha_pattern))
         for key, rank in self.rank_pattern.items():
@@ -111,7 +130,9 @@ class LoRAConfig:
     @property
     def base_model_name_or_path(self) -> NoReturn:
         # PEFT's get_peft_model reads it first.
-        raise AttributeError("a LoRAConfig is for slk.apply_lora; PEFT's get_peft_model takes a peft.LoraConfig")
+        raise AttributeError(
+            "a LoRAConfig is for slk.apply_lora; PEFT's get_peft_model takes a peft.LoraConfig"
+        )
 
     @property
     def all_linear(self) -> bool:
@@ -119,7 +140,9 @@ class LoRAConfig:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def targets(self, name: str) -> bool:
-        """Whether ``target_modules`` matches a module's dotted name. "all-linear" matches every name."""
+        """Whether ``target_modules`` matches a module's dotted name. "all-linear" matches every
+        name.
+        """
         return self.all_linear or self._matches("target_modules", name)
 
     def targets_parameter(self, name: str) -> bool:
@@ -147,11 +170,14 @@ class LoRAConfig:
     @cached_property
     def _names(self) -> dict[str, set[str]]:
         return {
-            key: set(getattr(self, key) or ()) for key in ("target_modules", "target_parameters", "exclude_modules")
+            key: set(getattr(self, key) or ())
+            for key in ("target_modules", "target_parameters", "exclude_modules")
         }
 
     def saves(self, name: str) -> bool:
-        """Whether ``modules_to_save`` names this module. As in PEFT, "head" also names "lm_head": no dot is needed."""
+        """Whether ``modules_to_save`` names this module. As in PEFT, "head" also names "lm_head":
+        no dot is needed.
+        """
         return any(name.endswith(end) for end in self.modules_to_save or ())
 
     @property
@@ -172,17 +198,22 @@ def check_init(init_lora_weights: Any) -> None:
     """Raise ValueError unless it is True, False or "gaussian"."""
     # isinstance, since 0 and 1 equal False and True.
     if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
-        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+        raise ValueError(
+            f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}"
+        )
 
 
 def ends_of(name: str) -> list[str]:
-    """A dotted name and what follows each of its dots: the names of ``target_modules`` that match it."""
+    """A dotted name and what follows each of its dots: the names of ``target_modules`` that match
+    it.
+    """
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def unmatched_names(names: object, matched: Iterable[str], what: str = "target_modules") -> str:
-    """A message on those of ``target_modules``, or ``what``, that match none of the dotted names ``matched``, or an empty one.
+    """A message on those of ``target_modules``, or ``what``, that match none of the dotted names
+    ``matched``, or an empty one.
 
     A regular expression has no parts to look at.
     """
@@ -203,7 +234,9 @@ def check_regex(name: str, value: str) -> str:
 
 
 def check_patterns(name: str, value: Any) -> dict[str, Any]:
-    """A copy of the dict ``value``, whose keys must be regular expressions; None gives an empty one."""
+    """A copy of the dict ``value``, whose keys must be regular expressions; None gives an empty
+    one.
+    """
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -222,8 +255,12 @@ def check_patterns(name: str, value: Any) -> dict[str, Any]:
 
 
 @lru_cache(8)
-def compile_patterns(keys: tuple[str, ...]) -> tuple[re.Pattern[str], list[tuple[str, re.Pattern[str]]]]:
-    """An expression for names that any of ``keys`` may match, and one for each key. Python itself keeps 512 of them."""
+def compile_patterns(
+    keys: tuple[str, ...],
+) -> tuple[re.Pattern[str], list[tuple[str, re.Pattern[str]]]]:
+    """An expression for names that any of ``keys`` may match, and one for each key. Python itself
+    keeps 512 of them.
+    """
     each = []
     for key in keys:
         # By itself as well: ")(" is none.
@@ -234,16 +271,24 @@ def compile_patterns(keys: tuple[str, ...]) -> tuple[re.Pattern[str], list[tuple
 
 
 def lookup_pattern(patterns: Mapping[str, Any], names: Collection[str], default: Any) -> Any:
-    """The value of the first key of ``rank_pattern`` or the like that matches one of ``names``, or ``default``."""
+    """The value of the first key of ``rank_pattern`` or the like that matches one of ``names``, or
+    ``default``.
+    """
     any_key, each = compile_patterns(tuple(patterns))
     if any(map(any_key.match, names)):
-        return next((patterns[key] for key, pattern in each if any(map(pattern.match, names))), default)
+        return next(
+            (patterns[key] for key, pattern in each if any(map(pattern.match, names))), default
+        )
     return default
 
 
 def unmatched_patterns(patterns: Mapping[str, Any], names: Collection[str]) -> list[str]:
     """The keys of ``rank_pattern`` or the like that match none of ``names``."""
-    return [key for key, pattern in compile_patterns(tuple(patterns))[1] if not any(map(pattern.match, names))]
+    return [
+        key
+        for key, pattern in compile_patterns(tuple(patterns))[1]
+        if not any(map(pattern.match, names))
+    ]
 
 
 def _hashable(value: Any) -> Any:

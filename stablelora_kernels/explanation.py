@@ -1,7 +1,7 @@
 """The launches of a call, and the reasons, without the call.
 
-The ops' planners get tensors of the meta device, which have no memory, or of another. ``explain``, the compile report and the
-predictions ask here.
+The ops' planners get tensors of the meta device, which have no memory, or of another. ``explain``,
+the compile report and the predictions ask here.
 """
 
 from __future__ import annotations
@@ -54,16 +54,18 @@ class Explanation(NamedTuple):
     Attributes:
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
-        forward_kernel: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch backend. With a quantized weight,
-            "in_loop", or "dequantize, " and one of the others. For fused projections, "together: " or "apart: " and each
-            one's. For the branch alone, "fused" if its launch computes S, or dS, itself, else "split".
+        forward_kernel: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch backend.
+            With a quantized weight, "in_loop", or "dequantize, " and one of the others. For fused
+            projections, "together: " or "apart: " and each one's. For the branch alone, "fused" if
+            its launch computes S, or dS, itself, else "split".
         forward_reason: the reason for that kernel.
-        forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the PyTorch backend.
+        forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the
+            PyTorch backend.
         backward_kernel: likewise for dX, dA and dB.
         backward_reason: the reason for that kernel.
         backward: its launches.
-        backend_reason: the reason for the backend. It says so if the installed Triton is not proven for the GPU, and names the
-            compute capability that a newer GPU is taken as.
+        backend_reason: the reason for the backend. It says so if the installed Triton is not proven
+            for the GPU, and names the compute capability that a newer GPU is taken as.
     """
 
     backend: str
@@ -81,9 +83,15 @@ class Explanation(NamedTuple):
         reason = f" ({self.backend_reason})" if self.backend_reason else ""
         lines = [f"backend {self.backend}{place}{reason}"]
         for name in ("forward", "backward"):
-            lines.append(f"{name}: {getattr(self, name + '_kernel')} ({getattr(self, name + '_reason')})")
+            lines.append(
+                f"{name}: {getattr(self, name + '_kernel')} ({getattr(self, name + '_reason')})"
+            )
             for number, step in enumerate(getattr(self, name), 1):
-                how = f", grid {step.grid}, {step.num_warps} warps, {step.num_stages} stages" if step.grid else ""
+                how = (
+                    f", grid {step.grid}, {step.num_warps} warps, {step.num_stages} stages"
+                    if step.grid
+                    else ""
+                )
                 lines.append(f"  {number}. {step.kernel} [{step.variant}]{how}: {step.reason}")
         return "\n".join(lines)
 
@@ -101,33 +109,39 @@ def explain(
     branch_only: bool = False,
     device: torch.device | str | None = None,
 ) -> Explanation:
-    """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward with all three gradients.
+    """The launches of ``lora_linear`` on [M, K] rows with a [N, K] weight, forward and backward
+    with all three gradients.
 
-    With ``branch_only``, those of ``lora_branch``: onto a product that another layer has computed, whose launches are not
-    listed. Autotuning and forced kernels do not affect these.
+    With ``branch_only``, those of ``lora_branch``: onto a product that another layer has computed,
+    whose launches are not listed. Autotuning and forced kernels do not affect these.
 
-    The op's own planner makes the list, on tensors without memory; nothing runs and no GPU is needed. The list holds for
-    contiguous tensors at addresses that are multiples of 16 bytes; others take the kernels that read through pointers. With
-    autotuning on, you get the table's answer, and the reasons say that a measurement may replace it.
+    The op's own planner makes the list, on tensors without memory; nothing runs and no GPU is
+    needed. The list holds for contiguous tensors at addresses that are multiples of 16 bytes;
+    others take the kernels that read through pointers. With autotuning on, you get the table's
+    answer, and the reasons say that a measurement may replace it.
 
     Args:
         M: rows of x, its leading sizes flattened.
-        N: output features. Several sizes are projections of one x, as ``fuse_projections`` computes them.
+        N: output features. Several sizes are projections of one x, as ``fuse_projections`` computes
+            them.
         K: input features.
         r: rank.
         dtype: of x and the weight.
         dropout_p: the probability of dropping an element, in [0, 1).
-        lora_dtype: of lora_A and lora_B; float32 by default, as for :class:`~stablelora_kernels.LoRALinear`.
-        quantized: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' default) or ``"fp8"``.
+        lora_dtype: of lora_A and lora_B; float32 by default, as for
+            :class:`~stablelora_kernels.LoRALinear`.
+        quantized: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' default) or
+            ``"fp8"``.
         branch_only: the branch alone, which reads no weight.
-        device: a torch device, or the name of any GPU, present or not: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ... By default
-            the current GPU, or the CPU if there is none.
+        device: a torch device, or the name of any GPU, present or not: ``"sm_80"``, ``"sm_90"``,
+            ``"gfx942"``, ... By default the current GPU, or the CPU if there is none.
 
     Raises:
-        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown device, a forced kernel that can't do this
-            call, or ``quantized`` together with ``branch_only``.
+        ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown device, a
+            forced kernel that can't do this call, or ``quantized`` together with ``branch_only``.
         TypeError: a size that is no int, or a dtype that the kernels do not compute in.
-        RuntimeError: the Triton backend is forced and can't run, or a GPU is named and Triton can't be used.
+        RuntimeError: the Triton backend is forced and can't run, or a GPU is named and Triton can't
+            be used.
     """
     several = isinstance(N, Sequence)
     ns = tuple(N) if isinstance(N, Sequence) else (N,)
@@ -147,14 +161,24 @@ def explain(
         raise ValueError(f"quantized must be 'nf4', 'fp8' or None, got {quantized!r}")
     for name, given in (("quantized", quantized), ("branch_only", branch_only or None)):
         if several and given is not None:
-            raise ValueError(f"{name} must be {'None' if name == 'quantized' else False} for several N, got {given!r}")
+            raise ValueError(
+                f"{name} must be {'None' if name == 'quantized' else False} for several N, got {given!r}"
+            )
     if quantized is not None and branch_only:
-        raise ValueError(f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}")
+        raise ValueError(
+            f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}"
+        )
     gpu, backend_reason = _gpu(device)
     if gpu is None:
         why = "the backend is PyTorch's operators; device='sm_90' lists an H100's launches"
         return Explanation("torch", "", "torch", why, (), "torch", why, (), backend_reason)
-    weight: Any = "none" if branch_only else quantized_weight(quantized, ns[0], K) if quantized is not None else "plain"
+    weight: Any = (
+        "none"
+        if branch_only
+        else quantized_weight(quantized, ns[0], K)
+        if quantized is not None
+        else "plain"
+    )
     ways = linear_launches(gpu, M, ns, K, r, (dtype, lora_dtype), dropout_p, weight)
     told: list[Any] = []
     for direction, launches in zip(("forward", "backward"), ways, strict=True):
@@ -178,7 +202,9 @@ def _choice(gpu: Device, calls: Sequence[Call], weight: Any) -> tuple[str, str]:
     if weight == "plain":
         # A forced kernel is not measured against others.
         tuned = get_autotune() and get_kernel() == "auto"
-        return kernel, reason + ("; autotuning is on and may replace this by what it measures" if tuned else "")
+        return kernel, reason + (
+            "; autotuning is on and may replace this by what it measures" if tuned else ""
+        )
     layout = weight.stored.layout
     choice = rules.choose_quantized(gpu, call, layout.bits, layout.aligned)
     if choice.kernel == "in_loop":
@@ -187,10 +213,14 @@ def _choice(gpu: Device, calls: Sequence[Call], weight: Any) -> tuple[str, str]:
 
 
 def _gpu(device: torch.device | str | None) -> tuple[Device | None, str]:
-    """The GPU for ``device``, or None if PyTorch's operators would run, and the reason for the backend."""
+    """The GPU for ``device``, or None if PyTorch's operators would run, and the reason for the
+    backend.
+    """
     if isinstance(device, str) and device in problem.DEVICES:
         if backend.TRITON_PROBLEM is not None:
-            raise RuntimeError(f"device={device!r} asks for launches of Triton kernels, but {backend.TRITON_PROBLEM}")
+            raise RuntimeError(
+                f"device={device!r} asks for launches of Triton kernels, but {backend.TRITON_PROBLEM}"
+            )
         gpu = problem.DEVICES[device]
         return gpu, _reason_if_named(gpu)
     try:
@@ -213,7 +243,9 @@ def _reason_if_named(gpu: Device) -> str:
     verdict = backend.judge(divmod(gpu.generation, 10), backend.TRITON_VERSION)
     if not verdict.problem:
         return ""
-    return f"as named, but 'auto' would take PyTorch's operators: {verdict.problem}; {verdict.remedy}"
+    return (
+        f"as named, but 'auto' would take PyTorch's operators: {verdict.problem}; {verdict.remedy}"
+    )
 
 
 def _step(launch: Any) -> Step:
@@ -227,10 +259,11 @@ def linear_launches(
     device: Device, m: int, n: int | Sequence[int], k: int, r: int, dtypes: DTypes, dropout_p: float,
     weight: str | NF4Weight | FP8Weight = "plain", choices: Sequence[Choice | None] = (None, None), where: str = "meta",
 ) -> Ways:  # fmt: skip
-    """The forward's and the backward's launches on [m, k] rows with a [n, k] weight and a bias; several n are a projection group.
+    """The forward's and the backward's launches on [m, k] rows with a [n, k] weight and a bias;
+    several n are a projection group.
 
-    ``weight``: "plain", "nf4", "fp8", a quantized weight, or "none" for a branch alone. ``choices``: kernels in place of the
-    table's, forward and backward.
+    ``weight``: "plain", "nf4", "fp8", a quantized weight, or "none" for a branch alone.
+    ``choices``: kernels in place of the table's, forward and backward.
     """
     ns = (n,) if isinstance(n, int) else tuple(n)
     projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
@@ -244,7 +277,9 @@ def linear_launches(
     ys, s, masks = results
     operands[BIASES] = [None] * len(ns)
     saved = (operands, scales, [s], masks or [None] * len(ns))
-    backward = lora_linear_bwd.plan(device, (x, ys, *saved, *numbers, True, True, True), choices[1])[1]
+    backward = lora_linear_bwd.plan(
+        device, (x, ys, *saved, *numbers, True, True, True), choices[1]
+    )[1]
     return forward, backward
 
 
@@ -258,7 +293,9 @@ def quantized_weight(kind: str, n: int, k: int, where: str = "meta") -> NF4Weigh
     return NF4Weight(packed, absmax, _zeros(where, 16), (n, k), 64, *nested)
 
 
-def projection_of(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any = "plain") -> Projection:
+def projection_of(
+    n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any = "plain"
+) -> Projection:
     """A projection without values; ``weight`` as for :func:`linear_launches`."""
     dtype, lora_dtype = dtypes
     lora_A, lora_B = _zeros(where, r, k, of=lora_dtype), _zeros(where, n, r, of=lora_dtype)
@@ -267,7 +304,9 @@ def projection_of(n: int, k: int, r: int, dtypes: DTypes, where: str, weight: An
     if weight == "plain":
         weight = _zeros(where, n, k, of=dtype)
     else:
-        weight = (quantized_weight(weight, n, k, where) if isinstance(weight, str) else weight).stored
+        weight = (
+            quantized_weight(weight, n, k, where) if isinstance(weight, str) else weight
+        ).stored
     return Projection(weight, _zeros(where, n, of=dtype), lora_A, lora_B, 1.0)
 
 

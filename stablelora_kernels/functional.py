@@ -1,4 +1,6 @@
-"""``lora_linear``, ``lora_linear_group``, ``lora_mlp`` and ``lora_branch``. They check their arguments once and call the op."""
+"""``lora_linear``, ``lora_linear_group``, ``lora_mlp`` and ``lora_branch``. They check their
+arguments once and call the op.
+"""
 
 from __future__ import annotations
 
@@ -43,20 +45,24 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``y = x W^T + bias + scaling · D(x) A^T B^T``. D is inverted dropout, on the LoRA branch only.
+    """``y = x W^T + bias + scaling · D(x) A^T B^T``. D is inverted dropout, on the LoRA branch
+    only.
 
     Args:
-        x: [..., K] with any leading sizes and strides, in bfloat16, float16, float32, or float64 (PyTorch backend only). Under
-            ``torch.autocast``, x, weight and bias are first cast to its dtype, as for ``nn.functional.linear``.
-        weight: [N, K] of x's dtype; or an :class:`NF4Weight` or :class:`FP8Weight`, which counts as dequantized to x's dtype.
-            On a GPU, the product's loop dequantizes it; with many rows, a kernel dequantizes it into N K elements that are free
-            after the call. The PyTorch backend takes that memory and about 50 MB more at each call, and again in backward if
-            x requires a gradient.
+        x: [..., K] with any leading sizes and strides, in bfloat16, float16, float32, or float64
+            (PyTorch backend only). Under ``torch.autocast``, x, weight and bias are first cast to
+            its dtype, as for ``nn.functional.linear``.
+        weight: [N, K] of x's dtype; or an :class:`NF4Weight` or :class:`FP8Weight`, which counts as
+            dequantized to x's dtype. On a GPU, the product's loop dequantizes it; with many rows, a
+            kernel dequantizes it into N K elements that are free after the call. The PyTorch
+            backend takes that memory and about 50 MB more at each call, and again in backward if x
+            requires a gradient.
         bias: [N] of x's dtype, or None.
         lora_A: [r, K] of x's dtype or float32. Products are in x's dtype, sums in float32.
         lora_B: [N, r] of lora_A's dtype.
         scaling: s, a number.
-        dropout_p: probability of dropping an element, in [0, 1). The mask comes from torch's generator of x's device.
+        dropout_p: probability of dropping an element, in [0, 1). The mask comes from torch's
+            generator of x's device.
         training: whether to apply dropout.
 
     Returns:
@@ -81,7 +87,9 @@ def lora_linear_if(
     scaling: float,
     dropout_p: float,
 ) -> Tensor | None:
-    """:func:`lora_linear` in training, or None if it is a call of a new kind that does not satisfy ``fits``."""
+    """:func:`lora_linear` in training, or None if it is a call of a new kind that does not satisfy
+    ``fits``.
+    """
     ys = _run(x, (_projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, True, fits=fits)
     return None if ys is None else ys[0]
 
@@ -96,12 +104,14 @@ def lora_linear_group(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> tuple[Tensor, ...]:
-    """:func:`lora_linear` for a projection group: up to three projections of one x, such as q, k and v, or gate and up.
+    """:func:`lora_linear` for a projection group: up to three projections of one x, such as q, k
+    and v, or gate and up.
 
-    It equals separate calls of :func:`lora_linear` in this order, masks included, up to rounding: it sums x's gradients before
-    rounding them, where separate calls round first. All projections share one read of x, forward and backward, and their
-    gradients of x are not stored separately. Up to 64 rows, and above rank 64, the projections are computed one by one; only
-    their gradients of x are accumulated in place.
+    It equals separate calls of :func:`lora_linear` in this order, masks included, up to rounding:
+    it sums x's gradients before rounding them, where separate calls round first. All projections
+    share one read of x, forward and backward, and their gradients of x are not stored separately.
+    Up to 64 rows, and above rank 64, the projections are computed one by one; only their gradients
+    of x are accumulated in place.
 
     Args:
         x: [..., K], as in :func:`lora_linear`.
@@ -142,20 +152,22 @@ def lora_mlp(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``down(act(gate(x)) ∘ up(x))``: a gated MLP of three :func:`lora_linear` projections, as one autograd node.
+    """``down(act(gate(x)) ∘ up(x))``: a gated MLP of three :func:`lora_linear` projections, as one
+    autograd node.
 
-    It keeps x, the outputs G of gate and U of up, and each [M, r] product with an A; backward computes act(G), act(G) ∘ U and
-    dropout's masks again. Apart from rounding, it equals separate calls of :func:`lora_linear` for gate, up and down in this
-    order, masks included. If gate and up are given one ``lora_A``, as halves of one stacked projection, they share its mask.
+    It keeps x, the outputs G of gate and U of up, and each [M, r] product with an A; backward
+    computes act(G), act(G) ∘ U and dropout's masks again. Apart from rounding, it equals separate
+    calls of :func:`lora_linear` for gate, up and down in this order, masks included. If gate and up
+    are given one ``lora_A``, as halves of one stacked projection, they share its mask.
 
-    Separate calls with PyTorch's activation, which keep more, take over where a weight or bias requires a gradient; where only
-    one of gate's and up's A, or of their B, requires one; below 64 rows on the PyTorch backend; and up to 256 rows with
-    quantized weights on the Triton backend.
+    Separate calls with PyTorch's activation, which keep more, take over where a weight or bias
+    requires a gradient; where only one of gate's and up's A, or of their B, requires one; below 64
+    rows on the PyTorch backend; and up to 256 rows with quantized weights on the Triton backend.
 
     Args:
         x: [..., K], as in :func:`lora_linear`.
-        gate: weight [F, K], bias [F], lora_A [r, K], lora_B [F, r], scaling. Ranks may differ between projections, dtypes may
-            not.
+        gate: weight [F, K], bias [F], lora_A [r, K], lora_B [F, r], scaling. Ranks may differ
+            between projections, dtypes may not.
         up: as gate.
         down: weight [N, F], bias [N], lora_A [r, F], lora_B [N, r], scaling.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU).
@@ -170,7 +182,9 @@ def lora_mlp(
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        raise ValueError(
+            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
+        )
     projections = [_projection(*p) for p in (gate, up, down)]
     return _run(x, projections, dropout_p, training, activation=activation)[0]  # type: ignore[index]
 
@@ -184,14 +198,17 @@ def lora_branch(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """``base_out + scaling · D(x) A^T B^T``: add the LoRA branch to the output of any layer, quantized, sharded or transposed.
+    """``base_out + scaling · D(x) A^T B^T``: add the LoRA branch to the output of any layer,
+    quantized, sharded or transposed.
 
-    ``base_out`` is not changed, and its gradient is the result's. The gradient of x is that of the branch; autograd adds the
-    gradient through the layer that computed ``base_out``.
+    ``base_out`` is not changed, and its gradient is the result's. The gradient of x is that of the
+    branch; autograd adds the gradient through the layer that computed ``base_out``.
 
     Args:
-        base_out: [..., N] with x's leading sizes, in any of the dtypes of x, not necessarily the same.
-        x: [..., K], as in :func:`lora_linear`. Under ``torch.autocast``, x is first cast to its dtype.
+        base_out: [..., N] with x's leading sizes, in any of the dtypes of x, not necessarily the
+            same.
+        x: [..., K], as in :func:`lora_linear`. Under ``torch.autocast``, x is first cast to its
+            dtype.
         lora_A: [r, K], as in :func:`lora_linear`.
         lora_B: [N, r], as in :func:`lora_linear`.
         scaling: s, a number.
@@ -199,13 +216,15 @@ def lora_branch(
         training: as in :func:`lora_linear`.
 
     Returns:
-        [..., N] in base_out's dtype. Products are in x's dtype, sums and the addition in float32. Only requested gradients are
-        computed.
+        [..., N] in base_out's dtype. Products are in x's dtype, sums and the addition in float32.
+        Only requested gradients are computed.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
-    return _run(x, (Projection(None, None, lora_A, lora_B, scaling),), dropout_p, training, base_out)[0]  # type: ignore[index]
+    return _run(
+        x, (Projection(None, None, lora_A, lora_B, scaling),), dropout_p, training, base_out
+    )[0]  # type: ignore[index]
 
 
 def lora_experts(
@@ -221,31 +240,35 @@ def lora_experts(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """:func:`lora_linear` of each expert of a stack, on the rows of x that are its own: a mixture of experts.
+    """:func:`lora_linear` of each expert of a stack, on the rows of x that are its own: a mixture
+    of experts.
 
-    Nothing of the stack's size is made or kept: autograd saves x, S [T, r], the offsets and dropout's mask. There is no Triton
-    kernel: every backend computes it by PyTorch's operators. In bfloat16 on NVIDIA GPUs from sm_80 on, with K and N that are
-    multiples of 8, that is PyTorch's grouped product; otherwise a loop over the experts, which reads the offsets on the host.
+    Nothing of the stack's size is made or kept: autograd saves x, S [T, r], the offsets and
+    dropout's mask. There is no Triton kernel: every backend computes it by PyTorch's operators. In
+    bfloat16 on NVIDIA GPUs from sm_80 on, with K and N that are multiples of 8, that is PyTorch's
+    grouped product; otherwise a loop over the experts, which reads the offsets on the host.
 
     Args:
         x: [T, K], its rows sorted by expert.
         weight: [E, N, K], frozen, in x's dtype.
         bias: [E, N] or None, frozen, in x's dtype.
-        lora_A: [E, r, K] of any strides, float32 or in x's dtype. With an r of 0 there is no branch.
+        lora_A: [E, r, K] of any strides, float32 or in x's dtype. With an r of 0 there is no
+            branch.
         lora_B: [E, N, r] of any strides, in lora_A's dtype.
         scaling: s, a number.
-        offsets: [E], int32 or int64: behind which row each expert ends. Rows behind the last expert's give zeros, and get a
-            gradient of zeros.
+        offsets: [E], int32 or int64: behind which row each expert ends. Rows behind the last
+            expert's give zeros, and get a gradient of zeros.
         transposed: the weight is [E, K, N].
         dropout_p: as in :func:`lora_linear`.
         training: as in :func:`lora_linear`.
 
     Returns:
-        [T, N] in x's dtype. Only requested gradients are computed. Those of an expert without rows are zeros.
+        [T, N] in x's dtype. Only requested gradients are computed. Those of an expert without rows
+        are zeros.
 
     Raises:
-        ValueError: shapes or devices do not fit, or weight or bias requires a gradient; on a CPU also if offsets descend or
-            exceed T.
+        ValueError: shapes or devices do not fit, or weight or bias requires a gradient; on a CPU
+            also if offsets descend or exceed T.
         TypeError: dtypes do not fit.
     """
     autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
@@ -255,19 +278,30 @@ def lora_experts(
     check_experts(x, weight, bias, lora_A, lora_B, scaling, offsets, transposed)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     return lora_experts_op(
-        x, weight, bias, lora_A, lora_B, scaling, offsets, transposed, dropout_p if training else 0.0
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        offsets,
+        transposed,
+        dropout_p if training else 0.0,
     )
 
 
 def _projection(weight: Any, bias: Any, lora_A: Any, lora_B: Any, scaling: float) -> Projection:
-    return Projection(weight if isinstance(weight, Tensor) else weight.stored, bias, lora_A, lora_B, scaling)
+    return Projection(
+        weight if isinstance(weight, Tensor) else weight.stored, bias, lora_A, lora_B, scaling
+    )
 
 
 def _run(
     x: Tensor, projections: Sequence[Projection], dropout_p: float, training: bool, base: Tensor | None = None,
     activation: str = "", fits: Callable[[], bool] | None = None,
 ) -> Sequence[Tensor] | None:  # fmt: skip
-    """The outputs of projections of x, of a lone branch onto ``base``, or with ``activation`` of a gated MLP.
+    """The outputs of projections of x, of a lone branch onto ``base``, or with ``activation`` of a
+    gated MLP.
 
     None if it is a call of a new kind that does not satisfy ``fits``.
     """
@@ -276,9 +310,19 @@ def _run(
     if autocast and (dtype := _autocast_dtype(x)) is not None:
         x, projections = cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
     shared_mask = (
-        activation != "" and projections[0].lora_A is not None and projections[0].lora_A is projections[1].lora_A
+        activation != ""
+        and projections[0].lora_A is not None
+        and projections[0].lora_A is projections[1].lora_A
     )
-    facts: list[Any] = [x, base, dropout_p, training, activation, shared_mask, torch.is_grad_enabled()]
+    facts: list[Any] = [
+        x,
+        base,
+        dropout_p,
+        training,
+        activation,
+        shared_mask,
+        torch.is_grad_enabled(),
+    ]
     for p in projections:
         facts += p
     key = key_of("projections", facts)
@@ -292,13 +336,21 @@ def _run(
         backend = entry.backend
     dropout_p = dropout_p if training else 0.0
     if activation:
-        return (lora_mlp_op(x, projections, Options(activation, dropout_p, backend, shared_mask), entry),)
+        return (
+            lora_mlp_op(
+                x, projections, Options(activation, dropout_p, backend, shared_mask), entry
+            ),
+        )
     return lora_linear_op(x, projections, base, dropout_p, backend, entry)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to cast x to, or None."""
-    return autocast_dtype(x.device.type) if x.is_floating_point() and x.dtype != torch.float64 else None
+    return (
+        autocast_dtype(x.device.type)
+        if x.is_floating_point() and x.dtype != torch.float64
+        else None
+    )
 
 
 def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:
@@ -309,7 +361,9 @@ def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:
     return Projection(cast(p.weight, dtype), cast(p.bias, dtype), lora_A, lora_B, p.scaling)
 
 
-def _backend(x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float) -> str:
+def _backend(
+    x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float
+) -> str:
     if dropout_p != 0.0:
         check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     backend = resolve_backend(x.device)
@@ -319,5 +373,6 @@ def _backend(x: Tensor, projections: Sequence[Projection], base: Tensor | None, 
                 f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
             )
     adapters = [t for p in projections for t in (p.lora_A, p.lora_B) if t is not None] or [x]
-    # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or nothing.
+    # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or
+    # nothing.
     return "torch" if backend == "triton" and not all(t.numel() for t in adapters) else backend

@@ -1,4 +1,6 @@
-"""What a CUDA graph of a training step takes for granted: what it cannot hold, and changes that it would not notice."""
+"""What a CUDA graph of a training step takes for granted: what it cannot hold, and changes that it
+would not notice.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,37 @@ _flags_of = attrgetter(*_TENSOR_FLAGS)
 
 
 class Watch:
-    """A model, an optimizer and the settings as a step has left them: a CUDA graph takes them for granted.
+    """A model, an optimizer and the settings as a step has left them: a CUDA graph takes them for
+    granted.
 
-    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: a few microseconds a module.
+    Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: a few
+    microseconds a module.
     """
 
-    def __init__(self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None) -> None:
-        self.optimizer, self.scaler, self.device = optimizer, scaler, next(params_of(optimizer)).device
+    def __init__(
+        self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self.optimizer, self.scaler, self.device = (
+            optimizer,
+            scaler,
+            next(params_of(optimizer)).device,
+        )
         self.modules = dict(model.named_modules())
         self.containers = dict(_containers(self.modules))
         dicts = [container for container in self.containers.values() if isinstance(container, dict)]
         # Most of the dicts are for hooks, and empty.
         self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
-        self.lists = [container for container in self.containers.values() if isinstance(container, list)]
-        self.tensors = {name: tensor for name, tensor in tensors_of(model).items() if _has_address(tensor)}
-        self.values, self.labelled, self.snapshot = self._values(), self._labelled(), optimizer._snapshot().kept()
+        self.lists = [
+            container for container in self.containers.values() if isinstance(container, list)
+        ]
+        self.tensors = {
+            name: tensor for name, tensor in tensors_of(model).items() if _has_address(tensor)
+        }
+        self.values, self.labelled, self.snapshot = (
+            self._values(),
+            self._labelled(),
+            optimizer._snapshot().kept(),
+        )
 
     def change(self, now: Snapshot) -> str | None:
         """What has changed since, in words, or None. ``now``: what the optimizer finds."""
@@ -68,7 +86,9 @@ class Watch:
         found: dict[str, Any] = {}
         for label, container in self.containers.items():
             items = container.items() if isinstance(container, dict) else enumerate(container)
-            found |= {f"{label}.{key}": value for key, value in items if key != "_is_full_backward_hook"}
+            found |= {
+                f"{label}.{key}": value for key, value in items if key != "_is_full_backward_hook"
+            }
         found |= {f"model.{name}": type(module).__name__ for name, module in self.modules.items()}
         for name, tensor in self.tensors.items():
             found |= {f"model.{name}.{flag}": getattr(tensor, flag) for flag in _TENSOR_FLAGS}
@@ -87,17 +107,29 @@ class Watch:
             "optimizer's step hooks": _step_hooks(self.optimizer),
         }
         if self.scaler is not None:
-            getters = (self.scaler.get_growth_factor, self.scaler.get_backoff_factor, self.scaler.get_growth_interval)
-            found |= {f"grad_scaler.{getter.__name__}()": getter() for getter in (*getters, self.scaler.is_enabled)}
+            getters = (
+                self.scaler.get_growth_factor,
+                self.scaler.get_backoff_factor,
+                self.scaler.get_growth_interval,
+            )
+            found |= {
+                f"grad_scaler.{getter.__name__}()": getter()
+                for getter in (*getters, self.scaler.is_enabled)
+            }
             found["grad_scaler's scale"] = self.scaler._scale
         return found
 
 
 def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
-    """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model`` and ``optimizer``."""
+    """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model``
+    and ``optimizer``.
+    """
     modules, tensors = dict(model.named_modules()), tensors_of(model)
     for name, module in modules.items():
-        if isinstance(module, (nn.DataParallel, DistributedDataParallel)) or "_fsdp_wrapped_module" in module._modules:
+        if (
+            isinstance(module, (nn.DataParallel, DistributedDataParallel))
+            or "_fsdp_wrapped_module" in module._modules
+        ):
             raise ValueError(
                 f"model must not be in {type(module).__name__}, which runs Python in every step, got "
                 f"{repr(name) if name else 'it'} in one"
@@ -111,7 +143,9 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
     hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
     if hooked or _has_any_global_hook():
         where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
-        raise ValueError(f"model must have no hooks, since a CUDA graph would not call them again, got {where}")
+        raise ValueError(
+            f"model must have no hooks, since a CUDA graph would not call them again, got {where}"
+        )
     owned = set(map(id, params_of(optimizer)))
     for name, tensor in tensors.items():
         if tensor.requires_grad and id(tensor) not in owned:
@@ -136,7 +170,9 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
             f"optimizer must have no step hooks, since a CUDA graph would not call them again, got {hooks[0]!r}"
         )
     (device,) = devices
-    if resolve_backend(device) != "triton" or any(p.dtype is torch.float64 for p in params_of(optimizer)):
+    if resolve_backend(device) != "triton" or any(
+        p.dtype is torch.float64 for p in params_of(optimizer)
+    ):
         raise ValueError(
             "optimizer must step on Triton's kernels to be captured, got float64 parameters or the backend "
             f"{get_backend()!r}: PyTorch's operators read from the GPU"
@@ -150,15 +186,22 @@ def params_of(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
 
 def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:
     """The hooks that run around ``optimizer.step``."""
-    every = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+    every = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     return [hook for hooks in (*every, *own) for hook in hooks.values()]
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces its forward."""
+    """Whether ``module`` has hooks that a replay would miss, or that of accelerate, which replaces
+    its forward.
+    """
     hooks = chain.from_iterable(vars(module)[name].values() for name in HOOKS)
-    return "_hf_hook" in vars(module) or not all(getattr(hook, "only_after_errors", False) for hook in hooks)
+    return "_hf_hook" in vars(module) or not all(
+        getattr(hook, "only_after_errors", False) for hook in hooks
+    )
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -175,7 +218,9 @@ def _has_address(tensor: Tensor) -> bool:
 
 
 def _containers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Any]]:
-    """The attributes of every module, and the dicts and lists among them: parameters, modules, hooks, PEFT's adapters."""
+    """The attributes of every module, and the dicts and lists among them: parameters, modules,
+    hooks, PEFT's adapters.
+    """
     for name, module in modules.items():
         label = f"model.{name}".rstrip(".")
         yield label, vars(module)

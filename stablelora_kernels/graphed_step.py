@@ -1,4 +1,6 @@
-"""``GraphedStep``: forward, backward, clipping and the optimizer's step as one CUDA graph for each shape of a batch."""
+"""``GraphedStep``: forward, backward, clipping and the optimizer's step as one CUDA graph for each
+shape of a batch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Shape = tuple[type, tuple[tuple[Any, torch.Size, torch.dtype], ...]]
 
 
 class Graphs:
-    """The streams and the memory of one GPU's graphs. Tests replace it by one that records and repeats calls on a CPU."""
+    """The streams and the memory of one GPU's graphs. Tests replace it by one that records and
+    repeats calls on a CPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -50,10 +54,14 @@ class Graphs:
             current.wait_stream(self.side_stream)
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Capture ``function``. Return the replay, and the tensor in which each replay leaves what ``function`` returns."""
+        """Capture ``function``. Return the replay, and the tensor in which each replay leaves what
+        ``function`` returns.
+        """
         graph = torch.cuda.CUDAGraph()
         # "thread_local": a thread that loads data may allocate pinned memory meanwhile.
-        graphed = torch.cuda.graph(graph, self.pool, self.capture_stream, capture_error_mode="thread_local")
+        graphed = torch.cuda.graph(
+            graph, self.pool, self.capture_stream, capture_error_mode="thread_local"
+        )
         # torch.cuda.graph does not put the current stream back if the capture fails.
         with torch.cuda.stream(torch.cuda.current_stream(self.device)), graphed:
             output = function()
@@ -66,7 +74,9 @@ class _Bucket:
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.kind = shape[0]
-        self.tensors = {key: torch.empty(size, dtype=dtype, device=device) for key, size, dtype in shape[1]}
+        self.tensors = {
+            key: torch.empty(size, dtype=dtype, device=device) for key, size, dtype in shape[1]
+        }
         self.warmups = 0
         # How the last eager step or the capture left model and optimizer.
         self.watch: Watch | None = None
@@ -94,33 +104,42 @@ class GraphedStep:
             loss = step(batch)
             scheduler.step()
 
-    A call is ``loss_fn(model, batch).backward()``, ``optimizer.step()`` and ``optimizer.zero_grad()``. The first
-    ``num_warmup_iters`` calls of a shape run eagerly, the next one captures, and all others replay. Every call is one real step,
-    with the bits of an eager one. Replays draw new dropout masks, and pairs latch in them. Learning rates, weight decays and
-    shrink ratios may be numbers that a scheduler changes: they are copied to the GPU when they differ.
+    A call is ``loss_fn(model, batch).backward()``, ``optimizer.step()`` and
+    ``optimizer.zero_grad()``. The first ``num_warmup_iters`` calls of a shape run eagerly, the next
+    one captures, and all others replay. Every call is one real step, with the bits of an eager one.
+    Replays draw new dropout masks, and pairs latch in them. Learning rates, weight decays and
+    shrink ratios may be numbers that a scheduler changes: they are copied to the GPU when they
+    differ.
 
-    A graph repeats what the GPU did; Python does not run again. So every call compares the model's modules, parameters and
-    attributes, the optimizer's settings and this library's settings with those of the capture, and raises if one differs. If
-    someone wrote to A or B, that call runs eagerly, so that the latch goes by the new norms. Not watched are ``loss_fn`` itself
-    and values inside of objects that a module holds, such as ``model.config``: change none of them.
+    A graph repeats what the GPU did; Python does not run again. So every call compares the model's
+    modules, parameters and attributes, the optimizer's settings and this library's settings with
+    those of the capture, and raises if one differs. If someone wrote to A or B, that call runs
+    eagerly, so that the latch goes by the new norms. Not watched are ``loss_fn`` itself and values
+    inside of objects that a module holds, such as ``model.config``: change none of them.
 
     Args:
-        model: any module whose parameters and buffers are on one GPU: with this library's layers or PEFT's, accelerated or not.
-        optimizer: a :class:`StableLoRAAdamW` with ``capturable=True``. Its ``max_grad_norm`` clips in the graph.
-        loss_fn: a function of the model and the batch that returns the loss, a 0-d tensor. Autocast belongs inside of it.
-            Default: ``model(**batch).loss``, as Hugging Face's models return it.
-        sample_batches: batches of the only shapes to be taken; their values are not read. Default: capture up to
-            ``max_graphs`` shapes as they come.
+        model: any module whose parameters and buffers are on one GPU: with this library's layers or
+            PEFT's, accelerated or not.
+        optimizer: a :class:`StableLoRAAdamW` with ``capturable=True``. Its ``max_grad_norm`` clips
+            in the graph.
+        loss_fn: a function of the model and the batch that returns the loss, a 0-d tensor. Autocast
+            belongs inside of it. Default: ``model(**batch).loss``, as Hugging Face's models return
+            it.
+        sample_batches: batches of the only shapes to be taken; their values are not read. Default:
+            capture up to ``max_graphs`` shapes as they come.
         grad_scaler: a ``torch.amp.GradScaler``, whose scaling, step and update go into the graph.
         max_graphs: the most shapes to capture. They share their memory.
-        num_warmup_iters: eager steps of a shape before its capture, at least 1, in which kernels compile.
-        enabled: False takes plain steps, on any device: gradients that are there before are added to, also those of parameters
-            that another optimizer has, and autocast may be around the call.
+        num_warmup_iters: eager steps of a shape before its capture, at least 1, in which kernels
+            compile.
+        enabled: False takes plain steps, on any device: gradients that are there before are added
+            to, also those of parameters that another optimizer has, and autocast may be around the
+            call.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, or the model or the optimizer cannot be captured:
-            hooks, data parallelism, sharded parameters, several devices or none that is a GPU, ``shrink_schedule``, trainable
-            parameters of the model that the optimizer does not have.
+        TypeError, ValueError: an argument is of the wrong type or out of range, or the model or the
+            optimizer cannot be captured: hooks, data parallelism, sharded parameters, several
+            devices or none that is a GPU, ``shrink_schedule``, trainable parameters of the model
+            that the optimizer does not have.
     """
 
     def __init__(
@@ -141,8 +160,15 @@ class GraphedStep:
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of the model and a batch, got {loss_fn!r}")
         if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}")
-        self.model, self.optimizer, self.loss_fn, self.grad_scaler = model, optimizer, loss_fn, grad_scaler
+            raise TypeError(
+                f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}"
+            )
+        self.model, self.optimizer, self.loss_fn, self.grad_scaler = (
+            model,
+            optimizer,
+            loss_fn,
+            grad_scaler,
+        )
         self.max_graphs = check_int("max_graphs", max_graphs, minimum=1)
         self.num_warmup_iters = check_int("num_warmup_iters", num_warmup_iters, minimum=1)
         self.enabled = check_bool("enabled", enabled)
@@ -159,28 +185,36 @@ class GraphedStep:
             check_capturable(model, optimizer)
 
     def reset(self) -> None:
-        """Drop all graphs. The next calls warm up and capture again, with the model and the optimizer as they then are."""
+        """Drop all graphs. The next calls warm up and capture again, with the model and the
+        optimizer as they then are.
+        """
         self._buckets: dict[Shape, _Bucket] = {}
         if self.enabled:
             self._graphs = Graphs(self._device)
-        # By group and name, the memory that graphs read a hyperparameter from, and the number in it.
+        # By group and name, the memory that graphs read a hyperparameter from, and the number in
+        # it.
         self._cells: dict[tuple[int, str], tuple[Tensor, float | None]] = {}
 
     @property
     def captured(self) -> list[str]:
         """The shapes that have a graph, in words."""
-        return [in_words(shape) for shape, bucket in self._buckets.items() if bucket.graph is not None]
+        return [
+            in_words(shape) for shape, bucket in self._buckets.items() if bucket.graph is not None
+        ]
 
     def __call__(self, batch: Any) -> Tensor:
-        """Take one step and return its loss, a new 0-d tensor without a gradient. Nothing is read from the GPU.
+        """Take one step and return its loss, a new 0-d tensor without a gradient. Nothing is read
+        from the GPU.
 
         Args:
-            batch: a tensor, or a tuple, list or dict of tensors, on any device. ``loss_fn`` gets the same on the GPU.
+            batch: a tensor, or a tuple, list or dict of tensors, on any device. ``loss_fn`` gets
+                the same on the GPU.
 
         Raises:
-            TypeError, ValueError: the batch holds something else, or has a shape that is not to be captured.
-            RuntimeError: gradients or autocast come from outside; the step cannot be captured; or something has changed since
-                the capture. No step was taken then.
+            TypeError, ValueError: the batch holds something else, or has a shape that is not to be
+                captured.
+            RuntimeError: gradients or autocast come from outside; the step cannot be captured; or
+                something has changed since the capture. No step was taken then.
         """
         shape, leaves = self._read("batch", batch)
         if not self.enabled:
@@ -191,11 +225,14 @@ class GraphedStep:
         bucket, now = self._bucket(shape), self.optimizer._snapshot()
         if bucket.watch is not None and (change := bucket.watch.change(now)) is not None:
             if bucket.graph is not None:
-                raise RuntimeError(f"{change}, which its CUDA graph does not know: put it back, or call reset()")
+                raise RuntimeError(
+                    f"{change}, which its CUDA graph does not know: put it back, or call reset()"
+                )
             bucket.warmups = 0
         bucket.fill(leaves)
         self._copy_numbers()
-        # After a write to a parameter the optimizer measures norms again, which a graph would do in every replay.
+        # After a write to a parameter the optimizer measures norms again, which a graph would do in
+        # every replay.
         written = now.versions != self.optimizer._last.versions
         if bucket.watch is None or bucket.warmups < self.num_warmup_iters or written:
             return self._run_eagerly(bucket)
@@ -211,7 +248,9 @@ class GraphedStep:
     def _read(self, argument: str, batch: Any) -> tuple[Shape, Leaves]:
         """The shape of a batch, and its tensors."""
         if self.loss_fn is None and not isinstance(batch, Mapping):
-            raise TypeError(f"{argument} must be a dict unless loss_fn is given, got {type(batch).__name__}")
+            raise TypeError(
+                f"{argument} must be a dict unless loss_fn is given, got {type(batch).__name__}"
+            )
         kind, leaves = leaves_of(argument, batch)
         return (kind, tuple((key, tensor.shape, tensor.dtype) for key, tensor in leaves)), leaves
 
@@ -283,9 +322,17 @@ class GraphedStep:
         done = False
         try:
             with torch.enable_grad():
-                loss = self.model(**batch).loss if self.loss_fn is None else self.loss_fn(self.model, batch)
+                loss = (
+                    self.model(**batch).loss
+                    if self.loss_fn is None
+                    else self.loss_fn(self.model, batch)
+                )
                 if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-                    got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    got = (
+                        f"one of shape {list(loss.shape)}"
+                        if isinstance(loss, Tensor)
+                        else type(loss).__name__
+                    )
                     raise TypeError(f"loss_fn must return a 0-d tensor with a gradient, got {got}")
                 (loss if scaler is None else scaler.scale(loss)).backward()
             # Let the optimizer read the live hyperparameters from the memory that replays read.
@@ -308,7 +355,9 @@ class GraphedStep:
 
 
 def host_generators() -> tuple[Any, ...]:
-    """The states of the host's global random number generators: PyTorch's, Python's and, if it is imported, NumPy's."""
+    """The states of the host's global random number generators: PyTorch's, Python's and, if it is
+    imported, NumPy's.
+    """
     numpy = sys.modules.get("numpy")
     # Bytes, since comparing NumPy's arrays gives no bool.
     from_numpy = None if numpy is None else pickle.dumps(numpy.random.get_state())

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-# Matches our "q_proj.lora_A", PEFT's "q_proj.lora_A.default.weight" and a PEFT file's "q_proj.lora_A.weight".
-_LORA_NAME = re.compile(r"^(?:(?P<prefix>.+)\.)?lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))??(?:\.weight)?$")
+# Matches our "q_proj.lora_A", PEFT's "q_proj.lora_A.default.weight" and a PEFT file's
+# "q_proj.lora_A.weight".
+_LORA_NAME = re.compile(
+    r"^(?:(?P<prefix>.+)\.)?lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))??(?:\.weight)?$"
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -19,7 +22,8 @@ class LoRAPair:
     """One LoRA branch: W = W0 + s·B·A.
 
     Attributes:
-        name: the layer's dotted name, then the adapter's name if the layer has named adapters, as in PEFT.
+        name: the layer's dotted name, then the adapter's name if the layer has named adapters, as
+            in PEFT.
         A: [r, in_features].
         B: [out_features, r].
 
@@ -71,8 +75,9 @@ def is_named_parameter(item: Any) -> bool:
 def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:
     """The LoRA pairs of a model or of named parameters, in the order of the parameters.
 
-    Works on models made by :func:`~stablelora_kernels.apply_lora` and on PEFT models. LoRA on embeddings
-    (``lora_embedding_A``) and on convolutions (4-dimensional A) is outside the method and is not listed.
+    Works on models made by :func:`~stablelora_kernels.apply_lora` and on PEFT models. LoRA on
+    embeddings (``lora_embedding_A``) and on convolutions (4-dimensional A) is outside the method
+    and is not listed.
 
     Raises:
         ValueError: an A has no B, a B has no A, or their shapes do not fit.
@@ -93,14 +98,18 @@ def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[L
         if len(half) == 1:
             (role,) = half
             other = "B" if role == "A" else "A"
-            raise ValueError(f"pair {name!r} has lora_{role} {list(half[role].shape)} but no lora_{other}")
+            raise ValueError(
+                f"pair {name!r} has lora_{role} {list(half[role].shape)} but no lora_{other}"
+            )
     return [LoRAPair(name, half["A"], half["B"]) for name, half in halves.items()]
 
 
 def stacked_experts(model: nn.Module) -> dict[str, int]:
-    """By a pair's name, how many experts' pairs are stacked in it; pairs of single layers are left out.
+    """By a pair's name, how many experts' pairs are stacked in it; pairs of single layers are left
+    out.
 
-    A [experts r, in] and B [out, experts r] are one pair to Stable-LoRA: they shrink and latch as one.
+    A [experts r, in] and B [out, experts r] are one pair to Stable-LoRA: they shrink and latch as
+    one.
     """
     found: dict[str, int] = {}
     for name, module in model.named_modules():

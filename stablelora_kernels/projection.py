@@ -1,4 +1,6 @@
-"""A projection: a frozen weight with its LoRA branch. The operands that functional, ops and launch hand on."""
+"""A projection: a frozen weight with its LoRA branch. The operands that functional, ops and launch
+hand on.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,14 @@ _PLAIN = Layout(0, 0, 0, 0, 0)
 
 
 class Projection(NamedTuple):
-    """A projection of :func:`~stablelora_kernels.functional.lora_mlp`; the fields are those arguments of
-    :func:`~stablelora_kernels.functional.lora_linear`.
+    """A projection of :func:`~stablelora_kernels.functional.lora_mlp`; the fields are those
+    arguments of :func:`~stablelora_kernels.functional.lora_linear`.
 
     ``lora_A`` and ``lora_B`` are both None for a projection without a LoRA branch.
     """
 
-    # Inside the ops a quantized weight is Stored, and None is a weight that nothing reads: that of a branch alone, for one.
+    # Inside the ops a quantized weight is Stored, and None is a weight that nothing reads: that of
+    # a branch alone, for one.
     weight: Tensor | Stored | NF4Weight | FP8Weight | None
     bias: Tensor | None
     lora_A: Tensor | None
@@ -39,9 +42,11 @@ WEIGHTS, BIASES, LORA_AS, LORA_BS = (slice(first, None, 4) for first in range(4)
 
 
 def flat(projections: Sequence[Projection]) -> list[Any]:
-    """The operands of ``projections``, as ops and autograd functions take them: of each its data, bias, A and B.
+    """The operands of ``projections``, as ops and autograd functions take them: of each its data,
+    bias, A and B.
 
-    A weight's data is the weight itself, or a quantized weight's bytes, whose scales are no operands: see :func:`scales_of`.
+    A weight's data is the weight itself, or a quantized weight's bytes, whose scales are no
+    operands: see :func:`scales_of`.
     """
     operands: list[Any] = []
     for p in projections:
@@ -64,7 +69,10 @@ def in_fours(operands: Sequence[Any]) -> list[Sequence[Any]]:
 
 
 def projections_of(
-    operands: Sequence[Any], scales: Iterable[Tensor], layouts: Sequence[int], scalings: Sequence[float]
+    operands: Sequence[Any],
+    scales: Iterable[Tensor],
+    layouts: Sequence[int],
+    scalings: Sequence[float],
 ) -> list[Projection]:
     """The projections that :func:`flat`, :func:`scales_of` and :func:`layouts_of` have taken apart."""
     left, projections = iter(scales), []
@@ -81,9 +89,13 @@ def projections_of(
 
 
 def layouts_of(projections: Iterable[Projection]) -> tuple[int, ...]:
-    """The weights' layouts, one after another: zeros for a plain weight, and none at all if no weight is quantized."""
+    """The weights' layouts, one after another: zeros for a plain weight, and none at all if no
+    weight is quantized.
+    """
     layouts = [p.weight.layout if isinstance(p.weight, Stored) else _PLAIN for p in projections]
-    return tuple(chain.from_iterable(layouts)) if any(layout != _PLAIN for layout in layouts) else ()
+    return (
+        tuple(chain.from_iterable(layouts)) if any(layout != _PLAIN for layout in layouts) else ()
+    )
 
 
 def projections_in(call: Any) -> list[Projection]:

@@ -1,6 +1,7 @@
 """Frozen weights in 4 and 8 bits: their storage, their sources and their values.
 
-The classes describe the formats; ``reference.nf4_ref`` and ``reference.fp8_ref`` are both formulas in float64.
+The classes describe the formats; ``reference.nf4_ref`` and ``reference.fp8_ref`` are both formulas
+in float64.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from stablelora_kernels.utils.validation import check_int
 
-# PyTorch dequantizes so many elements at a time, to bound the memory for float32 values and indices.
+# PyTorch dequantizes so many elements at a time, to bound the memory for float32 values and
+# indices.
 _ELEMENTS = 1 << 22
 
 
 class Layout(NamedTuple):
-    """The memory layout of a weight [n, k], for which kernels are compiled. Ints, because ops take ints."""
+    """The memory layout of a weight [n, k], for which kernels are compiled. Ints, because ops take
+    ints.
+    """
 
     # 4: NF4, 8: FP8.
     bits: int
@@ -41,9 +45,11 @@ class Layout(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A quantized weight in the parts that the ops take: its bytes in uint8, its scales and its layout.
+    """A quantized weight in the parts that the ops take: its bytes in uint8, its scales and its
+    layout.
 
-    Scales for 4 bits: absmax, code and, if nested, nested_absmax, nested_code, offset. For 8 bits: scale.
+    Scales for 4 bits: absmax, code and, if nested, nested_absmax, nested_code, offset. For 8 bits:
+    scale.
     """
 
     data: Tensor
@@ -56,13 +62,20 @@ class Stored(NamedTuple):
         return self.layout.n, self.layout.k
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """W [n, k] by PyTorch's operators, computed in float32 and rounded once; float64 is not rounded."""
+        """W [n, k] by PyTorch's operators, computed in float32 and rounded once; float64 is not
+        rounded.
+        """
         n, k = self.layout.n, self.layout.k
         work = torch.promote_types(dtype, torch.float32)
         if self.layout.bits == 8:
-            out, rows = torch.empty(n, k, dtype=dtype, device=self.data.device), max(1, _ELEMENTS // k)
+            out, rows = (
+                torch.empty(n, k, dtype=dtype, device=self.data.device),
+                max(1, _ELEMENTS // k),
+            )
             values = self.data.view(torch.float8_e4m3fn).split(rows)
-            for part, stored, scale in zip(out.split(rows), values, self.scales[0].split(rows), strict=True):
+            for part, stored, scale in zip(
+                out.split(rows), values, self.scales[0].split(rows), strict=True
+            ):
                 part.copy_(stored.to(work) * scale.to(work)[:, None])
             return out
         absmax, code = self.scales[:2]
@@ -77,7 +90,9 @@ class Stored(NamedTuple):
         # A multiple of blocks and of bytes.
         step = max(_ELEMENTS, self.layout.blocksize)
         scales = absmax.to(work).split(step // self.layout.blocksize)
-        for part, packed, scale in zip(out.split(step), self.data.split(step // 2), scales, strict=True):
+        for part, packed, scale in zip(
+            out.split(step), self.data.split(step // 2), scales, strict=True
+        ):
             values = pairs.index_select(0, packed.int()).view(-1)
             whole = values.numel() // self.layout.blocksize
             rest = whole * self.layout.blocksize
@@ -94,11 +109,13 @@ def as_plain(weight: Tensor | Stored | NF4Weight | FP8Weight, dtype: torch.dtype
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A frozen weight [N, K] in 4 bits an element: ``code[index] · absmax``, as bitsandbytes stores it.
+    """A frozen weight [N, K] in 4 bits an element: ``code[index] · absmax``, as bitsandbytes stores
+    it.
 
-    Blocks of ``blocksize`` elements run row by row and need not end with a row. An index has 4 bits; a byte holds two, the
-    first in the upper half. Nested ("double quantization", QLoRA, arXiv 2305.14314), an absmax is
-    ``nested_code[absmax] · nested_absmax + offset``, in blocks of ``nested_blocksize``.
+    Blocks of ``blocksize`` elements run row by row and need not end with a row. An index has 4
+    bits; a byte holds two, the first in the upper half. Nested ("double quantization", QLoRA, arXiv
+    2305.14314), an absmax is ``nested_code[absmax] · nested_absmax + offset``, in blocks of
+    ``nested_blocksize``.
 
     Args:
         packed: uint8 [ceil(N K / 2)].
@@ -106,7 +123,8 @@ class NF4Weight:
         code: float32 [16], the values of an index.
         shape: (N, K).
         blocksize: elements that share an absmax, a power of two.
-        nested_absmax: float32 [ceil(absmax's / nested_blocksize)]. Give this and the next three all or not at all.
+        nested_absmax: float32 [ceil(absmax's / nested_blocksize)]. Give this and the next three all
+            or not at all.
         nested_code: float32 [256], the values of an 8-bit absmax.
         offset: one float32, added to every absmax.
         nested_blocksize: number of absmax that share a nested_absmax, a power of two.
@@ -149,7 +167,8 @@ class NF4Weight:
 
     @classmethod
     def from_bitsandbytes(cls, weight: Any) -> NF4Weight:
-        """The weight of a ``bitsandbytes.nn.Params4bit``, NF4 or FP4 in any storage dtype, without a copy.
+        """The weight of a ``bitsandbytes.nn.Params4bit``, NF4 or FP4 in any storage dtype, without
+        a copy.
 
         Raises:
             TypeError: ``weight`` is no quantized Params4bit (moving one to a device quantizes it).
@@ -170,22 +189,34 @@ class NF4Weight:
         with torch._C.DisableTorchFunctionSubclass():
             packed = weight.detach().view(torch.uint8).reshape(-1)
         inner = state.state2
-        nested = (inner.absmax, inner.code, state.offset, inner.blocksize) if state.nested else (None, None, None, 0)
+        nested = (
+            (inner.absmax, inner.code, state.offset, inner.blocksize)
+            if state.nested
+            else (None, None, None, 0)
+        )
         values = (packed, state.absmax, state.code, tuple(state.shape), state.blocksize, *nested)
-        tensors, sizes = (*values[1:3], *values[5:8]), (packed.numel(), packed.device, *values[3:5], values[8])
+        tensors, sizes = (
+            (*values[1:3], *values[5:8]),
+            (packed.numel(), packed.device, *values[3:5], values[8]),
+        )
         if _has_passed(state, tensors, sizes):
             self = object.__new__(cls)
             self.__dict__.update(zip(_NF4_FIELDS, values, strict=True))
             return self
         self = cls(*values)
         if not torch.compiler.is_compiling():
-            key, refs = id(state), [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
+            key, refs = (
+                id(state),
+                [None if tensor is None else weakref.ref(tensor) for tensor in tensors],
+            )
             _passed[key] = weakref.ref(state, lambda _: _passed.pop(key, None)), refs, sizes
         return self
 
     @property
     def stored(self) -> Stored:
-        nested = (self.nested_absmax, self.nested_code, self.offset) if self.nested_blocksize else ()
+        nested = (
+            (self.nested_absmax, self.nested_code, self.offset) if self.nested_blocksize else ()
+        )
         layout = Layout(4, *self.shape, self.blocksize, self.nested_blocksize)
         return Stored(self.packed, (self.absmax, self.code, *nested), layout)  # type: ignore[arg-type]
 
@@ -211,7 +242,9 @@ class FP8Weight:
 
     def __post_init__(self) -> None:
         if self.data.dim() != 2 or 0 in self.data.shape:
-            raise ValueError(f"data must be [N, K], N and K at least 1, got {list(self.data.shape)}")
+            raise ValueError(
+                f"data must be [N, K], N and K at least 1, got {list(self.data.shape)}"
+            )
         _check_tensor("data", self.data, torch.float8_e4m3fn, list(self.data.shape), self.data)
         _check_tensor("scale", self.scale, torch.float32, [self.data.shape[0]], self.data)
 
@@ -244,7 +277,9 @@ class FP8Weight:
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.data.view(torch.uint8), (self.scale,), Layout(8, *self.shape, self.shape[1], 0))
+        return Stored(
+            self.data.view(torch.uint8), (self.scale,), Layout(8, *self.shape, self.shape[1], 0)
+        )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""
@@ -253,8 +288,9 @@ class FP8Weight:
 
 _NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 
-# Every call reads its layer's weight, and checking took half of that time. So remember the parts of a quant_state that passed,
-# by identity and weakly. A read still returns the state's present parts, also after a move.
+# Every call reads its layer's weight, and checking took half of that time. So remember the parts of
+# a quant_state that passed, by identity and weakly. A read still returns the state's present parts,
+# also after a move.
 _passed: dict[int, tuple[Any, list[Any], tuple[Any, ...]]] = {}
 
 
@@ -262,16 +298,23 @@ def _has_passed(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) ->
     found = None if torch.compiler.is_compiling() else _passed.get(id(state))
     if found is None or found[0]() is not state or found[2] != sizes:
         return False
-    return all(tensor is (None if ref is None else ref()) for tensor, ref in zip(tensors, found[1], strict=True))
+    return all(
+        tensor is (None if ref is None else ref())
+        for tensor, ref in zip(tensors, found[1], strict=True)
+    )
 
 
 def is_quantized(weight: Any) -> bool:
-    """Whether ``weight`` is a parameter of bitsandbytes in 4 bits or of torchao in float8, by the name of its type."""
+    """Whether ``weight`` is a parameter of bitsandbytes in 4 bits or of torchao in float8, by the
+    name of its type.
+    """
     return type(weight).__name__ in ("Params4bit", "Float8Tensor")
 
 
 def is_packed_for_cpu(weight: Any) -> bool:
-    """Whether bitsandbytes has packed ``weight`` for inference on a CPU, which only its own layer reads."""
+    """Whether bitsandbytes has packed ``weight`` for inference on a CPU, which only its own layer
+    reads.
+    """
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
@@ -279,9 +322,14 @@ def read(weight: Any) -> NF4Weight | FP8Weight:
     """The weight of a parameter for which :func:`is_quantized` holds, without a copy.
 
     Raises:
-        TypeError, ValueError: as :meth:`NF4Weight.from_bitsandbytes` and :meth:`FP8Weight.from_torchao`.
+        TypeError, ValueError: as :meth:`NF4Weight.from_bitsandbytes` and
+            :meth:`FP8Weight.from_torchao`.
     """
-    return (NF4Weight.from_bitsandbytes if type(weight).__name__ == "Params4bit" else FP8Weight.from_torchao)(weight)
+    return (
+        NF4Weight.from_bitsandbytes
+        if type(weight).__name__ == "Params4bit"
+        else FP8Weight.from_torchao
+    )(weight)
 
 
 def _check_power(name: str, value: int) -> None:
@@ -290,7 +338,9 @@ def _check_power(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a power of two, got {value}")
 
 
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int], other: Tensor) -> None:
+def _check_tensor(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int], other: Tensor
+) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if list(tensor.shape) != shape:
@@ -298,4 +348,6 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
     if tensor.device != other.device:
-        raise ValueError(f"{name} must be on the device of the others, {other.device}, got {tensor.device}")
+        raise ValueError(
+            f"{name} must be on the device of the others, {other.device}, got {tensor.device}"
+        )

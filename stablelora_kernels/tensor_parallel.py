@@ -1,12 +1,14 @@
-"""Column- and row-wise tensor parallelism for ``LoRALinear``: styles for torch's ``parallelize_module``.
+"""Column- and row-wise tensor parallelism for ``LoRALinear``: styles for torch's
+``parallelize_module``.
 
     from torch.distributed.tensor.parallel import parallelize_module
     from stablelora_kernels.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
 
-    parallelize_module(block, mesh, {"q_proj": LoRAColwiseParallel(), "o_proj": LoRARowwiseParallel()})
+    parallelize_module(block, mesh, {"q_proj": LoRAColwiseParallel(), "o_proj":
+    LoRARowwiseParallel()})
 
-They take the arguments of torch's ``ColwiseParallel`` and ``RowwiseParallel`` and treat any other module as these do. So one plan
-serves a model in which only some linear layers have LoRA.
+They take the arguments of torch's ``ColwiseParallel`` and ``RowwiseParallel`` and treat any other
+module as these do. So one plan serves a model in which only some linear layers have LoRA.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
 class LoRAColwiseParallel(ColwiseParallel):
     """torch's ``ColwiseParallel``, extended to :class:`~stablelora_kernels.LoRALinear`.
 
-    It shards the rows of W [N, K], bias [N] and B [N, r] and replicates A [r, K], whose gradient is summed over the mesh. The
-    layer becomes a :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` in place and keeps its name in the model.
+    It shards the rows of W [N, K], bias [N] and B [N, r] and replicates A [r, K], whose gradient is
+    summed over the mesh. The layer becomes a
+    :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` in place and keeps its name in the
+    model.
 
     Raises:
         NotImplementedError: the LoRA layer's weight is not a plain one, or is already sharded.
@@ -45,8 +49,9 @@ class LoRAColwiseParallel(ColwiseParallel):
 class LoRARowwiseParallel(RowwiseParallel):
     """torch's ``RowwiseParallel``, extended to :class:`~stablelora_kernels.LoRALinear`.
 
-    It shards the columns of W [N, K] and A [r, K] and replicates B [N, r], whose gradient is summed over the mesh, and the bias.
-    The base product and the branch are summed over the mesh together, once.
+    It shards the columns of W [N, K] and A [r, K] and replicates B [N, r], whose gradient is summed
+    over the mesh, and the bias. The base product and the branch are summed over the mesh together,
+    once.
 
     Raises:
         NotImplementedError, ValueError: as :class:`LoRAColwiseParallel`.
@@ -57,15 +62,22 @@ class LoRARowwiseParallel(RowwiseParallel):
 
 
 def _parallelize(
-    style: Any, apply: Callable[[nn.Module, DeviceMesh], nn.Module], module: nn.Module, mesh: DeviceMesh
+    style: Any,
+    apply: Callable[[nn.Module, DeviceMesh], nn.Module],
+    module: nn.Module,
+    mesh: DeviceMesh,
 ) -> nn.Module:
     if not isinstance(module, LoRALinear):
         return apply(module, mesh)
     style_name = type(style).__name__
     if type(module) is not LoRALinear:
-        raise NotImplementedError(f"{style_name} cuts a LoRALinear over a plain weight, got a {type(module).__name__}")
+        raise NotImplementedError(
+            f"{style_name} cuts a LoRALinear over a plain weight, got a {type(module).__name__}"
+        )
     if module.merged:
-        raise ValueError(f"{style_name} cuts a LoRALinear that is not merged, got a merged one; unmerge() first")
+        raise ValueError(
+            f"{style_name} cuts a LoRALinear that is not merged, got a merged one; unmerge() first"
+        )
     if ATTRIBUTE in module.__dict__:
         remove_projection_groups([module])
         warnings.warn(
@@ -73,7 +85,8 @@ def _parallelize(
             RuntimeWarning,
             stacklevel=2,
         )
-    # torch shards the weight and bias of an nn.Linear and adds its hooks. Move all of these to the LoRA layer.
+    # torch shards the weight and bias of an nn.Linear and adds its hooks. Move all of these to the
+    # LoRA layer.
     linear = module.to_linear()
     apply(linear, mesh)
     source = {} if (rank := getattr(style, "src_data_rank", 0)) == 0 else {"src_data_rank": rank}
@@ -81,7 +94,9 @@ def _parallelize(
     module.weight = cast(nn.Parameter, linear.weight)
     module.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
     for name, sharded in zip(("lora_A", "lora_B"), pair, strict=True):
-        module.register_parameter(name, nn.Parameter(sharded, requires_grad=getattr(module, name).requires_grad))
+        module.register_parameter(
+            name, nn.Parameter(sharded, requires_grad=getattr(module, name).requires_grad)
+        )
     module._forward_pre_hooks.update(linear._forward_pre_hooks)
     module._forward_hooks.update(linear._forward_hooks)
     module.__class__ = LoRAShardedLinear

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from tests.helpers.threads import ONE_THREAD
 
-# Before NumPy, which PyTorch imports, starts OpenBLAS's threads. Test runs side by side, the workers of pytest -n and the
-# processes that tests start would fight for the cores. The user's own setting has precedence.
+# Before NumPy, which PyTorch imports, starts OpenBLAS's threads. Test runs side by side, the
+# workers of pytest -n and the processes that tests start would fight for the cores. The user's own
+# setting has precedence.
 os.environ.update(ONE_THREAD | os.environ)
 
 import pytest
@@ -24,7 +25,8 @@ from tests.helpers.largest_shares import pytest_terminal_summary  # noqa: F401
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     speed_up_interpreter()
-# PyTorch's own operators are tested with two threads where this process is alone, and with one each where it is not.
+# PyTorch's own operators are tested with two threads where this process is alone, and with one each
+# where it is not.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
@@ -43,7 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
-    """Each test's calls are first calls: a test may have changed what launches depend on, such as a table of tiles."""
+    """Each test's calls are first calls: a test may have changed what launches depend on, such as a
+    table of tiles.
+    """
     from stablelora_kernels.ops import plans
 
     plans.clear()
@@ -69,7 +73,9 @@ def mesh() -> Iterator[DeviceMesh]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """PyTorch's operators start their threads for small tensors too, and wait for a busy machine to run them."""
+    """PyTorch's operators start their threads for small tensors too, and wait for a busy machine to
+    run them.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -90,7 +96,13 @@ def leading(request: pytest.FixtureRequest, backend: str) -> tuple[int, ...]:
     from tests.helpers.cases import FEW, MANY
 
     many = MANY[backend]
-    sizes = {"one row": (), "few": (FEW,), "many": (many,), "many in two dimensions": (2, many // 2), "no rows": (0,)}
+    sizes = {
+        "one row": (),
+        "few": (FEW,),
+        "many": (many,),
+        "many in two dimensions": (2, many // 2),
+        "no rows": (0,),
+    }
     return sizes[request.param]
 
 

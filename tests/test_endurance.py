@@ -1,4 +1,6 @@
-"""Long runs keep their memory, and the same call gives the same bits: again, in another process, from several threads."""
+"""Long runs keep their memory, and the same call gives the same bits: again, in another process,
+from several threads.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ FEW = [*EVERY[:16:5], EVERY[17], *EVERY[21::3]]
 
 
 def flat_while(work: Work, count: int) -> None:
-    """Some steps and then ``count`` steps of ``work``; what the process holds does not grow in the latter."""
+    """Some steps and then ``count`` steps of ``work``; what the process holds does not grow in the
+    latter.
+    """
     for step in range(8):
         work(step)
     before = endurance.holdings()
@@ -56,7 +60,11 @@ def flat_while(work: Work, count: int) -> None:
     # Some objects, not some in each step of a long run.
     assert grown < 64 * 1024, f"traced memory has grown by {grown} bytes in {count // 2} steps"
     # A step more or less may be pending in a container.
-    assert {name: size for name, size in now.items() if size > before.get(name, 0) + 4 * (name != "tensors")} == {}
+    assert {
+        name: size
+        for name, size in now.items()
+        if size > before.get(name, 0) + 4 * (name != "tensors")
+    } == {}
 
 
 LOW = "masters-8-bit-moments-clipped"
@@ -73,13 +81,19 @@ def test_long_runs_hold_no_more_memory(kind: str, backend: str, count: int) -> N
         flat_while(endurance.make(Setting(kind, backend, p=0.1)), count)
 
 
-@pytest.mark.parametrize("settings", [pytest.param(FEW, id="few"), pytest.param(EVERY, id="all", marks=nightly)])
+@pytest.mark.parametrize(
+    "settings", [pytest.param(FEW, id="few"), pytest.param(EVERY, id="all", marks=nightly)]
+)
 def test_the_same_bits_again_and_in_another_process(settings: list[Setting]) -> None:
-    """The spawned process also goes on with pickled optimizers, and infers as a data loader's worker would."""
+    """The spawned process also goes on with pickled optimizers, and infers as a data loader's
+    worker would.
+    """
     first = endurance.digests(settings)
     shuffled = random.Random(0).sample(range(len(settings)), len(settings))
     assert [first[i] for i in shuffled] == endurance.digests([settings[i] for i in shuffled])
-    others: list[Any] = [(endurance.infer, (s, 2)) for s in settings if s.kind in (LAYERS, GROUP) and not s.p]
+    others: list[Any] = [
+        (endurance.infer, (s, 2)) for s in settings if s.kind in (LAYERS, GROUP) and not s.p
+    ]
     for s in (s for s in settings if s.kind in OPTIMIZERS):
         endurance.go_on(work := endurance.make(s), s.backend)
         others.append((endurance.go_on, (work, s.backend, 4)))
@@ -92,15 +106,21 @@ def test_the_same_bits_again_and_in_another_process(settings: list[Setting]) -> 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs on systems with fork")
 @pytest.mark.skipif(
-    torch.cuda.is_available(), reason="runs on machines without a GPU: CUDA forbids forks of a process that has used it"
+    torch.cuda.is_available(),
+    reason="runs on machines without a GPU: CUDA forbids forks of a process that has used it",
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forked_worker_computes_the_same(backend: str) -> None:
-    """After calls here, backward included. torch refuses backward in a fork, so the worker infers and steps."""
+    """After calls here, backward included. torch refuses backward in a fork, so the worker infers
+    and steps.
+    """
     layers, steps = Setting(LAYERS, backend), Setting(LOW, backend)
     endurance.digests([layers, steps])
     calls: list[Any] = [(endurance.infer, (layers, 3)), (endurance.digests, ([steps],))]
-    assert answer_of(partial(endurance.results, calls), "fork") == ([function(*args) for function, args in calls], 0)
+    assert answer_of(partial(endurance.results, calls), "fork") == (
+        [function(*args) for function, args in calls],
+        0,
+    )
 
 
 # Threads
@@ -108,7 +128,9 @@ def test_a_forked_worker_computes_the_same(backend: str) -> None:
 
 @pytest.fixture
 def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches of several threads run one after another, as on a GPU's stream; the interpreter itself knows no threads."""
+    """Launches of several threads run one after another, as on a GPU's stream; the interpreter
+    itself knows no threads.
+    """
     if torch.cuda.is_available():
         return
     from triton.runtime.interpreter import GridExecutor
@@ -135,7 +157,11 @@ def in_threads(work: Callable[[int], Any], count: int = 4) -> list[Any]:
         return list(pool.map(begin, range(count)))
 
 
-ROUNDS = [("torch", 20), ("triton", 1), *(pytest.param(backend, 200, marks=nightly) for backend in BACKENDS)]
+ROUNDS = [
+    ("torch", 20),
+    ("triton", 1),
+    *(pytest.param(backend, 200, marks=nightly) for backend in BACKENDS),
+]
 
 
 @pytest.mark.usefixtures("one_stream")
@@ -143,7 +169,10 @@ ROUNDS = [("torch", 20), ("triton", 1), *(pytest.param(backend, 200, marks=night
 def test_threads_with_objects_of_their_own(backend: str, rounds: int) -> None:
     """Forward, backward and steps; each thread sees what it would see alone."""
     with slk.use_backend(backend):
-        made = [[endurance.make(Setting(kind, backend)) for kind in (LAYERS, GROUP, LOW)] for _ in range(5)]
+        made = [
+            [endurance.make(Setting(kind, backend)) for kind in (LAYERS, GROUP, LOW)]
+            for _ in range(5)
+        ]
 
         def work(thread: int) -> list[str]:
             return [endurance.digest(each(i)) for i in range(rounds) for each in made[thread]]

@@ -1,4 +1,6 @@
-"""The rules of imports that docs/internals/architecture.md draws: each file's imports are read, none is run."""
+"""The rules of imports that docs/internals/architecture.md draws: each file's imports are read,
+none is run.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ LEVEL_OF = {part: number for number, level in enumerate(LEVELS) for part in leve
 
 
 class Import(NamedTuple):
-    """One import of ``target``. ``lazy``: inside a function, so that importing the file does not run it."""
+    """One import of ``target``. ``lazy``: inside a function, so that importing the file does not
+    run it.
+    """
 
     path: str
     line: int
@@ -47,7 +51,9 @@ class Import(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Files of ``importers``, but not of ``excepted``, do not import ``targets``, but may import what is ``allowed``."""
+    """Files of ``importers``, but not of ``excepted``, do not import ``targets``, but may import
+    what is ``allowed``.
+    """
 
     words: str
     importers: tuple[str, ...]
@@ -89,8 +95,9 @@ RULES = (
          ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")),
     Rule("only tests import tests", ALL, ("tests",), ("tests",)),
 )  # fmt: skip
-# What the package needs. Other packages come by import_extra, which names the extra that brings them; these files are imported
-# only once it has found peft, and a layer of bitsandbytes' class proves that that is installed.
+# What the package needs. Other packages come by import_extra, which names the extra that brings
+# them; these files are imported only once it has found peft, and a layer of bitsandbytes' class
+# proves that that is installed.
 NEEDED = {*sys.stdlib_module_names, "torch", "triton", PACKAGE}
 BEHIND_IMPORT_EXTRA = {
     "integrations.peft": {"peft"},
@@ -116,7 +123,9 @@ def broken_by(i: Import) -> Iterator[str]:
     part, below = part_of(i.importer), part_of(i.target)
     if part is None:
         return
-    if i.target.split(".")[0] not in NEEDED | BEHIND_IMPORT_EXTRA.get(i.importer.removeprefix(f"{PACKAGE}."), set()):
+    if i.target.split(".")[0] not in NEEDED | BEHIND_IMPORT_EXTRA.get(
+        i.importer.removeprefix(f"{PACKAGE}."), set()
+    ):
         yield "what an extra brings is imported by import_extra"
     if below not in (None, part) and not LEVEL_OF.get(below, len(LEVELS)) < LEVEL_OF.get(part, -1):
         yield "a part of the package imports only parts on lower levels"
@@ -126,36 +135,55 @@ def module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def statements(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+def statements(
+    node: ast.AST, lazy: bool = False
+) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     """The import statements below ``node`` that run, each with whether it stands inside a function."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child, lazy
-        elif isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        elif isinstance(child, ast.If) and ast.unparse(child.test) in (
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        ):
             for other in child.orelse:
                 yield from statements(other, lazy)
         else:
-            yield from statements(child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+            yield from statements(
+                child,
+                lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)),
+            )
 
 
 def imports_of(path: str, source: str, modules: set[str]) -> Iterator[Import]:
-    """``from package import name`` imports the module of that name, or the package itself where there is none."""
+    """``from package import name`` imports the module of that name, or the package itself where
+    there is none.
+    """
     for node, lazy in statements(ast.parse(source, path)):
         relative = isinstance(node, ast.ImportFrom) and node.level > 0
         if isinstance(node, ast.Import):
             targets = {alias.name for alias in node.names}
         else:
             base = node.module or ""
-            targets = {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names}
+            targets = {
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+                for alias in node.names
+            }
         for target in sorted(targets):
             yield Import(path, node.lineno, target, lazy, relative)
 
 
 def violations(files: Mapping[str, str]) -> list[str]:
-    """Of sources by path, every import that breaks a rule, with its file and line, and a circle of imports."""
+    """Of sources by path, every import that breaks a rule, with its file and line, and a circle of
+    imports.
+    """
     modules = {module_of(path) for path in files}
     imports = [i for path, source in files.items() for i in imports_of(path, source, modules)]
-    broken = [f"{i.path}:{i.line}: {rule}: {i.importer} imports {i.target}" for i in imports for rule in broken_by(i)]
+    broken = [
+        f"{i.path}:{i.line}: {rule}: {i.importer} imports {i.target}"
+        for i in imports
+        for rule in broken_by(i)
+    ]
     targets: dict[str, set[str]] = {module: set() for module in modules}
     for i in imports:
         targets[module_of(i.path)] |= {i.target} & modules - {module_of(i.path)}
@@ -195,12 +223,20 @@ PLANTED = [
 
 @pytest.mark.parametrize(("path", "wrong", "rule"), PLANTED, ids=[rule for *_, rule in PLANTED])
 def test_a_planted_import_is_found(path, wrong, rule):
-    known = ["kernels/common", "launch/base", "dispatch/rules", "reference/__init__", "optim/__init__"]
+    known = [
+        "kernels/common",
+        "launch/base",
+        "dispatch/rules",
+        "reference/__init__",
+        "optim/__init__",
+    ]
     files = dict.fromkeys((f"stablelora_kernels/{name}.py" for name in known), "")
     files["benchmarks/common/models.py"] = "def f():\n    from benchmarks.suite import layers"
     found = violations(files | {path: f'"""What it does."""\n\n{wrong}\n'})
     line = 3 + wrong.count("\n")
-    assert any((text.startswith(f"{path}:{line}: ") or "circle" in rule) and rule in text for text in found), found
+    assert any(
+        (text.startswith(f"{path}:{line}: ") or "circle" in rule) and rule in text for text in found
+    ), found
 
 
 def test_every_rule_has_a_planted_import():

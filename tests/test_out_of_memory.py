@@ -1,4 +1,5 @@
-"""Out of memory in forward, backward and the optimizer's step: nothing is half done, and the next try gives the same bits.
+"""Out of memory in forward, backward and the optimizer's step: nothing is half done, and the next
+try gives the same bits.
 
 Each allocation fails in turn. A launch of a kernel counts as one.
 """
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 nightly = pytest.mark.nightly
 
 
-# Few and many rows take different operators and kernels. With the larger k programs share a sum over it.
+# Few and many rows take different operators and kernels. With the larger k programs share a sum
+# over it.
 BY_DAY = [
     small("linear", shape=(5, 520)),
     small("linear", 5, p=0.3),
@@ -34,7 +36,9 @@ BY_NIGHT = [
 ]
 
 
-@pytest.mark.parametrize("case", [*BY_DAY, *(pytest.param(case, marks=nightly) for case in BY_NIGHT)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*BY_DAY, *(pytest.param(case, marks=nightly) for case in BY_NIGHT)], ids=str
+)
 def test_a_call_that_ran_out_of_memory_can_be_repeated(backend: str, case: Case) -> None:
     case = case.but(backend=backend)
     given = make(case)
@@ -70,7 +74,9 @@ PATHS = [
 
 
 def two_optimizers(name: str) -> list[StableLoRAAdamW]:
-    """Equal ones. B of the first pair is so large that it latches at once; the second's does not grow as large."""
+    """Equal ones. B of the first pair is so large that it latches at once; the second's does not
+    grow as large.
+    """
     made, row = [], OPTIONS[name]
     slow = {} if "lr" in row.options else {"lr": 2e-4}
     for _ in range(2):
@@ -107,15 +113,20 @@ def step_into(optimizer: StableLoRAAdamW, at: int) -> Faults:
 def assert_same(optimizer: StableLoRAAdamW, reference: StableLoRAAdamW) -> None:
     assert all_equal(snapshot(optimizer), snapshot(reference))
     assert optimizer.nonfinite_steps == reference.nonfinite_steps
-    assert optimizer.param_groups[0].get("shrink_step") == reference.param_groups[0].get("shrink_step")
+    assert optimizer.param_groups[0].get("shrink_step") == reference.param_groups[0].get(
+        "shrink_step"
+    )
 
 
 @pytest.mark.parametrize(("backend", "name"), PATHS, indirect=["backend"])
 def test_a_step_that_ran_out_of_memory_has_changed_nothing(backend: str, name: str) -> None:
-    """One run: a step fails at the next allocation, and its batch is left out; another fails there, and is repeated."""
+    """One run: a step fails at the next allocation, and its batch is left out; another fails there,
+    and is repeated.
+    """
     optimizer, reference = two_optimizers(name)
     group = optimizer.param_groups[0]
-    # Alive, so that no step finds its gradients where the last one's were, and spares itself a table of addresses.
+    # Alive, so that no step finds its gradients where the last one's were, and spares itself a
+    # table of addresses.
     held = []
 
     def attempt(at: int) -> Faults:
@@ -125,7 +136,8 @@ def test_a_step_that_ran_out_of_memory_has_changed_nothing(backend: str, name: s
         group["lr"] = 3 * lr
         if not (faults := step_into(optimizer, at)).raised:
             return faults
-        # Nothing that was prepared for this step may be taken for the next one's, nor memory be read that is free again.
+        # Nothing that was prepared for this step may be taken for the next one's, nor memory be
+        # read that is free again.
         group["lr"] = lr
         unwritten = [torch.full((4, 16), torch.nan) for _ in range(64)]
         del unwritten

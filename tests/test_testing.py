@@ -1,4 +1,6 @@
-"""The bound on errors: its standard deviations are those of real roundings, and it notices a result of another scale."""
+"""The bound on errors: its standard deviations are those of real roundings, and it notices a result
+of another scale.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +40,26 @@ def root_mean_square(t: torch.Tensor) -> float:
 def test_one_rounding_has_its_deviation(dtype):
     exact = normal(200, 200).double() * torch.pi
     errors = exact.to(dtype).double() - exact
-    assert root_mean_square(errors / deviation_of_rounding(exact, dtype)) == pytest.approx(1, abs=0.02)
+    assert root_mean_square(errors / deviation_of_rounding(exact, dtype)) == pytest.approx(
+        1, abs=0.02
+    )
 
 
 def test_small_float16_numbers_keep_their_spacing():
     """Below the smallest normal number, 2^-14, neighbors are 2^-24 apart."""
     exact = torch.linspace(2.0**-20, 2.0**-15, 10_001, dtype=FP64)
     errors = exact.half().double() - exact
-    assert root_mean_square(errors / deviation_of_rounding(exact, FP16)) == pytest.approx(1, abs=0.02)
+    assert root_mean_square(errors / deviation_of_rounding(exact, FP16)) == pytest.approx(
+        1, abs=0.02
+    )
 
 
 @pytest.mark.parametrize("agree", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 30, 1000])
 def test_sums_round_less_than_their_deviation(n, agree):
-    """One after the other, without fused multiply-add, sums round the most: between half their deviation and all of it."""
+    """One after the other, without fused multiply-add, sums round the most: between half their
+    deviation and all of it.
+    """
     a, b = normal(50, n), normal(n, 60, seed=1)
     if agree:
         a, b = a.abs(), b.abs()
@@ -71,7 +79,9 @@ def test_rounded_operands_pass_through_products():
 
 
 def test_equal_rows_are_rounded_alike():
-    """Behind an expanded operand, the errors of a sum over rows add up like the rows; they do not cancel."""
+    """Behind an expanded operand, the errors of a sum over rows add up like the rows; they do not
+    cancel.
+    """
     row, ones = normal(1, 400).double(), torch.ones(1, 64, dtype=BF16)
     rows = operand(row.expand(64, 400), BF16)
     total = Arithmetic(BF16).product(operand(ones, BF16), rows)
@@ -80,12 +90,18 @@ def test_equal_rows_are_rounded_alike():
 
 
 def test_the_scale_varies_as_its_deviation_says():
-    """Over many draws of a layer whose S and Y are rounded: ``projected`` is the standard deviation of <Y, ref>."""
+    """Over many draws of a layer whose S and Y are rounded: ``projected`` is the standard deviation
+    of <Y, ref>.
+    """
     shares = []
     for seed in range(60):
-        x, weight, a, b = (normal(*size, seed=seed) for size in ((9, 40), (16, 40), (3, 40), (16, 3)))
+        x, weight, a, b = (
+            normal(*size, seed=seed) for size in ((9, 40), (16, 40), (3, 40), (16, 3))
+        )
         x, weight, a, b = (t.bfloat16() for t in (x, weight, a, b))
-        layer = RoundedLayer(Arithmetic(BF16), operand(weight, BF16), None, operand(a, BF16), operand(b, BF16), 1.0)
+        layer = RoundedLayer(
+            Arithmetic(BF16), operand(weight, BF16), None, operand(a, BF16), operand(b, BF16), 1.0
+        )
         y = layer.forward(operand(x, BF16))
         s = (x.float() @ a.float().T).bfloat16().float()
         base, branch = (x.float() @ weight.float().T).bfloat16(), (s @ b.float().T).bfloat16()
@@ -118,9 +134,13 @@ def test_without_a_rounding_only_elements_are_bounded():
     ref = normal(100, 100).double()
     assert [each.of for each in deviations(ref * 1.5, ref, ref * 1.5)] == ["result"]
     assert_no_worse(ref * 1.5, ref, ref * 1.5)
-    with pytest.raises(AssertionError, match=r"the scale of result is off by 5\.000e-01, allowed 1\.000e-03"):
+    with pytest.raises(
+        AssertionError, match=r"the scale of result is off by 5\.000e-01, allowed 1\.000e-03"
+    ):
         assert_no_worse(ref * 1.5, ref, ref * 1.5, slope=1e-3)
-    with pytest.raises(AssertionError, match=r"the scale of result is off by 5\.000e-01, allowed 1\.000e-06"):
+    with pytest.raises(
+        AssertionError, match=r"the scale of result is off by 5\.000e-01, allowed 1\.000e-06"
+    ):
         assert_no_worse(ref * 1.5, ref, ref * 1.5, dtype=FP32, rounding=rounding_of(ref, 0.0))
 
 
@@ -149,7 +169,9 @@ def test_zeros_and_nan_and_nothing():
 
 
 def is_large(shape: tuple[int, ...]) -> bool:
-    """The chance part of a scale falls with the number of elements. From here on it is below FACTORS."""
+    """The chance part of a scale falls with the number of elements. From here on it is below
+    FACTORS.
+    """
     return torch.Size(shape).numel() >= 1000
 
 
@@ -157,15 +179,20 @@ BIASED = [
     parameter
     for parameter in TABLE
     for case in parameter.values
-    # An expanded x has one row, of which few numbers are independent. A gated MLP of 16 bits may be off by 0.5 %.
+    # An expanded x has one row, of which few numbers are independent. A gated MLP of 16 bits may be
+    # off by 0.5 %.
     if case.backend == "torch" and case.dtype in FACTORS and "expanded" not in case.layouts.values()
-    if (case.op != "mlp" or case.dtype == FP32) and case.base_dtype in (None, case.dtype) and is_large(case.shape)
+    if (case.op != "mlp" or case.dtype == FP32)
+    and case.base_dtype in (None, case.dtype)
+    and is_large(case.shape)
 ]
 
 
 @pytest.mark.parametrize("case", BIASED, ids=str)
 def test_a_bias_is_noticed(case):
-    """Right results pass once they are rounded. With any large one scaled before it is rounded, they fail."""
+    """Right results pass once they are rounded. With any large one scaled before it is rounded,
+    they fail.
+    """
     given = make(case)
     low = as_computed(case, given)
     exact = oracle(case, low, *masks(case, given))

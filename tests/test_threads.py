@@ -1,4 +1,6 @@
-"""NumPy's OpenBLAS has one thread in tests and in the processes that they start, and as many as the user sets."""
+"""NumPy's OpenBLAS has one thread in tests and in the processes that they start, and as many as the
+user sets.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 METHODS = [
-    method for method in multiprocessing.get_all_start_methods() if method != "fork" or not torch.cuda.is_available()
+    method
+    for method in multiprocessing.get_all_start_methods()
+    if method != "fork" or not torch.cuda.is_available()
 ]
 
 
@@ -27,8 +31,11 @@ def test_here() -> None:
     expected = min(int(os.environ["OPENBLAS_NUM_THREADS"]), CPUS)
     hint = "tests/conftest.py sets the threads too late where a plugin of pytest imports NumPy before it"
     assert openblas_threads() == [expected] * len(openblas_threads()), hint
-    # PyTorch's operators keep the threads that tests/conftest.py gives them, whatever OpenMP's setting is.
-    assert torch.get_num_threads() == (1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+    # PyTorch's operators keep the threads that tests/conftest.py gives them, whatever OpenMP's
+    # setting is.
+    assert torch.get_num_threads() == (
+        1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,6 @@
-"""The files of the package that x enters on its way to a launch: docs/internals/architecture.md quotes the counts."""
+"""The files of the package that x enters on its way to a launch: docs/internals/architecture.md
+quotes the counts.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,31 @@ ARCHITECTURE = PACKAGE.parent / "docs" / "internals" / "architecture.md"
 
 
 def holds(value: Any, x: Tensor) -> bool:
-    """Whether ``value`` is x, a view of it, a descriptor of it, or a tuple or list with one of these."""
+    """Whether ``value`` is x, a view of it, a descriptor of it, or a tuple or list with one of
+    these.
+    """
     if isinstance(value, (tuple, list)):
         return any(holds(each, x) for each in value)
     tensor = getattr(value, "base", value)
-    return isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    )
 
 
 def walk(call: Callable[[], object], x: Tensor) -> list[str]:
-    """The files whose functions are given x while ``call`` runs, in order; kernels, which run on the GPU, are left out."""
+    """The files whose functions are given x while ``call`` runs, in order; kernels, which run on
+    the GPU, are left out.
+    """
     entered: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
         code, path = frame.f_code, Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "kernels"):
+        if (
+            event == "call"
+            and path.is_relative_to(PACKAGE)
+            and not path.is_relative_to(PACKAGE / "kernels")
+        ):
             given = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4)
             if holds([frame.f_locals.get(name) for name in code.co_varnames[:given]], x):
                 entered.append(path.relative_to(PACKAGE).as_posix())
@@ -51,11 +64,17 @@ def walk(call: Callable[[], object], x: Tensor) -> list[str]:
 
 
 @pytest.mark.skipif(
-    DEVICE == "cuda", reason="runs in the interpreter, which gives a launch tensors, on machines without a GPU"
+    DEVICE == "cuda",
+    reason="runs in the interpreter, which gives a launch tensors, on machines without a GPU",
 )
 def test_x_enters_few_files_and_comes_back_to_none_more_than_twice() -> None:
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
-    layer, x = slk.LoRALinear(64, 48, r=8, dtype=BF16), torch.randn(70, 64, dtype=BF16, requires_grad=True)
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
+    layer, x = (
+        slk.LoRALinear(64, 48, r=8, dtype=BF16),
+        torch.randn(70, 64, dtype=BF16, requires_grad=True),
+    )
     plans.clear()
     with slk.use_backend("triton"):
         cold, _, warm = (walk(lambda: layer(x), x) for _ in range(3))

@@ -1,4 +1,6 @@
-"""The arms that benchmarks compare: a frozen model, PEFT's adapters, the same under ``accelerate_peft``, and our layers."""
+"""The arms that benchmarks compare: a frozen model, PEFT's adapters, the same under
+``accelerate_peft``, and our layers.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +28,27 @@ def adapt(
     float32: bool = True,
     every_mlp: bool = True,
 ) -> nn.Module:
-    """``model`` with an arm's adapters, as a user would put them in: on the linear layers whose names end with ``targets``.
+    """``model`` with an arm's adapters, as a user would put them in: on the linear layers whose
+    names end with ``targets``.
 
-    It changes ``model``. ``arm`` is one of the names above, ``ACCELERATED`` and ``OURS`` also with ``MLP_FUSED`` or
-    ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. Adapters are float32, PEFT's default and ours, or with ``float32=False``
-    in the dtype of ``model``. With ``every_mlp=False`` an MLP that can't be fused stays as it is.
+    It changes ``model``. ``arm`` is one of the names above, ``ACCELERATED`` and ``OURS`` also with
+    ``MLP_FUSED`` or ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. Adapters are float32,
+    PEFT's default and ours, or with ``float32=False`` in the dtype of ``model``. With
+    ``every_mlp=False`` an MLP that can't be fused stays as it is.
 
     Raises:
-        ValueError: there is no such arm, or it would leave a layer to PEFT or, with ``every_mlp``, an MLP to its own forward.
+        ValueError: there is no such arm, or it would leave a layer to PEFT or, with ``every_mlp``,
+            an MLP to its own forward.
     """
     layers, comma, fused = arm.partition(", ")
-    fuse = {"fuse_mlp": comma + fused == MLP_FUSED, "fuse_projections": comma + fused == PROJECTIONS_FUSED}
+    fuse = {
+        "fuse_mlp": comma + fused == MLP_FUSED,
+        "fuse_projections": comma + fused == PROJECTIONS_FUSED,
+    }
     if layers not in (FROZEN, PEFT, ACCELERATED, OURS) or (bool(fused) != any(fuse.values())):
-        raise ValueError(f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, perhaps fused, got {arm!r}")
+        raise ValueError(
+            f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, perhaps fused, got {arm!r}"
+        )
     options: dict[str, Any] = {"r": r, "lora_alpha": alpha or 2 * r, "lora_dropout": dropout}
     options["target_modules"] = list(targets)
     report: Any = None
@@ -55,15 +65,21 @@ def adapt(
         model = get_peft_model(model, LoraConfig(**options), autocast_adapter_dtype=float32)
         if layers == ACCELERATED:
             report = slk.accelerate_peft(model, strict=True, **fuse)
-    if every_mlp and fuse["fuse_mlp"] and (not report.mlps or any(mlp.reason for mlp in report.mlps)):
+    if (
+        every_mlp
+        and fuse["fuse_mlp"]
+        and (not report.mlps or any(mlp.reason for mlp in report.mlps))
+    ):
         raise ValueError(f"every MLP must be fused for {arm!r}, got {report.mlps}")
     return model
 
 
 def let_gradients_reach(model: nn.Module, targets: Sequence[str]) -> None:
-    """Make the frozen model's backward pass as deep as LoRA's, so that the difference is LoRA's own cost.
+    """Make the frozen model's backward pass as deep as LoRA's, so that the difference is LoRA's own
+    cost.
 
-    LoRA needs the gradient of every adapted layer's output; the frozen model alone would not compute the first one's.
+    LoRA needs the gradient of every adapted layer's output; the frozen model alone would not
+    compute the first one's.
     """
 
     def ask(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:

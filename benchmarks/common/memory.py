@@ -12,7 +12,9 @@ MIB = 1 << 20
 
 
 def saved_for_backward(run: Callable[[], torch.Tensor], exclude: list[torch.Tensor]) -> int:
-    """Bytes of the distinct storages that ``run``'s graph keeps, without the storages of ``exclude``."""
+    """Bytes of the distinct storages that ``run``'s graph keeps, without the storages of
+    ``exclude``.
+    """
     known = {tensor.untyped_storage()._cdata for tensor in exclude}
     kept: dict[int, int] = {}
 
@@ -33,5 +35,9 @@ def saved_for_backward(run: Callable[[], torch.Tensor], exclude: list[torch.Tens
 def status_mib(field: str) -> float | None:
     """A size in /proc/self/status, in MiB; None if the system has none."""
     status = Path("/proc/self/status")
-    found = re.search(rf"^{field}:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
+    found = (
+        re.search(rf"^{field}:\s+(\d+)", status.read_text(), re.MULTILINE)
+        if status.exists()
+        else None
+    )
     return int(found[1]) / 1024 if found else None

@@ -19,7 +19,9 @@ _QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_p
 
 
 class Classifier(nn.Module):
-    """A backbone whose last hidden states are averaged over the text, and a linear head on the average."""
+    """A backbone whose last hidden states are averaged over the text, and a linear head on the
+    average.
+    """
 
     def __init__(self, backbone: nn.Module, hidden_size: int, classes: int, seed: int) -> None:
         super().__init__()
@@ -47,11 +49,16 @@ class NextToken(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The logits [batch * length, vocabulary] in fp32."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.flatten(0, 1).float()
+        return (
+            self.model(input_ids=input_ids, attention_mask=attention_mask)
+            .logits.flatten(0, 1)
+            .float()
+        )
 
 
 def load_model(name: str, causal: bool = False) -> tuple[Any, Any]:
-    """The frozen fp32 model and the tokenizer of ``"smollm2"``, ``"minilm"``, a local directory or a hub id.
+    """The frozen fp32 model and the tokenizer of ``"smollm2"``, ``"minilm"``, a local directory or
+    a hub id.
 
     It has no head, or with ``causal`` that of a causal language model.
 
@@ -63,13 +70,25 @@ def load_model(name: str, causal: bool = False) -> tuple[Any, Any]:
     else:
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-        source = str(assets.fetch(assets.MINILM)[0].parent if name == "minilm" else Path(name).expanduser())
-        options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        source = str(
+            assets.fetch(assets.MINILM)[0].parent if name == "minilm" else Path(name).expanduser()
+        )
+        options: Any = {
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "output_loading_info": True,
+        }
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(source, **options)
+            model, report = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
+                source, **options
+            )
         except (OSError, ValueError) as error:
-            kind = "a local directory" if Path(source).is_dir() else "a hub id (and no local directory)"
+            kind = (
+                "a local directory"
+                if Path(source).is_dir()
+                else "a hub id (and no local directory)"
+            )
             reason = str(error).strip().splitlines()[0]
             raise assets.AssetError(f"could not load model {name!r}, {kind}: {reason}") from error
         # transformers would draw an encoder a head.
@@ -81,7 +100,8 @@ def load_model(name: str, causal: bool = False) -> tuple[Any, Any]:
             tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
     if getattr(model, "pooler", None) is not None:
-        # Classifier averages the hidden states, so adapters in a BERT's pooler would get no gradient.
+        # Classifier averages the hidden states, so adapters in a BERT's pooler would get no
+        # gradient.
         model.pooler = None
     return model.requires_grad_(False), tokenizer
 
@@ -93,13 +113,18 @@ def share(model: Any) -> Any:
 
 
 def linear_names(model: nn.Module, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-    """The last parts of the names of ``model``'s linear layers, but for a language model's head; if given, those ``wanted``.
+    """The last parts of the names of ``model``'s linear layers, but for a language model's head; if
+    given, those ``wanted``.
 
     Raises:
         ValueError: no linear layer has one of the wanted names.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
     present = tuple(sorted({name.rpartition(".")[2] for name in layers}))
     if unknown := [name for name in wanted if name not in present]:
         raise ValueError(
@@ -118,10 +143,14 @@ def query_value_names(model: nn.Module) -> tuple[str, ...]:
     present = linear_names(model)
     found = tuple(name for name in present if name in _QUERY_VALUE)
     if not found:
-        raise ValueError(f"{type(model).__name__} must have layers named {', '.join(_QUERY_VALUE)}, got {present}")
+        raise ValueError(
+            f"{type(model).__name__} must have layers named {', '.join(_QUERY_VALUE)}, got {present}"
+        )
     return found
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision as in trainers of PEFT models: autocast around frozen weights and adapters in fp32."""
+    """Mixed precision as in trainers of PEFT models: autocast around frozen weights and adapters in
+    fp32.
+    """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

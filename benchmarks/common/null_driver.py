@@ -1,7 +1,9 @@
-"""Triton over a CUDA library that does nothing: its own Python and C launcher run, kernels are compiled, none is executed.
+"""Triton over a CUDA library that does nothing: its own Python and C launcher run, kernels are
+compiled, none is executed.
 
-It measures and tests the host's side of a launch on a machine without a GPU. Tensors of the CPU stand for those of a GPU, so
-what CUDA's allocator and the driver take is not in it. It needs a C compiler, like Triton itself.
+It measures and tests the host's side of a launch on a machine without a GPU. Tensors of the CPU
+stand for those of a GPU, so what CUDA's allocator and the driver take is not in it. It needs a C
+compiler, like Triton itself.
 """
 
 from __future__ import annotations
@@ -48,7 +50,17 @@ def _library() -> ctypes.CDLL:
     include = Path(triton.backends.nvidia.__file__).parent / "include"
     target = Path(tempfile.mkdtemp(prefix="null-driver-")) / "libcuda.so.1"
     compiler = shutil.which("gcc") or shutil.which("cc")
-    command = [str(compiler), "-shared", "-fPIC", "-O1", "-w", f"-I{include}", str(SOURCE), "-o", str(target)]
+    command = [
+        str(compiler),
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-w",
+        f"-I{include}",
+        str(SOURCE),
+        "-o",
+        str(target),
+    ]
     subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True)
     return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
 
@@ -94,5 +106,8 @@ def null_driver() -> Iterator[None]:
     from triton.runtime.driver import driver as active
 
     # INTERPRETING: kernels accept tensors of the CPU.
-    with mock.patch.object(active, "_active", _driver()), mock.patch.object(backend, "INTERPRETING", True):
+    with (
+        mock.patch.object(active, "_active", _driver()),
+        mock.patch.object(backend, "INTERPRETING", True),
+    ):
         yield

@@ -29,7 +29,11 @@ LORA_PLUS_RATIO = 16.0
 
 ADAMW_LOOP, ADAMW_FOREACH, ADAMW_FUSED = "AdamW loop", "AdamW foreach", "AdamW fused"
 NAIVE, NAIVE_FOREACH = "Algorithm 1 by hand, AdamW loop", "Algorithm 1 by hand, AdamW foreach"
-LORA_PLUS, RIEMANNIAN, RITE = "LoRA+ (PEFT), AdamW fused", "Riemannian (PEFT), AdamW fused", "LoRA-RITE"
+LORA_PLUS, RIEMANNIAN, RITE = (
+    "LoRA+ (PEFT), AdamW fused",
+    "Riemannian (PEFT), AdamW fused",
+    "LoRA-RITE",
+)
 TORCHAO, BITSANDBYTES = "AdamW 8-bit (torchao)", "AdamW 8-bit (bitsandbytes)"
 OURS = "StableLoRAAdamW"
 
@@ -39,9 +43,13 @@ class Unavailable(RuntimeError):
 
 
 class NaiveStableAdamW(torch.optim.AdamW):
-    """Algorithm 1 in its simplest form: two norms, a comparison on the host and a product for each pair."""
+    """Algorithm 1 in its simplest form: two norms, a comparison on the host and a product for each
+    pair.
+    """
 
-    def __init__(self, pairs: Sequence[LoRAPair], *, shrink_ratio: float = SHRINK_RATIO, **options: Any) -> None:
+    def __init__(
+        self, pairs: Sequence[LoRAPair], *, shrink_ratio: float = SHRINK_RATIO, **options: Any
+    ) -> None:
         self.pairs, self.shrink_ratio = list(pairs), shrink_ratio
         self.stable = [False] * len(self.pairs)
         super().__init__(_halves(pairs), **options)
@@ -57,8 +65,11 @@ class NaiveStableAdamW(torch.optim.AdamW):
         super().step()
 
 
-def build(name: str, pairs: Sequence[LoRAPair], *, lr: float, weight_decay: float = 1e-2, **options: Any) -> Any:
-    """The optimizer ``name`` over A and B of ``pairs``; ``options`` may be betas, eps and what the arm itself takes.
+def build(
+    name: str, pairs: Sequence[LoRAPair], *, lr: float, weight_decay: float = 1e-2, **options: Any
+) -> Any:
+    """The optimizer ``name`` over A and B of ``pairs``; ``options`` may be betas, eps and what the
+    arm itself takes.
 
     Raises:
         ValueError: there is no such arm.
@@ -72,7 +83,12 @@ def build(name: str, pairs: Sequence[LoRAPair], *, lr: float, weight_decay: floa
 def state_bytes(optimizer: Any) -> int:
     """Bytes of its tensors but for counters."""
     # PEFT's optimizers wrap torch's own.
-    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    tensors = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    ]
     return sum(value.nbytes for value in tensors if value.dim())
 
 
@@ -87,13 +103,20 @@ def _adamw(pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
 def _rite(pairs: Sequence[LoRAPair], **options: Any) -> LoRARITE:
     # Its state has the parameters' dtype, and is decomposed.
     if others := {half.dtype for half in _halves(pairs)} - {torch.float32, torch.float64}:
-        raise Unavailable(f"LoRA-RITE here decomposes float32 and float64 matrices alone, got {others}")
+        raise Unavailable(
+            f"LoRA-RITE here decomposes float32 and float64 matrices alone, got {others}"
+        )
     return LoRARITE(pairs, **options)
 
 
-def _lora_plus(pairs: Sequence[LoRAPair], *, weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+def _lora_plus(
+    pairs: Sequence[LoRAPair], *, weight_decay: float, **options: Any
+) -> torch.optim.Optimizer:
     create = optional("peft.optimizers", "create_loraplus_optimizer")
-    options = {"loraplus_lr_ratio": LORA_PLUS_RATIO, "loraplus_weight_decay": weight_decay} | options
+    options = {
+        "loraplus_lr_ratio": LORA_PLUS_RATIO,
+        "loraplus_weight_decay": weight_decay,
+    } | options
     return create(_as_peft_model(pairs), torch.optim.AdamW, **options)
 
 
@@ -112,7 +135,8 @@ def _eight_bits(module: str, pairs: Sequence[LoRAPair], **options: Any) -> torch
     try:
         optimizer(halves, **options).step()
     except Exception as error:
-        # Each package fails in its own way: a missing kernel, a missing compiler, an unknown device.
+        # Each package fails in its own way: a missing kernel, a missing compiler, an unknown
+        # device.
         raise Unavailable(f"{module} can't step on {halves[0].device}: {_line(error)}") from error
     return optimizer(_halves(pairs), **options)
 

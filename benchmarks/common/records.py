@@ -1,4 +1,6 @@
-"""The one format of stored measurements: a line that describes the machine, and a CSV table with a row for each figure."""
+"""The one format of stored measurements: a line that describes the machine, and a CSV table with a
+row for each figure.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ import pandas as pd
 from benchmarks.common.tables import write_text
 from stablelora_kernels.utils.timing import summarize
 
-# ``role`` is "base", "rival" or "ours", or both of the first with a space between; ``n`` the number of samples.
+# ``role`` is "base", "rival" or "ours", or both of the first with a space between; ``n`` the number
+# of samples.
 COLUMNS = ("case", "phase", "arm", "role", "metric", "median", "q1", "q3", "n")
 # Significant digits, unless a caller needs more.
 DIGITS = 4
 
 
-def record(case: str, phase: str, arm: str, metric: str, samples: Sequence[float], role: str = "") -> dict[str, Any]:
+def record(
+    case: str, phase: str, arm: str, metric: str, samples: Sequence[float], role: str = ""
+) -> dict[str, Any]:
     """A row: the median and the quartiles of ``samples``, which a single figure has none of."""
     named = {"case": case, "phase": phase, "arm": arm, "role": role, "metric": metric}
     found = summarize(samples) if len(samples) > 1 else {"median": samples[0]}

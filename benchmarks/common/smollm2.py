@@ -1,7 +1,8 @@
-"""SmolLM2 from its GGUF file: a Llama of transformers and its tokenizer, without a hub or a copy on disk.
+"""SmolLM2 from its GGUF file: a Llama of transformers and its tokenizer, without a hub or a copy on
+disk.
 
-``from_pretrained(gguf_file=...)`` gives the same weights in three times the time, and a tokenizer that does not split digits
-first: other ids for 8 lines of the plays.
+``from_pretrained(gguf_file=...)`` gives the same weights in three times the time, and a tokenizer
+that does not split digits first: other ids for 8 lines of the plays.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 
-# Names in transformers and in GGUF: of settings, special tokens, and weights (model.layers.N.<value>.weight).
+# Names in transformers and in GGUF: of settings, special tokens, and weights
+# (model.layers.N.<value>.weight).
 _CONFIG = {
     "vocab_size": "llama.vocab_size",
     "hidden_size": "llama.embedding_length",
@@ -38,7 +40,10 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+}
 # GGUF's mark of a token that is never split.
 _CONTROL_TOKEN = 3
 
@@ -50,14 +55,18 @@ def load_smollm2(path: Path, causal: bool) -> tuple[Any, Any]:
 
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = LlamaConfig(**{name: fields[key] for name, key in _CONFIG.items()}, tie_word_embeddings=True)
-    # Use no memory and no random numbers for weights that the next lines replace. The rotary tables are not in the file
-    # but computed from the config, so build them again off the meta device.
+    config = LlamaConfig(
+        **{name: fields[key] for name, key in _CONFIG.items()}, tie_word_embeddings=True
+    )
+    # Use no memory and no random numbers for weights that the next lines replace. The rotary tables
+    # are not in the file but computed from the config, so build them again off the meta device.
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     weights = _weights(reader, config)
-    model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True)
+    model.load_state_dict(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, assign=True
+    )
     model.tie_weights()
     return (model if causal else model.model).requires_grad_(False), _tokenizer(fields)
 
@@ -65,7 +74,10 @@ def load_smollm2(path: Path, causal: bool) -> tuple[Any, Any]:
 def _weights(reader: Any, config: Any) -> dict[str, torch.Tensor]:
     from gguf.quants import dequantize
 
-    heads, weights = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}, {}
+    heads, weights = (
+        {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads},
+        {},
+    )
     for tensor in reader.tensors:
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         name = _TOP_NAMES.get(tensor.name)
@@ -74,7 +86,9 @@ def _weights(reader: Any, config: Any) -> dict[str, torch.Tensor]:
             name = f"model.layers.{layer}.{_LAYER_NAMES[kind]}.weight"
             if kind in heads:
                 # A rotary pair's rows are adjacent in GGUF, and half a head apart in transformers.
-                value = value.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).reshape(value.shape)
+                value = (
+                    value.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).reshape(value.shape)
+                )
         weights[name] = value
     return weights
 
@@ -85,14 +99,25 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
 
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
+    )
     # GGUF's "smollm" pre-tokenizer makes every digit a token, then splits as GPT-2 does.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-    control = [AddedToken(token, special=True, normalized=False) for token, kind in kinds if kind == _CONTROL_TOKEN]
+    control = [
+        AddedToken(token, special=True, normalized=False)
+        for token, kind in kinds
+        if kind == _CONTROL_TOKEN
+    ]
     tokenizer.add_special_tokens(control)
-    special = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL.items()}
+    special = {
+        name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in _SPECIAL.items()
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -1,4 +1,5 @@
-"""Run a command of this repository under another release of Triton, which stands in the cache directory and is not installed.
+"""Run a command of this repository under another release of Triton, which stands in the cache
+directory and is not installed.
 
 torch pins one Triton each, so users have releases that this environment does not have.
 """
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from benchmarks.common.assets import cache_dir
 
-# The releases that the CUDA builds of torch 2.10 to 2.15 pin. A new one is added once its kernels are proven: CONTRIBUTING.md.
+# The releases that the CUDA builds of torch 2.10 to 2.15 pin. A new one is added once its kernels
+# are proven: CONTRIBUTING.md.
 PINNED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
@@ -26,7 +28,9 @@ class TritonError(RuntimeError):
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--triton``, which :func:`run_again` acts on."""
-    parser.add_argument("--triton", metavar="VERSION", help="use this release of Triton; pip fetches it once")
+    parser.add_argument(
+        "--triton", metavar="VERSION", help="use this release of Triton; pip fetches it once"
+    )
 
 
 def directory_of(version: str) -> Path:
@@ -41,9 +45,19 @@ def directory_of(version: str) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place, so that the directory appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".partial-") as scratch:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         unpacked = Path(scratch) / "triton"
-        done = subprocess.run([*install, "--target", unpacked, f"triton=={version}"], capture_output=True, text=True)
+        done = subprocess.run(
+            [*install, "--target", unpacked, f"triton=={version}"], capture_output=True, text=True
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise TritonError(f"Triton {version} could not be fetched: {last}")
@@ -53,7 +67,8 @@ def directory_of(version: str) -> Path:
 
 
 def run_again(module: str, version: str | None, arguments: Sequence[str] | None) -> None:
-    """Replace this process by ``python -m module arguments`` under Triton ``version``. Return if this is that Triton.
+    """Replace this process by ``python -m module arguments`` under Triton ``version``. Return if
+    this is that Triton.
 
     Args:
         module: what ``python -m`` runs.

@@ -13,14 +13,18 @@ import torch
 
 
 def pool(processes: int) -> ProcessPoolExecutor:
-    """``processes`` workers of one thread each, so that they do not compete for cores. They end with this process and on
-    Ctrl-C."""
+    """``processes`` workers of one thread each, so that they do not compete for cores. They end
+    with this process and on Ctrl-C.
+    """
     # Spawn: a fork of a process that has used several threads may hang.
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+    return ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start
+    )
 
 
 def _start() -> None:
-    # Otherwise Python raises KeyboardInterrupt in the unit of work, marks it failed and continues with the queue.
+    # Otherwise Python raises KeyboardInterrupt in the unit of work, marks it failed and continues
+    # with the queue.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     # What libraries warn of when they are imported, the first process has said.

@@ -1,4 +1,6 @@
-"""The compared arms and their training in lockstep: frozen, PEFT with torch's AdamW, PEFT with one more line, our own layers."""
+"""The compared arms and their training in lockstep: frozen, PEFT with torch's AdamW, PEFT with one
+more line, our own layers.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ LAYERS = {
 
 @dataclass
 class Arm:
-    """One model with its optimizer. ``step`` updates the parameters and clears the gradients; the frozen model's does nothing."""
+    """One model with its optimizer. ``step`` updates the parameters and clears the gradients; the
+    frozen model's does nothing.
+    """
 
     name: str
     model: nn.Module
@@ -52,8 +56,11 @@ class Arm:
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def build_arm(name: str, backbone: Any, classes: int | None, recipe: Recipe, seed: int, device: torch.device) -> Arm:
-    """An arm over the weights of ``backbone``, which all arms share, with a new head unless ``classes`` is None.
+def build_arm(
+    name: str, backbone: Any, classes: int | None, recipe: Recipe, seed: int, device: torch.device
+) -> Arm:
+    """An arm over the weights of ``backbone``, which all arms share, with a new head unless
+    ``classes`` is None.
 
     Raises:
         ValueError: ``backbone`` has a layer that this library would leave to PEFT.
@@ -69,7 +76,10 @@ def build_arm(name: str, backbone: Any, classes: int | None, recipe: Recipe, see
     if not trained:
         return arm
     added = [(key, p) for key, p in trained if key.startswith("head.")]
-    groups = [{"params": [item for item in trained if item not in added]}, {"params": added, "lr": recipe.head_lr}]
+    groups = [
+        {"params": [item for item in trained if item not in added]},
+        {"params": added, "lr": recipe.head_lr},
+    ]
     options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     parameters: list[Any] = [group for group in groups if group["params"]]
     if name == STABLE:
@@ -109,7 +119,9 @@ def _logits(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
 
 
 def phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The parts of a step, to be called in order: forward, which returns the loss, backward, optimizer."""
+    """The parts of a step, to be called in order: forward, which returns the loss, backward,
+    optimizer.
+    """
     graph: list[torch.Tensor] = []
 
     def run_forward() -> torch.Tensor:
@@ -120,19 +132,26 @@ def phases(arm: Arm, batch: Batch, dtype: torch.dtype) -> Iterator[tuple[str, Ca
     return zip(PHASES, (run_forward, lambda: graph.pop().backward(), arm.step), strict=True)
 
 
-def train(arms: Sequence[Arm], batches: Iterator[Batch], recipe: Recipe, seed: int) -> Iterator[list[dict[str, Any]]]:
-    """Take the recipe's steps with all arms. Yields each one's rows, one an arm: its loss, and the milliseconds of each part."""
+def train(
+    arms: Sequence[Arm], batches: Iterator[Batch], recipe: Recipe, seed: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Take the recipe's steps with all arms. Yields each one's rows, one an arm: its loss, and the
+    milliseconds of each part.
+    """
     device = next(arms[0].model.parameters()).device
     for arm in arms:
         arm.model.train()
     for step in range(recipe.steps):
         batch, rows = to_device(next(batches), device), []
         for arm in shuffled(arms, step):
-            # Equal masks in all arms if dropout is the backbone's alone. LoRA's own draws differ from arm to arm.
+            # Equal masks in all arms if dropout is the backbone's alone. LoRA's own draws differ
+            # from arm to arm.
             torch.manual_seed(seed * 1_000_003 + step)
             seconds = seconds_of(dict(phases(arm, batch, getattr(torch, recipe.dtype))), PHASES)
             times = {f"{phase}_ms": 1e3 * value for phase, value in seconds.items()}
-            rows.append({"arm": arm.name, "seed": seed, "step": step + 1, "loss": arm.loss.item(), **times})
+            rows.append(
+                {"arm": arm.name, "seed": seed, "step": step + 1, "loss": arm.loss.item(), **times}
+            )
             if arm.scheduler:
                 arm.scheduler.step()
         yield rows
@@ -153,16 +172,20 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], dtype: torch.dtype) -> 
     return {"loss": loss / count, "accuracy": right / count}
 
 
-def peak_memory(arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device, steps: int = 2) -> dict[str, float]:
-    """The peak over whole steps, and how far it is above the memory held between steps, in MiB; nothing if unknown."""
+def peak_memory(
+    arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device, steps: int = 2
+) -> dict[str, float]:
+    """The peak over whole steps, and how far it is above the memory held between steps, in MiB;
+    nothing if unknown.
+    """
     gc.collect()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / MIB
     else:
-        # Have glibc give back what was freed, or the process would seem to hold it. Without glibc the figure above the idle
-        # process is a little low.
+        # Have glibc give back what was freed, or the process would seem to hold it. Without glibc
+        # the figure above the idle process is a little low.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         try:
@@ -178,7 +201,9 @@ def peak_memory(arm: Arm, batch: Batch, dtype: torch.dtype, device: torch.device
     return {} if peak is None else {"peak_mib": round(peak, 1), "step_mib": round(peak - before, 1)}
 
 
-def footprint(name: str, classes: int | None, recipe: Recipe, batch: Batch, threads: int) -> dict[str, float]:
+def footprint(
+    name: str, classes: int | None, recipe: Recipe, batch: Batch, threads: int
+) -> dict[str, float]:
     """The memory of a step of an arm that is alone in this process, in MiB."""
     # Every arm's process holds the same packages, so that peaks differ by the arms alone.
     import peft  # noqa: F401
@@ -186,7 +211,10 @@ def footprint(name: str, classes: int | None, recipe: Recipe, batch: Batch, thre
     torch.set_num_threads(threads)
     device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
     backbone, _ = load_model(recipe.model, causal=classes is None)
-    arm, batch = build_arm(name, backbone.to(device, dtype), classes, recipe, 0, device), to_device(batch, device)
+    arm, batch = (
+        build_arm(name, backbone.to(device, dtype), classes, recipe, 0, device),
+        to_device(batch, device),
+    )
     arm.model.train()
     for _, run in phases(arm, batch, dtype):
         run()
@@ -194,4 +222,6 @@ def footprint(name: str, classes: int | None, recipe: Recipe, batch: Batch, thre
     owned = [*arm.model.parameters(), *arm.model.buffers(), *batch.values()]
     saved = saved_for_backward(lambda: forward(arm, batch, dtype), owned) / MIB
     above = f"{PEAK}, above the idle process"
-    return {SAVED: round(saved, 2)} | ({PEAK: peak["peak_mib"], above: peak["step_mib"]} if peak else {})
+    return {SAVED: round(saved, 2)} | (
+        {PEAK: peak["peak_mib"], above: peak["step_mib"]} if peak else {}
+    )

@@ -34,20 +34,25 @@ _say = partial(tqdm.write, file=sys.stderr)
 
 
 class Task(NamedTuple):
-    """Batches to train on and held-out batches. Each has input_ids, attention_mask and the labels of the model's logits."""
+    """Batches to train on and held-out batches. Each has input_ids, attention_mask and the labels
+    of the model's logits.
+    """
 
     held_out: list[Batch]
     # Endless batches in an order that the seed decides.
     batches: Callable[[int], Iterator[Batch]]
-    # How many, and the held-out accuracy of always answering the most frequent one. None for next tokens.
+    # How many, and the held-out accuracy of always answering the most frequent one. None for next
+    # tokens.
     classes: int | None = None
     majority: float | None = None
 
 
 def open_task(recipe: Recipe, tokenizer: Any) -> Task:
-    """The task on ``recipe.data``: "plays" or a text file for next tokens, "sarcasm" or "reuters-52" for classes.
+    """The task on ``recipe.data``: "plays" or a text file for next tokens, "sarcasm" or
+    "reuters-52" for classes.
 
-    ``held_out`` is the number of pieces of text or of texts to test on. ``seed`` draws those of "sarcasm".
+    ``held_out`` is the number of pieces of text or of texts to test on. ``seed`` draws those of
+    "sarcasm".
 
     Raises:
         AssetError: the data can't be had.
@@ -63,14 +68,20 @@ def open_task(recipe: Recipe, tokenizer: Any) -> Task:
             dataset.majority,
         )
     own = recipe.data != "plays"
-    text = Path(recipe.data).expanduser().read_text(encoding="utf-8") if own else "\n".join(assets.plays())
+    text = (
+        Path(recipe.data).expanduser().read_text(encoding="utf-8")
+        if own
+        else "\n".join(assets.plays())
+    )
     tokens, rows = split_tokens(text, tokenizer, length + 1, recipe.held_out)
 
     def batches(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         while True:
             starts = torch.randint(len(tokens) - length, (size,), generator=generator).tolist()
-            yield _next_tokens(torch.stack([tokens[start : start + length + 1] for start in starts]))
+            yield _next_tokens(
+                torch.stack([tokens[start : start + length + 1] for start in starts])
+            )
 
     return Task([_next_tokens(part) for part in rows.split(_TEST_BATCH)], batches)
 
@@ -78,15 +89,23 @@ def open_task(recipe: Recipe, tokenizer: Any) -> Task:
 def _next_tokens(rows: torch.Tensor) -> Batch:
     """Each token is to be predicted from those before it."""
     inputs = rows[:, :-1].contiguous()
-    return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": rows[:, 1:].flatten()}
+    return {
+        "input_ids": inputs,
+        "attention_mask": torch.ones_like(inputs),
+        "labels": rows[:, 1:].flatten(),
+    }
 
 
 def run(recipe: Recipe, started: float, out: Path) -> Result:
-    """Train, evaluate and measure all arms. Writes the figures so far to ``out`` after each seed, and on Ctrl-C.
+    """Train, evaluate and measure all arms. Writes the figures so far to ``out`` after each seed,
+    and on Ctrl-C.
 
-    ``started`` is when the command began, by ``time.perf_counter``: the time limit counts from there.
+    ``started`` is when the command began, by ``time.perf_counter``: the time limit counts from
+    there.
     """
-    result = Result({"status": "interrupted", "environment": environment(), "settings": asdict(recipe)})
+    result = Result(
+        {"status": "interrupted", "environment": environment(), "settings": asdict(recipe)}
+    )
     try:
         for _ in _seeds(recipe, started, result):
             write_result(result, started, out)
@@ -119,11 +138,17 @@ def _seeds(recipe: Recipe, started: float, result: Result) -> Iterator[int]:
         return build_arms(recipe.arms, backbone, task.classes, recipe, seed, device)
 
     first = [*islice(task.batches(recipe.seed), _REHEARSALS)]
-    # One-time costs (choosing and compiling kernels, filling allocators) fall on the first step, which does not count.
+    # One-time costs (choosing and compiling kernels, filling allocators) fall on the first step,
+    # which does not count.
     short = replace(recipe, steps=_REHEARSALS)
     _, *rehearsed = train(build(short, recipe.seed), iter(first), short, recipe.seed)
-    round_s = sum(row[f"{phase}_ms"] for rows in rehearsed for row in rows for phase in PHASES) / 1e3 / len(rehearsed)
-    # A held-out token costs about a third of a training token: no backward pass, and larger batches.
+    round_s = (
+        sum(row[f"{phase}_ms"] for rows in rehearsed for row in rows for phase in PHASES)
+        / 1e3
+        / len(rehearsed)
+    )
+    # A held-out token costs about a third of a training token: no backward pass, and larger
+    # batches.
     held_out = sum(len(batch["labels"]) for batch in task.held_out) / len(first[0]["labels"]) / 3
     memory_s = len(recipe.arms) * (loading + _PROCESS_S + 2 * round_s)
     left = recipe.time_limit_s and started + recipe.time_limit_s - time.perf_counter() - memory_s
@@ -148,22 +173,29 @@ def _seeds(recipe: Recipe, started: float, result: Result) -> Iterator[int]:
             _one_seed(build(recipe, seed), task, recipe, seed, result, bar)
             result.about["seeds_done"] += 1
             yield seed
-    for name in tqdm(recipe.arms, desc="memory, one process an arm", unit="arm", dynamic_ncols=True):
+    for name in tqdm(
+        recipe.arms, desc="memory, one process an arm", unit="arm", dynamic_ncols=True
+    ):
         try:
             # In a process of its own: peak memory is a property of a process.
             with pool(1) as process:
-                job = process.submit(footprint, name, task.classes, recipe, longest, torch.get_num_threads())
+                job = process.submit(
+                    footprint, name, task.classes, recipe, longest, torch.get_num_threads()
+                )
                 result.add(name, "step", job.result())
         # Whatever ends that process, as a lack of memory would, the rest was measured.
         except Exception as error:
-            result.about["not_measured"][LABELS[name]] = f"{type(error).__name__}: {error}".splitlines()[0]
+            result.about["not_measured"][LABELS[name]] = (
+                f"{type(error).__name__}: {error}".splitlines()[0]
+            )
 
 
 def free_threads(others: float) -> int:
     """How many threads to take beside programs that keep ``others`` CPUs busy.
 
-    Threads of one operator spin while they wait for each other. With more threads than free CPUs every operator waits for the
-    scheduler: a step then takes many times as long. Waiting without spinning doubles a step's time on an idle machine.
+    Threads of one operator spin while they wait for each other. With more threads than free CPUs
+    every operator waits for the scheduler: a step then takes many times as long. Waiting without
+    spinning doubles a step's time on an idle machine.
     """
     return min(torch.get_num_threads(), max(1, round((os.cpu_count() or 1) - others)))
 
@@ -171,8 +203,9 @@ def free_threads(others: float) -> int:
 def plan(recipe: Recipe, round_s: float, held_out: float, left_s: float | None) -> tuple[int, int]:
     """How many seeds and steps fit into ``left_s``, each seed with its whole schedule.
 
-    ``round_s`` is the time of a step of all arms, and the held-out batches take as long as ``held_out`` steps. Fewer steps are
-    planned before fewer seeds, and ``FEWEST_STEPS`` of one seed however long they take.
+    ``round_s`` is the time of a step of all arms, and the held-out batches take as long as
+    ``held_out`` steps. Fewer steps are planned before fewer seeds, and ``FEWEST_STEPS`` of one seed
+    however long they take.
     """
     fewest = min(recipe.steps, FEWEST_STEPS)
     if left_s is None:
@@ -184,7 +217,9 @@ def plan(recipe: Recipe, round_s: float, held_out: float, left_s: float | None) 
     return 1, fewest
 
 
-def _one_seed(arms: Sequence[Arm], task: Task, recipe: Recipe, seed: int, result: Result, bar: Any) -> None:
+def _one_seed(
+    arms: Sequence[Arm], task: Task, recipe: Recipe, seed: int, result: Result, bar: Any
+) -> None:
     for arm in arms:
         trained = sum(p.numel() for p in arm.model.parameters() if p.requires_grad)
         result.add(arm.name, "start", {"trainable parameters": trained}, seed)
@@ -194,12 +229,21 @@ def _one_seed(arms: Sequence[Arm], task: Task, recipe: Recipe, seed: int, result
         bar.set_postfix({LABELS[arm.name]: f"{arm.loss.item():.2f}" for arm in arms}, refresh=False)
         bar.update()
     if waited is not None:
-        share = ((waited_s() or 0.0) - waited) / (time.perf_counter() - wall) / torch.get_num_threads()
+        share = (
+            ((waited_s() or 0.0) - waited) / (time.perf_counter() - wall) / torch.get_num_threads()
+        )
         result.about["waited_share"] = max(result.about.get("waited_share", 0.0), round(share, 3))
     for arm in arms:
-        result.add(arm.name, "held-out", evaluate(arm.model, task.held_out, getattr(torch, recipe.dtype)), seed)
+        result.add(
+            arm.name,
+            "held-out",
+            evaluate(arm.model, task.held_out, getattr(torch, recipe.dtype)),
+            seed,
+        )
         if hasattr(arm.optimizer, "stability"):
             latched_at = [pair.latched_at for pair in arm.optimizer.stability()]
             shrinks = [recipe.steps if at is None else at - 1 for at in latched_at]
             stopped = {"pairs that stopped shrinking": len(latched_at) - latched_at.count(None)}
-            result.add(arm.name, "end", stopped | {"shrinking steps": sum(shrinks) / len(shrinks)}, seed)
+            result.add(
+                arm.name, "end", stopped | {"shrinking steps": sum(shrinks) / len(shrinks)}, seed
+            )

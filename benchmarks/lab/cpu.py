@@ -1,10 +1,12 @@
-"""A training step, and few rows, on a CPU: dtypes, dropout and instruction sets; arms take turns in one process.
+"""A training step, and few rows, on a CPU: dtypes, dropout and instruction sets; arms take turns in
+one process.
 
     python -m benchmarks.lab.cpu [--rounds 15] [--records FILE]
 
-A step is forward and backward of layers of SmolLM2's sizes without a head, r 16 on all linear layers, 168 rows. Few rows pass
-through 24 layers one after the other, as in a model. A set of instructions that the processor has more than is emulated: each
-library is told to use less, in a process of its own. PyTorch asks the hardware about bfloat16, so oneDNN is off there.
+A step is forward and backward of layers of SmolLM2's sizes without a head, r 16 on all linear
+layers, 168 rows. Few rows pass through 24 layers one after the other, as in a model. A set of
+instructions that the processor has more than is emulated: each library is told to use less, in a
+process of its own. PyTorch asks the hardware about bfloat16, so oneDNN is off there.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ from benchmarks.common.tables import markdown
 NATIVE, AVX2 = "all", "AVX2, emulated"
 ENVIRONMENT = {
     NATIVE: {},
-    AVX2: {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    AVX2: {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYERS = (FROZEN, PEFT, ACCELERATED, OURS)
@@ -44,9 +50,18 @@ Run = Callable[[], Any]
 
 def step(arm: str, dtype: torch.dtype, dropout: float, layers: int) -> Run:
     """Forward and backward of an arm's model."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     torch.manual_seed(0)
-    base = LlamaModel(LlamaConfig(vocab_size=1000, num_hidden_layers=layers, **sizes)).to(dtype).requires_grad_(False)
+    base = (
+        LlamaModel(LlamaConfig(vocab_size=1000, num_hidden_layers=layers, **sizes))
+        .to(dtype)
+        .requires_grad_(False)
+    )
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     model = adapt(base, arm, names, r=R, dropout=dropout).train()
     fill(model)
@@ -63,7 +78,9 @@ def few(arm: str, dtype: torch.dtype, dropout: float, rows: int, backward: bool)
     """An arm's layers on few rows."""
     torch.manual_seed(0)
     base = (
-        nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(IN_A_ROW)]).to(dtype).requires_grad_(False)
+        nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(IN_A_ROW)])
+        .to(dtype)
+        .requires_grad_(False)
     )
     model = adapt(base, arm, [str(i) for i in range(IN_A_ROW)], r=R, dropout=dropout).train()
     fill(model)
@@ -93,8 +110,12 @@ def _cases() -> dict[str, Case]:
                 found[f"step, {end}"] = Case(instructions, MODELS, make, slow)
                 for rows in (1, 8) if instructions == NATIVE else ():
                     for words, backward in (("forward", False), ("forward and backward", True)):
-                        make = partial(few, dtype=dtype, dropout=dropout, rows=rows, backward=backward)
-                        found[f"{rows} rows, {words}, {end}"] = Case(instructions, LAYERS, make, slow)
+                        make = partial(
+                            few, dtype=dtype, dropout=dropout, rows=rows, backward=backward
+                        )
+                        found[f"{rows} rows, {words}, {end}"] = Case(
+                            instructions, LAYERS, make, slow
+                        )
     return found
 
 
@@ -102,12 +123,16 @@ CASES = _cases()
 
 
 def measure(case: str, rounds: int) -> list[dict[str, Any]]:
-    """The records of a case, in a process that has its instructions: wall and CPU time, page faults."""
+    """The records of a case, in a process that has its instructions: wall and CPU time, page
+    faults.
+    """
     _, arms, make, without_onednn = CASES[case]
     if without_onednn:
         torch._C._set_mkldnn_enabled(False)
     runs = {arm: make(arm) for arm in arms}
-    found: dict[str, dict[str, list[float]]] = {arm: {"ms": [], "cpu_ms": [], "faults": []} for arm in arms}
+    found: dict[str, dict[str, list[float]]] = {
+        arm: {"ms": [], "cpu_ms": [], "faults": []} for arm in arms
+    }
     for turn in range(-2, rounds):
         for arm in shuffled(list(arms), turn):
             before = _counts()
@@ -121,21 +146,39 @@ def measure(case: str, rounds: int) -> list[dict[str, Any]]:
         for metric in ("ms", "cpu_ms"):
             ratios = [a / b for a, b in zip(figures[metric], found[PEFT][metric], strict=True)]
             rows.append(record(case, "cpu", arm, f"{metric}_over_rival", ratios, role))
-        rows += [record(case, "cpu", arm, metric, values, role) for metric, values in figures.items()]
+        rows += [
+            record(case, "cpu", arm, metric, values, role) for metric, values in figures.items()
+        ]
     return rows
 
 
 def _counts() -> tuple[float, float, float]:
-    return 1e3 * time.perf_counter(), 1e3 * time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return (
+        1e3 * time.perf_counter(),
+        1e3 * time.process_time(),
+        resource.getrusage(resource.RUSAGE_SELF).ru_minflt,
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Wall time over PEFT's by case and arm, and PEFT's milliseconds."""
     found = {(row["case"], row["arm"], row["metric"]): row["median"] for row in rows}
-    cells = [["case", "PEFT, ms", *(arm for arm in MODELS if arm != PEFT), "CPU time, best", "faults, PEFT / best"]]
+    cells = [
+        [
+            "case",
+            "PEFT, ms",
+            *(arm for arm in MODELS if arm != PEFT),
+            "CPU time, best",
+            "faults, PEFT / best",
+        ]
+    ]
     for case in dict.fromkeys(row["case"] for row in rows):
-        ratios = {arm: found[case, arm, "ms_over_rival"] for arm in MODELS if (case, arm, "ms") in found}
-        best = min((arm for arm in ratios if arm not in (FROZEN, PEFT)), key=lambda arm: ratios[arm])
+        ratios = {
+            arm: found[case, arm, "ms_over_rival"] for arm in MODELS if (case, arm, "ms") in found
+        }
+        best = min(
+            (arm for arm in ratios if arm not in (FROZEN, PEFT)), key=lambda arm: ratios[arm]
+        )
         shown = [f"{ratios[arm]:.2f}" if arm in ratios else "" for arm in MODELS if arm != PEFT]
         faults = [f"{found[case, arm, 'faults']:.0f}" for arm in (PEFT, best)]
         cpu = f"{found[case, best, 'cpu_ms_over_rival']:.2f}"
@@ -144,10 +187,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lab.cpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each case (default: 15)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose names contain this")
-    parser.add_argument("--records", type=Path, metavar="FILE", help="also write the figures to a CSV file")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab.cpu", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="timed rounds of each case (default: 15)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases whose names contain this"
+    )
+    parser.add_argument(
+        "--records", type=Path, metavar="FILE", help="also write the figures to a CSV file"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -155,7 +206,15 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for case in (case for case in CASES if args.only in case):
-        command = [sys.executable, "-m", __spec__.name, "--case", case, "--rounds", str(args.rounds)]
+        command = [
+            sys.executable,
+            "-m",
+            __spec__.name,
+            "--case",
+            case,
+            "--rounds",
+            str(args.rounds),
+        ]
         done = subprocess.run(
             command,
             env=os.environ | ENVIRONMENT[CASES[case].instructions],

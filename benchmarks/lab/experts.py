@@ -1,9 +1,11 @@
-"""LoRA on a stack of experts, and DoRA: time, peak memory and what is kept for backward, against PEFT on the same weights.
+"""LoRA on a stack of experts, and DoRA: time, peak memory and what is kept for backward, against
+PEFT on the same weights.
 
     python -m benchmarks.lab.experts [--rounds 7] [--records FILE]
 
-The experts are those of Qwen3-MoE: 64 of width 1024 and inner width 512, 8 for each token, r 16. Arms take turns, call by call in
-one process; a forward and a backward each. Peak memory is that of a process of its own over what it held before the call.
+The experts are those of Qwen3-MoE: 64 of width 1024 and inner width 512, 8 for each token, r 16.
+Arms take turns, call by call in one process; a forward and a backward each. Peak memory is that of
+a process of its own over what it held before the call.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ from stablelora_kernels.utils.timing import interleave
 
 E, H, I, TOP, R = 64, 1024, 512, 8, 16
 # PEFT's eager loop over experts takes a hundred times as long as the frozen one.
-ARMS = {FROZEN: "eager", f"{FROZEN}, grouped_mm": "grouped_mm", PEFT: "grouped_mm", ACCELERATED: "grouped_mm"}
+ARMS = {
+    FROZEN: "eager",
+    f"{FROZEN}, grouped_mm": "grouped_mm",
+    PEFT: "grouped_mm",
+    ACCELERATED: "grouped_mm",
+}
 # Tokens for 16, 32, 128 and 512 rows an expert.
 TOKENS = (128, 256, 1024, 4096)
 DORA = 2048
@@ -47,18 +54,24 @@ class Block(nn.Module):
 
     def __init__(self, implementation: str, experts: int, dtype: torch.dtype) -> None:
         super().__init__()
-        config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=I, num_experts=experts, hidden_act="silu")
+        config = Qwen3MoeConfig(
+            hidden_size=H, moe_intermediate_size=I, num_experts=experts, hidden_act="silu"
+        )
         config._experts_implementation = implementation
         self.experts = Qwen3MoeExperts(config).to(dtype)
         generator = torch.Generator().manual_seed(0)
         for parameter in self.experts.parameters():
-            parameter.requires_grad_(False).normal_(std=parameter.shape[2] ** -0.5, generator=generator)
+            parameter.requires_grad_(False).normal_(
+                std=parameter.shape[2] ** -0.5, generator=generator
+            )
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self.experts(x, index, weights)  # type: ignore[no-any-return]
 
 
-def experts_step(arm: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int) -> tuple[nn.Module, Step]:
+def experts_step(
+    arm: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int
+) -> tuple[nn.Module, Step]:
     """An arm's model, and its forward. Skewed, some experts get most of the rows."""
     model: Any = Block(ARMS[arm], experts, dtype)
     if arm in (PEFT, ACCELERATED):
@@ -69,7 +82,9 @@ def experts_step(arm: str, tokens: int, skewed: bool, dtype: torch.dtype, expert
     if arm == ACCELERATED:
         slk.accelerate_peft(model, strict=True)
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(tokens, experts, generator=generator) + skewed * torch.linspace(4, -4, experts)
+    logits = torch.randn(tokens, experts, generator=generator) + skewed * torch.linspace(
+        4, -4, experts
+    )
     weights, index = torch.softmax(logits, -1).topk(TOP)
     x = torch.randn(tokens, H, generator=generator).to(dtype).requires_grad_()
     return model, lambda: model(x, index, weights.to(dtype))
@@ -95,11 +110,23 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[[str], tuple[nn.Module
     found: dict[str, Any] = {}
     sizes = [(tokens, skewed, bf16, E) for tokens in TOKENS for skewed in (False, True)]
     # Twice the experts at equal rows: what is kept grows by the adapters alone.
-    for tokens, skewed, (name, dtype), experts in [*sizes, (256, False, fp32, E), (256, False, bf16, 2 * E)]:
-        words = f"{experts} experts, {tokens * TOP // experts} rows each{', skewed' * skewed}, {name}"
-        found[words] = tuple(ARMS), partial(experts_step, tokens=tokens, skewed=skewed, dtype=dtype, experts=experts)
+    for tokens, skewed, (name, dtype), experts in [
+        *sizes,
+        (256, False, fp32, E),
+        (256, False, bf16, 2 * E),
+    ]:
+        words = (
+            f"{experts} experts, {tokens * TOP // experts} rows each{', skewed' * skewed}, {name}"
+        )
+        found[words] = (
+            tuple(ARMS),
+            partial(experts_step, tokens=tokens, skewed=skewed, dtype=dtype, experts=experts),
+        )
     for rows, (name, dtype) in ((256, bf16), (1024, bf16), (256, fp32)):
-        found[f"DoRA, {rows} rows, {name}"] = (FROZEN, PEFT, ACCELERATED), partial(dora_step, rows=rows, dtype=dtype)
+        found[f"DoRA, {rows} rows, {name}"] = (
+            (FROZEN, PEFT, ACCELERATED),
+            partial(dora_step, rows=rows, dtype=dtype),
+        )
     return found
 
 
@@ -112,7 +139,9 @@ def backward(model: nn.Module, step: Step) -> None:
 
 
 def peak_mib(case: str, arm: str) -> float:
-    """Peak memory of a forward and a backward over what the process held before them, in a process of its own."""
+    """Peak memory of a forward and a backward over what the process held before them, in a process
+    of its own.
+    """
     command = [sys.executable, "-m", __spec__.name, "--peak", case, arm]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
@@ -135,7 +164,11 @@ def measure(case: str, rounds: int) -> list[dict[str, Any]]:
     """The records of a case: milliseconds, times over PEFT's, MiB of peak and MiB kept."""
     arms, make = CASES[case]
     made = {arm: make(arm) for arm in arms}
-    samples = interleave({arm: lambda each=each: backward(*each) for arm, each in made.items()}, warmup=1, iters=rounds)
+    samples = interleave(
+        {arm: lambda each=each: backward(*each) for arm, each in made.items()},
+        warmup=1,
+        iters=rounds,
+    )
     rows = []
     for arm, seconds in samples.items():
         model, step = made[arm]
@@ -148,7 +181,10 @@ def measure(case: str, rounds: int) -> list[dict[str, Any]]:
             "peak_mib": [peak_mib(case, arm)],
             "kept_mib": [kept],
         }
-        rows += [record(case, "forward and backward", arm, metric, values, role) for metric, values in figures.items()]
+        rows += [
+            record(case, "forward and backward", arm, metric, values, role)
+            for metric, values in figures.items()
+        ]
     return rows
 
 
@@ -159,16 +195,36 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [["case", "arm", "ms", "over PEFT's", "quartiles", "peak, MiB", "kept, MiB"]]
     for (case, arm), found in by_arm.items():
         over = found["over_rival"]
-        figures = [f"{found['ms']['median']:.1f}", f"{over['median']:.2f}", f"{over['q1']:.2f} to {over['q3']:.2f}"]
-        cells.append([case, arm, *figures, f"{found['peak_mib']['median']:.0f}", f"{found['kept_mib']['median']:.1f}"])
+        figures = [
+            f"{found['ms']['median']:.1f}",
+            f"{over['median']:.2f}",
+            f"{over['q1']:.2f} to {over['q3']:.2f}",
+        ]
+        cells.append(
+            [
+                case,
+                arm,
+                *figures,
+                f"{found['peak_mib']['median']:.0f}",
+                f"{found['kept_mib']['median']:.1f}",
+            ]
+        )
     return markdown(cells, 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lab.experts", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each case (default: 7)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose names contain this")
-    parser.add_argument("--records", type=Path, metavar="FILE", help="also write the figures to a CSV file")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab.experts", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timed rounds of each case (default: 7)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases whose names contain this"
+    )
+    parser.add_argument(
+        "--records", type=Path, metavar="FILE", help="also write the figures to a CSV file"
+    )
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:

@@ -1,4 +1,6 @@
-"""The launches of a gated MLP without the call, as ``stablelora_kernels.explanation`` has them for a single layer."""
+"""The launches of a gated MLP without the call, as ``stablelora_kernels.explanation`` has them for
+a single layer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ def mlp_launches(
     device: Device, m: int, sizes: Sequence[int], r: int | Sequence[int], dtypes: DTypes, dropout_p: float,
     activation: str = "silu",
 ) -> Ways:  # fmt: skip
-    """The forward's and the backward's launches on [m, k] rows, without biases. ``sizes``: output, inner and input features.
+    """The forward's and the backward's launches on [m, k] rows, without biases. ``sizes``: output,
+    inner and input features.
 
     ``r``: the rank, or those of gate, up and down, 0 for one without a branch.
     """
@@ -31,11 +34,24 @@ def mlp_launches(
     operands, scales = flat(projections), scales_of(projections, layouts_of(projections))
     numbers = (*numbers_of(projections, dropout_p), activation)
     stored = [seed is not None for seed in seeds]
-    results, forward = lora_mlp_fwd.plan(device, (x, operands, scales, seeds, *numbers, True, stored))
+    results, forward = lora_mlp_fwd.plan(
+        device, (x, operands, scales, seeds, *numbers, True, stored)
+    )
     y, *kept, stored_masks = results
     left = iter(stored_masks)
     masks = [next(left) if is_stored else None for is_stored in stored]
     every = (True,) * 3
-    arguments = (torch.zeros_like(y), x, *kept, operands, scales, masks, *numbers, True, every, every)
+    arguments = (
+        torch.zeros_like(y),
+        x,
+        *kept,
+        operands,
+        scales,
+        masks,
+        *numbers,
+        True,
+        every,
+        every,
+    )
     backward = lora_mlp_bwd.plan(device, arguments)[1]
     return forward, backward

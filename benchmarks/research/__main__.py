@@ -1,9 +1,12 @@
-"""Do the claims of the Stable-LoRA paper hold? Two studies, of accuracy in fine-tuning and of stability across widths.
+"""Do the claims of the Stable-LoRA paper hold? Two studies, of accuracy in fine-tuning and of
+stability across widths.
 
-    python -m benchmarks.research paper|stability [--preset PRESET] [--out DIR] [--processes N] [--stored DIR]
+    python -m benchmarks.research paper|stability [--preset PRESET] [--out DIR] [--processes N]
+    [--stored DIR]
 
-``paper`` fine-tunes small models with the paper's optimizers; ``stability`` trains at many widths. Each finished run is in
-DIR/runs.csv and is not run again; presets share DIR. ``--stored DIR`` runs nothing, and reports the CSV files in DIR.
+``paper`` fine-tunes small models with the paper's optimizers; ``stability`` trains at many widths.
+Each finished run is in DIR/runs.csv and is not run again; presets share DIR. ``--stored DIR`` runs
+nothing, and reports the CSV files in DIR.
 """
 
 from __future__ import annotations
@@ -23,12 +26,20 @@ STUDIES = {"paper": (paper, report.write_paper), "stability": (stability, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.research", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.research", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--preset", default="quick", help="quick takes minutes, the others up to hours")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: results/STUDY)")
+    parser.add_argument(
+        "--preset", default="quick", help="quick takes minutes, the others up to hours"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where files go (default: results/STUDY)"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
-    parser.add_argument("--stored", type=Path, metavar="DIR", help="run nothing; report the CSV files in DIR")
+    parser.add_argument(
+        "--stored", type=Path, metavar="DIR", help="run nothing; report the CSV files in DIR"
+    )
     args = parser.parse_args(argv)
     study, write = STUDIES[args.study]
     if args.preset not in study.PRESETS:
@@ -39,11 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if not args.stored:
         runner.finish(study, args.preset, out / runner.RECORDS, args.processes)
-        write_text(out / "environment.json", json.dumps(environment() | {"command": sys.argv}, indent=1))
+        write_text(
+            out / "environment.json", json.dumps(environment() | {"command": sys.argv}, indent=1)
+        )
     try:
         print(write(args.stored or out, out))
     except FileNotFoundError as error:
-        parser.error(f"--stored must hold the CSV files of {args.study}, got {args.stored}: {error}")
+        parser.error(
+            f"--stored must hold the CSV files of {args.study}, got {args.stored}: {error}"
+        )
     return 0
 
 

@@ -1,7 +1,7 @@
 """The tasks of ``benchmarks.research paper``: batches with the labels of a model's logits.
 
-Examples are split once, whatever a run's seed: test examples are the same for all runs, validation examples choose the learning
-rate. A run's seed shuffles the training examples and draws A.
+Examples are split once, whatever a run's seed: test examples are the same for all runs, validation
+examples choose the learning rate. A run's seed shuffles the training examples and draws A.
 """
 
 from __future__ import annotations
@@ -29,22 +29,37 @@ class Task(NamedTuple):
 
 
 def classes(name: str, tokenizer: Any) -> Task:
-    """Each text's class from the mean of the last hidden states, of ``"sarcasm"`` or ``"reuters-52"``."""
+    """Each text's class from the mean of the last hidden states, of ``"sarcasm"`` or
+    ``"reuters-52"``.
+    """
     dataset = load_dataset(name, seed=0, held_out=TEST + VALIDATION if name == "sarcasm" else TEST)
     parts = [dataset.test[TEST:], dataset.test[:TEST]]
     if not parts[0]:
         # The official split is train and test only.
-        parts[0], dataset = dataset.train[:VALIDATION], replace(dataset, train=dataset.train[VALIDATION:])
+        parts[0], dataset = (
+            dataset.train[:VALIDATION],
+            replace(dataset, train=dataset.train[VALIDATION:]),
+        )
     return Task(
-        lambda backbone, seed: Classifier(backbone, backbone.config.hidden_size, len(dataset.classes), seed),
+        lambda backbone, seed: Classifier(
+            backbone, backbone.config.hidden_size, len(dataset.classes), seed
+        ),
         lambda size, seed: training_batches(dataset, tokenizer, batch_size=size, seed=seed),
-        *(list(test_batches(replace(dataset, test=part), tokenizer, batch_size=64)) for part in parts),
+        *(
+            list(test_batches(replace(dataset, test=part), tokenizer, batch_size=64))
+            for part in parts
+        ),
     )
 
 
 def plays(tokenizer: Any, held_out_blocks: int = 60) -> Task:
-    """The next tokens of blocks of the 42 plays: whole plays are held out, so that no scene is on both sides."""
-    found = [torch.tensor(tokenizer(text)["input_ids"]).unfold(0, LENGTH, LENGTH) for text in assets.plays()]
+    """The next tokens of blocks of the 42 plays: whole plays are held out, so that no scene is on
+    both sides.
+    """
+    found = [
+        torch.tensor(tokenizer(text)["input_ids"]).unfold(0, LENGTH, LENGTH)
+        for text in assets.plays()
+    ]
     rng = random.Random(0)
     order = rng.sample(found, len(found))
     validation, test, train = (torch.cat(part) for part in (order[:4], order[4:8], order[8:]))
@@ -67,4 +82,6 @@ def shuffled(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
     rng = random.Random(seed)
     while True:
         order = rng.sample(range(len(rows)), len(rows))
-        yield from (rows[order[start : start + size]] for start in range(0, len(order) - size + 1, size))
+        yield from (
+            rows[order[start : start + size]] for start in range(0, len(order) - size + 1, size)
+        )

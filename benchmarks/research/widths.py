@@ -1,12 +1,15 @@
-"""What ``benchmarks.research stability`` trains at many widths: a planted task, and small Transformers.
+"""What ``benchmarks.research stability`` trains at many widths: a planted task, and small
+Transformers.
 
-The planted task is as difficult at every width: find a change of low rank in one frozen layer. Inputs x [32] are normal. Frozen,
-with n features: z = sqrt(2) relu(W_in x), the layer y = W0 z, and a readout f = R^T relu(y) / n of 8 outputs. The target is the
-same network with W0 + U V^T / n, of rank 4, whose U lies in the span of R and whose V in that of W_in, so that it changes y and f
-by Theta(1) at every n. All that precedes the adapter on W0 is frozen, so z and W0 z are computed once.
+The planted task is as difficult at every width: find a change of low rank in one frozen layer.
+Inputs x [32] are normal. Frozen, with n features: z = sqrt(2) relu(W_in x), the layer y = W0 z, and
+a readout f = R^T relu(y) / n of 8 outputs. The target is the same network with W0 + U V^T / n, of
+rank 4, whose U lies in the span of R and whose V in that of W_in, so that it changes y and f by
+Theta(1) at every n. All that precedes the adapter on W0 is frozen, so z and W0 z are computed once.
 
-The Transformers have two Llama layers of width n, heads of 32, and characters as tokens. AdamW trains a base on the 42 plays once
-for each width (and process), at a learning rate of n^-1/2; adapters on the query and value projections learn headlines.
+The Transformers have two Llama layers of width n, heads of 32, and characters as tokens. AdamW
+trains a base on the 42 plays once for each width (and process), at a learning rate of n^-1/2;
+adapters on the query and value projections learn headlines.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ class Problem(NamedTuple):
 
     pairs: Sequence[slk.LoRAPair]
     step_loss: Callable[[], Tensor]  # of the next batch
-    inputs: Callable[[], Sequence[Tensor]]  # of each pair's layer for held-out examples, [samples, n]
+    inputs: Callable[
+        [], Sequence[Tensor]
+    ]  # of each pair's layer for held-out examples, [samples, n]
     held_out_loss: Callable[[], float]
 
 
@@ -52,10 +57,14 @@ class Planted(NamedTuple):
     base: Tensor  # [samples, n], W0 z
     target: Tensor  # [samples, 8]
     readout: Tensor  # [n, 8], R / n
-    scale: float  # the squared error's divisor, so that the loss is 1 where the adapter adds nothing
+    scale: (
+        float  # the squared error's divisor, so that the loss is 1 where the adapter adds nothing
+    )
 
     def loss(self, A: Tensor, B: Tensor, rows: slice) -> Tensor:
-        outputs = torch.relu(lora_branch(self.base[rows], self.z[rows], A, B, SCALING)) @ self.readout
+        outputs = (
+            torch.relu(lora_branch(self.base[rows], self.z[rows], A, B, SCALING)) @ self.readout
+        )
         return (outputs - self.target[rows]).square().mean() / self.scale
 
 
@@ -72,12 +81,17 @@ def plant(width: int, seed: int) -> Planted:
     u = readout @ normal(OUTPUTS, PLANTED_RANK, std=OUTPUTS**-0.5)
     v = w_in @ normal(INPUTS, PLANTED_RANK)
     readout = readout / width
-    before, target = torch.relu(base) @ readout, torch.relu(base + (z @ v / width) @ u.t()) @ readout
+    before, target = (
+        torch.relu(base) @ readout,
+        torch.relu(base + (z @ v / width) @ u.t()) @ readout,
+    )
     return Planted(z, base, target, readout, (target - before).square().mean().item())
 
 
 def planted(width: int, seed: int, factor: float) -> Problem:
-    """A [8, n] starts as PEFT draws it (kaiming-uniform, variance 1 / 3n) times ``factor``, and B [n, 8] at zero."""
+    """A [8, n] starts as PEFT draws it (kaiming-uniform, variance 1 / 3n) times ``factor``, and B
+    [n, 8] at zero.
+    """
     task, generator = plant(width, seed), torch.Generator().manual_seed(1000 + seed)
     a = nn.Parameter((torch.rand(R, width, generator=generator) * 2 - 1) * width**-0.5 * factor)
     b = nn.Parameter(torch.zeros(width, R))
@@ -126,7 +140,9 @@ def base(width: int) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     data = shuffled(torch.cat([blocks(text) for text in assets.plays()]), PRETRAINING_BLOCKS, 0)
     for step in range(PRETRAINING_STEPS):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / PRETRAINING_STEPS)
+        optimizer.param_groups[0]["lr"] = (
+            lr * min(1.0, (step + 1) / 20) * (1 - step / PRETRAINING_STEPS)
+        )
         loss_of(model, next(data)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -137,12 +153,16 @@ def transformers(width: int, seed: int, factor: float) -> Problem:
     """Adapters on the query and value projections, with A's start times ``factor``."""
     model = share(base(width))
     torch.manual_seed(1000 + seed)
-    slk.apply_lora(model, slk.LoRAConfig(r=R, lora_alpha=SCALING * R, target_modules=["q_proj", "v_proj"]))
+    slk.apply_lora(
+        model, slk.LoRAConfig(r=R, lora_alpha=SCALING * R, target_modules=["q_proj", "v_proj"])
+    )
     pairs, seen, modules = slk.lora_pairs(model), {}, dict(model.named_modules())
     for pair in pairs:
         pair.A.data.mul_(factor)
         modules[pair.name].register_forward_pre_hook(
-            lambda _module, given, name=pair.name: seen.update({name: given[0].detach().flatten(0, -2)})
+            lambda _module, given, name=pair.name: seen.update(
+                {name: given[0].detach().flatten(0, -2)}
+            )
         )
     data, held_out = headlines()
     stream = shuffled(data, BLOCKS, seed)

@@ -1,7 +1,9 @@
-"""The host's time of a call: its Python, Triton's, and Triton's C launcher, over a CUDA library that does nothing.
+"""The host's time of a call: its Python, Triton's, and Triton's C launcher, over a CUDA library
+that does nothing.
 
-It needs no GPU, and no time of CUDA's driver or allocator is in it. "Triton" takes its launches from real sizes, on tensors of
-the CPU that no kernel touches. The other arms compute on tiny tensors, whose arithmetic takes a few microseconds.
+It needs no GPU, and no time of CUDA's driver or allocator is in it. "Triton" takes its launches
+from real sizes, on tensors of the CPU that no kernel touches. The other arms compute on tiny
+tensors, whose arithmetic takes a few microseconds.
 """
 
 from __future__ import annotations
@@ -24,7 +26,16 @@ from benchmarks.common.arms import ACCELERATED, MLP_FUSED, OURS, PEFT, PROJECTIO
 from benchmarks.common.measure import seconds_of
 from benchmarks.common.null_driver import null_driver, null_driver_problem
 from benchmarks.common.optimizers import Unavailable
-from benchmarks.suite.layers import EAGER, FROZEN, OURS_TORCH, OURS_TRITON, PROJECTIONS, adapted, gated_mlp, linears
+from benchmarks.suite.layers import (
+    EAGER,
+    FROZEN,
+    OURS_TORCH,
+    OURS_TRITON,
+    PROJECTIONS,
+    adapted,
+    gated_mlp,
+    linears,
+)
 from benchmarks.suite.rivals import Case, Parts
 from stablelora_kernels.functional import lora_branch
 from stablelora_kernels.ops import plans
@@ -42,7 +53,8 @@ PRECISIONS = {
     "fp32 autocast": (torch.float32, torch.bfloat16),
     "bf16 autocast": (torch.bfloat16, torch.bfloat16),
 }
-# glibc's mallopt: keep freed memory, and take large blocks from it too. CUDA's allocator calls no system either.
+# glibc's mallopt: keep freed memory, and take large blocks from it too. CUDA's allocator calls no
+# system either.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 1 << 30
 
 
@@ -87,12 +99,14 @@ class HostLayerCase(HostCase):
     rival = PEFT
     ours = (OURS_TRITON, OURS_TORCH, ACCELERATED)
     arms = (LINEAR, EAGER, PEFT, OURS_TORCH, OURS_TRITON, ACCELERATED)
-    phases: ClassVar = {name: (name,) for name in ("forward, no gradient", "forward", "forward and backward")}
+    phases: ClassVar = {
+        name: (name,) for name in ("forward, no gradient", "forward", "forward and backward")
+    }
     calls = CALLS
 
     rows: int = 1
-    # "layer", "group" for three projections of one x, "mlp" for a gated MLP, "branch" onto another layer's output, or "96 layers"
-    # in turn, whose Python objects are in no cache of the processor.
+    # "layer", "group" for three projections of one x, "mlp" for a gated MLP, "branch" onto another
+    # layer's output, or "96 layers" in turn, whose Python objects are in no cache of the processor.
     kind: str = "layer"
     dropout: float = 0.0
     precision: str = "bf16"
@@ -116,7 +130,10 @@ class HostLayerCase(HostCase):
         if self.kind == "branch" and arm in (OURS_TRITON, OURS_TORCH):
             modules = [_Branch(modules[0], x.detach())]
         together = [modules] if self.kind == "group" else [[module] for module in modules]
-        leaves = [[x, *(p for module in now for p in module.parameters() if p.requires_grad)] for now in together]
+        leaves = [
+            [x, *(p for module in now for p in module.parameters() if p.requires_grad)]
+            for now in together
+        ]
         turns = cycle(zip(together, leaves, strict=True))
 
         def forward(clear: bool = False) -> list[Tensor]:
@@ -143,15 +160,23 @@ class HostLayerCase(HostCase):
         return {name: repeated(call) for name, call in zip(self.phases, calls, strict=True)}
 
     def _modules(self, arm: str, width: int, dtype: torch.dtype) -> list[nn.Module]:
-        names = {"group": PROJECTIONS[3], "96 layers": [f"layer{i}" for i in range(96)]}.get(self.kind, ["layer"])
-        frozen = gated_mlp(width, width) if self.kind == "mlp" else linears(names, width, [width] * len(names))
+        names = {"group": PROJECTIONS[3], "96 layers": [f"layer{i}" for i in range(96)]}.get(
+            self.kind, ["layer"]
+        )
+        frozen = (
+            gated_mlp(width, width)
+            if self.kind == "mlp"
+            else linears(names, width, [width] * len(names))
+        )
         frozen = frozen.to(self.device, dtype).requires_grad_(False)
         name = {LINEAR: FROZEN, OURS_TORCH: OURS, OURS_TRITON: OURS}.get(arm, arm)
         fused = FUSED.get(self.kind, "") if name in (OURS, ACCELERATED) else ""
         return [*adapted(frozen, name + fused, R, self.dropout).children()]
 
     def notes(self, arm: str) -> dict[str, Any]:
-        """How many times a later forward's time the first one takes, which plans, and the second one, which prepares launches."""
+        """How many times a later forward's time the first one takes, which plans, and the second
+        one, which prepares launches.
+        """
         if arm != OURS_TRITON or self.kind != "layer" or self.precision != "bf16":
             return {}
         calls, found = dict.fromkeys(("first", "second", "later"), self.shared[arm]), []
@@ -159,26 +184,37 @@ class HostLayerCase(HostCase):
             for _ in range(CALLS):
                 plans.clear()
                 found.append(seconds_of(calls, calls))
-        return {f"{name}_over_later": [row[name] / row["later"] for row in found] for name in ("first", "second")}
+        return {
+            f"{name}_over_later": [row[name] / row["later"] for row in found]
+            for name in ("first", "second")
+        }
 
 
 class _Branch(nn.Module):
-    """A layer's branch onto another one's product: that one's host time is a small one's, and its output is ``out``."""
+    """A layer's branch onto another one's product: that one's host time is a small one's, and its
+    output is ``out``.
+    """
 
     def __init__(self, layer: slk.LoRALinear, out: Tensor) -> None:
         super().__init__()
         self.layer, self.out, self.small = layer, out, out[:SMALL_ROWS, :SMALL_WIDTH].clone()
-        self.base = nn.Linear(SMALL_WIDTH, SMALL_WIDTH, device=out.device, dtype=out.dtype).requires_grad_(False)
+        self.base = nn.Linear(
+            SMALL_WIDTH, SMALL_WIDTH, device=out.device, dtype=out.dtype
+        ).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         self.base(self.small)
         layer: Any = self.layer
-        return lora_branch(self.out, x, layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout)
+        return lora_branch(
+            self.out, x, layer.lora_A, layer.lora_B, layer.scaling, layer.lora_dropout
+        )
 
 
 @dataclass(frozen=True)
 class HostStepCase(HostCase):
-    """An optimizer's step, with gradients at the addresses of the last step, or elsewhere each time."""
+    """An optimizer's step, with gradients at the addresses of the last step, or elsewhere each
+    time.
+    """
 
     base = optimizers.ADAMW_FUSED
     rival = optimizers.ADAMW_FUSED
@@ -202,7 +238,10 @@ class HostStepCase(HostCase):
         params = [half for pair in pairs for half in (pair.A, pair.B)]
         step = optimizers.build(arm, pairs, lr=optimizers.LR).step
         # Two sets in turn: neither lies where the other does.
-        sets = [[torch.zeros_like(p) for p in params] for _ in range(2 if self.gradients == "moved" else 1)]
+        sets = [
+            [torch.zeros_like(p) for p in params]
+            for _ in range(2 if self.gradients == "moved" else 1)
+        ]
 
         def prepare() -> None:
             sets.reverse()

@@ -1,4 +1,6 @@
-"""A small Llama; a layer, projections of one x and a gated MLP, with every rival's adapters over the same frozen weights."""
+"""A small Llama; a layer, projections of one x and a gated MLP, with every rival's adapters over
+the same frozen weights.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import stablelora_kernels as slk
-from benchmarks.common.arms import ACCELERATED, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED, adapt, fill
+from benchmarks.common.arms import (
+    ACCELERATED,
+    MLP_FUSED,
+    OURS,
+    PEFT,
+    PROJECTIONS_FUSED,
+    adapt,
+    fill,
+)
 from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.models import linear_names, share
 from benchmarks.common.optimizers import Unavailable, optional
@@ -30,7 +40,10 @@ FROZEN_ONEDNN = "frozen, by oneDNN"
 OURS_TORCH, OURS_TRITON, OURS_COMPILED = "ours, PyTorch", "ours, Triton", "ours compiled"
 APART, TOGETHER, FUSED = "ours, one by one", OURS + PROJECTIONS_FUSED, OURS + MLP_FUSED
 # The adapters of arms that differ from common.arms in name, backend or compilation alone.
-ADAPTERS = {PEFT_COMPILED: PEFT, **dict.fromkeys((OURS_TORCH, OURS_TRITON, OURS_COMPILED, APART), OURS)}
+ADAPTERS = {
+    PEFT_COMPILED: PEFT,
+    **dict.fromkeys((OURS_TORCH, OURS_TRITON, OURS_COMPILED, APART), OURS),
+}
 COMPILED = (PEFT_COMPILED, OURS_COMPILED)
 BACKENDS = {OURS_TORCH: "torch", OURS_TRITON: "triton"}
 # Names of two or three projections of one x.
@@ -66,7 +79,9 @@ def llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def linears(names: Sequence[str], k: int, ns: Sequence[int]) -> nn.ModuleDict:
-    return nn.ModuleDict({name: nn.Linear(k, n, bias=False) for name, n in zip(names, ns, strict=True)})
+    return nn.ModuleDict(
+        {name: nn.Linear(k, n, bias=False) for name, n in zip(names, ns, strict=True)}
+    )
 
 
 def gated_mlp(k: int, inner: int) -> nn.ModuleDict:
@@ -74,16 +89,33 @@ def gated_mlp(k: int, inner: int) -> nn.ModuleDict:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    return nn.ModuleDict({"mlp": LlamaMLP(LlamaConfig(hidden_size=k, intermediate_size=inner, num_attention_heads=1))})
+    return nn.ModuleDict(
+        {
+            "mlp": LlamaMLP(
+                LlamaConfig(hidden_size=k, intermediate_size=inner, num_attention_heads=1)
+            )
+        }
+    )
 
 
-def adapted(frozen: nn.Module, arm: str, r: int, dropout: float, float32: bool = False) -> nn.Module:
-    """A copy of ``frozen`` over the same weights, with an arm's adapters on its linear layers. Adapters have equal numbers."""
+def adapted(
+    frozen: nn.Module, arm: str, r: int, dropout: float, float32: bool = False
+) -> nn.Module:
+    """A copy of ``frozen`` over the same weights, with an arm's adapters on its linear layers.
+    Adapters have equal numbers.
+    """
     model = share(frozen)
     if arm in (FROZEN, FROZEN_MLP):
         return model
     make: Any = {EAGER: by_hand, LORALIB: by_loralib, FROZEN_ONEDNN: FrozenByOneDNN}.get(arm)
-    adapt(model, OURS if make else ADAPTERS.get(arm, arm), linear_names(model), r=r, dropout=dropout, float32=float32)
+    adapt(
+        model,
+        OURS if make else ADAPTERS.get(arm, arm),
+        linear_names(model),
+        r=r,
+        dropout=dropout,
+        float32=float32,
+    )
     fill(model)
     for name, layer in [*model.named_modules()] if make else ():
         if isinstance(layer, slk.LoRALinear):
@@ -112,7 +144,9 @@ class FrozenByOneDNN(nn.Module):
     def __init__(self, ours: slk.LoRALinear, dropout: float) -> None:
         super().__init__()
         if not torch_path.by_onednn(ours.weight.dtype, ours.weight.device):
-            raise Unavailable("our base product is PyTorch's own here: the same as the frozen nn.Linear's")
+            raise Unavailable(
+                "our base product is PyTorch's own here: the same as the frozen nn.Linear's"
+            )
         self.weight = ours.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +179,9 @@ def compiled(module: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return run(*args)
         except TorchDynamoException as error:
-            raise Unavailable(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+            raise Unavailable(
+                f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+            ) from error
 
     return call
 
@@ -153,7 +189,9 @@ def compiled(module: Callable[..., Any]) -> Callable[..., Any]:
 def choose_backend(name: str, device: torch.device) -> None:
     """Raises :class:`Unavailable` if ``name`` is Triton and there is no GPU."""
     if name == "triton" and device.type == "cpu":
-        raise Unavailable("Triton's kernels need a GPU; times in its interpreter say nothing about them")
+        raise Unavailable(
+            "Triton's kernels need a GPU; times in its interpreter say nothing about them"
+        )
     with settings.use_backend(name):
         try:
             backend.resolve_backend(device)
@@ -172,7 +210,11 @@ class LayerCase(Case):
     arms = (
         FROZEN, FROZEN_ONEDNN, EAGER, PEFT, PEFT_COMPILED, LORALIB, OURS_TORCH, OURS_TRITON, OURS_COMPILED, ACCELERATED,
     )  # fmt: skip
-    phases: ClassVar = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
+    phases: ClassVar = {
+        "forward": ("forward",),
+        "backward": ("backward",),
+        "both": ("forward", "backward"),
+    }
     float32: ClassVar = False
 
     rows: int
@@ -245,12 +287,16 @@ class LayerCase(Case):
             return [call(x) for call in calls]
 
     def notes(self, arm: str) -> dict[str, Any]:
-        """Bytes kept for backward, x included: in a model it is a norm's output, which the frozen layers alone would not keep."""
+        """Bytes kept for backward, x included: in a model it is a norm's output, which the frozen
+        layers alone would not keep.
+        """
         if arm in COMPILED:
             return {}
         model, x = self.shared["models"][arm], self.shared["x"]
         with slk.use_backend(BACKENDS.get(arm, "auto")):
-            saved = saved_for_backward(lambda: self._forward([*model.children()], x), [*model.parameters()])
+            saved = saved_for_backward(
+                lambda: self._forward([*model.children()], x), [*model.parameters()]
+            )
         return {"saved_bytes": saved}
 
 
@@ -272,7 +318,9 @@ class ProjectionsCase(LayerCase):
 
 @dataclass(frozen=True)
 class MLPCase(LayerCase):
-    """A Llama's gated MLP, whose activation has width ``n``. Adapters are float32, PEFT's default and ours."""
+    """A Llama's gated MLP, whose activation has width ``n``. Adapters are float32, PEFT's default
+    and ours.
+    """
 
     base = FROZEN_MLP
     ours = (FUSED, TOGETHER, APART, ACCELERATED + MLP_FUSED)

@@ -1,4 +1,6 @@
-"""A case of the benchmark suite: arms that do the same work, timed in turns, and how their times compare."""
+"""A case of the benchmark suite: arms that do the same work, timed in turns, and how their times
+compare.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Case(ABC):
 
     # Ratios are to this arm.
     base: ClassVar[str]
-    # The arm that ours has to beat: by what each adds to the base, unless the base is the rival itself.
+    # The arm that ours has to beat: by what each adds to the base, unless the base is the rival
+    # itself.
     rival: ClassVar[str]
     # The first of these that runs here is pytest-benchmark's target.
     ours: ClassVar[tuple[str, ...]]
@@ -43,8 +46,8 @@ class Case(ABC):
     # A timed part makes so many calls; reported times are of one call.
     calls: ClassVar[int] = 1
 
-    # The size that varies, if the case is one point of an axis of sizes. Of such a case only the last phase, the base, the
-    # rival and one of our arms run.
+    # The size that varies, if the case is one point of an axis of sizes. Of such a case only the
+    # last phase, the base, the rival and one of our arms run.
     axis: str = field(default="", kw_only=True)
     # What the arms of an open case share.
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
@@ -77,7 +80,9 @@ class Case(ABC):
 
 
 class Race:
-    """The arms of an open case, each run once: that compiles, and shows which can't run before any is timed."""
+    """The arms of an open case, each run once: that compiles, and shows which can't run before any
+    is timed.
+    """
 
     def __init__(self, case: Case, only: Collection[str] = ()) -> None:
         """``only``: the arms to run besides the base, the rival and one of ours, or all if empty."""
@@ -115,7 +120,9 @@ class Race:
         return next((arm for arm in self.case.ours if arm in self.arms), None)
 
     def measure(self, benchmark: Any, phase: str, rounds: int) -> list[Row]:
-        """Time ``rounds`` rounds of all arms; return the records, of which there are none if pytest-benchmark is disabled."""
+        """Time ``rounds`` rounds of all arms; return the records, of which there are none if
+        pytest-benchmark is disabled.
+        """
         ours, samples = self.target, {arm: [] for arm in self.arms}
         # Every round has an order of its own, so that each arm runs after each other one.
         schedule = (arm for turn in count(-WARMUP) for arm in shuffled([*self.arms], turn))
@@ -129,7 +136,10 @@ class Race:
 
         gc.collect()
         benchmark.pedantic(
-            lambda: samples[ours].append(self._time(ours, phase)), setup=run_others, rounds=rounds, warmup_rounds=WARMUP
+            lambda: samples[ours].append(self._time(ours, phase)),
+            setup=run_others,
+            rounds=rounds,
+            warmup_rounds=WARMUP,
         )
         if benchmark.disabled:
             return []
@@ -158,7 +168,10 @@ class Race:
                 rows.append(self._row(phase, arm, metric, np.atleast_1d(values).tolist()))
         failed = {arm: f"{type(error).__name__}: {error}" for arm, error in self.failed.items()}
         for metric, reasons in zip(REASONS, (self.skipped, failed), strict=True):
-            rows += [self._row(phase, arm, metric, [np.nan]) | {"reason": why} for arm, why in reasons.items()]
+            rows += [
+                self._row(phase, arm, metric, [np.nan]) | {"reason": why}
+                for arm, why in reasons.items()
+            ]
         return rows
 
     def _row(self, phase: str, arm: str, metric: str, values: Any) -> Row:
@@ -169,17 +182,24 @@ class Race:
 
 
 def times(case: Case, samples: Mapping[str, Rounds], arm: str) -> dict[str, np.ndarray]:
-    """An arm's milliseconds, and its ratios and differences to the base and the rival, taken round by round.
+    """An arm's milliseconds, and its ratios and differences to the base and the rival, taken round
+    by round.
 
-    A part's ``added_percent`` is what it adds to the base's part, in percent of the base's whole round.
+    A part's ``added_percent`` is what it adds to the base's part, in percent of the base's whole
+    round.
     """
-    seconds = {name: np.array([sum(parts.values()) for parts in rounds]) for name, rounds in samples.items()}
+    seconds = {
+        name: np.array([sum(parts.values()) for parts in rounds])
+        for name, rounds in samples.items()
+    }
     mine, base, ms = seconds[arm], seconds[case.base], 1e3 / case.calls
     found = {"ms": ms * mine, "over_base": mine / base, "overhead_ms": ms * (mine - base)}
     if case.rival in seconds:
         found["over_rival"] = mine / seconds[case.rival]
     parts = [*samples[arm][0]]
     for part in parts if len(parts) > 1 else ():
-        own, other = (np.array([times[part] for times in samples[name]]) for name in (arm, case.base))
+        own, other = (
+            np.array([times[part] for times in samples[name]]) for name in (arm, case.base)
+        )
         found |= {f"{part} ms": ms * own, f"{part} added_percent": 100 * (own - other) / base}
     return found

@@ -1,4 +1,6 @@
-"""Saving and loading an adapter of a small Llama. Making the fresh model that it is loaded into is not timed."""
+"""Saving and loading an adapter of a small Llama. Making the fresh model that it is loaded into is
+not timed.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +54,14 @@ class AdapterCase(Case):
             fresh[:] = [share(base)]
 
         def save() -> None:
-            slk.save_adapter(trained, directory) if arm == OURS else trained.save_pretrained(directory)
+            slk.save_adapter(trained, directory) if arm == OURS else trained.save_pretrained(
+                directory
+            )
 
         def load() -> None:
-            slk.load_adapter(fresh[0], directory) if arm == OURS else PeftModel.from_pretrained(fresh[0], directory)
+            slk.load_adapter(fresh[0], directory) if arm == OURS else PeftModel.from_pretrained(
+                fresh[0], directory
+            )
 
         return {"prepare": prepare, "save": save, "load": load}
 

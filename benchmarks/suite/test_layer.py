@@ -1,4 +1,6 @@
-"""One layer, projections that share x, and a gated MLP: forward, backward and both, over shapes, ranks and dtypes."""
+"""One layer, projections that share x, and a gated MLP: forward, backward and both, over shapes,
+ranks and dtypes.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +41,27 @@ def cases(suite: str, device: torch.device) -> list[Case]:
             ProjectionsCase(8, 16, (24, 8), 2, "fp32", device),
             HostLayerCase(device, 8),
             MLPCase(96, 16, 24, 2, "fp32", device, 0.1),
-            *(LayerCase(8, width, width, 2, "fp32", device, axis="width") for width in (16, 32, 64)),
+            *(
+                LayerCase(8, width, width, 2, "fp32", device, axis="width")
+                for width in (16, 32, 64)
+            ),
         ]
     found: list[Case] = [
-        LayerCase(*shape, dtype, device) for shape, dtype in product(QUICK if suite == "quick" else FULL, STORED)
+        LayerCase(*shape, dtype, device)
+        for shape, dtype in product(QUICK if suite == "quick" else FULL, STORED)
     ]
     found += [HostLayerCase(device, rows, dropout=p) for rows, p in product(HOST_ROWS, (0.0, 0.1))]
-    found += [HostLayerCase(device, rows, precision=how) for rows, how in product((16, 512), [*PRECISIONS][1:])]
-    found += [HostLayerCase(device, rows, kind) for rows, kind in product((16, 512, 4096), ("group", "branch", "mlp"))]
-    found += [HostLayerCase(device, rows, "96 layers", p) for rows, p in product((16, 512), (0.0, 0.1))]
+    found += [
+        HostLayerCase(device, rows, precision=how)
+        for rows, how in product((16, 512), [*PRECISIONS][1:])
+    ]
+    found += [
+        HostLayerCase(device, rows, kind)
+        for rows, kind in product((16, 512, 4096), ("group", "branch", "mlp"))
+    ]
+    found += [
+        HostLayerCase(device, rows, "96 layers", p) for rows, p in product((16, 512), (0.0, 0.1))
+    ]
     found += [MLPCase(*shape, "fp32", device, p) for shape, p in product(MLPS, (0.0, 0.1))]
     found += [MLPCase(256, *MLPS[0][1:], "bf16", device, p) for p in (0.0, 0.1)]
     found += [LayerCase(512, width, width, 16, "fp32", device, axis="width") for width in WIDTHS]
@@ -55,7 +69,10 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     found += [LayerCase(rows, 1024, 1024, 16, "fp32", device, axis="tokens") for rows in TOKENS]
     if suite == "full":
         found += [LayerCase(*shape, dtype, device, 0.1) for shape, dtype in product(FULL, STORED)]
-        found += [ProjectionsCase(*shape, dtype, device) for shape, dtype in product(PROJECTIONS, ("fp32", "bf16"))]
+        found += [
+            ProjectionsCase(*shape, dtype, device)
+            for shape, dtype in product(PROJECTIONS, ("fp32", "bf16"))
+        ]
     return found
 
 

@@ -1,4 +1,6 @@
-"""One optimizer step against rivals; marked cases: its host time, how it grows, and fewer bits for its state."""
+"""One optimizer step against rivals; marked cases: its host time, how it grows, and fewer bits for
+its state.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from stablelora_kernels.testing import make_pairs
 
 # Pairs, rank, width. torchao compiles its step for all pairs together: a minute for 64 of them.
 QUICK = [(16, 8, 2048)]
-FULL = [*QUICK, (64, 8, 2048), (14, 16, 512), *((pairs, *size) for pairs in (32, 224) for size in ((8, 64), (16, 576)))]
+FULL = [
+    *QUICK,
+    (64, 8, 2048),
+    (14, 16, 512),
+    *((pairs, *size) for pairs in (32, 224) for size in ((8, 64), (16, 576))),
+]
 STATES = ("shrinking", "latched")
 PAIRS = (8, 32, 128, 512, 2000)
 # Widths of 64 pairs of rank 8: 100 thousand to 100 million parameters.
@@ -64,7 +71,8 @@ class OptimizerCase(Case):
         optimizer = self.shared[arm] = optimizers.build(arm, pairs, lr=optimizers.LR)
 
         def prepare() -> None:
-            # Riemannian preconditioning multiplies gradients in place; and training has just written all of them.
+            # Riemannian preconditioning multiplies gradients in place; and training has just
+            # written all of them.
             for half, grad in zip(halves, grads, strict=True):
                 half.grad.copy_(grad)
 
@@ -72,11 +80,21 @@ class OptimizerCase(Case):
 
     def check(self) -> None:
         """All pairs kept their state throughout."""
-        for arm in {optimizers.NAIVE, optimizers.NAIVE_FOREACH, optimizers.OURS} & self.shared.keys():
+        for arm in {
+            optimizers.NAIVE,
+            optimizers.NAIVE_FOREACH,
+            optimizers.OURS,
+        } & self.shared.keys():
             optimizer = self.shared[arm]
-            states = [pair.latched for pair in optimizer.stability()] if arm == optimizers.OURS else optimizer.stable
+            states = (
+                [pair.latched for pair in optimizer.stability()]
+                if arm == optimizers.OURS
+                else optimizer.stable
+            )
             if {*states} != {self.state == "latched"}:
-                raise RuntimeError(f"all pairs of {arm!r} must stay {self.state}, got latched {states}")
+                raise RuntimeError(
+                    f"all pairs of {arm!r} must stay {self.state}, got latched {states}"
+                )
 
 
 # The parameters' dtype, the moments' dtype, and whether a float32 master is kept.
@@ -94,7 +112,9 @@ STORAGE: dict[str, tuple[torch.dtype, torch.dtype, bool]] = {
 
 @dataclass(frozen=True)
 class StorageCase(Case):
-    """A pair learns a product of its own rank, on the same batches in every arm; products are float32."""
+    """A pair learns a product of its own rank, on the same batches in every arm; products are
+    float32.
+    """
 
     base = "fp32, moments fp32"
     rival = base
@@ -121,13 +141,20 @@ class StorageCase(Case):
 
     def _start(self, arm: str, seed: int) -> tuple[LoRAPair, slk.StableLoRAAdamW]:
         dtype, moments, master = STORAGE[arm]
-        a = torch.randn(self.r, self.width, generator=torch.Generator().manual_seed(seed)) / self.width**0.5
+        a = (
+            torch.randn(self.r, self.width, generator=torch.Generator().manual_seed(seed))
+            / self.width**0.5
+        )
         b = torch.zeros(self.width, self.r)
         pair = LoRAPair("pair", *(half.to(self.device, dtype).requires_grad_() for half in (a, b)))
-        return pair, slk.StableLoRAAdamW([pair], lr=2e-3, moments_dtype=moments, master_weights=master, seed=seed)
+        return pair, slk.StableLoRAAdamW(
+            [pair], lr=2e-3, moments_dtype=moments, master_weights=master, seed=seed
+        )
 
     def _loss(self, arm: str, seed: int) -> tuple[float, float]:
-        """The mean loss over the last tenth of the steps, and bytes of parameters, moments and masters per element."""
+        """The mean loss over the last tenth of the steps, and bytes of parameters, moments and
+        masters per element.
+        """
         pair, optimizer = self._start(arm, seed)
         torch.manual_seed(1000 + seed)
         b, a = torch.randn(self.width, self.r), torch.randn(self.r, self.width)
@@ -140,7 +167,9 @@ class StorageCase(Case):
             optimizer.step()
             losses.append(loss.item())
         kept = pair.A.nbytes + pair.B.nbytes + optimizers.state_bytes(optimizer)
-        return statistics.fmean(losses[-max(self.steps // 10, 1) :]), kept / (pair.A.numel() + pair.B.numel())
+        return statistics.fmean(losses[-max(self.steps // 10, 1) :]), kept / (
+            pair.A.numel() + pair.B.numel()
+        )
 
     def notes(self, arm: str) -> dict[str, Any]:
         losses, kept = zip(*(self._loss(arm, seed) for seed in range(self.seeds)), strict=True)
@@ -151,20 +180,30 @@ def cases(suite: str, device: torch.device) -> list[Case]:
     if suite == "tiny":
         return [
             OptimizerCase(2, 2, 32, "shrinking", "fp32", device),
-            *(OptimizerCase(pairs, 2, 32, "latched", "fp32", device, axis="pairs") for pairs in (1, 2, 4)),
+            *(
+                OptimizerCase(pairs, 2, 32, "latched", "fp32", device, axis="pairs")
+                for pairs in (1, 2, 4)
+            ),
             HostStepCase(device, 4, "kept"),
             HostStepCase(device, 4, "moved"),
             StorageCase(16, 2, 3, 1, device),
         ]
     shapes, dtypes = (QUICK, ["fp32"]) if suite == "quick" else (FULL, ["fp32", "bf16"])
     found: list[Case] = [
-        OptimizerCase(*shape, state, dtype, device) for shape, state, dtype in product(shapes, STATES, dtypes)
+        OptimizerCase(*shape, state, dtype, device)
+        for shape, state, dtype in product(shapes, STATES, dtypes)
     ]
     for state in STATES:
-        found += [OptimizerCase(pairs, 8, 256, state, "fp32", device, axis="pairs") for pairs in PAIRS]
-        found += [OptimizerCase(64, 8, width, state, "fp32", device, axis="parameters") for width in WIDTHS]
+        found += [
+            OptimizerCase(pairs, 8, 256, state, "fp32", device, axis="pairs") for pairs in PAIRS
+        ]
+        found += [
+            OptimizerCase(64, 8, width, state, "fp32", device, axis="parameters")
+            for width in WIDTHS
+        ]
     found += [
-        HostStepCase(device, pairs, how) for pairs, how in product((*PAIRS[:3], 224, *PAIRS[3:]), ("kept", "moved"))
+        HostStepCase(device, pairs, how)
+        for pairs, how in product((*PAIRS[:3], 224, *PAIRS[3:]), ("kept", "moved"))
     ]
     found += [HostStepCase(device, 224, "kept", r, 4096) for r in (8, 16)]
     return [*found, StorageCase(256, 16, 600, 3, device)]

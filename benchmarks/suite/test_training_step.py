@@ -1,4 +1,6 @@
-"""A whole training step: forward with its loss, backward, optimizer. The ``pretrained`` case takes every optimizer."""
+"""A whole training step: forward with its loss, backward, optimizer. The ``pretrained`` case takes
+every optimizer.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from benchmarks.suite.rivals import Case, Parts
 
 @dataclass(frozen=True)
 class TrainingCase(Case):
-    """A causal language model on random tokens, the same in every arm. All pairs keep shrinking: Stable-LoRA costs most then."""
+    """A causal language model on random tokens, the same in every arm. All pairs keep shrinking:
+    Stable-LoRA costs most then.
+    """
 
     base = FROZEN
     rival = PEFT
@@ -44,7 +48,9 @@ class TrainingCase(Case):
         return f"training {self.model}{targets} batch {self.batch}x{self.length} r{self.r} {self.dtype}"
 
     def adapters_and_optimizer(self, arm: str) -> tuple[str, str]:
-        return layers.ADAPTERS.get(arm, arm), optimizers.OURS if arm in self.ours else optimizers.ADAMW_FUSED
+        return layers.ADAPTERS.get(
+            arm, arm
+        ), optimizers.OURS if arm in self.ours else optimizers.ADAMW_FUSED
 
     def open(self) -> None:
         torch._dynamo.reset()
@@ -74,10 +80,19 @@ class TrainingCase(Case):
         def forward() -> None:
             with layers.autocast(self.device, self.dtype):
                 logits = call(ids).logits
-            loss.append(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
+            loss.append(
+                nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+                )
+            )
 
         step = optimizer.step if optimizer else lambda: None
-        return {"prepare": prepare, "forward": forward, "backward": lambda: loss[0].backward(), "optimizer": step}
+        return {
+            "prepare": prepare,
+            "forward": forward,
+            "backward": lambda: loss[0].backward(),
+            "optimizer": step,
+        }
 
     def notes(self, arm: str) -> dict[str, Any]:
         optimizer = self.shared["optimizers"][arm]
@@ -101,8 +116,9 @@ EVERY[OURS_WHOLE] = OURS, optimizers.OURS
 class PretrainedCase(TrainingCase):
     """What each optimizer adds to a step: the paper's overhead table, and our row in it.
 
-    The base is what most people run today: PEFT's layers and torch's fused AdamW. Forward and backward of two arms with equal
-    layers differ by noise alone; ``optimizer added_percent`` compares the optimizers alone.
+    The base is what most people run today: PEFT's layers and torch's fused AdamW. Forward and
+    backward of two arms with equal layers differ by noise alone; ``optimizer added_percent``
+    compares the optimizers alone.
     """
 
     base = f"{PEFT}, {optimizers.ADAMW_FUSED}"
@@ -126,11 +142,16 @@ def cases(suite: str, device: torch.device) -> list[Case]:
             TrainingCase(sizes, 2, 8, 2, "fp32", device),
             PretrainedCase(sizes, 2, 8, 2, "fp32", device, "query-value"),
         ]
-    found: list[Case] = [TrainingCase(Sizes(2, 512), 4, 128, 8, dtype, device) for dtype in ("fp32", AUTOCAST)]
+    found: list[Case] = [
+        TrainingCase(Sizes(2, 512), 4, 128, 8, dtype, device) for dtype in ("fp32", AUTOCAST)
+    ]
     for targets, dtype in product(("query-value", "all-linear"), ("fp32", AUTOCAST)):
         found.append(PretrainedCase("smollm2", 4, 32, 8, dtype, device, targets))
     if suite == "full":
-        found += [TrainingCase(Sizes(4, 768), 4, 128, r, dtype, device) for r, dtype in product((8, 64), STORED)]
+        found += [
+            TrainingCase(Sizes(4, 768), 4, 128, r, dtype, device)
+            for r, dtype in product((8, 64), STORED)
+        ]
     return found
 
 

@@ -1,4 +1,6 @@
-"""The command line, ``stablelora-kernels``: one module a command. ``import stablelora_kernels`` imports none of it."""
+"""The command line, ``stablelora-kernels``: one module a command. ``import stablelora_kernels``
+imports none of it.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,22 @@ from stablelora_kernels.cli.common import CommandError, Report, failing
 from stablelora_kernels.dispatch.settings import check_environment
 
 PROGRAM = "stablelora-kernels"
-# Each has HELP, a docstring that describes it, add_arguments(parser) and run(args, report) -> exit status.
-COMMANDS: dict[str, ModuleType] = {"doctor": doctor, "inspect": inspect, "merge": merge, "bench": bench}
+# Each has HELP, a docstring that describes it, add_arguments(parser) and run(args, report) -> exit
+# status.
+COMMANDS: dict[str, ModuleType] = {
+    "doctor": doctor,
+    "inspect": inspect,
+    "merge": merge,
+    "bench": bench,
+}
 
 
 def _wrapped(description: str) -> str:
     """Each paragraph of a description, wrapped to the terminal's width. argparse would join them."""
     wide = max(shutil.get_terminal_size().columns - 2, 11)
-    return "\n\n".join(textwrap.fill(" ".join(part.split()), wide) for part in description.split("\n\n"))
+    return "\n\n".join(
+        textwrap.fill(" ".join(part.split()), wide) for part in description.split("\n\n")
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,10 +45,14 @@ def _parser() -> argparse.ArgumentParser:
         "Exit status: 0 done, 1 tried and failed, 2 can't be tried, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", title="commands"
+    )
     for name, module in COMMANDS.items():
         options = {"help": module.HELP, "description": _wrapped(module.__doc__ or "")}
-        command = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        command = commands.add_parser(
+            name, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
@@ -47,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``, the process's own unless given, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        # A question mark in place of what the terminal does not know, such as ‖, and of lone surrogates in file names.
+        # A question mark in place of what the terminal does not know, such as ‖, and of lone
+        # surrogates in file names.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     running = PROGRAM
@@ -70,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{running}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read this has enough, as "| head" has. Python would complain again as it closes stdout.
+        # Whoever read this has enough, as "| head" has. Python would complain again as it closes
+        # stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -1,4 +1,6 @@
-"""What the commands share: one-line errors, arguments, and a report that prints itself as text or as JSON."""
+"""What the commands share: one-line errors, arguments, and a report that prints itself as text or
+as JSON.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablelora_kernels.model.adapter_files import CONFIG_NAME, PICKLES, WEIGHTS_NAME, Adapter, read_adapter, read_pair
+from stablelora_kernels.model.adapter_files import (
+    CONFIG_NAME,
+    PICKLES,
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter,
+    read_pair,
+)
 from stablelora_kernels.testing import torch_device
 from stablelora_kernels.utils import extras
 
@@ -23,7 +32,8 @@ from stablelora_kernels.utils import extras
 class CommandError(Exception):
     """Ends a command with one line on stderr.
 
-    Status 2: the command could not start (a bad argument, a missing file or package). Status 1: it started and failed.
+    Status 2: the command could not start (a bad argument, a missing file or package). Status 1: it
+    started and failed.
     """
 
     def __init__(self, message: str, status: int = 2) -> None:
@@ -33,7 +43,9 @@ class CommandError(Exception):
 
 @contextmanager
 def failing(*kinds: type[Exception], status: int = 2, before: str = "") -> Iterator[None]:
-    """End the command if the body raises an error of these kinds, with its message after ``before``."""
+    """End the command if the body raises an error of these kinds, with its message after
+    ``before``.
+    """
     try:
         yield
     except kinds as error:
@@ -62,7 +74,9 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def find(argument: str, given: str, patterns: Sequence[str]) -> Path:
-    """The path ``given``, or the directory of the hub repository ``given`` with the files that match ``patterns``."""
+    """The path ``given``, or the directory of the hub repository ``given`` with the files that
+    match ``patterns``.
+    """
     with failing(ImportError, OSError, ValueError):
         if (path := Path(given)).exists():
             return path
@@ -76,8 +90,8 @@ def find(argument: str, given: str, patterns: Sequence[str]) -> Path:
 def load_files(given: str, convert: Callable[[Tensor], Any]) -> Adapter:
     """Read the adapter that a user names. ``convert`` gets one tensor at a time.
 
-    A weights file may be given alone; the config in its directory counts, if there is one. An adapter that cannot be read ends
-    every command alike, with status 2.
+    A weights file may be given alone; the config in its directory counts, if there is one. An
+    adapter that cannot be read ends every command alike, with status 2.
     """
     path = find("ADAPTER", given, (CONFIG_NAME, WEIGHTS_NAME))
     try:
@@ -85,14 +99,18 @@ def load_files(given: str, convert: Callable[[Tensor], Any]) -> Adapter:
             return read_adapter(path, convert)
         if path.suffix != ".safetensors":
             pickled = ": a pickle can run code, so it is refused" if path.suffix in PICKLES else ""
-            raise CommandError(f"ADAPTER must be a directory or a safetensors file, got {given!r}{pickled}")
+            raise CommandError(
+                f"ADAPTER must be a directory or a safetensors file, got {given!r}{pickled}"
+            )
         return read_pair(path.with_name(CONFIG_NAME), path, convert)
     except (ValueError, ImportError, OSError) as error:
         raise CommandError(str(error).replace("path must", "ADAPTER must", 1)) from None
 
 
 class Report:
-    """What a command found: text, printed as it comes, or with ``--json`` the object ``data``, printed at the end."""
+    """What a command found: text, printed as it comes, or with ``--json`` the object ``data``,
+    printed at the end.
+    """
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -114,16 +132,21 @@ class Report:
         self, titles: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,),
         limit: int | None = None, noun: str = "rows",
     ) -> None:  # fmt: skip
-        """Print columns of minimal width; those in ``left`` are left-aligned. In a narrow terminal, the first one shrinks.
+        """Print columns of minimal width; those in ``left`` are left-aligned. In a narrow terminal,
+        the first one shrinks.
 
         Print only ``limit`` rows, and how many more there are of this ``noun``.
         """
         lines = [[printable(text) for text in row] for row in (titles, *rows[:limit])]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        widths[0] = min(widths[0], max(width() - sum(w + 2 for w in widths[1:]) - 2, len(titles[0]), 12))
+        widths[0] = min(
+            widths[0], max(width() - sum(w + 2 for w in widths[1:]) - 2, len(titles[0]), 12)
+        )
         for first, *rest in () if self.as_json else lines:
             cells = zip((shorten(first, widths[0]), *rest), widths, strict=True)
-            aligned = (f"{text:{w}}" if i in left else f"{text:>{w}}" for i, (text, w) in enumerate(cells))
+            aligned = (
+                f"{text:{w}}" if i in left else f"{text:>{w}}" for i, (text, w) in enumerate(cells)
+            )
             print("  " + "  ".join(aligned).rstrip())
         if limit is not None and len(rows) > limit:
             self.text(f"  … and {len(rows) - limit} {noun} more")
@@ -141,7 +164,9 @@ class Report:
 
 
 def printable(text: str) -> str:
-    """``text`` with escapes for control characters, by which a name in a file could hide a line of a terminal or fake one."""
+    """``text`` with escapes for control characters, by which a name in a file could hide a line of
+    a terminal or fake one.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -151,7 +176,9 @@ def width() -> int:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cut the middle out of a text that is too long. A module's name tells most at its layer number and its end."""
+    """Cut the middle out of a text that is too long. A module's name tells most at its layer number
+    and its end.
+    """
     if len(text) <= length:
         return text
     tail = (length + 1) // 2

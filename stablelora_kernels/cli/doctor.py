@@ -1,10 +1,12 @@
-"""Says which backend runs on this machine and why, lists versions, and tests every kernel family on small inputs. The error
-against a float64 computation must be at most twice the error of plain PyTorch, or what rounding allows (the bound).
+"""Says which backend runs on this machine and why, lists versions, and tests every kernel family on
+small inputs. The error against a float64 computation must be at most twice the error of plain
+PyTorch, or what rounding allows (the bound).
 
-On a GPU it tests the Triton kernels, on a CPU the PyTorch path. With --interpret it also tests the Triton kernels on the CPU,
-in Triton's interpreter.
+On a GPU it tests the Triton kernels, on a CPU the PyTorch path. With --interpret it also tests the
+Triton kernels on the CPU, in Triton's interpreter.
 
-Exit status: 0 all tests passed; 1 a test failed, or the chosen backend can't run here; 2 a bad argument."""
+Exit status: 0 all tests passed; 1 a test failed, or the chosen backend can't run here; 2 a bad
+argument."""
 
 from __future__ import annotations
 
@@ -43,13 +45,25 @@ OPTIONAL = {
     "bitsandbytes": "frozen weights in 4 and 8 bits",
     "torchao": "frozen weights in float8, int8 and int4",
 }
-VARIABLES = ("STABLELORA_BACKEND", "STABLELORA_KERNEL", "STABLELORA_AUTOTUNE", "STABLELORA_CACHE", "TRITON_INTERPRET")
+VARIABLES = (
+    "STABLELORA_BACKEND",
+    "STABLELORA_KERNEL",
+    "STABLELORA_AUTOTUNE",
+    "STABLELORA_CACHE",
+    "TRITON_INTERPRET",
+)
 IN_INTERPRETER = "the Triton kernels in Triton's interpreter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--interpret", action="store_true", help="also run the Triton kernels in Triton's interpreter")
-    parser.add_argument("--device", help="a torch device (default: the GPU if there is one, else the CPU)")
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="also run the Triton kernels in Triton's interpreter",
+    )
+    parser.add_argument(
+        "--device", help="a torch device (default: the GPU if there is one, else the CPU)"
+    )
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
@@ -62,7 +76,9 @@ def run(args: argparse.Namespace, report: Report) -> int:
     self_tests: dict[str, Iterator[Result]] = {}
     if name is not None:
         subject = "PyTorch's operators" if name == "torch" else "the Triton kernels"
-        self_tests[IN_INTERPRETER if interpreting else f"{subject} on {device}"] = run_checks(device)
+        self_tests[IN_INTERPRETER if interpreting else f"{subject} on {device}"] = run_checks(
+            device
+        )
     if args.interpret and not interpreting:
         self_tests[IN_INTERPRETER] = _interpreted()
     report.data["self_tests"] = []
@@ -77,7 +93,9 @@ def run(args: argparse.Namespace, report: Report) -> int:
     passed = [result["passed"] for test in report.data["self_tests"] for result in test["checks"]]
     report.data["ok"] = ok = name is not None and bool(passed) and all(passed)
     if name is None:
-        verdict = f"The backend {get_backend()!r} can't run here, so calls of this library will raise."
+        verdict = (
+            f"The backend {get_backend()!r} can't run here, so calls of this library will raise."
+        )
     elif all(passed):
         verdict = f"All {len(passed)} checks passed."
     else:
@@ -94,17 +112,26 @@ def _report_findings(device: torch.device, report: Report) -> str | None:
         name, reason = answer.backend, answer.reason
     except RuntimeError as error:
         reason = str(error)
-    environment = {variable: os.environ[variable] for variable in VARIABLES if variable in os.environ}
+    environment = {
+        variable: os.environ[variable] for variable in VARIABLES if variable in os.environ
+    }
     versions, optional = _versions(), {package: version_of(package) for package in OPTIONAL}
     chosen = {"device": str(device), "set": get_backend(), "name": name, "reason": reason}
     report.data = {"version": __version__, "backend": chosen, "environment": environment}
     report.data |= {"versions": versions, "optional": optional}
     report.text(f"Backend on {device}: {name or 'none'}, since {reason}")
-    report.text(*(f"  {variable}={value}" for variable, value in environment.items()), "", "Versions")
+    report.text(
+        *(f"  {variable}={value}" for variable, value in environment.items()), "", "Versions"
+    )
     report.pairs(versions)
     report.text("", "Optional packages")
     column = max(len(version or "missing") for version in optional.values())
-    report.pairs({package: f"{optional[package] or 'missing':{column}}  {use}" for package, use in OPTIONAL.items()})
+    report.pairs(
+        {
+            package: f"{optional[package] or 'missing':{column}}  {use}"
+            for package, use in OPTIONAL.items()
+        }
+    )
     return name
 
 
@@ -122,7 +149,11 @@ def _versions() -> dict[str, str]:
     for index in range(gpus):
         found["GPU" if gpus == 1 else f"GPU {index}"] = _gpu(index)
     built_for = torch.version.cuda or torch.version.hip
-    return found if gpus else found | {"GPU": f"no GPU that this torch {'sees' if built_for else 'could use'}"}
+    return (
+        found
+        if gpus
+        else found | {"GPU": f"no GPU that this torch {'sees' if built_for else 'could use'}"}
+    )
 
 
 def _gpu(index: int) -> str:
@@ -130,40 +161,67 @@ def _gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     name = f"{properties.name}, {arch_of(properties)}"
     if torch.version.hip:
-        return name if arch_of(properties) in DEVICES else f"{name}, for which the dispatch tables were not made"
+        return (
+            name
+            if arch_of(properties) in DEVICES
+            else f"{name}, for which the dispatch tables were not made"
+        )
     row, verdict = backend.row_of((properties.major, properties.minor)), backend.verdict_of(index)
     notes = [verdict.problem, verdict.taken_as, row.requirement]
     return "; ".join([name, *filter(None, notes)])
 
 
 def _report_results(title: str, results: list[Result], report: Report) -> None:
-    report.text("", f"Self-test of {title}, against float64, {sum(r['seconds'] for r in results):.1f} s")
+    report.text(
+        "", f"Self-test of {title}, against float64, {sum(r['seconds'] for r in results):.1f} s"
+    )
     rows = []
     for r in results:
-        figures = ("-", "-", "-") if r["error"] is None else (f"{r['error']:.2g}", f"{r['bound']:.2g}", r["of"])
+        figures = (
+            ("-", "-", "-")
+            if r["error"] is None
+            else (f"{r['error']:.2g}", f"{r['bound']:.2g}", r["of"])
+        )
         rows.append((r["family"], r["case"], "ok" if r["passed"] else "FAILED", *figures))
     report.table(("kernel family", "case", "", "error", "bound", "of"), rows, left=(0, 1, 2, 5))
-    report.text(*(f"  FAILED {r['family']}, {r['case']}: {r['problem']}" for r in results if not r["passed"]), hang=4)
+    report.text(
+        *(
+            f"  FAILED {r['family']}, {r['case']}: {r['problem']}"
+            for r in results
+            if not r["passed"]
+        ),
+        hang=4,
+    )
     if launched := sorted({kernel for r in results for kernel in r["kernels"]}):
         were = "was" if len(launched) == 1 else "were"
-        report.text(f"  {counted(len(launched), 'kernel')} {were} launched: {', '.join(launched)}", hang=4)
+        report.text(
+            f"  {counted(len(launched), 'kernel')} {were} launched: {', '.join(launched)}", hang=4
+        )
 
 
 # The self-test.
 
 
 def _interpreted() -> Iterator[Result]:
-    """The results of a process with Triton's interpreter on, since Triton reads TRITON_INTERPRET when it is imported."""
+    """The results of a process with Triton's interpreter on, since Triton reads TRITON_INTERPRET
+    when it is imported.
+    """
     command = [sys.executable, "-c", f"from {__name__} import print_checks; print_checks()"]
-    # The interpreter's arrays are so small that more threads make it slower. The user's own setting has precedence.
+    # The interpreter's arrays are so small that more threads make it slower. The user's own setting
+    # has precedence.
     environment = ONE_THREAD | os.environ | {"TRITON_INTERPRET": "1"}
     options: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "text": True}
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(command, stderr=errors, **options) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stderr=errors, **options) as process,
+    ):
         try:
             yield from map(json.loads, process.stdout or ())
             if process.wait():
                 errors.seek(0)
-                last = (errors.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+                last = (
+                    errors.read().strip().splitlines() or [f"exit status {process.returncode}"]
+                )[-1]
                 yield result_of("the interpreter's process", "", f"it ended early: {last}")
         finally:
             process.kill()

@@ -1,11 +1,12 @@
-"""Lists the contents of an adapter in PEFT's format. For each pair of A [r, n] and B [m, r] it shows rank, sizes, dtype, scaling,
-the Frobenius norms ‖A‖ and ‖B‖, bytes, and whether the pair is stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. It
-also names other tensors (modules_to_save, biases, DoRA's magnitudes) and everything beyond plain LoRA.
+"""Lists the contents of an adapter in PEFT's format. For each pair of A [r, n] and B [m, r] it
+shows rank, sizes, dtype, scaling, the Frobenius norms ‖A‖ and ‖B‖, bytes, and whether the pair is
+stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. It also names other tensors
+(modules_to_save, biases, DoRA's magnitudes) and everything beyond plain LoRA.
 
 It reads the file tensor by tensor, runs no code in it and refuses pickles (.bin).
 
-Exit status: 0 no problems; 1 values that are not finite, halves of pairs, or ranks that contradict the config; 2 the adapter
-can't be read."""
+Exit status: 0 no problems; 1 values that are not finite, halves of pairs, or ranks that contradict
+the config; 2 the adapter can't be read."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.cli.common import Report, failing, load_files, positive, printable, shorten, size, width
+from stablelora_kernels.cli.common import (
+    Report,
+    failing,
+    load_files,
+    positive,
+    printable,
+    shorten,
+    size,
+    width,
+)
 from stablelora_kernels.config import check_patterns, ends_of, lookup_pattern
 from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora
 from stablelora_kernels.pairs import split_lora_name
@@ -43,7 +53,8 @@ class Figures(NamedTuple):
     non_finite: int
 
 
-# The sort keys of --sort. Figures are sorted from the largest. A B of zeros is infinitely far from stable.
+# The sort keys of --sort. Figures are sorted from the largest. A B of zeros is infinitely far from
+# stable.
 SORTS: dict[str, Callable[[Row], Any]] = {
     "name": lambda p: _natural(p["name"]),
     "rank": lambda p: -p["r"],
@@ -53,7 +64,8 @@ SORTS: dict[str, Callable[[Row], Any]] = {
     "scaling": lambda p: -(p["scaling"] or 0.0),
     "bytes": lambda p: -p["bytes"],
 }
-# The columns of the table of pairs: their titles and figures. The first three are printed once if all pairs share the value.
+# The columns of the table of pairs: their titles and figures. The first three are printed once if
+# all pairs share the value.
 COLUMNS = {
     "r": "r", "scaling": "scaling", "dtype": "dtype", "n": "in_features", "m": "out_features", "‖A‖": "a_frobenius",
     "‖B‖": "b_frobenius", "‖A‖/n": "a_norm", "‖B‖/m": "b_norm", "bytes": "bytes", "": "stable",
@@ -62,10 +74,16 @@ PLAIN = ("a bias", "saved whole")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="a directory, an adapter_model.safetensors, or a hub id")
-    order = f"{', '.join(SORTS)}: by name, or the largest first (a: ‖A‖/n, b: ‖B‖/m, ratio: a over b)"
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="a directory, an adapter_model.safetensors, or a hub id"
+    )
+    order = (
+        f"{', '.join(SORTS)}: by name, or the largest first (a: ‖A‖/n, b: ‖B‖/m, ratio: a over b)"
+    )
     parser.add_argument("--sort", choices=SORTS, default="name", metavar="ORDER", help=order)
-    parser.add_argument("--limit", type=positive, metavar="N", help="list so many pairs and other tensors")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="list so many pairs and other tensors"
+    )
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
@@ -115,28 +133,49 @@ def _print(report: Report, pairs: list[Row], others: list[Row], limit: int | Non
         about["base model"] = str(config.get("base_model_name_or_path") or "not given")
     if beyond := report.data["beyond_plain_lora"]:
         about["beyond plain LoRA"] = "; ".join(beyond)
-    cells = [{title: _cell(figure, pair[figure]) for title, figure in COLUMNS.items()} for pair in pairs]
-    shared = [title for title in ("r", "scaling", "dtype") if len({row[title] for row in cells}) == 1]
-    about["pairs"] = ", ".join([str(len(pairs) or "none"), *(f"{title} {cells[0][title]}" for title in shared)])
-    about["stable"] = f"{totals['stable']} of {totals['pairs']} (‖A‖/n ≤ ‖B‖/m, for A [r, n] and B [m, r])"
+    cells = [
+        {title: _cell(figure, pair[figure]) for title, figure in COLUMNS.items()} for pair in pairs
+    ]
+    shared = [
+        title for title in ("r", "scaling", "dtype") if len({row[title] for row in cells}) == 1
+    ]
+    about["pairs"] = ", ".join(
+        [str(len(pairs) or "none"), *(f"{title} {cells[0][title]}" for title in shared)]
+    )
+    about["stable"] = (
+        f"{totals['stable']} of {totals['pairs']} (‖A‖/n ≤ ‖B‖/m, for A [r, n] and B [m, r])"
+    )
     report.pairs(about)
     if pairs:
         # The modules that all names begin with are printed once, which leaves room for the rest.
-        levels = zip(*(pair["name"].split(".")[:-1] for pair in pairs), strict=False) if len(pairs) > 1 else ()
-        prefix = "".join(f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels))
+        levels = (
+            zip(*(pair["name"].split(".")[:-1] for pair in pairs), strict=False)
+            if len(pairs) > 1
+            else ()
+        )
+        prefix = "".join(
+            f"{level[0]}." for level in takewhile(lambda level: len({*level}) == 1, levels)
+        )
         columns = [title for title in COLUMNS if title not in shared]
         names = (pair["name"][len(prefix) :] for pair in pairs)
-        rows = [[name, *(row[title] for title in columns)] for name, row in zip(names, cells, strict=True)]
+        rows = [
+            [name, *(row[title] for title in columns)]
+            for name, row in zip(names, cells, strict=True)
+        ]
         titles = (f"{prefix}…" if prefix else "pair", *columns)
         report.text("")
         report.table(titles, rows, left=(0, len(columns)), limit=limit, noun="pairs")
     if others:
         report.text("", "Other tensors")
-        rows = [[o["key"], str(o["shape"]), o["dtype"], size(o["bytes"]), o["kind"]] for o in others]
+        rows = [
+            [o["key"], str(o["shape"]), o["dtype"], size(o["bytes"]), o["kind"]] for o in others
+        ]
         titles = ("key", "shape", "dtype", "bytes", "what it is")
         report.table(titles, rows, left=(0, 4), limit=limit, noun="others")
     if report.data["problems"]:
-        report.text("", "Problems", *(f"  {problem}" for problem in report.data["problems"]), hang=4)
+        report.text(
+            "", "Problems", *(f"  {problem}" for problem in report.data["problems"]), hang=4
+        )
 
 
 def _figures(tensor: Tensor) -> Figures:
@@ -147,7 +186,13 @@ def _figures(tensor: Tensor) -> Figures:
             squares += values.square().sum().item()
             non_finite += int((~torch.isfinite(values)).sum())
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Figures(list(tensor.shape), dtype, tensor.numel() * tensor.element_size(), math.sqrt(squares), non_finite)
+    return Figures(
+        list(tensor.shape),
+        dtype,
+        tensor.numel() * tensor.element_size(),
+        math.sqrt(squares),
+        non_finite,
+    )
 
 
 def _sort_tensors(
@@ -155,7 +200,13 @@ def _sort_tensors(
 ) -> tuple[list[Row], list[Row]]:
     """The pairs and the other tensors. What is wrong with them goes to ``problems``."""
     if config.get("peft_type") == "LORA":
-        config = {**config, **{key: check_patterns(key, config.get(key)) for key in ("rank_pattern", "alpha_pattern")}}
+        config = {
+            **config,
+            **{
+                key: check_patterns(key, config.get(key))
+                for key in ("rank_pattern", "alpha_pattern")
+            },
+        }
     halves: dict[str, dict[str, Figures]] = {}
     others: list[Row] = []
     for key, s in tensors.items():
@@ -163,24 +214,35 @@ def _sort_tensors(
         if split is not None and len(s.shape) == 2:
             halves.setdefault(split[0], {})[split[1]] = s
         else:
-            about = {"shape": s.shape, "dtype": s.dtype, "bytes": s.bytes, "kind": _kind(key, s.shape)}
+            about = {
+                "shape": s.shape,
+                "dtype": s.dtype,
+                "bytes": s.bytes,
+                "kind": _kind(key, s.shape),
+            }
             others.append({"key": key.removeprefix(PREFIX), **about})
     pairs = []
     for name, half in halves.items():
         if len(half) == 1:
             (role,) = half
-            problems.append(f"{name} has lora_{role} {half[role].shape}, but no lora_{'B' if role == 'A' else 'A'}")
+            problems.append(
+                f"{name} has lora_{role} {half[role].shape}, but no lora_{'B' if role == 'A' else 'A'}"
+            )
             continue
         a, b = half["A"], half["B"]
         if a.shape[0] != b.shape[1]:
-            problems.append(f"{name} must have A [r, n] and B [m, r] of one r, got A {a.shape} and B {b.shape}")
+            problems.append(
+                f"{name} must have A [r, n] and B [m, r] of one r, got A {a.shape} and B {b.shape}"
+            )
             continue
         pairs.append(_pair(name, a, b, *_rank_and_scaling(name, a.shape[0], config, problems)))
     return pairs, sorted(others, key=lambda other: _natural(other["key"]))
 
 
 def _pair(name: str, a: Figures, b: Figures, r: int, scaling: float | None) -> Row:
-    """The figures of A [r, n] and B [m, r]: ``a_norm`` is ‖A‖/n, ``b_norm`` ‖B‖/m; ``stable`` is None if one is not finite."""
+    """The figures of A [r, n] and B [m, r]: ``a_norm`` is ‖A‖/n, ``b_norm`` ‖B‖/m; ``stable`` is
+    None if one is not finite.
+    """
     n, m = a.shape[1], b.shape[0]
     a_norm, b_norm = a.norm / max(n, 1), b.norm / max(m, 1)
     stable = a_norm <= b_norm if math.isfinite(a_norm) and math.isfinite(b_norm) else None
@@ -202,10 +264,14 @@ def _cell(figure: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _rank_and_scaling(name: str, r: int, config: Mapping[str, Any], problems: list[str]) -> tuple[int, float | None]:
-    """The rank and the scaling that PEFT uses with this config, if there is one; ``r`` is that of A.
+def _rank_and_scaling(
+    name: str, r: int, config: Mapping[str, Any], problems: list[str]
+) -> tuple[int, float | None]:
+    """The rank and the scaling that PEFT uses with this config, if there is one; ``r`` is that of
+    A.
 
-    A stack of experts has a multiple of its rank there. Any other rank that differs from the file's is a problem.
+    A stack of experts has a multiple of its rank there. Any other rank that differs from the file's
+    is a problem.
     """
     if config.get("peft_type") != "LORA" or r < 1:
         return r, None
@@ -215,14 +281,20 @@ def _rank_and_scaling(name: str, r: int, config: Mapping[str, Any], problems: li
         problems.append(f"{name} has rank {r}, but its config says {shown(rank)}")
         rank = r
     alpha = lookup_pattern(config["alpha_pattern"], (key,), config.get("lora_alpha", PEFT_ALPHA))
-    return rank, check_float(f"lora_alpha of {name}", alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, check_float(f"lora_alpha of {name}", alpha) / (
+        math.sqrt(rank) if config.get("use_rslora") else rank
+    )
 
 
 def _stack(name: str, config: Mapping[str, Any]) -> str | None:
-    """The name of the stack of experts that a pair is of, or None: PEFT's files have its place among nested modules instead."""
+    """The name of the stack of experts that a pair is of, or None: PEFT's files have its place
+    among nested modules instead.
+    """
     module = re.sub(r"(\.base_layer)*$", "", name)
     given = config.get("target_parameters")
-    targets = [target for target in given if isinstance(target, str)] if isinstance(given, list) else []
+    targets = (
+        [target for target in given if isinstance(target, str)] if isinstance(given, list) else []
+    )
     stacks = {f"{module}.{target.rpartition('.')[2]}" for target in targets}
     # PEFT nests in the order of the module's parameters, and down comes last.
     found = sorted(
@@ -239,7 +311,11 @@ def _kind(key: str, shape: list[int]) -> str:
     if "lora_embedding_" in key:
         return "LoRA on an embedding"
     if ".lora_A." in key or ".lora_B." in key:
-        return "LoRA's own bias" if key.endswith(".bias") else f"LoRA of {len(shape)} dimensions (a convolution)"
+        return (
+            "LoRA's own bias"
+            if key.endswith(".bias")
+            else f"LoRA of {len(shape)} dimensions (a convolution)"
+        )
     if ".lora_" in key:
         return "a variant of LoRA"
     return PLAIN[0] if key.endswith("bias") else PLAIN[1]
@@ -248,7 +324,9 @@ def _kind(key: str, shape: list[int]) -> str:
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key that orders numbers in a name by value: layers.2 before layers.10."""
     # By their count and the digits themselves: int() takes no more than 4,300.
-    return [(len(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"0*([0-9]+)", name))]
+    return [
+        (len(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"0*([0-9]+)", name))
+    ]
 
 
 def _describe(config: Mapping[str, Any]) -> str:

@@ -1,13 +1,13 @@
-"""Adds each pair's scaling · B A to its weight in float32, rounds once to the stored dtype, and writes a model directory
-(safetensors, config and tokenizer) that transformers loads without an adapter. Says how much of each layer's change was
-rounded away.
+"""Adds each pair's scaling · B A to its weight in float32, rounds once to the stored dtype, and
+writes a model directory (safetensors, config and tokenizer) that transformers loads without an
+adapter. Says how much of each layer's change was rounded away.
 
-The directory appears whole or not at all. It replaces one only with --overwrite, and only one that this command wrote and that
-holds no other files. Values that are not finite are refused, and so are quantized models, whose sums would
-have to be quantized anew. No code of the model's own is run.
+The directory appears whole or not at all. It replaces one only with --overwrite, and only one that
+this command wrote and that holds no other files. Values that are not finite are refused, and so are
+quantized models, whose sums would have to be quantized anew. No code of the model's own is run.
 
-Exit status: 0 written; 1 the merge was refused or failed, and nothing is written; 2 the merge could not start, for example
-because the adapter can't be read."""
+Exit status: 0 written; 1 the merge was refused or failed, and nothing is written; 2 the merge could
+not start, for example because the adapter can't be read."""
 
 from __future__ import annotations
 
@@ -40,17 +40,38 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
 )  # fmt: skip
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+)
 # What the command wrote, and of what. --overwrite removes no file that is not named there.
 RECORD = "stablelora_merge.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="an adapter's directory in PEFT's format, or a hub id")
-    parser.add_argument("--into", required=True, metavar="MODEL", help="a transformers model's directory, or a hub id")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the merged model goes")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the model's); takes float32's memory")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if this command wrote it")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="an adapter's directory in PEFT's format, or a hub id"
+    )
+    parser.add_argument(
+        "--into",
+        required=True,
+        metavar="MODEL",
+        help="a transformers model's directory, or a hub id",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="where the merged model goes"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype to store (default: the model's); takes float32's memory",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace DIR if this command wrote it"
+    )
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
@@ -58,7 +79,9 @@ def run(args: argparse.Namespace, report: Report) -> int:
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out must be a directory, got the file {given}")
     if out.is_dir() and any(out.iterdir()) and not args.overwrite:
-        raise CommandError(f"--out must be empty or not there, got {given} with files in it; or --overwrite")
+        raise CommandError(
+            f"--out must be empty or not there, got {given} with files in it; or --overwrite"
+        )
     adapter = find("ADAPTER", args.adapter, (CONFIG_NAME, WEIGHTS_NAME))
     if adapter.is_file():
         raise CommandError(f"ADAPTER must be a directory, got the file {args.adapter!r}")
@@ -69,7 +92,9 @@ def run(args: argparse.Namespace, report: Report) -> int:
         if path.resolve().is_relative_to(out):
             raise CommandError(f"--out must not hold {name}, got {given} with {str(path)!r} in it")
     if out.is_dir() and (foreign := _not_ours(out)):
-        raise CommandError(f"--overwrite replaces only what this command wrote, got {given} with {list_some(foreign)}")
+        raise CommandError(
+            f"--overwrite replaces only what this command wrote, got {given} with {list_some(foreign)}"
+        )
 
     dtype = DTYPES[args.dtype] if args.dtype else None
     architecture = _architecture(source)
@@ -85,9 +110,19 @@ def run(args: argparse.Namespace, report: Report) -> int:
         model.to(dtype)
     _check_finite(model)
     # Each writer raises its own class, for example when the disk is full.
-    with failing(Exception, status=1, before=f"--out {given} could not be written: "), _appearing(out) as directory:
+    with (
+        failing(Exception, status=1, before=f"--out {given} could not be written: "),
+        _appearing(out) as directory,
+    ):
         model.save_pretrained(directory)
-        copied = sorted({file.name for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+        copied = sorted(
+            {
+                file.name
+                for pattern in TOKENIZER_FILES
+                for file in source.glob(pattern)
+                if file.is_file()
+            }
+        )
         for name in copied:
             shutil.copyfile(source / name, directory / name)
         names = sorted(file.name for file in directory.iterdir())
@@ -100,7 +135,10 @@ def run(args: argparse.Namespace, report: Report) -> int:
         "dtype": str(model.dtype).removeprefix("torch."),
         "merged": len(merged.errors),
         "worst": merged.worst,
-        "errors": {name: asdict(error) | {"relative": error.relative} for name, error in merged.errors.items()},
+        "errors": {
+            name: asdict(error) | {"relative": error.relative}
+            for name, error in merged.errors.items()
+        },
         "untied": untied,
         "copied": copied,
         "notes": list(notes),
@@ -128,11 +166,15 @@ def _architecture(source: Path) -> Any:
     """The transformers class that the model's config names."""
     file = source / "config.json"
     if not file.is_file():
-        raise CommandError(f"--into must be a model's directory with config.json, got {str(source)!r} without it")
+        raise CommandError(
+            f"--into must be a model's directory with config.json, got {str(source)!r} without it"
+        )
     with failing(ValueError):
         config = read_json(file)
     if (quantized := config.get("quantization_config")) is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        method = (
+            quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        )
         raise CommandError(
             f"--into must be a model in full precision, got one that is quantized ({method}): the sum would have to be "
             "quantized anew, which loses more than most adapters add; merge into the model it was made from"
@@ -145,21 +187,28 @@ def _architecture(source: Path) -> Any:
     found = getattr(transformers, str(names[0]), None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         custom = ", and code of its own (auto_map) is not run" if config.get("auto_map") else ""
-        raise CommandError(f"architectures in {file} must name a class of transformers, got {names[0]!r}{custom}")
+        raise CommandError(
+            f"architectures in {file} must name a class of transformers, got {names[0]!r}{custom}"
+        )
     return found
 
 
 def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:
-    """The model in its own dtype, or in float32 if ``dtype`` is given: then the sum is rounded only once."""
+    """The model in its own dtype, or in float32 if ``dtype`` is given: then the sum is rounded only
+    once.
+    """
     options = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     # transformers raises dozens of classes for bad files.
     with failing(Exception, status=1, before=f"--into {str(source)!r} can't be loaded: "):
-        model, info = architecture.from_pretrained(source, dtype=torch.float32 if dtype else "auto", **options)
+        model, info = architecture.from_pretrained(
+            source, dtype=torch.float32 if dtype else "auto", **options
+        )
     # transformers initializes missing weights randomly.
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := sorted(map(str, info[problem])):
             raise CommandError(
-                f"--into must hold all weights of {architecture.__name__}, got {list_some(keys)} {problem[:-5]}", 1
+                f"--into must hold all weights of {architecture.__name__}, got {list_some(keys)} {problem[:-5]}",
+                1,
             )
     return model
 
@@ -181,7 +230,11 @@ def _tied(model: Any) -> bool:
 
 def _check_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not all(map(torch.isfinite, torch.aminmax(tensor)))
+        ):
             raise CommandError(
                 f"the merged model must be finite, got {name} in {str(tensor.dtype).removeprefix('torch.')} with values "
                 "that are not",
@@ -195,16 +248,26 @@ def _not_ours(out: Path) -> list[str]:
         named = read_json(out / RECORD).get("files")
     except (OSError, ValueError):
         named = None
-    ours = set(named) if isinstance(named, list) and all(isinstance(name, str) for name in named) else set()
-    return sorted(file.name for file in out.iterdir() if file.name not in ours or not file.is_file())
+    ours = (
+        set(named)
+        if isinstance(named, list) and all(isinstance(name, str) for name in named)
+        else set()
+    )
+    return sorted(
+        file.name for file in out.iterdir() if file.name not in ours or not file.is_file()
+    )
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """Yield a new directory that replaces ``out`` when the body is done. If the body fails, ``out`` stays unchanged."""
+    """Yield a new directory that replaces ``out`` when the body is done. If the body fails, ``out``
+    stays unchanged.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     # In the same file system, so that moving is a rename.
-    lock, new, old = (out.with_name(f".{out.name}.{kind}") for kind in ("merge.lock", "merge.tmp", "merge.old"))
+    lock, new, old = (
+        out.with_name(f".{out.name}.{kind}") for kind in ("merge.lock", "merge.tmp", "merge.old")
+    )
 
     def clean_up() -> None:
         # Stopped between the two renames.

@@ -1,4 +1,6 @@
-"""The self-test of ``doctor``: every kernel on small inputs, within the bound on errors that this repository's tests use."""
+"""The self-test of ``doctor``: every kernel on small inputs, within the bound on errors that this
+repository's tests use.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, make, run
 from stablelora_kernels.testing.expectations import expectations
 
 SCALING = 1.7
-# Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another probability.
+# Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another
+# probability.
 DROPOUT = 0.125
 Result = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -34,7 +37,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """A check of one kernel family. ``run`` returns how far each result is off, and how far it may be."""
+    """A check of one kernel family. ``run`` returns how far each result is off, and how far it may
+    be.
+    """
 
     family: str
     case: str
@@ -44,7 +49,8 @@ class Check:
 
 
 def checks() -> list[Check]:
-    """Every check. On Hopper and Blackwell they launch every kernel: dispatch chooses them for these sizes.
+    """Every check. On Hopper and Blackwell they launch every kernel: dispatch chooses them for
+    these sizes.
 
     Only for gate and up in one kernel it wants larger sizes, so "split" asks for that.
     """
@@ -56,24 +62,40 @@ def checks() -> list[Check]:
         ("lora_linear", "many rows, fp16"): Case("linear", (70, 96), (136,), (16,), FP16),
         ("lora_linear", "many rows, fp32"): Case("linear", (70, 48), (72,), (8,)),
         ("lora_linear", "dropout, bf16"): Case("linear", (70, 48), (72,), (8,), BF16, p=DROPOUT),
-        ("lora_linear_group", "3 projections, bf16"): Case("group", (70, 96), (72, 24, 24), (8, 4, 4), BF16),
-        ("lora_linear_group", "dropout, fp16"): Case("group", (70, 96), (72, 24, 24), (8, 4, 4), FP16, p=DROPOUT),
+        ("lora_linear_group", "3 projections, bf16"): Case(
+            "group", (70, 96), (72, 24, 24), (8, 4, 4), BF16
+        ),
+        ("lora_linear_group", "dropout, fp16"): Case(
+            "group", (70, 96), (72, 24, 24), (8, 4, 4), FP16, p=DROPOUT
+        ),
         ("lora_linear_quantized", "NF4, nested scales"): Case(
             "linear", (37, 128), (72,), (8,), BF16, quantized=("nf4 nested",)
         ),
-        ("lora_linear_quantized", "NF4, many rows"): Case("linear", (300, 128), (72,), (8,), BF16, quantized=("nf4",)),
-        ("lora_linear_quantized", "float8"): Case("linear", (37, 128), (72,), (8,), BF16, quantized=("fp8",)),
+        ("lora_linear_quantized", "NF4, many rows"): Case(
+            "linear", (300, 128), (72,), (8,), BF16, quantized=("nf4",)
+        ),
+        ("lora_linear_quantized", "float8"): Case(
+            "linear", (37, 128), (72,), (8,), BF16, quantized=("fp8",)
+        ),
         ("lora_branch", "bf16"): Case("branch", (70, 48), (72,), (8,), BF16),
         ("lora_mlp", "bf16"): Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16),
         ("lora_mlp", "odd sizes, bf16"): Case("mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16),
-        ("lora_mlp", "gate and up in one, bf16"): Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16, kernel="split"),
-        ("lora_mlp", "gate and up in one, odd"): Case("mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16, kernel="split"),
-        ("lora_mlp", "dropout, fp16"): Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), FP16, p=DROPOUT),
+        ("lora_mlp", "gate and up in one, bf16"): Case(
+            "mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16, kernel="split"
+        ),
+        ("lora_mlp", "gate and up in one, odd"): Case(
+            "mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16, kernel="split"
+        ),
+        ("lora_mlp", "dropout, fp16"): Case(
+            "mlp", (70, 64), (96, 96, 64), (8, 4, 8), FP16, p=DROPOUT
+        ),
         ("lora_mlp", "NF4 and float8, bf16"): Case(
             "mlp", (300, 64), (96, 96, 64), (8, 4, 8), BF16, quantized=("nf4 nested", "nf4", "fp8")
         ),
     }
-    of_calls = [Check(family, words, partial(check_call, case)) for (family, words), case in calls.items()]
+    of_calls = [
+        Check(family, words, partial(check_call, case)) for (family, words), case in calls.items()
+    ]
     return [
         *of_calls,
         Check("dropout's mask", "forward and backward", check_mask),
@@ -87,7 +109,9 @@ def checks() -> list[Check]:
 
 
 def run_checks(device: torch.device) -> Iterator[Result]:
-    """Yield each check's result, on the current backend. A forced kernel and autotuning are turned off meanwhile."""
+    """Yield each check's result, on the current backend. A forced kernel and autotuning are turned
+    off meanwhile.
+    """
     counts: Counter[str] = Counter()
     if on_triton := backend.resolve_backend(device) == "triton":
         from stablelora_kernels.launch.base import launch_counts as counts
@@ -108,17 +132,32 @@ def run_checks(device: torch.device) -> Iterator[Result]:
         except Exception as raised:  # doctor reports any failure.
             problem = " ".join(f"{type(raised).__name__}: {raised}".split())
         # The counts include the vendor library's products.
-        kernels = sorted(name.removeprefix("_").removesuffix("_kernel") for name in counts - before if name != "vendor")
+        kernels = sorted(
+            name.removeprefix("_").removesuffix("_kernel")
+            for name in counts - before
+            if name != "vendor"
+        )
         if on_triton and check.has_kernels and not kernels and problem is None:
             problem = "no Triton kernel was launched"
         seconds = round(time.perf_counter() - begun, 3)
-        yield result_of(check.family, check.case, problem, **figures, kernels=kernels, seconds=seconds)
+        yield result_of(
+            check.family, check.case, problem, **figures, kernels=kernels, seconds=seconds
+        )
 
 
 def result_of(family: str, case: str, problem: str | None, **known: Any) -> Result:
-    """A check's result, with the Triton ``kernels`` that it launched. ``problem`` says why it failed, or is None."""
+    """A check's result, with the Triton ``kernels`` that it launched. ``problem`` says why it
+    failed, or is None.
+    """
     unknown: Result = {"error": None, "bound": None, "of": "", "kernels": [], "seconds": 0.0}
-    return {"family": family, "case": case, **unknown, **known, "problem": problem, "passed": problem is None}
+    return {
+        "family": family,
+        "case": case,
+        **unknown,
+        **known,
+        "problem": problem,
+        "passed": problem is None,
+    }
 
 
 def check_call(case: Case, device: torch.device) -> list[Deviation]:
@@ -142,7 +181,8 @@ def check_shape(name: str, value: Tensor, ref: Tensor) -> None:
 def check_mask(device: torch.device) -> list[Deviation]:
     """Compare the masks of forward, backward and the reference element by element.
 
-    With a zero weight and identities as A and B, Y is the mask times a constant for X = 1, and so is dX for dY = 1.
+    With a zero weight and identities as A and B, Y is the mask times a constant for X = 1, and so
+    is dX for dY = 1.
     """
     m, k = 70, 64
     x = torch.ones(m, k, dtype=BF16, device=device).requires_grad_()
@@ -158,7 +198,9 @@ def check_mask(device: torch.device) -> list[Deviation]:
     kept = int(keep.sum())
     # Five standard deviations of a binomial.
     if abs(kept - (1 - DROPOUT) * m * k) > 5 * (DROPOUT * (1 - DROPOUT) * m * k) ** 0.5:
-        raise AssertionError(f"the mask must keep about {1 - DROPOUT:g} of {m * k} elements, got {kept}")
+        raise AssertionError(
+            f"the mask must keep about {1 - DROPOUT:g} of {m * k} elements, got {kept}"
+        )
     wrong = int(((y != 0) != keep).sum() + ((dx != 0) != keep).sum())
     return [Deviation(wrong, 0, "elements")]
 
@@ -172,7 +214,8 @@ def check_experts(device: torch.device, *, dtype: torch.dtype) -> list[Deviation
     ]
     x, grad = (torch.cat([expert[name] for expert in experts]) for name in ("x", "grad"))
     weight, bias, lora_A, lora_B = (
-        torch.stack([expert[name] for expert in experts]) for name in ("weight", "bias", "lora_A", "lora_B")
+        torch.stack([expert[name] for expert in experts])
+        for name in ("weight", "bias", "lora_A", "lora_B")
     )
     leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
     offsets = torch.tensor(rows, device=device).cumsum(0)
@@ -193,13 +236,20 @@ def check_experts(device: torch.device, *, dtype: torch.dtype) -> list[Deviation
         for name, value in results.items():
             label = f"{name} of expert {e}"
             measured += testing.deviations(
-                value, refs[name], baselines[name], dtype=dtype, rounding=roundings[name], name=label
+                value,
+                refs[name],
+                baselines[name],
+                dtype=dtype,
+                rounding=roundings[name],
+                name=label,
             )
     return measured
 
 
 def dora(t: dict[str, Tensor]) -> Tensor:
-    """``(m / n) ∘ (X W^T + s X A^T B^T) + bias``, n the norms of the rows of W + s B A: operator by operator, n a constant."""
+    """``(m / n) ∘ (X W^T + s X A^T B^T) + bias``, n the norms of the rows of W + s B A: operator by
+    operator, n a constant.
+    """
     lora_A, lora_B = t["lora_A"].to(t["x"].dtype), t["lora_B"].to(t["x"].dtype)
     with torch.no_grad():
         norms = (t["weight"] + SCALING * (lora_B @ lora_A)).to(t["magnitude"].dtype).norm(dim=1)
@@ -219,7 +269,10 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         leaves = [operands[name].requires_grad_() for name in names]
         y = call(operands)
         gradients = torch.autograd.grad(y, leaves, grad.to(y.dtype))
-        return {"Y": y.detach(), **{f"d{name}": t for name, t in zip(names, gradients, strict=True)}}
+        return {
+            "Y": y.detach(),
+            **{f"d{name}": t for name, t in zip(names, gradients, strict=True)},
+        }
 
     def ours(t: Tensors) -> Tensor:
         product = lora_linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], SCALING)
@@ -229,12 +282,20 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         return scale_columns(product, t["magnitude"] / norms, t["bias"])
 
     found, refs, baselines = results(ours, None), results(dora, torch.float64), results(dora, None)
-    weight, lora_A, lora_B = (testing.rounded_operand(inputs[name], dtype) for name in ("weight", "lora_A", "lora_B"))
+    weight, lora_A, lora_B = (
+        testing.rounded_operand(inputs[name], dtype) for name in ("weight", "lora_A", "lora_B")
+    )
     layer = RoundedLayer(Arithmetic(dtype), weight, None, lora_A, lora_B, SCALING)
-    norms = (inputs["weight"].double() + SCALING * inputs["lora_B"].double() @ inputs["lora_A"].double()).norm(dim=1)
-    rounded = RoundedDoRA(layer, inputs["magnitude"].double(), norms, testing.rounded_operand(inputs["bias"], dtype))
+    norms = (
+        inputs["weight"].double() + SCALING * inputs["lora_B"].double() @ inputs["lora_A"].double()
+    ).norm(dim=1)
+    rounded = RoundedDoRA(
+        layer, inputs["magnitude"].double(), norms, testing.rounded_operand(inputs["bias"], dtype)
+    )
     roundings = {"Y": rounded.forward(testing.as_rows(inputs["x"], dtype))}
-    roundings |= {f"d{name}": t for name, t in rounded.backward(testing.as_rows(grad, dtype)).items()}
+    roundings |= {
+        f"d{name}": t for name, t in rounded.backward(testing.as_rows(grad, dtype)).items()
+    }
     measured = []
     for name, value in found.items():
         check_shape(name, value, refs[name])
@@ -245,7 +306,9 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
 
 
 def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
-    """Three steps over a shrinking pair, one that latches at once and a lone parameter; the latch steps must be the oracle's."""
+    """Three steps over a shrinking pair, one that latches at once and a lone parameter; the latch
+    steps must be the oracle's.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -255,7 +318,9 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         "shrinks.lora_A": normal(8, 40), "shrinks.lora_B": normal(24, 8, std=0.0),
         "latches.lora_A": normal(3, 5, std=0.1), "latches.lora_B": normal(31, 3, std=9.0), "lone": normal(17),
     }  # fmt: skip
-    grads = [{name: normal(*tensor.shape, std=1e-2) for name, tensor in start.items()} for _ in range(3)]
+    grads = [
+        {name: normal(*tensor.shape, std=1e-2) for name, tensor in start.items()} for _ in range(3)
+    ]
     settings: dict[str, Any] = {"lr": 1e-2, "shrink_ratio": 5e-3}
 
     ours = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
@@ -266,7 +331,9 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         optimizer.step()
 
     def plain(kind: torch.dtype) -> tuple[Tensors, dict[str, int | None]]:
-        """Algorithm 1 operator by operator in the dtype ``kind``: the parameters and the latch steps."""
+        """Algorithm 1 operator by operator in the dtype ``kind``: the parameters and the latch
+        steps.
+        """
         named = {name: tensor.to(kind, copy=True) for name, tensor in start.items()}
         reference = StableAdamWRef(lora_pairs(named.items()), [named["lone"]], **settings)
         for step in grads:
@@ -281,5 +348,7 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
     measured = []
     for name, parameter in ours.items():
         check_shape(name, parameter, refs[name])
-        measured += testing.deviations(parameter.detach(), refs[name], baselines[name], dtype=dtype, name=name)
+        measured += testing.deviations(
+            parameter.detach(), refs[name], baselines[name], dtype=dtype, name=name
+        )
     return measured

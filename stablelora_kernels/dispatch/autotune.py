@@ -1,7 +1,8 @@
-"""Autotuning, off by default: it measures kernels and tiles for a call of ``lora_linear`` once and keeps the answer on disk.
+"""Autotuning, off by default: it measures kernels and tiles for a call of ``lora_linear`` once and
+keeps the answer on disk.
 
-Each candidate runs on the call's own tensors. That is safe: launches overwrite their result, and the call runs the winner
-once more at the end.
+Each candidate runs on the call's own tensors. That is safe: launches overwrite their result, and
+the call runs the winner once more at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ logger = logging.getLogger("stablelora_kernels")
 
 
 def time_on_gpu(run: Callable[[], None]) -> float:
-    """Median seconds of ``run`` on the current GPU, with a cold L2 cache, as between a model's layers."""
+    """Median seconds of ``run`` on the current GPU, with a cold L2 cache, as between a model's
+    layers.
+    """
     import triton.testing
 
     return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median") * 1e-3
@@ -40,7 +43,8 @@ def time_on_gpu(run: Callable[[], None]) -> float:
 # Tests replace it.
 measure: Callable[[Callable[[], None]], float] = time_on_gpu
 
-# A candidate must beat the table's choice by more than this. Less is noise, which would make answers differ from run to run.
+# A candidate must beat the table's choice by more than this. Less is noise, which would make
+# answers differ from run to run.
 TIE = 0.02
 
 
@@ -48,24 +52,35 @@ def _tiles(device: Device, call: Call) -> list[Tile]:
     """Tiles worth trying besides the table's."""
     size = call.dtype.itemsize
     if call.m <= problem.SMALL_M:
-        # 8 to 32 KiB of W a stage: less leaves the memory idle, more leaves no room for stages. The plan sets BLOCK_M.
-        sizes = [(n, k) for n in (32, 64, 128) for k in (64, 128, 256) if 8 <= n * k * size / 1024 <= 32]
+        # 8 to 32 KiB of W a stage: less leaves the memory idle, more leaves no room for stages. The
+        # plan sets BLOCK_M.
+        sizes = [
+            (n, k) for n in (32, 64, 128) for k in (64, 128, 256) if 8 <= n * k * size / 1024 <= 32
+        ]
         return [Tile(16, n, k, 4, 4) for n, k in sizes]
     if size == 4:
         return [Tile(32, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)]
-    tiles = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)]
+    tiles = [
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 128, 64, 4, 4),
+        Tile(128, 64, 64, 4, 4),
+    ]
     if 100 <= device.generation < 120:
         # Wider ones outgrow tensor memory.
         return tiles
     tiles.append(Tile(64, 256, 64, 8, 3))
     if device.nvidia:
-        # Without descriptors, the registers and a small shared memory have room for shallow steps only.
+        # Without descriptors, the registers and a small shared memory have room for shallow steps
+        # only.
         tiles.append(Tile(128, 256, 64, 8, 3) if device.tma else Tile(128, 256, 32, 8, 4))
     return tiles
 
 
 def candidates(device: Device, call: Call) -> dict[str, Choice]:
-    """By name, the table's choice first, then every kernel that can do ``call``, with the table's tile and with others."""
+    """By name, the table's choice first, then every kernel that can do ``call``, with the table's
+    tile and with others.
+    """
     found = [rules.choose(device, call)]
     for kernel in rules.possible_kernels(call):
         tiles = [] if kernel == "vendor" else _tiles(device, call)
@@ -83,9 +98,10 @@ def _name(choice: Choice) -> str:
 def call_key(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> str:
     """The calls that share an answer, in words.
 
-    M is rounded up to a power of two, so that batches of any size share few answers. The table's limits on M are powers of two
-    as well. The key leaves out what hardly costs time: dropout's probability, the strides of A and B, and whether dA, dB and S
-    are wanted. A checkpointed layer thus takes the same kernel when its forward runs again.
+    M is rounded up to a power of two, so that batches of any size share few answers. The table's
+    limits on M are powers of two as well. The key leaves out what hardly costs time: dropout's
+    probability, the strides of A and B, and whether dA, dB and S are wanted. A checkpointed layer
+    thus takes the same kernel when its forward runs again.
     """
     call = call._replace(m=1 << (call.m - 1).bit_length())
     tf32 = call.dtype == torch.float32 and tf32_allowed()
@@ -107,8 +123,14 @@ def _made_for(device: Device, torch_device: torch.device) -> str:
     import triton
 
     on_gpu = torch_device.type == "cuda"
-    name = torch.cuda.get_device_name(torch_device) if on_gpu else f"interpreter on {torch_device.type}"
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, stablelora_kernels {__version__}"
+    name = (
+        torch.cuda.get_device_name(torch_device)
+        if on_gpu
+        else f"interpreter on {torch_device.type}"
+    )
+    versions = (
+        f"torch {torch.__version__}, triton {triton.__version__}, stablelora_kernels {__version__}"
+    )
     return f"{name}, {device}, cuda {torch.version.cuda}, hip {torch.version.hip}, {versions}"
 
 
@@ -125,11 +147,14 @@ def _signature(launches: list[Any]) -> str:
 def _measure_all(
     choices: dict[str, Choice], build: Callable[..., list[Any]], y: Tensor, key: str
 ) -> dict[str, Any] | None:
-    """The answer: the fastest of ``choices``, all times, and why some failed. None if the first one, the table's, failed."""
+    """The answer: the fastest of ``choices``, all times, and why some failed. None if the first
+    one, the table's, failed.
+    """
     times: dict[str, float] = {}
     skipped: dict[str, str] = {}
     seen: set[str] = set()
-    # Compare results on some rows: a compiler may emit an empty kernel without an error, which would be the fastest.
+    # Compare results on some rows: a compiler may emit an empty kernel without an error, which
+    # would be the fastest.
     sample = y[:: max(1, y.shape[0] // 64)]
     expected: Tensor | None = None
     for name, choice in choices.items():
@@ -163,7 +188,9 @@ def _measure_all(
 
 
 def cache_dir() -> Path:
-    """The directory of answers: ``tuning`` in the environment's ``STABLELORA_CACHE``, or in ``~/.cache/stablelora-kernels``."""
+    """The directory of answers: ``tuning`` in the environment's ``STABLELORA_CACHE``, or in
+    ``~/.cache/stablelora-kernels``.
+    """
     # Unlike Path's, this expanduser never raises.
     cache = os.path.expanduser(os.environ.get("STABLELORA_CACHE") or "~/.cache/stablelora-kernels")
     return Path(cache).absolute() / "tuning"
@@ -186,7 +213,9 @@ def _read(path: Path, key: str, choices: dict[str, Choice]) -> dict[str, Any] | 
         return None
     # A damaged file may raise anything.
     except Exception as error:
-        _warn_once(f"lora_linear is tuned again, because {path} can't be used: {type(error).__name__}: {error}")
+        _warn_once(
+            f"lora_linear is tuned again, because {path} can't be used: {type(error).__name__}: {error}"
+        )
         return None
 
 
@@ -213,7 +242,13 @@ def _capturing(y: Tensor) -> bool:
 
 
 def choose(
-    device: Device, call: Call, build: Callable[..., list[Any]], y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None
+    device: Device,
+    call: Call,
+    build: Callable[..., list[Any]],
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
 ) -> Choice | None:
     """The fastest choice for a call, with autotuning on, or None if the table decides.
 
@@ -237,7 +272,13 @@ def choose(
                 answer = _measure_all(choices, build, y, key)
             if answer is not None:
                 _write(path, key, answer)
-        choice = None if answer is None else choices[answer["choice"]]._replace(reason=answer["reason"])
-        logger.info("%s: %s", key, "the table's choice can't be measured" if choice is None else choice.reason)
+        choice = (
+            None if answer is None else choices[answer["choice"]]._replace(reason=answer["reason"])
+        )
+        logger.info(
+            "%s: %s",
+            key,
+            "the table's choice can't be measured" if choice is None else choice.reason,
+        )
         _answers[key] = choice
     return _answers[key]

@@ -22,10 +22,13 @@ Capability = tuple[int, int]
 
 
 class Row(NamedTuple):
-    """A row of :data:`ROWS`: what is known of the kernels on NVIDIA GPUs from one compute capability up to the next row's."""
+    """A row of :data:`ROWS`: what is known of the kernels on NVIDIA GPUs from one compute
+    capability up to the next row's.
+    """
 
     least: Capability
-    # The capability that the row's GPUs are taken as, if the kernels are not compiled and checked for their own.
+    # The capability that the row's GPUs are taken as, if the kernels are not compiled and checked
+    # for their own.
     taken_as: Capability
     # The oldest release of Triton whose code of the kernels is right, or None if no release's is.
     triton: tuple[int, int, int] | None
@@ -36,20 +39,24 @@ class Row(NamedTuple):
 
     @property
     def requirement(self) -> str:
-        """``"the row of compute capability 9.0 needs Triton 3.6.0 or newer"``, or "" if no Triton will do."""
+        """``"the row of compute capability 9.0 needs Triton 3.6.0 or newer"``, or "" if no Triton
+        will do.
+        """
         if self.triton is None:
             return ""
         return f"the row of compute capability {_dotted(self.least)} needs Triton {_dotted(self.triton)} or newer"
 
 
-# Raise a release where the PTX emulator or a GPU finds wrong code of an older one. No row: capabilities beyond the last row's.
+# Raise a release where the PTX emulator or a GPU finds wrong code of an older one. No row:
+# capabilities beyond the last row's.
 ROWS = (
     Row((0, 0), (0, 0), None, "makes scalar code, which spills registers, of these kernels",
         {(6, 0): "P100", (7, 0): "V100", (7, 5): "T4, RTX 2080"}),
     Row((8, 0), (8, 0), (3, 6, 0), "was not checked with these kernels",
         {(8, 0): "A100", (8, 6): "A40, RTX 3090", (8, 7): "Jetson Orin", (8, 9): "L40S, RTX 4090"}),
     Row((9, 0), (9, 0), (3, 6, 0), "makes wrong code of these kernels", {(9, 0): "H100, H200, GH200"}),
-    # Triton 3.6 to 3.8 put a masked branch on the tensor memory of its product. 3.6 and 3.7.0 also leave out fences.
+    # Triton 3.6 to 3.8 put a masked branch on the tensor memory of its product. 3.6 and 3.7.0 also
+    # leave out fences.
     Row((10, 0), (10, 0), (3, 9, 0), "makes wrong code of these kernels",
         {(10, 0): "B200", (10, 3): "B300", (11, 0): "Jetson Thor"}),
     Row((12, 0), (12, 0), (3, 6, 0), "was not checked with these kernels", {(12, 0): "RTX 5090", (12, 1): "GB10"}),
@@ -64,7 +71,8 @@ class Verdict(NamedTuple):
     problem: str
     # What to install, or "".
     remedy: str
-    # "compute capability 10.3 (B300) is taken as 10.0", or "" if the kernels are compiled and checked for its own.
+    # "compute capability 10.3 (B300) is taken as 10.0", or "" if the kernels are compiled and
+    # checked for its own.
     taken_as: str
 
 
@@ -77,7 +85,9 @@ def row_of(capability: Capability) -> Row:
 
 
 def judge(capability: Capability, version: str | None) -> Verdict:
-    """The verdict on GPUs of ``capability`` under Triton ``version``; None is a Triton of unknown version, which is trusted."""
+    """The verdict on GPUs of ``capability`` under Triton ``version``; None is a Triton of unknown
+    version, which is trusted.
+    """
     row = row_of(capability)
     gpu = f"compute capability {_dotted(capability)}"
     if capability in row.gpus:
@@ -98,7 +108,9 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 
 def _triton_version() -> str | None:
-    """The installed Triton's version. None if it was built from source, or repackaged under another name."""
+    """The installed Triton's version. None if it was built from source, or repackaged under another
+    name.
+    """
     # PyTorch's nightly builds for CUDA had it under the second name.
     for package in ("triton", "pytorch-triton"):
         with suppress(metadata.PackageNotFoundError):
@@ -127,12 +139,13 @@ def interpreter_problem() -> str | None:
     return None
 
 
-# Whether Triton's interpreter is on, which runs the kernels on CPU tensors. Triton, too, reads the variable once.
+# Whether Triton's interpreter is on, which runs the kernels on CPU tensors. Triton, too, reads the
+# variable once.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 TRITON_PROBLEM = _triton_problem() or (interpreter_problem() if INTERPRETING else None)
 TRITON_VERSION = _triton_version()
-# Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that reads it through the
-# asynchronous proxy (triton-lang/triton#9610).
+# Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that
+# reads it through the asynchronous proxy (triton-lang/triton#9610).
 TRITON_FENCES_COPIES = TRITON_VERSION is None or release(TRITON_VERSION, 3) >= (3, 7, 1)
 _FORCED = "the backend is forced (set_backend or STABLELORA_BACKEND)"
 _warned: set[str] = set()
@@ -171,14 +184,19 @@ def explain_backend(device: torch.device) -> Answer:
     if name == "torch":
         return Answer("torch", _FORCED)
     if device.type == "meta":
-        return Answer("torch", "on the meta device nothing is computed, and PyTorch's operators give the shapes")
+        return Answer(
+            "torch",
+            "on the meta device nothing is computed, and PyTorch's operators give the shapes",
+        )
     if name == "triton" and TRITON_PROBLEM is not None:
         raise RuntimeError(f"backend 'triton' was asked for, but it can't run: {TRITON_PROBLEM}")
     if device.type == "cuda":
         return _on_gpu(name, device)
     if name == "auto":
         kind = f"a device of type {device.type!r}"
-        return Answer("torch", f"'auto' takes PyTorch's operators on {kind}; the Triton kernels want a GPU")
+        return Answer(
+            "torch", f"'auto' takes PyTorch's operators on {kind}; the Triton kernels want a GPU"
+        )
     if INTERPRETING:
         return Answer("triton", f"{_FORCED}, and Triton's interpreter is on")
     raise RuntimeError(
@@ -189,7 +207,8 @@ def explain_backend(device: torch.device) -> Answer:
 
 def verdict_of(index: int) -> Verdict:
     """The verdict on the GPU ``index`` of this process."""
-    # ROWS has none of AMD's GPUs. A machine without a GPU may trace tensors that pretend to be on one.
+    # ROWS has none of AMD's GPUs. A machine without a GPU may trace tensors that pretend to be on
+    # one.
     if torch.version.hip or not torch.cuda.is_available():
         return UNKNOWN
     return judge(torch.cuda.get_device_capability(index), TRITON_VERSION)
@@ -235,6 +254,7 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-# torch.compile calls both while tracing, as settings._start_value: an answer never changes, and it can't trace a warning.
+# torch.compile calls both while tracing, as settings._start_value: an answer never changes, and it
+# can't trace a warning.
 _on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

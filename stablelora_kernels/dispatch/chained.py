@@ -1,4 +1,6 @@
-"""S, and dB, in the launch of the product that needs S: their tiles, and by how many programs. Needs no Triton."""
+"""S, and dB, in the launch of the product that needs S: their tiles, and by how many programs.
+Needs no Triton.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,19 @@ from stablelora_kernels.dispatch.tiles import (
     without_empty_parts,
 )
 
-# Clocks of Hopper, whose products leave the least time: until loads come from memory; of a step of S or dB, at least, and of one
-# that draws a mask; and of a product's step, for each column.
+# Clocks of Hopper, whose products leave the least time: until loads come from memory; of a step of
+# S or dB, at least, and of one that draws a mask; and of a product's step, for each column.
 MEMORY_CLOCKS, STEP_CLOCKS, DRAWN_CLOCKS, COLUMN_CLOCKS = 1400, 200, 1250, 4
 
 
-def chained_plans(device: Device, call: Call, product: Tile, db: bool, spare: int = 0) -> tuple[Plan, Plan | None, int]:
-    """For S, and with ``db`` for dB, in the launch of ``product``; and the number of their programs, which take part after part.
+def chained_plans(
+    device: Device, call: Call, product: Tile, db: bool, spare: int = 0
+) -> tuple[Plan, Plan | None, int]:
+    """For S, and with ``db`` for dB, in the launch of ``product``; and the number of their
+    programs, which take part after part.
 
-    ``spare`` processors have a tile of the product less than the others. S and dB are theirs alone if that takes no longer.
+    ``spare`` processors have a tile of the product less than the others. S and dB are theirs alone
+    if that takes no longer.
     """
     s, b = _down_plan(device, call, product), _grad_plan(device, call, product) if db else None
     if spare:
@@ -54,7 +60,11 @@ def _down_plan(device: Device, call: Call, product: Tile) -> Plan:
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128 if device.tma else 16 * product.num_warps))
     # A matrix instruction has 64 rows for each four warps.
     rows = max(tile.BLOCK_M, 16 * product.num_warps)
-    depth = max(64, tile.BLOCK_K * tile.BLOCK_M // rows) if call.dtype != torch.float32 else tile.BLOCK_K
+    depth = (
+        max(64, tile.BLOCK_K * tile.BLOCK_M // rows)
+        if call.dtype != torch.float32
+        else tile.BLOCK_K
+    )
     tile = Tile(rows, tile.BLOCK_N, depth, product.num_warps, tile.num_stages)
     tiles = cdiv(call.m, rows) * cdiv(call.r, block_r)
     # The product's shared memory leaves room for one program a processor.
@@ -71,8 +81,17 @@ def _grad_plan(device: Device, call: Call, product: Tile) -> Plan:
     return plan._replace(tile=_deeper(plan.tile, device, stage, call, product))
 
 
-def _deeper(tile: Tile, device: Device, bytes_a_stage: int, call: Call, product: Tile, other_bytes: int = 0) -> Tile:
-    """Like ``fit``, but with up to 7 stages in the memory of ``product``: few programs must keep many bytes in flight."""
+def _deeper(
+    tile: Tile, device: Device, bytes_a_stage: int, call: Call, product: Tile, other_bytes: int = 0
+) -> Tile:
+    """Like ``fit``, but with up to 7 stages in the memory of ``product``: few programs must keep
+    many bytes in flight.
+    """
     own = (product.num_stages - (not device.tma)) * linear_stage(call, product, 0, True)
-    deep = fit(tile._replace(num_stages=7), device, bytes_a_stage, max(device.shared_limit - own, other_bytes))
+    deep = fit(
+        tile._replace(num_stages=7),
+        device,
+        bytes_a_stage,
+        max(device.shared_limit - own, other_bytes),
+    )
     return max(fit(tile, device, bytes_a_stage), deep, key=lambda each: each.num_stages)

@@ -30,7 +30,9 @@ class Device(NamedTuple):
 
     @property
     def tma(self) -> bool:
-        """True on GPUs whose MMA reads shared memory while TMA fills it (Hopper and later): use the TMA kernel."""
+        """True on GPUs whose MMA reads shared memory while TMA fills it (Hopper and later): use the
+        TMA kernel.
+        """
         return self.shared_limit >= 200_000 and self.generation >= 90
 
     @property
@@ -83,11 +85,17 @@ def device_of(device: torch.device) -> Device:
 
 def arch_of(properties: Any) -> str:
     """``"sm_90"`` or ``"gfx942"``, from the answer of ``torch.cuda.get_device_properties``."""
-    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return (
+        properties.gcnArchName.split(":")[0]
+        if torch.version.hip
+        else f"sm_{properties.major}{properties.minor}"
+    )
 
 
 class Call(NamedTuple):
-    """A product with its LoRA branch: the forward's, [M, K] by [N, K]^T, or dX's, with K and N swapped."""
+    """A product with its LoRA branch: the forward's, [M, K] by [N, K]^T, or dX's, with K and N
+    swapped.
+    """
 
     # "forward" or "backward".
     direction: str
@@ -121,7 +129,8 @@ MAX_FUSED_R = 64
 IN_LOOP_M = 128
 # Up to so many rows, a launch saved is a share of the time that counts.
 CHAINED_M = 4096
-# Largest rank of a chained launch, whose programs of S have the product's registers: one block of ranks, read once.
+# Largest rank of a chained launch, whose programs of S have the product's registers: one block of
+# ranks, read once.
 MAX_CHAINED_R = 128
 
 

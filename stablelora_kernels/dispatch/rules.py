@@ -1,6 +1,7 @@
 """Which kernels a call takes: tables, each row with its reason. Needs no Triton.
 
-No row has been timed on a GPU yet. The rows follow from counts of bytes and operations, and from the compiled code.
+No row has been timed on a GPU yet. The rows follow from counts of bytes and operations, and from
+the compiled code.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ RULES = (
     Rule(lambda d, c: c.r == 0 and not c.gated, "vendor", "no LoRA branch: nothing to fuse into the product"),
     Rule(lambda d, c: c.dtype == torch.float32 and c.m > 16,
          "vendor", "float32, more than 16 rows: Triton has no exact float32 matrix instruction"),
-    # A fused kernel reads all of A for 64 columns, whose W it reads once: a larger A than that W only in small layers.
+    # A fused kernel reads all of A for 64 columns, whose W it reads once: a larger A than that W
+    # only in small layers.
     Rule(lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and c.k >= c.n
          and (c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize or c.n * c.k <= 2**25),
          "fused", f"up to {problem.SMALL_M} rows, K at least N: reading W takes the time; few tiles compute x @ A.T again"),
@@ -50,7 +52,8 @@ RULES = (
     Rule(lambda d, c: c.m >= 512 and (is_idle(d, c) or c.k >= 2 * c.n),
          "vendor", "few tiles or long sums: adding the branch to the vendor's product is predicted to take at most 16 % more "
          "time than the best other kernel, and up to 29 % less"),
-    # A wider block of ranks would spill registers; a shorter sum is over before programs could share it.
+    # A wider block of ranks would spill registers; a shorter sum is over before programs could
+    # share it.
     Rule(lambda d, c: _fusible(c) and problem.SMALL_M < c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32
          and c.r <= (32 if d.tma else 16),
          "fused", "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it"),
@@ -60,8 +63,8 @@ RULES = (
          "split", "a high rank: the low-rank product has a launch of its own, with more programs at a time"),
 )  # fmt: skip
 
-# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels above. The rows also take
-# the bits of an element of W, and whether W is aligned.
+# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels
+# above. The rows also take the bits of an element of W, and whether W is aligned.
 QUANTIZED_RULES = (
     Rule(lambda d, c, bits, aligned: not aligned,
          "dequantize", "unaligned rows of W: loading single bytes and scales would exceed shared memory"),
@@ -76,7 +79,8 @@ QUANTIZED_RULES = (
     Rule(lambda d, c, bits, aligned: True, "in_loop", "few rows: the kernel reads W as it is stored"),
 )  # fmt: skip
 
-# The kernel behind "fused" and "split". The rows also take whether tensor descriptors can hold X, W and Y.
+# The kernel behind "fused" and "split". The rows also take whether tensor descriptors can hold X, W
+# and Y.
 FORM_RULES = (
     Rule(lambda d, c, described: c.m <= problem.SMALL_M,
          "split_k", "few rows: reading W takes the time, so programs split each tile's K until the whole GPU reads"),
@@ -102,7 +106,8 @@ def choose(device: Device, call: Call) -> Choice:
 
 
 def choose_quantized(device: Device, call: Call, bits: int, aligned: bool = True) -> Choice:
-    """``"in_loop"`` or ``"dequantize"`` for a call with a W of 4 or 8 bits; a forced kernel takes W in full.
+    """``"in_loop"`` or ``"dequantize"`` for a call with a W of 4 or 8 bits; a forced kernel takes W
+    in full.
 
     ``aligned``: rows of W begin at multiples of 16 bytes, and no block of W lies across two rows.
     """
@@ -113,7 +118,9 @@ def choose_quantized(device: Device, call: Call, bits: int, aligned: bool = True
 
 
 def choose_form(device: Device, call: Call, described: bool) -> str:
-    """``"split_k"``, ``"tma"`` or ``"pointers"``; ``described``: tensor descriptors can hold X, W and Y."""
+    """``"split_k"``, ``"tma"`` or ``"pointers"``; ``described``: tensor descriptors can hold X, W
+    and Y.
+    """
     return first(FORM_RULES, device, call, described)[0]
 
 
@@ -137,27 +144,41 @@ class Sharing(NamedTuple):
 
 
 def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sharing:
-    """Whether projections of one X get their S (and dA) from one read of it, in a launch of its own, or each by itself."""
+    """Whether projections of one X get their S (and dA) from one read of it, in a launch of its
+    own, or each by itself.
+    """
     if not all(call.r for call in calls):
         return Sharing(False, "a projection has no LoRA branch")
     if any(choice is not None and choice.kernel == "fused" for choice in choices):
         return Sharing(False, "each product recomputes x @ A.T in its tiles, which saves a launch")
     if calls[0].m <= problem.SMALL_M:
-        return Sharing(False, f"up to {problem.SMALL_M} rows: x stays in the L2 cache, so one read of it gains nothing")
+        return Sharing(
+            False,
+            f"up to {problem.SMALL_M} rows: x stays in the L2 cache, so one read of it gains nothing",
+        )
     if max(call.r for call in calls) > problem.MAX_FUSED_R:
-        return Sharing(False, f"rank above {problem.MAX_FUSED_R}: sums of several projections do not fit in registers")
+        return Sharing(
+            False,
+            f"rank above {problem.MAX_FUSED_R}: sums of several projections do not fit in registers",
+        )
     return Sharing(True, "one read of x serves all projections")
 
 
 def check_possible(call: Call, kernel: str) -> None:
     """Raise ValueError if ``kernel`` can't do ``call``."""
     if kernel == "fused" and call.direction == "forward" and call.dropout:
-        raise ValueError("kernel 'fused' was asked for, but it has no dropout; 'chained', 'split' and 'vendor' have")
+        raise ValueError(
+            "kernel 'fused' was asked for, but it has no dropout; 'chained', 'split' and 'vendor' have"
+        )
     limit = {"fused": problem.MAX_FUSED_R, "chained": problem.MAX_CHAINED_R}.get(kernel)
     if limit is not None and call.r > limit:
-        raise ValueError(f"kernel {kernel!r} was asked for, but it takes ranks up to {limit}, got {call.r}")
+        raise ValueError(
+            f"kernel {kernel!r} was asked for, but it takes ranks up to {limit}, got {call.r}"
+        )
     if kernel == "chained" and call.m > MAX_CHAINED_M:
-        raise ValueError(f"kernel 'chained' was asked for, but it takes up to {MAX_CHAINED_M} rows, got {call.m}")
+        raise ValueError(
+            f"kernel 'chained' was asked for, but it takes up to {MAX_CHAINED_M} rows, got {call.m}"
+        )
 
 
 def possible_kernels(call: Call) -> list[str]:
@@ -171,18 +192,21 @@ def possible_kernels(call: Call) -> list[str]:
 
 
 def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False) -> str:
-    """Precision of float32 products: PyTorch's setting, so exact unless TensorFloat-32 is allowed and the GPU has it.
+    """Precision of float32 products: PyTorch's setting, so exact unless TensorFloat-32 is allowed
+    and the GPU has it.
 
-    ``transposed``: the operand is contiguous across the sum. TensorFloat-32's instructions want it contiguous along the sum,
-    and would load it 4 bytes at a time. Loads bound these products, so they stay exact instead.
+    ``transposed``: the operand is contiguous across the sum. TensorFloat-32's instructions want it
+    contiguous along the sum, and would load it 4 bytes at a time. Loads bound these products, so
+    they stay exact instead.
     """
     if dtype != torch.float32 or transposed or not (device.tf32 and tf32_allowed()):
         return "ieee"
     return "tf32"
 
 
-# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation in a third one. The rows
-# take gate's and up's call, and whether tensor descriptors can hold all matrices.
+# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation
+# in a third one. The rows take gate's and up's call, and whether tensor descriptors can hold all
+# matrices.
 MLP_RULES = (
     Rule(lambda d, c, described: c.dtype == torch.float32,
          "separate", "float32: gate and up together do not fit in registers, or the vendor's library computes the product"),
@@ -200,7 +224,9 @@ MLP_RULES = (
 
 
 def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
-    """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one of the first two."""
+    """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one
+    of the first two.
+    """
     forced = get_kernel()
     if forced not in ("auto", "split"):
         return Choice("separate", f"kernel {forced!r} is forced and computes one projection")

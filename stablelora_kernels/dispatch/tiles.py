@@ -1,6 +1,7 @@
 """Which tile a kernel takes, and how many programs share its sum.
 
-One table a kernel, each row with its reason; then one plan a kernel, which fits the tile to the device and the call.
+One table a kernel, each row with its reason; then one plan a kernel, which fits the tile to the
+device and the call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from stablelora_kernels.dispatch.problem import Call, Device, Rule, cdiv, first
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a program's step; for dA and dB, their columns and the rows of the sum."""
+    """Rows, columns and depth of a program's step; for dA and dB, their columns and the rows of the
+    sum.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -35,7 +38,8 @@ def filled(device: Device, programs: int) -> float:
 
 # Y's tiles read through descriptors (lora_linear_tma).
 TMA_TILES = (
-    # A tile of 128 x 256 takes twice as long as one of 128 x 128 by operations, 1.5 times by what it reads.
+    # A tile of 128 x 256 takes twice as long as one of 128 x 128 by operations, 1.5 times by what
+    # it reads.
     Rule(lambda d, c: 8 * rounds(d, c, 128, 256) > 5 * rounds(d, c, 128, 128), Tile(128, 128, 64, 8, 4),
          "wider tiles would leave more of the GPU idle in the last round than they save in reads"),
     Rule(lambda d, c: d.generation >= 100, Tile(128, 128, 64, 8, 4),
@@ -53,16 +57,33 @@ LINEAR_TILES = (
 
 
 def _widest_pays(device: Device, call: Call) -> bool:
-    """Whether 128 x 256 tiles read through pointers spill no registers and take no more time by operations, where S is read."""
-    # A mask, a gated MLP's gradients and loads of single elements would spill beside this accumulator.
-    lean = call.dtype != torch.float32 and not (call.masked or call.gated) and (call.n | call.k) % 16 == 0
+    """Whether 128 x 256 tiles read through pointers spill no registers and take no more time by
+    operations, where S is read.
+    """
+    # A mask, a gated MLP's gradients and loads of single elements would spill beside this
+    # accumulator.
+    lean = (
+        call.dtype != torch.float32
+        and not (call.masked or call.gated)
+        and (call.n | call.k) % 16 == 0
+    )
     # In a chained launch, S of high ranks would outgrow a small shared memory.
-    known = device.generation >= 80 and not device.tma and (call.r <= 32 or device.shared_limit > 150_000)
-    # One takes twice as long as a tile of 128 x 128; a last round that is less full may add a thirty-second.
-    return lean and known and 64 * rounds(device, call, 128, 256) <= 33 * rounds(device, call, 128, 128)
+    known = (
+        device.generation >= 80
+        and not device.tma
+        and (call.r <= 32 or device.shared_limit > 150_000)
+    )
+    # One takes twice as long as a tile of 128 x 128; a last round that is less full may add a
+    # thirty-second.
+    return (
+        lean
+        and known
+        and 64 * rounds(device, call, 128, 256) <= 33 * rounds(device, call, 128, 128)
+    )
 
 
-# Likewise, with a W and an S that is read. A fused S would spill; a branch alone reads its base once in any tile.
+# Likewise, with a W and an S that is read. A fused S would spill; a branch alone reads its base
+# once in any tile.
 S_READ_TILES = (
     Rule(_widest_pays, Tile(128, 256, 32, 8, 4),
          "the widest tile: it reads a quarter less than 128 x 128 tiles, in half as many rounds"),
@@ -118,7 +139,8 @@ DOWN_GROUP_TILES = (
     Rule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "128 rows share one read of the A matrices"),
 )  # fmt: skip
 
-# dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows of the sum.
+# dA and dB (lora_weight_grads): BLOCK_M columns of the result, BLOCK_N ranks, BLOCK_K rows of the
+# sum.
 WEIGHT_GRADS_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32 and c.gated and c.masked, Tile(32, 64, 16, 4, 2),
          "float32, a mask and a gated MLP: no larger tile fits in registers"),
@@ -129,14 +151,24 @@ WEIGHT_GRADS_TILES = (
 
 # dA of several projections, likewise.
 WEIGHT_GRADS_GROUP_TILES = (
-    Rule(lambda d, c: c.dtype == torch.float32, Tile(32, 64, 32, 4, 2), "float32: no larger tile fits in registers"),
-    Rule(lambda d, c: c.r > 32, Tile(64, 64, 32, 8, 3), "rank above 32: no larger tile fits in registers"),
+    Rule(
+        lambda d, c: c.dtype == torch.float32,
+        Tile(32, 64, 32, 4, 2),
+        "float32: no larger tile fits in registers",
+    ),
+    Rule(
+        lambda d, c: c.r > 32,
+        Tile(64, 64, 32, 8, 3),
+        "rank above 32: no larger tile fits in registers",
+    ),
     Rule(lambda d, c: True, Tile(64, 64, 64, 4, 4), "64 columns fill one matrix instruction"),
 )
 
 
 class Plan(NamedTuple):
-    """A kernel's tile, whose pipeline fits into shared memory, and the programs that compute with it."""
+    """A kernel's tile, whose pipeline fits into shared memory, and the programs that compute with
+    it.
+    """
 
     tile: Tile
     reason: str
@@ -152,17 +184,24 @@ class Plan(NamedTuple):
         return self.tiles * self.splits
 
 
-# Most sums that programs may share in one launch: a sum has a counter. More tiles than this fill any GPU without sharing.
+# Most sums that programs may share in one launch: a sum has a counter. More tiles than this fill
+# any GPU without sharing.
 MAX_SHARED_SUMS = 2048
 
 
-def pick_tile(rules: tuple[Rule, ...], device: Device, call: Call, measured: Tile | None = None) -> tuple[Tile, str]:
-    """The tile of the first rule that applies, or the ``measured`` one, and its reason. :func:`fit` comes next."""
+def pick_tile(
+    rules: tuple[Rule, ...], device: Device, call: Call, measured: Tile | None = None
+) -> tuple[Tile, str]:
+    """The tile of the first rule that applies, or the ``measured`` one, and its reason. :func:`fit`
+    comes next.
+    """
     return first(rules, device, call) if measured is None else (measured, "measured: the fastest")
 
 
 def fit(tile: Tile, device: Device, bytes_a_stage: int, other_bytes: int = 0) -> Tile:
-    """``tile`` with as many stages, at least 2 and at most its own, as fit into shared memory with ``other_bytes``."""
+    """``tile`` with as many stages, at least 2 and at most its own, as fit into shared memory with
+    ``other_bytes``.
+    """
     # Matrix units that read shared memory while loads fill it need one buffer more.
     spare = 0 if device.tma else 1
     stages = tile.num_stages
@@ -172,31 +211,42 @@ def fit(tile: Tile, device: Device, bytes_a_stage: int, other_bytes: int = 0) ->
 
 
 def rank_block(r: int, limit: int) -> int:
-    """The rank padded to a power of two of at least 16, for matrix instructions; ``limit`` where the kernel loops over it."""
+    """The rank padded to a power of two of at least 16, for matrix instructions; ``limit`` where
+    the kernel loops over it.
+    """
     return min(max(16, 1 << (r - 1).bit_length()), limit)
 
 
 def plan_split_k(device: Device, tiles: int, steps: int, programs: int = 2, sums: int = 1) -> int:
-    """Programs that share a tile's ``sums``: enough for ``programs`` on every processor, each with at least 4 steps."""
+    """Programs that share a tile's ``sums``: enough for ``programs`` on every processor, each with
+    at least 4 steps.
+    """
     if tiles * sums > MAX_SHARED_SUMS:
         return 1
-    return without_empty_parts(steps, max(1, min(programs * device.processors // max(tiles, 1), steps // 4, 16)))
+    return without_empty_parts(
+        steps, max(1, min(programs * device.processors // max(tiles, 1), steps // 4, 16))
+    )
 
 
 def fill_split_k(device: Device, tiles: int, steps: int) -> int:
-    """The fewest programs for a tile that keep seven tenths of the processors busy, or those that keep most of them busy.
+    """The fewest programs for a tile that keep seven tenths of the processors busy, or those that
+    keep most of them busy.
 
     Partial sums of many rows cost more than the few processors that stay idle.
     """
     if tiles > MAX_SHARED_SUMS:
         return 1
-    found = [without_empty_parts(steps, splits) for splits in range(1, max(1, min(steps // 4, 16)) + 1)]
+    found = [
+        without_empty_parts(steps, splits) for splits in range(1, max(1, min(steps // 4, 16)) + 1)
+    ]
     enough = (splits for splits in found if filled(device, tiles * splits) >= 0.7)
     return next(enough, max(found, key=lambda splits: filled(device, tiles * splits)))
 
 
 def without_empty_parts(steps: int, splits: int) -> int:
-    """``splits`` less those whose part, of ceil(steps / splits) steps, would be empty; the others' parts stay as they are."""
+    """``splits`` less those whose part, of ceil(steps / splits) steps, would be empty; the others'
+    parts stay as they are.
+    """
     return cdiv(steps, cdiv(steps, splits))
 
 
@@ -206,7 +256,9 @@ def bytes_of(call: Call, elements: int, of_lora: int = 0) -> int:
 
 
 def linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
-    """Bytes of shared memory for a step of Y's main loop, which computes S as well unless it is read."""
+    """Bytes of shared memory for a step of Y's main loop, which computes S as well unless it is
+    read.
+    """
     return tile.BLOCK_K * bytes_of(call, tile.BLOCK_M + tile.BLOCK_N, 0 if load_s else block_r)
 
 
@@ -226,10 +278,17 @@ CHAIN_HEAD = 4
 MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 
 
-def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None, has_w: bool = True) -> Plan:
-    tile, reason = pick_tile(S_READ_TILES if load_s and has_w else LINEAR_TILES, device, call, measured)
-    # A wider block of ranks would spill registers beside the widest accumulator, or beside a mask without Hopper's units.
-    narrow = load_s and (tile.BLOCK_M * tile.BLOCK_N > 128 * 128 or (call.masked and not device.tma))
+def linear_plan(
+    device: Device, call: Call, load_s: bool, measured: Tile | None = None, has_w: bool = True
+) -> Plan:
+    tile, reason = pick_tile(
+        S_READ_TILES if load_s and has_w else LINEAR_TILES, device, call, measured
+    )
+    # A wider block of ranks would spill registers beside the widest accumulator, or beside a mask
+    # without Hopper's units.
+    narrow = load_s and (
+        tile.BLOCK_M * tile.BLOCK_N > 128 * 128 or (call.masked and not device.tma)
+    )
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # The branch's operands need shared memory too.
     branch = block_r * bytes_of(call, tile.BLOCK_M, tile.BLOCK_N)
@@ -237,33 +296,57 @@ def linear_plan(device: Device, call: Call, load_s: bool, measured: Tile | None 
     return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
 
 
-def linear_split_k_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
+def linear_split_k_plan(
+    device: Device, call: Call, load_s: bool, measured: Tile | None = None
+) -> Plan:
     tile, reason = pick_tile(SPLIT_K_TILES, device, call, measured)
     few = call.m <= problem.SMALL_M
     if few:
         # All rows are in one tile.
         tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
-    block_r = rank_block(call.r, 32 if load_s and call.masked and not (few or device.tma) else problem.MAX_FUSED_R)
-    tiles, steps = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N), cdiv(call.k, tile.BLOCK_K)
-    # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program a processor is enough.
+    block_r = rank_block(
+        call.r, 32 if load_s and call.masked and not (few or device.tma) else problem.MAX_FUSED_R
+    )
+    tiles, steps = (
+        cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N),
+        cdiv(call.k, tile.BLOCK_K),
+    )
+    # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program
+    # a processor is enough.
     programs = 2 if tile.BLOCK_M == 16 else 1
-    splits = plan_split_k(device, tiles, steps, programs=programs) if few else fill_split_k(device, tiles, steps)
-    return Plan(fit(tile, device, linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits)
+    splits = (
+        plan_split_k(device, tiles, steps, programs=programs)
+        if few
+        else fill_split_k(device, tiles, steps)
+    )
+    return Plan(
+        fit(tile, device, linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits
+    )
 
 
-def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> tuple[Plan, int]:
-    """For programs that take tile after tile, and the parts of a tile's columns that they finish one after another."""
+def linear_tma_plan(
+    device: Device, call: Call, load_s: bool, measured: Tile | None = None
+) -> tuple[Plan, int]:
+    """For programs that take tile after tile, and the parts of a tile's columns that they finish
+    one after another.
+    """
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
-        tile, reason = Tile(128, 128, 64, 8, 4), "rank above 32: the widest tile would not fit in registers"
-    # A wider block of ranks would spill registers beside the widest accumulator and float32's casts or a mask.
+        tile, reason = (
+            Tile(128, 128, 64, 8, 4),
+            "rank above 32: the widest tile would not fit in registers",
+        )
+    # A wider block of ranks would spill registers beside the widest accumulator and float32's casts
+    # or a mask.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
-    # A mask is read by words of 32 columns. Beside it, a gated MLP's gradients or 32 ranks would spill in wider parts.
+    # A mask is read by words of 32 columns. Beside it, a gated MLP's gradients or 32 ranks would
+    # spill in wider parts.
     parts = 4 if call.gated or (call.masked and block_r > 16) else 2
     parts = min(2 * parts if call.gated and call.masked else parts, tile.BLOCK_N // 32)
     part = tile.BLOCK_N // parts
-    # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared memory too.
+    # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared
+    # memory too.
     kept = 4 if call.gated else 1
     finish = bytes_of(call, kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
     tile = fit(tile, device, linear_stage(call, tile, block_r, load_s), finish)
@@ -276,70 +359,103 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     rows = 16 if call.m <= 16 else 64 if call.m <= problem.SMALL_M else 128
     tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, rows))
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
-    # In shared memory: every stage's X and stored W; W once in float32 and once in X's dtype; the branch's operands.
+    # In shared memory: every stage's X and stored W; W once in float32 and once in X's dtype; the
+    # branch's operands.
     stage = tile.BLOCK_K * (bytes_of(call, tile.BLOCK_M) + tile.BLOCK_N * bits // 8)
     weight = tile.BLOCK_K * tile.BLOCK_N * (4 + call.dtype.itemsize)
     tile = fit(tile, device, stage, weight + block_r * bytes_of(call, tile.BLOCK_M, tile.BLOCK_N))
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
-    return Plan(tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K)))
+    return Plan(
+        tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K))
+    )
 
 
-def weight_grads_plan(device: Device, call: Call, need_a: bool, need_b: bool, projections: int = 1) -> tuple[Plan, int]:
+def weight_grads_plan(
+    device: Device, call: Call, need_a: bool, need_b: bool, projections: int = 1
+) -> tuple[Plan, int]:
     """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's.
 
     For dA of several ``projections``, ``call`` has the largest rank.
     """
-    tile, reason = pick_tile(WEIGHT_GRADS_GROUP_TILES if projections > 1 else WEIGHT_GRADS_TILES, device, call)
+    tile, reason = pick_tile(
+        WEIGHT_GRADS_GROUP_TILES if projections > 1 else WEIGHT_GRADS_TILES, device, call
+    )
     block_r = rank_block(call.r, tile.BLOCK_N)
     # The backward's n is K, and its k is N.
     of_a, of_b = (cdiv(size, tile.BLOCK_M) * cdiv(call.r, block_r) for size in (call.n, call.k))
     tiles_a, tiles = need_a * of_a, need_a * of_a + need_b * of_b
     splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K), sums=projections)
     # A gated MLP's G and U are two operands in place of one.
-    tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r))
+    tile = fit(
+        tile,
+        device,
+        tile.BLOCK_K * bytes_of(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r),
+    )
     return Plan(tile, reason, block_r, tiles, splits), tiles_a
 
 
 def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -> Plan:
-    """For dA, or dB if ``of_b``, by programs of another launch, which has ``warps`` warps a program."""
+    """For dA, or dB if ``of_b``, by programs of another launch, which has ``warps`` warps a
+    program.
+    """
     tile, reason = pick_tile(WEIGHT_GRADS_TILES, device, call)
     # A wider block of ranks beside the other kernel's accumulators would spill registers.
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128))
     gated = call.gated and not of_b
     # A matrix instruction has 64 rows for each four warps.
     columns = max(tile.BLOCK_M, 16 * warps)
-    tile = tile._replace(BLOCK_M=columns, BLOCK_K=min(32 if gated and not device.tma else 64, tile.BLOCK_K))
+    tile = tile._replace(
+        BLOCK_M=columns, BLOCK_K=min(32 if gated and not device.tma else 64, tile.BLOCK_K)
+    )
     tiles = cdiv(call.k if of_b else call.n, columns) * cdiv(call.r, block_r)
     steps = cdiv(call.m, tile.BLOCK_K)
     splits = plan_split_k(device, tiles, steps, programs=1)
     if of_b and tiles <= MAX_SHARED_SUMS:
-        # Chunks of rows, so that what dS's programs or dB's have read is still in L2 for the others. A chunk's part of dB,
-        # stored and read again in float32, is an eighth of the chunk of dY that it sums up.
-        splits = without_empty_parts(steps, max(splits, min(cdiv(call.m, 32 * block_r), steps // 4)))
+        # Chunks of rows, so that what dS's programs or dB's have read is still in L2 for the
+        # others. A chunk's part of dB, stored and read again in float32, is an eighth of the chunk
+        # of dY that it sums up.
+        splits = without_empty_parts(
+            steps, max(splits, min(cdiv(call.m, 32 * block_r), steps // 4))
+        )
     tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, (1 + gated) * columns + block_r))
     return Plan(tile, reason, block_r, tiles, splits)
 
 
 # Gate and up of an MLP (lora_gate_up): two accumulators of this size.
-GATE_UP_TMA_TILES = (Rule(lambda d, c: True, Tile(128, 128, 64, 8, 4), "gate and up share each read of x"),)
+GATE_UP_TMA_TILES = (
+    Rule(lambda d, c: True, Tile(128, 128, 64, 8, 4), "gate and up share each read of x"),
+)
 GATE_UP_TILES = (
-    Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 32, 32, 4, 3), "float32: no larger tile fits in registers"),
-    Rule(lambda d, c: True, Tile(128, 64, 64, 8, 3), "no larger tile of gate and up fits in registers"),
+    Rule(
+        lambda d, c: c.dtype == torch.float32,
+        Tile(64, 32, 32, 4, 3),
+        "float32: no larger tile fits in registers",
+    ),
+    Rule(
+        lambda d, c: True,
+        Tile(128, 64, 64, 8, 3),
+        "no larger tile of gate and up fits in registers",
+    ),
 )
 
 
 def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> tuple[Plan, int]:
-    """For gate and up in one kernel, and the parts of a tile's columns that it finishes one after another.
+    """For gate and up in one kernel, and the parts of a tile's columns that it finishes one after
+    another.
 
     ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile.
     """
     tile, reason = pick_tile(GATE_UP_TMA_TILES if tma else GATE_UP_TILES, device, call)
     item = call.dtype.itemsize
-    # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's erf takes most of them.
+    # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's
+    # erf takes most of them.
     erf = activation == "gelu"
     block_r = rank_block(call.r, (16 if erf else 32) if tma else problem.MAX_FUSED_R)
     parts = (8 if erf else 4) if tma else 1
-    # After the main loop, its memory serves the branches. A part of a result is stored from memory of its own.
+    # After the main loop, its memory serves the branches. A part of a result is stored from memory
+    # of its own.
     stored = tile.BLOCK_M * tile.BLOCK_N // parts * item if tma else 0
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item, stored)
-    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)), parts
+    return Plan(
+        tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
+    ), parts

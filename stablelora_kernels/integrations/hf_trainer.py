@@ -1,4 +1,6 @@
-"""The optimizer and its stability log inside Hugging Face's Trainer. Importing this module needs no transformers."""
+"""The optimizer and its stability log inside Hugging Face's Trainer. Importing this module needs no
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,17 @@ _OF_ARGS = ("lr", "weight_decay", "betas", "eps")
 
 
 class StableLoRAAdamWFactory:
-    """Makes a :class:`StableLoRAAdamW` from a model, for trainers that build the optimizer themselves.
+    """Makes a :class:`StableLoRAAdamW` from a model, for trainers that build the optimizer
+    themselves.
 
-    Hugging Face's Trainer gives an optimizer class parameter groups without names, in which no pair can be found. It gives a
-    factory the model::
+    Hugging Face's Trainer gives an optimizer class parameter groups without names, in which no pair
+    can be found. It gives a factory the model::
 
         Trainer(model, args, ..., optimizer_cls_and_kwargs=slk.StableLoRAAdamWFactory.from_args(args, shrink_ratio=5e-4))
 
-    The trainer applies its own schedule, accumulation and clipping, but hands a factory nothing else of ``args``. So
-    :meth:`from_args` reads ``args``. ``(slk.StableLoRAAdamWFactory, {"lr": 1e-4, ...})`` takes the keywords alone, in one group.
+    The trainer applies its own schedule, accumulation and clipping, but hands a factory nothing
+    else of ``args``. So :meth:`from_args` reads ``args``. ``(slk.StableLoRAAdamWFactory, {"lr":
+    1e-4, ...})`` takes the keywords alone, in one group.
 
     Raises:
         TypeError: the class got arguments. Older Trainers do not know factories; give them
@@ -44,12 +48,16 @@ class StableLoRAAdamWFactory:
             )
 
     @classmethod
-    def from_args(cls, args: Any, **kwargs: Any) -> tuple[type[StableLoRAAdamWFactory], dict[str, Any]]:
-        """``optimizer_cls_and_kwargs`` with all that the Trainer's own AdamW takes of ``args``, the ``TrainingArguments``.
+    def from_args(
+        cls, args: Any, **kwargs: Any
+    ) -> tuple[type[StableLoRAAdamWFactory], dict[str, Any]]:
+        """``optimizer_cls_and_kwargs`` with all that the Trainer's own AdamW takes of ``args``, the
+        ``TrainingArguments``.
 
-        That is ``lr``, ``weight_decay``, ``betas`` and ``eps``, unless ``kwargs`` has them, and the rule that biases and norms
-        have no weight decay (``Trainer.get_decay_parameter_names``). These parameters are the second of two groups, as in the
-        Trainer's AdamW, so its checkpoints can be resumed. The other ``kwargs`` are :class:`StableLoRAAdamW`'s.
+        That is ``lr``, ``weight_decay``, ``betas`` and ``eps``, unless ``kwargs`` has them, and the
+        rule that biases and norms have no weight decay (``Trainer.get_decay_parameter_names``).
+        These parameters are the second of two groups, as in the Trainer's AdamW, so its checkpoints
+        can be resumed. The other ``kwargs`` are :class:`StableLoRAAdamW`'s.
 
         Raises:
             TypeError: the optimizer has no argument of such a name.
@@ -58,15 +66,28 @@ class StableLoRAAdamWFactory:
         for name in kwargs:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else f", which takes {', '.join(known)}"
+                hint = (
+                    f"; did you mean {close[0]!r}?"
+                    if close
+                    else f", which takes {', '.join(known)}"
+                )
                 raise TypeError(f"StableLoRAAdamW has no argument {name!r}{hint}")
-        read = (args.learning_rate, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        read = (
+            args.learning_rate,
+            args.weight_decay,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
+        )
         return cls, {**dict(zip(_OF_ARGS, read, strict=True)), "trainer_groups": True, **kwargs}
 
-    def __call__(self, model: nn.Module, *, trainer_groups: bool = False, **kwargs: Any) -> StableLoRAAdamW:
-        """The optimizer of ``model``'s trainable parameters, with ``trainer_groups`` in the Trainer's two groups.
+    def __call__(
+        self, model: nn.Module, *, trainer_groups: bool = False, **kwargs: Any
+    ) -> StableLoRAAdamW:
+        """The optimizer of ``model``'s trainable parameters, with ``trainer_groups`` in the
+        Trainer's two groups.
 
-        It warns of the optimizer's own defaults that it uses where ``TrainingArguments`` has a value.
+        It warns of the optimizer's own defaults that it uses where ``TrainingArguments`` has a
+        value.
         """
         if missing := [name for name in _OF_ARGS if name not in kwargs]:
             defaults = inspect.signature(StableLoRAAdamW).parameters
@@ -91,29 +112,34 @@ class StableLoRAAdamWFactory:
 class StabilityCallback:
     """Adds the stability of the pairs to the log entries of Hugging Face's Trainer.
 
-    Whatever the Trainer reports to (TensorBoard, wandb, ...) gets the values in the entry of the loss, at the Trainer's
-    ``logging_steps``, and so does ``trainer.state.log_history``::
+    Whatever the Trainer reports to (TensorBoard, wandb, ...) gets the values in the entry of the
+    loss, at the Trainer's ``logging_steps``, and so does ``trainer.state.log_history``::
 
         trainer.add_callback(slk.StabilityCallback(trainer))
 
-    With ``a_norm`` = ``||A||_F / n`` and ``b_norm`` = ``||B||_F / m`` of a pair A [r, n], B [m, r], the values are:
+    With ``a_norm`` = ``||A||_F / n`` and ``b_norm`` = ``||B||_F / m`` of a pair A [r, n], B [m, r],
+    the values are:
 
-    - ``stability/ratio_mean``, ``ratio_min`` and ``ratio_max``, of ``b_norm / a_norm`` over the pairs. A pair starts at 0 and
-      latches once its ratio reaches 1. Pairs whose A is zero have none.
+    - ``stability/ratio_mean``, ``ratio_min`` and ``ratio_max``, of ``b_norm / a_norm`` over the
+      pairs. A pair starts at 0 and latches once its ratio reaches 1. Pairs whose A is zero have
+      none.
     - ``stability/latched_fraction``, the share of pairs that have latched.
     - ``stability/a_norm`` and ``stability/b_norm``, the means over the pairs.
 
-    Each entry waits for the device. In a distributed run every process computes them, because the norms of sharded pairs take a
-    collective; the first one reports. The callback has no state of its own, so a resumed run goes on. It raises, as
-    :meth:`~stablelora_kernels.StableLoRAAdamW.stability` does, if a norm is not finite. It derives from transformers'
-    ``TrainerCallback``.
+    Each entry waits for the device. In a distributed run every process computes them, because the
+    norms of sharded pairs take a collective; the first one reports. The callback has no state of
+    its own, so a resumed run goes on. It raises, as
+    :meth:`~stablelora_kernels.StableLoRAAdamW.stability` does, if a norm is not finite. It derives
+    from transformers' ``TrainerCallback``.
 
     Args:
-        trainer: the trainer that the callback is added to, a ``Trainer`` or one derived from it, as TRL's. Its optimizer is a
-            :class:`StableLoRAAdamW`, by either way; accelerate's wrapper around it does not matter.
+        trainer: the trainer that the callback is added to, a ``Trainer`` or one derived from it, as
+            TRL's. Its optimizer is a :class:`StableLoRAAdamW`, by either way; accelerate's wrapper
+            around it does not matter.
 
     Raises:
-        TypeError: ``trainer`` is no trainer; or, when training starts, its optimizer is another one.
+        TypeError: ``trainer`` is no trainer; or, when training starts, its optimizer is another
+            one.
         ImportError: transformers is not installed.
     """
 
@@ -123,18 +149,24 @@ class StabilityCallback:
 
     def __init__(self, trainer: Any) -> None:
         if not callable(getattr(trainer, "log", None)) or not hasattr(trainer, "optimizer"):
-            raise TypeError(f"trainer must be a Trainer of transformers, got {type(trainer).__name__}")
+            raise TypeError(
+                f"trainer must be a Trainer of transformers, got {type(trainer).__name__}"
+            )
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the optimizer, and go before all callbacks that report, since a user's come after them.
+        """Check the optimizer, and go before all callbacks that report, since a user's come after
+        them.
 
-        It warns if the optimizer has its default learning rate where ``TrainingArguments`` has another one.
+        It warns if the optimizer has its default learning rate where ``TrainingArguments`` has
+        another one.
         """
         default = inspect.signature(StableLoRAAdamW).parameters["lr"].default
         groups = _stable_optimizer(self.trainer.optimizer).param_groups
         rates = [group.get("initial_lr", group["lr"]) for group in groups]
-        if args.learning_rate != default and all(isinstance(rate, float) and rate == default for rate in rates):
+        if args.learning_rate != default and all(
+            isinstance(rate, float) and rate == default for rate in rates
+        ):
             warnings.warn(
                 f"the optimizer's lr is {default}, its default, and not learning_rate={args.learning_rate} of TrainingArguments: "
                 "a trainer takes an optimizer as it is. Pass lr to it, or "
@@ -146,8 +178,12 @@ class StabilityCallback:
         callbacks.remove(self)
         callbacks.insert(0, self)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Add the values to a training entry: to what the next callbacks report, and to its copy in the history."""
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Add the values to a training entry: to what the next callbacks report, and to its copy in
+        the history.
+        """
         if "loss" in logs:
             values = _summary(_stable_optimizer(self.trainer.optimizer).stability())
             logs.update(values)
@@ -159,7 +195,9 @@ def _as_transformers_callback(cls: type[Any]) -> type[Any]:
     """``cls``, derived from transformers' ``TrainerCallback`` too, whose other events do nothing."""
     transformers = import_extra("transformers", "peft", "StabilityCallback")
     return type(
-        cls.__name__, (cls, transformers.TrainerCallback), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        cls.__name__,
+        (cls, transformers.TrainerCallback),
+        {"__module__": cls.__module__, "__doc__": cls.__doc__},
     )
 
 
@@ -182,5 +220,9 @@ def _summary(pairs: Sequence[PairStability]) -> dict[str, float]:
     for name in ("a_norm", "b_norm"):
         values[name] = sum(getattr(pair, name) for pair in pairs) / len(pairs)
     if ratios := [pair.b_norm / pair.a_norm for pair in pairs if pair.a_norm]:
-        values |= {"ratio_mean": sum(ratios) / len(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+        values |= {
+            "ratio_mean": sum(ratios) / len(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
     return {f"stability/{name}": value for name, value in values.items()}

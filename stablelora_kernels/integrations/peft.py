@@ -1,4 +1,6 @@
-"""``accelerate_peft`` runs a PEFT model on this library's kernels; ``restore_peft`` undoes it. Importing needs no peft."""
+"""``accelerate_peft`` runs a PEFT model on this library's kernels; ``restore_peft`` undoes it.
+Importing needs no peft.
+"""
 
 from __future__ import annotations
 
@@ -29,50 +31,66 @@ from stablelora_kernels.utils.modules import check_module
 
 
 def accelerate_peft(
-    model: nn.Module, *, strict: bool = False, fuse_projections: bool = False, fuse_mlp: bool = False
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    fuse_projections: bool = False,
+    fuse_mlp: bool = False,
 ) -> LoRAReport:
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
-    Parameters, names, adapters and checkpoints stay PEFT's; only the forward of the current layers changes. It reads the layer's
-    state at each call, so adapters may be added, switched, scaled, disabled, merged and deleted afterwards. Calls that it
-    does not support run PEFT's own forward. Layers that PEFT adds later are not accelerated until this is called again; calling
-    it twice changes nothing.
+    Parameters, names, adapters and checkpoints stay PEFT's; only the forward of the current layers
+    changes. It reads the layer's state at each call, so adapters may be added, switched, scaled,
+    disabled, merged and deleted afterwards. Calls that it does not support run PEFT's own forward.
+    Layers that PEFT adds later are not accelerated until this is called again; calling it twice
+    changes nothing.
 
-    On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also holds for bitsandbytes' 4-bit
-    and torchao's float8 weights. Any other base layer (otherwise quantized, transformers' Conv1D, with hooks) computes its own
-    product, and one op per adapter adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change
-    that: PEFT would copy x to float32, this library does not. DoRA without dropout (with dropout in evaluation only), and stacks
-    of experts with one active adapter (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's
+    On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also
+    holds for bitsandbytes' 4-bit and torchao's float8 weights. Any other base layer (otherwise
+    quantized, transformers' Conv1D, with hooks) computes its own product, and one op per adapter
+    adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change that:
+    PEFT would copy x to float32, this library does not. DoRA without dropout (with dropout in
+    evaluation only), and stacks of experts with one active adapter
+    (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's
     size.
 
-    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in float8, integers or 4 bits,
-    and before a layer that quantizes its input, as some of torchao's and compressed-tensors' do.
+    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in
+    float8, integers or 4 bits, and before a layer that quantizes its input, as some of torchao's
+    and compressed-tensors' do.
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
-        strict: raise unless every adapter of every PEFT layer runs on this library's ops, and trains.
-        fuse_projections: compute projection groups together, as :func:`~stablelora_kernels.apply_lora` does. Each of their layers
-            then holds a reference to its group, and their parent a hook, until :func:`restore_peft`, which must come before
-            PEFT's ``unload`` and ``merge_and_unload``: they would leave the hook behind.
-        fuse_mlp: compute each gated MLP in one op, as :func:`~stablelora_kernels.apply_lora` does. A call runs in one op while
-            each projection has at most one active adapter. The modules get another class of the same name until
-            :func:`restore_peft`, or until PEFT's ``unload`` or ``merge_and_unload`` has taken the last adapter out of them.
+        strict: raise unless every adapter of every PEFT layer runs on this library's ops, and
+            trains.
+        fuse_projections: compute projection groups together, as
+            :func:`~stablelora_kernels.apply_lora` does. Each of their layers then holds a reference
+            to its group, and their parent a hook, until :func:`restore_peft`, which must come
+            before PEFT's ``unload`` and ``merge_and_unload``: they would leave the hook behind.
+        fuse_mlp: compute each gated MLP in one op, as :func:`~stablelora_kernels.apply_lora` does.
+            A call runs in one op while each projection has at most one active adapter. The modules
+            get another class of the same name until :func:`restore_peft`, or until PEFT's
+            ``unload`` or ``merge_and_unload`` has taken the last adapter out of them.
 
     Returns:
-        The report. It has one row for each layer and adapter that runs on the ops. It lists as skipped, with the reason, those
-        that PEFT's own forward computes (aLoRA and other variants, embeddings, convolutions, ...).
+        The report. It has one row for each layer and adapter that runs on the ops. It lists as
+        skipped, with the reason, those that PEFT's own forward computes (aLoRA and other variants,
+        embeddings, convolutions, ...).
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
         TypeError: ``model`` is not a module.
-        ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be skipped. Nothing is changed
-            then.
+        ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be
+            skipped. Nothing is changed then.
     """
     layers, experts = _layers(), _experts()
     accelerated, replaced, skipped = [], [], []
     beside: list[str] = []
     tuner_layers = _tuner_layers(model, layers)
-    wrappers = {name: module for name, module in tuner_layers if experts and isinstance(module, experts.ParamWrapper)}
+    wrappers = {
+        name: module
+        for name, module in tuner_layers
+        if experts and isinstance(module, experts.ParamWrapper)
+    }
     for name, module in tuner_layers:
         if name in wrappers:
             continue
@@ -114,10 +132,20 @@ def accelerate_peft(
         notes += notes_on_heads(model)
     notes += _notes_on_stacks(model, wrappers)
     if beside:
-        notes.append(f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}")
+        notes.append(
+            f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}"
+        )
     if fuse_projections:
-        named = {name: module for name, module in model.named_modules() if type(module) in layers.ORIGINAL}
-        of_groups = (layers.projection_group_key, layers.compute_projection_group, layers.reason_to_compute_alone)
+        named = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) in layers.ORIGINAL
+        }
+        of_groups = (
+            layers.projection_group_key,
+            layers.compute_projection_group,
+            layers.reason_to_compute_alone,
+        )
         notes += make_projection_groups(model, named, *of_groups)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
@@ -129,7 +157,9 @@ def accelerate_peft(
 def _row(name: str, layer: Any, adapter: str) -> ReplacedModule:
     sizes = layer.in_features, layer.out_features, layer.r[adapter]
     experts = getattr(layer, "num_experts", 1)
-    return ReplacedModule(name, *sizes, layer.lora_alpha[adapter], layer.scaling[adapter], adapter, experts)
+    return ReplacedModule(
+        name, *sizes, layer.lora_alpha[adapter], layer.scaling[adapter], adapter, experts
+    )
 
 
 def _faults(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
@@ -145,11 +175,18 @@ def _faults(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
 
 
 def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
-    """Notes on the experts that have no adapter: PEFT's "all-linear" reaches those of some families alone."""
-    adapted = {wrapper.get_base_layer()._parameters.get(wrapper.parameter_name) for wrapper in wrappers.values()}
+    """Notes on the experts that have no adapter: PEFT's "all-linear" reaches those of some families
+    alone.
+    """
+    adapted = {
+        wrapper.get_base_layer()._parameters.get(wrapper.parameter_name)
+        for wrapper in wrappers.values()
+    }
     adapted |= {parameter for parameter in model.parameters() if parameter.requires_grad}
     stacks = stacks_without_adapter(model, adapted)
-    return by_reason(SkippedModule(name.replace(".base_layer", ""), reason) for name, reason in stacks.items())
+    return by_reason(
+        SkippedModule(name.replace(".base_layer", ""), reason) for name, reason in stacks.items()
+    )
 
 
 def _unfuse(model: nn.Module) -> None:
@@ -158,21 +195,27 @@ def _unfuse(model: nn.Module) -> None:
 
 
 def _unmatched(model: nn.Module) -> list[str]:
-    """A note on each adapter whose target_modules name something that matches no module, of which PEFT says nothing.
+    """A note on each adapter whose target_modules name something that matches no module, of which
+    PEFT says nothing.
 
-    Under "all-linear" PEFT lists every linear layer there, also those that ``exclude_modules`` or ``modules_to_save`` keep out.
+    Under "all-linear" PEFT lists every linear layer there, also those that ``exclude_modules`` or
+    ``modules_to_save`` keep out.
     """
     names, configs = [], {}
     for name, module in model.named_modules():
         names.append(name)
         found = module.__dict__.get("peft_config")
         configs.update(found if isinstance(found, dict) else {})
-    notes = {key: unmatched_names(getattr(config, "target_modules", None), names) for key, config in configs.items()}
+    notes = {
+        key: unmatched_names(getattr(config, "target_modules", None), names)
+        for key, config in configs.items()
+    }
     return [f"{note} (adapter {adapter!r})" for adapter, note in notes.items() if note]
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Undo :func:`accelerate_peft` exactly: every layer and every fused MLP gets its own class back.
+    """Undo :func:`accelerate_peft` exactly: every layer and every fused MLP gets its own class
+    back.
 
     A model without such layers stays unchanged.
 
@@ -217,9 +260,15 @@ def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     check_module(model)
-    tuner_layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    tuner_layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
     if not any(isinstance(module, layers.lora.LoraLayer) for _, module in tuner_layers):
-        raise ValueError(f"model must have PEFT LoRA layers, got a {type(model).__name__} without any")
+        raise ValueError(
+            f"model must have PEFT LoRA layers, got a {type(model).__name__} without any"
+        )
     return tuner_layers
 
 

@@ -1,4 +1,6 @@
-"""DoRA adapters of PEFT's layers on this library's ops, where they drop nothing. This module imports peft."""
+"""DoRA adapters of PEFT's layers on this library's ops, where they drop nothing. This module
+imports peft.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from stablelora_kernels.integrations.peft_operands import (
     read_matrices,
 )
 from stablelora_kernels.nn.linear import weight_and_bias
-from stablelora_kernels.ops.dora import row_norms, scale_columns, square_sums, square_sums_by_products
+from stablelora_kernels.ops.dora import (
+    row_norms,
+    scale_columns,
+    square_sums,
+    square_sums_by_products,
+)
 from stablelora_kernels.ops.torch_path import without_autocast
 from stablelora_kernels.quantized import is_packed_for_cpu, is_quantized, read
 from stablelora_kernels.utils.modules import is_hooked
@@ -41,7 +48,9 @@ class Dora(NamedTuple):
     bias: Tensor | None
 
     def output(self, base: Any, x: Tensor) -> Tensor:
-        """(m / n) Z + bias in the dtype of the base layer's output, for its product and the branch, Z, without a bias."""
+        """(m / n) Z + bias in the dtype of the base layer's output, for its product and the branch,
+        Z, without a bias.
+        """
         operand = base_operand(base, x)
         if isinstance(operand, Base):
             z = self.branch.with_base(operand._replace(bias=None), x)
@@ -75,9 +84,13 @@ def _row_norms(dora: Dora, base: Any) -> Tensor:
     branch, weight = dora.branch, dora.weight
     if not is_quantized(weight):
         products = nn.functional.linear(branch.lora_A.to(weight.dtype), weight)
-        return row_norms(square_sums(weight), products, branch.lora_A, branch.lora_B, branch.scaling)
+        return row_norms(
+            square_sums(weight), products, branch.lora_A, branch.lora_B, branch.scaling
+        )
     products = _product(dora, base, branch.lora_A)
-    return row_norms(_sums_of_quantized(dora, base), products, branch.lora_A, branch.lora_B, branch.scaling)
+    return row_norms(
+        _sums_of_quantized(dora, base), products, branch.lora_A, branch.lora_B, branch.scaling
+    )
 
 
 def _product(dora: Dora, base: Any, x: Tensor) -> Tensor:
@@ -92,7 +105,9 @@ def _product(dora: Dora, base: Any, x: Tensor) -> Tensor:
 
 
 def _sums_of_quantized(dora: Dora, base: Any) -> Tensor:
-    """|W_n|^2, kept until the weight or one of its scales is moved or written: dequantizing takes a while."""
+    """|W_n|^2, kept until the weight or one of its scales is moved or written: dequantizing takes a
+    while.
+    """
     weight = dora.weight
     if torch.compiler.is_compiling():
         return square_sums(read(weight).dequantize(torch.float32))
@@ -106,12 +121,16 @@ def _sums_of_quantized(dora: Dora, base: Any) -> Tensor:
 
 def _compute_sums(dora: Dora, base: Any) -> Tensor:
     if is_packed_for_cpu(dora.weight):
-        return square_sums_by_products(lambda x: _product(dora, base, x), dora.weight.quant_state.shape, dora.magnitude)
+        return square_sums_by_products(
+            lambda x: _product(dora, base, x), dora.weight.quant_state.shape, dora.magnitude
+        )
     return square_sums(read(dora.weight).dequantize(torch.float32))
 
 
 def _tensors_of(weight: Any) -> list[Tensor]:
-    """The tensors that the values of a quantized weight come from. Views that are made in inference mode have no version."""
+    """The tensors that the values of a quantized weight come from. Views that are made in inference
+    mode have no version.
+    """
     if not hasattr(weight, "quant_state"):
         return [weight.qdata, weight.scale]
     if is_packed_for_cpu(weight):
@@ -134,7 +153,11 @@ def read_dora(layer: Any, adapter: str) -> Dora | str:
     if isinstance(branch, str):
         return branch
     magnitude = layer.lora_magnitude_vector[adapter]
-    if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude) or layer.ephemeral_gpu_offload:
+    if (
+        type(magnitude) is not DoraLinearLayer
+        or is_hooked(magnitude)
+        or layer.ephemeral_gpu_offload
+    ):
         return f"adapter {adapter!r} is DoRA with hooks, or with a weight on another device"
     if type(base) not in READABLE or is_hooked(base):
         return f"adapter {adapter!r} is DoRA on a {type(base).__name__}, or on a layer with hooks"
@@ -145,11 +168,19 @@ def read_dora(layer: Any, adapter: str) -> Dora | str:
 
 
 def dora_output(layer: Any, x: Tensor) -> Tensor | None:
-    """The output with a single adapter, if that is DoRA and drops nothing; None if PEFT's own forward must compute it."""
-    adapters = [adapter for adapter in layer.active_adapters if adapter in layer._modules["lora_A"]._modules]
+    """The output with a single adapter, if that is DoRA and drops nothing; None if PEFT's own
+    forward must compute it.
+    """
+    adapters = [
+        adapter for adapter in layer.active_adapters if adapter in layer._modules["lora_A"]._modules
+    ]
     if len(adapters) != 1 or not is_dora(layer, adapters[0]) or is_observed(layer):
         return None
     dora = read_dora(layer, adapters[0])
-    if isinstance(dora, str) or dora.branch.dropout_p or not fits(x, dora.branch.lora_A, dora.branch.lora_B):
+    if (
+        isinstance(dora, str)
+        or dora.branch.dropout_p
+        or not fits(x, dora.branch.lora_A, dora.branch.lora_B)
+    ):
         return None
     return dora.output(layer._modules["base_layer"], x)

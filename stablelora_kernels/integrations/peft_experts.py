@@ -1,8 +1,10 @@
-"""PEFT's ``ParamWrapper`` over a stack of experts, with a forward on ``lora_experts``. This module imports peft.
+"""PEFT's ``ParamWrapper`` over a stack of experts, with a forward on ``lora_experts``. This module
+imports peft.
 
-PEFT folds ``W + s B A`` into a stack of experts at each call: a copy of the stack that autograd keeps, and its gradient. Here the
-rows are sorted by expert, and each projection is one op. As in ``peft_layers``, only the ``__class__`` of an instance changes,
-that of the outermost wrapper where PEFT has nested one for each parameter, and each call reads what it needs.
+PEFT folds ``W + s B A`` into a stack of experts at each call: a copy of the stack that autograd
+keeps, and its gradient. Here the rows are sorted by expert, and each projection is one op. As in
+``peft_layers``, only the ``__class__`` of an instance changes, that of the outermost wrapper where
+PEFT has nested one for each parameter, and each call reads what it needs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class AcceleratedExperts(ParamWrapper):
     """``peft.tuners.lora.ParamWrapper``. Calls that it does not support run PEFT's forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The experts' output for x [tokens, H], the experts of each token [tokens, k], and their weights [tokens, k]."""
+        """The experts' output for x [tokens, H], the experts of each token [tokens, k], and their
+        weights [tokens, k].
+        """
         base = self.get_base_layer()
         fits = not kwargs and len(args) == (0 if is_llama4(base) else 2) and not is_observed(self)
         products = read_products(self, x) if fits else ""
@@ -47,12 +51,22 @@ class AcceleratedExperts(ParamWrapper):
 AcceleratedExperts.__name__ = ParamWrapper.__name__
 
 
-def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> tuple[dict[str, ParamWrapper], list[SkippedModule]]:
-    """The outermost of a model's ``wrappers``: those that ``lora_experts`` can compute, and the others with the reason."""
+def read_wrappers(
+    wrappers: Mapping[str, ParamWrapper],
+) -> tuple[dict[str, ParamWrapper], list[SkippedModule]]:
+    """The outermost of a model's ``wrappers``: those that ``lora_experts`` can compute, and the
+    others with the reason.
+    """
     nested = {id(wrapper.base_layer) for wrapper in wrappers.values()}
-    found = {name: read_products(each, None) for name, each in wrappers.items() if id(each) not in nested}
-    skipped = [SkippedModule(name, reason) for name, reason in found.items() if isinstance(reason, str)]
-    return {name: wrappers[name] for name, each in found.items() if not isinstance(each, str)}, skipped
+    found = {
+        name: read_products(each, None) for name, each in wrappers.items() if id(each) not in nested
+    }
+    skipped = [
+        SkippedModule(name, reason) for name, reason in found.items() if isinstance(reason, str)
+    ]
+    return {
+        name: wrappers[name] for name, each in found.items() if not isinstance(each, str)
+    }, skipped
 
 
 def wrapped_parameters(wrapper: Any) -> dict[str, Any]:
@@ -65,7 +79,8 @@ def wrapped_parameters(wrapper: Any) -> dict[str, Any]:
 
 
 def read_products(wrapper: Any, x: Tensor | None) -> dict[str, Product] | str:
-    """The products of the adapted parameters for an input like ``x``, or why PEFT must compute them.
+    """The products of the adapted parameters for an input like ``x``, or why PEFT must compute
+    them.
 
     Without ``x``, whether there is an input that they are computed for; there are no products then.
     """
@@ -98,8 +113,12 @@ def read_products(wrapper: Any, x: Tensor | None) -> dict[str, Product] | str:
     return products
 
 
-def _read_pair(name: str, wrapper: Any, dtype: torch.dtype, x: Tensor | None) -> tuple[Tensor, Tensor, float] | str:
-    """A, B and the scaling of a wrapper for an input like ``x``, or why PEFT must compute them; ``dtype`` is the weight's."""
+def _read_pair(
+    name: str, wrapper: Any, dtype: torch.dtype, x: Tensor | None
+) -> tuple[Tensor, Tensor, float] | str:
+    """A, B and the scaling of a wrapper for an input like ``x``, or why PEFT must compute them;
+    ``dtype`` is the weight's.
+    """
     if wrapper.num_experts < 2:
         return f"its {name} is of one expert"
     if x is None:
@@ -112,9 +131,14 @@ def _read_pair(name: str, wrapper: Any, dtype: torch.dtype, x: Tensor | None) ->
             return f"its {name} has {len(adapters)} active adapters"
     for adapter in adapters:
         a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
-        if any(type(t) is not nn.Linear or is_hooked(t) or weight_and_bias(t)[1] is not None for t in (a, b)):
+        if any(
+            type(t) is not nn.Linear or is_hooked(t) or weight_and_bias(t)[1] is not None
+            for t in (a, b)
+        ):
             return f"adapter {adapter!r} of its {name} is not of plain nn.Linears, or has hooks"
     a, b = a.weight, b.weight
-    if x is not None and (a.device != x.device or a.dtype != b.dtype or a.dtype not in (torch.float32, dtype)):
+    if x is not None and (
+        a.device != x.device or a.dtype != b.dtype or a.dtype not in (torch.float32, dtype)
+    ):
         return f"adapter {adapter!r} of its {name} is {a.dtype} on {a.device}"
     return a, b, wrapper.scaling[adapter]

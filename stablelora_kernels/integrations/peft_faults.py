@@ -1,4 +1,5 @@
-"""What PEFT trains wrongly or not at all without saying so, whoever computes the branch. This module imports peft.
+"""What PEFT trains wrongly or not at all without saying so, whoever computes the branch. This
+module imports peft.
 
 What a PEFT release does is tried on two small experts rather than looked up by its version.
 """
@@ -22,7 +23,9 @@ from stablelora_kernels.model.reports import list_some
 
 
 class ParametrizedFaults(NamedTuple):
-    """What PEFT does wrong with adapters on parameters that another parametrization computes, as bitsandbytes does in 4 bits."""
+    """What PEFT does wrong with adapters on parameters that another parametrization computes, as
+    bitsandbytes does in 4 bits.
+    """
 
     # Parameters whose adapter gets no gradient.
     lost: tuple[str, ...] = ()
@@ -30,7 +33,8 @@ class ParametrizedFaults(NamedTuple):
     repeats: bool = False
     # A disabled adapter's delta is added still.
     remains: bool = False
-    # PEFT nests the parameters, and so names them in the adapter's file, in another order than plain ones.
+    # PEFT nests the parameters, and so names them in the adapter's file, in another order than
+    # plain ones.
     reorders: bool = False
 
     @property
@@ -38,7 +42,11 @@ class ParametrizedFaults(NamedTuple):
         return bool(self.lost) or self.repeats or self.remains
 
     def __str__(self) -> str:
-        texts = [f"the adapter of {' and '.join(self.lost)} has no effect and gets no gradient"] if self.lost else []
+        texts = (
+            [f"the adapter of {' and '.join(self.lost)} has no effect and gets no gradient"]
+            if self.lost
+            else []
+        )
         if self.repeats:
             texts.append("each call without gradients adds the delta once more")
         if self.remains:
@@ -51,16 +59,19 @@ class ParametrizedFaults(NamedTuple):
 
 
 def faults_of_wrappers(wrappers: Iterable[tuple[str, Any]]) -> list[str]:
-    """A sentence on each fault of PEFT's ``wrappers`` of parameters, which come by name, the outermost first."""
+    """A sentence on each fault of PEFT's ``wrappers`` of parameters, which come by name, the
+    outermost first.
+    """
     names: dict[str, list[str]] = {}
     nested = set()
     for name, wrapper in wrappers:
         nested.add(id(wrapper.base_layer))
-        parameter, computed = wrapper.parameter_name, getattr(wrapper.get_base_layer(), "parametrizations", ())
+        parameter, computed = (
+            wrapper.parameter_name,
+            getattr(wrapper.get_base_layer(), "parametrizations", ()),
+        )
         if parameter not in computed and (dtype := wrapper.get_param().dtype) not in FLOAT_DTYPES:
-            reason = (
-                f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
-            )
+            reason = f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
             names.setdefault(reason, []).append(name)
         if id(wrapper) in nested:
             continue
@@ -71,15 +82,21 @@ def faults_of_wrappers(wrappers: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def _parameters(wrapper: Any) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The adapted parameters of a module, in the order of their definition, and those that a parametrization computes."""
+    """The adapted parameters of a module, in the order of their definition, and those that a
+    parametrization computes.
+    """
     base, adapted = wrapper.get_base_layer(), wrapped_parameters(wrapper)
     computed = [*getattr(base, "parametrizations", ())]
-    return tuple(name for name in [*base._parameters, *computed] if name in adapted), frozenset(computed) & {*adapted}
+    return tuple(name for name in [*base._parameters, *computed] if name in adapted), frozenset(
+        computed
+    ) & {*adapted}
 
 
 @lru_cache
 def faults_of_parametrized(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults:
-    """What the installed PEFT does wrong with adapters on the parameters ``names`` of a module, of which some are computed."""
+    """What the installed PEFT does wrong with adapters on the parameters ``names`` of a module, of
+    which some are computed.
+    """
     if not computed:
         return ParametrizedFaults()
     # The trial draws none of the user's random numbers, and takes none of the user's modes.
@@ -104,7 +121,9 @@ def _try(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults
         for wrapper in wrappers.values():
             wrapper.enable_adapters(False)
         remains = not torch.equal(experts(x), frozen)
-    return ParametrizedFaults(tuple(lost), repeats, remains, [*wrappers] != [*wrapped_parameters(plain)])
+    return ParametrizedFaults(
+        tuple(lost), repeats, remains, [*wrappers] != [*wrapped_parameters(plain)]
+    )
 
 
 def _pair(wrapper: Any) -> list[Tensor]:
@@ -144,6 +163,8 @@ class _TwoExperts(nn.Module):
 def _adapted(names: tuple[str, ...], computed: frozenset[str]) -> ParamWrapper:
     """Two experts with a LoRA adapter of PEFT's on each parameter."""
     targets = [f"experts.{name}" for name in names]
-    config = peft.LoraConfig(r=1, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=1, target_modules=[], target_parameters=targets, init_lora_weights=False
+    )
     model = nn.ModuleDict({"experts": _TwoExperts(names, computed)})
     return cast(ParamWrapper, peft.inject_adapter_in_model(config, model).get_submodule("experts"))

@@ -1,8 +1,10 @@
-"""PEFT's LoRA layers with a forward on this library's ops. This module imports peft, so ``peft.py`` imports it lazily.
+"""PEFT's LoRA layers with a forward on this library's ops. This module imports peft, so ``peft.py``
+imports it lazily.
 
-Accelerating an instance changes only its ``__class__``, to a subclass of its PEFT class that overrides the forward. It stores
-nothing in the instance except its projection group, if ``fuse_projections`` is set. So copies, pickles and replicas are
-accelerated too, and PEFT's own code adds, switches, merges, deletes, saves and loads adapters as before. Each call reads the
+Accelerating an instance changes only its ``__class__``, to a subclass of its PEFT class that
+overrides the forward. It stores nothing in the instance except its projection group, if
+``fuse_projections`` is set. So copies, pickles and replicas are accelerated too, and PEFT's own
+code adds, switches, merges, deletes, saves and loads adapters as before. Each call reads the
 current adapters, scaling, dropout, training mode, and whether the layer is merged or disabled.
 """
 
@@ -37,9 +39,7 @@ from stablelora_kernels.quantized import is_quantized
 _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
 
 # Why the ops do not train such an adapter.
-DORA_WITH_DROPOUT = (
-    "is DoRA with dropout, which needs the base product of two inputs to train; evaluation runs on the ops"
-)
+DORA_WITH_DROPOUT = "is DoRA with dropout, which needs the base product of two inputs to train; evaluation runs on the ops"
 
 
 def reason_against(layer: Any, adapter: str) -> str | None:
@@ -47,7 +47,11 @@ def reason_against(layer: Any, adapter: str) -> str | None:
     found = read_dora(layer, adapter) if is_dora(layer, adapter) else read_branch(layer, adapter)
     if isinstance(found, str):
         return found
-    return f"adapter {adapter!r} {DORA_WITH_DROPOUT}" if _is_dora_with_dropout(layer, adapter) else None
+    return (
+        f"adapter {adapter!r} {DORA_WITH_DROPOUT}"
+        if _is_dora_with_dropout(layer, adapter)
+        else None
+    )
 
 
 def is_only_evaluated(layer: Any, adapter: str) -> bool:
@@ -60,9 +64,15 @@ def _is_dora_with_dropout(layer: Any, adapter: str) -> bool:
 
 
 def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
-    """The output with one adapter on a plain base layer, or None if it is no such call. It does not look at merging."""
+    """The output with one adapter on a plain base layer, or None if it is no such call. It does not
+    look at merging.
+    """
     adapters = layer.active_adapters
-    if len(adapters) != 1 or adapters[0] not in layer._modules["lora_A"]._modules or is_observed(layer):
+    if (
+        len(adapters) != 1
+        or adapters[0] not in layer._modules["lora_A"]._modules
+        or is_observed(layer)
+    ):
         return None
     branch, base = read_branch(layer, adapters[0]), layer._modules["base_layer"]
     weight, bias = plain_tensors(base)
@@ -73,7 +83,9 @@ def _usual_output(layer: Any, x: Tensor) -> Tensor | None:
     def is_readable() -> bool:
         return fits(x, branch.lora_A, branch.lora_B) and isinstance(base_operand(base, x), Base)
 
-    return lora_linear_if(is_readable, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
+    return lora_linear_if(
+        is_readable, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p
+    )
 
 
 def branches_of(layer: Any, adapters: Iterable[str], x: Tensor) -> list[Branch] | None:
@@ -95,8 +107,12 @@ class Accelerated:
     """A mixin in front of a PEFT class. Calls that it does not support run that class's forward."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward: base_layer(x) plus the active adapters' branches, in the base layer's dtype."""
-        plain = not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None
+        """PEFT's forward: base_layer(x) plus the active adapters' branches, in the base layer's
+        dtype.
+        """
+        plain = (
+            not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None
+        )
         if plain and not args and not kwargs:
             group = self.__dict__.get(ATTRIBUTE)
             if group is not None and (y := group.output(self, x)) is not None:
@@ -120,7 +136,9 @@ class Accelerated:
             result = branch.add_to(result, x)
         return result
 
-    def _mixed_batch_forward(self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+    def _mixed_batch_forward(
+        self: Any, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> Tensor:
         """Apply to each row the branch of its adapter. PEFT's forward has checked the names."""
         branches = {name: branches_of(self, [name], x) for name in dict.fromkeys(adapter_names)}
         if None in branches.values():
@@ -130,7 +148,9 @@ class Accelerated:
         for name, found in branches.items():
             # There is no branch for "__base__", nor for an adapter that this layer does not have.
             for branch in found or ():
-                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                rows = torch.tensor(
+                    [i for i, other in enumerate(adapter_names) if other == name], device=x.device
+                )
                 result[rows] = branch.add_to(result[rows], x[rows])
         return result
 
@@ -140,7 +160,9 @@ class Accelerated:
 
 
 def compute_projection_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
-    """The outputs of layers that share the input ``x``, from one op; None if each layer must compute its own."""
+    """The outputs of layers that share the input ``x``, from one op; None if each layer must
+    compute its own.
+    """
     firsts, rests = [], []
     tensors: list[tuple[Any, ...]] = []
     for layer in layers:
@@ -167,14 +189,18 @@ def compute_projection_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] |
 
 
 def projection_group_key(layer: Any) -> tuple[Any, ...]:
-    """Layers can form a projection group if their keys are equal. :func:`compute_projection_group` checks the rest."""
+    """Layers can form a projection group if their keys are equal. :func:`compute_projection_group`
+    checks the rest.
+    """
     base = layer.base_layer
     # A layer of another type gets a key of its own.
     return (layer.in_features, base.weight.dtype) if type(base) is nn.Linear else (id(layer),)
 
 
 def reason_to_compute_alone(layer: Any) -> str | None:
-    """Why :func:`compute_projection_group` leaves a layer and its group to themselves as the layer is now, or None."""
+    """Why :func:`compute_projection_group` leaves a layer and its group to themselves as the layer
+    is now, or None.
+    """
     if (reason := _state_against(layer)) is not None:
         return reason
     active = _active_adapters(layer)
@@ -208,7 +234,9 @@ def is_dora_beside(layer: Any) -> bool:
 
 
 def _who_computes(layer: Any, adapter: str, reason: str) -> str:
-    """Where an accelerated layer's active adapter runs in training that :func:`read_branch` refuses for ``reason``."""
+    """Where an accelerated layer's active adapter runs in training that :func:`read_branch` refuses
+    for ``reason``.
+    """
     if is_dora(layer, adapter):
         of_dora = reason_against(layer, adapter)
         if of_dora is None and not is_dora_beside(layer):
@@ -218,7 +246,8 @@ def _who_computes(layer: Any, adapter: str, reason: str) -> str:
 
 
 def read_operand(layer: Any, x: Tensor | None) -> Operand | str:
-    """What a fused MLP reads of a PEFT layer or of a frozen one beside it, or why that must compute by itself.
+    """What a fused MLP reads of a PEFT layer or of a frozen one beside it, or why that must compute
+    by itself.
 
     For an input like ``x``, or for any.
     """
@@ -237,11 +266,17 @@ def read_operand(layer: Any, x: Tensor | None) -> Operand | str:
         return Operand(LoRAWeights(weight, bias, None, None, 1.0), None, dtype)
     if x is not None and not fits(x, branch.lora_A, branch.lora_B, weight.shape[1]):
         return "has an adapter that does not fit its input"
-    return Operand(LoRAWeights(weight, bias, branch.lora_A, branch.lora_B, branch.scaling), branch.dropout_p, dtype)
+    return Operand(
+        LoRAWeights(weight, bias, branch.lora_A, branch.lora_B, branch.scaling),
+        branch.dropout_p,
+        dtype,
+    )
 
 
 def _active_branch(layer: Any, x: Tensor | None) -> Branch | str | None:
-    """The branch of a PEFT layer's only active adapter, None without one, or why its own forward must compute it."""
+    """The branch of a PEFT layer's only active adapter, None without one, or why its own forward
+    must compute it.
+    """
     if type(layer) not in ORIGINAL:
         adapters = getattr(layer, "lora_A", ())
         reasons = [reason_against(layer, name) for name in adapters if type(layer) in KNOWN]
@@ -261,7 +296,11 @@ def _active_branch(layer: Any, x: Tensor | None) -> Branch | str | None:
     if branch.bias is not None:
         return f"has a bias in lora_B of adapter {active[0]!r}, which trains"
     # Without an x, the dropout of training.
-    return branch if x is not None else branch._replace(dropout_p=getattr(layer.lora_dropout[active[0]], "p", 0.0))
+    return (
+        branch
+        if x is not None
+        else branch._replace(dropout_p=getattr(layer.lora_dropout[active[0]], "p", 0.0))
+    )
 
 
 PEFT_LAYERS = LayerKind(BaseTunerLayer, read_operand)
@@ -275,7 +314,10 @@ class AcceleratedTorchaoLoraLinear(Accelerated, TorchaoLoraLinear):
     """``TorchaoLoraLinear``, over torchao's quantized weights."""
 
 
-KNOWN: dict[type, type] = {lora.Linear: AcceleratedLinear, TorchaoLoraLinear: AcceleratedTorchaoLoraLinear}
+KNOWN: dict[type, type] = {
+    lora.Linear: AcceleratedLinear,
+    TorchaoLoraLinear: AcceleratedTorchaoLoraLinear,
+}
 
 if hasattr(lora, "Linear8bitLt"):
 

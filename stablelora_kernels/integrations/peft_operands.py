@@ -1,4 +1,5 @@
-"""What PEFT's LoRA layers hold, as operands of this library's ops, or why PEFT's own forward must compute it. It imports peft.
+"""What PEFT's LoRA layers hold, as operands of this library's ops, or why PEFT's own forward must
+compute it. It imports peft.
 
 This code runs at every call of every layer, so it avoids nn.Module's slow ``__getattr__``.
 """
@@ -63,7 +64,9 @@ class Branch(NamedTuple):
 
 
 def is_plain(weight: Tensor, bias: Tensor | None) -> bool:
-    return type(weight) in (nn.Parameter, Tensor) and (bias is None or type(bias) in (nn.Parameter, Tensor))
+    return type(weight) in (nn.Parameter, Tensor) and (
+        bias is None or type(bias) in (nn.Parameter, Tensor)
+    )
 
 
 def plain_tensors(linear: Any) -> tuple[Any, Any]:
@@ -101,23 +104,38 @@ def read_matrices(layer: Any, adapter: str) -> Branch | str:
         return f"the dropout of adapter {adapter!r} drops everything"
     if not isinstance(scaling, (int, float)):
         return f"the scaling of adapter {adapter!r} is a {type(scaling).__name__}, not a number"
-    return Branch(a_weight, b_weight, b_bias, scaling, dropout.p if kind is nn.Dropout and dropout.training else 0.0)
+    return Branch(
+        a_weight,
+        b_weight,
+        b_bias,
+        scaling,
+        dropout.p if kind is nn.Dropout and dropout.training else 0.0,
+    )
 
 
 def is_observed(layer: Any) -> bool:
-    """Whether global hooks or tracing must see every module's call. PEFT can also be told not to cast the input."""
-    return _has_any_global_hook() or torch.jit.is_tracing() or not getattr(layer, "cast_input_dtype_enabled", True)
+    """Whether global hooks or tracing must see every module's call. PEFT can also be told not to
+    cast the input.
+    """
+    return (
+        _has_any_global_hook()
+        or torch.jit.is_tracing()
+        or not getattr(layer, "cast_input_dtype_enabled", True)
+    )
 
 
 def fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None = None) -> bool:
-    """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype, or raises its own error.
+    """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype,
+    or raises its own error.
 
     ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
     """
     if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
         return False
     # Not part of reason_against: in a sharded model, parameters have other shapes between calls.
-    if (x.shape[-1:] if features is None else (features,)) != lora_A.shape[1:] or lora_A.shape[:1] != lora_B.shape[1:]:
+    if (x.shape[-1:] if features is None else (features,)) != lora_A.shape[1:] or lora_A.shape[
+        :1
+    ] != lora_B.shape[1:]:
         return False
     if torch.float64 in (x.dtype, lora_A.dtype):
         return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
@@ -131,12 +149,14 @@ def _calls(base: Any, weight: str = "") -> str:
 def base_operand(base: Any, x: Tensor | None) -> Base | str:
     """The base layer's operands, or why its product cannot be in one op with a branch.
 
-    For an input like ``x``; without one, for any that the layer may get once its parameters are on their devices.
+    For an input like ``x``; without one, for any that the layer may get once its parameters are on
+    their devices.
     """
     if type(base) not in READABLE or is_hooked(base):
         return _calls(base)
     weight, bias = weight_and_bias(base)
-    # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by plain tensors.
+    # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by
+    # plain tensors.
     if is_quantized(weight):
         return _quantized_operand(base, weight, bias, x) or _calls(base)
     if x is None and is_sharded(weight):
@@ -155,12 +175,17 @@ def base_operand(base: Any, x: Tensor | None) -> Base | str:
     return _calls(base)
 
 
-def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor | None) -> Base | str | None:
-    """As :func:`base_operand` for a 4-bit or float8 base layer, if the kernels compute the same product as the layer."""
+def _quantized_operand(
+    base: Any, weight: Any, bias: Tensor | None, x: Tensor | None
+) -> Base | str | None:
+    """As :func:`base_operand` for a 4-bit or float8 base layer, if the kernels compute the same
+    product as the layer.
+    """
     # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
     if resolve_backend((weight if x is None else x).device) != "triton":
         return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
-    # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and cast the bias in place.
+    # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and
+    # cast the bias in place.
     casts, computed = type(base) is not nn.Linear, getattr(base, "compute_dtype", weight.dtype)
     if x is None:
         return Base(weight, bias, computed)
@@ -174,6 +199,9 @@ def _quantized_operand(base: Any, weight: Any, bias: Tensor | None, x: Tensor | 
     except (TypeError, ValueError):
         return None
     # bitsandbytes may have quantized the weight as [K, N].
-    if stored.shape != (base.out_features, base.in_features) or stored.stored.data.device != x.device:
+    if (
+        stored.shape != (base.out_features, base.in_features)
+        or stored.stored.data.device != x.device
+    ):
         return None
     return Base(stored, bias, dtype)

@@ -25,23 +25,31 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def _fence_copies():
-    """Make what threads have written to shared memory visible to a WGMMA, which reads it through the asynchronous proxy.
+    """Make what threads have written to shared memory visible to a WGMMA, which reads it through
+    the asynchronous proxy.
 
-    Data-center Blackwell's products would need it too, but the pipeliner of Triton 3.6 refuses their loops with such a statement.
+    Data-center Blackwell's products would need it too, but the pipeliner of Triton 3.6 refuses
+    their loops with such a statement.
     """
     if targets_hopper():
         tl.inline_asm_elementwise(
-            "fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            "fence.proxy.async.shared::cta; mov.b32 $0, 0;",
+            "=r",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
 
 
 @triton.jit
 def register_dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """``dot`` in a loop, of an ``a`` in registers, as masked or gated tiles are, and float32 under TensorFloat-32.
+    """``dot`` in a loop, of an ``a`` in registers, as masked or gated tiles are, and float32 under
+    TensorFloat-32.
 
-    Hopper's product is complete on return. Triton lets asynchronous products run on into the loop's next round, which overwrites
-    these registers: Triton 3.6 and 3.7 keep no copy of them; Triton 3.8 does, and its ptxas (CUDA 12.9) removes it again
-    (triton-lang/triton#11781).
+    Hopper's product is complete on return. Triton lets asynchronous products run on into the loop's
+    next round, which overwrites these registers: Triton 3.6 and 3.7 keep no copy of them; Triton
+    3.8 does, and its ptxas (CUDA 12.9) removes it again (triton-lang/triton#11781).
     """
     acc = dot(a, b, acc, INPUT_PRECISION)
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
@@ -54,14 +62,17 @@ def register_dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 def finished(acc):
     """Return ``acc`` once its product is complete.
 
-    Triton lets an asynchronous product of Hopper's run on into the loop's next round, where a copy fills a buffer again. Triton
-    adds a buffer for an operand that only this product reads. It adds none for an operand with another reader, so the copy
-    would overwrite what the product still reads.
+    Triton lets an asynchronous product of Hopper's run on into the loop's next round, where a copy
+    fills a buffer again. Triton adds a buffer for an operand that only this product reads. It adds
+    none for an operand with another reader, so the copy would overwrite what the product still
+    reads.
     """
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
         if not targets_amd():
             # Any use of the values makes Triton wait for them.
-            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
+            acc = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1
+            )
     return acc
 
 
@@ -81,15 +92,22 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def draw_keep(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
-    """Draw dropout's mask for rows × [col0, col0 + BLOCK_C), as ``reference.dropout_keep_ref`` defines it.
+    """Draw dropout's mask for rows × [col0, col0 + BLOCK_C), as ``reference.dropout_keep_ref``
+    defines it.
 
-    One Philox call serves eight neighbors in a row, 15 bits each, so col0 must be a multiple of 8. Returns four uint32
-    [ROWS, BLOCK_C // 8]: bits 15 and 31 of the i-th are set where elements 2 i and 2 i + 1 of the eight are kept.
+    One Philox call serves eight neighbors in a row, 15 bits each, so col0 must be a multiple of 8.
+    Returns four uint32 [ROWS, BLOCK_C // 8]: bits 15 and 31 of the i-th are set where elements 2 i
+    and 2 i + 1 of the eight are kept.
     """
     groups = col0 // 8 + tl.arange(0, BLOCK_C // 8)
     counter = rows[:, None].to(tl.int64) * tl.cdiv(n_cols, 8) + groups[None, :]
     w0, w1, w2, w3 = tl.randint4x(seed, counter)
-    return _compare(w0, threshold), _compare(w1, threshold), _compare(w2, threshold), _compare(w3, threshold)
+    return (
+        _compare(w0, threshold),
+        _compare(w1, threshold),
+        _compare(w2, threshold),
+        _compare(w3, threshold),
+    )
 
 
 @triton.jit
@@ -110,15 +128,22 @@ def keep_of(drawn):
 def pack_keep(drawn):
     """The same as bytes, uint8 [ROWS, BLOCK_C // 8], the first element's bit the lowest."""
     w0, w1, w2, w3 = drawn
-    bits = ((w0 >> 6) & 0x02000200) | ((w1 >> 4) & 0x08000800) | ((w2 >> 2) & 0x20002000) | (w3 & 0x80008000)
+    bits = (
+        ((w0 >> 6) & 0x02000200)
+        | ((w1 >> 4) & 0x08000800)
+        | ((w2 >> 2) & 0x20002000)
+        | (w3 & 0x80008000)
+    )
     return (((bits >> 9) & 0x55) | ((bits >> 24) & 0xAA)).to(tl.uint8)
 
 
 @triton.jit
 def load_keep(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
-    """The stored mask for rows × [col0, col0 + BLOCK_C), int1: as for operands of products, each thread with some neighbors.
+    """The stored mask for rows × [col0, col0 + BLOCK_C), int1: as for operands of products, each
+    thread with some neighbors.
 
-    The mask has a bit an element, the first column's the lowest of a word: int32 [M, ceil(n_cols / 32)].
+    The mask has a bit an element, the first column's the lowest of a word: int32 [M, ceil(n_cols /
+    32)].
     """
     tl.static_assert(BLOCK_C % 32 == 0)
     row_words = tl.cdiv(n_cols, 32)
@@ -138,13 +163,17 @@ def load_words(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
     words = ()
     for i in tl.static_range(BLOCK_C // 32):
         inside = rows < tl.where(col0 + 32 * i < n_cols, M, 0)
-        words += (tl.load(mask_ptr + rows * tl.cdiv(n_cols, 32) + (col0 // 32 + i), mask=inside, other=0),)  # type: ignore[assignment]
+        words += (
+            tl.load(mask_ptr + rows * tl.cdiv(n_cols, 32) + (col0 // 32 + i), mask=inside, other=0),
+        )  # type: ignore[assignment]
     return words
 
 
 @triton.jit
 def unpack_words(words, BLOCK_C: tl.constexpr):
-    """The elements' own bits, int1 [ROWS, BLOCK_C]: as in an accumulator, where a thread's columns are 8 apart."""
+    """The elements' own bits, int1 [ROWS, BLOCK_C]: as in an accumulator, where a thread's columns
+    are 8 apart.
+    """
     cols = tl.arange(0, BLOCK_C)[None, :]
     keep = cols < 0
     for i in tl.static_range(BLOCK_C // 32):
@@ -156,7 +185,9 @@ def unpack_words(words, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row, column) of the pid-th tile. Tiles of GROUP_M rows run column by column, to share operands in L2."""
+    """(row, column) of the pid-th tile. Tiles of GROUP_M rows run column by column, to share
+    operands in L2.
+    """
     group = pid // (GROUP_M * tiles_n)
     group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     inside = pid % (GROUP_M * tiles_n)
@@ -196,10 +227,13 @@ def targets_hopper(_semantic=None):
 
 @triton.jit
 def stores_done(n):
-    """Wait until all threads' stores are done, so that an atomic may publish them; any int32 will do for ``n``."""
+    """Wait until all threads' stores are done, so that an atomic may publish them; any int32 will
+    do for ``n``.
+    """
     if not INTERPRETING:  # noqa: SIM102 - the interpreter does not know the other one
         if targets_amd():
-            # AMD's barrier waits for waves, not for their stores, and the atomic waits for its own wave's stores alone.
+            # AMD's barrier waits for waves, not for their stores, and the atomic waits for its own
+            # wave's stores alone.
             tl.inline_asm_elementwise(
                 "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [n], dtype=tl.int32, is_pure=False, pack=1
             )
@@ -208,9 +242,11 @@ def stores_done(n):
 
 @triton.jit
 def arrives_last(counter_ptr, n):
-    """Whether this is the last of n programs that share a counter. The last one may read what the others stored.
+    """Whether this is the last of n programs that share a counter. The last one may read what the
+    others stored.
 
-    The counter is an int32, 0 before and after. Chance decides which program is last, but not what it reads.
+    The counter is an int32, 0 before and after. Chance decides which program is last, but not what
+    it reads.
     """
     stores_done(n)
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == n - 1
@@ -221,14 +257,16 @@ def arrives_last(counter_ptr, n):
 
 @triton.jit
 def shared_sum(part, parts_ptr, counter_ptr, place, split, n):
-    """The sum of n programs' ``part``, and whether this program has it: the last to arrive adds up all parts in order.
+    """The sum of n programs' ``part``, and whether this program has it: the last to arrive adds up
+    all parts in order.
 
     ``place``: the sum's number among those of the launch's job.
     """
     ROWS: tl.constexpr = part.shape[0]
     COLUMNS: tl.constexpr = part.shape[1]
     PART: tl.constexpr = ROWS * COLUMNS
-    # To the pointer, not to a tile of them, which took registers through the main loop of quantized products.
+    # To the pointer, not to a tile of them, which took registers through the main loop of quantized
+    # products.
     parts_ptr += place.to(tl.int64) * n * PART
     ptrs = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     last = n == 1

@@ -1,4 +1,6 @@
-"""One launch of a kernel, or one product of the vendor's library: everything it needs, and how it runs and is counted."""
+"""One launch of a kernel, or one product of the vendor's library: everything it needs, and how it
+runs and is counted.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,13 @@ class Launch(NamedTuple):
     @property
     def compiled_with(self) -> dict[str, Any]:
         """What Triton takes beside the arguments."""
-        # Triton 3.6 compiles a tuple's constants if each is marked. FP fusion is explicit, because Triton 3.10 changes the
-        # default, which would change results.
+        # Triton 3.6 compiles a tuple's constants if each is marked. FP fusion is explicit, because
+        # Triton 3.10 changes the default, which would change results.
         marked = isinstance(self.kernel, JITFunction)
         constants = {
-            name: type(value)(*map(tl.constexpr, value)) if marked and isinstance(value, tuple) else value
+            name: type(value)(*map(tl.constexpr, value))
+            if marked and isinstance(value, tuple)
+            else value
             for name, value in self.constants.items()
         }
         return {**constants, **self.options, "enable_fp_fusion": True}
@@ -47,7 +51,10 @@ class Launch(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """Every argument and constant by its name."""
         given = iter(self.args)
-        return {name: self.constants[name] if name in self.constants else next(given) for name in self.kernel.arg_names}
+        return {
+            name: self.constants[name] if name in self.constants else next(given)
+            for name in self.kernel.arg_names
+        }
 
     @property
     def named(self) -> dict[str, Any]:
@@ -117,7 +124,9 @@ def with_leaves(values: tuple[Any, ...], new: Iterator[Any]) -> Any:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes ``device`` the current one. Triton compiles, loads and launches for that, whatever the tensors' device."""
+    """Makes ``device`` the current one. Triton compiles, loads and launches for that, whatever the
+    tensors' device.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -127,10 +136,17 @@ def tile_options(tile: Tile) -> dict[str, Any]:
 
 
 def planned(
-    kernel: Any, variant: str, plan: Plan, programs: int, args: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any,
+    variant: str,
+    plan: Plan,
+    programs: int,
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> Launch:
     """A launch of ``programs`` programs with the tile of ``plan``."""
-    return Launch(kernel, variant, plan.reason, (programs,), args, constants, tile_options(plan.tile))
+    return Launch(
+        kernel, variant, plan.reason, (programs,), args, constants, tile_options(plan.tile)
+    )
 
 
 def flag_words(**flags: bool) -> str:

@@ -1,4 +1,6 @@
-"""A product with its LoRA branch and gradients, and what kernels take for each of its jobs (``kernels/lora/jobs.py``)."""
+"""A product with its LoRA branch and gradients, and what kernels take for each of its jobs
+(``kernels/lora/jobs.py``).
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,18 @@ Random = tuple[Tensor | None, Tensor | None]
 
 
 class Product(NamedTuple):
-    """Y = X W^T + bias + BASE + (S B^T) ∘ keep, S = s' (X ∘ keep) A^T, where one of the two masks is all ones; or dX likewise.
+    """Y = X W^T + bias + BASE + (S B^T) ∘ keep, S = s' (X ∘ keep) A^T, where one of the two masks
+    is all ones; or dX likewise.
 
-    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], None if not requested, and y [M, N] with unit column stride.
-    ``call.masked`` says which mask drops. X's is drawn from ``seed``, int64 [1], and stored as ``mask`` if that is not None;
-    backward reads it, see ``reference.unpack_mask``. Without w, Y is BASE and the branch. ``base`` is y, or has y's
-    strides. S is in units of ``unit``, and ``scaling`` is s' divided by it. Without ``wanted`` y is not computed, and any tensor
-    stands for it.
+    x [M, K], w [N, K], bias [N], a [r, K], b [N, r]; s [M, r], None if not requested, and y [M, N]
+    with unit column stride. ``call.masked`` says which mask drops. X's is drawn from ``seed``,
+    int64 [1], and stored as ``mask`` if that is not None; backward reads it, see
+    ``reference.unpack_mask``. Without w, Y is BASE and the branch. ``base`` is y, or has y's
+    strides. S is in units of ``unit``, and ``scaling`` is s' divided by it. Without ``wanted`` y is
+    not computed, and any tensor stands for it.
 
-    Backward's gradients are dA = S^T (Z ∘ keep) and dB = X^T T, for Z [M, N] and T [M, r] in units of ``t_unit``; da [r, N] and
-    db [K, r] are contiguous, None if not requested.
+    Backward's gradients are dA = S^T (Z ∘ keep) and dB = X^T T, for Z [M, N] and T [M, r] in units
+    of ``t_unit``; da [r, N] and db [K, r] are contiguous, None if not requested.
     """
 
     call: Call
@@ -63,7 +67,9 @@ class Product(NamedTuple):
 
 
 def s_unit(dtype: torch.dtype, scaling: float) -> float:
-    """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than X A^T in float16."""
+    """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than
+    X A^T in float16.
+    """
     if dtype != torch.float16 or not 1 < abs(scaling) < math.inf:
         return 1.0
     fraction, exponent = math.frexp(scaling)
@@ -71,7 +77,9 @@ def s_unit(dtype: torch.dtype, scaling: float) -> float:
     return 2.0 ** min(exponent - (abs(fraction) == 0.5), 64)
 
 
-def forward_product(x: Tensor, p: Projection, s: Tensor | None, y: Tensor, random: Random, dropout_p: float) -> Product:
+def forward_product(
+    x: Tensor, p: Projection, s: Tensor | None, y: Tensor, random: Random, dropout_p: float
+) -> Product:
     """Y as a product; the projection's scaling is s'."""
     a, b, w = p.lora_A, p.lora_B, p.weight
     assert a is not None and b is not None and not isinstance(w, (NF4Weight, FP8Weight))
@@ -79,7 +87,10 @@ def forward_product(x: Tensor, p: Projection, s: Tensor | None, y: Tensor, rando
     bias = None if p.bias is None else p.bias.contiguous()
     (m, k), (n, r) = x.shape, b.shape
     dropout_p = dropout_p if r else 0.0
-    call, unit = Call("forward", m, n, k, r, x.dtype, a.dtype, dropout_p > 0), s_unit(x.dtype, p.scaling)
+    call, unit = (
+        Call("forward", m, n, k, r, x.dtype, a.dtype, dropout_p > 0),
+        s_unit(x.dtype, p.scaling),
+    )
     return Product(call, x, w, bias, a, b, s, y, *random, p.scaling / unit, dropout_p, unit)
 
 
@@ -87,7 +98,9 @@ def backward_product(
     x: Tensor | None, grad: Tensor, p: Projection, s: Tensor | None, mask: Tensor | None, dropout_p: float,
     results: tuple[Tensor | None, Tensor | None, Tensor | None], ds: Tensor | None = None,
 ) -> Product:  # fmt: skip
-    """dX as the forward's formula with every matrix transposed, with dA and dB: those of ``results`` that are not None."""
+    """dX as the forward's formula with every matrix transposed, with dA and dB: those of
+    ``results`` that are not None.
+    """
     a, b, w = p.lora_A, p.lora_B, p.weight
     assert a is not None and b is not None and not isinstance(w, (NF4Weight, FP8Weight))
     (m, n), (r, k), (dx, da, db) = grad.shape, a.shape, results
@@ -110,9 +123,11 @@ def threshold(p: Product) -> int:
 
 
 def buffers(plan: Plan, part: int, like: Tensor, lane: int, sums: int = 1) -> tuple[Tensor, Tensor]:
-    """The float32 scratch for partial sums, each of ``part`` elements, and the counters of ``sums`` for each tile.
+    """The float32 scratch for partial sums, each of ``part`` elements, and the counters of ``sums``
+    for each tile.
 
-    Sums that may run at the same time need different lanes: 0 and 1 for S and Y, 2 and 3 for dB and dA, and 4 for a chain.
+    Sums that may run at the same time need different lanes: 0 and 1 for S and Y, 2 and 3 for dB and
+    dA, and 4 for a chain.
     """
     shared = plan.tiles * sums if plan.splits > 1 else 0
     parts = scratch(like, plan.splits * shared * part, dtype=torch.float32)
@@ -130,11 +145,18 @@ def rows(t: Tensor | None, width: int, u: Tensor | None = None) -> jobs.Rows:
     return jobs.Rows(t, u, t.stride(0), t.stride(1), width)
 
 
-def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 0) -> tuple[jobs.SJob, jobs.STile]:
-    """S of ``members``, which share X. ``flag_m``: the rows that share a flag, in the launch of the product that reads S."""
+def s_job(
+    device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 0
+) -> tuple[jobs.SJob, jobs.STile]:
+    """S of ``members``, which share X. ``flag_m``: the rows that share a flag, in the launch of the
+    product that reads S.
+    """
     (p, *others), tile, c = members, plan.tile, members[0].call
-    # Several share their strides, too: not those of the first, of which a row of one element has any.
-    lora_As, strides = ([q.a.contiguous() for q in members], (c.k, 1)) if others else ([p.a], p.a.stride())
+    # Several share their strides, too: not those of the first, of which a row of one element has
+    # any.
+    lora_As, strides = (
+        ([q.a.contiguous() for q in members], (c.k, 1)) if others else ([p.a], p.a.stride())
+    )
     each = [
         jobs.SMember(a, q.s, q.seed, q.mask if q.seed is not None else None, q.scaling, q.call.r)
         for a, q in zip(lora_As, members, strict=True)
@@ -143,14 +165,27 @@ def s_job(device: Device, members: Sequence[Product], plan: Plan, flag_m: int = 
     # For dS, A is B^T, whose rows are not contiguous.
     precision = input_precision(device, c.dtype, transposed=c.direction == "backward")
     even = c.k % tile.BLOCK_K == 0
-    constants = (len(each), tile.BLOCK_M, tile.BLOCK_K, plan.block_r, tile.num_stages, even, flag_m, precision)
+    constants = (
+        len(each),
+        tile.BLOCK_M,
+        tile.BLOCK_K,
+        plan.block_r,
+        tile.num_stages,
+        even,
+        flag_m,
+        precision,
+    )
     return jobs.SJob(tuple(each), shared), jobs.STile(*constants)
 
 
-def _shared(s: Tensor | None, strides: tuple[int, ...], plan: Plan, lane: int, sums: int) -> jobs.Shared:
+def _shared(
+    s: Tensor | None, strides: tuple[int, ...], plan: Plan, lane: int, sums: int
+) -> jobs.Shared:
     assert s is not None
     row, col = strides
-    return jobs.Shared(s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, s, lane, sums))
+    return jobs.Shared(
+        s.stride(0), row, col, *buffers(plan, plan.tile.BLOCK_M * plan.block_r, s, lane, sums)
+    )
 
 
 def z_rows(p: Product) -> jobs.Rows | None:
@@ -161,7 +196,9 @@ def z_rows(p: Product) -> jobs.Rows | None:
 
 
 class Gradient(NamedTuple):
-    """dA or dB in some launch: its programs, of which ``splits`` share a sum, and what the kernel takes for them."""
+    """dA or dB in some launch: its programs, of which ``splits`` share a sum, and what the kernel
+    takes for them.
+    """
 
     programs: int = 0
     splits: int = 1
@@ -179,12 +216,16 @@ def grad_job(device: Device, members: Sequence[Product], plan: Plan, of_b: bool)
         each = [jobs.GradMember(q.s, q.da, q.mask, q.call.r) for q in members]
         shared, activation, unit = _shared(p.s, (1, c.n), plan, 3, len(members)), p.activation, 1.0
     sizes = (len(each), tile.BLOCK_K, tile.BLOCK_M, plan.block_r, tile.num_stages)
-    constants = jobs.GradTile(*sizes, activation, unit, input_precision(device, c.dtype, transposed=True))
+    constants = jobs.GradTile(
+        *sizes, activation, unit, input_precision(device, c.dtype, transposed=True)
+    )
     return Gradient(plan.programs, plan.splits, jobs.GradJob(tuple(each), shared), constants)
 
 
 def co_scheduled(device: Device, p: Product, of_b: bool, warps: int) -> Gradient:
-    """dA, or dB if ``of_b``, by programs of another launch, which has ``warps`` warps a program; none if it is not wanted."""
+    """dA, or dB if ``of_b``, by programs of another launch, which has ``warps`` warps a program;
+    none if it is not wanted.
+    """
     if (p.db if of_b else p.da) is None:
         return Gradient()
     plan = tiles.co_scheduled_grad_plan(device, p.call, of_b, warps)
@@ -203,7 +244,9 @@ class Chain(NamedTuple):
 
 
 def chain_ahead(device: Device, p: Product, product: Tile, spare: int) -> Chain:
-    """S, and dB if it is wanted, for the launch of ``p``, whose tile is ``product``; see ``chained_plans``."""
+    """S, and dB if it is wanted, for the launch of ``p``, whose tile is ``product``; see
+    ``chained_plans``.
+    """
     c = p.call
     plan, of_b, programs = chained.chained_plans(device, c, product, p.db is not None, spare)
     flag_m = max(product.BLOCK_M, plan.tile.BLOCK_M)
@@ -213,11 +256,18 @@ def chain_ahead(device: Device, p: Product, product: Tile, spare: int) -> Chain:
     return Chain(chain, programs, plan.splits, job, constants, db)
 
 
-def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> tuple[jobs.Branch, jobs.BranchTile]:
+def branch_job(
+    p: Product, block_r: int, load_s: bool, precision: str
+) -> tuple[jobs.Branch, jobs.BranchTile]:
     """The branch onto a tile of Y."""
     # With rank 0 nothing is read, but a pointer still needs a type.
     s = p.y if p.s is None and load_s else p.s
     branch = jobs.Branch(
-        s, 0 if s is None else s.stride(0), *matrix(p.b), p.mask if p.call.masked else None, p.scaling, p.call.r
+        s,
+        0 if s is None else s.stride(0),
+        *matrix(p.b),
+        p.mask if p.call.masked else None,
+        p.scaling,
+        p.call.r,
     )
     return branch, jobs.BranchTile(block_r, load_s, p.unit, precision)

@@ -1,8 +1,10 @@
-"""From a call of ``lora_linear`` to its launches: of one projection, of several that share x, or of a branch alone.
+"""From a call of ``lora_linear`` to its launches: of one projection, of several that share x, or of
+a branch alone.
 
-Nothing here launches. The functions return lists of launches, which the op runs, ``explain`` prints and the compile report
-compiles. For the latter two, tensors may be on the meta device. ``dispatch`` makes every choice. There is at least one row.
-Tensors are 2-D and of any strides unless a docstring says otherwise.
+Nothing here launches. The functions return lists of launches, which the op runs, ``explain`` prints
+and the compile report compiles. For the latter two, tensors may be on the meta device. ``dispatch``
+makes every choice. There is at least one row. Tensors are 2-D and of any strides unless a docstring
+says otherwise.
 """
 
 from __future__ import annotations
@@ -21,10 +23,16 @@ from stablelora_kernels.dispatch.settings import get_autotune
 from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
-from stablelora_kernels.kernels.lora.linear_quantized import _dequantize_kernel, _lora_linear_quantized_kernel
+from stablelora_kernels.kernels.lora.linear_quantized import (
+    _dequantize_kernel,
+    _lora_linear_quantized_kernel,
+)
 from stablelora_kernels.kernels.lora.linear_split_k import _lora_linear_split_k_kernel
 from stablelora_kernels.kernels.lora.linear_tma import _lora_linear_tma_kernel
-from stablelora_kernels.kernels.lora.thin_products import _lora_down_kernel, _lora_weight_grads_kernel
+from stablelora_kernels.kernels.lora.thin_products import (
+    _lora_down_kernel,
+    _lora_weight_grads_kernel,
+)
 from stablelora_kernels.launch import jobs as make
 from stablelora_kernels.launch.base import Launch, Launches, VendorProduct, flag_words, planned
 from stablelora_kernels.launch.jobs import Chain, Gradient, Product, Random, matrix, rows, threshold
@@ -42,7 +50,8 @@ def forward_launches(
     """The launches of a forward: each Y [M, N] for x [M, K].
 
     Args:
-        projections: with s' = scaling / (1 - p) for scaling. The only one has no weight if the branch is added to ``base``.
+        projections: with s' = scaling / (1 - p) for scaling. The only one has no weight if the
+            branch is added to ``base``.
         s: [M, sum of ranks], every S side by side; None if it is not requested.
         base: contiguous [M, N].
         choice: of the only projection; the table's by default.
@@ -58,7 +67,9 @@ def forward_launches(
     return member_launches(device, members, choice)
 
 
-def member_launches(device: Device, members: Sequence[Product], choice: Choice | None = None) -> Launches:
+def member_launches(
+    device: Device, members: Sequence[Product], choice: Choice | None = None
+) -> Launches:
     """The launches of a forward of projections of one x."""
     choices = [choice or _choose(device, p, alone=len(members) == 1) for p in members]
     shared = len(members) > 1 and rules.choose_group([p.call for p in members], choices).shared
@@ -74,39 +85,62 @@ def backward_launches(
     results: tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]], choice: Choice | None = None,
     plain: Callable[[Projection], tuple[Launches, Projection]] = lambda p: ([], p),
 ) -> Launches:  # fmt: skip
-    """The launches of a backward, for those of dX, the dA's and the dB's that are not None; ``s`` is each projection's S.
+    """The launches of a backward, for those of dX, the dA's and the dB's that are not None; ``s``
+    is each projection's S.
 
-    Each projection adds its part to the dX that the first one stores. Without a weight, dX is the branch's part alone.
-    ``plain`` dequantizes a projection's weight by launches right before its product.
+    Each projection adds its part to the dX that the first one stores. Without a weight, dX is the
+    branch's part alone. ``plain`` dequantizes a projection's weight by launches right before its
+    product.
     """
     dx, das, dbs = results
     ranks = [p.rank for p in projections]
-    every_ds = scratch(grads[0], grads[0].shape[0], sum(ranks)).split(ranks, 1) if len(ranks) > 1 else [None]
-    firsts, plains = zip(*[plain(p) if dx is not None else ([], p) for p in projections], strict=True)
+    every_ds = (
+        scratch(grads[0], grads[0].shape[0], sum(ranks)).split(ranks, 1)
+        if len(ranks) > 1
+        else [None]
+    )
+    firsts, plains = zip(
+        *[plain(p) if dx is not None else ([], p) for p in projections], strict=True
+    )
     members = [
-        make.backward_product(x, grad, p, each_s, mask, dropout_p, (dx, da, db), ds if da is not None else None)
-        for grad, p, each_s, mask, da, db, ds in zip(grads, plains, s, masks, das, dbs, every_ds, strict=True)
+        make.backward_product(
+            x, grad, p, each_s, mask, dropout_p, (dx, da, db), ds if da is not None else None
+        )
+        for grad, p, each_s, mask, da, db, ds in zip(
+            grads, plains, s, masks, das, dbs, every_ds, strict=True
+        )
     ]
     choices = [choice or _choose(device, p, alone=len(members) == 1) for p in members]
     shared = len(members) > 1 and all(p.da is not None for p in members)
-    shared = shared and rules.choose_group([p.call for p in members], choices if dx is not None else ()).shared
+    shared = (
+        shared
+        and rules.choose_group([p.call for p in members], choices if dx is not None else ()).shared
+    )
     launches: Launches = []
     for i, (p, chosen) in enumerate(zip(members, choices, strict=True)):
         if i:
             p = p._replace(call=p.call._replace(add=True), base=p.y)
-        launches += [*firsts[i], *product_launches(device, p._replace(da=None) if shared else p, chosen)]
+        launches += [
+            *firsts[i],
+            *product_launches(device, p._replace(da=None) if shared else p, chosen),
+        ]
     return [*launches, weight_grads(device, members)] if shared else launches
 
 
 def _choose(device: Device, p: Product, alone: bool) -> Choice:
-    """``alone``: without other projections of one x, so that autotuning may measure it, with its dA and dB."""
+    """``alone``: without other projections of one x, so that autotuning may measure it, with its dA
+    and dB.
+    """
     if isinstance(p.w, Stored):
         return rules.choose_quantized(device, p.call, p.w.layout.bits, p.w.layout.aligned)
     if p.w is None:
         return rules.choose_branch(p.call)
     tuned = None
     if alone and p.wanted and get_autotune():
-        w, build = p.w if p.call.direction == "forward" else p.w.t(), partial(product_launches, device, p)
+        w, build = (
+            p.w if p.call.direction == "forward" else p.w.t(),
+            partial(product_launches, device, p),
+        )
         tuned = autotune.choose(device, p.call, build, p.y, p.x, w, p.bias)
     return tuned or rules.choose(device, p.call)
 
@@ -114,8 +148,9 @@ def _choose(device: Device, p: Product, alone: bool) -> Choice:
 def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool = False) -> Launches:
     """The launches for ``p`` by the kernel of ``choice``, and for its dA and dB.
 
-    dB goes with a separate dS, so that dY is read once, and dA with dX. If dX is not wanted, only "chained" is of use.
-    ``s_ready``: an earlier launch has filled ``p.s``. "fused" would compute it again.
+    dB goes with a separate dS, so that dY is read once, and dA with dX. If dX is not wanted, only
+    "chained" is of use. ``s_ready``: an earlier launch has filled ``p.s``. "fused" would compute it
+    again.
     """
     if isinstance(p.w, Stored) and choice.kernel == "dequantize":
         w = scratch(p.x, p.w.layout.n, p.w.layout.k)
@@ -126,12 +161,18 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
         p = _with_s(p)
         return [lora_down(device, [p]), quantized(device, p), *_gradients(device, p, with_db=False)]
     if not p.wanted and (p.s is None or choice.kernel != "chained"):
-        return [*([lora_down(device, [p])] if p.s is not None else []), *_gradients(device, p, with_db=p.s is None)]
+        return [
+            *([lora_down(device, [p])] if p.s is not None else []),
+            *_gradients(device, p, with_db=p.s is None),
+        ]
     rules.check_possible(p.call, choice.kernel)
     if choice.kernel == "vendor":
         return _onto_vendors(device, p, s_ready)
     if choice.kernel == "fused" and p.call.r:
-        return [linear(device, p._replace(da=None), choice.tile, load_s=False), *_gradients(device, p)]
+        return [
+            linear(device, p._replace(da=None), choice.tile, load_s=False),
+            *_gradients(device, p),
+        ]
     if s_ready or not p.call.r:
         return [linear(device, p, choice.tile, load_s=True)]
     p = _with_s(p)
@@ -170,7 +211,14 @@ def lora_down(device: Device, members: Sequence[Product]) -> Launch:
     flags = flag_words(dropout=c.dropout and not c.masked, dB=db.programs > 0)
     args = (rows(p.x, c.k), job, db.job, c.m, plan.splits, db.programs, db.splits, threshold(p))
     words = f"{f'{many} of ' if many > 1 else ''}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
-    return planned(_lora_down_kernel, words, plan, plan.programs + db.programs, args, {"S": constants, "DB": db.tile})
+    return planned(
+        _lora_down_kernel,
+        words,
+        plan,
+        plan.programs + db.programs,
+        args,
+        {"S": constants, "DB": db.tile},
+    )
 
 
 def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
@@ -185,7 +233,9 @@ def weight_grads(device: Device, members: Sequence[Product]) -> Launch:
     words = f"{f'{many} of ' if many > 1 else ''}r{plan.block_r} {plan.tile.BLOCK_M}x{plan.tile.BLOCK_K}{flags}"
     of_z = make.z_rows(p), da.job, rows(p.x, c.k), db.job
     args = (*of_z, c.m, da.programs, plan.splits)
-    return planned(_lora_weight_grads_kernel, words, plan, plan.programs, args, {"DA": da.tile, "DB": db.tile})
+    return planned(
+        _lora_weight_grads_kernel, words, plan, plan.programs, args, {"DA": da.tile, "DB": db.tile}
+    )
 
 
 def _largest(members: Sequence[Product]) -> Call:
@@ -193,26 +243,34 @@ def _largest(members: Sequence[Product]) -> Call:
     return members[0].call._replace(r=max(p.call.r for p in members))
 
 
-# A kernel, its plan, the operands that follow X, its constants, memory for shared sums, and the product's programs.
+# A kernel, its plan, the operands that follow X, its constants, memory for shared sums, and the
+# product's programs.
 _Form = tuple[Any, Plan, tuple[Any, ...], Any, tuple[Any, ...], int]
 
 
-def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chained: bool = False) -> Launch:
+def linear(
+    device: Device, p: Product, tile: Tile | None, *, load_s: bool, chained: bool = False
+) -> Launch:
     """The product, if it has a W, and the branch, with dA if wanted.
 
-    S is read, or else computed and, if wanted, stored. ``chained``: earlier programs of the launch compute the S that is read,
-    and dB if wanted.
+    S is read, or else computed and, if wanted, stored. ``chained``: earlier programs of the launch
+    compute the S that is read, and dB if wanted.
     """
     assert not isinstance(p.w, Stored)
     c, form = p.call, "pointers"
     if p.w is not None:
         wide = [p.x, rows_contiguous(p.w)[0], p.y, *([] if p.gate is None else p.gate)]
         form = rules.choose_form(device, c, described=all(described(t) for t in wide))
-    by = _by_descriptors(device, p, tile, load_s) if form == "tma" else _by_pointers(device, p, tile, load_s, form)
+    by = (
+        _by_descriptors(device, p, tile, load_s)
+        if form == "tma"
+        else _by_pointers(device, p, tile, load_s, form)
+    )
     kernel, plan, operands, sizes, parts, programs = by
     tile = plan.tile
     branch, branch_tile = make.branch_job(p, plan.block_r, load_s, sizes.PRECISION)
-    # Where a tile has one program, the product's last round may leave processors to S. A branch alone is over too soon.
+    # Where a tile has one program, the product's last round may leave processors to S. A branch
+    # alone is over too soon.
     spare = -plan.tiles % device.processors if p.wanted and p.w is not None and not parts else 0
     ahead = make.chain_ahead(device, p, tile, spare) if chained else Chain()
     da = make.co_scheduled(device, p, False, tile.num_warps)
@@ -226,7 +284,13 @@ def linear(device: Device, p: Product, tile: Tile | None, *, load_s: bool, chain
         c.m, c.n, *([plan.splits] if parts else []),
         programs, ahead.programs, ahead.splits, ahead.db.splits, da.splits, threshold(p),
     )  # fmt: skip
-    constants = {"TILE": sizes, "BRANCH": branch_tile, "S": ahead.tile, "DB": ahead.db.tile, "DA": da.tile}
+    constants = {
+        "TILE": sizes,
+        "BRANCH": branch_tile,
+        "S": ahead.tile,
+        "DB": ahead.db.tile,
+        "DA": da.tile,
+    }
     words = f"{_product_words(p, plan)}{flags} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
     return planned(kernel, words, plan, ahead.programs + programs + da.programs, args, constants)
 
@@ -249,7 +313,9 @@ def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool, fo
     else:
         plan = tiles.linear_plan(device, p.call, load_s, tile, has_w=p.w is not None)
     transposed = split_k and p.call.direction == "backward"
-    sizes = product_tile(p, plan.tile, input_precision(device, p.call.dtype, transposed), p.activation)
+    sizes = product_tile(
+        p, plan.tile, input_precision(device, p.call.dtype, transposed), p.activation
+    )
     operands = (matrix(p.w), matrix(None if load_s else p.a), p.bias, matrix(p.y), p.base)
     if not split_k:
         return _lora_linear_kernel, plan, operands, sizes, (), plan.programs
@@ -275,23 +341,34 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool)
         p.bias,
     )
     added, precision = p.base is not None, input_precision(device, c.dtype)
-    sizes = jobs.DescribedTile(m, n, k, GROUP_M, parts, trans_w, trans_a, added, p.activation, precision)
+    sizes = jobs.DescribedTile(
+        m, n, k, GROUP_M, parts, trans_w, trans_a, added, p.activation, precision
+    )
     return _lora_linear_tma_kernel, plan, operands, sizes, (), min(plan.tiles, device.processors)
 
 
 def described(t: Tensor) -> bool:
     """Whether a descriptor can hold ``t``: rows of unit stride that begin at multiples of 16 bytes."""
-    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.stride(0) > 0
+    return (
+        t.stride(1) == 1
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        and t.stride(0) > 0
+    )
 
 
 def rows_contiguous(t: Tensor) -> tuple[Tensor, bool]:
-    """``t`` or its transpose, whichever may have rows of unit stride, and whether it is the transpose."""
+    """``t`` or its transpose, whichever may have rows of unit stride, and whether it is the
+    transpose.
+    """
     return (t.t(), True) if t.stride(0) == 1 else (t, False)
 
 
 def descriptor(t: Tensor, rows: int, cols: int, trans: bool = False) -> TensorDescriptor:
     """Of blocks of ``rows`` by ``cols``; the other way round with ``trans``."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [cols, rows] if trans else [rows, cols])
+    return TensorDescriptor(
+        t, list(t.shape), list(t.stride()), [cols, rows] if trans else [rows, cols]
+    )
 
 
 def _packed(weight: Stored) -> tuple[jobs.Packed, jobs.PackedTile, str]:
@@ -315,7 +392,12 @@ def quantized(device: Device, p: Product) -> Launch:
     w, packed, kind = _packed(p.w)
     branch, branch_tile = make.branch_job(p, plan.block_r, True, precision)
     args = (matrix(p.x), w, p.bias, matrix(p.y), branch, *parts, c.m, c.n, c.k, plan.splits)
-    constants = {"TILE": product_tile(p, tile, precision), "BRANCH": branch_tile, "PACKED": packed, "TRANS_W": trans}
+    constants = {
+        "TILE": product_tile(p, tile, precision),
+        "BRANCH": branch_tile,
+        "PACKED": packed,
+        "TRANS_W": trans,
+    }
     words = f"{_product_words(p, plan)} {kind}{flag_words(masked=c.masked)}"
     words = f"{words} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
     return planned(_lora_linear_quantized_kernel, words, plan, plan.programs, args, constants)

@@ -1,6 +1,8 @@
-"""From a call of ``lora_mlp`` to its launches: S of gate and up, their products with the activation, down; and backward.
+"""From a call of ``lora_mlp`` to its launches: S of gate and up, their products with the
+activation, down; and backward.
 
-Quantized weights are dequantized first, each right before its product, in memory that the next one takes over.
+Quantized weights are dequantized first, each right before its product, in memory that the next one
+takes over.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from stablelora_kernels.kernels.lora.gate_up import (
     _lora_gate_up_tma_kernel,
 )
 from stablelora_kernels.launch.base import Launch, Launches, flag_words, tile_options
-from stablelora_kernels.launch.jobs import Product, Random, backward_product, branch_job, forward_product, matrix
+from stablelora_kernels.launch.jobs import (
+    Product,
+    Random,
+    backward_product,
+    branch_job,
+    forward_product,
+    matrix,
+)
 from stablelora_kernels.launch.lora_linear import (
     GROUP_M,
     backward_launches,
@@ -44,11 +53,14 @@ _ACTIVATION_BLOCK = 2048
 def _dequantizer(
     like: Tensor, projections: Sequence[Projection], slots: int
 ) -> Callable[[Projection], tuple[Launches, Projection]]:
-    """A function that returns the dequantizing launch (or none) and a projection with a plain weight.
+    """A function that returns the dequantizing launch (or none) and a projection with a plain
+    weight.
 
     There is memory for ``slots`` weights at a time: it is reused after that many more.
     """
-    sizes = [p.weight.layout.n * p.weight.layout.k for p in projections if isinstance(p.weight, Stored)]
+    sizes = [
+        p.weight.layout.n * p.weight.layout.k for p in projections if isinstance(p.weight, Stored)
+    ]
     memory = cycle([scratch(like, max(sizes)) for _ in sizes[:slots]])
 
     def plain(p: Projection) -> tuple[Launches, Projection]:
@@ -65,9 +77,11 @@ def mlp_forward_launches(
     device: Device, x: Tensor, projections: Sequence[Projection], random: Sequence[Random], dropout_p: float,
     activation: str, results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> Launches:  # fmt: skip
-    """The launches of a forward. A projection without a branch has an A and a B of rank 0; its scaling is s' = scaling / (1 - p).
+    """The launches of a forward. A projection without a branch has an A and a B of rank 0; its
+    scaling is s' = scaling / (1 - p).
 
-    ``results``: Y; G, U, gate's and up's S side by side and down's S, which are None if they are not requested.
+    ``results``: Y; G, U, gate's and up's S side by side and down's S, which are None if they are
+    not requested.
     """
     y, g, u, s, s_down = results
     (m, _), lora_B, plain = x.shape, projections[0].lora_B, _dequantizer(x, projections, slots=2)
@@ -83,15 +97,26 @@ def mlp_forward_launches(
         # An output that is not requested is left out below, or needs memory.
         members.append(forward_product(x, p, part, h if out is None else out, each, dropout_p))
     by_rows = [rows_contiguous(p.w) for p in members if isinstance(p.w, Tensor)]
-    alike = len({trans for _, trans in by_rows}) == 1 and all(described(t) for t in (x, h, *(w for w, _ in by_rows)))
+    alike = len({trans for _, trans in by_rows}) == 1 and all(
+        described(t) for t in (x, h, *(w for w, _ in by_rows))
+    )
     choice = rules.choose_gate_up(device, members[0].call._replace(r=max(ranks)), alike)
     if choice.kernel == "separate":
         members = [p._replace(y=scratch(x, m, f) if p.y is h else p.y) for p in members]
-        launches += [*member_launches(device, members), _activation(members, h, activation, choice.reason)]
+        launches += [
+            *member_launches(device, members),
+            _activation(members, h, activation, choice.reason),
+        ]
     else:
         shared = rules.choose_group([p.call for p in members], [None, None]).shared
-        launches += [lora_down(device, members)] if shared else [lora_down(device, [p]) for p in members if p.call.r]
-        launches.append(_gate_up(device, members, h, activation, choice.kernel == "tma", keep=g is not None))
+        launches += (
+            [lora_down(device, members)]
+            if shared
+            else [lora_down(device, [p]) for p in members if p.call.r]
+        )
+        launches.append(
+            _gate_up(device, members, h, activation, choice.kernel == "tma", keep=g is not None)
+        )
     first, p = plain(projections[2])
     down = forward_product(h, p, s_down, y, random[2], dropout_p)
     return [*launches, *first, *product_launches(device, down, rules.choose(device, down.call))]
@@ -114,7 +139,9 @@ def mlp_backward_launches(
     dg, du = (scratch(g, *g.shape), scratch(u, *u.shape)) if need_h else (None, g)
     first, down = plain(projections[2])
     p = backward_product(g, grad, down, s_down, masks[2], dropout_p, (dg, das[2], dbs[2]))
-    p = p._replace(call=p.call._replace(gated=True), activation=activation, gate=jobs.Gate(g, u, du))
+    p = p._replace(
+        call=p.call._replace(gated=True), activation=activation, gate=jobs.Gate(g, u, du)
+    )
     launches = [*first, *product_launches(device, p, rules.choose(device, p.call))]
     if dg is None:
         return launches
@@ -138,7 +165,9 @@ def _activation(members: Sequence[Product], h: Tensor, activation: str, reason: 
     )
 
 
-def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool) -> Launch:
+def _gate_up(
+    device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool
+) -> Launch:
     """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read."""
     gate, up = members
     assert isinstance(gate.w, Tensor) and isinstance(up.w, Tensor)
@@ -146,7 +175,9 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
     plan, parts = tiles.gate_up_plan(device, c, tma, activation)
     tile, precision = plan.tile, input_precision(device, c.dtype)
     words = f"r{plan.block_r} {activation}{flag_words(alone=not keep)} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
-    branches, (tile_g, tile_u) = zip(*[branch_job(p, plan.block_r, True, precision) for p in members], strict=True)
+    branches, (tile_g, tile_u) = zip(
+        *[branch_job(p, plan.block_r, True, precision) for p in members], strict=True
+    )
     outputs = (gate.y, up.y, h) if keep else (None, None, h)
     args: tuple[Any, ...] = (*branches, gate.bias, up.bias, c.m, c.n, c.k)
     sizes: Any
@@ -156,12 +187,24 @@ def _gate_up(device: Device, members: Sequence[Product], h: Tensor, activation: 
         args = (
             descriptor(gate.x, tile.BLOCK_M, tile.BLOCK_K),
             *(descriptor(w, tile.BLOCK_N, tile.BLOCK_K, trans_w) for w in (wg, wu)),
-            *(None if t is None else descriptor(t, tile.BLOCK_M, tile.BLOCK_N // parts) for t in outputs),
+            *(
+                None if t is None else descriptor(t, tile.BLOCK_M, tile.BLOCK_N // parts)
+                for t in outputs
+            ),
             *args,
             programs,
         )
         sizes = jobs.DescribedTile(
-            tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, GROUP_M, parts, trans_w, False, False, activation, precision
+            tile.BLOCK_M,
+            tile.BLOCK_N,
+            tile.BLOCK_K,
+            GROUP_M,
+            parts,
+            trans_w,
+            False,
+            False,
+            activation,
+            precision,
         )
     else:
         kernel, programs = _lora_gate_up_kernel, plan.tiles

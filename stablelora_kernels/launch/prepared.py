@@ -1,11 +1,13 @@
 """Launches that are prepared once and run again and again with other tensors of the same layouts.
 
-Planning a launch, and Triton's binding and specialization of its arguments, take most of a call's host time. They depend on the
-layouts of the tensors alone. A prepared launch keeps the compiled kernel and its list of arguments; a run sets the addresses.
+Planning a launch, and Triton's binding and specialization of its arguments, take most of a call's
+host time. They depend on the layouts of the tensors alone. A prepared launch keeps the compiled
+kernel and its list of arguments; a run sets the addresses.
 
-It runs in one of two ways: by Triton's C launcher itself, where its version and the GPU have one that takes a list of arguments,
-else by the call of Triton's compiled kernel. The latter makes a CUDA tensor map for each descriptor of each launch, in Python;
-the former makes one for each address.
+It runs in one of two ways: by Triton's C launcher itself, where its version and the GPU have one
+that takes a list of arguments, else by the call of Triton's compiled kernel. The latter makes a
+CUDA tensor map for each descriptor of each launch, in Python; the former makes one for each
+address.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels.launch import workspace
-from stablelora_kernels.launch.base import Launch, VendorProduct, launch_counts, leaves, on_device, with_leaves
+from stablelora_kernels.launch.base import (
+    Launch,
+    VendorProduct,
+    launch_counts,
+    leaves,
+    on_device,
+    with_leaves,
+)
 from stablelora_kernels.launch.workspace import Workspace, all_counters
 
 # Of each part of a call's scratch, in bytes.
@@ -33,7 +42,9 @@ MAPS = 1024
 
 
 class NotPreparable(Exception):
-    """A launch reads memory that is no operand, result or workspace of the call, such as a copy that its launcher made."""
+    """A launch reads memory that is no operand, result or workspace of the call, such as a copy
+    that its launcher made.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,9 @@ class View:
 class _Tensors:
     """A call's operands, results and workspace, with a lookup from launch argument to tensor."""
 
-    def __init__(self, given: Sequence[Tensor | None], results: Sequence[Tensor], taken: Workspace) -> None:
+    def __init__(
+        self, given: Sequence[Tensor | None], results: Sequence[Tensor], taken: Workspace
+    ) -> None:
         self._at: dict[int, tuple[int, int]] = {}
         # Launchers may take parts of a tensor. None: several tensors share the storage.
         self._in: dict[int, tuple[Tensor, int, int] | None] = {}
@@ -97,7 +110,9 @@ class _Tensors:
         tensor = value if descriptor is None else value.base
         if not isinstance(tensor, Tensor):
             return value
-        return View(*self._find(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), descriptor)
+        return View(
+            *self._find(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), descriptor
+        )
 
     def _find(self, tensor: Tensor) -> tuple[int, int]:
         if not tensor.numel():
@@ -106,30 +121,44 @@ class _Tensors:
             return found
         whole = self._in.get(tensor.untyped_storage().data_ptr())
         if whole is None:
-            raise NotPreparable(f"a tensor of shape {list(tensor.shape)} is no part of one of the call's")
+            raise NotPreparable(
+                f"a tensor of shape {list(tensor.shape)} is no part of one of the call's"
+            )
         return whole[1], whole[2] + tensor.data_ptr() - whole[0].data_ptr()
 
 
 def _flat(launch: Launch) -> list[Any]:
     """The leaves of the arguments, addresses in place of tensors."""
-    return [value.data_ptr() if isinstance(value, Tensor) else value for value in leaves(launch.args)]
+    return [
+        value.data_ptr() if isinstance(value, Tensor) else value for value in leaves(launch.args)
+    ]
 
 
 class ByTriton:
-    """Launches by the call of Triton's compiled kernel. ``changing``: the arguments' leaves, views for those that change."""
+    """Launches by the call of Triton's compiled kernel. ``changing``: the arguments' leaves, views
+    for those that change.
+    """
 
     def __init__(self, compiled: Any, launch: Launch, changing: Sequence[Any]) -> None:
         # The kernel leaves the GPU with this object.
         self._compiled = compiled
         self._run, self._grid = compiled.run, (*launch.grid, 1, 1)[:3]
         self._head = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._flat, views = _flat(launch), [(at, view) for at, view in enumerate(changing) if isinstance(view, View)]
-        self._constants = [launch.constants[name] for name in launch.kernel.arg_names if name in launch.constants]
-        self._pointers = [(at, v.tensor, v.offset) for at, v in views if v.descriptor is None and v.tensor >= 0]
+        self._flat, views = (
+            _flat(launch),
+            [(at, view) for at, view in enumerate(changing) if isinstance(view, View)],
+        )
+        self._constants = [
+            launch.constants[name] for name in launch.kernel.arg_names if name in launch.constants
+        ]
+        self._pointers = [
+            (at, v.tensor, v.offset) for at, v in views if v.descriptor is None and v.tensor >= 0
+        ]
         self._descriptors = [(at, view) for at, view in views if view.descriptor is not None]
         for at, _ in self._descriptors:
             self._flat[at] = None
-        # The arguments' tuples from a list of all leaves, in one expression: a loop would take most of the launch's time.
+        # The arguments' tuples from a list of all leaves, in one expression: a loop would take most
+        # of the launch's time.
         self._nested = eval(f"lambda v: {_display(launch.args, count())}")
 
     def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
@@ -183,7 +212,9 @@ class Direct:
                 self._arguments.append(value)
                 if isinstance(view, View) and view.tensor >= 0:
                     self._pointers.append((at, view.tensor, view.offset))
-        marks = [nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)] * len(self._arguments)
+        marks = [nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)] * len(
+            self._arguments
+        )
         self._head = (
             compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, compiled.packed_metadata,
             None, None, None, None, None, marks, launcher.kernel_signature,
@@ -204,8 +235,12 @@ class Direct:
         self._run(*self._grid, stream, *self._head, arguments)
 
 
-def _launcher_of(launch: Launch, device: torch.device, changing: Sequence[Any]) -> Direct | ByTriton:
-    """Repeats ``launch`` on ``device``. Launches nothing, and compiles nothing that is compiled already."""
+def _launcher_of(
+    launch: Launch, device: torch.device, changing: Sequence[Any]
+) -> Direct | ByTriton:
+    """Repeats ``launch`` on ``device``. Launches nothing, and compiles nothing that is compiled
+    already.
+    """
     with on_device(device):
         compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.compiled_with)
         try:
@@ -229,7 +264,12 @@ class Repeated:
 
     def run(self, device: torch.device) -> None:
         elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
-        if not self._seen or elsewhere or not isinstance(self._launch.kernel, JITFunction) or _needs_triton():
+        if (
+            not self._seen
+            or elsewhere
+            or not isinstance(self._launch.kernel, JITFunction)
+            or _needs_triton()
+        ):
             self._launch.run(device)
             self._seen = True
             return
@@ -242,7 +282,9 @@ class Repeated:
 class _Step:
     """A :class:`Launch` or a :class:`VendorProduct` of any tensors."""
 
-    def __init__(self, launch: Launch | VendorProduct, tensors: _Tensors, device: torch.device) -> None:
+    def __init__(
+        self, launch: Launch | VendorProduct, tensors: _Tensors, device: torch.device
+    ) -> None:
         # It keeps no tensors.
         self._with_views = with_leaves(launch, map(tensors.view, leaves(launch)))
         self._leaves = [*leaves(self._with_views)]
@@ -254,7 +296,9 @@ class _Step:
 
     def again(self, tensors: Sequence[Any], device: torch.device) -> Any:
         """The launch or the product of ``tensors``."""
-        found = [leaf.of(tensors, device) if isinstance(leaf, View) else leaf for leaf in self._leaves]
+        found = [
+            leaf.of(tensors, device) if isinstance(leaf, View) else leaf for leaf in self._leaves
+        ]
         return with_leaves(self._with_views, iter(found))
 
 
@@ -262,12 +306,22 @@ class Prepared:
     """The launches of a call, for operands of the layouts that it was prepared with."""
 
     def __init__(
-        self, given: Sequence[Tensor | None], results: Sequence[Any], launches: Sequence[Any], taken: Workspace
+        self,
+        given: Sequence[Tensor | None],
+        results: Sequence[Any],
+        launches: Sequence[Any],
+        taken: Workspace,
     ) -> None:
         # Of each result its place among all tensors, or a list's slice of them.
         self._places: list[int | slice] = []
-        for each, end in zip(results, accumulate(1 if isinstance(t, Tensor) else len(t) for t in results), strict=True):
-            self._places.append(end - 1 if isinstance(each, Tensor) else slice(end - len(each), end))
+        for each, end in zip(
+            results,
+            accumulate(1 if isinstance(t, Tensor) else len(t) for t in results),
+            strict=True,
+        ):
+            self._places.append(
+                end - 1 if isinstance(each, Tensor) else slice(end - len(each), end)
+            )
         results = [t for each in results for t in ([each] if isinstance(each, Tensor) else each)]
         if not all(result.is_contiguous() for result in results):
             raise NotPreparable("a result is not contiguous")
@@ -283,10 +337,14 @@ class Prepared:
     def run(self, given: Sequence[Tensor | None]) -> list[Any]:
         """Run the launches on ``given`` and return the results, tensors and lists of tensors.
 
-        It trusts that the layouts are those of the preparation, and that no capture records the stream.
+        It trusts that the layouts are those of the preparation, and that no capture records the
+        stream.
         """
         device, empty = self._device, torch.empty_strided
-        own = [empty(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self._allocations]
+        own = [
+            empty(shape, stride, dtype=dtype, device=device)
+            for shape, stride, dtype in self._allocations
+        ]
         if self._counts:
             own.append(all_counters(device))
         if self._on_gpu and torch.cuda.current_device() != device.index:
@@ -310,8 +368,11 @@ class Prepared:
                 step.again(tensors, device).run(device)
 
 
-def prepare(given: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Any], Sequence[Any]]]) -> Prepared | None:
-    """Prepare the launches of ``call``, of which ``given`` are the operands, without running them; None if that can't be.
+def prepare(
+    given: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+) -> Prepared | None:
+    """Prepare the launches of ``call``, of which ``given`` are the operands, without running them;
+    None if that can't be.
 
     ``call`` returns results, tensors and lists of tensors, and the launches that fill them.
     """

@@ -15,7 +15,8 @@ from stablelora_kernels.launch.prepared import Repeated
 class Memory(NamedTuple):
     """What the launches of a step read and write on the device.
 
-    The tensors are those of :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`. None until a step
+    The tensors are those of
+    :func:`~stablelora_kernels.kernels.stable_adamw.step._stable_adamw_kernel`. None until a step
     uploads it.
     """
 
@@ -42,7 +43,8 @@ def plan_stable_adamw(
     variants: int,
     chunk: int,
 ) -> tuple[Repeated, ...]:
-    """The launches of one step: one, or two if gradients are clipped or ``measure`` asks for the parameters' sums of squares.
+    """The launches of one step: one, or two if gradients are clipped or ``measure`` asks for the
+    parameters' sums of squares.
 
     With FLAG_SHARDED the caller has filled the totals and ``grad_squares`` already.
     """
@@ -82,9 +84,12 @@ def plan_stable_adamw(
     return tuple(map(Repeated, launches))
 
 
-def plan_square_sums(memory: Memory, measure: bool, clip: bool, flags: int, variants: int, chunk: int) -> Launch:
-    """The launch that fills the first half of ``squares``, one sum a chunk of the parameters, if ``measure``; and
-    ``grad_squares``, any number of sums that share the gradients, if ``clip``. One of them at least.
+def plan_square_sums(
+    memory: Memory, measure: bool, clip: bool, flags: int, variants: int, chunk: int
+) -> Launch:
+    """The launch that fills the first half of ``squares``, one sum a chunk of the parameters, if
+    ``measure``; and ``grad_squares``, any number of sums that share the gradients, if ``clip``. One
+    of them at least.
     """
     n_chunks = memory.chunks.shape[0]
     n_squares = n_chunks if measure else 0
@@ -101,10 +106,17 @@ def plan_square_sums(memory: Memory, measure: bool, clip: bool, flags: int, vari
     constants = {
         "FLAGS": flags & tables.FLAG_MASTER,
         # A master is float32, so its chunks need float32's variants.
-        "VARIANTS": variants | (variants >> 2 | variants >> 4) & 3 if flags & tables.FLAG_MASTER else variants,
+        "VARIANTS": variants | (variants >> 2 | variants >> 4) & 3
+        if flags & tables.FLAG_MASTER
+        else variants,
         "CHUNK": chunk,
     }
-    return _launch(_square_sums_kernel, n_squares + (memory.grad_squares.numel() if clip else 0), args, constants)
+    return _launch(
+        _square_sums_kernel,
+        n_squares + (memory.grad_squares.numel() if clip else 0),
+        args,
+        constants,
+    )
 
 
 def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:

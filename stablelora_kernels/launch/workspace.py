@@ -1,6 +1,8 @@
-"""The memory that launches take for themselves, beside their operands and results: scratch and counters.
+"""The memory that launches take for themselves, beside their operands and results: scratch and
+counters.
 
-Counters are for kernels whose programs share a sum: int32, 0 before every launch; the launch sets them back to 0.
+Counters are for kernels whose programs share a sum: int32, 0 before every launch; the launch sets
+them back to 0.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch import Tensor
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 
 LANES = 5
-# Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot make their own.
+# Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot
+# make their own.
 READY = 16
 # Streams and captures with a permanent counter buffer, of 40 KiB each.
 MAX_BUFFERS = 1024
@@ -48,7 +51,9 @@ def noted() -> Iterator[Workspace]:
 
 
 def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialized memory on ``like``'s device, in its dtype or in ``dtype``, which nothing reads after the launches."""
+    """Uninitialized memory on ``like``'s device, in its dtype or in ``dtype``, which nothing reads
+    after the launches.
+    """
     memory = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
     if (taken := _taken.get()) is not None:
         taken.scratch.append(memory)
@@ -58,8 +63,8 @@ def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tens
 class _Stream(NamedTuple):
     """A stream whose launches run one after another, so that no two of them count at once.
 
-    ``capture`` is the number of the capture that records the stream, or 0. A graph may be replayed on any stream at any time,
-    so each capture counts in buffers of its own.
+    ``capture`` is the number of the capture that records the stream, or 0. A graph may be replayed
+    on any stream at any time, so each capture counts in buffers of its own.
     """
 
     device_type: str
@@ -73,9 +78,11 @@ _ready: dict[int, list[Tensor]] = {}
 
 
 def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
-    """``n`` counters on ``device``'s current stream, n <= MAX_SHARED_SUMS, at an address that is a multiple of 16.
+    """``n`` counters on ``device``'s current stream, n <= MAX_SHARED_SUMS, at an address that is a
+    multiple of 16.
 
-    Sums that may run at the same time, in one launch or in two that overlap, take different lanes below LANES.
+    Sums that may run at the same time, in one launch or in two that overlap, take different lanes
+    below LANES.
     """
     if device.type == "meta":
         return torch.empty(n, dtype=torch.int32, device=device)
@@ -85,7 +92,8 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
     if stream not in _in_use:
         ready = _ready.get(stream.device_index)
         if stream.capture and (not ready or len(_in_use) >= MAX_BUFFERS):
-            # No launch came before the capture, or captures have taken all: the graph zeroes these at each replay.
+            # No launch came before the capture, or captures have taken all: the graph zeroes these
+            # at each replay.
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]
     whole = _in_use[stream]
@@ -115,8 +123,9 @@ def _zeros(count: int, device: torch.device) -> list[Tensor]:
 def _keep_ready(index: int) -> None:
     """Fill up a GPU's buffers if few are left.
 
-    A thread of its own allocates them. While torch.compile warms up or records a CUDA graph, what the calling thread allocates
-    goes to the graph's memory pool, which must not hold memory that outlives the graph.
+    A thread of its own allocates them. While torch.compile warms up or records a CUDA graph, what
+    the calling thread allocates goes to the graph's memory pool, which must not hold memory that
+    outlives the graph.
     """
     ready = _ready.setdefault(index, [])
     if len(ready) >= READY // 2:
@@ -135,14 +144,21 @@ def _current_stream(device: torch.device) -> _Stream:
     return _Stream(device.type, index, handle, capture)
 
 
-# The drivers' functions that tell about a capture, the newest first, and how many results behind status and number each of
-# them has. A symbol's name fixes its signature, in every driver that has the symbol.
-_CAPTURE_INFO = {"cuStreamGetCaptureInfo_v3": 4, "cuStreamGetCaptureInfo_v2": 3, "hipStreamGetCaptureInfo_v2": 3}
+# The drivers' functions that tell about a capture, the newest first, and how many results behind
+# status and number each of them has. A symbol's name fixes its signature, in every driver that has
+# the symbol.
+_CAPTURE_INFO = {
+    "cuStreamGetCaptureInfo_v3": 4,
+    "cuStreamGetCaptureInfo_v2": 3,
+    "hipStreamGetCaptureInfo_v2": 3,
+}
 
 
 @cache
 def _capture_info() -> Callable[..., int]:
-    """The driver's function of a stream and the addresses of a status and a number. It returns 0 or an error."""
+    """The driver's function of a stream and the addresses of a status and a number. It returns 0 or
+    an error.
+    """
     library = "libamdhip64.so" if torch.version.hip else "libcuda.so.1"
     loaded = ctypes.CDLL(library)
     for name, others in _CAPTURE_INFO.items():
@@ -158,6 +174,8 @@ def _capture_number(handle: int) -> int:
     """The number of the capture that records a stream, which no other capture has, or 0."""
     status, number = ctypes.c_int(), ctypes.c_ulonglong()
     if error := _capture_info()(handle, ctypes.byref(status), ctypes.byref(number)):
-        raise RuntimeError(f"the driver cannot tell about the capture of stream {handle:#x}: error {error}")
+        raise RuntimeError(
+            f"the driver cannot tell about the capture of stream {handle:#x}: error {error}"
+        )
     # Drivers need not count from 1.
     return number.value + 1 if status.value else 0

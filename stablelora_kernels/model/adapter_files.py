@@ -1,9 +1,10 @@
 """The two files of an adapter, as one unit: find, read and write them.
 
-A saver puts both new files into the directory ``PENDING`` first, and removes the old config next. From then on the adapter
-is what ``PENDING`` still holds, and the rest of the directory: a reader always finds the old pair or the new one. PEFT,
-which does not look into ``PENDING``, finds the old pair, no config, or the new pair. Both files carry a stamp, which a reader
-compares: it tells a config from weights that were saved with another one, even if something else has mixed them.
+A saver puts both new files into the directory ``PENDING`` first, and removes the old config next.
+From then on the adapter is what ``PENDING`` still holds, and the rest of the directory: a reader
+always finds the old pair or the new one. PEFT, which does not look into ``PENDING``, finds the old
+pair, no config, or the new pair. Both files carry a stamp, which a reader compares: it tells a
+config from weights that were saved with another one, even if something else has mixed them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from stablelora_kernels.utils.extras import from_hub, import_extra, is_hub_id, l
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PENDING = ".adapter_save"
-# The key of the stamp in the metadata of the weights, and in the config's auto_mapping: of an unknown field, PEFT would warn.
+# The key of the stamp in the metadata of the weights, and in the config's auto_mapping: of an
+# unknown field, PEFT would warn.
 STAMP = "stablelora_kernels"
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 # A reader begins again if a saver replaces the files meanwhile.
@@ -52,11 +54,15 @@ def import_safetensors() -> Any:
 def adapter_directory(
     path: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None
 ) -> str | os.PathLike[str]:
-    """The directory of an adapter: ``path``, or a download if nothing is there and ``path`` is a hub id. See ``load_adapter``."""
+    """The directory of an adapter: ``path``, or a download if nothing is there and ``path`` is a
+    hub id. See ``load_adapter``.
+    """
     for name, value in (("revision", revision), ("subfolder", subfolder)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be a string or None, got {type(value).__name__}")
-    if subfolder is not None and (PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts):
+    if subfolder is not None and (
+        PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts
+    ):
         raise ValueError(f"subfolder must be a relative path inside of path, got {subfolder!r}")
     if isinstance(path, str) and is_hub_id(path) and not Path(path).exists():
         names = (CONFIG_NAME, WEIGHTS_NAME)
@@ -73,12 +79,20 @@ def adapter_directory(
 
 
 def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The config and the weights file in the directory ``path``; raises ValueError if one is missing."""
+    """The config and the weights file in the directory ``path``; raises ValueError if one is
+    missing.
+    """
     directory = Path(path)
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing there"
-        raise ValueError(f"path must be a directory on this machine with {CONFIG_NAME}, got {str(path)!r} ({found})")
-    config, weights, pending = directory / CONFIG_NAME, directory / WEIGHTS_NAME, directory / PENDING
+        raise ValueError(
+            f"path must be a directory on this machine with {CONFIG_NAME}, got {str(path)!r} ({found})"
+        )
+    config, weights, pending = (
+        directory / CONFIG_NAME,
+        directory / WEIGHTS_NAME,
+        directory / PENDING,
+    )
     if not config.is_file():
         if _is_save(pending):
             config = pending / CONFIG_NAME
@@ -86,7 +100,8 @@ def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         elif not config.is_file():
             raise ValueError(f"path must hold {CONFIG_NAME}, got {str(path)!r} without it")
     if config.parent == pending and (pending / WEIGHTS_NAME).is_file():
-        # A save that was committed and is not finished. Its saver may move them before they are read.
+        # A save that was committed and is not finished. Its saver may move them before they are
+        # read.
         return config, pending / WEIGHTS_NAME
     if not weights.is_file():
         if pickles := [file.name for file in sorted(directory.iterdir()) if file.suffix in PICKLES]:
@@ -105,16 +120,20 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} must be JSON, got text that is not: {error}") from None
     except RecursionError:
-        raise ValueError(f"{file} must be JSON of a few levels, got it nested too deep to read") from None
+        raise ValueError(
+            f"{file} must be JSON of a few levels, got it nested too deep to read"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
     return content
 
 
 def read_adapter(path: str | os.PathLike[str], convert: Callable[[Tensor], T]) -> Adapter:
-    """Read both files in the directory ``path``, of one save. ``convert`` gets one tensor at a time.
+    """Read both files in the directory ``path``, of one save. ``convert`` gets one tensor at a
+    time.
 
-    It raises ValueError if a file is missing or damaged or the two are of different saves, OSError if one cannot be read.
+    It raises ValueError if a file is missing or damaged or the two are of different saves, OSError
+    if one cannot be read.
     """
     missing: OSError | None = None
     for _ in range(_ATTEMPTS):
@@ -132,11 +151,15 @@ def read_adapter(path: str | os.PathLike[str], convert: Callable[[Tensor], T]) -
             if damaged is not None:
                 raise damaged
             return adapter
-    raise missing or ValueError(f"{str(path)!r} must stay one adapter while it is read, got saves to it all the time")
+    raise missing or ValueError(
+        f"{str(path)!r} must stay one adapter while it is read, got saves to it all the time"
+    )
 
 
 def read_pair(config_file: Path, weights_file: Path, convert: Callable[[Tensor], T]) -> Adapter:
-    """Read these two files. The config may be missing. Raises ValueError if both have a stamp, and not the same."""
+    """Read these two files. The config may be missing. Raises ValueError if both have a stamp, and
+    not the same.
+    """
     config = read_json(config_file) if config_file.is_file() else None
     tensors, stamp = _read_tensors(weights_file, convert)
     mapping = (config or {}).get("auto_mapping")
@@ -159,11 +182,15 @@ def _read_tensors(file: Path, convert: Callable[[Tensor], T]) -> tuple[dict[str,
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            return {key: convert(opened.get_tensor(key)) for key in opened.keys()}, metadata.get(STAMP)  # noqa: SIM118
+            keys = opened.keys()
+            tensors = {key: convert(opened.get_tensor(key)) for key in keys}
+            return tensors, metadata.get(STAMP)
     except FileNotFoundError:
         raise
     except Exception as error:  # SafetensorError, which derives from Exception, and what PyTorch makes of its dtypes.
-        raise ValueError(f"{file} must be a safetensors file, got one that cannot be read: {error}") from None
+        raise ValueError(
+            f"{file} must be a safetensors file, got one that cannot be read: {error}"
+        ) from None
 
 
 def _identity(file: Path) -> tuple[int, ...] | None:
@@ -175,8 +202,12 @@ def _identity(file: Path) -> tuple[int, ...] | None:
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files to ``directory``; see the module's docstring. One process writes at a time, the others wait."""
+def write_adapter(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write both files to ``directory``; see the module's docstring. One process writes at a time,
+    the others wait.
+    """
     with locked(directory / f"{PENDING}.lock") as alone:
         _finish(directory)
         temporary = directory / f"{PENDING}.{'tmp' if alone else uuid.uuid4().hex}"
@@ -201,7 +232,9 @@ def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
 def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     # The same for the same adapter, another for another scaling.
     stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    content = dict(config) | {"auto_mapping": dict(config.get("auto_mapping") or {}) | {STAMP: stamp}}
+    content = dict(config) | {
+        "auto_mapping": dict(config.get("auto_mapping") or {}) | {STAMP: stamp}
+    }
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     weights, safetensors = directory / WEIGHTS_NAME, import_safetensors()
     metadata = {"format": "pt", STAMP: stamp}
@@ -210,7 +243,9 @@ def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[st
     except KeyError as error:
         # Its table of dtypes.
         names = [name for name, tensor in tensors.items() if str(tensor.dtype) in str(error)]
-        raise ValueError(f"{list_some(names)} must be of a dtype that safetensors can hold, got {error}") from None
+        raise ValueError(
+            f"{list_some(names)} must be of a dtype that safetensors can hold, got {error}"
+        ) from None
     except Exception as error:
         # It reports a full disk so, too.
         if type(error).__name__ != "SafetensorError":
@@ -223,7 +258,9 @@ def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[st
 
 
 def _order_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
-    """Give the metadata in the header its order. safetensors writes it in a random one; the same adapter gives the same bytes."""
+    """Give the metadata in the header its order. safetensors writes it in a random one; the same
+    adapter gives the same bytes.
+    """
     ordered = f'{{"__metadata__":{json.dumps(metadata, separators=(",", ":"))}'.encode()
     with open(weights, "r+b") as file:
         # The header's length comes first.
@@ -244,12 +281,16 @@ def _finish(directory: Path) -> None:
 
 
 def _is_save(pending: Path) -> bool:
-    """Whether a saver has committed ``pending``. No saver makes a link: what a link names belongs to someone else."""
+    """Whether a saver has committed ``pending``. No saver makes a link: what a link names belongs
+    to someone else.
+    """
     return not pending.is_symlink() and (pending / CONFIG_NAME).is_file()
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory, a file or a link if it is there and can be removed, but nothing that a link names."""
+    """Remove a directory, a file or a link if it is there and can be removed, but nothing that a
+    link names.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

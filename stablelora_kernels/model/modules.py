@@ -24,10 +24,15 @@ _HOOK_ATTRIBUTES = (
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put modules' classes, attributes and hooks and parameters' flags back if the body raises. Values are not kept."""
+    """Put modules' classes, attributes and hooks and parameters' flags back if the body raises.
+    Values are not kept.
+    """
     modules = []
     for module in model.modules():
-        own = [vars(module), *(value for value in vars(module).values() if type(value) in (dict, OrderedDict))]
+        own = [
+            vars(module),
+            *(value for value in vars(module).values() if type(value) in (dict, OrderedDict)),
+        ]
         modules.append((module, type(module), [(each, dict(each)) for each in own]))
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -46,21 +51,31 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The model's LoRALinear layers by their first dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
 
 
 def check_not_pefts(model: nn.Module, method: str) -> None:
-    """Raise ValueError if PEFT's layers hold the model's LoRA. ``method`` says which of PEFT's methods do the same."""
+    """Raise ValueError if PEFT's layers hold the model's LoRA. ``method`` says which of PEFT's
+    methods do the same.
+    """
     of_peft = any(
-        hasattr(module, "base_layer") and any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+        hasattr(module, "base_layer")
+        and any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
         for module in model.modules()
     )
     if of_peft and not lora_layers(model):
-        raise ValueError(f"the LoRA layers of this {type(model).__name__} are PEFT's: call {method} instead")
+        raise ValueError(
+            f"the LoRA layers of this {type(model).__name__} are PEFT's: call {method} instead"
+        )
 
 
-def require_lora_layers(model: nn.Module, not_alone: str = "", of_peft: str = "") -> dict[str, LoRALinear]:
-    """As :func:`lora_layers`; raises ValueError if there are none, or if ``model`` is itself one and ``not_alone`` is given.
+def require_lora_layers(
+    model: nn.Module, not_alone: str = "", of_peft: str = ""
+) -> dict[str, LoRALinear]:
+    """As :func:`lora_layers`; raises ValueError if there are none, or if ``model`` is itself one
+    and ``not_alone`` is given.
 
     ``of_peft``: the method of PEFT's that a PEFT model has for this.
     """
@@ -72,7 +87,9 @@ def require_lora_layers(model: nn.Module, not_alone: str = "", of_peft: str = ""
             f"model must have LoRALinear layers (apply_lora makes them), got a {type(model).__name__} without any"
         )
     if "" in layers and not_alone:
-        raise ValueError(f"model must be a module that contains LoRALinear layers, got a LoRALinear, which {not_alone}")
+        raise ValueError(
+            f"model must be a module that contains LoRALinear layers, got a LoRALinear, which {not_alone}"
+        )
     return layers
 
 
@@ -83,7 +100,9 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return {name: module for name, module in named if name and config.saves(name)}
 
 
-def registrations(model: nn.Module, modules: Collection[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+def registrations(
+    model: nn.Module, modules: Collection[nn.Module]
+) -> list[tuple[nn.Module, str, Any]]:
     """Each parent in ``model`` of one of ``modules``, the name that it has there, and the module."""
     return [
         (parent, key, child)
@@ -94,11 +113,13 @@ def registrations(model: nn.Module, modules: Collection[nn.Module]) -> list[tupl
 
 
 def replace_modules(model: nn.Module, new: Mapping[Any, nn.Module]) -> Counter[nn.Module]:
-    """Replace each key of ``new`` by its value wherever it is registered, and move its hooks. Count its registrations."""
+    """Replace each key of ``new`` by its value wherever it is registered, and move its hooks. Count
+    its registrations.
+    """
     places = registrations(model, new)
     for old, module in new.items():
-        # Swap the dicts themselves: handles that remove hooks refer to them. The old module gets empty ones, because the new
-        # module may call it.
+        # Swap the dicts themselves: handles that remove hooks refer to them. The old module gets
+        # empty ones, because the new module may call it.
         for key in _HOOK_ATTRIBUTES:
             vars(old)[key], vars(module)[key] = vars(module)[key], vars(old)[key]
     for parent, key, old in places:
@@ -107,7 +128,9 @@ def replace_modules(model: nn.Module, new: Mapping[Any, nn.Module]) -> Counter[n
 
 
 def plain_modules(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """What stands in place of each of the model's LoRA layers without LoRA: the weights are merged or not, as they are there."""
+    """What stands in place of each of the model's LoRA layers without LoRA: the weights are merged
+    or not, as they are there.
+    """
     plain: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, LoRAExperts):
@@ -118,7 +141,9 @@ def plain_modules(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def parameter_owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """For each parameter the modules that hold it, and its dotted names. A merged layer holds its frozen weight."""
+    """For each parameter the modules that hold it, and its dotted names. A merged layer holds its
+    frozen weight.
+    """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         frozen = {"weight": module.frozen_weight} if isinstance(module, LoRALinear) else {}
@@ -129,9 +154,11 @@ def parameter_owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Modul
 
 
 def untie(model: nn.Module, module: nn.Module) -> list[str]:
-    """Give ``module`` its own copies of parameters that it shares with modules outside it. Return their names.
+    """Give ``module`` its own copies of parameters that it shares with modules outside it. Return
+    their names.
 
-    Training a tied weight would also train the frozen module. PEFT, too, trains, saves and loads a copy.
+    Training a tied weight would also train the frozen module. PEFT, too, trains, saves and loads a
+    copy.
     """
     inside, untied = set(module.modules()), []
     for parameter, owners in parameter_owners(model).items():

@@ -1,4 +1,6 @@
-"""PEFT's adapter format: the config of a file as ours, and ours, or that of a model's layers, as PEFT's."""
+"""PEFT's adapter format: the config of a file as ours, and ours, or that of a model's layers, as
+PEFT's.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ PREFIX = "base_model.model."
 PEFT_ALPHA = 8
 
 _FIELDS = {field.name for field in fields(LoRAConfig)}
-# Fields of PEFT's config about an adapter's origin, initialization or training. They don't change what the adapter computes.
-# Fields that are neither here nor in LoRAConfig must be empty.
+# Fields of PEFT's config about an adapter's origin, initialization or training. They don't change
+# what the adapter computes. Fields that are neither here nor in LoRAConfig must be empty.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
@@ -33,13 +35,21 @@ _INITS_OF_AB_ONLY = ("eva", "orthogonal")
 
 def beyond_plain_lora(content: Mapping[str, Any]) -> list[str]:
     """The fields of a PEFT config, such as "use_dora=True", that plain LoRA does not have."""
-    return [f"{key}={value!r}" for key, value in content.items() if key not in _FIELDS | _HARMLESS and value]
+    return [
+        f"{key}={value!r}"
+        for key, value in content.items()
+        if key not in _FIELDS | _HARMLESS and value
+    ]
 
 
-def read_config(content: Mapping[str, Any], source: object, tensors: Iterable[str] = ()) -> LoRAConfig:
-    """The config in the fields of one of PEFT's. ``source``, a file for example, is named in errors.
+def read_config(
+    content: Mapping[str, Any], source: object, tensors: Iterable[str] = ()
+) -> LoRAConfig:
+    """The config in the fields of one of PEFT's. ``source``, a file for example, is named in
+    errors.
 
-    It raises ValueError or TypeError if they describe something else than plain LoRA, or if one is out of range.
+    It raises ValueError or TypeError if they describe something else than plain LoRA, or if one is
+    out of range.
     """
     content = dict(content)
     if content.get("peft_type") != "LORA":
@@ -48,12 +58,16 @@ def read_config(content: Mapping[str, Any], source: object, tensors: Iterable[st
     if content.pop("layers_to_transform", None) is not None:
         # The keys of the weights file name the layers.
         content.pop("layers_pattern", None)
-        content["target_modules"] = sorted({key.rpartition(".lora_A.")[0] for key in tensors if ".lora_A." in key})
+        content["target_modules"] = sorted(
+            {key.rpartition(".lora_A.")[0] for key in tensors if ".lora_A." in key}
+        )
     init = content.get("init_lora_weights")
     if init is None or init in _INITS_OF_AB_ONLY:
         content["init_lora_weights"] = True
     if unknown := beyond_plain_lora(content):
-        raise ValueError(f"{source} must use plain LoRA, got {', '.join(unknown)}, which is not supported")
+        raise ValueError(
+            f"{source} must use plain LoRA, got {', '.join(unknown)}, which is not supported"
+        )
     try:
         return LoRAConfig(**{key: value for key, value in content.items() if key in _FIELDS})
     except (TypeError, ValueError) as error:
@@ -74,7 +88,8 @@ def config_from_peft(config: Any) -> LoRAConfig:
 def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
     """The config with which PEFT makes exactly these layers from the base model.
 
-    It starts from the config that apply_lora got, if any. Layers may have been skipped, added or changed since.
+    It starts from the config that apply_lora got, if any. Layers may have been skipped, added or
+    changed since.
     """
     stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAStack)]
     linears = [name for name in layers if name not in stacks]
@@ -92,11 +107,16 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
     for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         values = {name: getattr(layer, field) for name, layer in layers.items()}
         patterns, default = getattr(config, pattern), getattr(config, field)
-        if any(lookup_pattern(patterns, (name,), default) != value for name, value in values.items()):
-            own = {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+        if any(
+            lookup_pattern(patterns, (name,), default) != value for name, value in values.items()
+        ):
+            own = {
+                f"^{re.escape(name)}": value for name, value in values.items() if value != default
+            }
             config = replace(config, **{pattern: own})  # type: ignore[arg-type]
 
-    # Take the first list of target names that fits: other programs read a short one best. The regular expression always fits.
+    # Take the first list of target names that fits: other programs read a short one best. The
+    # regular expression always fits.
     every_name = (clean(path) for path, _ in model.named_modules())
     names = [name for name in every_name if name and name.removesuffix(".base_layer") not in layers]
     names += linears
@@ -107,7 +127,11 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
         if not choice and not stacks:
             continue
         candidate = replace(config, target_modules=choice)
-        matched = {name for name in names if candidate.targets(name) and not candidate.reason_to_exclude(name)}
+        matched = {
+            name
+            for name in names
+            if candidate.targets(name) and not candidate.reason_to_exclude(name)
+        }
         if matched == {*linears}:
             return candidate
     return replace(config, target_modules="|".join(map(re.escape, linears)), exclude_modules=None)
@@ -116,11 +140,17 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
 def _parameters_of(config: LoRAConfig, model: nn.Module, stacks: list[str]) -> list[str]:
     """``target_parameters`` for these stacks: those of ``config`` if they match no other parameter."""
     names = {clean(name).replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-    return (config.target_parameters or []) if {*filter(config.targets_parameter, names)} == {*stacks} else stacks
+    return (
+        (config.target_parameters or [])
+        if {*filter(config.targets_parameter, names)} == {*stacks}
+        else stacks
+    )
 
 
 def file_name(name: str, layer: Any) -> str:
-    """The name in PEFT's files of a layer, or of what is to become one. A parameter's is a place among PEFT's nested modules."""
+    """The name in PEFT's files of a layer, or of what is to become one. A parameter's is a place
+    among PEFT's nested modules.
+    """
     if (depth := getattr(layer, "depth", None)) is None:
         return name
     return name.rpartition(".")[0] + ".base_layer" * depth
@@ -130,7 +160,11 @@ def content_of(config: LoRAConfig, model: nn.Module) -> dict[str, Any]:
     """The fields of PEFT's config: those of ``config``, and which model the adapter is for."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     # fully_shard makes a class of its own.
-    own = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins"))
+    own = (
+        kind
+        for kind in type(model).__mro__
+        if kind.__module__.partition(".")[0] not in ("torch", "builtins")
+    )
     kind = next(own, type(model))
     return asdict(config) | {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
@@ -142,12 +176,22 @@ def content_of(config: LoRAConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def _task_of(model: nn.Module) -> str | None:
-    """PEFT's name for the task of a transformers model that generates text, without which its auto classes find no class."""
-    kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "transformers"]
+    """PEFT's name for the task of a transformers model that generates text, without which its auto
+    classes find no class.
+    """
+    kinds = [
+        kind.__name__
+        for kind in type(model).__mro__
+        if kind.__module__.partition(".")[0] == "transformers"
+    ]
     if not hasattr(model, "prepare_inputs_for_generation"):
         return None
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         return "CAUSAL_LM"
     if any(kind.endswith("ForConditionalGeneration") for kind in kinds):
-        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+        return (
+            "SEQ_2_SEQ_LM"
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+            else None
+        )
     return None

@@ -31,7 +31,8 @@ class ReplacedModule:
         r: the branch's rank.
         lora_alpha: the numerator of the scaling.
         scaling: the factor of the branch.
-        adapter: the adapter's name in a PEFT layer, which has a row for each adapter; None for this library's layers.
+        adapter: the adapter's name in a PEFT layer, which has a row for each adapter; None for this
+            library's layers.
         experts: how many experts' pairs are stacked; 1 for a single layer.
     """
 
@@ -61,7 +62,9 @@ class SkippedModule:
 class _Report:
     """A short repr, and errors that help whoever takes a report for the model."""
 
-    _NO_MODEL = "the model was changed in place, and this is the report on it; go on with the model itself"
+    _NO_MODEL = (
+        "the model was changed in place, and this is the report on it; go on with the model itself"
+    )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
@@ -73,7 +76,9 @@ class _Report:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}: {self._NO_MODEL}")
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}: {self._NO_MODEL}"
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,24 +104,32 @@ class LoRAReport(_Report):
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
         modules = len({module.name for module in self.replaced})
-        where = f"LoRA on {counted(modules, 'module')}" if modules else "No LoRA module trains on this library's ops"
+        where = (
+            f"LoRA on {counted(modules, 'module')}"
+            if modules
+            else "No LoRA module trains on this library's ops"
+        )
         lines = [f"{where}; {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"]
         kinds = Counter((m.name.rpartition(".")[2], *astuple(m)[1:]) for m in self.replaced)
         for (name, k, n, r, alpha, scaling, adapter, experts), count in kinds.items():
             named = "" if adapter is None else f", adapter {adapter!r}"
             stacked = "" if experts == 1 else f"{experts} experts of "
-            lines.append(f"  {count} x {name}: {stacked}{k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}")
+            lines.append(
+                f"  {count} x {name}: {stacked}{k} -> {n}, r {r}, alpha {alpha:g}, scaling {scaling:g}{named}"
+            )
         lines += [f"  skipped {text}" for text in by_reason(self.skipped)]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 @dataclass(frozen=True, repr=False)
 class MergeReport(_Report):
-    """The rounding errors of a merge, and the weights that it untied. ``print(report)`` prints a summary.
+    """The rounding errors of a merge, and the weights that it untied. ``print(report)`` prints a
+    summary.
 
     Attributes:
         errors: the rounding error by the layer's name.
-        untied: by the layer's name, the names of parameters that shared its weight and still hold the frozen one.
+        untied: by the layer's name, the names of parameters that shared its weight and still hold
+            the frozen one.
     """
 
     errors: Mapping[str, MergeError]
@@ -131,14 +144,19 @@ class MergeReport(_Report):
         lines = [f"{counted(len(self.errors), 'module')} merged"]
         if self.worst is not None:
             lines.append(f"  worst {self.worst}: {self.errors[self.worst]}")
-        lines += [f"  {name}.weight is no longer tied to {list_some([*names])}" for name, names in self.untied.items()]
+        lines += [
+            f"  {name}.weight is no longer tied to {list_some([*names])}"
+            for name, names in self.untied.items()
+        ]
         return "\n".join(lines)
 
 
 def rows_of(layers: Mapping[str, LoRALinear]) -> tuple[ReplacedModule, ...]:
     """The report's rows on ``layers``."""
     return tuple(
-        ReplacedModule(name, m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, experts=m.num_experts)
+        ReplacedModule(
+            name, m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, experts=m.num_experts
+        )
         for name, m in layers.items()
     )
 
@@ -148,39 +166,63 @@ def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     fused = Counter(mlp.activation for mlp in mlps if mlp.reason is None)
     kinds = "; ".join(f"{n} x gated MLP ({kind})" for kind, n in fused.items())
     notes = [f"computed in one op each: {kinds}"] if fused else []
-    notes += [f"not in one op: {text}" for text in by_reason(mlp for mlp in mlps if mlp.reason is not None)]
+    notes += [
+        f"not in one op: {text}"
+        for text in by_reason(mlp for mlp in mlps if mlp.reason is not None)
+    ]
     return notes or ["fuse_mlp found no gated MLP with LoRA"]
 
 
-def stacks_without_adapter(model: nn.Module, adapted: Collection[nn.Parameter | None]) -> dict[str, str]:
-    """The modules whose own parameters stack matrices, as transformers 5 stores experts, with what that means.
+def stacks_without_adapter(
+    model: nn.Module, adapted: Collection[nn.Parameter | None]
+) -> dict[str, str]:
+    """The modules whose own parameters stack matrices, as transformers 5 stores experts, with what
+    that means.
 
     Parameters of ``adapted`` have an adapter and do not count.
     """
     stacks: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
-        # Convolutions' weights have as many dimensions, and position embeddings a first one of size 1.
+        # Convolutions' weights have as many dimensions, and position embeddings a first one of size
+        # 1.
         parameters = {} if isinstance(module, _ConvNd) else module._parameters
-        known = {key: p for key, p in parameters.items() if p is not None and not is_lazy(p) and p not in adapted}
-        if sizes := {key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1}:
+        known = {
+            key: p
+            for key, p in parameters.items()
+            if p is not None and not is_lazy(p) and p not in adapted
+        }
+        if sizes := {
+            key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1
+        }:
             stacks[name] = sizes
-    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(count_parameters(model)[1], 1)
+    share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(
+        count_parameters(model)[1], 1
+    )
     reason = (
         f"as experts are stored, and has no linear layers for them: {share:.1%} of the model's weights are in such parameters "
         "and get no adapter unless target_parameters names them"
     )
-    return {name: f"it stacks matrices in {', '.join(sizes)}, {reason}" for name, sizes in stacks.items()}
+    return {
+        name: f"it stacks matrices in {', '.join(sizes)}, {reason}"
+        for name, sizes in stacks.items()
+    }
 
 
 def notes_on_gradients(model: nn.Module) -> list[str]:
-    """A note on the layers of ``model`` through which LoRA on earlier layers gets no gradient, for each reason."""
+    """A note on the layers of ``model`` through which LoRA on earlier layers gets no gradient, for
+    each reason.
+    """
     names: dict[str, list[str]] = {}
     for name, reason in layers_without_gradient(model).items():
         names.setdefault(reason, []).append(name)
-    return [f"{reason}, so adapters before it get wrong gradients: {list_some(some)}" for reason, some in names.items()]
+    return [
+        f"{reason}, so adapters before it get wrong gradients: {list_some(some)}"
+        for reason, some in names.items()
+    ]
 
 
-# The ends of transformers' names of classes whose head is new in each fine-tuning, and of attributes that hold such a head.
+# The ends of transformers' names of classes whose head is new in each fine-tuning, and of
+# attributes that hold such a head.
 _NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
 _HEADS = ("classifier", "score", "qa_outputs", "head")
 
@@ -189,7 +231,11 @@ def notes_on_heads(model: nn.Module) -> list[str]:
     """A note if the head of a transformers model stays frozen, though a new head has random values."""
     for module in model.modules():
         kinds = type(module).__mro__
-        if not any(kind.__name__.endswith(_NEW_HEADS) for kind in kinds if kind.__module__.startswith("transformers.")):
+        if not any(
+            kind.__name__.endswith(_NEW_HEADS)
+            for kind in kinds
+            if kind.__module__.startswith("transformers.")
+        ):
             continue
         body = getattr(type(module), "base_model_prefix", "")
         heads = [
@@ -217,10 +263,12 @@ def by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The number of trainable and of all parameter elements, as PEFT's ``get_nb_trainable_parameters``.
+    """The number of trainable and of all parameter elements, as PEFT's
+    ``get_nb_trainable_parameters``.
 
-    A weight in 4 bits counts its elements, and a DTensor and a parameter cut by ZeRO-3 those of the full tensor. A parameter
-    in two places counts once. A lazy module's parameters, which have no shape yet, do not count.
+    A weight in 4 bits counts its elements, and a DTensor and a parameter cut by ZeRO-3 those of the
+    full tensor. A parameter in two places counts once. A lazy module's parameters, which have no
+    shape yet, do not count.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -1,4 +1,6 @@
-"""Save and load adapters in PEFT's directory format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Save and load adapters in PEFT's directory format: ``adapter_config.json`` and
+``adapter_model.safetensors``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from torch import Tensor, nn
 
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.functional import FLOAT_DTYPES
-from stablelora_kernels.model.adapter_files import adapter_directory, import_safetensors, read_adapter, write_adapter
+from stablelora_kernels.model.adapter_files import (
+    adapter_directory,
+    import_safetensors,
+    read_adapter,
+    write_adapter,
+)
 from stablelora_kernels.model.apply import LoRAPlan, apply_plan, plan_lora
 from stablelora_kernels.model.merge import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
@@ -25,35 +32,59 @@ from stablelora_kernels.model.modules import (
     saved_modules,
     unchanged_on_error,
 )
-from stablelora_kernels.model.peft_format import PREFIX, config_of, content_of, file_name, read_config
-from stablelora_kernels.model.reports import LoRAReport, SkippedModule, count_parameters, list_some, rows_of
+from stablelora_kernels.model.peft_format import (
+    PREFIX,
+    config_of,
+    content_of,
+    file_name,
+    read_config,
+)
+from stablelora_kernels.model.reports import (
+    LoRAReport,
+    SkippedModule,
+    count_parameters,
+    list_some,
+    rows_of,
+)
 from stablelora_kernels.nn.experts import StackedWeight
 from stablelora_kernels.nn.linear import LoRALinear, sizes_of
 from stablelora_kernels.utils.extras import import_extra
-from stablelora_kernels.utils.modules import check_not_in_ddp, clean, in_ddp, reshard, unwrap, wrapped_parts
+from stablelora_kernels.utils.modules import (
+    check_not_in_ddp,
+    clean,
+    in_ddp,
+    reshard,
+    unwrap,
+    wrapped_parts,
+)
 from stablelora_kernels.utils.tensors import copy, is_first_rank, is_sharded, whole
 from stablelora_kernels.utils.validation import counted
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the model's LoRA to the directory ``path``, for :func:`load_adapter` and for the ``peft`` package.
+    """Write the model's LoRA to the directory ``path``, for :func:`load_adapter` and for the
+    ``peft`` package.
 
-    It writes A and B in their dtypes, whether merged or not, and the tensors that ``bias`` and ``modules_to_save`` of the model's
-    config name. The same adapter gives the same bytes. Names are those of the base model: DistributedDataParallel,
-    torch.compile and checkpoint_wrapper around the model do not change them, nor do the latter two around its parts.
+    It writes A and B in their dtypes, whether merged or not, and the tensors that ``bias`` and
+    ``modules_to_save`` of the model's config name. The same adapter gives the same bytes. Names are
+    those of the base model: DistributedDataParallel, torch.compile and checkpoint_wrapper around
+    the model do not change them, nor do the latter two around its parts.
 
-    The two files are one unit and are replaced together: wherever a save is killed, :func:`load_adapter` finds the old adapter
-    (none in a new directory) or the new one, and PEFT finds one of them or none.
-    Processes that save to one directory take turns. What a killed save left there is removed by the next one. Other files
-    are not touched.
+    The two files are one unit and are replaced together: wherever a save is killed,
+    :func:`load_adapter` finds the old adapter (none in a new directory) or the new one, and PEFT
+    finds one of them or none. Processes that save to one directory take turns. What a killed save
+    left there is removed by the next one. Other files are not touched.
 
-    If the model has DTensors (``fully_shard``, tensor parallelism), every process must call it, because each holds a shard. In
-    DistributedDataParallel, all processes may call it. In both cases rank 0 writes, and the other processes do not wait.
+    If the model has DTensors (``fully_shard``, tensor parallelism), every process must call it,
+    because each holds a shard. In DistributedDataParallel, all processes may call it. In both cases
+    rank 0 writes, and the other processes do not wait.
 
     Raises:
-        ValueError: the model has no LoRA layers, or layers that one PEFT config cannot describe, or it is in FSDP1's
-            FullyShardedDataParallel; or ``path`` is a file. Nothing is written then.
-        OSError: the files could not be written, for example because the disk is full. An adapter that was there is intact.
+        ValueError: the model has no LoRA layers, or layers that one PEFT config cannot describe, or
+            it is in FSDP1's FullyShardedDataParallel; or ``path`` is a file. Nothing is written
+            then.
+        OSError: the files could not be written, for example because the disk is full. An adapter
+            that was there is intact.
         ImportError: safetensors or NumPy is not installed. Nothing is written then.
     """
     import_safetensors()
@@ -61,7 +92,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     import_extra("numpy", "adapters", "save_adapter")
     given, model = model, unwrap(model)
     reshard(model)
-    require_lora_layers(model, not_alone="has no name in a file", of_peft="model.save_pretrained(path)")
+    require_lora_layers(
+        model, not_alone="has no name in a file", of_peft="model.save_pretrained(path)"
+    )
     layers = _layers(model)
     directory = Path(path).resolve()
     if directory.exists() and not directory.is_dir():
@@ -82,7 +115,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             whole(tensor)
         return
     # Copy: safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {PREFIX + key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    tensors = {
+        PREFIX + key: whole(tensor).to("cpu", copy=True).contiguous()
+        for key, tensor in tensors.items()
+    }
     write_adapter(directory, content_of(config, model), tensors)
 
 
@@ -95,42 +131,51 @@ def load_adapter(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> LoRAReport:
-    """Load an adapter that :func:`save_adapter` or the ``peft`` package wrote to the directory ``path``.
+    """Load an adapter that :func:`save_adapter` or the ``peft`` package wrote to the directory
+    ``path``.
 
-    ``path`` may also be a hub id, such as "owner/name". If there is no such path on this machine, huggingface_hub downloads
-    the two files, at ``revision``. ``subfolder`` is the adapter's directory inside of ``path`` or of the hub's repository.
+    ``path`` may also be a hub id, such as "owner/name". If there is no such path on this machine,
+    huggingface_hub downloads the two files, at ``revision``. ``subfolder`` is the adapter's
+    directory inside of ``path`` or of the hub's repository.
 
-    A model without LoRA first gets it, as by :func:`~stablelora_kernels.apply_lora` with the file's config. A and B get the
-    file's dtype if that is float32 or the layer's, and float32 otherwise. ``fuse_projections`` and ``fuse_mlp`` are passed on.
+    A model without LoRA first gets it, as by :func:`~stablelora_kernels.apply_lora` with the file's
+    config. A and B get the file's dtype if that is float32 or the layer's, and float32 otherwise.
+    ``fuse_projections`` and ``fuse_mlp`` are passed on.
 
-    If the model already has LoRA, the values are copied into its layers, in their dtypes; ranks, scalings, ``bias`` and
-    ``modules_to_save`` must be the file's, and ``fuse_projections`` and ``fuse_mlp`` have no effect.
+    If the model already has LoRA, the values are copied into its layers, in their dtypes; ranks,
+    scalings, ``bias`` and ``modules_to_save`` must be the file's, and ``fuse_projections`` and
+    ``fuse_mlp`` have no effect.
 
-    Wrappers are handled as by :func:`save_adapter`, with one exception: a model without LoRA must not be in
-    DistributedDataParallel or ``fully_shard``, which would not know A and B. If the model has DTensors, every process must call
-    it, and takes its shards of the values that rank 0 has read.
+    Wrappers are handled as by :func:`save_adapter`, with one exception: a model without LoRA must
+    not be in DistributedDataParallel or ``fully_shard``, which would not know A and B. If the model
+    has DTensors, every process must call it, and takes its shards of the values that rank 0 has
+    read.
 
     Returns:
         The report on the layers that hold the adapter.
 
     Raises:
-        ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes do not fit, the weights
-            were saved with another config or are pickled, the model is merged, the hub did not give the adapter, or
-            ``revision`` is given with a path on this machine. The message names the expected and the
-            actual value. Nothing is changed then.
+        ValueError, TypeError: the directory, one of its files, the config, the keys or the shapes
+            do not fit, the weights were saved with another config or are pickled, the model is
+            merged, the hub did not give the adapter, or ``revision`` is given with a path on this
+            machine. The message names the expected and the actual value. Nothing is changed then.
         OSError: a file cannot be read, for example for lack of permission. Nothing is changed then.
-        ImportError: safetensors is not installed, or huggingface_hub is not and ``path`` is a hub id.
+        ImportError: safetensors is not installed, or huggingface_hub is not and ``path`` is a hub
+            id.
     """
     import_safetensors()
     given, model = model, unwrap(model)
     reshard(model)
     check_not_pefts(
-        model, "model.load_adapter(path, adapter_name), or peft.PeftModel.from_pretrained(base_model, path),"
+        model,
+        "model.load_adapter(path, adapter_name), or peft.PeftModel.from_pretrained(base_model, path),",
     )
     directory = adapter_directory(path, revision, subfolder)
     config_file, weights_file, content, tensors = read_adapter(directory, lambda tensor: tensor)
     if foreign := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise ValueError(f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(foreign)}")
+        raise ValueError(
+            f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(foreign)}"
+        )
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     config = read_config(content or {}, config_file, tensors)
 
@@ -149,14 +194,20 @@ def load_adapter(
                 plan = plan_lora(model, config)
             except ValueError as error:
                 raise ValueError(f"{config_file}: {error}") from None
-            _check_not_meta({f"{name}.weight": layer.weight for name, (layer, _) in plan.targets.items()})
+            _check_not_meta(
+                {f"{name}.weight": layer.weight for name, (layer, _) in plan.targets.items()}
+            )
             _check_new_layers(plan, tensors, config_file, weights_file)
-            report = apply_plan(model, plan, _lora_dtypes(plan, tensors), fuse_projections, fuse_mlp)
+            report = apply_plan(
+                model, plan, _lora_dtypes(plan, tensors), fuse_projections, fuse_mlp
+            )
         targets = _tensors(model, config, _layers(model))
         _check_not_meta(targets)
         # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
         inner = ("original_module", "modules_to_save")
-        wrapped = tuple(f"{name}.{part}." for name in saved_modules(model, config) for part in inner)
+        wrapped = tuple(
+            f"{name}.{part}." for name in saved_modules(model, config) for part in inner
+        )
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(wrapped)}
         _check_tensors(tensors, targets, report.skipped, weights_file)
         _copy_all(targets, tensors)
@@ -164,8 +215,11 @@ def load_adapter(
     return report
 
 
-def _check_new_layers(plan: LoRAPlan, tensors: Mapping[str, Tensor], config_file: Path, weights_file: Path) -> None:
-    """Raise ValueError unless the file has A and B of the new layers, in the shapes that its config gives them.
+def _check_new_layers(
+    plan: LoRAPlan, tensors: Mapping[str, Tensor], config_file: Path, weights_file: Path
+) -> None:
+    """Raise ValueError unless the file has A and B of the new layers, in the shapes that its config
+    gives them.
 
     Called before they are allocated: a config may name a rank for which no memory is large enough.
     """
@@ -186,7 +240,9 @@ def _check_new_layers(plan: LoRAPlan, tensors: Mapping[str, Tensor], config_file
 
 
 def _lora_dtypes(plan: LoRAPlan, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """The dtype of each new layer's A and B: float32, or that of its weight if the file's have it, too."""
+    """The dtype of each new layer's A and B: float32, or that of its weight if the file's have it,
+    too.
+    """
     dtypes = {}
     for name, (layer, _) in plan.targets.items():
         keys = [f"{file_name(name, layer)}.lora_{role}.weight" for role in "AB"]
@@ -202,13 +258,20 @@ def _check_not_meta(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_tensors(
-    tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], skipped: Iterable[SkippedModule], file: Path
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    skipped: Iterable[SkippedModule],
+    file: Path,
 ) -> None:
-    """Raise ValueError unless a file's tensors are those of ``targets``, in shape and kind of dtype. Values are cast."""
+    """Raise ValueError unless a file's tensors are those of ``targets``, in shape and kind of
+    dtype. Values are cast.
+    """
     _check_present(targets, tensors, file)
     if unexpected := [key for key in tensors if key not in targets]:
         reasons = [
-            f"; {module.name}: {module.reason}" for module in skipped if unexpected[0].startswith(f"{module.name}.")
+            f"; {module.name}: {module.reason}"
+            for module in skipped
+            if unexpected[0].startswith(f"{module.name}.")
         ]
         raise ValueError(
             f"{file} must hold what its config and the model call for, got {list_some(unexpected)} beyond that{''.join(reasons)}"
@@ -219,14 +282,18 @@ def _check_tensors(
             raise ValueError(_wrong_shape(key, list(target.shape), tensors, file))
         if ".lora_A." in key or ".lora_B." in key:
             if dtype not in FLOAT_DTYPES:
-                raise ValueError(f"{key} in {file} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}")
+                raise ValueError(
+                    f"{key} in {file} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}"
+                )
         elif _kind(dtype) != _kind(target.dtype):
             raise ValueError(f"{key} in {file} must be {target.dtype} or alike, got {dtype}")
 
 
 def _check_present(keys: Iterable[str], tensors: Mapping[str, Tensor], file: Path) -> None:
     if missing := [key for key in keys if key not in tensors]:
-        raise ValueError(f"{file} must hold {list_some(missing)}, got {counted(len(tensors), 'tensor')} without them")
+        raise ValueError(
+            f"{file} must hold {list_some(missing)}, got {counted(len(tensors), 'tensor')} without them"
+        )
 
 
 def _wrong_shape(key: str, shape: list[int], tensors: Mapping[str, Tensor], file: Path) -> str:
@@ -255,8 +322,12 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {clean(name): layer for name, layer in lora_layers(model).items()}
 
 
-def _tensors(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
-    """An adapter's tensors by PEFT's names: A and B, trained biases, and the state of modules_to_save."""
+def _tensors(
+    model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear]
+) -> dict[str, Tensor]:
+    """An adapter's tensors by PEFT's names: A and B, trained biases, and the state of
+    modules_to_save.
+    """
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         place = file_name(name, layer)
@@ -272,11 +343,15 @@ def _tensors(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALine
             tensors[name] = parameter
     for prefix, saved in saved_modules(model, config).items():
         state = saved.state_dict(prefix=f"{prefix}.")
-        tensors.update({clean(key): value for key, value in state.items() if isinstance(value, Tensor)})
+        tensors.update(
+            {clean(key): value for key, value in state.items() if isinstance(value, Tensor)}
+        )
     return tensors
 
 
-def _check_fits(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear], file: Path) -> None:
+def _check_fits(
+    model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear], file: Path
+) -> None:
     """Raise ValueError if an adapter's config differs from that of the model's layers."""
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
@@ -289,11 +364,15 @@ def _check_fits(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRAL
             ("use_rslora", layer.use_rslora, config.use_rslora),
         ):
             if have != found:
-                raise ValueError(f"{field} of {name!r} is {have} in the model, got {found} in {file}")
+                raise ValueError(
+                    f"{field} of {name!r} is {have} in the model, got {found} in {file}"
+                )
     have_config = getattr(model, CONFIG_ATTRIBUTE, None)
     bias = have_config.bias if have_config else "none"
     if bias != config.bias:
         raise ValueError(f"bias is {bias!r} in the model, got {config.bias!r} in {file}")
     saved = list(saved_modules(model, have_config)) if have_config else []
     if saved != list(saved_modules(model, config)):
-        raise ValueError(f"modules_to_save is {saved} in the model, got {list(saved_modules(model, config))} in {file}")
+        raise ValueError(
+            f"modules_to_save is {saved} in the model, got {list(saved_modules(model, config))} in {file}"
+        )

@@ -1,6 +1,8 @@
-"""The LoRA layers. The factory decides which of them goes over a layer, in the order in which they are registered here.
+"""The LoRA layers. The factory decides which of them goes over a layer, in the order in which they
+are registered here.
 
-``LoRAShardedLinear`` is imported at first use, because ``torch.distributed.tensor`` takes long to import.
+``LoRAShardedLinear`` is imported at first use, because ``torch.distributed.tensor`` takes long to
+import.
 """
 
 from __future__ import annotations

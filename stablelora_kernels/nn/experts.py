@@ -1,7 +1,9 @@
-"""Stacks of experts: ``LoRAExperts``, and how transformers' modules of experts are computed on ``lora_experts``.
+"""Stacks of experts: ``LoRAExperts``, and how transformers' modules of experts are computed on
+``lora_experts``.
 
-Rows are sorted by expert, and each projection of all experts is one op. PEFT's wrappers of experts are computed by the same
-function (``integrations/peft_experts.py``), and A and B are stored as PEFT stores them.
+Rows are sorted by expert, and each projection of all experts is one op. PEFT's wrappers of experts
+are computed by the same function (``integrations/peft_experts.py``), and A and B are stored as PEFT
+stores them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def is_llama4(experts: Any) -> bool:
-    """Whether it is Llama 4's module, which is called without routing: its x has the rows of each expert."""
+    """Whether it is Llama 4's module, which is called without routing: its x has the rows of each
+    expert.
+    """
     return type(experts).__name__ == "Llama4TextExperts"
 
 
@@ -35,11 +39,17 @@ def reason_against(experts: Any) -> str | None:
             return f"{kind.__name__} is not a stack of experts that lora_experts is known to fit"
         if (way := getattr(experts.config, "_experts_implementation", None)) not in IMPLEMENTATIONS:
             return f"its experts are computed by {way!r}"
-    return "another parametrization changes its weights" if hasattr(experts, "parametrizations") else None
+    return (
+        "another parametrization changes its weights"
+        if hasattr(experts, "parametrizations")
+        else None
+    )
 
 
 def reason_against_stack(experts: Any, name: str, gathered: bool) -> str | None:
-    """Why one of :func:`projections_of` cannot be computed, or None. ``gathered``: shards have been put together."""
+    """Why one of :func:`projections_of` cannot be computed, or None. ``gathered``: shards have been
+    put together.
+    """
     for t in (getattr(experts, name), getattr(experts, f"{name}_bias", None)):
         if t is None or (not gathered and is_sharded(t)):
             continue
@@ -54,7 +64,9 @@ def projections_of(experts: Any) -> list[str]:
 
 
 def is_taken_transposed(experts: Any) -> bool:
-    """Whether PEFT takes the weights for [E, in, out]. It is wrong about Llama 4's, so that their A is on the output's side."""
+    """Whether PEFT takes the weights for [E, in, out]. It is wrong about Llama 4's, so that their A
+    is on the output's side.
+    """
     return getattr(experts, "is_transposed", False)
 
 
@@ -62,11 +74,15 @@ def product_of(
     experts: Any, name: str, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0,
     dropout_p: float = 0.0, weight: Tensor | None = None,
 ) -> Product:  # fmt: skip
-    """The product with the parameter ``name`` of a module of experts, or with ``weight`` in its place, and its branch.
+    """The product with the parameter ``name`` of a module of experts, or with ``weight`` in its
+    place, and its branch.
 
     As PEFT stores them: A [E r, in], the expert slowest, and B [out, r E], the expert fastest.
     """
-    weight, bias = getattr(experts, name) if weight is None else weight, getattr(experts, f"{name}_bias", None)
+    weight, bias = (
+        getattr(experts, name) if weight is None else weight,
+        getattr(experts, f"{name}_bias", None),
+    )
     count, transposed = weight.shape[0], is_llama4(experts) or experts.is_transposed
     if lora_A is None or lora_B is None:
         k, n = weight.shape[1:] if transposed else weight.shape[:0:-1]
@@ -82,11 +98,16 @@ def product_of(
 
 def each_expert(lora_A: Tensor, lora_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """[E, r, in] and [E, out, r] of a stack's A and B."""
-    return lora_A.reshape(count, -1, lora_A.shape[1]), lora_B.reshape(lora_B.shape[0], -1, count).permute(2, 0, 1)
+    return lora_A.reshape(count, -1, lora_A.shape[1]), lora_B.reshape(
+        lora_B.shape[0], -1, count
+    ).permute(2, 0, 1)
 
 
-def compute_experts(experts: Any, products: Mapping[str, Product], x: Tensor, *routing: Tensor) -> Tensor:
-    """The output of a module of experts for x [tokens, H], with ``products`` in place of those with its parameters.
+def compute_experts(
+    experts: Any, products: Mapping[str, Product], x: Tensor, *routing: Tensor
+) -> Tensor:
+    """The output of a module of experts for x [tokens, H], with ``products`` in place of those with
+    its parameters.
 
     ``routing``: the experts of each token [tokens, k], and their weights [tokens, k].
     """
@@ -100,8 +121,12 @@ def compute_experts(experts: Any, products: Mapping[str, Product], x: Tensor, *r
     return down(h * experts.act_fn(gate), offsets)
 
 
-def _compute_routed(experts: Any, up: Product, down: Product, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The experts' outputs, summed for each token with its weights. A slot of no expert here adds nothing."""
+def _compute_routed(
+    experts: Any, up: Product, down: Product, x: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """The experts' outputs, summed for each token with its weights. A slot of no expert here adds
+    nothing.
+    """
     tokens, top_k = index.shape
     # Experts of other processes have numbers behind the last one here, and so the last rows.
     each, order = torch.sort(index.reshape(-1), stable=True)
@@ -141,10 +166,12 @@ class StackedWeight:
 
 
 class LoRAStack(LoRALinear):
-    """LoRA on one projection of all experts, a part of :class:`LoRAExperts`; ``apply_lora`` makes it.
+    """LoRA on one projection of all experts, a part of :class:`LoRAExperts`; ``apply_lora`` makes
+    it.
 
     Attributes:
-        weight: the experts' parameter, [E, out_features, in_features] or [E, in_features, out_features], frozen.
+        weight: the experts' parameter, [E, out_features, in_features] or [E, in_features,
+            out_features], frozen.
         bias: None; the experts' own bias is theirs.
         lora_A: [E r, in_features], the expert slowest.
         lora_B: [out_features, r E], the expert fastest.
@@ -176,7 +203,8 @@ class LoRAStack(LoRALinear):
         self.holder.register_parameter(self.__dict__["_base"].name, weight)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
-        """Map ``x`` [T, K], its rows sorted by expert, to [T, N]; ``offsets`` [E] say behind which row each expert ends.
+        """Map ``x`` [T, K], its rows sorted by expert, to [T, N]; ``offsets`` [E] say behind which
+        row each expert ends.
 
         Raises:
             RuntimeError: as ``LoRALinear.forward``.
@@ -190,11 +218,15 @@ class LoRAStack(LoRALinear):
             return product_of(base.experts, base.name)(x, offsets)
         _, lora_A, lora_B = trained_and_bias(self)
         dropout_p = self.lora_dropout if self.training else 0.0
-        return product_of(base.experts, base.name, lora_A, lora_B, self.scaling, dropout_p)(x, offsets)
+        return product_of(base.experts, base.name, lora_A, lora_B, self.scaling, dropout_p)(
+            x, offsets
+        )
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """``scaling · B A`` of each expert, in the weight's layout, in float32 (float64 for float64 weights)."""
+        """``scaling · B A`` of each expert, in the weight's layout, in float32 (float64 for float64
+        weights).
+        """
         base, dtype = self.__dict__["_base"], torch.promote_types(self.lora_A.dtype, torch.float32)
         a, b = each_expert(self.lora_A.to(dtype), self.lora_B.to(dtype), base.count)
         with torch.autocast(a.device.type, enabled=False):
@@ -210,7 +242,8 @@ class LoRAStack(LoRALinear):
 
 
 class LoRAExperts(nn.Module):
-    """A module of experts whose stacked parameters have LoRA, dropout included: each is a :class:`LoRAStack` of its name.
+    """A module of experts whose stacked parameters have LoRA, dropout included: each is a
+    :class:`LoRAStack` of its name.
 
     ``apply_lora`` makes it for ``target_parameters``. ``base_layer`` is the module of experts.
     """
@@ -221,8 +254,12 @@ class LoRAExperts(nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
-        """The experts' output, for the arguments of ``base_layer``: x [tokens, H], each token's experts and their weights."""
-        stacks: dict[str, Any] = {name: m for name, m in self._modules.items() if isinstance(m, LoRAStack)}
+        """The experts' output, for the arguments of ``base_layer``: x [tokens, H], each token's
+        experts and their weights.
+        """
+        stacks: dict[str, Any] = {
+            name: m for name, m in self._modules.items() if isinstance(m, LoRAStack)
+        }
         if not all(stack._disabled or stack.merged for stack in stacks.values()):
             return compute_experts(self.base_layer, stacks, x, *routing)
         frozen = {}

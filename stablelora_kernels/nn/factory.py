@@ -24,7 +24,9 @@ _registry: list[tuple[Callable[[Any], bool], Callable[[], type[Any]]]] = []
 
 
 def register(fits: Callable[[Any], bool], load: Callable[[], type[Any]]) -> None:
-    """Use the class that ``load()`` returns for every layer that ``fits`` accepts. The first registration that fits wins."""
+    """Use the class that ``load()`` returns for every layer that ``fits`` accepts. The first
+    registration that fits wins.
+    """
     _registry.append((fits, load))
 
 
@@ -33,10 +35,13 @@ def class_for(base: Any) -> type[Any]:
 
     Raises:
         TypeError: ``base`` is neither an ``nn.Linear`` nor a ``Conv1D``.
-        ValueError: ``base`` gives its input no gradient, or its weight cannot be read or is sharded in an unsupported way.
+        ValueError: ``base`` gives its input no gradient, or its weight cannot be read or is sharded
+            in an unsupported way.
     """
     if not isinstance(base, nn.Linear) and not is_conv1d(base):
-        raise TypeError(f"linear must be an nn.Linear or transformers' Conv1D, got {type(base).__name__}")
+        raise TypeError(
+            f"linear must be an nn.Linear or transformers' Conv1D, got {type(base).__name__}"
+        )
     _check_gradient(base)
     layer_class = next(load() for fits, load in _registry if fits(base))
     layer_class.check_base(base)
@@ -51,16 +56,21 @@ def _check_gradient(base: Any) -> None:
 def replacement_class(module: Any) -> type[Any]:
     """The class of the LoRA layer that can stand in a model in place of ``module``.
 
-    Stricter than :func:`class_for`: the model may rely on everything that ``module`` has beyond a weight and a bias.
+    Stricter than :func:`class_for`: the model may rely on everything that ``module`` has beyond a
+    weight and a bias.
 
     Raises:
         ValueError, TypeError: ``module`` must stay as it is; the message is the reason.
     """
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
-        is_bitsandbytes = kind == "Linear8bitLt" or (kind == "Linear4bit" and is_quantized(module.weight))
+        is_bitsandbytes = kind == "Linear8bitLt" or (
+            kind == "Linear4bit" and is_quantized(module.weight)
+        )
         if type(module) is not nn.Linear and not is_bitsandbytes:
-            raise TypeError(f"{kind} is a subclass of nn.Linear that a model may use without calling it")
+            raise TypeError(
+                f"{kind} is a subclass of nn.Linear that a model may use without calling it"
+            )
     elif not is_conv1d(module):
         raise TypeError(f"{kind} is not an nn.Linear")
     # Before the other reasons: this one concerns the layers before it, too.

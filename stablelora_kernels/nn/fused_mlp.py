@@ -1,9 +1,10 @@
 """``fuse_mlp``: compute a gated MLP, ``down(act(gate(x)) * up(x))``, in one op.
 
-A fused MLP gets a subclass of its class whose forward calls the op. Each call reads the projections again and looks at all that
-may have changed since: adapters, merging, hooks, training mode, dtypes. If the op does not fit a call, the module's own forward
-computes it. The instance stores one attribute of names and functions, no other module. So copies, pickles and replicas compute
-with their own projections.
+A fused MLP gets a subclass of its class whose forward calls the op. Each call reads the projections
+again and looks at all that may have changed since: adapters, merging, hooks, training mode, dtypes.
+If the op does not fit a call, the module's own forward computes it. The instance stores one
+attribute of names and functions, no other module. So copies, pickles and replicas compute with
+their own projections.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
 # The key of a module's __dict__ that holds its State. state_dict does not have it.
 ATTRIBUTE = "_stablelora_mlp"
-# Projections' names in models, which tell that a module is meant to be a gated MLP. The others are ignored without a word.
+# Projections' names in models, which tell that a module is meant to be a gated MLP. The others are
+# ignored without a word.
 _NAMES = (
     {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"w1", "w2", "w3"}, {"wi_0", "wi_1", "wo"},
 )  # fmt: skip
@@ -41,9 +43,10 @@ class GatedMLP:
 
     Attributes:
         name: its first dotted name in the model.
-        activation: "silu", "gelu" (exact) or "gelu_tanh"; None if it is none of them or could not be told.
-        reason: why its own forward computes it, or None if one op does. What can pass, such as a merged layer or a hook, is
-            looked at again in each call.
+        activation: "silu", "gelu" (exact) or "gelu_tanh"; None if it is none of them or could not
+            be told.
+        reason: why its own forward computes it, or None if one op does. What can pass, such as a
+            merged layer or a hook, is looked at again in each call.
     """
 
     name: str
@@ -61,8 +64,9 @@ class Operand(NamedTuple):
     dtype: torch.dtype | None
 
 
-# A layer's operand for an input of the dtype and device of x, or why the layer must compute by itself. Without an x: for any
-# that the layer may get in training, once its parameters are on their devices.
+# A layer's operand for an input of the dtype and device of x, or why the layer must compute by
+# itself. Without an x: for any that the layer may get in training, once its parameters are on their
+# devices.
 Read = Callable[[Any, Tensor | None], Operand | str]
 
 
@@ -77,8 +81,9 @@ class LayerKind(NamedTuple):
         return isinstance(module, (nn.Linear, self.adapted)) or is_conv1d(module)
 
 
-# How a fused MLP computes: its form, how to read its layers, and the function of a forward that was bound to the instance.
-# A GraphedStep sees no change in a module that is fused again, for its state is equal.
+# How a fused MLP computes: its form, how to read its layers, and the function of a forward that was
+# bound to the instance. A GraphedStep sees no change in a module that is fused again, for its state
+# is equal.
 State = tuple[Form, Read, Callable[..., Any] | None]
 
 
@@ -97,15 +102,19 @@ class FusedMLP:
             if own_forward is not None:
                 return own_forward(self, *args, **kwargs)
         if not isinstance(self, FusedMLP):
-            # Who wrapped this method (as accelerate's hooks do) calls it after the module got its class back.
+            # Who wrapped this method (as accelerate's hooks do) calls it after the module got its
+            # class back.
             return type(self).forward(self, *args, **kwargs)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         old = self.__dict__.get("_modules", {}).get(name)
         super().__setattr__(name, value)
-        # PEFT's unload and merge_and_unload put plain layers into the places of its own, which have this method.
-        if hasattr(old, "get_base_layer") and not any(hasattr(x, "get_base_layer") for x in self._modules.values()):
+        # PEFT's unload and merge_and_unload put plain layers into the places of its own, which have
+        # this method.
+        if hasattr(old, "get_base_layer") and not any(
+            hasattr(x, "get_base_layer") for x in self._modules.values()
+        ):
             unfuse_mlps([self])
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
@@ -121,7 +130,9 @@ def _output(module: Any, form: Form, read: Read, x: Any) -> Tensor | None:
     # Global hooks and tracing must see every module's call. Tensor subclasses may override matmul.
     if type(x) is not Tensor or _has_any_global_hook() or torch.jit.is_tracing():
         return None
-    if reason_to_skip(module, form) or isinstance(operands := _operands(module, form, read, x), str):
+    if reason_to_skip(module, form) or isinstance(
+        operands := _operands(module, form, read, x), str
+    ):
         return None
     gate, up, down = (operands[child.name].weights for child in form[:3])
     if form.gate.half is not None and form.up.half is not None:
@@ -132,8 +143,11 @@ def _output(module: Any, form: Form, read: Read, x: Any) -> Tensor | None:
     (n, k), up_shape, (_, inner) = (p.weight.shape for p in (gate, up, down))  # type: ignore[union-attr]
     if x.shape[-1:] != (k,) or up_shape != (n, k) or inner != n:
         return None
-    dropout_p = next((each.dropout_p for each in operands.values() if each.dropout_p is not None), None)
-    # lora_mlp draws one mask for the halves of one layer, which have one A. Layers that share their A draw two.
+    dropout_p = next(
+        (each.dropout_p for each in operands.values() if each.dropout_p is not None), None
+    )
+    # lora_mlp draws one mask for the halves of one layer, which have one A. Layers that share their
+    # A draw two.
     shares_A = form.gate.half is None and gate.lora_A is up.lora_A is not None
     if dropout_p is None or (shares_A and dropout_p > 0):
         return None
@@ -141,8 +155,12 @@ def _output(module: Any, form: Form, read: Read, x: Any) -> Tensor | None:
     return lora_mlp(x, gate, up, down, form.activation, dropout_p, True)
 
 
-def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> dict[str, Operand] | str:
-    """What ``read`` finds in each layer for ``x``, by name; or why the module's own forward must compute it."""
+def _operands(
+    module: nn.Module, form: Form, read: Read, x: Tensor | None
+) -> dict[str, Operand] | str:
+    """What ``read`` finds in each layer for ``x``, by name; or why the module's own forward must
+    compute it.
+    """
     operands: dict[str, Operand] = {}
     for name, half in form[:3]:
         if name in operands:
@@ -155,7 +173,9 @@ def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> di
             if isinstance(t, Tensor) and t.requires_grad:
                 return f"{name!r} has a {part} that trains; the op would keep activations for its gradient"
         if half is not None and (is_quantized(weight) or not isinstance(weight, Tensor)):
-            return f"{name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
+            return (
+                f"{name!r} holds gate and up stacked in a quantized weight, which is not cut in two"
+            )
         operands[name] = operand
     each = operands.values()
     if all(o.dropout_p is None for o in each):
@@ -166,7 +186,11 @@ def _operands(module: nn.Module, form: Form, read: Read, x: Tensor | None) -> di
         # In a call, the layers have compared their dtypes with that of x.
         ("the weight's dtype", [o.dtype for o in each] if x is None else []),
     ):  # fmt: skip
-        given = [(value, name) for value, name in zip(values, operands, strict=False) if value is not None]
+        given = [
+            (value, name)
+            for value, name in zip(values, operands, strict=False)
+            if value is not None
+        ]
         for value, name in given[1:]:
             if value != given[0][0]:
                 return f"{what} is {given[0][0]} in {given[0][1]!r} and {value} in {name!r}"
@@ -183,20 +207,30 @@ def _halves(stacked: LoRAWeights) -> list[LoRAWeights]:
 
 
 def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
-    """Fuse the gated MLPs of ``model`` that have an adapter in a projection. Fused ones are checked again."""
+    """Fuse the gated MLPs of ``model`` that have an adapter in a projection. Fused ones are checked
+    again.
+    """
     found = []
     for name, module in list(model.named_modules()):
         children = [child for child in module._modules.values() if child is not None]
         is_named = any(names <= module._modules.keys() for names in _NAMES)
         has_projections = sum(map(kind.is_projection, children)) in (2, 3)
-        if not (is_named or has_projections) or not any(isinstance(child, kind.adapted) for child in children):
+        if not (is_named or has_projections) or not any(
+            isinstance(child, kind.adapted) for child in children
+        ):
             continue
         unfuse_mlps([module])
         form = form_of(module, kind.is_projection)
         if not isinstance(form, str):
             reason = _fuse(module, form, kind.read) or reason_to_skip(module, form)
             operands = _operands(module, form, kind.read, None)
-            found.append(GatedMLP(name, form.activation, reason or (operands if isinstance(operands, str) else None)))
+            found.append(
+                GatedMLP(
+                    name,
+                    form.activation,
+                    reason or (operands if isinstance(operands, str) else None),
+                )
+            )
         elif is_named:
             found.append(GatedMLP(name, None, form))
     return tuple(found)
@@ -235,9 +269,15 @@ _classes: WeakValueDictionary[type, Any] = WeakValueDictionary()
 def _fused_class(original: type) -> Any:
     """The subclass of ``original`` whose forward calls the op: one for each class, with its name."""
     if (fused := _classes.get(original)) is None:
-        own = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+        own = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+        }
         metaclass: Any = type(original)
-        fused = metaclass(original.__name__, (FusedMLP, original), own | {"_stablelora_original": original})
+        fused = metaclass(
+            original.__name__, (FusedMLP, original), own | {"_stablelora_original": original}
+        )
         _classes[original] = fused
     return fused
 
@@ -262,13 +302,20 @@ def read_operand(layer: Any, x: Tensor | None) -> Operand | str:
         if layer._disabled:
             return "is disabled"
         bias, lora_A, lora_B = trained_and_bias(layer)
-        scaling, dropout_p = layer.scaling, layer.lora_dropout if layer.training or x is None else 0.0
+        scaling, dropout_p = (
+            layer.scaling,
+            layer.lora_dropout if layer.training or x is None else 0.0,
+        )
         weight = layer.weight if is_stored else layer._matrix()
     elif not isinstance(layer, LoRALinear):
         return f"is a {kind.__name__} without an adapter whose weight is not plain"
     elif layer.calls_base:
         base = layer.to_linear()
-        text = type(base).__name__ if type(base) is not nn.Linear else f"Linear with a {type(layer.weight).__name__}"
+        text = (
+            type(base).__name__
+            if type(base) is not nn.Linear
+            else f"Linear with a {type(layer.weight).__name__}"
+        )
         return f"calls its base layer, a {text}, for its product"
     else:
         return f"is a {kind.__name__}, which computes more than one product"
@@ -296,9 +343,13 @@ OWN_LAYERS = LayerKind(LoRALinear, read_operand)
 
 
 def compute_projection_group(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...] | None:
-    """The outputs of layers that share the input ``x``, from one op; None if each layer must compute or raise by itself."""
+    """The outputs of layers that share the input ``x``, from one op; None if each layer must
+    compute or raise by itself.
+    """
     operands: list[Any] = [read_operand(layer, x) for layer in layers]
-    if any(isinstance(each, str) or each.weights.weight.shape[1:] != x.shape[-1:] for each in operands):
+    if any(
+        isinstance(each, str) or each.weights.weight.shape[1:] != x.shape[-1:] for each in operands
+    ):
         return None
     projections, dropouts, _ = zip(*operands, strict=True)
     if len({*dropouts}) > 1:

@@ -1,7 +1,9 @@
-"""Frozen layers that give their input no gradient. LoRA on the layers before them would train on a part of the gradient alone.
+"""Frozen layers that give their input no gradient. LoRA on the layers before them would train on a
+part of the gradient alone.
 
-Such layers quantize their input, as some of torchao's and compressed-tensors' do. A call with a few rows tells them from
-layers that quantize their weight alone, whatever the library, its version or the format.
+Such layers quantize their input, as some of torchao's and compressed-tensors' do. A call with a few
+rows tells them from layers that quantize their weight alone, whatever the library, its version or
+the format.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.utils.tensors import is_sharded
 
-# Attributes by which libraries say that a weight's product quantizes its input. They decide where a call is not possible.
+# Attributes by which libraries say that a weight's product quantizes its input. They decide where a
+# call is not possible.
 _ATTRIBUTES = ("act_quant_kwargs", "activation_quantization")
 # Products of integers on a GPU need more than 16 rows.
 _ROWS = 32
@@ -27,8 +30,13 @@ def reason_input_gets_no_gradient(layer: nn.Module) -> str | None:
     if not isinstance(layer, nn.Linear):
         return None
     if _scheme_of_inputs(layer) is not None:
-        return None if _gives_gradient(layer) else "compressed-tensors quantizes the input without a gradient"
-    # Subclasses have products of their own, and a parametrized one computes its weight at each access.
+        return (
+            None
+            if _gives_gradient(layer)
+            else "compressed-tensors quantizes the input without a gradient"
+        )
+    # Subclasses have products of their own, and a parametrized one computes its weight at each
+    # access.
     if type(layer) is not nn.Linear or not _is_of_a_library(layer.weight) or _gives_gradient(layer):
         return None
     return f"its {type(layer.weight).__name__}'s product has no gradient for the input"
@@ -36,13 +44,23 @@ def reason_input_gets_no_gradient(layer: nn.Module) -> str | None:
 
 def layers_without_gradient(model: nn.Module) -> dict[str, str]:
     """The layers of ``model`` that give their input no gradient, by name, with the reason."""
-    reasons = {name: reason_input_gets_no_gradient(module) for name, module in model.named_modules()}
-    return {name.removesuffix(".base_layer"): reason for name, reason in reasons.items() if reason is not None}
+    reasons = {
+        name: reason_input_gets_no_gradient(module) for name, module in model.named_modules()
+    }
+    return {
+        name.removesuffix(".base_layer"): reason
+        for name, reason in reasons.items()
+        if reason is not None
+    }
 
 
 def _is_of_a_library(weight: Tensor) -> bool:
     """Whether a weight's type has a product of its own."""
-    return type(weight) not in (Tensor, nn.Parameter) and not is_lazy(weight) and not is_sharded(weight)
+    return (
+        type(weight) not in (Tensor, nn.Parameter)
+        and not is_lazy(weight)
+        and not is_sharded(weight)
+    )
 
 
 def _scheme_of_inputs(layer: nn.Linear) -> Any:
@@ -65,16 +83,29 @@ def _gives_gradient(layer: nn.Linear) -> bool:
 def _kind(layer: nn.Linear) -> tuple[Any, ...]:
     """What layers have in common that compute alike: the type of the weight and its settings."""
     weight = layer.weight
-    settings = {name: repr(value) for name, value in vars(weight).items() if not isinstance(value, Tensor)}
+    settings = {
+        name: repr(value) for name, value in vars(weight).items() if not isinstance(value, Tensor)
+    }
     scheme = repr(_scheme_of_inputs(layer))
-    return type(weight), str(weight.device), weight.dtype, tuple(weight.shape), scheme, *sorted(settings.items())
+    return (
+        type(weight),
+        str(weight.device),
+        weight.dtype,
+        tuple(weight.shape),
+        scheme,
+        *sorted(settings.items()),
+    )
 
 
 def _call_gives_gradient(layer: nn.Linear) -> bool:
     """The answer of a forward and backward, without the layer's hooks."""
-    dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.get_default_dtype()
+    dtype = (
+        layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.get_default_dtype()
+    )
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.ones(_ROWS, layer.in_features, dtype=dtype, device=layer.weight.device, requires_grad=True)
+        x = torch.ones(
+            _ROWS, layer.in_features, dtype=dtype, device=layer.weight.device, requires_grad=True
+        )
         y = layer.forward(x)
         if not y.requires_grad:
             return False

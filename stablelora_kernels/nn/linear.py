@@ -1,4 +1,6 @@
-"""``LoRALinear``: ``nn.Linear`` with a LoRA branch, computed by the fused op; the same over ``Conv1D``, and over any layer."""
+"""``LoRALinear``: ``nn.Linear`` with a LoRA branch, computed by the fused op; the same over
+``Conv1D``, and over any layer.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ def sizes_of(base: Any) -> tuple[int, int]:
 
 
 class LoRALinear(Mergeable):
-    """A frozen linear layer with a trainable low-rank branch: ``y = x W^T + bias + scaling · D(x) A^T B^T``.
+    """A frozen linear layer with a trainable low-rank branch: ``y = x W^T + bias + scaling · D(x)
+    A^T B^T``.
 
-    ``D`` is inverted dropout, on the branch only and in training mode only. ``scaling`` is ``lora_alpha / r``, or
-    ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+    ``D`` is inverted dropout, on the branch only and in training mode only. ``scaling`` is
+    ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
 
     Args:
         in_features: K, as in ``nn.Linear``.
@@ -35,10 +38,11 @@ class LoRALinear(Mergeable):
         lora_alpha: numerator of the scaling; PEFT's default is 8.
         lora_dropout: probability of dropping an element of the branch's input, in [0, 1).
         use_rslora: rank-stabilized scaling.
-        init_lora_weights: how to initialize A and B, as in PEFT. True: A kaiming-uniform, B zero. "gaussian": A normal with
-            standard deviation 1/r, B zero. False: both kaiming-uniform, so the branch starts non-zero.
-        lora_dtype: dtype of A and B: float32 or the weight's. With a bfloat16 or float16 weight, the kernels cast float32 A
-            and B on the fly; no float32 copy of the activations is made.
+        init_lora_weights: how to initialize A and B, as in PEFT. True: A kaiming-uniform, B zero.
+            "gaussian": A normal with standard deviation 1/r, B zero. False: both kaiming-uniform,
+            so the branch starts non-zero.
+        lora_dtype: dtype of A and B: float32 or the weight's. With a bfloat16 or float16 weight,
+            the kernels cast float32 A and B on the fly; no float32 copy of the activations is made.
         device: device of all parameters.
         dtype: dtype of the frozen weight and bias. If it is float64, A and B are float64 too.
 
@@ -51,13 +55,15 @@ class LoRALinear(Mergeable):
         merged: whether the weight contains the branch.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it and its value.
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names
+            it and its value.
     """
 
     bias: nn.Parameter | None
     # True if the layer calls its base layer for the product; False if it reads the weight.
     calls_base: ClassVar[bool] = False
-    # True if to_linear() returns the original layer; False if it builds an nn.Linear around the weight.
+    # True if to_linear() returns the original layer; False if it builds an nn.Linear around the
+    # weight.
     keeps_base: ClassVar[bool] = False
     # How many experts' A's and B's are stacked.
     num_experts: int = 1
@@ -94,16 +100,17 @@ class LoRALinear(Mergeable):
         init_lora_weights: bool | str = True,
         lora_dtype: torch.dtype = torch.float32,
     ) -> LoRALinear:
-        """Put a LoRA branch on an existing layer. The new layer shares and freezes its weight and bias; nothing is copied.
+        """Put a LoRA branch on an existing layer. The new layer shares and freezes its weight and
+        bias; nothing is copied.
 
         The class depends on the layer:
 
-        - :class:`~stablelora_kernels.nn.quantized.LoRAQuantizedLinear` for bitsandbytes' 4-bit layers and torchao's float8
-          weights with one scale a row;
+        - :class:`~stablelora_kernels.nn.quantized.LoRAQuantizedLinear` for bitsandbytes' 4-bit
+          layers and torchao's float8 weights with one scale a row;
         - :class:`~stablelora_kernels.nn.LoRAConv1D` for transformers' ``Conv1D``;
         - :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` for a DTensor weight;
-        - :class:`~stablelora_kernels.nn.LoRABranchLinear`, which calls the layer for its product, for bitsandbytes'
-          ``Linear8bitLt`` and weights of any other tensor type;
+        - :class:`~stablelora_kernels.nn.LoRABranchLinear`, which calls the layer for its product,
+          for bitsandbytes' ``Linear8bitLt`` and weights of any other tensor type;
         - :class:`LoRALinear` for a plain ``nn.Linear``.
 
         Raises:
@@ -132,7 +139,9 @@ class LoRALinear(Mergeable):
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be of a floating-point dtype, got {dtype}")
         if lora_dtype not in (torch.float32, dtype):
-            raise TypeError(f"lora_dtype must be torch.float32 or the weight's {dtype}, got {lora_dtype}")
+            raise TypeError(
+                f"lora_dtype must be torch.float32 or the weight's {dtype}, got {lora_dtype}"
+            )
         if dtype == torch.float64:
             # A float32 branch would lose the precision that float64 was chosen for.
             lora_dtype = torch.float64
@@ -172,7 +181,9 @@ class LoRALinear(Mergeable):
         """A layer without the branch that shares the weight, merged or not, and the bias."""
         base: Any = self.__dict__.get("_base")
         if base is None:
-            base = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+            base = nn.Linear(
+                self.in_features, self.out_features, self.bias is not None, device="meta"
+            )
         base.weight = self.weight
         base.register_parameter("bias", self.bias)
         return base.train(self.training)
@@ -191,27 +202,36 @@ class LoRALinear(Mergeable):
             nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in autocast's.
+        """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in
+        autocast's.
 
         Raises:
-            RuntimeError: the layer is merged and in training mode with gradients enabled, so A and B would get no gradient.
-            ValueError, TypeError, RuntimeError: as :func:`~stablelora_kernels.functional.lora_linear`.
+            RuntimeError: the layer is merged and in training mode with gradients enabled, so A and
+                B would get no gradient.
+            ValueError, TypeError, RuntimeError: as
+                :func:`~stablelora_kernels.functional.lora_linear`.
         """
         if self._disabled:
             return self._base_output(x)
-        if (group := self.__dict__.get(ATTRIBUTE)) is not None and (y := group.output(self, x)) is not None:
+        if (group := self.__dict__.get(ATTRIBUTE)) is not None and (
+            y := group.output(self, x)
+        ) is not None:
             return y
         if self.merged:
             self._check_trains()
             return nn.functional.linear(x, self._matrix(), self.bias)
         bias, lora_A, lora_B = trained_and_bias(self)
         weight = self._matrix()
-        return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training)
+        return lora_linear(
+            x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training
+        )
 
     def _check_trains(self) -> None:
         """Raise RuntimeError if training would silently do without the gradients of a merged layer."""
         if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
-            raise RuntimeError("this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first")
+            raise RuntimeError(
+                "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
+            )
 
     def _base_output(self, x: Tensor) -> Tensor:
         """The output of the frozen layer, merged or not: that of ``forward`` in ``disable_lora``."""
@@ -235,7 +255,8 @@ class LoRALinear(Mergeable):
 
 
 class LoRAConv1D(LoRALinear):
-    """A :class:`~stablelora_kernels.LoRALinear` over transformers' ``Conv1D``, whose ``weight`` is [in_features, out_features].
+    """A :class:`~stablelora_kernels.LoRALinear` over transformers' ``Conv1D``, whose ``weight`` is
+    [in_features, out_features].
 
     The kernels read the weight through its strides. Merging adds ``(scaling · B A)^T``.
     """
@@ -244,7 +265,9 @@ class LoRAConv1D(LoRALinear):
 
     def _base_output(self, x: Tensor) -> Tensor:
         # Conv1D's own operator, whose rounding differs from that of nn.functional.linear.
-        y = torch.addmm(cast(Tensor, self.bias), x.reshape(-1, self.in_features), self.frozen_weight)
+        y = torch.addmm(
+            cast(Tensor, self.bias), x.reshape(-1, self.in_features), self.frozen_weight
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
     def _matrix(self) -> Tensor:
@@ -255,11 +278,14 @@ class LoRAConv1D(LoRALinear):
 
 
 class LoRABranchLinear(LoRALinear):
-    """LoRA on a frozen layer that computes its own product: ``y = base_layer(x) + scaling · D(x) A^T B^T``.
+    """LoRA on a frozen layer that computes its own product: ``y = base_layer(x) + scaling · D(x)
+    A^T B^T``.
 
-    ``LoRALinear.from_linear`` makes it over bitsandbytes' ``Linear8bitLt`` and over an ``nn.Linear`` whose weight is a tensor
-    subclass, such as torchao's. ``base_layer`` is the original layer, a submodule as in PEFT; ``weight`` and ``bias`` are its
-    own. :func:`~stablelora_kernels.functional.lora_branch` adds the branch in one launch (two above 4,096 rows or rank 128).
+    ``LoRALinear.from_linear`` makes it over bitsandbytes' ``Linear8bitLt`` and over an
+    ``nn.Linear`` whose weight is a tensor subclass, such as torchao's. ``base_layer`` is the
+    original layer, a submodule as in PEFT; ``weight`` and ``bias`` are its own.
+    :func:`~stablelora_kernels.functional.lora_branch` adds the branch in one launch (two above
+    4,096 rows or rank 128).
 
     It can't be merged. ``remove_lora(model, merge=False)`` returns the original layer.
     """
@@ -287,7 +313,8 @@ class LoRABranchLinear(LoRALinear):
         return self.base_layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., in_features] to [..., out_features], in the dtype that the base layer returns.
+        """Map ``x`` [..., in_features] to [..., out_features], in the dtype that the base layer
+        returns.
 
         Raises:
             RuntimeError: ``x`` requires a gradient, but the base layer's result does not.
@@ -300,7 +327,9 @@ class LoRABranchLinear(LoRALinear):
                 f"base_layer must give its input a gradient, got a result without one from a {type(self.base_layer).__name__} "
                 f"with a {type(self.weight).__name__}; the layers before it would train on the branch's gradient alone"
             )
-        return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training)
+        return lora_branch(
+            base_out, x, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training
+        )
 
     def merge(self) -> NoReturn:
         """Not possible.
@@ -314,17 +343,26 @@ class LoRABranchLinear(LoRALinear):
         )
 
 
-def make_layer(layer_class: type[LoRALinear], base: nn.Module, *args: Any, **kwargs: Any) -> LoRALinear:
-    """A layer of the class that the factory chose for ``base``. The other arguments are those of ``from_linear``."""
+def make_layer(
+    layer_class: type[LoRALinear], base: nn.Module, *args: Any, **kwargs: Any
+) -> LoRALinear:
+    """A layer of the class that the factory chose for ``base``. The other arguments are those of
+    ``from_linear``.
+    """
     layer = layer_class.__new__(layer_class)
     layer._setup(base, *args, **kwargs)
     return layer.train(base.training)
 
 
 def is_plain(base: Any) -> bool:
-    """Whether ``base`` computes its product from plain parameters, so :class:`LoRALinear` can read them."""
+    """Whether ``base`` computes its product from plain parameters, so :class:`LoRALinear` can read
+    them.
+    """
     parameters = [parameter for parameter in (base.weight, base.bias) if parameter is not None]
-    return all(type(parameter) is nn.Parameter for parameter in parameters) and type(base).__name__ != "Linear8bitLt"
+    return (
+        all(type(parameter) is nn.Parameter for parameter in parameters)
+        and type(base).__name__ != "Linear8bitLt"
+    )
 
 
 def trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:

@@ -1,4 +1,6 @@
-"""``Mergeable``: merge a LoRA branch into its weight, measure the rounding error, and undo it bit for bit."""
+"""``Mergeable``: merge a LoRA branch into its weight, measure the rounding error, and undo it bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class MergeError:
 
     @property
     def relative(self) -> float:
-        """``largest_error / largest_delta``: 0 if nothing was rounded away, 1 if the whole largest change was."""
+        """``largest_error / largest_delta``: 0 if nothing was rounded away, 1 if the whole largest
+        change was.
+        """
         if self.largest_delta == 0:
             return math.inf if self.largest_error else 0.0
         return self.largest_error / self.largest_delta
@@ -47,7 +51,8 @@ class Mergeable(nn.Module):
 
     def _start_unmerged(self) -> None:
         self.merged = False
-        # While merged, the Parameter that merge() replaced. It is not registered: state_dict and parameters() must not list it.
+        # While merged, the Parameter that merge() replaced. It is not registered: state_dict and
+        # parameters() must not list it.
         self.__dict__["_unmerged_weight"] = None
 
     @torch.no_grad()
@@ -59,13 +64,16 @@ class Mergeable(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> MergeError:
-        """Add the branch to the weight: ``W + scaling · B A``, in float32, rounded once to the weight's dtype.
+        """Add the branch to the weight: ``W + scaling · B A``, in float32, rounded once to the
+        weight's dtype.
 
-        The merged weight is a new Parameter. A module that shares the frozen one, such as a tied embedding, keeps it; the two
-        are untied until :meth:`unmerge` restores the frozen one bit for bit. Keeping it takes one weight's memory until then.
-        ``state_dict`` holds the frozen weight, A and B all the time. ``save_pretrained`` of a transformers model that
-        ``apply_lora`` or ``load_adapter`` gave its layers writes the merged weights if all layers are merged, and raises
-        ``ValueError`` if only some are. A model with layers put in by hand needs :func:`~stablelora_kernels.merge_lora` for that.
+        The merged weight is a new Parameter. A module that shares the frozen one, such as a tied
+        embedding, keeps it; the two are untied until :meth:`unmerge` restores the frozen one bit
+        for bit. Keeping it takes one weight's memory until then. ``state_dict`` holds the frozen
+        weight, A and B all the time. ``save_pretrained`` of a transformers model that
+        ``apply_lora`` or ``load_adapter`` gave its layers writes the merged weights if all layers
+        are merged, and raises ``ValueError`` if only some are. A model with layers put in by hand
+        needs :func:`~stablelora_kernels.merge_lora` for that.
 
         Returns:
             The rounding error, as :meth:`merge_error`.
@@ -89,10 +97,12 @@ class Mergeable(nn.Module):
         return self._merge_error(delta)
 
     def merge_error(self) -> MergeError:
-        """The difference between the current merged weight and ``W + scaling · B A`` with the current W, A and B.
+        """The difference between the current merged weight and ``W + scaling · B A`` with the
+        current W, A and B.
 
-        It is measured against the exact sum of W and ``scaling · B A``, the latter rounded to float32 (float64 for a float64
-        layer). So it shows even a change that is too small for a float32 weight.
+        It is measured against the exact sum of W and ``scaling · B A``, the latter rounded to
+        float32 (float64 for a float64 layer). So it shows even a change that is too small for a
+        float32 weight.
 
         Raises:
             RuntimeError: the layer is not merged.
@@ -167,7 +177,9 @@ class Mergeable(nn.Module):
         # Loading a merged weight together with A and B would apply the branch twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            destination[self._weight_key(prefix)] = self.frozen_weight if keep_vars else self.frozen_weight.detach()
+            destination[self._weight_key(prefix)] = (
+                self.frozen_weight if keep_vars else self.frozen_weight.detach()
+            )
 
     def _weight_key(self, prefix: str) -> str:
         return prefix + "weight"
@@ -175,6 +187,10 @@ class Mergeable(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any,
                               unexpected: Any, errors: list[str]) -> None:  # fmt: skip
         if self.merged:
-            errors.append(f"{prefix.rstrip('.') or 'this LoRALinear'} is merged; unmerge() before loading into it")
+            errors.append(
+                f"{prefix.rstrip('.') or 'this LoRALinear'} is merged; unmerge() before loading into it"
+            )
             return
-        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(
+            state_dict, prefix, local, strict, missing, unexpected, errors
+        )

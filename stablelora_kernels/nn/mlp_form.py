@@ -1,8 +1,10 @@
-"""Recognize a gated MLP, ``down(act(gate(x)) * up(x))``, by running a module's forward on an empty tensor.
+"""Recognize a gated MLP, ``down(act(gate(x)) * up(x))``, by running a module's forward on an empty
+tensor.
 
-A ``TorchFunctionMode`` sees every operation on tensors and refuses those that a gated MLP does not have. Nothing is computed,
-since values can mislead: a clamp at 7 changes no small number. The forward runs on a stand-in for the module, which notes each
-attribute that the forward reads. :func:`reason_to_skip` compares these attributes in each later call.
+A ``TorchFunctionMode`` sees every operation on tensors and refuses those that a gated MLP does not
+have. Nothing is computed, since values can mislead: a clamp at 7 changes no small number. The
+forward runs on a stand-in for the module, which notes each attribute that the forward reads.
+:func:`reason_to_skip` compares these attributes in each later call.
 """
 
 from __future__ import annotations
@@ -25,7 +27,18 @@ from torch.overrides import TorchFunctionMode
 from stablelora_kernels.utils.modules import HOOKS, is_hooked
 
 # Values of these types never change in place, except functions that are closures.
-_CONSTANTS = {type(None), bool, int, float, str, type, torch.dtype, torch.device, FunctionType, BuiltinFunctionType}
+_CONSTANTS = {
+    type(None),
+    bool,
+    int,
+    float,
+    str,
+    type,
+    torch.dtype,
+    torch.device,
+    FunctionType,
+    BuiltinFunctionType,
+}
 # Stands for a missing attribute. It is a class, so that copies and pickles of a Form have the same.
 _ABSENT = inspect.Parameter.empty
 _OPERATIONS = {silu, gelu, torch.mul, Tensor.mul, torch.chunk, Tensor.chunk}
@@ -37,7 +50,9 @@ _OTHER = "it computes something else than down(act(gate(x)) * up(x))"
 
 
 class Child(NamedTuple):
-    """The name of a child that computes a projection. If it computes gate and up stacked, ``half`` tells which half this is."""
+    """The name of a child that computes a projection. If it computes gate and up stacked, ``half``
+    tells which half this is.
+    """
 
     name: str
     half: int | None = None
@@ -46,7 +61,8 @@ class Child(NamedTuple):
 class Form(NamedTuple):
     """What a module computes: ``down(activation(gate(x)) * up(x))``.
 
-    ``argument`` is the name of x. ``reads`` has the path of each attribute that the forward reads, and its key.
+    ``argument`` is the name of x. ``reads`` has the path of each attribute that the forward reads,
+    and its key.
     """
 
     gate: Child
@@ -58,7 +74,9 @@ class Form(NamedTuple):
 
 
 def reason_to_skip(module: nn.Module, form: Form) -> str | None:
-    """Why the op does not stand for the forward: an attribute that it reads is another, or a child has hooks. None if it does."""
+    """Why the op does not stand for the forward: an attribute that it reads is another, or a child
+    has hooks. None if it does.
+    """
     for path, known in form.reads:
         value = reduce(_attribute, path, module)
         if _key(value) != known:
@@ -84,13 +102,17 @@ def _key(value: Any) -> tuple[Any, ...]:
     kind = type(value)
     if kind is partial:
         return kind, value.func, value.args, tuple(value.keywords.items())
-    if (kind in _CONSTANTS or isinstance(value, enum.Enum)) and getattr(value, "__closure__", None) is None:
+    if (kind in _CONSTANTS or isinstance(value, enum.Enum)) and getattr(
+        value, "__closure__", None
+    ) is None:
         return kind, value
     return (Tensor if isinstance(value, Tensor) else kind,)
 
 
 def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | str:
-    """The form of ``module``, or why it is no gated MLP. ``is_projection`` says which children compute a projection of x."""
+    """The form of ``module``, or why it is no gated MLP. ``is_projection`` says which children
+    compute a projection of x.
+    """
     forward: Any = module.forward
     # A forward may be bound to the instance, as Liger's patches do.
     if not isinstance(forward, MethodType) or forward.__self__ is not module:
@@ -102,13 +124,22 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
     function: Any = forward.__func__
     if str(function.__module__).startswith("liger_kernel."):
         variables = function.__globals__ | _LIGER
-        function = FunctionType(function.__code__, variables, None, function.__defaults__, function.__closure__)
+        function = FunctionType(
+            function.__code__, variables, None, function.__defaults__, function.__closure__
+        )
     forms: set[Form] = set()
     reads: dict[tuple[str, ...], Any] = {}
     # A forward may do something else in each of these modes.
-    gradients, cuda = (torch.enable_grad, torch.no_grad, torch.inference_mode), torch.cuda.is_available()
+    gradients, cuda = (
+        (torch.enable_grad, torch.no_grad, torch.inference_mode),
+        torch.cuda.is_available(),
+    )
     for autocast, gradient in itertools.product((False, True), gradients):
-        with torch.autocast("cpu", enabled=autocast), torch.autocast("cuda", enabled=autocast and cuda), gradient():
+        with (
+            torch.autocast("cpu", enabled=autocast),
+            torch.autocast("cuda", enabled=autocast and cuda),
+            gradient(),
+        ):
             form = _Run(is_projection, reads).form(function, module)
         if isinstance(form, str):
             return form
@@ -127,11 +158,14 @@ def _mode() -> tuple[bool, ...]:
 class _Run(TorchFunctionMode):
     """One run of a forward.
 
-    Each tensor has a formula: "x", a Child of x, or a tuple. The tuple of a function has its name and its operands, with a
-    Child last. The tuple of another projection has that Child and the formula of its input.
+    Each tensor has a formula: "x", a Child of x, or a tuple. The tuple of a function has its name
+    and its operands, with a Child last. The tuple of another projection has that Child and the
+    formula of its input.
     """
 
-    def __init__(self, is_projection: Callable[[Any], bool], reads: dict[tuple[str, ...], Any]) -> None:
+    def __init__(
+        self, is_projection: Callable[[Any], bool], reads: dict[tuple[str, ...], Any]
+    ) -> None:
         self.is_projection, self.reads, self.mode, self.reason = is_projection, reads, _mode(), ""
         self.tensors: list[weakref.ref[Tensor]] = []
         self.attributes: list[_Attributes] = []
@@ -140,7 +174,11 @@ class _Run(TorchFunctionMode):
         """The form without its argument and reads, or the first reason against it."""
         try:
             with self:
-                formula = getattr(function(_Attributes(self, (), module).stand_in, self.tensor("x")), "formula", None)
+                formula = getattr(
+                    function(_Attributes(self, (), module).stand_in, self.tensor("x")),
+                    "formula",
+                    None,
+                )
             if any(tensor() is not None for tensor in self.tensors):
                 self.refuse("its forward keeps a tensor")
             if any(attributes != attributes.given for attributes in self.attributes):
@@ -152,8 +190,9 @@ class _Run(TorchFunctionMode):
                     # Autograd refuses to change a half in place.
                     is_allowed = halves == {None} or (is_stacked and True not in operation)
                     is_distinct = gate != up and down.name not in (gate.name, up.name)
-                    # Six tensors are x, gate, up, activation, product and output. A stacked projection and its halves make seven.
-                    # Another operation may draw a second mask of dropout, or change one of these in place.
+                    # Six tensors are x, gate, up, activation, product and output. A stacked
+                    # projection and its halves make seven. Another operation may draw a second mask
+                    # of dropout, or change one of these in place.
                     is_exact = len(self.tensors) == 6 + is_stacked and _mode() == self.mode
                     if activation and is_allowed and is_distinct and is_exact:
                         return self.reason or Form(gate, up, down, activation)
@@ -176,7 +215,9 @@ class _Run(TorchFunctionMode):
         self.tensors.append(weakref.ref(tensor))
         return tensor
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch._C._set_grad_enabled:
             return function(*args)
         name = function.__name__
@@ -199,10 +240,11 @@ class _Run(TorchFunctionMode):
 
 
 class _Attributes(dict[str, Any]):
-    """The ``__dict__`` of a stand-in for ``value``. It reads and notes an attribute when the forward asks for it.
+    """The ``__dict__`` of a stand-in for ``value``. It reads and notes an attribute when the
+    forward asks for it.
 
-    ``nn.Module.__getattr__`` looks in ``__dict__["_parameters"]`` first, which is this dict itself. ``given`` is a copy of this
-    dict until the forward sets an attribute.
+    ``nn.Module.__getattr__`` looks in ``__dict__["_parameters"]`` first, which is this dict itself.
+    ``given`` is a copy of this dict until the forward sets an attribute.
     """
 
     def __init__(self, run: _Run, path: tuple[str, ...], value: Any) -> None:
@@ -211,15 +253,23 @@ class _Attributes(dict[str, Any]):
         self.given: dict[str, Any] = {"_compiled_call_impl": self.call}
         super().__init__(self.given)
         run.attributes.append(self)
-        # The stand-in has the class of a module. A configuration's class may find attributes in other ways.
-        members = {"__getattr__": nn.Module.__getattr__, "__class__": property(lambda _: type(value))}
+        # The stand-in has the class of a module. A configuration's class may find attributes in
+        # other ways.
+        members = {
+            "__getattr__": nn.Module.__getattr__,
+            "__class__": property(lambda _: type(value)),
+        }
         kind: Any = type(value) if isinstance(value, nn.Module) else type("StandIn", (), members)
         self.stand_in: Any = object.__new__(kind)
         object.__setattr__(self.stand_in, "__dict__", self)
         if not run.is_projection(value):
-            # Python finds a class's attribute without asking here. The instance may have its own instead, now or later.
+            # Python finds a class's attribute without asking here. The instance may have its own
+            # instead, now or later.
             classes = set(kind.__mro__) - set(nn.Module.__mro__)
-            names = (vars(value).keys() & dir(kind)).union(*map(vars, classes)) - {"forward", *_FOR_PRINTING}
+            names = (vars(value).keys() & dir(kind)).union(*map(vars, classes)) - {
+                "forward",
+                *_FOR_PRINTING,
+            }
             for name in names:
                 if not name.startswith("__"):
                     with contextlib.suppress(AttributeError):
@@ -232,15 +282,25 @@ class _Attributes(dict[str, Any]):
         self.run.reads[path] = _key(value)
         if value is _ABSENT:
             raise AttributeError(name)
-        parts = (value.func, *value.args, *value.keywords.values()) if isinstance(value, partial) else (value,)
+        parts = (
+            (value.func, *value.args, *value.keywords.values())
+            if isinstance(value, partial)
+            else (value,)
+        )
         is_value = isinstance(value, Tensor) or all(len(_key(part)) > 1 for part in parts)
         is_child = isinstance(value, nn.Module) and not self.path
-        is_plain = hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "__len__")
+        is_plain = (
+            hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "__len__")
+        )
         # Calls do not compare the training mode, nor a projection's attributes.
         is_compared = name != "training" and not self.run.is_projection(self.value)
         if not is_compared or not (is_value or is_child or is_plain):
-            self.run.refuse(f"it reads {'.'.join(path)!r}, a {type(value).__name__}, which may change unseen")
-        self[name] = self.given[name] = value if is_value else _Attributes(self.run, path, value).stand_in
+            self.run.refuse(
+                f"it reads {'.'.join(path)!r}, a {type(value).__name__}, which may change unseen"
+            )
+        self[name] = self.given[name] = (
+            value if is_value else _Attributes(self.run, path, value).stand_in
+        )
         return self[name]
 
     def __contains__(self, name: Any) -> bool:
@@ -267,7 +327,9 @@ class _Attributes(dict[str, Any]):
             output: Any = kind.forward(self.stand_in, args[0])
             if output.formula[:-1] in _ACTIVATIONS:
                 return output
-        self.run.reason = f"it calls {name!r}, a {kind.__name__}; only SiLU and GELU (exact or tanh) are fused"
+        self.run.reason = (
+            f"it calls {name!r}, a {kind.__name__}; only SiLU and GELU (exact or tanh) are fused"
+        )
         raise RuntimeError(self.run.reason)
 
 
@@ -277,5 +339,7 @@ _FOR_PRINTING = ("_get_name", "extra_repr")
 _LIGER = {
     "_swiglu_dispatch": lambda gate, up: silu(gate) * up,
     "LigerSiLUMulFunction": SimpleNamespace(apply=lambda gate, up: silu(gate) * up),
-    "LigerGELUMulFunction": SimpleNamespace(apply=lambda gate, up: gelu(gate, approximate="tanh") * up),
+    "LigerGELUMulFunction": SimpleNamespace(
+        apply=lambda gate, up: gelu(gate, approximate="tanh") * up
+    ),
 }

@@ -1,9 +1,10 @@
 """``fuse_projections``: compute layers that share an input, such as q, k and v, in one op.
 
-An attention module calls its q, k and v one after another. The first call computes the outputs of the whole projection group;
-the group keeps the other outputs until their layers are called. Layers are grouped by their names. Each call checks that the
-input really is the same tensor, unchanged. If it is not, the group turns itself off with a warning and each layer computes its
-own output. A hook of the attention module drops what the group keeps if its forward raises.
+An attention module calls its q, k and v one after another. The first call computes the outputs of
+the whole projection group; the group keeps the other outputs until their layers are called. Layers
+are grouped by their names. Each call checks that the input really is the same tensor, unchanged. If
+it is not, the group turns itself off with a warning and each layer computes its own output. A hook
+of the attention module drops what the group keeps if its forward raises.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ PROJECTION_NAMES = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-# Words in the names of cross-attention modules in transformers and diffusers, whose queries have another input.
+# Words in the names of cross-attention modules in transformers and diffusers, whose queries have
+# another input.
 CROSS_ATTENTION_WORDS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
 # The key of a layer's __dict__ that holds its group. It is not part of state_dict.
 ATTRIBUTE = "_stablelora_group"
@@ -47,12 +49,15 @@ class _Pending(NamedTuple):
 class ProjectionGroup:
     """Layers that share an input.
 
-    ``compute(layers, x)`` returns the output of each layer, or None if each layer must compute its own. A layer's forward calls
-    :meth:`output` and computes by itself if that returns None.
+    ``compute(layers, x)`` returns the output of each layer, or None if each layer must compute its
+    own. A layer's forward calls :meth:`output` and computes by itself if that returns None.
     """
 
     def __init__(
-        self, names: Sequence[str], layers: Sequence[nn.Module], compute: Callable[[Sequence[Any], Tensor], Any]
+        self,
+        names: Sequence[str],
+        layers: Sequence[nn.Module],
+        compute: Callable[[Sequence[Any], Tensor], Any],
     ):
         self.names, self.layers, self.compute = tuple(names), list(layers), compute
         self.on = True
@@ -62,7 +67,9 @@ class ProjectionGroup:
         self._pending: _Pending | None = None
 
     def after_forward(self, parent: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook of the module that calls the layers. A forward that raised has no output, and wasted nothing."""
+        """A forward hook of the module that calls the layers. A forward that raised has no output,
+        and wasted nothing.
+        """
         if output is None:
             self._pending = None
 
@@ -83,13 +90,16 @@ class ProjectionGroup:
         if pending is not None:
             if pending.x is x and pending.state == state:
                 if index in pending.outputs:
-                    # One pop reads and removes it: another thread may have replaced the pending outputs.
+                    # One pop reads and removes it: another thread may have replaced the pending
+                    # outputs.
                     output = pending.outputs.pop(index, None)
                     if not pending.outputs:
                         self._pending, self._wasted = None, 0
                     return output
             elif index in pending.outputs and pending.x is not x:
-                return self._turn_off(f"{self.names[index]!r} was called with another tensor than those before it")
+                return self._turn_off(
+                    f"{self.names[index]!r} was called with another tensor than those before it"
+                )
             self._wasted += 1
             if self._wasted > 1:
                 return self._turn_off("not all of them are called")
@@ -119,9 +129,11 @@ def make_projection_groups(
     compute: Callable[[Sequence[Any], Tensor], Any],
     reason_to_compute_alone: Callable[[Any], str | None] = lambda layer: None,
 ) -> list[str]:
-    """Put those of ``layers`` that share an input into groups, replace existing groups, and return notes for the report.
+    """Put those of ``layers`` that share an input into groups, replace existing groups, and return
+    notes for the report.
 
-    ``reason_to_compute_alone(layer)``: why ``compute`` leaves a layer and its group to themselves as the layer is now, or None.
+    ``reason_to_compute_alone(layer)``: why ``compute`` leaves a layer and its group to themselves
+    as the layer is now, or None.
     """
     groups = _find_projection_groups(model, layers, key)
     remove_projection_groups(layers.values())
@@ -136,8 +148,13 @@ def make_projection_groups(
     kinds: dict[str | None, Counter[str]] = {}
     for names in groups:
         children = [name.rpartition(".")[2] for name in names]
-        reasons = {child: reason_to_compute_alone(layers[name]) for child, name in zip(children, names, strict=True)}
-        first = next((f"{child!r} {reason}" for child, reason in reasons.items() if reason is not None), None)
+        reasons = {
+            child: reason_to_compute_alone(layers[name])
+            for child, name in zip(children, names, strict=True)
+        }
+        first = next(
+            (f"{child!r} {reason}" for child, reason in reasons.items() if reason is not None), None
+        )
         kinds.setdefault(first, Counter())[", ".join(children)] += 1
     return [_note(counts, reason) for reason, counts in kinds.items()]
 
@@ -145,7 +162,11 @@ def make_projection_groups(
 def _note(counts: Counter[str], reason: str | None) -> str:
     """A note on groups of one outcome, by their layers' names."""
     listed = "; ".join(f"{count} x ({names})" for names, count in counts.items())
-    return f"fused projections: {listed}" if reason is None else f"projections that are not fused: {listed}: {reason}"
+    return (
+        f"fused projections: {listed}"
+        if reason is None
+        else f"projections that are not fused: {listed}: {reason}"
+    )
 
 
 def remove_projection_groups(layers: Iterable[Any]) -> None:
@@ -158,7 +179,9 @@ def remove_projection_groups(layers: Iterable[Any]) -> None:
 def _find_projection_groups(
     model: nn.Module, layers: Mapping[str, Any], key: Callable[[Any], tuple[Any, ...]]
 ) -> list[tuple[str, ...]]:
-    """Find two or three names of ``layers`` under one parent that share an input and whose layers have equal keys."""
+    """Find two or three names of ``layers`` under one parent that share an input and whose layers
+    have equal keys.
+    """
     parents: dict[str, set[str]] = {}
     for name in layers:
         parent, _, child = name.rpartition(".")
@@ -167,7 +190,9 @@ def _find_projection_groups(
     for parent, children in parents.items():
         parent_name = parent.rpartition(".")[2].lower()
         parent_type = type(model.get_submodule(parent)).__name__.lower()
-        is_cross = any(word in text for word in CROSS_ATTENTION_WORDS for text in (parent_name, parent_type))
+        is_cross = any(
+            word in text for word in CROSS_ATTENTION_WORDS for text in (parent_name, parent_type)
+        )
         for projections in PROJECTION_NAMES:
             # Cross-attention: the query has another input than key and value.
             candidates = projections[1:] if is_cross and len(projections) > 2 else projections

@@ -1,4 +1,6 @@
-"""``LoRAQuantizedLinear``: LoRA on a frozen 4-bit or float8 layer. The kernels read the quantized weight."""
+"""``LoRAQuantizedLinear``: LoRA on a frozen 4-bit or float8 layer. The kernels read the quantized
+weight.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,18 @@ from stablelora_kernels.utils.tensors import autocast_dtype
 
 
 class LoRAQuantizedLinear(LoRALinear):
-    """A :class:`~stablelora_kernels.LoRALinear` whose ``weight`` is bitsandbytes' ``Params4bit`` or torchao's ``Float8Tensor``.
+    """A :class:`~stablelora_kernels.LoRALinear` whose ``weight`` is bitsandbytes' ``Params4bit`` or
+    torchao's ``Float8Tensor``.
 
-    ``LoRALinear.from_linear`` makes it. ``weight`` and ``bias`` belong to the given layer and move as they do there. The layer
-    computes in the ``compute_dtype`` of ``Linear4bit``, or in its input's dtype if that is not set, and returns its input's
-    dtype. A and B are float32 or of the compute dtype.
+    ``LoRALinear.from_linear`` makes it. ``weight`` and ``bias`` belong to the given layer and move
+    as they do there. The layer computes in the ``compute_dtype`` of ``Linear4bit``, or in its
+    input's dtype if that is not set, and returns its input's dtype. A and B are float32 or of the
+    compute dtype.
 
-    It can't be merged: the sum would have to be quantized again, which loses more than most branches add. ``remove_lora(model,
-    merge=False)`` returns the original layer. ``state_dict`` holds A, B and everything that the original layer saves;
-    bitsandbytes' entries load with the same limits as without LoRA.
+    It can't be merged: the sum would have to be quantized again, which loses more than most
+    branches add. ``remove_lora(model, merge=False)`` returns the original layer. ``state_dict``
+    holds A, B and everything that the original layer saves; bitsandbytes' entries load with the
+    same limits as without LoRA.
     """
 
     keeps_base = True
@@ -38,11 +43,17 @@ class LoRAQuantizedLinear(LoRALinear):
         return base.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in autocast's."""
+        """Map ``x`` [..., in_features] to [..., out_features], in x's dtype or, under autocast, in
+        autocast's.
+        """
         if self._disabled:
             return self._base_output(x)
         autocast = autocast_dtype(x.device.type) is not None
-        dtype = x.dtype if autocast else getattr(self.__dict__["_base"], "compute_dtype", None) or x.dtype
+        dtype = (
+            x.dtype
+            if autocast
+            else getattr(self.__dict__["_base"], "compute_dtype", None) or x.dtype
+        )
         bias = None if self.bias is None else self.bias.to(dtype)
         y = lora_linear(
             x.to(dtype),
@@ -60,9 +71,14 @@ class LoRAQuantizedLinear(LoRALinear):
         base = self.__dict__["_base"]
         # Moving this layer to another device gave it another weight or bias.
         base = base if base.weight is self.weight and base.bias is self.bias else self.to_linear()
-        # bitsandbytes' layer casts its bias in place, and keeps its first input's dtype permanently.
+        # bitsandbytes' layer casts its bias in place, and keeps its first input's dtype
+        # permanently.
         data = None if base.bias is None else base.bias.data
-        kept = {name: getattr(base, name) for name in ("compute_dtype", "compute_type_is_set") if hasattr(base, name)}
+        kept = {
+            name: getattr(base, name)
+            for name in ("compute_dtype", "compute_type_is_set")
+            if hasattr(base, name)
+        }
         try:
             return base(x)
         finally:
@@ -95,7 +111,9 @@ class LoRAQuantizedLinear(LoRALinear):
 
 
 def is_kernel_format(weight: Any) -> bool:
-    """Whether ``weight`` is bitsandbytes' 4-bit parameter, or torchao's float8 tensor with one scale a row."""
+    """Whether ``weight`` is bitsandbytes' 4-bit parameter, or torchao's float8 tensor with one
+    scale a row.
+    """
     if type(weight).__name__ != "Float8Tensor":
         return is_quantized(weight)
     try:

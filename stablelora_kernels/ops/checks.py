@@ -17,7 +17,9 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check(x: Tensor, projections: Sequence[Projection], base: Tensor | None, is_mlp: bool) -> None:
-    """Check the operands of projections of x, of gate, up and down of an MLP, or of a lone branch onto ``base``."""
+    """Check the operands of projections of x, of gate, up and down of an MLP, or of a lone branch
+    onto ``base``.
+    """
     if is_mlp:
         _check_mlp(x, *projections)
         return
@@ -29,7 +31,9 @@ def check(x: Tensor, projections: Sequence[Projection], base: Tensor | None, is_
 
 
 def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | None = None) -> None:
-    """``of``: the projection's name before those of its operands, such as ``"gate."``. ``base``: that of a lone branch."""
+    """``of``: the projection's name before those of its operands, such as ``"gate."``. ``base``:
+    that of a lone branch.
+    """
     weight, bias, lora_A, lora_B, scaling = p
     _check_scaling(f"{of}scaling", scaling)
     if base is not None:
@@ -49,7 +53,9 @@ def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | Non
             raise ValueError(f"{of}bias must be {[n]} to fit {other}, got {list(bias.shape)}")
     if lora_A is not None and lora_B is not None:
         if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
-            raise ValueError(f"{of}lora_A must be [r, {k}] with r >= 1 to fit {other}, got {list(lora_A.shape)}")
+            raise ValueError(
+                f"{of}lora_A must be [r, {k}] with r >= 1 to fit {other}, got {list(lora_A.shape)}"
+            )
         if lora_B.dim() != 2 or lora_B.shape[0] != n or lora_B.shape[1] != lora_A.shape[0]:
             raise ValueError(
                 f"{of}lora_B must be {[n, lora_A.shape[0]]} to fit {other} and {of}lora_A {list(lora_A.shape)}, "
@@ -57,7 +63,9 @@ def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | Non
             )
     elif lora_A is not lora_B:
         missing, given = ("lora_A", "lora_B") if lora_A is None else ("lora_B", "lora_A")
-        raise ValueError(f"{of}{missing} must be given with {of}{given}, or both must be None, got None")
+        raise ValueError(
+            f"{of}{missing} must be given with {of}{given}, or both must be None, got None"
+        )
     _check_dtypes(x, lora_A, lora_B, of)
     if base is not None:
         _check_float("base_out", base)
@@ -74,9 +82,13 @@ def _check_dtypes(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, of: s
     if lora_A is None or lora_B is None:
         return
     if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"{of}lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+        raise TypeError(
+            f"{of}lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}"
+        )
     if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
-        raise TypeError(f"{of}lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}")
+        raise TypeError(
+            f"{of}lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}"
+        )
 
 
 def _check_scaling(name: str, scaling: Any) -> None:
@@ -103,7 +115,9 @@ def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) ->
         raise ValueError(f"up.weight must be {wanted} to fit gate.weight, got {up_shape}")
     _check_projection(x, up, "up.")
     if len(down_shape) != 2 or down_shape[1] != wanted[0]:
-        raise ValueError(f"down.weight must be [N, {wanted[0]}] to fit gate.weight {wanted}, got {down_shape}")
+        raise ValueError(
+            f"down.weight must be [N, {wanted[0]}] to fit gate.weight {wanted}, got {down_shape}"
+        )
     _check_projection(x.new_empty(0, wanted[0]), down, "down.")
     named = {"gate.lora_A": gate.lora_A, "up.lora_A": up.lora_A, "down.lora_A": down.lora_A}
     dtypes = {name: lora_A.dtype for name, lora_A in named.items() if lora_A is not None}
@@ -119,7 +133,9 @@ def check_experts(
     """Check the operands of ``lora_experts``."""
     _check_scaling("scaling", scaling)
     if weight.dim() != 3:
-        raise ValueError(f"weight must be {'[E, K, N]' if transposed else '[E, N, K]'}, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must be {'[E, K, N]' if transposed else '[E, N, K]'}, got {list(weight.shape)}"
+        )
     count, n, k = weight.transpose(1, 2).shape if transposed else weight.shape
     shaped = f"{'transposed ' if transposed else ''}weight {list(weight.shape)}"
     if x.dim() != 2 or x.shape[1] != k:
@@ -127,7 +143,9 @@ def check_experts(
     if bias is not None and bias.shape != (count, n):
         raise ValueError(f"bias must be {[count, n]} to fit {shaped}, got {list(bias.shape)}")
     if lora_A.dim() != 3 or lora_A.shape[0] != count or lora_A.shape[2] != k:
-        raise ValueError(f"lora_A must be [{count}, r, {k}] to fit {shaped}, got {list(lora_A.shape)}")
+        raise ValueError(
+            f"lora_A must be [{count}, r, {k}] to fit {shaped}, got {list(lora_A.shape)}"
+        )
     if lora_B.shape != (wanted := (count, n, lora_A.shape[1])):
         raise ValueError(
             f"lora_B must be {list(wanted)} to fit {shaped} and lora_A {list(lora_A.shape)}, got {list(lora_B.shape)}"
@@ -153,6 +171,8 @@ def _check_offsets(offsets: Tensor, count: int, rows: int) -> None:
     ends = offsets.tolist()
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if end < start:
-            raise ValueError(f"offsets must not descend from 0 on, got {end} of expert {e} behind {start}")
+            raise ValueError(
+                f"offsets must not descend from 0 on, got {end} of expert {e} behind {start}"
+            )
     if ends and ends[-1] > rows:
         raise ValueError(f"offsets must end within the {rows} rows of x, got {ends[-1]}")

@@ -1,4 +1,5 @@
-"""DoRA (arXiv 2402.09353) without a matrix of the weight's size: the norms of the rows of W + s B A, and the scale of columns.
+"""DoRA (arXiv 2402.09353) without a matrix of the weight's size: the norms of the rows of W + s B
+A, and the scale of columns.
 
     n^2 = |W_n|^2 + 2 s <B_n, (W A^T)_n> + s^2 B_n (A A^T) B_n^T          Y = (m / n) Z + bias,   Z = X W^T + s X A^T B^T
 
@@ -19,11 +20,13 @@ from stablelora_kernels.ops.lora_linear import first_derivative
 _ELEMENTS, _ROWS = 1 << 18, 256
 
 
-def row_norms(square_sums: Tensor, products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def row_norms(
+    square_sums: Tensor, products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
     """The norm of each row of W + s B A, [N].
 
-    Computed in float32, or in float64 for a float64 A. A row that cancels to next to nothing keeps the rounding errors of
-    its parts.
+    Computed in float32, or in float64 for a float64 A. A row that cancels to next to nothing keeps
+    the rounding errors of its parts.
 
     Args:
         square_sums: |W_n|^2, [N].
@@ -40,13 +43,20 @@ def row_norms(square_sums: Tensor, products: Tensor, lora_A: Tensor, lora_B: Ten
 
 def square_sums(weight: Tensor) -> Tensor:
     """|W_n|^2 for each row of W [N, K], in float32 or, for a float64 W, in float64."""
-    dtype, rows = torch.promote_types(weight.dtype, torch.float32), max(1, _ELEMENTS // max(1, weight.shape[1]))
+    dtype, rows = (
+        torch.promote_types(weight.dtype, torch.float32),
+        max(1, _ELEMENTS // max(1, weight.shape[1])),
+    )
     # vector_norm's own conversion would copy the whole weight.
-    parts = [torch.linalg.vector_norm(part.to(dtype), dim=1) for part in weight.detach().split(rows)]
+    parts = [
+        torch.linalg.vector_norm(part.to(dtype), dim=1) for part in weight.detach().split(rows)
+    ]
     return torch.cat(parts).square_()
 
 
-def square_sums_by_products(product: Callable[[Tensor], Tensor], shape: tuple[int, int], like: Tensor) -> Tensor:
+def square_sums_by_products(
+    product: Callable[[Tensor], Tensor], shape: tuple[int, int], like: Tensor
+) -> Tensor:
     """|W_n|^2 for each row of a W that nothing but its layer reads, in float32.
 
     Args:
@@ -76,7 +86,9 @@ class _ScaleColumns(torch.autograd.Function):
     @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         z, factor = ctx.saved_tensors
-        dz = torch.mul(grad, factor, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
+        dz = (
+            torch.mul(grad, factor, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
+        )
         if z is None:
             return dz, None
         total = torch.zeros_like(factor)
@@ -87,7 +99,8 @@ class _ScaleColumns(torch.autograd.Function):
 
 
 def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """``factor ∘ Z + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N]; rounded to z's dtype once or twice.
+    """``factor ∘ Z + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N]; rounded
+    to z's dtype once or twice.
 
     A bias in another dtype is cast to z's, as in a linear layer under autocast.
     """

@@ -1,19 +1,21 @@
-"""``lora_linear`` with its gradients: the Triton kernels as torch.library ops, the PyTorch path, and autograd around both.
+"""``lora_linear`` with its gradients: the Triton kernels as torch.library ops, the PyTorch path,
+and autograd around both.
 
     forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
     backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
               dA_g = dS_g^T (X ∘ keep_g)               dB_g = dY_g^T S_g
 
-g is one projection, or each of a projection group: up to three projections of one X (q, k and v; gate and up). A group reads X
-once for all S and once for all dA, and each projection adds its dX to the stored sum. Its masks are those of projections computed
-one by one.
+g is one projection, or each of a projection group: up to three projections of one X (q, k and v;
+gate and up). A group reads X once for all S and once for all dA, and each projection adds its dX to
+the stored sum. Its masks are those of projections computed one by one.
 
-A lone branch (``lora_branch``) has a base product BASE in place of X W^T, which another layer has computed; its dX has no dY W.
-The op does not write to BASE: another backward may need it, and the traffic is the same out of place.
+A lone branch (``lora_branch``) has a base product BASE in place of X W^T, which another layer has
+computed; its dX has no dY W. The op does not write to BASE: another backward may need it, and the
+traffic is the same out of place.
 
-Autograd saves X, which the surrounding graph usually holds anyway, and S. For dropout it saves the mask, a bit an element on
-Triton and a byte on the PyTorch path. For a quantized weight it saves the stored form, never the whole W;
-the PyTorch path dequantizes it again in backward.
+Autograd saves X, which the surrounding graph usually holds anyway, and S. For dropout it saves the
+mask, a bit an element on Triton and a byte on the PyTorch path. For a quantized weight it saves the
+stored form, never the whole W; the PyTorch path dequantizes it again in backward.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ from stablelora_kernels.utils.tensors import cast, drop_share, outside_autocast
 
 
 def new_mask(x: Tensor, columns: int) -> Tensor:
-    """Memory for the dropout mask of x's rows: int32 [M, ceil(columns / 32)], see ``reference.unpack_mask``."""
+    """Memory for the dropout mask of x's rows: int32 [M, ceil(columns / 32)], see
+    ``reference.unpack_mask``.
+    """
     return x.new_empty((math.prod(x.shape[:-1]), -(-columns // 32)), dtype=torch.int32)
 
 
@@ -82,12 +86,16 @@ def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     _allocate_forward,
 )
 def lora_linear_fwd(
-    device: Device, call: Any, results: tuple[list[Tensor], Tensor, list[Tensor]], choice: Choice | None
+    device: Device,
+    call: Any,
+    results: tuple[list[Tensor], Tensor, list[Tensor]],
+    choice: Choice | None,
 ) -> list[Any]:
-    """The Y's [..., N], with ``save_s`` the S's [M, r] side by side, and with ``save_mask`` each mask, for x [..., K].
+    """The Y's [..., N], with ``save_s`` the S's [M, r] side by side, and with ``save_mask`` each
+    mask, for x [..., K].
 
-    ``projection.flat`` makes the operands; the scalings are :func:`scalings_of`. With ``base`` [..., N] there is one
-    projection, a lone branch, and Y has base's dtype.
+    ``projection.flat`` makes the operands; the scalings are :func:`scalings_of`. With ``base``
+    [..., N] there is one projection, a lone branch, and Y has base's dtype.
     """
     from stablelora_kernels.launch.lora_linear import forward_launches
 
@@ -95,7 +103,9 @@ def lora_linear_fwd(
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
     masks: Sequence[Tensor | None] = results[2] or [None] * len(ys)
     random = [*zip(call.seeds, masks, strict=True)]
-    return forward_launches(device, x, projections_in(call), random, s, ys, call.dropout_p, base, choice)
+    return forward_launches(
+        device, x, projections_in(call), random, s, ys, call.dropout_p, base, choice
+    )
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -116,22 +126,31 @@ def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
     _allocate_backward,
 )
 def lora_linear_bwd(
-    device: Device, call: Any, results: tuple[Tensor, list[Tensor], list[Tensor]], choice: Choice | None
+    device: Device,
+    call: Any,
+    results: tuple[Tensor, list[Tensor], list[Tensor]],
+    choice: Choice | None,
 ) -> list[Any]:
-    """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not needed are empty.
+    """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not
+    needed are empty.
 
-    ``s``: each projection's S, or one matrix that has all of them side by side. Biases are None, and so is the data of a weight
-    that dX does not read, or that a lone branch does not have.
+    ``s``: each projection's S, or one matrix that has all of them side by side. Biases are None,
+    and so is the data of a weight that dX does not read, or that a lone branch does not have.
     """
     from stablelora_kernels.launch.lora_linear import backward_launches
 
     dx, das, dbs = results
-    x, grads = None if call.x is None else as_matrix(call.x), [as_matrix(grad) for grad in call.grads]
+    x, grads = (
+        None if call.x is None else as_matrix(call.x),
+        [as_matrix(grad) for grad in call.grads],
+    )
     nothing = [None] * len(grads)
     wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
     s = _each_s(call.s, call.operands[LORA_AS]) or nothing
     projections = projections_in(call)
-    return backward_launches(device, x, grads, projections, s, call.masks, call.dropout_p, wanted, choice)
+    return backward_launches(
+        device, x, grads, projections, s, call.masks, call.dropout_p, wanted, choice
+    )
 
 
 def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
@@ -141,7 +160,8 @@ def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
 
 def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     """The seed of dropout's mask, None without dropout."""
-    # It stays on the device: there is no synchronization, and a CUDA graph draws a new one at each replay.
+    # It stays on the device: there is no synchronization, and a CUDA graph draws a new one at each
+    # replay.
     return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
 
 
@@ -151,7 +171,9 @@ def scalings_of(scalings: Sequence[float], dropout_p: float) -> tuple[float, ...
 
 
 class Needs(NamedTuple):
-    """Whether gradients are required: of x, of the A's and the B's (of all or none), of any weight and of any bias."""
+    """Whether gradients are required: of x, of the A's and the B's (of all or none), of any weight
+    and of any bias.
+    """
 
     x: bool
     a: bool
@@ -212,7 +234,8 @@ class LinearFacts(NamedTuple):
 class Forward(NamedTuple):
     """The Y's [..., N], S, dropout's masks, each s', and the operands that it computed with.
 
-    On Triton one matrix has every S, side by side; it is empty if no gradient needs it, and no mask is there then.
+    On Triton one matrix has every S, side by side; it is empty if no gradient needs it, and no mask
+    is there then.
     """
 
     ys: Sequence[Tensor]
@@ -239,7 +262,9 @@ def _forward(
         ys, s, masks = lora_linear_fwd(entry, (x, base), (operands, scales, seeds), numbers)
         return Forward(ys, [s], masks or [None] * len(ys), scalings, operands)
     rows = as_matrix(x)
-    keeps, scalings = zip(*[draw_dropout(rows, dropout_p, scaling) for scaling in scalings], strict=True)
+    keeps, scalings = zip(
+        *[draw_dropout(rows, dropout_p, scaling) for scaling in scalings], strict=True
+    )
     # Cast once for forward and backward. The kernels cast in registers.
     operands = with_branches_in(operands, x.dtype)
     projections = projections_of(operands, scales, numbers.layouts, scalings)
@@ -257,7 +282,9 @@ def with_branches_in(operands: Sequence[Any], dtype: torch.dtype) -> list[Any]:
 
 
 def read_by_backward(operands: Sequence[Any], weights: bool) -> list[Any]:
-    """``operands`` without those that backward does not read: biases, and unless ``weights``, weights."""
+    """``operands`` without those that backward does not read: biases, and unless ``weights``,
+    weights.
+    """
     nothing = [None] * (len(operands) // 4)
     kept = [*operands]
     kept[BIASES] = nothing
@@ -267,13 +294,20 @@ def read_by_backward(operands: Sequence[Any], weights: bool) -> list[Any]:
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward, autocast or not."""
+    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward,
+    autocast or not.
+    """
     careful = once_differentiable(outside_autocast(backward))
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
-        # The usual backward pass needs no care, which would take longer than the rest of this function's Python.
-        usual = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled())
+        # The usual backward pass needs no care, which would take longer than the rest of this
+        # function's Python.
+        usual = not (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch._C._is_any_autocast_enabled()
+        )
         return backward(ctx, *grads) if usual else careful(ctx, *grads)
 
     return run
@@ -283,25 +317,33 @@ def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> An
     """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
     if entry is None:
         return function.apply(entry, *args)
-    # A call with a key is neither traced nor transformed. Function.apply would ask about every argument, then calls this.
+    # A call with a key is neither traced nor transformed. Function.apply would ask about every
+    # argument, then calls this.
     return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Gradients of x, the A's and the B's by the formulas; those of weights and biases, if required, by plain products.
+    """Gradients of x, the A's and the B's by the formulas; those of weights and biases, if
+    required, by plain products.
 
-    ``tensors``: what ``projection.flat`` makes of the projections, and then all scales. Either all A's require gradients or
-    none; so do the B's.
+    ``tensors``: what ``projection.flat`` makes of the projections, and then all scales. Either all
+    A's require gradients or none; so do the B's.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, entry: Entry | None, facts: LinearFacts, x: Tensor, base: Tensor | None, *tensors: Any
+        ctx: Any,
+        entry: Entry | None,
+        facts: LinearFacts,
+        x: Tensor,
+        base: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         needs, count = facts.needs, facts.saved.operands
         operands, scales = tensors[:count], tensors[count:]
         done = _forward(facts, entry, x, base, operands, scales)
-        # Save only what backward reads. Save x itself, not its rows: the surrounding graph already holds it.
+        # Save only what backward reads. Save x itself, not its rows: the surrounding graph already
+        # holds it.
         ctx.save_for_backward(
             x if needs.weight or needs.a else None,
             *read_by_backward(done.operands, weights=needs.x),
@@ -341,14 +383,30 @@ class _LoRALinear(torch.autograd.Function):
                 wants_weight, wants_bias = in_fours(ctx.needs_input_grad[4:])[i][:2]
                 dw = as_matrix(grads[place]).t() @ as_matrix(x) if wants_weight else None
                 dbias = as_matrix(grads[place]).sum(0) if wants_bias else None
-            of_each[i] = (dw, dbias, das[place] if needs.a else None, dbs[place] if needs.b else None)
+            of_each[i] = (
+                dw,
+                dbias,
+                das[place] if needs.a else None,
+                dbs[place] if needs.b else None,
+            )
         of_operands = chain.from_iterable(of_each)
         of_scales = [None] * (len(ctx.needs_input_grad) - 4 - 4 * len(dys))
-        return None, None, dx if needs.x else None, dys[0] if facts.is_branch else None, *of_operands, *of_scales
+        return (
+            None,
+            None,
+            dx if needs.x else None,
+            dys[0] if facts.is_branch else None,
+            *of_operands,
+            *of_scales,
+        )
 
 
 def _gradients(
-    facts: LinearFacts, x: Tensor | None, grads: Sequence[Tensor], saved: Sequence[Any], scalings: tuple[float, ...]
+    facts: LinearFacts,
+    x: Tensor | None,
+    grads: Sequence[Tensor],
+    saved: Sequence[Any],
+    scalings: tuple[float, ...],
 ) -> tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
     """dX, the dA's and the dB's, for each dY and the lists that forward saved behind x."""
     needs = facts.needs
@@ -361,19 +419,28 @@ def _gradients(
     rows = None if x is None else as_matrix(x)
     matrices = [expanded(as_matrix(grad)) for grad in grads]
     projections = projections_of(operands, scales, numbers.layouts, scalings)
-    dx, das, dbs = torch_bwd(rows, matrices, projections, s, keeps, facts.lora_dtype, needs.x, needs.a, needs.b)
+    dx, das, dbs = torch_bwd(
+        rows, matrices, projections, s, keeps, facts.lora_dtype, needs.x, needs.a, needs.b
+    )
     return None if dx is None else dx.view(*grads[0].shape[:-1], dx.shape[1]), das, dbs
 
 
 def _of_used(
     used: Sequence[int], grads: Sequence[Any], scalings: Sequence[float], saved: Sequence[Any]
 ) -> tuple[list[Any], tuple[float, ...], list[Any]]:
-    """A group's gradients, s' and saved lists of those projections alone whose outputs were ``used``."""
+    """A group's gradients, s' and saved lists of those projections alone whose outputs were
+    ``used``.
+    """
     operands, scales, s, masks = saved
     each_s = _each_s(s, operands[LORA_AS])
     fours = in_fours(operands)
     # The weights of a group are not quantized, so there are no scales.
-    saved = [[t for i in used for t in fours[i]], scales, [each_s[i] for i in used if each_s], [masks[i] for i in used]]
+    saved = [
+        [t for i in used for t in fours[i]],
+        scales,
+        [each_s[i] for i in used if each_s],
+        [masks[i] for i in used],
+    ]
     return [grads[i] for i in used], tuple([scalings[i] for i in used]), saved
 
 
@@ -381,7 +448,8 @@ def lora_linear_op(
     x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float, backend: str,
     entry: Entry | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
-    """The projections' outputs, for checked arguments and a chosen backend; with ``base``, that of a lone branch.
+    """The projections' outputs, for checked arguments and a chosen backend; with ``base``, that of
+    a lone branch.
 
     ``entry``: that of the call's key.
     """
@@ -404,7 +472,11 @@ def lora_linear_op(
 
 
 def _facts_of(
-    x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float, backend: str
+    x: Tensor,
+    projections: Sequence[Projection],
+    base: Tensor | None,
+    dropout_p: float,
+    backend: str,
 ) -> LinearFacts:
     weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
     plain: list[Any] = [weight for weight in weights if not isinstance(weight, Stored)]
@@ -418,7 +490,8 @@ def _facts_of(
         uniform = all(len({t.requires_grad for t in each}) == 1 for each in (lora_As, lora_Bs))
         if not uniform or len(plain) < len(weights) or (backend == "torch" and is_few(x, *plain)):
             strategy = "one by one"
-    # Ordinary autograd would save a dequantized weight, and plain operators would round a branch to x's dtype.
+    # Ordinary autograd would save a dequantized weight, and plain operators would round a branch to
+    # x's dtype.
     elif (
         (plain or not trains)
         and (base is None or base.dtype == x.dtype)
@@ -442,11 +515,15 @@ def _facts_of(
     forward = ForwardNumbers(layouts, scalings, dropout_p, needed.b, save_mask)
     read_layouts = layouts if needed.x else ()
     backward = BackwardNumbers(read_layouts, scalings, dropout_p, needed.x, needed.a, needed.b)
-    return LinearFacts(strategy, backend, dtype, needed, base is not None, saved, forward, backward, members)
+    return LinearFacts(
+        strategy, backend, dtype, needed, base is not None, saved, forward, backward, members
+    )
 
 
 def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: float) -> Tensor:
-    """The output of one projection or of a lone branch by PyTorch's operators under ordinary autograd."""
+    """The output of one projection or of a lone branch by PyTorch's operators under ordinary
+    autograd.
+    """
     assert p.lora_A is not None and p.lora_B is not None
     rows, like = as_matrix(x), x if base is None else base
     if base is not None:

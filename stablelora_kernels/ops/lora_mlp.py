@@ -1,10 +1,12 @@
-"""A gated MLP with LoRA in one autograd node: gate, up, activation and down. ``reference/lora.py`` has the formulas.
+"""A gated MLP with LoRA in one autograd node: gate, up, activation and down. ``reference/lora.py``
+has the formulas.
 
     forward   G = gate(X)   U = up(X)   H = act(G) ∘ U   Y = down(H)
     backward  dH = dX of down, for dY   dG = dH ∘ U ∘ act'(G)   dU = dH ∘ act(G)   then gate's and up's gradients for them
 
-Autograd saves X, G, U and each S. Backward computes H and act(G) again where it needs them. The kernels keep dropout's masks; the
-PyTorch path draws them again from the state of torch's generator, where it can be read.
+Autograd saves X, G, U and each S. Backward computes H and act(G) again where it needs them. The
+kernels keep dropout's masks; the PyTorch path draws them again from the state of torch's generator,
+where it can be read.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ class Options(NamedTuple):
 def _with_branches(
     projections: Sequence[Projection], like: Tensor, dtype: torch.dtype | None = None
 ) -> list[Projection]:
-    """``projections`` with an A and a B of rank 0 where there is no branch, and all of them in ``dtype`` if it is given."""
+    """``projections`` with an A and a B of rank 0 where there is no branch, and all of them in
+    ``dtype`` if it is given.
+    """
     of_others = next((p.lora_A.dtype for p in projections if p.lora_A is not None), like.dtype)
     with_branches = []
     for p in projections:
@@ -105,7 +109,11 @@ def _allocate_forward(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     leading, rows = (x.shape[:-1], row_count(x)) if call.save else ((0,), 0)
     g, u = x.new_empty((*leading, f)), x.new_empty((*leading, f))
     s, s_down = x.new_empty((rows, gate.rank + up.rank)), x.new_empty((rows, down.rank))
-    masks = [new_mask(x, width) for width, is_stored in zip((k, k, f), call.masks, strict=True) if is_stored]
+    masks = [
+        new_mask(x, width)
+        for width, is_stored in zip((k, k, f), call.masks, strict=True)
+        if is_stored
+    ]
     return x.new_empty((*x.shape[:-1], n)), g, u, s, s_down, masks
 
 
@@ -115,11 +123,14 @@ def _allocate_forward(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     "str activation, bool save, bool[] masks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _allocate_forward,
 )
-def lora_mlp_fwd(device: Device, call: Any, results: tuple[Any, ...], choice: Choice | None) -> list[Any]:
-    """Y [..., N], and with ``save`` G and U [..., F], gate's and up's S side by side and down's S, for x [..., K].
+def lora_mlp_fwd(
+    device: Device, call: Any, results: tuple[Any, ...], choice: Choice | None
+) -> list[Any]:
+    """Y [..., N], and with ``save`` G and U [..., F], gate's and up's S side by side and down's S,
+    for x [..., K].
 
-    ``projection.flat`` makes the operands; the scalings are ``scalings_of``. ``masks``: whether gate's, up's and down's mask is
-    stored.
+    ``projection.flat`` makes the operands; the scalings are ``scalings_of``. ``masks``: whether
+    gate's, up's and down's mask is stored.
     """
     from stablelora_kernels.launch.lora_mlp import mlp_forward_launches
 
@@ -128,21 +139,34 @@ def lora_mlp_fwd(device: Device, call: Any, results: tuple[Any, ...], choice: Ch
     outputs = (y, *(kept if call.save else [None] * 4))
     x, left = as_matrix(call.x), iter(masks)
     projections = _with_branches(projections_in(call), x)
-    random = [(seed, next(left) if is_stored else None) for seed, is_stored in zip(call.seeds, call.masks, strict=True)]
-    return mlp_forward_launches(device, x, projections, random, call.dropout_p, call.activation, outputs)
+    random = [
+        (seed, next(left) if is_stored else None)
+        for seed, is_stored in zip(call.seeds, call.masks, strict=True)
+    ]
+    return mlp_forward_launches(
+        device, x, projections, random, call.dropout_p, call.activation, outputs
+    )
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     grad, weight = call.grad, projections_in(call)[0].weight
-    dx = grad.new_empty((*grad.shape[:-1], weight.shape[1]) if call.need_x and weight is not None else 0)
+    dx = grad.new_empty(
+        (*grad.shape[:-1], weight.shape[1]) if call.need_x and weight is not None else 0
+    )
 
     def like(tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
         return [
-            torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else grad.new_empty(0)
+            torch.empty_like(t, memory_format=torch.contiguous_format)
+            if need and t is not None
+            else grad.new_empty(0)
             for t, need in zip(tensors, needs, strict=True)
         ]
 
-    return dx, like(call.operands[LORA_AS], call.needs_a), like(call.operands[LORA_BS], call.needs_b)
+    return (
+        dx,
+        like(call.operands[LORA_AS], call.needs_a),
+        like(call.operands[LORA_BS], call.needs_b),
+    )
 
 
 @define_launches(
@@ -153,9 +177,13 @@ def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     _allocate_backward,
 )
 def lora_mlp_bwd(
-    device: Device, call: Any, results: tuple[Tensor, list[Tensor], list[Tensor]], choice: Choice | None
+    device: Device,
+    call: Any,
+    results: tuple[Tensor, list[Tensor], list[Tensor]],
+    choice: Choice | None,
 ) -> list[Any]:
-    """dX [..., K], the dA's and the dB's, for dY [..., N] and what the forward saved; those that are not needed are empty.
+    """dX [..., K], the dA's and the dB's, for dY [..., N] and what the forward saved; those that
+    are not needed are empty.
 
     Biases are None, and so is the data of a weight that no wanted gradient reads.
     """
@@ -165,8 +193,15 @@ def lora_mlp_bwd(
     das, dbs = ([t if t.numel() else None for t in tensors] for tensors in of_branches)  # type: ignore[attr-defined]
     grad, g, u = (as_matrix(t) for t in (call.grad, call.g, call.u))
     x, kept = None if call.x is None else as_matrix(call.x), (g, u, call.s, call.s_down)
-    rest = (call.masks, call.dropout_p, call.activation, (as_matrix(dx) if call.need_x else None, das, dbs))
-    return mlp_backward_launches(device, x, grad, kept, _with_branches(projections_in(call), grad), *rest)
+    rest = (
+        call.masks,
+        call.dropout_p,
+        call.activation,
+        (as_matrix(dx) if call.need_x else None, das, dbs),
+    )
+    return mlp_backward_launches(
+        device, x, grad, kept, _with_branches(projections_in(call), grad), *rest
+    )
 
 
 class Needs(NamedTuple):
@@ -258,7 +293,12 @@ class Forward(NamedTuple):
 
 
 def _forward(
-    facts: MLPFacts, entry: Entry | None, x: Tensor, operands: Sequence[Any], scales: Sequence[Tensor], save: bool
+    facts: MLPFacts,
+    entry: Entry | None,
+    x: Tensor,
+    operands: Sequence[Any],
+    scales: Sequence[Tensor],
+    save: bool,
 ) -> Forward:
     """For x [..., K], and the projections that ``projection.flat`` has taken apart."""
     options = facts.options
@@ -273,11 +313,19 @@ def _forward(
     y, *kept, masks = lora_mlp_fwd(entry, (x,), (operands, scales, seeds), numbers)
     left = iter(masks)
     mask, of_up, of_down = [next(left) if is_stored else None for is_stored in numbers.masks]
-    return Forward(y, Kept(x, *kept), (mask, mask if shared_mask else of_up, of_down), operands, numbers.scalings)
+    return Forward(
+        y,
+        Kept(x, *kept),
+        (mask, mask if shared_mask else of_up, of_down),
+        operands,
+        numbers.scalings,
+    )
 
 
 class Drawn(NamedTuple):
-    """The keep-mask of a projection's input, what gives it to backward again, and s' / scaling; no mask without a branch."""
+    """The keep-mask of a projection's input, what gives it to backward again, and s' / scaling; no
+    mask without a branch.
+    """
 
     keep: Tensor | None
     random: Tensor | None
@@ -296,10 +344,16 @@ def _draw(x: Tensor, p: Projection, dropout_p: float) -> Drawn:
 
 def _drawn_again(random: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:
     """The mask that :func:`_draw` has drawn."""
-    return random if random is None or random.dtype == torch.bool else draw_keep_again(random, shape, dropout_p)
+    return (
+        random
+        if random is None or random.dtype == torch.bool
+        else draw_keep_again(random, shape, dropout_p)
+    )
 
 
-def _torch_fwd(facts: MLPFacts, x: Tensor, operands: Sequence[Any], scales: Sequence[Tensor]) -> Forward:
+def _torch_fwd(
+    facts: MLPFacts, x: Tensor, operands: Sequence[Any], scales: Sequence[Tensor]
+) -> Forward:
     activation, dropout_p = facts.options.activation, facts.options.dropout_p
     rows = as_matrix(x)
     # Cast once for forward and backward.
@@ -307,7 +361,10 @@ def _torch_fwd(facts: MLPFacts, x: Tensor, operands: Sequence[Any], scales: Sequ
     gate, up, down = _with_branches(projections, x, x.dtype)
     of_gate = _draw(rows, gate, dropout_p)
     of_up = of_gate if facts.options.shared_mask else _draw(rows, up, dropout_p)
-    gate, up = gate._replace(scaling=gate.scaling * of_gate.scale), up._replace(scaling=up.scaling * of_up.scale)
+    gate, up = (
+        gate._replace(scaling=gate.scaling * of_gate.scale),
+        up._replace(scaling=up.scaling * of_up.scale),
+    )
     (g, u), each_s = torch_fwd(rows, [gate, up], [of_gate.keep, of_up.keep])
     h = _ACTIVATIONS[activation][0](g).mul_(u)
     of_down = _draw(h, down, dropout_p)
@@ -324,9 +381,15 @@ def _torch_fwd(facts: MLPFacts, x: Tensor, operands: Sequence[Any], scales: Sequ
 
 
 def _torch_bwd(
-    facts: MLPFacts, grad: Tensor, kept: Kept, projections: Sequence[Projection], random: Sequence[Any]
+    facts: MLPFacts,
+    grad: Tensor,
+    kept: Kept,
+    projections: Sequence[Projection],
+    random: Sequence[Any],
 ) -> tuple[Tensor | None, list[Any], list[Any]]:
-    """dX, the dA's and the dB's for dY [..., N], None if not needed. The projections' scalings are s'."""
+    """dX, the dA's and the dB's for dY [..., N], None if not needed. The projections' scalings are
+    s'.
+    """
     needs, dropout_p = facts.needs, facts.options.dropout_p
     act, act_backward = _ACTIVATIONS[facts.options.activation]
     gate, up, down = projections
@@ -344,7 +407,8 @@ def _torch_bwd(
     dbs: list[Any] = []
     if dh is not None:
         du = act(g).mul_(dh)
-        # dG takes the memory of dH. allow_mutation_on_saved_tensors(), for one, knows outputs by the name "out" alone.
+        # dG takes the memory of dH. allow_mutation_on_saved_tensors(), for one, knows outputs by
+        # the name "out" alone.
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         dg = act_backward(dh.mul_(u), g, **({} if traced else {"grad_input": dh}))
         del dh
@@ -353,11 +417,24 @@ def _torch_bwd(
             assert gate.lora_A is not None
             shape = (dy.shape[0], gate.lora_A.shape[1])
             of_gate = _drawn_again(random[0], shape, dropout_p)
-            keeps = [of_gate, of_gate if facts.options.shared_mask else _drawn_again(random[1], shape, dropout_p)]
+            keeps = [
+                of_gate,
+                of_gate if facts.options.shared_mask else _drawn_again(random[1], shape, dropout_p),
+            ]
         rows = None if kept.x is None else as_matrix(kept.x)
-        each_s: Sequence[Any] = [None, None] if kept.s is None else kept.s.split([gate.rank, up.rank], 1)
+        each_s: Sequence[Any] = (
+            [None, None] if kept.s is None else kept.s.split([gate.rank, up.rank], 1)
+        )
         dx, das, dbs = torch_bwd(
-            rows, [dg, du], [gate, up], each_s, keeps, facts.lora_dtype, needs.x, needs.thin_a, needs.thin_b
+            rows,
+            [dg, du],
+            [gate, up],
+            each_s,
+            keeps,
+            facts.lora_dtype,
+            needs.x,
+            needs.thin_a,
+            needs.thin_b,
         )
     dx = None if dx is None else dx.view(*grad.shape[:-1], dx.shape[1])
     of_a: list[Any] = [*(das or (None, None)), *(da_down or (None,))]
@@ -366,7 +443,9 @@ def _torch_bwd(
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """``tensors``: the operands of gate, up and down, and then all scales. Weights and biases get no gradient."""
+    """``tensors``: the operands of gate, up and down, and then all scales. Weights and biases get
+    no gradient.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -378,7 +457,11 @@ class _LoRAMLP(torch.autograd.Function):
         kept = done.kept
         gate, up, down = done.operands[WEIGHTS]
         read = read_by_backward(done.operands, weights=False)
-        read[WEIGHTS] = [gate if needs.x else None, up if needs.x else None, down if needs.h else None]
+        read[WEIGHTS] = [
+            gate if needs.x else None,
+            up if needs.x else None,
+            down if needs.h else None,
+        ]
         ctx.save_for_backward(
             x if needs.thin_a else None,
             kept.g,
@@ -413,8 +496,12 @@ class _LoRAMLP(torch.autograd.Function):
         return None, None, dx if needs.x else None, *of_operands, *[None] * facts.scale_count
 
 
-def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, entry: Entry | None = None) -> Tensor:
-    """``functional.lora_mlp`` with checked arguments and a chosen backend. ``entry``: that of the call's key."""
+def lora_mlp_op(
+    x: Tensor, projections: Sequence[Projection], options: Options, entry: Entry | None = None
+) -> Tensor:
+    """``functional.lora_mlp`` with checked arguments and a chosen backend. ``entry``: that of the
+    call's key.
+    """
     facts = None if entry is None else entry.facts
     if facts is None:
         facts = _facts_of(x, projections, options)
@@ -422,19 +509,31 @@ def lora_mlp_op(x: Tensor, projections: Sequence[Projection], options: Options, 
             entry.facts = facts
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
-        return _one_by_one(x, projections, options, facts.members if entry is not None else [None] * 3)
+        return _one_by_one(
+            x, projections, options, facts.members if entry is not None else [None] * 3
+        )
     operands, scales = flat(projections), scales_of(projections, facts.forward.layouts)
     if facts.strategy == "without gradients":
         return _forward(facts, entry, x, operands, scales, save=False).y
     tensors = [*operands, *scales]
-    return apply(_LoRAMLP, entry, facts, x, *(_distinct(tensors) if torch.compiler.is_compiling() else tensors))
+    return apply(
+        _LoRAMLP,
+        entry,
+        facts,
+        x,
+        *(_distinct(tensors) if torch.compiler.is_compiling() else tensors),
+    )
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """A view in place of a tensor that comes a second time, such as a shared A: torch.compile refuses it otherwise."""
+    """A view in place of a tensor that comes a second time, such as a shared A: torch.compile
+    refuses it otherwise.
+    """
     distinct: list[Tensor | None] = []
     for t in tensors:
-        distinct.append(t.view(t.shape) if t is not None and any(t is other for other in distinct) else t)
+        distinct.append(
+            t.view(t.shape) if t is not None and any(t is other for other in distinct) else t
+        )
     return distinct
 
 
@@ -443,14 +542,18 @@ def _facts_of(x: Tensor, projections: Sequence[Projection], options: Options) ->
     weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
     plain = [w for w in weights if not isinstance(w, Stored)]
     trained = any(t is not None and t.requires_grad for t in (*plain, *biases))
-    uniform = all(len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (lora_As, lora_Bs))
+    uniform = all(
+        len({t.requires_grad for t in ts[:2] if t is not None}) < 2 for ts in (lora_As, lora_Bs)
+    )
     few = backend == "torch" and len(plain) == 3 and is_few(x, *plain)
     quantized_few = backend == "triton" and len(plain) < 3 and row_count(x) <= problem.IN_LOOP_M
     with_grad = torch.is_grad_enabled()
-    # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's forward must take them too.
+    # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's
+    # forward must take them too.
     as_trained = with_grad or (shared_mask and dropout_p > 0)
     (need_x,), *of_branches = (
-        [with_grad and t is not None and t.requires_grad for t in each] for each in ((x,), lora_As, lora_Bs)
+        [with_grad and t is not None and t.requires_grad for t in each]
+        for each in ((x,), lora_As, lora_Bs)
     )
     needs = Needs(need_x, *map(tuple, of_branches))  # type: ignore[arg-type]
     strategy = "with gradients" if needs.h or needs.a[2] or needs.b[2] else "without gradients"
@@ -465,10 +568,15 @@ def _facts_of(x: Tensor, projections: Sequence[Projection], options: Options) ->
     thin = needs.x or needs.thin_a
     read = (thin, thin and not shared_mask, needs.h or needs.a[2])
     masks = tuple(
-        [dropout_p > 0 and p.lora_A is not None and is_read for p, is_read in zip(projections, read, strict=True)]
+        [
+            dropout_p > 0 and p.lora_A is not None and is_read
+            for p, is_read in zip(projections, read, strict=True)
+        ]
     )
     forward = ForwardNumbers(layouts, scalings, dropout_p, options.activation, True, masks)
-    backward = BackwardNumbers(layouts, scalings, dropout_p, options.activation, needs.x, needs.a, needs.b)
+    backward = BackwardNumbers(
+        layouts, scalings, dropout_p, options.activation, needs.x, needs.a, needs.b
+    )
     return MLPFacts(strategy, options, scale_count, needs, lora_dtype, forward, backward, members)
 
 
@@ -490,7 +598,8 @@ def _alone(x: Tensor, p: Projection, options: Options, entry: Entry | None) -> T
         if isinstance(weight, Tensor):
             return linear(x, weight, p.bias)
         assert weight is not None
-        # The op saves what is stored, where PyTorch's autograd would save all of W. Its branch is of zeros.
+        # The op saves what is stored, where PyTorch's autograd would save all of W. Its branch is
+        # of zeros.
         n, k = weight.shape
         p, dropout_p = Projection(weight, p.bias, x.new_zeros(1, k), x.new_zeros(n, 1), 0.0), 0.0
     return lora_linear_op(x, (p,), None, dropout_p, options.backend, entry)[0]

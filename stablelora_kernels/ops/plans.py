@@ -2,9 +2,10 @@
 
 Whatever depends only on tensor layouts and settings is computed once per key.
 
-An :class:`Entry` says that calls with its key pass the checks, on which backend they run, and, from the second call on, holds
-their launches prepared. The key has layouts and settings, never addresses: a parameter may move between calls, and layers of
-one shape share an entry. Traced, transformed and watched calls have no key and take the path of a first call.
+An :class:`Entry` says that calls with its key pass the checks, on which backend they run, and, from
+the second call on, holds their launches prepared. The key has layouts and settings, never
+addresses: a parameter may move between calls, and layers of one shape share an entry. Traced,
+transformed and watched calls have no key and take the path of a first call.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ LIMIT = 4096
 def define_op(
     name: str, schema: str, fake: Callable[..., Any], device_types: Sequence[str] = ("cpu", "cuda")
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Turn the decorated function into the op ``name``. ``fake`` takes its arguments and returns outputs without values."""
+    """Turn the decorated function into the op ``name``. ``fake`` takes its arguments and returns
+    outputs without values.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         qualified = f"{NAMESPACE}::{name}"
@@ -60,7 +63,8 @@ class Entry:
     backend: str
     # What autograd's side of the op knows of these calls, once one has run.
     facts: Any = None
-    # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes all the time.
+    # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes
+    # all the time.
     seen: bool = False
     # None: not prepared yet. False: it can't be.
     prepared: Any = None
@@ -78,9 +82,11 @@ def clear() -> None:
 
 
 def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """The key of a call of ``kind``, any hashable value, with ``args``; None if the call is unusual.
+    """The key of a call of ``kind``, any hashable value, with ``args``; None if the call is
+    unusual.
 
-    ``args`` are tensors, of which one at least is in no tuple or list, numbers, strings, None, and tuples and lists of these.
+    ``args`` are tensors, of which one at least is in no tuple or list, numbers, strings, None, and
+    tuples and lists of these.
     """
     # First, because torch.compile traces no more than this.
     if (
@@ -99,7 +105,11 @@ def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
     except (RuntimeError, NotImplementedError):
         # A sparse or nested tensor, or one without memory, has no strides or no address.
         return None
-    first = args[0] if type(args[0]) is Tensor else next((t for t in args if isinstance(t, Tensor)), None)
+    first = (
+        args[0]
+        if type(args[0]) is Tensor
+        else next((t for t in args if isinstance(t, Tensor)), None)
+    )
     if first is None or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     # A tensor's facts have its device's number, not its type.
@@ -110,7 +120,9 @@ def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
 
 
 def _describe(args: Sequence[Any], key: list[Any]) -> bool:
-    """Append to ``key`` what a call reads of ``args`` before it launches; False if one of them is unusual."""
+    """Append to ``key`` what a call reads of ``args`` before it launches; False if one of them is
+    unusual.
+    """
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
@@ -118,7 +130,16 @@ def _describe(args: Sequence[Any], key: list[Any]) -> bool:
             # An empty tensor has no address, and a negated view's memory does not hold its values.
             if not address or arg.is_neg():
                 return False
-            key.append((arg.shape, arg.stride(), arg.dtype, arg.get_device(), address & 15, arg.requires_grad))
+            key.append(
+                (
+                    arg.shape,
+                    arg.stride(),
+                    arg.dtype,
+                    arg.get_device(),
+                    address & 15,
+                    arg.requires_grad,
+                )
+            )
         elif arg is None or kind is bool or kind is str or kind is int:
             key.append(arg)
         elif kind is float:
@@ -160,7 +181,13 @@ def _add(key: tuple[Any, ...], entry: Entry) -> Entry:
 class PlannedOp:
     """A torch.library op that runs launches, which are prepared once calls repeat."""
 
-    def __init__(self, name: str, schema: str, allocate: Callable[[Any], Any], build: Callable[..., list[Any]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        allocate: Callable[[Any], Any],
+        build: Callable[..., list[Any]],
+    ) -> None:
         kinds, names = zip(*map(str.split, schema[1 : schema.index(")")].split(", ")), strict=True)
         self._name, self._call = f"{NAMESPACE}::{name}", namedtuple(name, names)
         self._allocate, self._build = allocate, build
@@ -178,8 +205,9 @@ class PlannedOp:
     ) -> Any:
         """Run the op and return the schema's results.
 
-        ``tensors``, ``lists`` and ``numbers`` are the schema's arguments, those of the last one hashable. ``entry``: that of the
-        caller's key, from which all but the tensors' addresses follow, or None.
+        ``tensors``, ``lists`` and ``numbers`` are the schema's arguments, those of the last one
+        hashable. ``entry``: that of the caller's key, from which all but the tensors' addresses
+        follow, or None.
         """
         operands = [*tensors, *chain.from_iterable(lists)]
         known = entry or find(self._key_of(operands, lists, numbers))
@@ -196,8 +224,11 @@ class PlannedOp:
                 return prepared.run(operands)
         return prepared.run(operands)
 
-    def plan(self, device: Device, args: Sequence[Any], choice: Choice | None = None) -> tuple[Any, list[Any]]:
-        """The op's results, without values, and the launches on ``device`` that fill them. ``args`` may be on the meta device.
+    def plan(
+        self, device: Device, args: Sequence[Any], choice: Choice | None = None
+    ) -> tuple[Any, list[Any]]:
+        """The op's results, without values, and the launches on ``device`` that fill them. ``args``
+        may be on the meta device.
 
         ``choice``: a kernel in place of the table's.
         """
@@ -210,9 +241,13 @@ class PlannedOp:
         return results, self._build(device, call, results, choice)
 
     def _run(self, *args: Any) -> Any:
-        """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the plans too."""
+        """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the
+        plans too.
+        """
         operands, lists = self._operands(args), args[self._lists : self._numbers]
-        numbers = tuple([tuple(each) if type(each) is list else each for each in args[self._numbers :]])
+        numbers = tuple(
+            [tuple(each) if type(each) is list else each for each in args[self._numbers :]]
+        )
         if (key := self._key_of(operands, lists, numbers)) is None:
             # PyTorch has resolved negated views in arguments of all kinds but "Tensor?[]".
             args = tree_map_only(Tensor, Tensor.resolve_neg, args)
@@ -234,7 +269,11 @@ class PlannedOp:
     ) -> tuple[Any, ...] | None:
         lengths = tuple(map(len, lists))
         # Keys compare 0.0 and -0.0 as equal.
-        signs = tuple([math.copysign(1.0, scaling) for scaling in numbers[1]]) if 0.0 in numbers[1] else None
+        signs = (
+            tuple([math.copysign(1.0, scaling) for scaling in numbers[1]])
+            if 0.0 in numbers[1]
+            else None
+        )
         return key_of((self._name, lengths, numbers, signs), operands)
 
     def _prepare(self, entry: Entry, device: torch.device, args: Sequence[Any]) -> Any:
@@ -249,7 +288,8 @@ class PlannedOp:
 
 
 def _with_distinct_addresses(args: Any) -> Any:
-    """``args`` with a stand-in of the same layout for each tensor that shares its address with an earlier one.
+    """``args`` with a stand-in of the same layout for each tensor that shares its address with an
+    earlier one.
 
     Operands are told apart by their addresses, and later calls need not give the same tensor twice.
     """
@@ -258,7 +298,9 @@ def _with_distinct_addresses(args: Any) -> Any:
     def distinct(t: Tensor) -> Tensor:
         if t.data_ptr() in addresses:
             before = t.data_ptr() % 16 // t.itemsize
-            size = 1 + sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
+            size = 1 + sum(
+                (length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True)
+            )
             t = t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
         addresses.add(t.data_ptr())
         return t
@@ -271,12 +313,13 @@ def define_launches(
 ) -> Callable[[Callable[..., Any]], PlannedOp]:
     """Turn the decorated function into the op ``name``.
 
-    The schema has tensors first, then lists of tensors, then numbers, of which the first two are layouts and scalings. The
-    first tensor has a row for each of X.
+    The schema has tensors first, then lists of tensors, then numbers, of which the first two are
+    layouts and scalings. The first tensor has a row for each of X.
 
-    ``allocate(call)`` returns the op's results without values, a tuple of tensors and lists of tensors; ``call`` has the schema's
-    arguments by name. The function takes a :class:`~.dispatch.problem.Device`, the call, the results and a
-    :class:`~.dispatch.rules.Choice` or None, and returns the launches that fill the results. There is at least one row.
+    ``allocate(call)`` returns the op's results without values, a tuple of tensors and lists of
+    tensors; ``call`` has the schema's arguments by name. The function takes a
+    :class:`~.dispatch.problem.Device`, the call, the results and a :class:`~.dispatch.rules.Choice`
+    or None, and returns the launches that fill the results. There is at least one row.
     """
 
     return lambda function: PlannedOp(name, schema, allocate, function)

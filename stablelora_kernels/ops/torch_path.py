@@ -1,9 +1,11 @@
-"""The PyTorch path of the ops: the formulas on PyTorch's own operators, their matrix products, and dropout's mask.
+"""The PyTorch path of the ops: the formulas on PyTorch's own operators, their matrix products, and
+dropout's mask.
 
-The products choose between PyTorch's CPU libraries. On x86, PyTorch uses MKL for float32 and oneDNN for bfloat16. On AMD
-processors with AVX-512, oneDNN takes half of MKL's time: MKL uses only AVX2 on processors that are not Intel's
-(docs/internals/architecture.md). Inductor calls the same operator. ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN
-off here as everywhere in PyTorch. Where oneDNN does not multiply bfloat16 or float16, products run in float32.
+The products choose between PyTorch's CPU libraries. On x86, PyTorch uses MKL for float32 and oneDNN
+for bfloat16. On AMD processors with AVX-512, oneDNN takes half of MKL's time: MKL uses only AVX2 on
+processors that are not Intel's (docs/internals/architecture.md). Inductor calls the same operator.
+``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN off here as everywhere in PyTorch. Where
+oneDNN does not multiply bfloat16 or float16, products run in float32.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from stablelora_kernels.utils.tensors import drop_share
 ONEDNN_FROM = 1 << 22
 # From this many on, it saves more time than a Python autograd function around it costs.
 FUNCTION_FROM = 1 << 24
-# Below this many rows, call plain operators under ordinary autograd, which take less time than a Python autograd function.
-# They save as much without dropout; with it they also save the masked x.
+# Below this many rows, call plain operators under ordinary autograd, which take less time than a
+# Python autograd function. They save as much without dropout; with it they also save the masked x.
 FEW_ROWS, FEW_ROWS_WITHOUT_DROPOUT = 64, 512
-# From this many rows on, float32 copies pay where the processor does not multiply a dtype of low precision.
+# From this many rows on, float32 copies pay where the processor does not multiply a dtype of low
+# precision.
 FLOAT32_ROWS = 8
 # Up to so many elements of a mask, fewer operators are faster.
 BERNOULLI_UP_TO = 8192
@@ -45,7 +48,9 @@ def _is_amd() -> bool:
 
 
 def onednn_helps(is_amd: bool) -> bool:
-    """Whether oneDNN is there and multiplies float32 faster than MKL, on a processor of AMD's or of another vendor."""
+    """Whether oneDNN is there and multiplies float32 faster than MKL, on a processor of AMD's or of
+    another vendor.
+    """
     return (
         is_amd
         and torch.backends.mkl.is_available()
@@ -60,7 +65,9 @@ ONEDNN_HELPS = onednn_helps(IS_AMD)
 
 
 def _is_multiplied(name: str) -> bool:
-    """Whether oneDNN has the processor's instructions for a dtype. PyTorch builds without oneDNN lack the query."""
+    """Whether oneDNN has the processor's instructions for a dtype. PyTorch builds without oneDNN
+    lack the query.
+    """
     query = f"_is_mkldnn_{name}_supported"
     return hasattr(torch.ops.mkldnn, query) and bool(getattr(torch.ops.mkldnn, query)())
 
@@ -69,11 +76,15 @@ MULTIPLIED = {torch.bfloat16: _is_multiplied("bf16"), torch.float16: _is_multipl
 
 
 def by_float32(x: Tensor) -> bool:
-    """Whether products of x's low precision run in float32: PyTorch's own loops take many times as long."""
+    """Whether products of x's low precision run in float32: PyTorch's own loops take many times as
+    long.
+    """
     if x.dtype not in MULTIPLIED or x.device.type != "cpu":
         return False
     # A compiled graph keeps what held as it was traced.
-    return not (MULTIPLIED[x.dtype] and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled()))
+    return not (
+        MULTIPLIED[x.dtype] and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
+    )
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -87,7 +98,8 @@ def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     if not ONEDNN_HELPS or dtype != torch.float32 or device.type != "cpu":
         return False
     if torch.compiler.is_compiling():
-        # An exported program must run without this package. A compiled graph checks PyTorch's switch when it runs.
+        # An exported program must run without this package. A compiled graph checks PyTorch's
+        # switch when it runs.
         return not torch.compiler.is_exporting()
     return torch._C._get_mkldnn_enabled()
 
@@ -116,14 +128,15 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``scaling · a b`` for a [M, K] and b [K, N] of one dtype. No gradients."""
     if a.dtype == torch.float16 and scaling != 0:
-        # Scale the sum before it is rounded: what float16 holds as zero, or as infinity, may be an ordinary number after it.
-        # Zeros, although beta is 0: Inductor's addmm multiplies them by it.
+        # Scale the sum before it is rounded: what float16 holds as zero, or as infinity, may be an
+        # ordinary number after it. Zeros, although beta is 0: Inductor's addmm multiplies them by
+        # it.
         return torch.addmm(a.new_zeros(1, b.shape[1]), a, b, beta=0, alpha=scaling)
     return product(a, b).mul_(scaling)
 
 
-# A compiled graph needs an op that chooses at run time: sizes may be symbolic while tracing, and Inductor knows PyTorch's own
-# operator for inference only.
+# A compiled graph needs an op that chooses at run time: sizes may be symbolic while tracing, and
+# Inductor knows PyTorch's own operator for inference only.
 wide_product_op = define_op(
     "wide_product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor",
     lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]), ("cpu",),
@@ -148,7 +161,8 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
     # A compiled graph serves any number of rows and has no Python overhead.
     if torch.compiler.is_compiling() or row_count(x) >= limit:
         return False
-    # A wide product on oneDNN saves more time than the autograd function costs, and autograd does not support it.
+    # A wide product on oneDNN saves more time than the autograd function costs, and autograd does
+    # not support it.
     wide = any(w is not None and row_count(x) * w.numel() >= FUNCTION_FROM for w in weights)
     return not (wide and by_onednn(x.dtype, x.device))
 
@@ -156,7 +170,8 @@ def is_few(x: Tensor, *weights: Tensor | None, limit: int = FEW_ROWS) -> bool:
 def few_rows(x: Tensor, dropout_p: float, needs_gradients: bool) -> int:
     """The ``limit`` of :func:`is_few` for a single projection."""
     if x.dtype == torch.float16 and needs_gradients:
-        # Autograd would round dY B and dY^T S before it scales them; in float16 that loses what scaled_product keeps.
+        # Autograd would round dY B and dY^T S before it scales them; in float16 that loses what
+        # scaled_product keeps.
         return 0
     if by_float32(x):
         return FLOAT32_ROWS
@@ -165,8 +180,8 @@ def few_rows(x: Tensor, dropout_p: float, needs_gradients: bool) -> int:
 
 def as_matrix(x: Tensor) -> Tensor:
     """View [..., K] as [M, K]."""
-    # Return a matrix itself: a view would be a node of the autograd graph and cost a third of a small product.
-    # Count the rows: PyTorch cannot infer them where K is 0.
+    # Return a matrix itself: a view would be a node of the autograd graph and cost a third of a
+    # small product. Count the rows: PyTorch cannot infer them where K is 0.
     return x if x.dim() == 2 else x.reshape(row_count(x), x.shape[-1])
 
 
@@ -177,30 +192,40 @@ def like_rows_of(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_small(size: int) -> bool:
-    """Whether a mask of so many elements takes its time for calls of operators, rather than for its elements."""
+    """Whether a mask of so many elements takes its time for calls of operators, rather than for its
+    elements.
+    """
     return not torch.compiler.is_compiling() and size <= BERNOULLI_UP_TO
 
 
 def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
-    """Draw a bool keep-mask of x's shape from torch's generator. Return it with its exact dropout probability."""
+    """Draw a bool keep-mask of x's shape from torch's generator. Return it with its exact dropout
+    probability.
+    """
     return _draw(x.shape, x.device, dropout_p)
 
 
 def _draw(
-    shape: Sequence[int], device: torch.device, dropout_p: float, generator: torch.Generator | None = None
+    shape: Sequence[int],
+    device: torch.device,
+    dropout_p: float,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, float]:
     size, dropout_p = math.prod(shape), drop_share(dropout_p)
     if device.type != "cpu" or _is_small(size):
         keep = torch.empty(shape, dtype=torch.bool, device=device)
         return keep.bernoulli_(1 - dropout_p, generator=generator), dropout_p
-    # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four elements per int64 word, are
-    # several times faster.
+    # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four
+    # elements per int64 word, are several times faster.
     count = -(-size // 4)
     if torch.compiler.is_compiling():
-        # torch.compile does not support random_(). These are the same bits: randint's offset flips a word's highest bit.
+        # torch.compile does not support random_(). These are the same bits: randint's offset flips
+        # a word's highest bit.
         words = torch.randint(-(2**63), 2**63 - 1, (count,), device="cpu") ^ -(2**63)
     else:
-        words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
+        words = torch.empty(count, dtype=torch.int64, device="cpu").random_(
+            -(2**63), None, generator=generator
+        )
     return words.view(torch.int16)[:size].view(shape) >= round(dropout_p * 65536) - 32768, dropout_p
 
 
@@ -211,10 +236,12 @@ def can_redraw(x: Tensor) -> bool:
 
 
 def draw_keep_and_state(shape: Sequence[int], dropout_p: float) -> tuple[Tensor, Tensor, float]:
-    """:func:`draw_keep` on a CPU, and between its results the state that :func:`draw_keep_again` draws the same mask from.
+    """:func:`draw_keep` on a CPU, and between its results the state that :func:`draw_keep_again`
+    draws the same mask from.
 
-    Other threads draw from torch's generator too. A generator of the mask's own makes the mask follow from the state alone,
-    whatever they draw meanwhile; torch's generator then continues behind it.
+    Other threads draw from torch's generator too. A generator of the mask's own makes the mask
+    follow from the state alone, whatever they draw meanwhile; torch's generator then continues
+    behind it.
     """
     state = torch.get_rng_state()
     generator = torch.Generator()
@@ -259,8 +286,8 @@ def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tens
     return torch.addmm(base, s, lora_B.t(), alpha=scaling)
 
 
-# MKL's dtypes. It is up to several times faster with a thin product's small operand first: in dB, and on AMD's processors in dS.
-# oneDNN is faster with the tall one first.
+# MKL's dtypes. It is up to several times faster with a thin product's small operand first: in dB,
+# and on AMD's processors in dS. oneDNN is faster with the tall one first.
 _OF_MKL = (torch.float32, torch.float64)
 
 
@@ -295,14 +322,19 @@ def torch_fwd(
     x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None], base: Tensor | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the scalings are s'.
+    """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the
+    scalings are s'.
 
     ``weight_dtype``: what the values of a quantized weight are rounded to, if it is not x's dtype.
     """
     if by_float32(x):
         with without_autocast(x):
-            ys, every_s = torch_fwd(x.float(), [_in_float32(p) for p in projections], keeps, base, x.dtype)
-        return [y.to(x.dtype if base is None else base.dtype) for y in ys], [s.to(x.dtype) for s in every_s]
+            ys, every_s = torch_fwd(
+                x.float(), [_in_float32(p) for p in projections], keeps, base, x.dtype
+            )
+        return [y.to(x.dtype if base is None else base.dtype) for y in ys], [
+            s.to(x.dtype) for s in every_s
+        ]
     lora_As: list[Any] = [p.lora_A for p in projections]
     # S first: then X is in the cache for the wide products.
     if len(lora_As) > 1 and not any(keep is not None for keep in keeps):
@@ -316,7 +348,11 @@ def torch_fwd(
             assert weight is not None
             y = wide_product(x, as_plain(weight, weight_dtype or x.dtype).to(x.dtype).t(), bias)
             # In place, the branch needs no second activation.
-            ys.append(y.addmm_(s, lora_B.t(), alpha=scaling) if scaling != 0 else with_branch(y, s, lora_B, scaling))
+            ys.append(
+                y.addmm_(s, lora_B.t(), alpha=scaling)
+                if scaling != 0
+                else with_branch(y, s, lora_B, scaling)
+            )
         elif base.dtype == s.dtype:
             ys.append(with_branch(base, s, lora_B, scaling))
         else:
@@ -325,7 +361,9 @@ def torch_fwd(
 
 
 def expanded(grad: Tensor) -> Tensor:
-    """Give a broadcast gradient, such as sum()'s, its own memory; otherwise each product would expand it again."""
+    """Give a broadcast gradient, such as sum()'s, its own memory; otherwise each product would
+    expand it again.
+    """
     # Older versions of torch.compile cannot ask for strides.
     return grad.contiguous() if not torch.compiler.is_compiling() and 0 in grad.stride() else grad
 
@@ -342,7 +380,9 @@ def torch_bwd(
         x, *s = (None if t is None else t.float() for t in (x, *s))
         projections = [_in_float32(p) for p in projections]
         in_float32, needs = [grad.float() for grad in grads], (need_x, need_a, need_b)
-        found, *rest = torch_bwd(x, in_float32, projections, s, keeps, lora_dtype, *needs, grads[0].dtype)
+        found, *rest = torch_bwd(
+            x, in_float32, projections, s, keeps, lora_dtype, *needs, grads[0].dtype
+        )
         return None if found is None else found.to(grads[0].dtype), *rest  # type: ignore[return-value]
     dx: Tensor | None = None
     das: list[Tensor] = []
@@ -367,7 +407,11 @@ def torch_bwd(
             dx = wide_product(grad, weight) if dx is None else add_wide_product(dx, grad, weight)
             # In a call with dropout, a projection without a mask has no branch.
             dx = dx if mask is None else dx.addcmul_(product(every_ds[i], lora_As[i]), mask)
-    if dx is not None and projections[0].weight is not None and not any(mask is not None for mask in masks):
+    if (
+        dx is not None
+        and projections[0].weight is not None
+        and not any(mask is not None for mask in masks)
+    ):
         dx.addmm_(_joined(every_ds, 1), _joined(lora_As, 0))
     if need_a:
         for ds, mask in zip(every_ds, masks, strict=True):

@@ -1,4 +1,6 @@
-"""DTensor parameters: the elements of this process's shard, sums over all processes, and when those may stop."""
+"""DTensor parameters: the elements of this process's shard, sums over all processes, and when those
+may stop.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from stablelora_kernels.utils.tensors import is_sharded, local, shard_extent
 
 
 class Shard(NamedTuple):
-    """Which elements a shard holds: its i-th in memory has the index ``base + i // columns * pitch + i % columns``.
+    """Which elements a shard holds: its i-th in memory has the index ``base + i // columns * pitch
+    + i % columns``.
 
-    Indices count the elements of all parameters; they key the random rounding. If ``columns`` is 0 the index is ``base + i``:
-    so it is for whole parameters and for shards of whole rows.
+    Indices count the elements of all parameters; they key the random rounding. If ``columns`` is 0
+    the index is ``base + i``: so it is for whole parameters and for shards of whole rows.
     """
 
     base: int
@@ -37,7 +40,9 @@ def check_shards(name: str, p: Any) -> None:
     if any(placement.is_partial() for placement in p.placements):
         raise TypeError(f"{name} must be sharded or replicated, got the placements {p.placements}")
     if not local(p).is_contiguous():
-        raise ValueError(f"{name} is sharded, so its shards must be contiguous, got the strides {local(p).stride()}")
+        raise ValueError(
+            f"{name} is sharded, so its shards must be contiguous, got the strides {local(p).stride()}"
+        )
     shard_of(name, p, 0)
 
 
@@ -52,15 +57,19 @@ def shard_of(name: str, p: Any, base: int) -> Shard:
     if not cut or 0 in sizes:
         return Shard(base)
     if len(cut) > 1:
-        raise ValueError(f"{name} may be sharded along its first dimension and one more, got {p.placements}")
+        raise ValueError(
+            f"{name} may be sharded along its first dimension and one more, got {p.placements}"
+        )
     (dim,) = cut
     return Shard(base, math.prod(sizes[dim:]), math.prod(p.shape[dim:]))
 
 
 class ShardSums:
-    """All-reduces values, one a parameter, over the processes that share the parameter: one collective a process group.
+    """All-reduces values, one a parameter, over the processes that share the parameter: one
+    collective a process group.
 
-    All ranks get the same sums, since a reduction hands out one result. False if no parameter is sharded.
+    All ranks get the same sums, since a reduction hands out one result. False if no parameter is
+    sharded.
     """
 
     def __init__(self, owners: Sequence[Any]) -> None:
@@ -76,7 +85,10 @@ class ShardSums:
                     groups[group.group_name] = group
                     indices.setdefault(group.group_name, []).append(i)
         self.parts = [
-            (groups[name], None if len(index) == len(owners) else upload(index, torch.int64, device))
+            (
+                groups[name],
+                None if len(index) == len(owners) else upload(index, torch.int64, device),
+            )
             for name, index in indices.items()
         ]
 
@@ -102,8 +114,8 @@ class ShardSums:
 class LatchMonitor:
     """Tells the host whether some pair may still shrink, without waiting for the device.
 
-    Processes that share pairs must make the same collectives, so all must stop at the same step. Each reads the count that
-    the device recorded ``LAG`` steps before, which has long arrived.
+    Processes that share pairs must make the same collectives, so all must stop at the same step.
+    Each reads the count that the device recorded ``LAG`` steps before, which has long arrived.
     """
 
     LAG = 4
@@ -124,12 +136,17 @@ class LatchMonitor:
         return self.unlatched
 
     def record(self) -> None:
-        """Record the count after a step. A step that a CUDA graph captures records nothing: it repeats its collectives."""
+        """Record the count after a step. A step that a CUDA graph captures records nothing: it
+        repeats its collectives.
+        """
         if not self.unlatched or snapshot.capturing():
             return
         count, event = (self.latched[self.indices] == 0).sum(), None
         if count.device.type == "cuda":
-            host, event = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()
+            host, event = (
+                torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True),
+                torch.cuda.Event(),
+            )
             count = host.copy_(count, non_blocking=True)
             event.record(torch.cuda.current_stream(self.latched.device))
         self.pending.append((count, event))

@@ -1,4 +1,6 @@
-"""What a step finds in Python, what of it has changed since the last step, and copies of it for the device."""
+"""What a step finds in Python, what of it has changed since the last step, and copies of it for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,19 @@ from torch.overrides import TorchFunctionMode
 from stablelora_kernels.dispatch.settings import get_backend
 from stablelora_kernels.utils.validation import shown
 
-# What engines are built from, or checked against as they are built. The seed keys the random rounding.
-_BUILT = ("amsgrad", "stop_condition", "lr_ratio_B", "max_grad_norm", "moments_dtype", "master_weights", "seed")
-# Hyperparameters that may be tensors. Schedulers change their numbers between replays of a CUDA graph, too.
+# What engines are built from, or checked against as they are built. The seed keys the random
+# rounding.
+_BUILT = (
+    "amsgrad",
+    "stop_condition",
+    "lr_ratio_B",
+    "max_grad_norm",
+    "moments_dtype",
+    "master_weights",
+    "seed",
+)
+# Hyperparameters that may be tensors. Schedulers change their numbers between replays of a CUDA
+# graph, too.
 LIVE = ("lr", "weight_decay", "shrink_ratio")
 _NAMES = (*LIVE, *_BUILT, "betas", "eps", "maximize", "shrink_pattern", "capturable")
 _values_of = itemgetter(*_NAMES)
@@ -27,7 +39,9 @@ _facts = attrgetter("groups", "tensors", "memory", "backend", "state")
 
 
 class _NoTensorsAreEqual(TorchFunctionMode):
-    """Answers ``==`` between tensors with False. Containers do not ask it about an element that both hold."""
+    """Answers ``==`` between tensors with False. Containers do not ask it about an element that
+    both hold.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
         return False
@@ -39,18 +53,24 @@ _NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
 def same_objects(found: Any, known: Any) -> bool:
     """Whether two lists or nested dicts hold the very same tensors in the same places.
 
-    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a microsecond a tensor.
+    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a
+    microsecond a tensor.
     """
     with _NO_TENSORS_ARE_EQUAL:
         return bool(found == known)
 
 
 def difference(label: str, old: Any, new: Any) -> str | None:
-    """Says in words that ``label`` has another value; None if it has not. An empty dict, left of hooks, is as good as None."""
+    """Says in words that ``label`` has another value; None if it has not. An empty dict, left of
+    hooks, is as good as None.
+    """
     old, new = (None if isinstance(v, dict) and not v else v for v in (old, new))
     if old is new or same_objects([old], [new]):
         return None
-    words = (f"a tensor of shape {list(v.shape)}" if isinstance(v, Tensor) else shown(repr(v)) for v in (old, new))
+    words = (
+        f"a tensor of shape {list(v.shape)}" if isinstance(v, Tensor) else shown(repr(v))
+        for v in (old, new)
+    )
     return "{} was {} and is {}".format(label, *words)
 
 
@@ -72,7 +92,8 @@ class GradientLayout(NamedTuple):
 
 
 def layout_of(tensors: Sequence[Any]) -> GradientLayout | None:
-    """The layout of the tensors that are not None; None if one is not contiguous or has no storage of its own.
+    """The layout of the tensors that are not None; None if one is not contiguous or has no storage
+    of its own.
 
     Passes over every tensor take most of a step's host time, so this makes as few as possible.
     """
@@ -83,7 +104,11 @@ def layout_of(tensors: Sequence[Any]) -> GradientLayout | None:
         return found and found._replace(present=[t is not None for t in tensors])
     except RuntimeError:
         return None
-    return GradientLayout(addresses, [t.dtype for t in tensors]) if all(map(Tensor.is_contiguous, tensors)) else None
+    return (
+        GradientLayout(addresses, [t.dtype for t in tensors])
+        if all(map(Tensor.is_contiguous, tensors))
+        else None
+    )
 
 
 class Gradients(NamedTuple):
@@ -112,7 +137,9 @@ class Gradients(NamedTuple):
         return True
 
     def converted(self, like: Sequence[Tensor]) -> tuple[list[Tensor | None], bool]:
-        """The gradients in the dtypes and strides of the dense tensors ``like``, and whether none is a copy."""
+        """The gradients in the dtypes and strides of the dense tensors ``like``, and whether none
+        is a copy.
+        """
         made = [
             g if g is None else with_strides_of(t, g if g.dtype is t.dtype else g.to(t.dtype))
             for t, g in zip(like, self.tensors, strict=True)
@@ -121,7 +148,9 @@ class Gradients(NamedTuple):
 
 
 def with_strides_of(p: Tensor, grad: Tensor) -> Tensor:
-    """``grad`` with the strides of the dense ``p``, so that flat memory holds both in the same order."""
+    """``grad`` with the strides of the dense ``p``, so that flat memory holds both in the same
+    order.
+    """
     if grad.stride() == p.stride():
         return grad
     return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
@@ -130,7 +159,8 @@ def with_strides_of(p: Tensor, grad: Tensor) -> Tensor:
 class Change(NamedTuple):
     """What has changed since the last step."""
 
-    # Parameters, their memory, the state or what engines are built from: build engines. Everything else has changed then.
+    # Parameters, their memory, the state or what engines are built from: build engines. Everything
+    # else has changed then.
     build: bool = True
     # A hyperparameter.
     hyper: bool = True
@@ -150,7 +180,8 @@ class Snapshot:
     backend: str = ""
     # Of each group, the values of _NAMES.
     groups: Any = None
-    # Of tensors among the live hyperparameters their address, or their number if an engine elsewhere reads it on the host.
+    # Of tensors among the live hyperparameters their address, or their number if an engine
+    # elsewhere reads it on the host.
     tensors: list[Any] | None = None
     # The optimizer's own; a snapshot that is kept has a copy.
     state: Any = None
@@ -176,9 +207,16 @@ class Snapshot:
         """
         rows = [_values_of(group) for group in groups]
         live = [value for row in rows for value in row[_live] if isinstance(value, Tensor)]
-        tensors = [v.item() if v.device.type == "cpu" and not on_cpu else v.data_ptr() for v in live]
-        lists, memory = [list(group["params"]) for group in groups], list(map(Tensor.data_ptr, params))
-        return cls(lists, memory, get_backend(), rows, tensors, state, versions=versions_of(watched))
+        tensors = [
+            v.item() if v.device.type == "cpu" and not on_cpu else v.data_ptr() for v in live
+        ]
+        lists, memory = (
+            [list(group["params"]) for group in groups],
+            list(map(Tensor.data_ptr, params)),
+        )
+        return cls(
+            lists, memory, get_backend(), rows, tensors, state, versions=versions_of(watched)
+        )
 
     def kept(self) -> Snapshot:
         """This one with a copy of the state."""
@@ -199,16 +237,22 @@ class Snapshot:
         return Change(False, not unchanged, moved, self.versions != last.versions)
 
     def words(self, last: Snapshot, device: torch.device) -> str | None:
-        """What has changed since ``last`` of all that a CUDA graph on ``device`` repeats, in words, or None."""
-        if not same_objects((self.params, self.memory, self.state), (last.params, last.memory, last.state)):
-            return (
-                "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
-            )
+        """What has changed since ``last`` of all that a CUDA graph on ``device`` repeats, in words,
+        or None.
+        """
+        if not same_objects(
+            (self.params, self.memory, self.state), (last.params, last.memory, last.state)
+        ):
+            return "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
         for index, rows in enumerate(zip(self.groups, last.groups, strict=True)):
             for name, *both in zip(_NAMES, *rows, strict=True):
                 if name in LIVE:
-                    both = [value if reads_from_memory(value, device) else "a number" for value in both]
-                if words := difference(f"optimizer.param_groups[{index}][{name!r}]", *reversed(both)):
+                    both = [
+                        value if reads_from_memory(value, device) else "a number" for value in both
+                    ]
+                if words := difference(
+                    f"optimizer.param_groups[{index}][{name!r}]", *reversed(both)
+                ):
                     return words
         return None
 
@@ -219,7 +263,9 @@ def versions_of(params: Iterable[Tensor]) -> int:
 
 
 def reads_from_memory(value: Any, device: torch.device) -> bool:
-    """Whether an engine on ``device`` reads a live hyperparameter from the tensor that its group holds."""
+    """Whether an engine on ``device`` reads a live hyperparameter from the tensor that its group
+    holds.
+    """
     return isinstance(value, Tensor) and value.device == device
 
 
@@ -229,9 +275,15 @@ def capturing() -> bool:
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` as a new tensor on ``device``. A GPU copies from fresh pinned memory, so the host does not wait for it."""
+    """``values`` as a new tensor on ``device``. A GPU copies from fresh pinned memory, so the host
+    does not wait for it.
+    """
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device, copy=True)
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device, copy=True)
+    )
 
 
 def stream_of(device: torch.device) -> int:
@@ -240,7 +292,9 @@ def stream_of(device: torch.device) -> int:
 
 
 def keep_for_stream(tensors: Iterable[Tensor]) -> None:
-    """Once a tensor is freed, let the allocator wait with its memory for what its device's current stream does until then."""
+    """Once a tensor is freed, let the allocator wait with its memory for what its device's current
+    stream does until then.
+    """
     for tensor in tensors:
         # Recording a stream is no part of a graph. The engine keeps what captured launches read.
         if tensor.device.type == "cuda" and not capturing():
@@ -250,11 +304,13 @@ def keep_for_stream(tensors: Iterable[Tensor]) -> None:
 class Staging:
     """Uploads tables; during a capture, from host memory reserved beforehand.
 
-    A graph repeats its copies at each replay from the same host memory, so that memory may be neither freed nor rewritten.
-    Pinned memory cannot be allocated during a capture. So some is reserved, and a capture keeps the part that it uses.
+    A graph repeats its copies at each replay from the same host memory, so that memory may be
+    neither freed nor rewritten. Pinned memory cannot be allocated during a capture. So some is
+    reserved, and a capture keeps the part that it uses.
     """
 
-    # A step uploads at most four tables, so this is enough for four captures without a step between them.
+    # A step uploads at most four tables, so this is enough for four captures without a step between
+    # them.
     SPARES = 16
 
     def __init__(self, device: torch.device, size: int, capturable: bool) -> None:
@@ -269,19 +325,31 @@ class Staging:
         """Replace the reserved memory that captures have used. Call it outside of a capture."""
         while len(self.spares) < self.wanted:
             pinned = self.device.type == "cuda"
-            self.spares.append(torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=pinned))
+            self.spares.append(
+                torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            )
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """``values`` as a tensor on the device. RuntimeError during a capture, if no reserved memory is left."""
+        """``values`` as a tensor on the device. RuntimeError during a capture, if no reserved
+        memory is left.
+        """
         if not capturing():
             return upload(values, dtype, self.device)
         if not self.spares:
             raise RuntimeError(
                 "this step cannot be captured in a CUDA graph: its gradients or hyperparameters differ from the last step's, and "
                 "no memory is reserved for their table. "
-                + ("Run a step between captures" if self.wanted else "Pass capturable=True to the optimizer")
+                + (
+                    "Run a step between captures"
+                    if self.wanted
+                    else "Pass capturable=True to the optimizer"
+                )
             )
-        table = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+        table = (
+            values
+            if isinstance(values, Tensor)
+            else torch.tensor(values, dtype=dtype, device="cpu")
+        )
         host = self.spares.pop()
         self.captured.append(host)
         staged = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)

@@ -1,4 +1,6 @@
-"""How stable each pair is: its norms over its widths, and whether it has latched. A log of that, and its plot."""
+"""How stable each pair is: its norms over its widths, and whether it has latched. A log of that,
+and its plot.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ class PairStability:
         b_norm: ``||B||_F / m``.
         latched: whether the pair has latched, so that A shrinks no more.
         latched_at: A's step, counted from one, at which the pair latched, or None.
-        experts: how many experts' pairs PEFT has stacked in it, for which one latch stands, if the optimizer was made
-            :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.
+        experts: how many experts' pairs PEFT has stacked in it, for which one latch stands, if the
+            optimizer was made :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.
     """
 
     name: str
@@ -49,7 +51,9 @@ class PairStability:
 
     @property
     def stable(self) -> bool:
-        """Another name of ``latched``. The command ``inspect``, which sees no latch, calls a pair stable by its norms alone."""
+        """Another name of ``latched``. The command ``inspect``, which sees no latch, calls a pair
+        stable by its norms alone.
+        """
         return self.latched
 
 
@@ -59,16 +63,21 @@ def stability_of(
     state: Mapping[Any, Any],
     experts: Mapping[str, int],
 ) -> list[PairStability]:
-    """The stability of each pair, from ||A||_F and ||B||_F, the optimizer's state, and by name how many experts it stacks."""
+    """The stability of each pair, from ||A||_F and ||B||_F, the optimizer's state, and by name how
+    many experts it stacks.
+    """
     found = []
     for pair, (a, b) in zip(pairs, norms, strict=True):
         step = int(state.get(pair.A, {}).get("latched_at", 0))
         per_width = a / max(pair.A.shape[1], 1), b / max(pair.B.shape[0], 1)
-        found.append(PairStability(pair.name, *per_width, step > 0, step or None, experts.get(pair.name, 1)))
+        found.append(
+            PairStability(pair.name, *per_width, step > 0, step or None, experts.get(pair.name, 1))
+        )
     return found
 
 
-# Where float32 holds the squares that make a norm: a GPU decides the latch by sums of squares in float32.
+# Where float32 holds the squares that make a norm: a GPU decides the latch by sums of squares in
+# float32.
 SMALLEST_NORM, LARGEST_NORM = 1e-15, 1e19
 
 
@@ -77,8 +86,9 @@ def finite_norms(
 ) -> list[tuple[float, float]]:
     """||A||_F and ||B||_F of every pair, computed in float64.
 
-    The norms of sharded pairs take a collective, so all ranks must call this together; ``local_only`` takes those of this
-    process's shards instead. A warning names pairs whose squares float32 does not hold, if the latch goes by ``float32_squares``.
+    The norms of sharded pairs take a collective, so all ranks must call this together;
+    ``local_only`` takes those of this process's shards instead. A warning names pairs whose squares
+    float32 does not hold, if the latch goes by ``float32_squares``.
 
     Raises:
         RuntimeError: a norm is not finite.
@@ -113,17 +123,20 @@ class StabilityLogger:
         with slk.StabilityLogger(optimizer, "stability.csv", every=50):
             trainer.train()
 
-    Each record waits for the device (:meth:`~stablelora_kernels.StableLoRAAdamW.stability`): choose ``every`` accordingly.
+    Each record waits for the device (:meth:`~stablelora_kernels.StableLoRAAdamW.stability`): choose
+    ``every`` accordingly.
 
     Args:
         optimizer: the optimizer itself, not a trainer's or accelerate's wrapper of it.
         target: one of:
 
-            - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm (``||B||_F/m``), stable (1
-              once the pair has latched, else 0) and latched_at (a step, or empty). Missing directories are made, and records
-              are appended to an existing file, as after a resume;
-            - a TensorBoard ``SummaryWriter`` or any object with ``add_scalar(tag, value, step)``; the tags are
-              ``stability/<pair>/a_norm``, ``stability/<pair>/b_norm`` and ``stability/latched``, the number of latched pairs.
+            - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm
+              (``||B||_F/m``), stable (1 once the pair has latched, else 0) and latched_at (a step,
+              or empty). Missing directories are made, and records are appended to an existing file,
+              as after a resume;
+            - a TensorBoard ``SummaryWriter`` or any object with ``add_scalar(tag, value, step)``;
+              the tags are ``stability/<pair>/a_norm``, ``stability/<pair>/b_norm`` and
+              ``stability/latched``, the number of latched pairs.
         every: optimizer steps between two records.
 
     Raises:
@@ -137,7 +150,9 @@ class StabilityLogger:
             raise TypeError(f"optimizer must be a StableLoRAAdamW, got {type(optimizer).__name__}")
         check_int("every", every, minimum=1)
         if not (isinstance(target, (str, Path)) or callable(getattr(target, "add_scalar", None))):
-            raise TypeError(f"target must be a path or have add_scalar, got {type(target).__name__}")
+            raise TypeError(
+                f"target must be a path or have add_scalar, got {type(target).__name__}"
+            )
         self.optimizer, self.every, self._calls = optimizer, every, 0
         self._writer = None if isinstance(target, (str, Path)) else target
         self._file = None if self._writer is not None else _open(Path(target))
@@ -155,12 +170,17 @@ class StabilityLogger:
             ValueError: the logger is closed.
         """
         found = self.optimizer.stability()
-        steps = [int(self.optimizer.state.get(pair.A, {}).get("step", 0)) for pair in self.optimizer.pairs]
+        steps = [
+            int(self.optimizer.state.get(pair.A, {}).get("step", 0))
+            for pair in self.optimizer.pairs
+        ]
         if self._writer is not None:
             for step, pair in zip(steps, found, strict=True):
                 self._writer.add_scalar(f"stability/{pair.name}/a_norm", pair.a_norm, step)
                 self._writer.add_scalar(f"stability/{pair.name}/b_norm", pair.b_norm, step)
-            self._writer.add_scalar("stability/latched", sum(pair.latched for pair in found), max(steps))
+            self._writer.add_scalar(
+                "stability/latched", sum(pair.latched for pair in found), max(steps)
+            )
         elif self._file is not None:
             writer = csv.writer(self._file, lineterminator="\n")
             for step, pair in zip(steps, found, strict=True):
@@ -204,11 +224,14 @@ def _open(path: Path) -> Any:
     return file
 
 
-def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Iterable[str] | None = None) -> Figure:
+def plot_stability(
+    path: str | Path, out: str | Path | None = None, pairs: Iterable[str] | None = None
+) -> Figure:
     """Plot a CSV file of :class:`StabilityLogger`; needs the extra "plot" (matplotlib).
 
-    The left panel plots each pair's ``||A||_F/n`` against ``||B||_F/m``. A pair starts above the diagonal and stops shrinking
-    on or below it. The right panel plots the ratio of the two over the steps, with a mark at the latch.
+    The left panel plots each pair's ``||A||_F/n`` against ``||B||_F/m``. A pair starts above the
+    diagonal and stops shrinking on or below it. The right panel plots the ratio of the two over the
+    steps, with a mark at the latch.
 
     Args:
         path: the CSV file. If it holds a step twice, as around a resume, the later record counts.
@@ -227,10 +250,14 @@ def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Itera
         wanted = list(pairs)
         missing = [name for name in wanted if name not in series]
         if missing:
-            raise ValueError(f"{path} has no pair {missing[0]!r}; it has {', '.join(map(repr, series))}")
+            raise ValueError(
+                f"{path} has no pair {missing[0]!r}; it has {', '.join(map(repr, series))}"
+            )
         series = {name: series[name] for name in wanted}
     np = import_extra("numpy", "plot", "plot_stability")
-    figure = import_extra("matplotlib.figure", "plot", "plot_stability").Figure(figsize=(9, 4), layout="constrained")
+    figure = import_extra("matplotlib.figure", "plot", "plot_stability").Figure(
+        figsize=(9, 4), layout="constrained"
+    )
     plane, ratio = figure.subplots(1, 2)
     few = len(series) <= 8
     for name, records in series.items():
@@ -240,10 +267,18 @@ def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Itera
         (line,) = plane.plot(b, a, marker="." if few else None, markersize=4, **style)
         over = [y / x if x else float("nan") for x, y in zip(a, b, strict=True)]
         ratio.plot(steps, over, color=line.get_color(), **style)
-        latched = next((records[step][2] for step in reversed(steps) if records[step][2] is not None), None)
+        latched = next(
+            (records[step][2] for step in reversed(steps) if records[step][2] is not None), None
+        )
         if latched is not None:
             # No record need fall on the latch's step: put the mark on the drawn line.
-            ratio.plot([latched], [np.interp(latched, steps, over)], "v", color=line.get_color(), markersize=6)
+            ratio.plot(
+                [latched],
+                [np.interp(latched, steps, over)],
+                "v",
+                color=line.get_color(),
+                markersize=6,
+            )
     top = max(max(record[:2]) for records in series.values() for record in records.values())
     plane.plot([0, top], [0, top], color="#444444", linewidth=0.8, linestyle="--")
     plane.set_xlabel("||B|| / m")
@@ -252,7 +287,9 @@ def plot_stability(path: str | Path, out: str | Path | None = None, pairs: Itera
     ratio.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
     ratio.set_xlabel("step")
     ratio.set_ylabel("(||B|| / m) / (||A|| / n)")
-    count = sum(any(record[2] is not None for record in records.values()) for records in series.values())
+    count = sum(
+        any(record[2] is not None for record in records.values()) for records in series.values()
+    )
     ratio.set_title(f"{count} of {len(series)} pairs have latched (triangles)", fontsize=10)
     if few:
         plane.legend(fontsize=7)

@@ -1,7 +1,9 @@
-"""StableLoRAAdamW: AdamW that also shrinks LoRA's A by Stable-LoRA's latch rule, in one pass over the parameters.
+"""StableLoRAAdamW: AdamW that also shrinks LoRA's A by Stable-LoRA's latch rule, in one pass over
+the parameters.
 
-The arithmetic of a step is in ``torch_step`` (PyTorch's operators) and ``triton_step`` (one kernel). This module keeps the
-public interface and the parameter groups, and hands each step with what has changed to the engine of each device.
+The arithmetic of a step is in ``torch_step`` (PyTorch's operators) and ``triton_step`` (one
+kernel). This module keeps the public interface and the parameter groups, and hands each step with
+what has changed to the engine of each device.
 """
 
 from __future__ import annotations
@@ -30,62 +32,79 @@ from stablelora_kernels.utils.validation import check_float, counted
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay, preceded by Algorithm 1 of Stable-LoRA (arXiv 2603.05204) at every step.
+    """AdamW with decoupled weight decay, preceded by Algorithm 1 of Stable-LoRA (arXiv 2603.05204)
+    at every step.
 
     For each pair A [r, n], B [m, r] that has not latched, on the values before the step::
 
         if ||A||_F / n > ||B||_F / m:   A <- (1 - shrink_ratio) A
         else:                           the pair latches permanently
 
-    Then A, B and every trainable parameter outside a pair take the step of :class:`torch.optim.AdamW`. A pair whose A has
-    no gradient neither shrinks nor latches. On Triton :meth:`step` never reads from the GPU. PyTorch's operators, which run
-    float64 and GPUs without Triton, decide the latch on the host.
+    Then A, B and every trainable parameter outside a pair take the step of
+    :class:`torch.optim.AdamW`. A pair whose A has no gradient neither shrinks nor latches. On
+    Triton :meth:`step` never reads from the GPU. PyTorch's operators, which run float64 and GPUs
+    without Triton, decide the latch on the host.
 
-    Parameters may be DTensors, sharded or replicated. Norms are then those of the full A and B, which takes one small
-    collective for each mesh dimension that shards them, until all pairs have latched (clipping takes one at every step).
-    All ranks latch at the same step. An element's update, its random rounding included, does not depend on the number of
-    ranks. Save checkpoints with ``torch.distributed.checkpoint``.
+    Parameters may be DTensors, sharded or replicated. Norms are then those of the full A and B,
+    which takes one small collective for each mesh dimension that shards them, until all pairs have
+    latched (clipping takes one at every step). All ranks latch at the same step. An element's
+    update, its random rounding included, does not depend on the number of ranks. Save checkpoints
+    with ``torch.distributed.checkpoint``.
 
-    Parameters are float32, float64, bfloat16 or float16. The two low-precision types are computed in float32 with float32
-    moments and rounded once, at random, so that small changes happen on average. Seed, step and element decide the rounding.
+    Parameters are float32, float64, bfloat16 or float16. The two low-precision types are computed
+    in float32 with float32 moments and rounded once, at random, so that small changes happen on
+    average. Seed, step and element decide the rounding.
 
     Args:
-        params: named parameters, as from ``model.named_parameters()``; or :class:`LoRAPair` objects; or parameter groups,
-            dicts with ``"params"`` of either kind and their own hyperparameters. Pairs are found by name, across groups. A
-            pair has the ``shrink_ratio`` of A's group. Frozen parameters are ignored.
-        lr: the learning rate, a number or a 0-d tensor, which on Triton the host never reads from a GPU.
-        betas: decay rates of the two moments, in [0, 1). CPU tensors are read once, at construction.
+        params: named parameters, as from ``model.named_parameters()``; or :class:`LoRAPair`
+            objects; or parameter groups, dicts with ``"params"`` of either kind and their own
+            hyperparameters. Pairs are found by name, across groups. A pair has the ``shrink_ratio``
+            of A's group. Frozen parameters are ignored.
+        lr: the learning rate, a number or a 0-d tensor, which on Triton the host never reads from a
+            GPU.
+        betas: decay rates of the two moments, in [0, 1). CPU tensors are read once, at
+            construction.
         eps: added to the square root of the second moment.
-        weight_decay: decoupled weight decay, multiplied by ``lr``; a number or a 0-d tensor, as ``lr``.
+        weight_decay: decoupled weight decay, multiplied by ``lr``; a number or a 0-d tensor, as
+            ``lr``.
         shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW. A number or a 0-d tensor, as ``lr``.
-        shrink_pattern: shrink ratios of some pairs. A key is a regular expression for the pair's dotted name, with or without
-            PEFT's adapter, or for its end after a dot, as in ``LoRAConfig.rank_pattern``. The first key that matches counts.
-            Patterns are applied when the optimizer is built, loaded or given a group.
-        shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs without a pattern. Each
-            ``step()`` with a gradient writes its value to every group's ``"shrink_ratio"``. A CUDA graph would replay one
-            value, so capture is refused; instead pass ``shrink_ratio`` as a tensor and write to it between replays.
-            ``state_dict`` holds the count of steps but not the function. A lambda can be copied but not pickled.
-        stop_condition: "norm" is Algorithm 1. "never" shrinks at every step and latches no pair, for comparison; a latched
-            pair stays latched.
+        shrink_pattern: shrink ratios of some pairs. A key is a regular expression for the pair's
+            dotted name, with or without PEFT's adapter, or for its end after a dot, as in
+            ``LoRAConfig.rank_pattern``. The first key that matches counts. Patterns are applied
+            when the optimizer is built, loaded or given a group.
+        shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs
+            without a pattern. Each ``step()`` with a gradient writes its value to every group's
+            ``"shrink_ratio"``. A CUDA graph would replay one value, so capture is refused; instead
+            pass ``shrink_ratio`` as a tensor and write to it between replays. ``state_dict`` holds
+            the count of steps but not the function. A lambda can be copied but not pickled.
+        stop_condition: "norm" is Algorithm 1. "never" shrinks at every step and latches no pair,
+            for comparison; a latched pair stays latched.
         lr_ratio_B: B's learning rate is this multiple of ``lr``, as in LoRA+ (arXiv 2402.12354).
         maximize: climb instead of descend.
-        amsgrad: divide by the root of the largest second moment so far, a third moment in the state.
-        capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one step outside of it;
-            only on Triton. Capture again after ``load_state_dict`` and after a group has changed. Values that change between
-            replays, such as ``lr``, must be tensors on the GPU. A replay does not notice writes to parameters between replays.
-        max_grad_norm: clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, with one more launch. The
-            step may leave clipped gradients in ``.grad``. A step whose norm is not finite changes nothing; it is counted in
-            ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it. ``math.inf`` never clips but still
-            skips such steps.
-        master_weights: keep a float32 master of every bfloat16 or float16 parameter in ``state[p]["master"]``. The launch that
-            updates it writes its nearest rounding to the parameter; nothing is rounded at random. Elements that someone else
-            writes to the parameter replace their master; after an in-place write to ``p.data`` call :meth:`refresh`, or the
-            write is lost.
-        moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or torch.uint8, which saves 6: 8-bit
-            floating-point codes with a float32 scale for each block of 256, not for DTensors. The latter two are rounded at
-            random. A loaded state is converted. During a step the PyTorch path, but not Triton's, holds the new moments and a
-            float32 copy of all parameters, one group's moments in float32, and a copy of gradients that are scaled or clipped.
-        seed: seed of the random rounding. Default: PyTorch's initial seed, which ``torch.manual_seed`` sets.
+        amsgrad: divide by the root of the largest second moment so far, a third moment in the
+            state.
+        capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass,
+            after one step outside of it; only on Triton. Capture again after ``load_state_dict``
+            and after a group has changed. Values that change between replays, such as ``lr``, must
+            be tensors on the GPU. A replay does not notice writes to parameters between replays.
+        max_grad_norm: clip the norm of all gradients together, as
+            ``torch.nn.utils.clip_grad_norm_``, with one more launch. The step may leave clipped
+            gradients in ``.grad``. A step whose norm is not finite changes nothing; it is counted
+            in ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it.
+            ``math.inf`` never clips but still skips such steps.
+        master_weights: keep a float32 master of every bfloat16 or float16 parameter in
+            ``state[p]["master"]``. The launch that updates it writes its nearest rounding to the
+            parameter; nothing is rounded at random. Elements that someone else writes to the
+            parameter replace their master; after an in-place write to ``p.data`` call
+            :meth:`refresh`, or the write is lost.
+        moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or
+            torch.uint8, which saves 6: 8-bit floating-point codes with a float32 scale for each
+            block of 256, not for DTensors. The latter two are rounded at random. A loaded state is
+            converted. During a step the PyTorch path, but not Triton's, holds the new moments and a
+            float32 copy of all parameters, one group's moments in float32, and a copy of gradients
+            that are scaled or clipped.
+        seed: seed of the random rounding. Default: PyTorch's initial seed, which
+            ``torch.manual_seed`` sets.
 
     Raises:
         TypeError: a parameter has no name, or an argument has the wrong type.
@@ -94,9 +113,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     # GradScaler then passes its scale and found_inf as device tensors instead of reading them.
     _step_supports_amp_scaling = True
-    # Skipped steps: those that were reported, and those counted by the optimizer that this one is a copy of.
+    # Skipped steps: those that were reported, and those counted by the optimizer that this one is a
+    # copy of.
     _reported = _skipped_before = 0
-    # What a step writes to, and by how much that raises the sum of the versions watched; None as long as that is not known.
+    # What a step writes to, and by how much that raises the sum of the versions watched; None as
+    # long as that is not known.
     _written: list[Tensor]
     _raised: int | None = None
     # Of the pairs that are stacks, by name; a model alone knows them.
@@ -131,7 +152,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         }  # fmt: skip
         defaults.update(options.check_hyper(defaults, ""))
         if shrink_schedule is not None and not callable(shrink_schedule):
-            raise TypeError(f"shrink_schedule must be a function of the step, got {shrink_schedule!r}")
+            raise TypeError(
+                f"shrink_schedule must be a function of the step, got {shrink_schedule!r}"
+            )
         self.storage = options.check_storage(moments_dtype, master_weights)
         defaults.update(self.storage._asdict())
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
@@ -142,16 +165,20 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     @classmethod
     def from_model(cls, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
-        """The optimizer of every trainable parameter of ``model``, with this library's LoRA layers or PEFT's.
+        """The optimizer of every trainable parameter of ``model``, with this library's LoRA layers
+        or PEFT's.
 
-        Parameter names leave out DistributedDataParallel, torch.compile and checkpoint_wrapper. Given to a ``Trainer`` in
-        ``optimizers``, it keeps its own ``lr``: the trainer's ``learning_rate`` does not count.
+        Parameter names leave out DistributedDataParallel, torch.compile and checkpoint_wrapper.
+        Given to a ``Trainer`` in ``optimizers``, it keeps its own ``lr``: the trainer's
+        ``learning_rate`` does not count.
 
         Raises:
             TypeError: ``model`` is no module.
         """
         check_module(model)
-        optimizer = cls(((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs)
+        optimizer = cls(
+            ((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs
+        )
         optimizer._experts = stacked_experts(innermost(model))
         return optimizer
 
@@ -159,13 +186,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         # torch's has the names of all parameters, kilobytes of them, and a line for each setting.
         lines = [f"{type(self).__name__} ({counted(len(self._pairs), 'LoRA pair')})"]
         for i, group in enumerate(self.param_groups):
-            settings = [f"{key}: {group[key]}" for key in sorted(group) if key not in ("params", "param_names")]
-            lines.append(f"Parameter Group {i} ({counted(len(group['params']), 'parameter')}): {', '.join(settings)}")
+            settings = [
+                f"{key}: {group[key]}"
+                for key in sorted(group)
+                if key not in ("params", "param_names")
+            ]
+            lines.append(
+                f"Parameter Group {i} ({counted(len(group['params']), 'parameter')}): {', '.join(settings)}"
+            )
         return "\n".join(lines)
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The norm that all gradients together are clipped to, or None. Setting it sets it in every group."""
+        """The norm that all gradients together are clipped to, or None. Setting it sets it in every
+        group.
+        """
         return self.param_groups[0]["max_grad_norm"]
 
     @max_grad_norm.setter
@@ -186,15 +221,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             return super().add_param_group(param_group)
         # All groups share this value, which is not the default once another was set or loaded.
         defaults = {**self.defaults, "max_grad_norm": self.max_grad_norm}
-        super().add_param_group(*options.check_groups([param_group], self.param_groups, defaults, self.storage))
+        super().add_param_group(
+            *options.check_groups([param_group], self.param_groups, defaults, self.storage)
+        )
         self._find_pairs()
 
     def _find_pairs(self) -> None:
-        """Find the pairs of ``param_groups`` again, and forget the engines and what the last step found."""
+        """Find the pairs of ``param_groups`` again, and forget the engines and what the last step
+        found.
+        """
         self._pairs = options.find_pairs(self.param_groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._any_sharded = any(map(is_sharded, self._params))
-        self._skipped_on_device: dict[torch.device, Tensor] = getattr(self, "_skipped_on_device", {})
+        self._skipped_on_device: dict[torch.device, Tensor] = getattr(
+            self, "_skipped_on_device", {}
+        )
         # One a device.
         self._engines: list[TorchStep | TritonStep] = []
         # The parameters, and their shards, whose versions tell that someone else wrote to them.
@@ -204,22 +245,28 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step. ``closure``, if given, recomputes the loss and its gradients; its loss is returned.
+        """Take one step. ``closure``, if given, recomputes the loss and its gradients; its loss is
+        returned.
 
         Raises:
             RuntimeError: a gradient is sparse; nothing has changed then.
-            torch.OutOfMemoryError: nothing has changed then, unless parameters are on several devices.
+            torch.OutOfMemoryError: nothing has changed then, unless parameters are on several
+                devices.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        if not same_objects([list(group["params"]) for group in self.param_groups], self._last.params):
+        if not same_objects(
+            [list(group["params"]) for group in self.param_groups], self._last.params
+        ):
             # Trainers replace the groups' parameters when they shard a model late.
             self._find_pairs()
         read = local_grad if self._any_sharded else attrgetter("grad")
         gradients = Gradients.of(list(map(read, self._params)))
         if not gradients.any():
             return loss
-        if not self.state and state.is_state_init_step(self.param_groups, self._params, gradients.tensors):
+        if not self.state and state.is_state_init_step(
+            self.param_groups, self._params, gradients.tensors
+        ):
             self._build_engines()
             return loss
         if (scheduled := self._follow_schedule()) is not None:
@@ -229,7 +276,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         change = now.since(self._last)
         if change.build:
             if capturing:
-                raise RuntimeError("run step() once before capturing it in a CUDA graph, so that its tables exist")
+                raise RuntimeError(
+                    "run step() once before capturing it in a CUDA graph, so that its tables exist"
+                )
             self._build_engines()
             now = self._snapshot(gradients).kept()
             self._last = dataclasses.replace(now, versions=None)
@@ -268,7 +317,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return found
 
     def _count_write(self) -> None:
-        """Raise the versions of what a step has written, so that a backward pass through overwritten values is noticed."""
+        """Raise the versions of what a step has written, so that a backward pass through
+        overwritten values is noticed.
+        """
         torch.autograd.graph.increment_version(self._written)
         assert self._last.versions is not None
         if self._raised is None:
@@ -276,7 +327,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._last.versions += self._raised
 
     def _follow_schedule(self) -> int | None:
-        """Write this step's shrink ratio into the groups if there is a schedule, and return the step."""
+        """Write this step's shrink ratio into the groups if there is a schedule, and return the
+        step.
+        """
         if self.shrink_schedule is None:
             return None
         if snapshot.capturing():
@@ -285,7 +338,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
                 "write to it between replays"
             )
         step = self.param_groups[0].get("shrink_step", 0) + 1
-        ratio = check_float(f"shrink_schedule({step})", self.shrink_schedule(step), low=0.0, high=1.0)
+        ratio = check_float(
+            f"shrink_schedule({step})", self.shrink_schedule(step), low=0.0, high=1.0
+        )
         for group in self.param_groups:
             group["shrink_ratio"] = ratio
         return step
@@ -301,7 +356,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             skipped = self._skipped_on_device.setdefault(device, none)
             self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
         members = [member for engine in self._engines for member in engine.members]
-        self.state.update({member.owner: state.as_owned(member.entry, member.owner) for member in members})
+        self.state.update(
+            {member.owner: state.as_owned(member.entry, member.owner) for member in members}
+        )
         # An operation on a DTensor raises its own version, and one on its shard that of the shard.
         watched = [engine.members[i] for engine in self._engines for i in engine.watched]
         shards = [member.param for member in watched if member.param is not member.owner]
@@ -309,28 +366,39 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._written = []
 
     def refresh(self) -> None:
-        """Tell the optimizer that parameters were written to in a way that it cannot notice. Returns at once.
+        """Tell the optimizer that parameters were written to in a way that it cannot notice.
+        Returns at once.
 
-        The next step then measures the norms again, in one more launch on Triton, and takes over parameters that are no longer
-        their master's rounding. The step notices these writes by itself: in-place operations under ``torch.no_grad()`` or on
-        ``p.detach()``, ``load_state_dict``, and new memory by ``p.data = tensor``. It cannot notice in-place
-        writes to ``p.data``, to a NumPy view, or by another library's kernel or collective: these change no version counter.
-        Without ``refresh`` such a write is lost with ``master_weights``. Otherwise it counts, but on Triton the next step still
-        decides the latch by the norms from before it.
+        The next step then measures the norms again, in one more launch on Triton, and takes over
+        parameters that are no longer their master's rounding. The step notices these writes by
+        itself: in-place operations under ``torch.no_grad()`` or on ``p.detach()``,
+        ``load_state_dict``, and new memory by ``p.data = tensor``. It cannot notice in-place writes
+        to ``p.data``, to a NumPy view, or by another library's kernel or collective: these change
+        no version counter. Without ``refresh`` such a write is lost with ``master_weights``.
+        Otherwise it counts, but on Triton the next step still decides the latch by the norms from
+        before it.
         """
         self._last.versions = None
 
     @property
     def nonfinite_steps(self) -> int:
-        """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not finite. Reads the device."""
-        return self._skipped_before + sum(int(skipped) for skipped in self._skipped_on_device.values())
+        """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not
+        finite. Reads the device.
+        """
+        return self._skipped_before + sum(
+            int(skipped) for skipped in self._skipped_on_device.values()
+        )
 
     def _checked_norms(self, local_only: bool = False) -> list[tuple[float, float]]:
-        """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's float32 does not hold."""
+        """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's
+        float32 does not hold.
+        """
         if (new := self.nonfinite_steps - self._reported) > 0:
             steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
             warnings.warn(
-                f"{steps} skipped because the norm of {their} gradients was not finite", RuntimeWarning, stacklevel=4
+                f"{steps} skipped because the norm of {their} gradients was not finite",
+                RuntimeWarning,
+                stacklevel=4,
             )
             self._reported += new
         float32_squares = any(isinstance(engine, TritonStep) for engine in self._engines)
@@ -338,7 +406,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
-        """The stability of every pair after the last step. Reads the device; with sharded pairs all ranks must call together.
+        """The stability of every pair after the last step. Reads the device; with sharded pairs all
+        ranks must call together.
 
         Raises:
             RuntimeError: a norm is not finite, so its pair can neither shrink nor latch.
@@ -346,7 +415,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return stability_of(self._pairs, self._checked_norms(), self.state, self._experts or {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, steps, latches and hyperparameters, seed and shrink ratio included: enough for a bit-exact resume.
+        """Moments, steps, latches and hyperparameters, seed and shrink ratio included: enough for a
+        bit-exact resume.
 
         Raises:
             RuntimeError: a pair's norm is not finite.
@@ -358,20 +428,26 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of :meth:`state_dict`, or that of ``torch.optim.AdamW`` to go on from there with Stable-LoRA.
+        """Load the result of :meth:`state_dict`, or that of ``torch.optim.AdamW`` to go on from
+        there with Stable-LoRA.
 
-        Hyperparameters become the saved ones, ``max_grad_norm`` included. AdamW's state has none of Stable-LoRA's own, which
-        stay, and no pair has latched in it. ``moments_dtype`` and ``master_weights`` stay: the state is converted. A warning
-        says so, and another says if the saved ``max_grad_norm`` replaces one that this optimizer was given.
+        Hyperparameters become the saved ones, ``max_grad_norm`` included. AdamW's state has none of
+        Stable-LoRA's own, which stay, and no pair has latched in it. ``moments_dtype`` and
+        ``master_weights`` stay: the state is converted. A warning says so, and another says if the
+        saved ``max_grad_norm`` replaces one that this optimizer was given.
 
         Raises:
-            ValueError: the state belongs to another optimizer or to other parameters; nothing has changed then.
+            ValueError: the state belongs to another optimizer or to other parameters; nothing has
+                changed then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         saved = options.check_saved(state_dict, self.param_groups)
-        groups = [options.with_saved(own, theirs) for own, theirs in zip(self.param_groups, saved, strict=True)]
+        groups = [
+            options.with_saved(own, theirs)
+            for own, theirs in zip(self.param_groups, saved, strict=True)
+        ]
         options.check_shared(groups, self.storage)
         loaded = state.load_state(state_dict, saved, self.param_groups, self._pairs, self.storage)
         options.warn_of_differences(saved[0], self.param_groups[0])
@@ -384,9 +460,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"storage": self.storage, "_reported": self._reported, "_skipped_before": self.nonfinite_steps}
+        own = {
+            "storage": self.storage,
+            "_reported": self._reported,
+            "_skipped_before": self.nonfinite_steps,
+        }
         own["_experts"] = self._experts
-        return {**super().__getstate__(), **own, "shrink_schedule": options.CopiedSchedule(self.shrink_schedule)}
+        return {
+            **super().__getstate__(),
+            **own,
+            "shrink_schedule": options.CopiedSchedule(self.shrink_schedule),
+        }
 
     def __setstate__(self, given: dict[str, Any]) -> None:
         super().__setstate__(given)

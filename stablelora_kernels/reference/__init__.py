@@ -1,7 +1,7 @@
 """The mathematics in plain PyTorch, written for reading: the oracle of every test.
 
-Everything computes in the dtype of its arguments; tests pass float64. ``lora`` has the layer, ``optimizer`` has Algorithm 1,
-AdamW and stochastic rounding.
+Everything computes in the dtype of its arguments; tests pass float64. ``lora`` has the layer,
+``optimizer`` has Algorithm 1, AdamW and stochastic rounding.
 """
 
 from stablelora_kernels.reference.lora import (
@@ -16,7 +16,12 @@ from stablelora_kernels.reference.lora import (
     philox_ref,
     unpack_mask,
 )
-from stablelora_kernels.reference.optimizer import StableAdamWRef, adamw_ref, shrink_ref, stochastic_round_ref
+from stablelora_kernels.reference.optimizer import (
+    StableAdamWRef,
+    adamw_ref,
+    shrink_ref,
+    stochastic_round_ref,
+)
 
 __all__ = [
     "StableAdamWRef",

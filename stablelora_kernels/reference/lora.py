@@ -8,10 +8,11 @@
               dB = s·dY^T S                 [N, r]
     gated MLP G = gate(X),  U = up(X),  Y = down(act(G) ∘ U)
 
-gate, up and down are layers. act is SiLU, g σ(g); GELU, g Φ(g); or its approximation, g σ(2 √(2/π) (g + 0.044715 g³)), usually
-written with tanh.
+gate, up and down are layers. act is SiLU, g σ(g); GELU, g Φ(g); or its approximation, g σ(2 √(2/π)
+(g + 0.044715 g³)), usually written with tanh.
 
-D is inverted dropout on the LoRA branch alone: D(X) = X ∘ keep / (1 - p), and D' multiplies by the same keep / (1 - p).
+D is inverted dropout on the LoRA branch alone: D(X) = X ∘ keep / (1 - p), and D' multiplies by the
+same keep / (1 - p).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def lora_branch_ref(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``base_out`` [..., N] with the branch of x [..., K], lora_A [r, K] and lora_B [N, r] added; keep [..., K] is D's mask."""
+    """``base_out`` [..., N] with the branch of x [..., K], lora_A [r, K] and lora_B [N, r] added;
+    keep [..., K] is D's mask.
+    """
     s = _dropout(x, keep, dropout_p) @ lora_A.T
     return base_out + scaling * (s @ lora_B.T)
 
@@ -52,7 +55,9 @@ def lora_linear_ref(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``Y`` [..., N] of x [..., K], weight [N, K], bias [N], lora_A [r, K], lora_B [N, r]; keep [..., K] is D's mask."""
+    """``Y`` [..., N] of x [..., K], weight [N, K], bias [N], lora_A [r, K], lora_B [N, r]; keep
+    [..., K] is D's mask.
+    """
     y = x @ weight.T
     if bias is not None:
         y = y + bias
@@ -69,7 +74,9 @@ def lora_linear_grads_ref(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Gradients by name for an incoming grad [..., N]: dS [M, r], dX in x's shape, dA [r, K], dB [N, r]."""
+    """Gradients by name for an incoming grad [..., N]: dS [M, r], dX in x's shape, dA [r, K], dB
+    [N, r].
+    """
     grads = lora_branch_grads_ref(grad, x, lora_A, lora_B, scaling, keep, dropout_p)
     return grads | {"dX": grad @ weight + grads["dX"]}
 
@@ -83,7 +90,9 @@ def lora_branch_grads_ref(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> dict[str, Tensor]:
-    """As :func:`lora_linear_grads_ref`, but dX is the branch's alone; the gradient of base_out is ``grad`` itself."""
+    """As :func:`lora_linear_grads_ref`, but dX is the branch's alone; the gradient of base_out is
+    ``grad`` itself.
+    """
     dropped = _dropout(x, keep, dropout_p).reshape(-1, x.shape[-1])
     dy = grad.reshape(-1, grad.shape[-1])
     s = dropped @ lora_A.T
@@ -108,10 +117,11 @@ def lora_experts_ref(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``Y`` [T, N] of x [T, K], weight [E, N, K], bias [E, N], lora_A [E, r, K], lora_B [E, N, r]; keep [T, K] is D's mask.
+    """``Y`` [T, N] of x [T, K], weight [E, N, K], bias [E, N], lora_A [E, r, K], lora_B [E, N, r];
+    keep [T, K] is D's mask.
 
-    Expert e has the rows from ``offsets[e - 1]``, or 0, to before ``offsets[e]``; rows behind the last offset give zeros.
-    Autograd differentiates it.
+    Expert e has the rows from ``offsets[e - 1]``, or 0, to before ``offsets[e]``; rows behind the
+    last offset give zeros. Autograd differentiates it.
     """
     parts = []
     ends = [0, *offsets.tolist()]
@@ -138,12 +148,17 @@ def lora_mlp_ref(
     keeps: Sequence[Tensor | None] = (None, None, None),
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``Y`` [..., N] of x [..., K]. ``projections``: weight, bias, lora_A and lora_B of gate, up and down; keeps: D's masks.
+    """``Y`` [..., N] of x [..., K]. ``projections``: weight, bias, lora_A and lora_B of gate, up
+    and down; keeps: D's masks.
 
     Autograd differentiates it.
     """
-    gate, up, down = ([*p, s, keep, dropout_p] for p, s, keep in zip(projections, scalings, keeps, strict=True))
-    return lora_linear_ref(activation_ref(lora_linear_ref(x, *gate), activation) * lora_linear_ref(x, *up), *down)
+    gate, up, down = (
+        [*p, s, keep, dropout_p] for p, s, keep in zip(projections, scalings, keeps, strict=True)
+    )
+    return lora_linear_ref(
+        activation_ref(lora_linear_ref(x, *gate), activation) * lora_linear_ref(x, *up), *down
+    )
 
 
 def nf4_ref(
@@ -157,10 +172,12 @@ def nf4_ref(
     offset: Tensor | None = None,
     nested_blocksize: int = 0,
 ) -> Tensor:
-    """W [N, K] in float64 = ``code[index] · absmax``, from the tensors of :class:`stablelora_kernels.quantized.NF4Weight`.
+    """W [N, K] in float64 = ``code[index] · absmax``, from the tensors of
+    :class:`stablelora_kernels.quantized.NF4Weight`.
 
-    Count elements row after row. The index of element e is the upper half of byte e div 2 if e is even, else the lower half.
-    Its absmax is that of block e div blocksize; if nested, that is ``nested_code[absmax] · nested_absmax + offset``.
+    Count elements row after row. The index of element e is the upper half of byte e div 2 if e is
+    even, else the lower half. Its absmax is that of block e div blocksize; if nested, that is
+    ``nested_code[absmax] · nested_absmax + offset``.
     """
     element = torch.arange(shape[0] * shape[1])
     byte = packed.long()[element // 2]
@@ -169,7 +186,8 @@ def nf4_ref(
     scale = absmax[block].double()
     if nested_absmax is not None and nested_code is not None and offset is not None:
         scale = (
-            nested_code.double()[absmax[block].long()] * nested_absmax.double()[block // nested_blocksize]
+            nested_code.double()[absmax[block].long()]
+            * nested_absmax.double()[block // nested_blocksize]
             + offset.double()
         )
     return (code.double()[index] * scale).reshape(shape)
@@ -178,21 +196,24 @@ def nf4_ref(
 def fp8_ref(data: Tensor, scale: Tensor) -> Tensor:
     """W [N, K] in float64 from the bits of float8_e4m3fn data [N, K] and scale [N].
 
-    A byte holds a sign, a 4-bit exponent e and a 3-bit fraction f. Its value is ``(1 + f/8) 2^(e - 7)``, or ``f/8 · 2^-6`` if e
-    is 0. With all of e and f set it is NaN.
+    A byte holds a sign, a 4-bit exponent e and a 3-bit fraction f. Its value is ``(1 + f/8) 2^(e -
+    7)``, or ``f/8 · 2^-6`` if e is 0. With all of e and f set it is NaN.
     """
     bits = data.view(torch.uint8).long()
     exponent, fraction = (bits >> 3) & 15, (bits & 7).double() / 8
-    value = torch.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * torch.exp2(exponent.double() - 7))
+    value = torch.where(
+        exponent == 0, fraction * 2.0**-6, (1 + fraction) * torch.exp2(exponent.double() - 7)
+    )
     value = torch.where(bits & 127 == 127, torch.nan, value)
     return torch.where(bits >= 128, -value, value) * scale.double()[:, None]
 
 
 def philox_ref(seed: int, counter: Tensor) -> Tensor:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64 [..., 4], for each int64 counter [...].
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64 [..., 4], for each int64
+    counter [...].
 
-    The counter's low and high halves are the first two counter words; the other two are zero. The key is the seed's halves.
-    Triton's ``tl.randint4x(seed, counter)`` gives the same words.
+    The counter's low and high halves are the first two counter words; the other two are zero. The
+    key is the seed's halves. Triton's ``tl.randint4x(seed, counter)`` gives the same words.
     """
     mask = 0xFFFFFFFF
 
@@ -216,8 +237,9 @@ def philox_ref(seed: int, counter: Tensor) -> Tensor:
 def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Tensor:
     """The Triton kernels' keep-mask, bool [rows, columns], bit for bit.
 
-    Element (i, j) takes word j mod 8 div 2 of the Philox counter i·ceil(columns / 8) + j div 8, its lower half if j is even,
-    else its upper one. It is kept if the half's lower 15 bits are at least min(round(p·32768), 32767).
+    Element (i, j) takes word j mod 8 div 2 of the Philox counter i·ceil(columns / 8) + j div 8, its
+    lower half if j is even, else its upper one. It is kept if the half's lower 15 bits are at least
+    min(round(p·32768), 32767).
     """
     groups = -(-columns // 8)
     words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64))
@@ -226,6 +248,8 @@ def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Te
 
 
 def unpack_mask(mask: Tensor, columns: int) -> Tensor:
-    """The keep-mask, bool [rows, columns], from what the kernels store: int32 [rows, ceil(columns / 32)], lowest bits first."""
+    """The keep-mask, bool [rows, columns], from what the kernels store: int32 [rows, ceil(columns /
+    32)], lowest bits first.
+    """
     bits = mask[:, :, None] >> torch.arange(32, device=mask.device) & 1
     return bits.reshape(len(mask), -1)[:, :columns] == 1

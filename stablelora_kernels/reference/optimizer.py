@@ -1,7 +1,9 @@
-"""The optimizer step in plain PyTorch, written for reading: Algorithm 1, decoupled AdamW, stochastic rounding.
+"""The optimizer step in plain PyTorch, written for reading: Algorithm 1, decoupled AdamW,
+stochastic rounding.
 
-Everything computes in the dtype of its arguments; in float64 it is the oracle of the tests. Nothing is fast, and the host may
-read every value. Sources: Stable-LoRA, arXiv 2603.05204, Algorithm 1; AdamW, arXiv 1711.05101.
+Everything computes in the dtype of its arguments; in float64 it is the oracle of the tests. Nothing
+is fast, and the host may read every value. Sources: Stable-LoRA, arXiv 2603.05204, Algorithm 1;
+AdamW, arXiv 1711.05101.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ _WORD = 0xFFFFFFFF
 
 
 def shrink_ref(
-    A: torch.Tensor, B: torch.Tensor, latched: bool, shrink_ratio: float, stop_condition: str = "norm"
+    A: torch.Tensor,
+    B: torch.Tensor,
+    latched: bool,
+    shrink_ratio: float,
+    stop_condition: str = "norm",
 ) -> tuple[torch.Tensor, bool]:
     """Algorithm 1 on one pair A [r, n], B [m, r], before its update: ``(A, latched)``.
 
-    A becomes (1 - shrink_ratio) A while ``||A||_F / n > ||B||_F / m``. The first time the test fails the pair latches, and A
-    never shrinks again. With a norm that is not finite the pair neither shrinks nor latches. With ``stop_condition`` "never"
-    A shrinks at any finite norms.
+    A becomes (1 - shrink_ratio) A while ``||A||_F / n > ||B||_F / m``. The first time the test
+    fails the pair latches, and A never shrinks again. With a norm that is not finite the pair
+    neither shrinks nor latches. With ``stop_condition`` "never" A shrinks at any finite norms.
     """
     a_norm = A.norm().item() / max(A.shape[1], 1)
     b_norm = B.norm().item() / max(B.shape[0], 1)
@@ -83,7 +89,9 @@ def adamw_ref(
 
 
 def clip_coefficient_ref(grads: list[torch.Tensor], max_grad_norm: float | None) -> float | None:
-    """The factor by which ``torch.nn.utils.clip_grad_norm_`` multiplies gradients; None if their norm is not finite."""
+    """The factor by which ``torch.nn.utils.clip_grad_norm_`` multiplies gradients; None if their
+    norm is not finite.
+    """
     if max_grad_norm is None:
         return 1.0
     total = math.sqrt(sum(g.square().sum().item() for g in grads))
@@ -96,8 +104,8 @@ def clip_coefficient_ref(grads: list[torch.Tensor], max_grad_norm: float | None)
 class StableAdamWRef:
     """The whole optimizer over pairs and lone parameters of one group.
 
-    ``step`` changes the tensors in place. A pair whose A has no gradient neither shrinks nor latches; its B still takes AdamW's
-    step.
+    ``step`` changes the tensors in place. A pair whose A has no gradient neither shrinks nor
+    latches; its B still takes AdamW's step.
     """
 
     pairs: list[LoRAPair]
@@ -136,7 +144,11 @@ class StableAdamWRef:
             if pair.A in grads:
                 before = self.latched_at[pair.name] is not None
                 shrunk, latched = shrink_ref(
-                    pair.A, pair.B, before, self.shrink_ratios.get(pair.name, ratio), self.stop_condition
+                    pair.A,
+                    pair.B,
+                    before,
+                    self.shrink_ratios.get(pair.name, ratio),
+                    self.stop_condition,
                 )
                 pair.A.copy_(shrunk)
                 if latched and not before:
@@ -159,10 +171,11 @@ class StableAdamWRef:
 
 
 def mix32(x: int) -> int:
-    """A bijection of 32-bit words: each bit of the argument flips about half the bits of the result.
+    """A bijection of 32-bit words: each bit of the argument flips about half the bits of the
+    result.
 
-    A multiply-xorshift finalizer with the constants that Chris Wellons found by search (public domain, "lowbias32",
-    https://nullprogram.com/blog/2018/07/31/).
+    A multiply-xorshift finalizer with the constants that Chris Wellons found by search (public
+    domain, "lowbias32", https://nullprogram.com/blog/2018/07/31/).
     """
     x &= _WORD
     x ^= x >> 16
@@ -173,12 +186,16 @@ def mix32(x: int) -> int:
 
 
 def rounding_key_ref(seed: int, step: int) -> int:
-    """The rounding key of one parameter at its ``step``: both halves of the 63-bit seed and the step, mixed."""
+    """The rounding key of one parameter at its ``step``: both halves of the 63-bit seed and the
+    step, mixed.
+    """
     return mix32(step + mix32(mix32(seed) ^ (seed >> 32)))
 
 
 def rounding_noise_ref(seed: int, step: int, index: int) -> int:
-    """The 32 random bits that round element ``index`` of the concatenation of all parameters at ``step``."""
+    """The 32 random bits that round element ``index`` of the concatenation of all parameters at
+    ``step``.
+    """
     return mix32(index ^ rounding_key_ref(seed, step))
 
 
@@ -189,10 +206,11 @@ def moment_noise_ref(seed: int, step: int, index: int) -> tuple[int, int]:
 
 
 def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
-    """The float32 value ``x`` rounded up or down at random to bfloat16 or float16, so that the mean is ``x``.
+    """The float32 value ``x`` rounded up or down at random to bfloat16 or float16, so that the mean
+    is ``x``.
 
-    Let q be the distance of the two values of ``dtype`` around ``x``. The magnitude becomes ``q floor(abs(x) / q)``, or one q
-    more with the probability of the fraction lost.
+    Let q be the distance of the two values of ``dtype`` around ``x``. The magnitude becomes ``q
+    floor(abs(x) / q)``, or one q more with the probability of the fraction lost.
     """
     if not math.isfinite(x) or x == 0:
         return x
@@ -201,18 +219,21 @@ def stochastic_round_ref(x: float, dtype: torch.dtype, noise: int) -> float:
     quantum = 2.0 ** max(exponent, smallest)
     whole = math.floor(abs(x) / quantum)
     lost = abs(x) / quantum - whole
-    # As many random bits as float32's significand has beyond the result's, but 24 if float16 is subnormal.
+    # As many random bits as float32's significand has beyond the result's, but 24 if float16 is
+    # subnormal.
     bits = 24 if dtype is torch.float16 and exponent < smallest else 24 - digits
     up = lost * 2**bits + noise % 2**bits >= 2**bits
     return math.copysign((whole + up) * quantum, x)
 
 
 def moment8_ref(values: list[float], noises: list[int], signed: bool) -> tuple[list[float], float]:
-    """A block of a moment rounded to 8 bits: the decoded values, multiplied by the scale, and the scale.
+    """A block of a moment rounded to 8 bits: the decoded values, multiplied by the scale, and the
+    scale.
 
-    The scale makes the largest magnitude 1.875. Values are rounded at random to a sign bit, 4 exponent bits and 3 fraction
-    bits. Without a sign (the second moment) there are 5 exponent bits. From 2^-14 (unsigned: 2^-30) on, steps are an eighth of
-    the value's power of two; below they are 2^-17 (2^-33).
+    The scale makes the largest magnitude 1.875. Values are rounded at random to a sign bit, 4
+    exponent bits and 3 fraction bits. Without a sign (the second moment) there are 5 exponent bits.
+    From 2^-14 (unsigned: 2^-30) on, steps are an eighth of the value's power of two; below they are
+    2^-17 (2^-33).
     """
     scale = max(map(abs, values)) / 1.875
     smallest = -14 if signed else -30

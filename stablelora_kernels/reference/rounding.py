@@ -1,9 +1,12 @@
-"""How far rounding may move each result of the formulas in ``lora``, on any processor: an error analysis that runs beside them.
+"""How far rounding may move each result of the formulas in ``lora``, on any processor: an error
+analysis that runs beside them.
 
-Each matrix carries its exact values and a standard deviation per element. The model is that of N. J. Higham and T. Mary, "A New
-Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci. Comput. 41, 2019): roundings are independent and have mean zero.
-A rounding moves a number between 2^e and 2^(e+1) by at most u 2^e, where u is the unit roundoff; evenly distributed, that is a
-standard deviation of u 2^e / √3. Independent deviations add as squares, so they pass through a product of matrices like this::
+Each matrix carries its exact values and a standard deviation per element. The model is that of N.
+J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci.
+Comput. 41, 2019): roundings are independent and have mean zero. A rounding moves a number between
+2^e and 2^(e+1) by at most u 2^e, where u is the unit roundoff; evenly distributed, that is a
+standard deviation of u 2^e / √3. Independent deviations add as squares, so they pass through a
+product of matrices like this::
 
     C = A B:   var(C) = var(A) (B ∘ B) + (A ∘ A) var(B) + var(sums)
                var(sums) = (u |A| |B| / 2)² + (u √n |A B| / 4)²
@@ -15,8 +18,8 @@ The last line is the rounding of sums over n terms, in any order.
   2020). The sum of the first i products has the variance i σ². A rounding of it has 0.54 u² i σ² / 3: the mean of 4^e over the
   squares of the numbers between 2^e and 2^(e+1) is 0.54. All roundings together have 0.09 u² n² σ². For normal numbers
   |A| |B| is n σ 2/π, of which the root is 0.47.
-- Terms that agree: the first i of them are i/n of the sum. All roundings together have 0.54 u² n (A B)² / 9, of which the root
-  is 0.24 u √n |A B|.
+- Terms that agree: the first i of them are i/n of the sum. All roundings together have 0.54 u² n (A
+  B)² / 9, of which the root is 0.24 u √n |A B|.
 
 Blocked sums, which processors compute in several parts, round less than either.
 """
@@ -55,7 +58,9 @@ def deviation_of_rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A float64 matrix, and the standard deviation of each element of what a processor computes in its place."""
+    """A float64 matrix, and the standard deviation of each element of what a processor computes in
+    its place.
+    """
 
     # Exact, and differentiable by the errors.
     value: Tensor
@@ -96,7 +101,9 @@ class Rounded:
         return self.rounded(deviation_of_rounding(self.exact, dtype) * math.sqrt(times))
 
     def projected(self, direction: Tensor) -> float:
-        """The standard deviation of the inner product with ``direction``, to the first order in the errors."""
+        """The standard deviation of the inner product with ``direction``, to the first order in the
+        errors.
+        """
         errors = list(self.errors)
         inner = (self.value * direction.reshape(self.value.shape)).sum()
         if not errors:
@@ -106,19 +113,25 @@ class Rounded:
 
 
 def operand(t: Tensor, dtype: torch.dtype) -> Rounded:
-    """An operand that is rounded to ``dtype`` as it is used, unless it has no more digits than that."""
+    """An operand that is rounded to ``dtype`` as it is used, unless it has no more digits than
+    that.
+    """
     exact = Rounded(t.double(), torch.zeros_like(t, dtype=torch.float64))
     return exact if torch.finfo(t.dtype).eps >= torch.finfo(dtype).eps else exact.stored(dtype)
 
 
 def dequantized(weight: Tensor, dtype: torch.dtype) -> Rounded:
-    """A quantized weight, given in float64, that is computed with the digits of sums and rounded to ``dtype``."""
+    """A quantized weight, given in float64, that is computed with the digits of sums and rounded to
+    ``dtype``.
+    """
     exact = Rounded(weight, torch.zeros_like(weight))
     return exact.stored(Arithmetic(dtype).sums, OF_DEQUANTIZING).stored(dtype)
 
 
 def repeats(rows: Tensor) -> float:
-    """How often a row occurs on average. Equal rows are rounded alike, and their deviations do not cancel in a sum."""
+    """How often a row occurs on average. Equal rows are rounded alike, and their deviations do not
+    cancel in a sum.
+    """
     return rows.shape[0] / max(rows.float().unique(dim=0).shape[0], 1)
 
 
@@ -132,7 +145,9 @@ def variance_of_product(a: Rounded, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Sums have the digits of ``sums``; operands and intermediate results are stored as ``storage``."""
+    """Sums have the digits of ``sums``; operands and intermediate results are stored as
+    ``storage``.
+    """
 
     storage: torch.dtype
 
@@ -150,10 +165,11 @@ class Arithmetic:
 
 
 class RoundedLayer:
-    """A layer with its LoRA branch, forward and backward. It remembers what backward reads, as an autograd function does.
+    """A layer with its LoRA branch, forward and backward. It remembers what backward reads, as an
+    autograd function does.
 
-    ``lora_A`` and ``lora_B`` are None for a projection without a branch, ``weight`` for a branch alone. ``keep`` [..., K] is the
-    mask of a dropout of probability ``dropout_p``.
+    ``lora_A`` and ``lora_B`` are None for a projection without a branch, ``weight`` for a branch
+    alone. ``keep`` [..., K] is the mask of a dropout of probability ``dropout_p``.
     """
 
     def __init__(
@@ -170,13 +186,19 @@ class RoundedLayer:
         self.arithmetic, self.scaling = arithmetic, scaling
         self.weight, self.bias = weight, bias
         self.lora_A, self.lora_B = lora_A, lora_B
-        self.share = None if keep is None else keep.reshape(-1, keep.shape[-1]).double() / (1 - dropout_p)
+        self.share = (
+            None if keep is None else keep.reshape(-1, keep.shape[-1]).double() / (1 - dropout_p)
+        )
 
     def masked(self, t: Rounded) -> Rounded:
         return t if self.share is None else t * self.share
 
-    def forward(self, x: Rounded, base: Rounded | None = None, dtype: torch.dtype | None = None) -> Rounded:
-        """Y [M, N] of x [M, K], stored as ``dtype`` or as intermediate results are. ``base`` replaces the product."""
+    def forward(
+        self, x: Rounded, base: Rounded | None = None, dtype: torch.dtype | None = None
+    ) -> Rounded:
+        """Y [M, N] of x [M, K], stored as ``dtype`` or as intermediate results are. ``base``
+        replaces the product.
+        """
         storage, product = self.arithmetic.storage, self.arithmetic.product
         self.x = x
         if base is None:
@@ -199,13 +221,17 @@ class RoundedLayer:
             gradients["weight"] = product(grad.T, self.x).stored(storage)
         if self.bias is not None:
             ones = torch.ones_like(grad.exact[:, :1])
-            gradients["bias"] = product(grad.T, Rounded(ones, torch.zeros_like(ones))).stored(storage)
+            gradients["bias"] = product(grad.T, Rounded(ones, torch.zeros_like(ones))).stored(
+                storage
+            )
         if self.lora_A is None or self.lora_B is None:
             return gradients
         # The product is rounded, and rounded again as it is scaled.
         ds = (product(grad, self.lora_B) * self.scaling).stored(storage, times=2)
         branch = self.masked(product(ds, self.lora_A).stored(storage))
-        gradients["x"] = (gradients["x"] + branch).stored(storage) if self.weight is not None else branch
+        gradients["x"] = (
+            (gradients["x"] + branch).stored(storage) if self.weight is not None else branch
+        )
         gradients["lora_A"] = product(ds.T, self.dropped).stored(storage)
         gradients["lora_B"] = (product(grad.T, self.s) * self.scaling).stored(storage, times=2)
         return gradients
@@ -222,7 +248,9 @@ def total(terms: Sequence[Rounded], dtype: torch.dtype) -> Rounded:
 class RoundedMLP:
     """A gated MLP: Y = down(act(gate(X)) ∘ up(X))."""
 
-    def __init__(self, gate: RoundedLayer, up: RoundedLayer, down: RoundedLayer, activation: str) -> None:
+    def __init__(
+        self, gate: RoundedLayer, up: RoundedLayer, down: RoundedLayer, activation: str
+    ) -> None:
         self.gate, self.up, self.down = gate, up, down
         self.activation = activation
         self.arithmetic = gate.arithmetic
@@ -233,7 +261,9 @@ class RoundedMLP:
         return self.down.forward((self.act * self.u).stored(self.arithmetic.storage))
 
     def backward(self, grad: Rounded) -> list[dict[str, Rounded]]:
-        """The gradients of gate, of up and of down by their operands' names. That of x is gate's, and of both."""
+        """The gradients of gate, of up and of down by their operands' names. That of x is gate's,
+        and of both.
+        """
         storage = self.arithmetic.storage
         of_down = self.down.backward(grad)
         dh = of_down["x"]
@@ -252,17 +282,23 @@ class RoundedMLP:
         # The errors of G pass on by the derivatives.
         error = g.value - g.exact
         acts = Rounded(act + slope * error, g.deviation * slope.abs(), g.errors).rounded(of_act)
-        slopes = Rounded(slope + curvature * error, g.deviation * curvature.abs(), g.errors).rounded(of_slope)
+        slopes = Rounded(
+            slope + curvature * error, g.deviation * curvature.abs(), g.errors
+        ).rounded(of_slope)
         return acts.stored(self.arithmetic.storage), slopes
 
 
 class RoundedDoRA:
-    """DoRA: Y = (m / n) Z + bias for a layer's Z, with the magnitudes m and the norms n of the rows of W + s B A.
+    """DoRA: Y = (m / n) Z + bias for a layer's Z, with the magnitudes m and the norms n of the rows
+    of W + s B A.
 
-    The rounding of n is left out: a norm of K numbers has 1/√K of the relative error of one of them.
+    The rounding of n is left out: a norm of K numbers has 1/√K of the relative error of one of
+    them.
     """
 
-    def __init__(self, layer: RoundedLayer, magnitude: Tensor, norms: Tensor, bias: Rounded | None) -> None:
+    def __init__(
+        self, layer: RoundedLayer, magnitude: Tensor, norms: Tensor, bias: Rounded | None
+    ) -> None:
         self.layer, self.bias = layer, bias
         self.norms, self.factor = norms, magnitude / norms
         self.arithmetic = layer.arithmetic
@@ -279,7 +315,9 @@ class RoundedDoRA:
         storage = self.arithmetic.storage
         gradients = self.layer.backward((grad * self.factor).stored(storage, times=2))
         ones = torch.ones_like(self.z.exact[:, :1])
-        sums = self.arithmetic.product((grad * self.z).stored(storage).T, Rounded(ones, torch.zeros_like(ones)))
+        sums = self.arithmetic.product(
+            (grad * self.z).stored(storage).T, Rounded(ones, torch.zeros_like(ones))
+        )
         gradients["magnitude"] = (sums.stored(storage) * (1 / self.norms)[:, None]).stored(storage)
         return gradients
 

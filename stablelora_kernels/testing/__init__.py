@@ -1,4 +1,6 @@
-"""Helpers for tests and benchmarks: inputs, the bound on errors, calls with their oracle, and baselines to time."""
+"""Helpers for tests and benchmarks: inputs, the bound on errors, calls with their oracle, and
+baselines to time.
+"""
 
 from __future__ import annotations
 

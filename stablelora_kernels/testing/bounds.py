@@ -1,4 +1,6 @@
-"""The bound on errors: twice eager PyTorch's own error, or what an error analysis allows, and a bound on the scale."""
+"""The bound on errors: twice eager PyTorch's own error, or what an error analysis allows, and a
+bound on the scale.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def farthest_element(
     rounding: Rounded | None = None,
     name: str = "result",
 ) -> Deviation:
-    """The element of ``out`` whose error is the largest share of its bound; see :func:`assert_no_worse`."""
+    """The element of ``out`` whose error is the largest share of its bound; see
+    :func:`assert_no_worse`.
+    """
     if not out.numel():
         return Deviation(0.0, 0.0, name)
     ref = ref.double()
@@ -62,10 +66,12 @@ def farthest_element(
 def scale_of(
     out: Tensor, ref: Tensor, slope: float, rounding: Rounded | None = None, name: str = "result"
 ) -> Deviation:
-    """The share by which ``out`` as a whole is too large or too small: how far ``<out, ref> / <ref, ref>`` is from 1.
+    """The share by which ``out`` as a whole is too large or too small: how far ``<out, ref> / <ref,
+    ref>`` is from 1.
 
-    It may be ``slope``. Where few numbers are rounded on the way, chance may make it larger: DEVIATIONS standard deviations of
-    all roundings together are allowed. They fall with the root of how many numbers are rounded.
+    It may be ``slope``. Where few numbers are rounded on the way, chance may make it larger:
+    DEVIATIONS standard deviations of all roundings together are allowed. They fall with the root of
+    how many numbers are rounded.
     """
     of, ref = f"the scale of {name}", ref.double()
     square = ref.square().sum().item()
@@ -86,7 +92,9 @@ def deviations(
     slope: float | None = None,
     name: str = "result",
 ) -> list[Deviation]:
-    """What :func:`assert_no_worse` compares: the farthest element, and the scale if ``rounding`` or ``slope`` is given."""
+    """What :func:`assert_no_worse` compares: the farthest element, and the scale if ``rounding`` or
+    ``slope`` is given.
+    """
     dtype = dtype or out.dtype
     measured = [farthest_element(out, ref, baseline, dtype, rounding, name)]
     if slope is None and rounding is not None:
@@ -106,22 +114,28 @@ def assert_no_worse(
     slope: float | None = None,
     name: str = "result",
 ) -> list[Deviation]:
-    """Raise AssertionError unless ``out`` is finite and as near to ``ref`` as plain PyTorch's result, or as rounding allows.
+    """Raise AssertionError unless ``out`` is finite and as near to ``ref`` as plain PyTorch's
+    result, or as rounding allows.
 
-    ``ref`` is the float64 oracle and ``baseline`` is plain PyTorch's result. Each element may be off by
-    ``2 max|baseline - ref| + atol``, twice the error that a user already has. ``atol`` covers a baseline that happens to be
-    exact: one unit in the last place of ref's largest element in ``dtype``, the dtype of the arithmetic, which is out's unless
-    given.
+    ``ref`` is the float64 oracle and ``baseline`` is plain PyTorch's result. Each element may be
+    off by ``2 max|baseline - ref| + atol``, twice the error that a user already has. ``atol``
+    covers a baseline that happens to be exact: one unit in the last place of ref's largest element
+    in ``dtype``, the dtype of the arithmetic, which is out's unless given.
 
-    ``rounding`` is this result's of :func:`roundings`. With it an element may instead be off by DEVIATIONS standard deviations
-    of its rounding, if that is more. With ``rounding`` or ``slope``, the scale of all elements together is bounded too: by
-    ``slope``, which is that of SLOPES unless given, or by DEVIATIONS standard deviations. Return what was compared.
+    ``rounding`` is this result's of :func:`roundings`. With it an element may instead be off by
+    DEVIATIONS standard deviations of its rounding, if that is more. With ``rounding`` or ``slope``,
+    the scale of all elements together is bounded too: by ``slope``, which is that of SLOPES unless
+    given, or by DEVIATIONS standard deviations. Return what was compared.
     """
-    assert out.shape == ref.shape, f"{name} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
+    assert out.shape == ref.shape, (
+        f"{name} has shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
+    )
     if not out.numel():
         return []
     assert bool(torch.isfinite(out).all()), f"{name} holds values that are not finite"
-    compared = deviations(out, ref, baseline, dtype=dtype, rounding=rounding, slope=slope, name=name)
+    compared = deviations(
+        out, ref, baseline, dtype=dtype, rounding=rounding, slope=slope, name=name
+    )
     for error, bound, of in compared:
         assert error <= bound, f"{of} is off by {error:.3e}, allowed {bound:.3e}"
     return compared

@@ -1,8 +1,9 @@
 """One call of any op as a :class:`Case`: its operands, and its results by the op.
 
-A call is a list of projections, numbered from 0, and how they combine. Operands have names: "x", "base_out" (of ``lora_branch``)
-and, for each projection, "weight0", "bias0", "lora_A0", "lora_B0" and "grad0", the gradient of its output. A gated MLP has gate,
-up and down as projections 0, 1 and 2, and one output. Results are the outputs "Y0", ... and gradients by their operands' names.
+A call is a list of projections, numbered from 0, and how they combine. Operands have names: "x",
+"base_out" (of ``lora_branch``) and, for each projection, "weight0", "bias0", "lora_A0", "lora_B0"
+and "grad0", the gradient of its output. A gated MLP has gate, up and down as projections 0, 1 and
+2, and one output. Results are the outputs "Y0", ... and gradients by their operands' names.
 
 ``expectations`` has what the results must be.
 """
@@ -23,7 +24,13 @@ from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import Rule
 from stablelora_kernels.dispatch.settings import use_backend, use_kernel
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.functional import LoRAWeights, lora_branch, lora_linear, lora_linear_group, lora_mlp
+from stablelora_kernels.functional import (
+    LoRAWeights,
+    lora_branch,
+    lora_linear,
+    lora_linear_group,
+    lora_mlp,
+)
 from stablelora_kernels.testing.devices import pretend_gpu
 from stablelora_kernels.testing.inputs import fp8_weight, make_inputs, nf4_weight
 
@@ -37,7 +44,8 @@ QUANTIZED: dict[str, Callable[[int, int], Any]] = {
     "nf4 128 nested": lambda n, k: nf4_weight(n, k, 128, nested=True),
     "fp8": fp8_weight,
 }
-# Many tiles, ragged edges and several blocks of ranks at small sizes. Masks are read by words of 32 columns.
+# Many tiles, ragged edges and several blocks of ranks at small sizes. Masks are read by words of 32
+# columns.
 TINY = Tile(32, 32, 16, 4, 2)
 Operands = dict[str, Any]
 Results = dict[str, Tensor]
@@ -93,12 +101,21 @@ class Case:
 
     def __str__(self) -> str:
         """Sizes and dtypes, and each option that is not the default: a test's id."""
-        shape, sizes, ranks = ("x".join(map(str, each)) for each in (self.shape, self.sizes, self.ranks))
-        words = [self.op, f"{shape}-{sizes}", f"r{ranks}", f"{SHORT[self.dtype]}/{SHORT[self.lora_dtype]}"]
+        shape, sizes, ranks = (
+            "x".join(map(str, each)) for each in (self.shape, self.sizes, self.ranks)
+        )
+        words = [
+            self.op,
+            f"{shape}-{sizes}",
+            f"r{ranks}",
+            f"{SHORT[self.dtype]}/{SHORT[self.lora_dtype]}",
+        ]
         for option in fields(self)[6:]:
             value = getattr(self, option.name)
             if value not in (option.default, {}) and (self.broken or option.name != "value"):
-                words.append(short(value) if isinstance(value, str) else f"{option.name}={short(value)}")
+                words.append(
+                    short(value) if isinstance(value, str) else f"{option.name}={short(value)}"
+                )
         return " ".join(words)
 
     def but(self, **changes: Any) -> Case:
@@ -125,7 +142,9 @@ class Case:
     def of_branches(self, kind: str) -> list[str]:
         """The names of all A's, or of all B's. A shared A is one."""
         there = [
-            i for i, r in enumerate(self.ranks) if r is not None and not (self.shared and (kind, i) == ("lora_A", 1))
+            i
+            for i, r in enumerate(self.ranks)
+            if r is not None and not (self.shared and (kind, i) == ("lora_A", 1))
         ]
         return [f"{kind}{i}" for i in there]
 
@@ -148,9 +167,11 @@ def short(value: Any) -> str:
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """``t`` with other strides, and NaN in the gaps. "expanded" repeats its first row, or element, with stride 0.
+    """``t`` with other strides, and NaN in the gaps. "expanded" repeats its first row, or element,
+    with stride 0.
 
-    "negated": a view whose memory holds the values times -1, as that of a conjugate's imaginary part does.
+    "negated": a view whose memory holds the values times -1, as that of a conjugate's imaginary
+    part does.
     """
     if layout == "negated":
         return torch._neg_view(-t)
@@ -164,7 +185,9 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
         flat = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype, device=t.device)
         return flat[1:].view(t.shape).copy_(t)
     step = 2 if layout == "every second" else 1
-    gaps = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 3), torch.nan, dtype=t.dtype, device=t.device)
+    gaps = torch.full(
+        (*t.shape[:-1], 2 * t.shape[-1] + 3), torch.nan, dtype=t.dtype, device=t.device
+    )
     return gaps[..., 1 : 1 + step * t.shape[-1] : step].copy_(t)
 
 
@@ -172,7 +195,9 @@ def make(case: Case) -> Operands:
     """The operands by name, laid out; absent are those that the call does not have."""
     given: Operands = {}
     for i, (n, r) in enumerate(zip(case.sizes, case.ranks, strict=True)):
-        *leading, k = (*case.shape[:-1], case.sizes[0]) if case.op == "mlp" and i == 2 else case.shape
+        *leading, k = (
+            (*case.shape[:-1], case.sizes[0]) if case.op == "mlp" and i == 2 else case.shape
+        )
         made: Operands = make_inputs(
             (*leading, max(k, 1)), n, r or 1, dtype=case.dtype, lora_dtype=case.lora_dtype, bias=case.bias[i % len(case.bias)],
             device=case.device, seed=case.seed + i,
@@ -205,14 +230,20 @@ def make(case: Case) -> Operands:
 def on_device(weight: Any, device: str) -> Any:
     """A quantized weight on ``device``."""
     parts = {part.name: getattr(weight, part.name) for part in fields(weight)}
-    return type(weight)(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in parts.items()})
+    return type(weight)(
+        **{name: t.to(device) if isinstance(t, Tensor) else t for name, t in parts.items()}
+    )
 
 
 def leaves(case: Case, given: Operands) -> Operands:
-    """``given``, of which those that the case wants require gradients, with the strides they came in."""
+    """``given``, of which those that the case wants require gradients, with the strides they came
+    in.
+    """
     wanted = set(case.wanted_names)
     return {
-        name: t.detach().requires_grad_(name in wanted) if isinstance(t, Tensor) and not name.startswith("grad") else t
+        name: t.detach().requires_grad_(name in wanted)
+        if isinstance(t, Tensor) and not name.startswith("grad")
+        else t
         for name, t in given.items()
     }
 
@@ -234,15 +265,23 @@ def ours(case: Case, given: Operands) -> tuple[Tensor, ...]:
     parts: list[Any] = [*projections(case, given)]
     x, first, dropout = given["x"], parts[0], (case.p, case.training)
     if case.op == "branch":
-        return (lora_branch(given["base_out"], x, first.lora_A, first.lora_B, first.scaling, *dropout),)
+        return (
+            lora_branch(given["base_out"], x, first.lora_A, first.lora_B, first.scaling, *dropout),
+        )
     if case.op == "group":
         weights, biases = [part.weight for part in parts], [part.bias for part in parts]
         lora_As, lora_Bs = [part.lora_A for part in parts], [part.lora_B for part in parts]
-        return lora_linear_group(x, weights, biases, lora_As, lora_Bs, [part.scaling for part in parts], *dropout)
+        return lora_linear_group(
+            x, weights, biases, lora_As, lora_Bs, [part.scaling for part in parts], *dropout
+        )
     if case.op == "mlp":
         gate, up, down = parts
         return (lora_mlp(x, gate, up, down, case.activation, *dropout),)
-    return (lora_linear(x, first.weight, first.bias, first.lora_A, first.lora_B, first.scaling, *dropout),)
+    return (
+        lora_linear(
+            x, first.weight, first.bias, first.lora_A, first.lora_B, first.scaling, *dropout
+        ),
+    )
 
 
 @contextmanager
@@ -261,7 +300,9 @@ def forced(case: Case) -> Iterator[None]:
 
 
 def run(
-    case: Case, given: Operands | None = None, call: Callable[[Case, Operands], Sequence[Tensor]] = ours
+    case: Case,
+    given: Operands | None = None,
+    call: Callable[[Case, Operands], Sequence[Tensor]] = ours,
 ) -> Results:
     """The outputs of ``call``, and the gradients that the case wants."""
     given = make(case) if given is None else given

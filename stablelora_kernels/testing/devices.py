@@ -14,9 +14,11 @@ from stablelora_kernels.ops import plans
 
 @contextmanager
 def pretend_gpu(arch: str, processors: int | None = None) -> Iterator[None]:
-    """Choose kernels and tiles in the block as on a GPU of ``arch``, such as ``"sm_90"``, for which the interpreter stands in.
+    """Choose kernels and tiles in the block as on a GPU of ``arch``, such as ``"sm_90"``, for which
+    the interpreter stands in.
 
-    ``processors``: its number of processors, if it is not that of the model that :func:`stablelora_kernels.explain` knows.
+    ``processors``: its number of processors, if it is not that of the model that
+    :func:`stablelora_kernels.explain` knows.
 
     Raises:
         ValueError: ``arch`` is none that :func:`stablelora_kernels.explain` knows.
@@ -43,7 +45,9 @@ def torch_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"device must be a torch device, got {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device must be a torch device, got {name!r}: {str(error).splitlines()[0]}"
+        ) from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be of type cpu or cuda, got {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

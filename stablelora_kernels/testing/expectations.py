@@ -1,5 +1,6 @@
-"""What the results of a :class:`Case` must be: by the reference in float64, by hand as a user computes them, and by the analysis
-of their rounding."""
+"""What the results of a :class:`Case` must be: by the reference in float64, by hand as a user
+computes them, and by the analysis of their rounding.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from torch import Tensor
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref, lora_branch_ref, lora_linear_ref
 from stablelora_kernels.reference.lora import lora_mlp_ref
-from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, RoundedMLP, total
+from stablelora_kernels.reference.rounding import (
+    Arithmetic,
+    Rounded,
+    RoundedLayer,
+    RoundedMLP,
+    total,
+)
 from stablelora_kernels.testing.bounds import MLP_SLOPES, SLOPES, Deviation, deviations
 from stablelora_kernels.testing.cases import (
     BF16,
@@ -47,10 +54,16 @@ def plain(weight: Any, dtype: torch.dtype) -> Tensor:
     """A weight in full."""
     if isinstance(weight, Tensor):
         return weight.to(dtype)
-    return dequantized_ref(weight).to(weight.stored.data.device) if dtype == FP64 else weight.dequantize(dtype)
+    return (
+        dequantized_ref(weight).to(weight.stored.data.device)
+        if dtype == FP64
+        else weight.dequantize(dtype)
+    )
 
 
-def by_hand(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> tuple[Tensor, ...]:
+def by_hand(
+    case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float
+) -> tuple[Tensor, ...]:
     """The outputs as a user computes them, operator by operator in x's dtype."""
     parts: list[Any] = [*projections(case, given)]
 
@@ -68,17 +81,26 @@ def by_hand(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: floa
     return combined(case, layer, given["x"])
 
 
-def by_reference(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> tuple[Tensor, ...]:
+def by_reference(
+    case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float
+) -> tuple[Tensor, ...]:
     """The outputs of ``stablelora_kernels.reference``, for operands in float64."""
     parts: list[Any] = [*projections(case, given)]
     x, first = given["x"], parts[0]
     if case.op == "branch":
-        return (lora_branch_ref(given["base_out"], x, first.lora_A, first.lora_B, first.scaling, keeps[0], p),)
+        return (
+            lora_branch_ref(
+                given["base_out"], x, first.lora_A, first.lora_B, first.scaling, keeps[0], p
+            ),
+        )
     layers: list[Any] = []
     for part in parts:
         lora_A, lora_B = part.lora_A, part.lora_B
         if lora_A is None:
-            lora_A, lora_B = x.new_zeros(0, part.weight.shape[1]), x.new_zeros(part.weight.shape[0], 0)
+            lora_A, lora_B = (
+                x.new_zeros(0, part.weight.shape[1]),
+                x.new_zeros(part.weight.shape[0], 0),
+            )
         layers.append((part.weight, part.bias, lora_A, lora_B))
     scalings = [part.scaling for part in parts]
     if case.op == "mlp":
@@ -112,7 +134,8 @@ def expectations(
 ) -> dict[str, Expected]:
     """What each result of a call with the operands ``given`` must be, by name.
 
-    ``keep``: the dropout mask, if it is not that of a run of the case. ``contiguous``: eager PyTorch gets its operands so.
+    ``keep``: the dropout mask, if it is not that of a run of the case. ``contiguous``: eager
+    PyTorch gets its operands so.
     """
     computed = as_computed(case, given)
     keeps, p = masks(case, given) if keep is None else ([keep], case.p)
@@ -130,7 +153,9 @@ def expectations(
 
 
 def next_keep(rows: int, width: int, p: float, backend: str, device: str) -> tuple[Tensor, float]:
-    """The mask [rows, width] that a call draws next from torch's generator, and the probability that it is drawn with."""
+    """The mask [rows, width] that a call draws next from torch's generator, and the probability
+    that it is drawn with.
+    """
     if backend != "triton":
         return draw_keep(torch.empty(rows, width, device=device), p)
     seed = int(torch.randint(2**63 - 1, (1,), device=device))
@@ -138,7 +163,9 @@ def next_keep(rows: int, width: int, p: float, backend: str, device: str) -> tup
 
 
 def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
-    """The dropout masks that a call must draw behind its seed, by projection, and the probability that they are drawn with."""
+    """The dropout masks that a call must draw behind its seed, by projection, and the probability
+    that they are drawn with.
+    """
     keeps: list[Tensor | None] = []
     torch.manual_seed(case.seed)
     x, p = given["x"], case.p
@@ -161,10 +188,14 @@ def changed(given: Operands, change: Callable[[str, Tensor], Tensor]) -> Operand
 
 
 def as_computed(case: Case, given: Operands) -> Operands:
-    """The values that the op computes with: under autocast, float32 A and B are cast on the fly, and base_out is left alone."""
+    """The values that the op computes with: under autocast, float32 A and B are cast on the fly,
+    and base_out is left alone.
+    """
 
     def cast(name: str, t: Tensor) -> Tensor:
-        left = name.startswith(("base_out", "grad")) or (name.startswith("lora_") and t.dtype == FP32)
+        left = name.startswith(("base_out", "grad")) or (
+            name.startswith("lora_") and t.dtype == FP32
+        )
         return t if left else t.to(BF16)
 
     return changed(given, cast) if case.autocast else given
@@ -181,7 +212,9 @@ def oracle(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float
     return called(case, wide, lambda leaf: by_reference(case, leaf, keeps, p))
 
 
-def roundings(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> dict[str, Rounded]:
+def roundings(
+    case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float
+) -> dict[str, Rounded]:
     """How far rounding may move each result, on any processor."""
     storage = arithmetic_of(case)
     arithmetic = Arithmetic(storage)
@@ -189,7 +222,10 @@ def roundings(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: fl
     layers = []
     for part, keep in zip(parts, keeps, strict=True):
         weight, bias = rounded_operand(part.weight, storage), rounded_operand(part.bias, storage)
-        lora_A, lora_B = rounded_operand(part.lora_A, storage), rounded_operand(part.lora_B, storage)
+        lora_A, lora_B = (
+            rounded_operand(part.lora_A, storage),
+            rounded_operand(part.lora_B, storage),
+        )
         layers.append(RoundedLayer(arithmetic, weight, bias, lora_A, lora_B, part.scaling, keep, p))
     x = as_rows(given["x"], storage)
     grads = {i: as_rows(given[f"grad{i}"], storage) for i in case.outputs()}
@@ -212,13 +248,19 @@ def roundings(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: fl
         dx = total([of_layer["x"] for of_layer in gradients], storage)
     if case.shared and "lora_A" in gradients[1]:
         gradients[0]["lora_A"] = total([of_layer["lora_A"] for of_layer in gradients[:2]], storage)
-    named = {f"{name}{i}": t for i, of_layer in enumerate(gradients) for name, t in of_layer.items() if name != "x"}
+    named = {
+        f"{name}{i}": t
+        for i, of_layer in enumerate(gradients)
+        for name, t in of_layer.items()
+        if name != "x"
+    }
     return outputs | named | {"x": dx}
 
 
 def arithmetic_of(case: Case) -> torch.dtype:
     """The dtype that the products of a call are stored in."""
-    # Below some rows autograd calls plain operators, which a backward inside autocast runs in bfloat16.
+    # Below some rows autograd calls plain operators, which a backward inside autocast runs in
+    # bfloat16.
     lowered = case.autocast or (case.backward_in_autocast and case.dtype != FP64)
     return BF16 if lowered else case.dtype
 

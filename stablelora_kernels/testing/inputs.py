@@ -26,16 +26,20 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Random arguments of :func:`stablelora_kernels.functional.lora_linear` by name, and an incoming gradient ``grad``.
+    """Random arguments of :func:`stablelora_kernels.functional.lora_linear` by name, and an
+    incoming gradient ``grad``.
 
-    ``shape`` is x's; its last size is in_features. The values are scaled so that the base product and the LoRA branch are both
-    of order one. B is not zero: with a zero B, every gradient of A would vanish.
+    ``shape`` is x's; its last size is in_features. The values are scaled so that the base product
+    and the LoRA branch are both of order one. B is not zero: with a zero B, every gradient of A
+    would vanish.
     """
     generator = torch.Generator().manual_seed(seed)
     k, n = shape[-1], out_features
 
     def normal(*size: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) * std).to(device=device, dtype=to)
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * std).to(
+            device=device, dtype=to
+        )
 
     lora = lora_dtype or dtype
     return {
@@ -65,7 +69,15 @@ def nf4_weight(n: int, k: int, blocksize: int, nested: bool) -> NF4Weight:
         return NF4Weight(packed, positive(blocks), code, (n, k), blocksize)
     offset, nested_code = torch.tensor(k**-0.5), torch.linspace(-0.9, 1, 256)
     return NF4Weight(
-        packed, integers(blocks), code, (n, k), blocksize, positive(-(-blocks // 256)), nested_code, offset, 256
+        packed,
+        integers(blocks),
+        code,
+        (n, k),
+        blocksize,
+        positive(-(-blocks // 256)),
+        nested_code,
+        offset,
+        256,
     )
 
 
@@ -74,7 +86,9 @@ def fp8_weight(n: int, k: int) -> FP8Weight:
     generator = torch.Generator().manual_seed(n * k)
     # The small values are subnormal in float8.
     values = torch.randn(n, k, generator=generator) * torch.logspace(-3, 1, k)
-    return FP8Weight(values.to(torch.float8_e4m3fn), (torch.rand(n, generator=generator) + 0.5) * k**-0.5)
+    return FP8Weight(
+        values.to(torch.float8_e4m3fn), (torch.rand(n, generator=generator) + 0.5) * k**-0.5
+    )
 
 
 def dequantized_ref(weight: NF4Weight | FP8Weight) -> torch.Tensor:
@@ -88,7 +102,8 @@ def make_pairs(
 ) -> list[LoRAPair]:
     """Pairs of A [r, n] and B [m, r] with gradients; m is n unless given.
 
-    With ``latched``, B is so large that every pair latches at the first step. Otherwise B is zero, so A keeps shrinking.
+    With ``latched``, B is so large that every pair latches at the first step. Otherwise B is zero,
+    so A keeps shrinking.
     """
     generator = torch.Generator().manual_seed(0)
     pairs = []

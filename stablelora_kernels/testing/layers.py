@@ -1,4 +1,6 @@
-"""A single layer's results by eager PyTorch and by the reference, and how far rounding may move them."""
+"""A single layer's results by eager PyTorch and by the reference, and how far rounding may move
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from stablelora_kernels.reference import (
     lora_linear_ref,
     unpack_mask,
 )
-from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, dequantized, operand
+from stablelora_kernels.reference.rounding import (
+    Arithmetic,
+    Rounded,
+    RoundedLayer,
+    dequantized,
+    operand,
+)
 from stablelora_kernels.testing.inputs import dequantized_ref
 from stablelora_kernels.utils.tensors import drop_share
 
@@ -24,8 +32,12 @@ from stablelora_kernels.utils.tensors import drop_share
 GRADIENTS = {"base_out": "dBASE", "x": "dX", "lora_A": "dA", "lora_B": "dB"}
 
 
-def run(call: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Y and the gradients dX, dA and dB of ``call(inputs)``, whose ``grad`` comes in; dBASE too if there is a ``base_out``."""
+def run(
+    call: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Y and the gradients dX, dA and dB of ``call(inputs)``, whose ``grad`` comes in; dBASE too if
+    there is a ``base_out``.
+    """
     leaves = {name: inputs[name].detach().requires_grad_() for name in GRADIENTS if name in inputs}
     y = call(inputs | leaves)
     grads = torch.autograd.grad(y, list(leaves.values()), inputs["grad"])
@@ -35,9 +47,11 @@ def run(call: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]) 
 def eager(
     inputs: dict[str, Any], scaling: float, keep: torch.Tensor | None = None, p: float = 0.0
 ) -> dict[str, torch.Tensor]:
-    """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out`` replaces the product.
+    """The baseline: what a user writes by hand, operator by operator in x's dtype. A ``base_out``
+    replaces the product.
 
-    ``keep``: the mask of a dropout of probability p, which is rounded as ``utils.tensors.drop_share`` does.
+    ``keep``: the mask of a dropout of probability p, which is rounded as
+    ``utils.tensors.drop_share`` does.
     """
     kept = 1 - drop_share(p)
 
@@ -60,7 +74,9 @@ def oracle(
     """The same results by the reference in float64, from the values of ``inputs``."""
     if isinstance(inputs.get("weight"), (FP8Weight, NF4Weight)):
         inputs = inputs | {"weight": dequantized_ref(inputs["weight"]).to(inputs["x"].device)}
-    d: dict[str, Any] = {name: t if t is None else t.detach().double() for name, t in inputs.items()}
+    d: dict[str, Any] = {
+        name: t if t is None else t.detach().double() for name, t in inputs.items()
+    }
     pair: tuple[Any, ...] = (d["lora_A"], d["lora_B"], scaling, keep, drop_share(p))
     if "base_out" in d:
         # dY is base_out's gradient as it is.
@@ -74,7 +90,11 @@ def rounded_operand(t: Tensor | NF4Weight | FP8Weight | None, dtype: torch.dtype
     """An operand in float64, with the rounding that it takes to be used in ``dtype``."""
     if t is None:
         return None
-    return operand(t.detach(), dtype) if isinstance(t, Tensor) else dequantized(dequantized_ref(t), dtype)
+    return (
+        operand(t.detach(), dtype)
+        if isinstance(t, Tensor)
+        else dequantized(dequantized_ref(t), dtype)
+    )
 
 
 def roundings(
@@ -84,14 +104,17 @@ def roundings(
     p: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Rounded]:
-    """How far rounding may move Y, dX, dA and dB (of a branch alone also dBASE) on any processor, by these names.
+    """How far rounding may move Y, dX, dA and dB (of a branch alone also dBASE) on any processor,
+    by these names.
 
     ``dtype``: that in which a call multiplies and stores, which is x's unless given.
     """
     storage = dtype or inputs["x"].dtype
     names = ("weight", "bias", "lora_A", "lora_B")
     operands = {name: rounded_operand(inputs.get(name), storage) for name in names}
-    layer = RoundedLayer(Arithmetic(storage), **operands, scaling=scaling, keep=keep, dropout_p=drop_share(p))
+    layer = RoundedLayer(
+        Arithmetic(storage), **operands, scaling=scaling, keep=keep, dropout_p=drop_share(p)
+    )
     x, grad = (as_rows(inputs[name], storage) for name in ("x", "grad"))
     results = {}
     base = inputs.get("base_out")
@@ -106,12 +129,16 @@ def roundings(
 
 
 def as_rows(t: Tensor, dtype: torch.dtype) -> Rounded:
-    """An operand of any leading sizes as a matrix, with the rounding that it takes to be used in ``dtype``."""
+    """An operand of any leading sizes as a matrix, with the rounding that it takes to be used in
+    ``dtype``.
+    """
     return operand(t.detach().reshape(t.shape[:-1].numel(), t.shape[-1]), dtype)
 
 
 def kept_for_backward(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The first tensor of ``dtype`` that the node which made ``y`` keeps: dropout's mask is int32 on Triton, else bool."""
+    """The first tensor of ``dtype`` that the node which made ``y`` keeps: dropout's mask is int32
+    on Triton, else bool.
+    """
     node = y.grad_fn
     while node is not None:
         for saved in getattr(node, "saved_tensors", ()):

@@ -1,4 +1,6 @@
-"""What lies outside: optional packages, what the Hugging Face hub's client downloads, and a lock between processes."""
+"""What lies outside: optional packages, what the Hugging Face hub's client downloads, and a lock
+between processes.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def import_extra(module: str, extra: str, feature: str) -> Any:
-    """The optional ``module``, such as "safetensors.torch". An ImportError says that ``feature`` needs it, and names the pip line
-    with ``extra``, which installs it, and the cause.
+    """The optional ``module``, such as "safetensors.torch". An ImportError says that ``feature``
+    needs it, and names the pip line with ``extra``, which installs it, and the cause.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{feature} needs {package}: pip install 'stablelora-kernels[{extra}]' ({error})") from error
+        raise ImportError(
+            f"{feature} needs {package}: pip install 'stablelora-kernels[{extra}]' ({error})"
+        ) from error
 
 
 def release(version: str, length: int = 2) -> tuple[int, ...]:
@@ -41,15 +45,21 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """Download the files of ``repository`` that match ``patterns``, and return their directory. Errors name ``argument``.
+def from_hub(
+    argument: str, repository: str, patterns: Sequence[str], revision: str | None = None
+) -> Path:
+    """Download the files of ``repository`` that match ``patterns``, and return their directory.
+    Errors name ``argument``.
 
-    It raises ImportError without huggingface_hub, and ValueError with the hub's reason for not giving the files.
+    It raises ImportError without huggingface_hub, and ValueError with the hub's reason for not
+    giving the files.
     """
     try:
         hub = import_extra("huggingface_hub", "cli", "a hub id")
     except ImportError as error:
-        raise ImportError(f"{argument} {repository!r} is no path on this machine, and {error}") from None
+        raise ImportError(
+            f"{argument} {repository!r} is no path on this machine, and {error}"
+        ) from None
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=list(patterns), **options))
@@ -62,11 +72,12 @@ def from_hub(argument: str, repository: str, patterns: Sequence[str], revision: 
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock file ``path`` during the body, and wait while another process or thread holds it.
+    """Hold the lock file ``path`` during the body, and wait while another process or thread holds
+    it.
 
-    The operating system releases the lock of a process that ends, however it ends, so no lock is ever stale. Yields False if
-    the file system has no locks; then it did not wait. If the directory of ``path`` is missing, it is made, and removed again
-    if the body fails and leaves it empty.
+    The operating system releases the lock of a process that ends, however it ends, so no lock is
+    ever stale. Yields False if the file system has no locks; then it did not wait. If the directory
+    of ``path`` is missing, it is made, and removed again if the body fails and leaves it empty.
     """
     is_new = False
     while True:
@@ -120,7 +131,8 @@ def _make_directory(path: Path) -> bool:
     try:
         path.mkdir(parents=True)
     except OSError:
-        # Of a directory that is there, the system may say first that it is on a read-only file system.
+        # Of a directory that is there, the system may say first that it is on a read-only file
+        # system.
         if not path.is_dir():
             raise
         return False
@@ -133,7 +145,9 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def _open_without_links(path: str, flags: int) -> int:
-    """Open a file for writing. A link in its place, which could name a file elsewhere, is removed; a pipe is not waited for."""
+    """Open a file for writing. A link in its place, which could name a file elsewhere, is removed;
+    a pipe is not waited for.
+    """
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, flags, 0o666)
@@ -147,8 +161,8 @@ def _open_without_links(path: str, flags: int) -> int:
 def _remove_link(path: Path) -> None:
     """Remove ``path`` if it is a link.
 
-    Two processes may find the link. The lock on the directory keeps the second one from removing the file that the first one
-    has put in the link's place.
+    Two processes may find the link. The lock on the directory keeps the second one from removing
+    the file that the first one has put in the link's place.
     """
     directory = os.open(path.parent, os.O_RDONLY)
     try:

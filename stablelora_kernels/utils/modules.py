@@ -1,4 +1,6 @@
-"""Modules: their hooks, and wrappers around them: data parallelism, torch.compile, checkpointing and ``fully_shard``."""
+"""Modules: their hooks, and wrappers around them: data parallelism, torch.compile, checkpointing
+and ``fully_shard``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` may do more than run its class's forward."""
     # Runs at every call of a layer: nn.Module's __getattr__ would take longer.
     own = module.__dict__
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    hooks = (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
     return bool(hooks) or "forward" in own
 
 
@@ -31,7 +38,8 @@ def check_module(model: Any) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside its wrappers, which would prefix every name.
 
-    It raises ValueError if a module is in FullyShardedDataParallel, or if data parallelism wraps a part of the model alone.
+    It raises ValueError if a module is in FullyShardedDataParallel, or if data parallelism wraps a
+    part of the model alone.
     """
     check_module(model)
     for name, module in model.named_modules():
@@ -43,7 +51,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     model = innermost(model)
     for name, module in model.named_modules():
         if isinstance(module, DATA_PARALLEL):
-            raise ValueError(f"model must be in {type(module).__name__} as a whole, got its part {name!r} in one")
+            raise ValueError(
+                f"model must be in {type(module).__name__} as a whole, got its part {name!r} in one"
+            )
     return model
 
 
@@ -71,7 +81,9 @@ def check_not_in_ddp(model: nn.Module) -> None:
 def _inner(module: nn.Module) -> nn.Module | None:
     """The module that ``module`` wraps, or None."""
     names = ("module",) if isinstance(module, DATA_PARALLEL) else _INNER
-    return next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
+    return next(
+        (module._modules[name] for name in names if module._modules.get(name) is not None), None
+    )
 
 
 def clean(name: str) -> str:
@@ -86,11 +98,15 @@ def same_anywhere(name: str) -> str:
 
 def wrapped_parts(model: nn.Module) -> list[str]:
     """The names of the submodules of ``model`` that have their own wrapper."""
-    return [clean(name) for name, module in model.named_modules() if name and _inner(module) is not None]
+    return [
+        clean(name) for name, module in model.named_modules() if name and _inner(module) is not None
+    ]
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` (FSDP2) has sharded ``module``. The check needs no import, which is slow."""
+    """Whether ``fully_shard`` (FSDP2) has sharded ``module``. The check needs no import, which is
+    slow.
+    """
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 

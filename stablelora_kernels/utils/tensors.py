@@ -1,4 +1,5 @@
-"""Tensors that may be DTensors: this process's shard, and the full tensor. And what ``torch.autocast`` asks of own ops.
+"""Tensors that may be DTensors: this process's shard, and the full tensor. And what
+``torch.autocast`` asks of own ops.
 
 ``torch.distributed.tensor`` is imported only once a DTensor turns up, since the import is slow.
 """
@@ -35,7 +36,9 @@ def local(t: Any) -> Tensor:
 
 
 def local_grad(p: Any) -> Tensor | None:
-    """This process's shard of the gradient of ``p``, redistributed to the placements of ``p`` if it has others."""
+    """This process's shard of the gradient of ``p``, redistributed to the placements of ``p`` if it
+    has others.
+    """
     grad = p.grad
     if grad is None or not is_sharded(p):
         return grad
@@ -43,9 +46,11 @@ def local_grad(p: Any) -> Tensor | None:
 
 
 def local_like(value: Any, p: Any) -> Tensor:
-    """The part of ``value`` that corresponds to this process's shard of ``p``; ``value`` has the full shape of ``p``.
+    """The part of ``value`` that corresponds to this process's shard of ``p``; ``value`` has the
+    full shape of ``p``.
 
-    A DTensor with other placements is redistributed, which all ranks must do together. A plain tensor is sliced.
+    A DTensor with other placements is redistributed, which all ranks must do together. A plain
+    tensor is sliced.
     """
     if not is_sharded(p):
         return whole(value)
@@ -60,17 +65,23 @@ def local_like(value: Any, p: Any) -> Tensor:
 
 
 def _local_placed_as(t: Any, p: Any) -> Tensor:
-    """This process's shard of the DTensor ``t``, which is redistributed if its placements are not those of ``p``."""
+    """This process's shard of the DTensor ``t``, which is redistributed if its placements are not
+    those of ``p``.
+    """
     return local(t if t.placements == p.placements else t.redistribute(placements=p.placements))
 
 
 def from_local(shard: Tensor, p: Any) -> Tensor:
-    """``shard``, in the shape of this process's shard of ``p``, as a tensor placed as ``p``; it shares the memory."""
+    """``shard``, in the shape of this process's shard of ``p``, as a tensor placed as ``p``; it
+    shares the memory.
+    """
     if not is_sharded(p):
         return shard
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    return DTensor.from_local(
+        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
 
 
 def shard_extent(p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -88,7 +99,9 @@ def whole(tensor: Any) -> Tensor:
 
 
 def copy(tensor: Any, value: Tensor) -> None:
-    """Write the full ``value`` to ``tensor``; of a DTensor, each rank writes its shard, scattered from rank 0."""
+    """Write the full ``value`` to ``tensor``; of a DTensor, each rank writes its shard, scattered
+    from rank 0.
+    """
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
@@ -97,12 +110,16 @@ def copy(tensor: Any, value: Tensor) -> None:
 
 
 def cast(t: Any, dtype: torch.dtype) -> Any:
-    """``t`` in ``dtype``; None and quantized weights as they are. A call of ``to`` that casts nothing takes its time too."""
+    """``t`` in ``dtype``; None and quantized weights as they are. A call of ``to`` that casts
+    nothing takes its time too.
+    """
     return t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of the surrounding ``torch.autocast`` for devices of this type, or None without one."""
+    """The dtype of the surrounding ``torch.autocast`` for devices of this type, or None without
+    one.
+    """
     # PyTorch raises for the meta device, on which there is no autocast.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -110,7 +127,9 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run an autograd function's ``backward`` in the dtypes of its forward, even if it is called inside ``torch.autocast``."""
+    """Run an autograd function's ``backward`` in the dtypes of its forward, even if it is called
+    inside ``torch.autocast``.
+    """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
@@ -127,8 +146,10 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def drop_share(dropout_p: float) -> float:
-    """The probability by which dropout drops elements and scales the others: p rounded to 1/32768, below 1.
+    """The probability by which dropout drops elements and scales the others: p rounded to 1/32768,
+    below 1.
 
-    On a GPU and on a CPU an element takes 15 random bits. Not all may be dropped, which would leave nothing to scale.
+    On a GPU and on a CPU an element takes 15 random bits. Not all may be dropped, which would leave
+    nothing to scale.
     """
     return min(round(dropout_p * 32768), 32767) / 32768

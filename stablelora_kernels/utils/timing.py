@@ -28,18 +28,24 @@ def synchronize() -> None:
 def shuffled(arms: Sequence[T], turn: int) -> list[T]:
     """``arms`` in an order that depends on ``turn`` alone.
 
-    Not a rotation, in which each arm would always run after the same other arm, with its caches and its heap.
+    Not a rotation, in which each arm would always run after the same other arm, with its caches and
+    its heap.
     """
     return random.Random(turn).sample(list(arms), len(arms))
 
 
-def interleave(arms: dict[str, Callable[[], None]], *, warmup: int, iters: int) -> dict[str, list[float]]:
+def interleave(
+    arms: dict[str, Callable[[], None]], *, warmup: int, iters: int
+) -> dict[str, list[float]]:
     """Seconds per call of each arm, ``iters`` samples each, after ``warmup`` untimed rounds.
 
-    The arms alternate call by call in shuffled order, so that a drift of the machine hits all of them alike.
+    The arms alternate call by call in shuffled order, so that a drift of the machine hits all of
+    them alike.
     """
     if iters < 1 or warmup < 0:
-        raise ValueError(f"iters must be at least 1 and warmup at least 0, got {iters} and {warmup}")
+        raise ValueError(
+            f"iters must be at least 1 and warmup at least 0, got {iters} and {warmup}"
+        )
     samples: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(-warmup, iters):
         for name in shuffled(list(arms), turn):
@@ -84,7 +90,9 @@ def machine() -> dict[str, Any]:
     """The conditions of a measurement: machine, versions, date and load."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

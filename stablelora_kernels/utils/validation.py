@@ -1,4 +1,6 @@
-"""Argument checks, and words for messages. Each check raises an error that names the argument and its value."""
+"""Argument checks, and words for messages. Each check raises an error that names the argument and
+its value.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def check_float(
     high: float = math.inf,
     low_open: bool = False,
 ) -> float:
-    """``value`` as a finite float of at least ``low``, or above it with ``low_open``, and below ``high``."""
+    """``value`` as a finite float of at least ``low``, or above it with ``low_open``, and below
+    ``high``.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     try:
@@ -46,7 +50,9 @@ def check_float(
     # Not math.isfinite: torch.compile cannot trace it for a number that it has made symbolic.
     if not (-math.inf < number < math.inf and above and number < high):
         left = "(" if low_open or low == -math.inf else "["
-        raise ValueError(f"{name} must be a finite number in {left}{low:g}, {high:g}), got {shown(value)}")
+        raise ValueError(
+            f"{name} must be a finite number in {left}{low:g}, {high:g}), got {shown(value)}"
+        )
     return number
 
 

@@ -1,4 +1,6 @@
-"""The main job: its command line, downloads, workers, whole runs on a small Llama that is not pretrained, and what it says."""
+"""The main job: its command line, downloads, workers, whole runs on a small Llama that is not
+pretrained, and what it says.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def tokenize(texts, **_options):
-    """As much of a tokenizer as is used: a character of a text, or a word of one of several, is a token."""
+    """As much of a tokenizer as is used: a character of a text, or a word of one of several, is a
+    token.
+    """
     if isinstance(texts, str):
         return {"input_ids": [1 + ord(character) % 60 for character in texts]}
     rows = [torch.tensor([1 + sum(map(ord, word)) % 60 for word in text.split()]) for text in texts]
@@ -40,7 +44,9 @@ def tokenize(texts, **_options):
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Runs the command on a small model: its exit status, header, figures, table and steps, from ``results``."""
+    """Runs the command on a small model: its exit status, header, figures, table and steps, from
+    ``results``.
+    """
 
     def load(_name, causal):
         torch.manual_seed(0)
@@ -59,7 +65,9 @@ def job(tmp_path, monkeypatch):
         small = f"--data {text} --out {out} --length 8 --batch-size 4 --held-out 10 --dtype fp32 --device cpu "
         status, rows = command.main((small + options).split()), read_records(out / "result.csv")
         header, table = rows.attrs["environment"], (out / "table.txt").read_text()
-        assert table.splitlines()[: len(header["verdicts"])] == header["verdicts"] and not re.search(r"\bnan\b", table)
+        assert table.splitlines()[: len(header["verdicts"])] == header[
+            "verdicts"
+        ] and not re.search(r"\bnan\b", table)
         return status, header, report.look_up(rows), table, pd.read_csv(out / "steps.csv")
 
     return run
@@ -68,29 +76,51 @@ def job(tmp_path, monkeypatch):
 @pytest.mark.parametrize("data", ["", pytest.param("--data sarcasm", marks=pytest.mark.nightly)])
 def test_a_run_leaves_verdicts_a_table_and_a_plot(job, capsys, tmp_path, data):
     status, header, found, table, steps = job(f"--steps 6 --seed 3 --seeds 2 {data}")
-    assert status == 0 and header["status"] == "complete" and header["seeds_done"] == 2 and not header["not_measured"]
+    assert (
+        status == 0
+        and header["status"] == "complete"
+        and header["seeds_done"] == 2
+        and not header["not_measured"]
+    )
     files = {path.name for path in (tmp_path / "results").iterdir()}
     assert files == {"result.csv", "steps.csv", "summary.png", "table.txt"}
-    assert (steps.groupby(["arm", "seed"]).size() == 6).all() and {*steps.seed} == {3, 4} and len(steps) == 4 * 2 * 6
+    assert (
+        (steps.groupby(["arm", "seed"]).size() == 6).all()
+        and {*steps.seed} == {3, 4}
+        and len(steps) == 4 * 2 * 6
+    )
     # The first loss is before any update, on one batch, from one start; each seed has others.
     first = steps[steps.step == 1].groupby("seed").loss.agg(["min", "max"])
     assert (first["max"] - first["min"] < 1e-4).all() and abs(first["min"].diff().iloc[-1]) > 1e-4
     for arm in ("accelerated", "stable"):
         assert found[arm, "step", arms.SAVED].value > 0 and found[arm, "step", arms.PEAK].value > 0
-        assert found[arm, "start", "trainable parameters"].value == found["peft", "start", "trainable parameters"].value
-    assert found["stable", "end", "shrinking steps"].value == 6 and not found["peft", "end", "shrinking steps"].n
-    assert "\n".join(header["verdicts"]) in capsys.readouterr().out and "(95% interval over seeds)" in table
+        assert (
+            found[arm, "start", "trainable parameters"].value
+            == found["peft", "start", "trainable parameters"].value
+        )
+    assert (
+        found["stable", "end", "shrinking steps"].value == 6
+        and not found["peft", "end", "shrinking steps"].n
+    )
+    assert (
+        "\n".join(header["verdicts"]) in capsys.readouterr().out
+        and "(95% interval over seeds)" in table
+    )
 
 
-# In the third step of the second seed, after four of the rehearsal; then between two evaluations of the first.
+# In the third step of the second seed, after four of the rehearsal; then between two evaluations of
+# the first.
 STEP = (arms, "seconds_of", 4 * 4 + 4 * 6 + 11, 1, 24 + 8, "(one seed: shows nothing)")
 EVALUATION = (experiment, "evaluate", 3, 0, 24, "Quality held-out loss: PEFT")
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "call", "seeds", "steps", "said"), [STEP, pytest.param(*EVALUATION, marks=pytest.mark.nightly)]
+    ("place", "name", "call", "seeds", "steps", "said"),
+    [STEP, pytest.param(*EVALUATION, marks=pytest.mark.nightly)],
 )
-def test_an_interrupt_keeps_what_was_measured(job, monkeypatch, place, name, call, seeds, steps, said):
+def test_an_interrupt_keeps_what_was_measured(
+    job, monkeypatch, place, name, call, seeds, steps, said
+):
     real, calls = getattr(place, name), iter(range(1, 1000))
 
     def interrupted(*args):
@@ -107,11 +137,20 @@ def test_an_interrupt_keeps_what_was_measured(job, monkeypatch, place, name, cal
 
 def test_a_slow_machine_plans_fewer_steps_then_one_seed_and_takes_fewer_threads(monkeypatch):
     recipe = Recipe(steps=30, seeds=3)
-    planned = [experiment.plan(recipe, 2.0, 5.0, left_s) for left_s in (None, 210.0, 150.0, 114.0, 42.0, 0.0)]
+    planned = [
+        experiment.plan(recipe, 2.0, 5.0, left_s)
+        for left_s in (None, 210.0, 150.0, 114.0, 42.0, 0.0)
+    ]
     assert planned == [(3, 30), (3, 30), (3, 20), (1, 30), (1, 16), (1, 15)]
     monkeypatch.setattr(experiment.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert [experiment.free_threads(others) for others in (0.0, 0.4, 0.9, 2.6, 7.0)] == [4, 4, 3, 1, 1]
+    assert [experiment.free_threads(others) for others in (0.0, 0.4, 0.9, 2.6, 7.0)] == [
+        4,
+        4,
+        3,
+        1,
+        1,
+    ]
 
 
 def test_next_tokens_are_predicted_from_those_before_them(tmp_path):
@@ -123,7 +162,9 @@ def test_next_tokens_are_predicted_from_those_before_them(tmp_path):
     assert (rows.diff() % 10 == 1).all() and torch.equal(one["labels"], again["labels"])
     # As transformers takes the loss of whole rows.
     (frozen,) = arms.build_arms(["frozen"], model, task.classes, recipe, 0, torch.device("cpu"))
-    torch.testing.assert_close(arms.forward(frozen, one, torch.float32), model(input_ids=rows, labels=rows).loss)
+    torch.testing.assert_close(
+        arms.forward(frozen, one, torch.float32), model(input_ids=rows, labels=rows).loss
+    )
 
 
 ERRORS = {
@@ -140,18 +181,32 @@ ERRORS = {
 }
 
 
-def test_options_are_checked_before_anything_is_fetched_and_defaults_go_by_the_task(capsys, monkeypatch):
+def test_options_are_checked_before_anything_is_fetched_and_defaults_go_by_the_task(
+    capsys, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for argv, message in ERRORS.items():
         with pytest.raises(SystemExit, match="2"):
             command.parse(argv.split())
         assert message in capsys.readouterr().err
     recipe, out = command.parse([])
-    assert (recipe.data, recipe.steps, recipe.seeds, recipe.lr, recipe.device) == ("plays", 30, 3, 2e-3, "cpu")
+    assert (recipe.data, recipe.steps, recipe.seeds, recipe.lr, recipe.device) == (
+        "plays",
+        30,
+        3,
+        2e-3,
+        "cpu",
+    )
     assert recipe.time_limit_s < 360 and out == Path("results")
     words = "--data sarcasm --seeds 2 --steps 7 --dtype fp32 --arms stable peft stable --rank 3"
     recipe, _ = command.parse(words.split())
-    assert (recipe.seeds, recipe.batch_size, recipe.lr, recipe.dtype, recipe.r) == (2, 8, 5e-4, "float32", 3)
+    assert (recipe.seeds, recipe.batch_size, recipe.lr, recipe.dtype, recipe.r) == (
+        2,
+        8,
+        5e-4,
+        "float32",
+        3,
+    )
     # A number of steps that was asked for is not cut.
     assert (recipe.steps, recipe.time_limit_s, recipe.arms) == (7, None, ("stable", "peft"))
 
@@ -161,11 +216,16 @@ def test_list_prints_every_command_of_the_readme_and_each_exists(capsys):
         command.parse(["--list"])
     modules = set(re.findall(r"\bbenchmarks(?:\.\w+)*", capsys.readouterr().out))
     places = [ROOT.joinpath(*module.split(".")) for module in modules]
-    assert len(places) >= 8 and all(p.with_suffix(".py").is_file() or (p / "__main__.py").is_file() for p in places)
+    assert len(places) >= 8 and all(
+        p.with_suffix(".py").is_file() or (p / "__main__.py").is_file() for p in places
+    )
 
 
 def test_downloads_are_checked_and_leave_all_or_nothing(tmp_path, monkeypatch, capsys):
-    cache, asset = tmp_path / "cache", assets.Asset("some-data", "1.0", 1, "0" * 64, "some_data", ("wanted.txt",))
+    cache, asset = (
+        tmp_path / "cache",
+        assets.Asset("some-data", "1.0", 1, "0" * 64, "some_data", ("wanted.txt",)),
+    )
     archive = cache / "some_data-1.0-py3-none-any.whl"
     monkeypatch.setenv("STABLELORA_CACHE", str(cache))
 
@@ -175,11 +235,17 @@ def test_downloads_are_checked_and_leave_all_or_nothing(tmp_path, monkeypatch, c
         assert all(part in str(failed.value) for part in parts), failed.value
 
     def download(pip, **_options):
-        return subprocess.CompletedProcess(pip, 1, "", f"no route for {Path(pip[pip.index('-r') + 1]).read_text()}")
+        return subprocess.CompletedProcess(
+            pip, 1, "", f"no route for {Path(pip[pip.index('-r') + 1]).read_text()}"
+        )
 
     with monkeypatch.context() as patched:
         patched.setattr(assets.subprocess, "run", download)
-        fails(asset, f"no route for some-data==1.0 --hash=sha256:{asset.sha256}", f"put {archive.name} into {cache}")
+        fails(
+            asset,
+            f"no route for some-data==1.0 --hash=sha256:{asset.sha256}",
+            f"put {archive.name} into {cache}",
+        )
     for name in ("other.txt", "wanted.txt"):
         with zipfile.ZipFile(archive, "w") as file:
             file.writestr(f"some_data/{name}", "text")
@@ -190,11 +256,18 @@ def test_downloads_are_checked_and_leave_all_or_nothing(tmp_path, monkeypatch, c
         assert [*cache.iterdir()] == [archive]
     (file,) = assets.fetch(right)
     archive.unlink()
-    assert assets.fetch(right) == [file] and file.read_text() == "text" and len([*cache.iterdir()]) == 1
+    assert (
+        assets.fetch(right) == [file]
+        and file.read_text() == "text"
+        and len([*cache.iterdir()]) == 1
+    )
     # What can't be had ends the command, and leaves no directory of results.
     monkeypatch.setenv("STABLELORA_CACHE", str(file))
     assert command.main(["--out", str(tmp_path / "results"), "--dtype", "fp32"]) == 1
-    assert "(set by STABLELORA_CACHE)" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    assert (
+        "(set by STABLELORA_CACHE)" in capsys.readouterr().err
+        and not (tmp_path / "results").exists()
+    )
 
 
 # The worker's sleep holds the output open: it ends once the worker does.
@@ -209,7 +282,9 @@ with pool(1) as processes:
 
 def test_a_worker_has_one_thread_and_ends_with_a_parent_that_is_killed() -> None:
     two_threads = os.environ | dict.fromkeys(ONE_THREAD, "2")
-    with subprocess.Popen([sys.executable, "-c", PARENT], env=two_threads, stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], env=two_threads, stdout=subprocess.PIPE
+    ) as parent:
         assert parent.stdout is not None
         threads = parent.stdout.readline()
         parent.kill()
@@ -225,23 +300,42 @@ def test_lora_learns_in_a_real_run(tmp_path):
     found = report.look_up(read_records(tmp_path / "result.csv"))
     # On 16 held-out texts six steps take the loss down by more than any seed could do by chance.
     for arm in ("peft", "accelerated", "stable"):
-        assert found[arm, "held-out", "loss"].value < found["frozen", "held-out", "loss"].value - 0.2
-        assert arm == "peft" or found[arm, "step", arms.SAVED].value < found["peft", "step", arms.SAVED].value
+        assert (
+            found[arm, "held-out", "loss"].value < found["frozen", "held-out", "loss"].value - 0.2
+        )
+        assert (
+            arm == "peft"
+            or found[arm, "step", arms.SAVED].value < found["peft", "step", arms.SAVED].value
+        )
 
 
 MIB = {"peft": (8.0, 1000.0), "accelerated": (6.0, 950.0), "stable": (10.0, 1001.0)}
 
 
 def told(metric="loss", seeds=3, held_out=(), majority=None, waited=0.0, **ms):
-    """A run of ten steps a seed. ``ms`` are an arm's times of these, ``held_out`` what arms reach with each seed."""
-    held_out = {"frozen": [5.0] * 3, "peft": [4.0] * 3, "accelerated": [4.0] * 3, "stable": [4.0] * 3} | dict(held_out)
-    about = {"settings": {"model": "m", "data": "d", "arms": [*held_out]}, "seeds_done": seeds, "waited_share": waited}
+    """A run of ten steps a seed. ``ms`` are an arm's times of these, ``held_out`` what arms reach
+    with each seed.
+    """
+    held_out = {
+        "frozen": [5.0] * 3,
+        "peft": [4.0] * 3,
+        "accelerated": [4.0] * 3,
+        "stable": [4.0] * 3,
+    } | dict(held_out)
+    about = {
+        "settings": {"model": "m", "data": "d", "arms": [*held_out]},
+        "seeds_done": seeds,
+        "waited_share": waited,
+    }
     result = report.Result(about | {"task": {"metric": metric, "majority": majority}})
     for arm, values in held_out.items():
         for seed, value in enumerate(values[:seeds]):
             result.add(arm, "held-out", {metric: value}, seed)
             times = {"backward_ms": 0.0, "optimizer_ms": 0.0, "loss": 4.0, "arm": arm, "seed": seed}
-            result.steps += [{"step": i + 1, "forward_ms": x, **times} for i, x in enumerate(ms.get(arm, [100.0] * 10))]
+            result.steps += [
+                {"step": i + 1, "forward_ms": x, **times}
+                for i, x in enumerate(ms.get(arm, [100.0] * 10))
+            ]
         result.add(arm, "step", dict(zip((arms.SAVED, arms.PEAK), MIB.get(arm, ()), strict=False)))
     found = report.look_up(report.records(result))
     return found, report.verdicts(result.about, found)
@@ -249,9 +343,13 @@ def told(metric="loss", seeds=3, held_out=(), majority=None, waited=0.0, **ms):
 
 HELD_OUT = {arm: [0.5] * 3 for arm in ("frozen", *MIB)}
 FLOORS = {"metric": "accuracy", "majority": 0.6, "held_out": HELD_OUT}
-OURS, BROKEN = "our layers, Stable-LoRA: ", "training broke or was too short, so its quality says nothing."
+OURS, BROKEN = (
+    "our layers, Stable-LoRA: ",
+    "training broke or was too short, so its quality says nothing.",
+)
 ONE_STEP = {arm: [100.0] for arm in ("frozen", *MIB)}
-# What is made, and what a line of its verdicts ends with; what the stored runs have been told is not repeated here.
+# What is made, and what a line of its verdicts ends with; what the stored runs have been told is
+# not repeated here.
 SAID = [
     ({"stable": [102.0] * 10}, 1, f"{OURS}102 ms a step, PEFT 100 ms: 2.0% more time, 0.98x as fast (95% interval 0.98 to 0.98)"),
     # Half of the steps are faster, the other half slower by less.
@@ -278,18 +376,33 @@ def test_gains_and_losses_are_told_in_the_same_words(made, line, said):
 
 
 def test_ratios_are_of_the_same_steps_and_settling_steps_do_not_count():
-    """The machine is half as fast from the sixth step on, and slow at first: ratios are not touched, and agree."""
+    """The machine is half as fast from the sixth step on, and slow at first: ratios are not
+    touched, and agree.
+    """
     slow = [900.0] * 3 + [100.0] * 2 + [200.0] * 5
-    found, _ = told(peft=[1.4 * x for x in slow], accelerated=slow, frozen=[x / 2 for x in slow], stable=slow)
+    found, _ = told(
+        peft=[1.4 * x for x in slow], accelerated=slow, frozen=[x / 2 for x in slow], stable=slow
+    )
     assert found["accelerated", "step", report.SPEEDUP][::3] == pytest.approx((1.4, 0.0))
     assert found["accelerated", "step", "% over frozen"][::3] == pytest.approx((100.0, 0.0))
     assert found["peft", "layers", "% over frozen"].value == pytest.approx(180.0)
-    assert found["frozen", "step", "ms"][:3] == (100.0, 50.0, 100.0) and found["frozen", "step", "ms"].n == 21
+    assert (
+        found["frozen", "step", "ms"][:3] == (100.0, 50.0, 100.0)
+        and found["frozen", "step", "ms"].n == 21
+    )
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/main*/result.csv")), ids=lambda file: file.parent.name)
+@pytest.mark.parametrize(
+    "file", sorted(RESULTS.glob("*/main*/result.csv")), ids=lambda file: file.parent.name
+)
 def test_a_stored_runs_text_is_made_of_its_records(file):
     rows = read_records(file)
-    header, text = rows.attrs["environment"], file.with_name("table.txt").read_text(encoding="utf-8")
-    assert report.text(header, rows) == text and text.splitlines()[: len(header["verdicts"])] == header["verdicts"]
+    header, text = (
+        rows.attrs["environment"],
+        file.with_name("table.txt").read_text(encoding="utf-8"),
+    )
+    assert (
+        report.text(header, rows) == text
+        and text.splitlines()[: len(header["verdicts"])] == header["verdicts"]
+    )
     assert "nan" not in text and report.adapters(header).startswith("r 16, alpha 32, dropout 0")

@@ -9,7 +9,9 @@ import torch
 from benchmarks.common.tables import RESULTS
 from benchmarks.research import __main__, report, runner, stability, widths
 
-pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
+pytest.importorskip(
+    "transformers", reason="runs where transformers is installed: pip install .[test]"
+)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STORED = RESULTS / "epyc-avx512-2core"
@@ -18,12 +20,16 @@ STORED = RESULTS / "epyc-avx512-2core"
 def test_a_steps_parts_add_up_to_its_change():
     sizes = (7, 12), (3, 12), (9, 3), (3, 12), (9, 3)
     generator = torch.Generator().manual_seed(0)
-    z, a, b, d_a, d_b = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)
+    z, a, b, d_a, d_b = (
+        torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes
+    )
     found = stability.changes(z, a, b, 0.9 * a, 0.9 * a + d_a, b + d_b)
     torch.testing.assert_close(found.pop("a_z"), z @ a.t())
     whole = found.pop("delta")
     torch.testing.assert_close(sum(found.values()), whole)
-    torch.testing.assert_close(whole, widths.SCALING * z @ ((b + d_b) @ (0.9 * a + d_a) - b @ a).t())
+    torch.testing.assert_close(
+        whole, widths.SCALING * z @ ((b + d_b) @ (0.9 * a + d_a) - b @ a).t()
+    )
     assert all(part.abs().max() > 0 for part in found.values())
 
 
@@ -37,7 +43,9 @@ def test_the_planted_task_is_learned_and_a_latched_pair_no_longer_shrinks():
     for record in steps:
         # B is zero at the first step, so there is nothing to shrink the product of.
         assert (record["delta_shrink"] > 0) == (1 < record["step"] <= run["shrinks"])
-    near_zero = stability.execute(stability.Run("planted", 1, 64, 0, stability.NEAR_ZERO, "fixed", 1e-3))
+    near_zero = stability.execute(
+        stability.Run("planted", 1, 64, 0, stability.NEAR_ZERO, "fixed", 1e-3)
+    )
     assert near_zero[0]["a_z"] == pytest.approx(1e-3 * steps[0]["a_z"], rel=1e-4)
 
 
@@ -48,25 +56,40 @@ def test_the_paper_command_learns_repeats_and_goes_on(tmp_path):
     file, command = tmp_path / "runs.csv", ["paper", "--out", str(tmp_path), "--processes", "1"]
     assert __main__.main(command) == 0
     runs = runner.load(file)
-    assert len(runs) == 12 and (runs.test > 0.55).all() and runs.shrinks.dropna().between(1, 150).all()
+    assert (
+        len(runs) == 12 and (runs.test > 0.55).all() and runs.shrinks.dropna().between(1, 150).all()
+    )
     made = {path.name for path in tmp_path.iterdir() if path.stat().st_size > 100}
-    assert made >= {"table.txt", "headline.csv", "rates.csv", "environment.json", "minilm_sarcasm_bf16_150_32.png"}
+    assert made >= {
+        "table.txt",
+        "headline.csv",
+        "rates.csv",
+        "environment.json",
+        "minilm_sarcasm_bf16_150_32.png",
+    }
     runs[:-1].to_csv(file, index=False)
     assert __main__.main(command) == 0
-    last, again = (each.iloc[-1][["lr", "seed", "test", "shrinks"]] for each in (runs, runner.load(file)))
+    last, again = (
+        each.iloc[-1][["lr", "seed", "test", "shrinks"]] for each in (runs, runner.load(file))
+    )
     pd.testing.assert_series_equal(last, again)
 
 
 @pytest.mark.nightly
 def test_the_stability_command_runs_and_reports_what_is_stored(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(stability.PRESETS, "quick", stability.Preset((16, 32, 64), 2, (1e-3, 1e-2), 5))
+    monkeypatch.setitem(
+        stability.PRESETS, "quick", stability.Preset((16, 32, 64), 2, (1e-3, 1e-2), 5)
+    )
     made, again = tmp_path / "made", tmp_path / "again"
     assert __main__.main(["stability", "--out", str(made), "--processes", "1"]) == 0
     shown, runs = capsys.readouterr().out, runner.load(made / "runs.csv")
     assert "Exponents at step 5" in shown and all(arm in shown for arm in stability.ARMS)
     # A row a run, and three of each run with probes.
     assert runs.loss.notna().sum() == 3 * 2 * 7 * 5 and runs.step.notna().sum() == 3 * 2 * 7 * 3 * 3
-    assert all((made / f"planted_{name}.png").stat().st_size > 10_000 for name in ("latch", "learning_rates"))
+    assert all(
+        (made / f"planted_{name}.png").stat().st_size > 10_000
+        for name in ("latch", "learning_rates")
+    )
     (made / "runs.csv").unlink()
     assert __main__.main(["stability", "--stored", str(made), "--out", str(again)]) == 0
     assert capsys.readouterr().out == shown
@@ -80,15 +103,25 @@ def test_stored_tables_are_those_of_the_stored_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "panels", lambda *_, **__: None)
     report.write_paper(STORED / "paper", tmp_path)
     for name in ("headline", "rates", "ablations"):
-        found, stored = (pd.read_csv(place / f"{name}.csv") for place in (tmp_path, STORED / "paper"))
+        found, stored = (
+            pd.read_csv(place / f"{name}.csv") for place in (tmp_path, STORED / "paper")
+        )
         pd.testing.assert_frame_equal(found, stored, rtol=1e-4)
     for folder in ("stability", "stability-transformers"):
         shown = (STORED / folder / "table.txt").read_text(encoding="utf-8")
         assert report.write_stability(STORED / folder, tmp_path) == shown
     # What a guide says of the method's stop is of these, too.
-    found = pd.read_csv(STORED / "paper" / "ablations.csv").query("changed == 'stop_condition never'").iloc[-1]
-    said = f"Never stopping costs {-found.minus_unchanged:.2f} ± {found.minus_unchanged_95:.2f} points"
-    assert said in (RESULTS.parents[1] / "docs" / "guides" / "optimizer.md").read_text(encoding="utf-8")
+    found = (
+        pd.read_csv(STORED / "paper" / "ablations.csv")
+        .query("changed == 'stop_condition never'")
+        .iloc[-1]
+    )
+    said = (
+        f"Never stopping costs {-found.minus_unchanged:.2f} ± {found.minus_unchanged_95:.2f} points"
+    )
+    assert said in (RESULTS.parents[1] / "docs" / "guides" / "optimizer.md").read_text(
+        encoding="utf-8"
+    )
     runs = runner.load(STORED / "paper" / "runs.csv")
     (untrained,) = {*runs.test[(runs.lr == 0) & (runs.task == "plays")]}
     assert report.FALLEN["plays"] == pytest.approx(untrained, abs=5e-4)

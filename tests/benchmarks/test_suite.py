@@ -1,4 +1,6 @@
-"""The benchmark suite: arms that take turns, fail, are skipped or lose; every case's arms do the work that their names say."""
+"""The benchmark suite: arms that take turns, fail, are skipped or lose; every case's arms do the
+work that their names say.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from benchmarks.common.optimizers import Unavailable
 from benchmarks.common.records import read_records
 from benchmarks.suite import layers, table
 from benchmarks.suite.host import HostLayerCase
-from benchmarks.suite.layers import COMPILED, FROZEN_ONEDNN, OURS_TRITON, STORED, LayerCase, MLPCase, ProjectionsCase
+from benchmarks.suite.layers import (
+    COMPILED,
+    FROZEN_ONEDNN,
+    OURS_TRITON,
+    STORED,
+    LayerCase,
+    MLPCase,
+    ProjectionsCase,
+)
 from benchmarks.suite.rivals import WARMUP, Case, Parts, Race
 from benchmarks.suite.test_optimizer_step import OptimizerCase, StorageCase
 from benchmarks.suite.test_training_step import PretrainedCase, TrainingCase
@@ -35,7 +45,12 @@ CPU = torch.device("cpu")
 class Fake(Case):
     """Arms whose parts only count."""
 
-    base, rival, ours, arms = "base", "rival", ("mine",), ("base", "rival", "mine", "other", "broken")
+    base, rival, ours, arms = (
+        "base",
+        "rival",
+        ("mine",),
+        ("base", "rival", "mine", "other", "broken"),
+    )
     phases: ClassVar = {"one": ("one",), "all": ("one", "two")}
     name: ClassVar = "fake"
     ran: list[tuple[str, str]] = field(default_factory=list)
@@ -43,7 +58,10 @@ class Fake(Case):
     def build(self, arm: str) -> Parts:
         if arm == "other":
             raise Unavailable("no other here")
-        parts: Parts = {name: lambda name=name: self.ran.append((arm, name)) for name in ("prepare", "one", "two")}
+        parts: Parts = {
+            name: lambda name=name: self.ran.append((arm, name))
+            for name in ("prepare", "one", "two")
+        }
         return parts if arm != "broken" else {"one": lambda: 1 / 0}
 
 
@@ -61,7 +79,12 @@ def test_every_arm_runs_once_in_every_round() -> None:
     case.ran.clear()
     rows = race.measure(SimpleNamespace(disabled=False, pedantic=pedantic), "all", rounds=5)
     timed = [(arm, part) for arm, part in case.ran if part != "prepare"]
-    order = [(arm, part) for turn in range(-WARMUP, 5) for arm in shuffled(arms, turn) for part in ("one", "two")]
+    order = [
+        (arm, part)
+        for turn in range(-WARMUP, 5)
+        for arm in shuffled(arms, turn)
+        for part in ("one", "two")
+    ]
     # In the last round, arms after ours come in an order of their own.
     assert timed[:-6] == order[:-6] and sorted(timed[-6:]) == sorted(order[-6:])
     assert {row["n"] for row in rows if row["arm"] in arms} == {5}
@@ -71,7 +94,10 @@ def test_the_table_has_the_overhead_first_and_says_where_we_lose() -> None:
     def printed(mine: float) -> list[str]:
         """Rounds of 2, 3 and 5 s for the base, of 5, 7 and 11 s for the rival."""
         both = {"base": (1.0, 1.0), "rival": (2.0, 3.0), "mine": (1.5, mine)}
-        samples = {arm: [{"one": one * i, "two": two} for i in (1, 2, 4)] for arm, (one, two) in both.items()}
+        samples = {
+            arm: [{"one": one * i, "two": two} for i in (1, 2, 4)]
+            for arm, (one, two) in both.items()
+        }
         lines: list[str] = []
         table.write(lines.append, Race(Fake()).records("all", samples), 0.5)
         return [" ".join(line.split()) for line in "\n".join(lines).splitlines()]
@@ -94,20 +120,28 @@ def test_the_table_has_the_overhead_first_and_says_where_we_lose() -> None:
 def test_exponents_are_those_of_the_larger_half() -> None:
     point = {"axis": "rank", "arm": "ours", "metric": "ms"}
     times = {1: 50.0, 2: 60.0, 4: 4.0**2, 8: 8.0**2, 16: 16.0**2}
-    points = table.pd.DataFrame([point | {"size": size, "median": ms} for size, ms in times.items()])
+    points = table.pd.DataFrame(
+        [point | {"size": size, "median": ms} for size, ms in times.items()]
+    )
     assert table.exponents(points).loc[("rank", "ours"), "ms"] == "2.00 ± 0.00"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("kind", "n"), [(LayerCase, 24), (ProjectionsCase, (24, 8)), (MLPCase, 14)])
-def test_arms_compute_the_same_over_shared_weights(kind: Any, n: Any, dtype: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "n"), [(LayerCase, 24), (ProjectionsCase, (24, 8)), (MLPCase, 14)]
+)
+def test_arms_compute_the_same_over_shared_weights(
+    kind: Any, n: Any, dtype: str, monkeypatch: Any
+) -> None:
     def fails(*_args: Any) -> None:
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nat length")
 
     monkeypatch.setattr(torch, "compile", lambda *_args, **_options: fails)
     case, results, saved = kind(70, 10, n, 3, dtype, CPU), {}, {}
     case.open()
-    missing = dict.fromkeys(COMPILED, r"torch\.compile failed: no C\+\+ compiler$") | {OURS_TRITON: "need a GPU"}
+    missing = dict.fromkeys(COMPILED, r"torch\.compile failed: no C\+\+ compiler$") | {
+        OURS_TRITON: "need a GPU"
+    }
     if not torch_path.by_onednn(STORED[dtype], CPU):
         missing[FROZEN_ONEDNN] = "PyTorch's own"
     for arm in case.arms:
@@ -126,10 +160,14 @@ def test_arms_compute_the_same_over_shared_weights(kind: Any, n: Any, dtype: str
         saved[arm] = case.notes(arm)["saved_bytes"]
     case.close()
     base, expected = results.pop(case.base), results.pop(case.rival)
-    assert len(base) < len(expected) and not torch.allclose(base[0], expected[0], rtol=1e-3, atol=1e-4)
+    assert len(base) < len(expected) and not torch.allclose(
+        base[0], expected[0], rtol=1e-3, atol=1e-4
+    )
     for arm, found in results.items():
         for one, other in zip(found, base if arm == FROZEN_ONEDNN else expected, strict=True):
-            assert (one - other).abs().max() < {"fp32": 1e-5, "bf16": 0.03}[dtype] * other.abs().max(), arm
+            assert (one - other).abs().max() < {"fp32": 1e-5, "bf16": 0.03}[
+                dtype
+            ] * other.abs().max(), arm
     # A fused MLP does not keep act(G) and H.
     elements = 2 * case.rows * n * STORED[dtype].itemsize if kind is MLPCase else 0
     for arm in saved.keys() & {layers.FUSED, "accelerated PEFT, MLP fused"}:
@@ -140,8 +178,13 @@ def test_arms_compute_the_same_over_shared_weights(kind: Any, n: Any, dtype: str
 def test_host_cases_of_each_kind_run_but_for_triton_without_a_null_driver(kind: str) -> None:
     race = Race(HostLayerCase(CPU, 3, kind, 0.1))
     race.close()
-    missing, reason = (OURS_TRITON, "accelerated PEFT"), f"the null driver can't run: {null_driver_problem()}"
-    assert not race.failed and race.skipped == (dict.fromkeys(missing, reason) if null_driver_problem() else {})
+    missing, reason = (
+        (OURS_TRITON, "accelerated PEFT"),
+        f"the null driver can't run: {null_driver_problem()}",
+    )
+    assert not race.failed and race.skipped == (
+        dict.fromkeys(missing, reason) if null_driver_problem() else {}
+    )
 
 
 def test_pairs_must_stay_in_their_state_and_fewer_bits_take_fewer_bytes() -> None:
@@ -152,9 +195,15 @@ def test_pairs_must_stay_in_their_state_and_fewer_bits_take_fewer_bytes() -> Non
     object.__setattr__(case, "state", "shrinking")
     with pytest.raises(RuntimeError, match="must stay shrinking"):
         case.check()
-    for arm, size in {"fp32, moments fp32": 12, "bf16, moments 8 bits": 4, "bf16, moments fp32, master": 14}.items():
+    for arm, size in {
+        "fp32, moments fp32": 12,
+        "bf16, moments 8 bits": 4,
+        "bf16, moments fp32, master": 14,
+    }.items():
         notes = StorageCase(256, 4, 4, 2, CPU).notes(arm)
-        assert notes["bytes_per_element"] == pytest.approx(size, abs=0.05) and len(notes["loss"]) == 2
+        assert (
+            notes["bytes_per_element"] == pytest.approx(size, abs=0.05) and len(notes["loss"]) == 2
+        )
 
 
 @pytest.mark.parametrize("kind", [TrainingCase, PretrainedCase])
@@ -175,23 +224,57 @@ def test_a_training_step_trains_every_arms_own_pairs_alone(kind: Any) -> None:
 
 @pytest.mark.nightly
 def test_a_run_as_a_user_starts_it(tmp_path: Path) -> None:
-    """One arm is broken, host cases run over the null driver, figures are kept, and a second run is compared with them."""
-    (tmp_path / "breakage.py").write_text("from benchmarks.suite import layers\nlayers.by_loralib = lambda *_: 1 / 0")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON_INTERPRET"))}
+    """One arm is broken, host cases run over the null driver, figures are kept, and a second run is
+    compared with them.
+    """
+    (tmp_path / "breakage.py").write_text(
+        "from benchmarks.suite import layers\nlayers.by_loralib = lambda *_: 1 / 0"
+    )
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST", "TRITON_INTERPRET"))
+    }
     kept["PYTHONPATH"] = str(tmp_path)
 
     def run(*options: str, suite: str = "tiny") -> str:
         file = Path(__file__).resolve().parents[2] / "benchmarks" / "suite" / "test_layer.py"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, "--suite", suite, *options]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            file,
+            "--suite",
+            suite,
+            *options,
+        ]
         return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300).stdout
 
-    stored, records = f"--benchmark-json={tmp_path / 'suite.json'}", f"--records={tmp_path / 'suite.csv'}"
+    stored, records = (
+        f"--benchmark-json={tmp_path / 'suite.json'}",
+        f"--records={tmp_path / 'suite.csv'}",
+    )
     text = run("-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib", stored, records)
-    assert "3 failed" in text and "FAILED: loralib: ZeroDivisionError: division by zero" in text, text
+    assert "3 failed" in text and "FAILED: loralib: ZeroDivisionError: division by zero" in text, (
+        text
+    )
     assert "/ PEFT's" in text and "skipped: ours, Triton" in text and "Name (time in" not in text
-    found = read_records(tmp_path / "suite.csv").query("arm == @OURS_TRITON").groupby("metric")["median"].min()
+    found = (
+        read_records(tmp_path / "suite.csv")
+        .query("arm == @OURS_TRITON")
+        .groupby("metric")["median"]
+        .min()
+    )
     assert found["ms"] > 0 and found["first_over_later"] > 1
-    text = run("-k", "8x16x24 and not projections", "--arm", "PEFT", f"--benchmark-compare={tmp_path / 'suite.json'}")
+    text = run(
+        "-k",
+        "8x16x24 and not projections",
+        "--arm",
+        "PEFT",
+        f"--benchmark-compare={tmp_path / 'suite.json'}",
+    )
     assert "3 passed" in text and text.count("(NOW)") >= 3, text
     assert "timed in turns" not in run("-k", "8x16x24", "--arm", "PEFT", "--benchmark-disable")
     # Marked cases run only if -m names their mark.

@@ -1,4 +1,6 @@
-"""``bench`` runs small, reports what it measured, tells where this library loses, and refuses what can't be timed."""
+"""``bench`` runs small, reports what it measured, tells where this library loses, and refuses what
+can't be timed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ def test_it_times_every_arm(capsys):
     assert main(["bench", *SMALL, "--json", "--dtype", "bf16", "--dropout", "0.25"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert slk.get_backend() == before
-    assert report["settings"] == SIZES | {"dtype": "bf16", "dropout": 0.25, "device": "cpu", "backend": "torch"}
+    assert report["settings"] == SIZES | {
+        "dtype": "bf16",
+        "dropout": 0.25,
+        "device": "cpu",
+        "backend": "torch",
+    }
     assert list(report["layer"]) == [bench.FROZEN, bench.EAGER, bench.FUSED_LAYER]
     assert list(report["optimizer"]) == [bench.ADAMW, bench.SHRINKING, bench.LATCHED]
     for arm in (*report["layer"].values(), *report["optimizer"].values()):
@@ -38,7 +45,8 @@ def test_the_arms_compute_the_same():
     assert (results[0][0] - frozen(x)).abs().max() > 1e-3
 
 
-# Ours in three rounds in which the frozen layer takes 1, 2, 3 and eager LoRA 2, 4, 9, and the median over eager LoRA.
+# Ours in three rounds in which the frozen layer takes 1, 2, 3 and eager LoRA 2, 4, 9, and the
+# median over eager LoRA.
 ROUNDS = {
     "The layer is FASTER than eager LoRA": ([1.0, 2.0, 4.5], 0.5),
     "The layer is SLOWER than eager LoRA": ([4.0, 8.0, 18.0], 2.0),
@@ -51,7 +59,9 @@ def test_ratios_are_taken_round_by_round_and_it_says_where_it_loses(verdict, cap
     ours, over_eager = ROUNDS[verdict]
     layer = {bench.FROZEN: [1.0, 2.0, 3.0], bench.EAGER: [2.0, 4.0, 9.0], bench.FUSED_LAYER: ours}
     timed = bench.interleave
-    monkeypatch.setattr(bench, "interleave", lambda arms, **kw: layer if bench.EAGER in arms else timed(arms, **kw))
+    monkeypatch.setattr(
+        bench, "interleave", lambda arms, **kw: layer if bench.EAGER in arms else timed(arms, **kw)
+    )
     assert main(["bench", *SMALL]) == 0
     assert verdict in " ".join(capsys.readouterr().out.split())
     assert main(["bench", *SMALL, "--json"]) == 0

@@ -1,4 +1,6 @@
-"""The command line itself, and ``doctor``: what it tells, and that a wrong kernel, backend or argument is told of."""
+"""The command line itself, and ``doctor``: what it tells, and that a wrong kernel, backend or
+argument is told of.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def every_kernel() -> set[str]:
     """The kernels of the package by the names that explain() has for them."""
     sources = (Path(slk.__file__).parent / "kernels").rglob("*.py")
     return {
-        name for source in sources for name in re.findall(r"^def _(\w+)_kernel\(", source.read_text(), re.MULTILINE)
+        name
+        for source in sources
+        for name in re.findall(r"^def _(\w+)_kernel\(", source.read_text(), re.MULTILINE)
     }
 
 
@@ -102,7 +106,9 @@ def test_doctor_tests_every_kernel_family(name, capsys):
     assert {check["family"] for check in tested["checks"]} == FAMILIES
     for check in tested["checks"]:
         assert check["passed"] and check["error"] <= check["bound"]
-        assert bool(check["kernels"]) == (name == "triton" and check["family"] not in WITHOUT_KERNELS)
+        assert bool(check["kernels"]) == (
+            name == "triton" and check["family"] not in WITHOUT_KERNELS
+        )
         # An exact result would mean that nothing was compared.
         assert check["family"] == "dropout's mask" or check["error"] > 0
     launched = {kernel for check in tested["checks"] for kernel in check["kernels"]}
@@ -111,7 +117,9 @@ def test_doctor_tests_every_kernel_family(name, capsys):
 
 @pytest.mark.nightly
 def test_doctor_interprets_in_a_process_of_its_own(capsys):
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     with slk.use_backend("torch"):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
@@ -158,7 +166,8 @@ def launching_nothing(right, base, x, a, b, scaling, *dropout):
 
 
 LINEAR = {"lora_linear", "lora_linear_quantized"}
-# A name in a module that the self-test calls, what is done in its place, the only families that fail then, and why.
+# A name in a module that the self-test calls, what is done in its place, the only families that
+# fail then, and why.
 FAULTS = {
     "a wrong result": (cases, "lora_branch", lambda right, *args: right(*args) * 1.5, {"lora_branch"}, "off by"),
     "a wrong MLP": (cases, "lora_mlp", lambda right, *args: right(*args) * 1.05, {"lora_mlp"}, "off by"),
@@ -199,8 +208,14 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
     with slk.use_backend("torch"):
         assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED lora_branch, bf16: " in out and f"1 of {len(self_test.checks())} checks FAILED." in out
-    assert "  STABLELORA_KERNEL=split\n" in out and "  peft             missing  accelerate_peft\n" in out
+    assert (
+        "FAILED lora_branch, bf16: " in out
+        and f"1 of {len(self_test.checks())} checks FAILED." in out
+    )
+    assert (
+        "  STABLELORA_KERNEL=split\n" in out
+        and "  peft             missing  accelerate_peft\n" in out
+    )
 
 
 def test_a_backend_that_cannot_run_is_told_of(capsys, monkeypatch):

@@ -47,10 +47,15 @@ def printed(capsys, *argv, status=0):
 
 
 def test_every_figure(tmp_path, capsys, monkeypatch):
-    """An adapter with ranks and alphas of its own, modules_to_save, and B that is not zero. Norms are sums of several parts."""
+    """An adapter with ranks and alphas of its own, modules_to_save, and B that is not zero. Norms
+    are sums of several parts.
+    """
     monkeypatch.setattr(inspect, "_ELEMENTS", 7)
     patterns = {"rank_pattern": {"layers.1.v_proj": 3}, "alpha_pattern": {"q_proj": 5}}
-    model, path = adapted(0, use_rslora=True, modules_to_save=["lm_head"], **patterns), tmp_path / "adapter"
+    model, path = (
+        adapted(0, use_rslora=True, modules_to_save=["lm_head"], **patterns),
+        tmp_path / "adapter",
+    )
     slk.save_adapter(model, path)
     report = inspect_json(capsys, path)
     rows = {row["name"]: row for row in report["pairs"]}
@@ -65,10 +70,20 @@ def test_every_figure(tmp_path, capsys, monkeypatch):
         assert row["bytes"] == 4 * 2 * 8 * layer.r and row["dtype"] == "float32"
     totals = report["totals"]
     assert totals["pairs"] == totals["stable"] == 4
-    assert totals["bytes"] == 4 * totals["parameters"] == sum(r["bytes"] for r in report["pairs"]) + 4 * 11 * 8
+    assert (
+        totals["bytes"]
+        == 4 * totals["parameters"]
+        == sum(r["bytes"] for r in report["pairs"]) + 4 * 11 * 8
+    )
     assert totals["file_bytes"] == (path / WEIGHTS_NAME).stat().st_size
     (other,) = report["other_tensors"]
-    assert other == {"key": "lm_head.weight", "shape": [11, 8], "dtype": "float32", "bytes": 352, "kind": "saved whole"}
+    assert other == {
+        "key": "lm_head.weight",
+        "shape": [11, 8],
+        "dtype": "float32",
+        "bytes": 352,
+        "kind": "saved whole",
+    }
     assert report["problems"] == report["beyond_plain_lora"] == []
     # The weights alone will do, with the config beside them; a pickle will not.
     assert inspect_json(capsys, path / WEIGHTS_NAME)["pairs"] == report["pairs"]
@@ -100,9 +115,15 @@ def test_stable_is_the_papers_condition(tmp_path, capsys):
     ids=" ".join,
 )
 def test_sorting_and_limits(tmp_path, capsys, argv, order):
-    tensors = pair(name="layers.10.q", a=3, b=1) | pair(name="layers.2.q", r=4, a=1, b=5) | pair(name="layers.1.q", b=0)
+    tensors = (
+        pair(name="layers.10.q", a=3, b=1)
+        | pair(name="layers.2.q", r=4, a=1, b=5)
+        | pair(name="layers.1.q", b=0)
+    )
     path = write(tmp_path / "a", tensors, rank_pattern={"layers.2.q": 4})
-    assert [row["name"].split(".")[1] for row in inspect_json(capsys, path, *argv)["pairs"]] == order
+    assert [
+        row["name"].split(".")[1] for row in inspect_json(capsys, path, *argv)["pairs"]
+    ] == order
 
 
 def test_what_is_wrong_is_flagged(tmp_path, capsys):
@@ -136,9 +157,14 @@ def test_whatever_goes_beyond_plain_lora_is_named(tmp_path, capsys):
         "q.lora_B.bias": (torch.ones(3), "LoRA's own bias"),
         "q.lora_magnitude_vector": (torch.ones(3), "DoRA's magnitudes"),
     }
-    plain = {"steps": (torch.arange(3), "saved whole"), "q.base_layer.bias": (torch.ones(3), "a bias")}
+    plain = {
+        "steps": (torch.arange(3), "saved whole"),
+        "q.base_layer.bias": (torch.ones(3), "a bias"),
+    }
     tensors = pair() | {key: tensor for key, (tensor, _) in (beyond | plain).items()}
-    report = inspect_json(capsys, write(tmp_path / "a", tensors, use_dora=True, lora_bias=True, peft_version="0.1"))
+    report = inspect_json(
+        capsys, write(tmp_path / "a", tensors, use_dora=True, lora_bias=True, peft_version="0.1")
+    )
     kinds = [kind for _, kind in beyond.values()]
     assert report["beyond_plain_lora"] == ["use_dora=True", "lora_bias=True", *kinds]
     found = {other["key"]: other["kind"] for other in report["other_tensors"]}
@@ -154,7 +180,9 @@ def test_without_safetensors(tmp_path, capsys, monkeypatch):
 
 def test_names_of_a_file_neither_break_the_sort_nor_reach_the_terminal_raw(tmp_path, capsys):
     names = ["right to left \u202e", "²³", "9" * 5000, "layers.10", "layers.9"]
-    path = write(tmp_path / "hostile", {k: t for name in names for k, t in pair(a=0.5, name=name).items()})
+    path = write(
+        tmp_path / "hostile", {k: t for name in names for k, t in pair(a=0.5, name=name).items()}
+    )
     listed = [row["name"] for row in inspect_json(capsys, path)["pairs"]]
     assert sorted(listed) == sorted(names) and listed.index("layers.9") < listed.index("layers.10")
     out = printed(capsys, path)

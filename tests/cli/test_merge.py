@@ -1,4 +1,6 @@
-"""``merge``: what it writes is what transformers loads, to the bit; and a run that fails leaves everything as it was."""
+"""``merge``: what it writes is what transformers loads, to the bit; and a run that fails leaves
+everything as it was.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.helpers.dying import in_child, needs_fork
 from tests.helpers.moe_models import build, stacks
 from tests.helpers.small_models import fill_b, llama, lora_config, output
 
-transformers = pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
+transformers = pytest.importorskip(
+    "transformers", reason="runs where transformers is installed: pip install .[test]"
+)
 safetensors = pytest.importorskip(
     "safetensors.torch", reason="runs where safetensors is installed: pip install .[test]"
 )
@@ -35,7 +39,9 @@ def make_llama(tied=False):
 
 
 def reload(path):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype="auto")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, dtype="auto"
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return model.eval()
 
@@ -49,7 +55,9 @@ TOKENIZER = {
 
 
 def prepare(tmp_path, model=None, **config):
-    """A model's directory with a tokenizer's files, an adapter's for it, and the model with the adapter on."""
+    """A model's directory with a tokenizer's files, an adapter's for it, and the model with the
+    adapter on.
+    """
     model = make_llama() if model is None else model
     model.save_pretrained(tmp_path / "model")
     for name in TOKENIZER:
@@ -74,7 +82,10 @@ def argv(tmp_path, *more):
 def content(directory):
     """Every file's bytes, and every directory, by its path."""
     paths = sorted(directory.rglob("*"))
-    return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in paths}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in paths
+    }
 
 
 def names_in(directory):
@@ -91,8 +102,13 @@ def names_in(directory):
     ],
 )
 def test_what_it_writes(tmp_path, capsys, stored, wanted, written):
-    """The sum in float64, rounded once, and its error; what else the model's directory has, if it is safe to copy."""
-    adapted, dtype = prepare(tmp_path, make_llama().to(getattr(torch, stored))), getattr(torch, written)
+    """The sum in float64, rounded once, and its error; what else the model's directory has, if it
+    is safe to copy.
+    """
+    adapted, dtype = (
+        prepare(tmp_path, make_llama().to(getattr(torch, stored))),
+        getattr(torch, written),
+    )
     layer, expected = adapted.get_submodule(WEIGHT), output(adapted)
     exact = layer.weight.double() + layer.delta_weight().double()
     assert main(argv(tmp_path, "--json", *(("--dtype", wanted) if wanted else ()))) == 0
@@ -109,7 +125,11 @@ def test_what_it_writes(tmp_path, capsys, stored, wanted, written):
         assert torch.equal(weight, layer.weight)
     if stored == written == "float32":
         torch.testing.assert_close(output(merged), expected)
-    assert (report["merged"], report["dtype"], report["architecture"]) == (4, written, "LlamaForCausalLM")
+    assert (report["merged"], report["dtype"], report["architecture"]) == (
+        4,
+        written,
+        "LlamaForCausalLM",
+    )
     assert report["copied"] == sorted(TOKENIZER) and report["untied"] is False
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"a": 1}'
     assert "training_args.bin" not in content(tmp_path / "out")
@@ -122,13 +142,20 @@ def test_stacks_of_experts(tmp_path, capsys):
     (name,) = (name for name, m in adapted.named_modules() if isinstance(m, slk.nn.LoRAExperts))
     assert main(argv(tmp_path)) == 0 and "2 layers merged" in capsys.readouterr().out
     slk.merge_lora(adapted)
-    experts, expected = reload(tmp_path / "out").get_submodule(name), adapted.get_submodule(name).base_layer
+    experts, expected = (
+        reload(tmp_path / "out").get_submodule(name),
+        adapted.get_submodule(name).base_layer,
+    )
     assert all(torch.equal(getattr(experts, key), p) for key, p in expected.named_parameters())
 
 
 @pytest.mark.parametrize(
     ("config", "stays_tied"),
-    [({}, True), ({"target_modules": ["q_proj", "lm_head"]}, False), ({"modules_to_save": ["lm_head"]}, False)],
+    [
+        ({}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+    ],
     ids=str,
 )
 def test_a_tied_head_stays_tied_unless_the_adapter_changes_it(tmp_path, capsys, config, stays_tied):
@@ -164,8 +191,12 @@ SAVE, FULL = (transformers.LlamaForCausalLM, "save_pretrained"), OSError("No spa
 
 
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize(("error", "status"), [(FULL, 1), (KeyboardInterrupt(), 130)], ids=["full disk", "interrupt"])
-def test_a_run_that_fails_leaves_everything_as_it_was(tmp_path, capsys, monkeypatch, error, status, there):
+@pytest.mark.parametrize(
+    ("error", "status"), [(FULL, 1), (KeyboardInterrupt(), 130)], ids=["full disk", "interrupt"]
+)
+def test_a_run_that_fails_leaves_everything_as_it_was(
+    tmp_path, capsys, monkeypatch, error, status, there
+):
     prepare(tmp_path)
     assert not there or main(argv(tmp_path)) == 0
     capsys.readouterr()
@@ -196,9 +227,14 @@ def test_what_an_interrupted_or_killed_merge_left_is_put_right(tmp_path, capsys,
     prepare(tmp_path)
     assert main(argv(tmp_path)) == 0
     before = content(tmp_path)
-    assert in_child(partial(stop_between_the_renames, argv(tmp_path, "--overwrite"), dies=False)) == 0
+    assert (
+        in_child(partial(stop_between_the_renames, argv(tmp_path, "--overwrite"), dies=False)) == 0
+    )
     assert content(tmp_path) == before
-    assert in_child(partial(stop_between_the_renames, argv(tmp_path, "--overwrite"), dies=True)) == signal.SIGKILL
+    assert (
+        in_child(partial(stop_between_the_renames, argv(tmp_path, "--overwrite"), dies=True))
+        == signal.SIGKILL
+    )
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(*SAVE, half_way(FULL))
     assert main(argv(tmp_path)) == 1
@@ -215,7 +251,9 @@ def model_weights(change):
 
 def in_adapter(key, factor):
     key = f"base_model.model.{key}"
-    return lambda path: edit_tensors(path / "adapter", lambda tensors: tensors.update({key: tensors[key] * factor}))
+    return lambda path: edit_tensors(
+        path / "adapter", lambda tensors: tensors.update({key: tensors[key] * factor})
+    )
 
 
 def merged_before(path, add=None):

@@ -1,4 +1,6 @@
-"""Autotuning with a timer that the tests set: what is measured, taken and kept on disk, and when it is off."""
+"""Autotuning with a timer that the tests set: what is measured, taken and kept on disk, and when it
+is off.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.launch.base import Launch, VendorProduct
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, laid_out
-from tests.helpers.autotuning import GPU, answers, check_all, files, forget, forward, inputs_of, tuned_by_hand, words
+from tests.helpers.autotuning import (
+    GPU,
+    answers,
+    check_all,
+    files,
+    forget,
+    forward,
+    inputs_of,
+    tuned_by_hand,
+    words,
+)
 from tests.helpers.precision import switched
 from tests.helpers.processes import printed
 
@@ -26,7 +38,12 @@ from tests.helpers.processes import printed
 @pytest.fixture
 def timer(tmp_path):
     """Tuning is on, with an empty cache and a timer that is set by hand."""
-    with tuned_by_hand(tmp_path) as fake, slk.use_backend("triton"), slk.use_kernel("auto"), slk.use_autotune(True):
+    with (
+        tuned_by_hand(tmp_path) as fake,
+        slk.use_backend("triton"),
+        slk.use_kernel("auto"),
+        slk.use_autotune(True),
+    ):
         yield fake
 
 
@@ -72,7 +89,9 @@ def test_the_fastest_is_taken_and_right(timer, launched, fast, kernel, launches)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows"), [(BF16, 5), (BF16, 70), pytest.param(FP32, 70, marks=pytest.mark.nightly)], ids=str
+    ("dtype", "rows"),
+    [(BF16, 5), (BF16, 70), pytest.param(FP32, 70, marks=pytest.mark.nightly)],
+    ids=str,
 )
 def test_every_candidate_gives_the_right_result(timer, dtype, rows):
     """Each in turn is the answer, down to dA and dB, which read its S and dS."""
@@ -111,9 +130,14 @@ def test_the_reason_has_both_times(timer):
 def test_nothing_is_measured_twice(timer):
     inputs = inputs_of()
     forward(inputs)
-    seen = [(words(launches), [getattr(launch, "options", 0) for launch in launches]) for launches in timer.measured]
+    seen = [
+        (words(launches), [getattr(launch, "options", 0) for launch in launches])
+        for launches in timer.measured
+    ]
     assert all(one not in seen[:i] for i, one in enumerate(seen))
-    assert len(seen) < len(autotune.candidates(GPU, Call("forward", 70, 80, 64, 8, BF16, BF16, False)))
+    assert len(seen) < len(
+        autotune.candidates(GPU, Call("forward", 70, 80, 64, 8, BF16, BF16, False))
+    )
     forward(inputs_of(rows=100))
     assert len(timer.measured) == len(seen)
 
@@ -129,19 +153,28 @@ def test_backward_measures_all_that_it_launches(timer):
     assert len(timer.measured) >= 7
     # dA and dB in a launch of their own, or beside dX.
     on_its_own = ["grads" in words(launches) for launches in timer.measured]
-    beside = ["S.BLOCK_M" in launches[-1].named or "TILE.BLOCK_M" in launches[-1].named for launches in timer.measured]
+    beside = [
+        "S.BLOCK_M" in launches[-1].named or "TILE.BLOCK_M" in launches[-1].named
+        for launches in timer.measured
+    ]
     assert True in on_its_own and True in beside
     assert all(one != other for one, other in zip(on_its_own, beside, strict=True))
 
 
 def test_candidates():
     for device, m, dtype in product(problem.DEVICES.values(), (1, 64, 65, 4096), (BF16, FP32)):
-        for r, p, direction in ((8, False, "forward"), (8, True, "forward"), (100, True, "backward")):
+        for r, p, direction in (
+            (8, False, "forward"),
+            (8, True, "forward"),
+            (100, True, "backward"),
+        ):
             call = Call(direction, m, 512, 512, r, dtype, FP32, p)
             found = [*autotune.candidates(device, call).values()]
             assert (found[0].kernel, found[0].tile) == (rules.choose(device, call).kernel, None)
             kernels = {choice.kernel for choice in found}
-            assert kernels == {"chained", "split", "vendor"} | ({"fused"} if r == 8 and not p else set())
+            assert kernels == {"chained", "split", "vendor"} | (
+                {"fused"} if r == 8 and not p else set()
+            )
             wide = any(c.tile and c.tile.BLOCK_M * c.tile.BLOCK_N > 128 * 128 for c in found)
             # Wider ones outgrow data-center Blackwell's tensor memory.
             assert wide == (device.nvidia and device.arch != "sm_100" and dtype == BF16 and m > 64)
@@ -162,9 +195,13 @@ def out_of_resources(launch):
         (lambda launch: None, "RuntimeError: its result is not the table's"),
     ],
 )
-def test_what_fails_or_is_wrong_is_skipped_with_its_reason(timer, monkeypatch, caplog, wide, reason):
+def test_what_fails_or_is_wrong_is_skipped_with_its_reason(
+    timer, monkeypatch, caplog, wide, reason
+):
     original = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self, d: wide(self) if "64x256" in self.variant else original(self, d))
+    monkeypatch.setattr(
+        Launch, "run", lambda self, d: wide(self) if "64x256" in self.variant else original(self, d)
+    )
     timer.fast = {"64x256": 1e-6, "^lora_linear.* fused.* 128x64": 2e-6}
     with caplog.at_level(logging.DEBUG, logger="stablelora_kernels"):
         check_all(inputs_of())
@@ -209,14 +246,18 @@ def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):
 OFF = {
     "not asked for": lambda: slk.use_autotune(False),
     "another kernel": lambda: slk.use_kernel("split"),
-    "deterministic": lambda: patch.object(torch, "are_deterministic_algorithms_enabled", lambda: True),
+    "deterministic": lambda: patch.object(
+        torch, "are_deterministic_algorithms_enabled", lambda: True
+    ),
     "captured": lambda: patch.object(autotune, "_capturing", lambda y: True),
 }
 
 
 @pytest.mark.parametrize("why", OFF)
 def test_it_is_off(timer, few, launched, why):
-    """Nothing is measured, nor is an answer taken that was measured before, but by a capture, which only must not measure."""
+    """Nothing is measured, nor is an answer taken that was measured before, but by a capture, which
+    only must not measure.
+    """
     timer.fast = {"^vendor": 1e-6}
     with OFF[why]():
         forward(inputs_of())
@@ -236,7 +277,9 @@ def test_it_is_off(timer, few, launched, why):
         forget()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs on machines without a GPU, whose times mean nothing")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="runs on machines without a GPU, whose times mean nothing"
+)
 def test_the_interpreter_is_not_timed(timer, monkeypatch):
     monkeypatch.setattr(autotune, "measure", autotune.time_on_gpu)
     forward(inputs_of())
@@ -248,13 +291,28 @@ def test_the_interpreter_is_not_timed(timer, monkeypatch):
 
 def key_of(inputs, direction="forward", dropout=False):
     x, w = inputs["x"], inputs["weight"]
-    call = Call(direction, *x.shape[:1], *w.shape, inputs["lora_A"].shape[0], x.dtype, inputs["lora_A"].dtype, dropout)
+    call = Call(
+        direction,
+        *x.shape[:1],
+        *w.shape,
+        inputs["lora_A"].shape[0],
+        x.dtype,
+        inputs["lora_A"].dtype,
+        dropout,
+    )
     return autotune.call_key(call, x, w, inputs["bias"])
 
 
 def test_what_an_answer_holds_for():
     base = inputs_of()
-    for word in ("forward", "m=128, n=80, k=64, r=8", "dtype=torch.bfloat16", "bias=True", "x by rows", "w by rows"):
+    for word in (
+        "forward",
+        "m=128, n=80, k=64, r=8",
+        "dtype=torch.bfloat16",
+        "bias=True",
+        "x by rows",
+        "w by rows",
+    ):
         assert word in key_of(base)
     assert key_of(inputs_of(rows=65)) == key_of(inputs_of(rows=128)) == key_of(base)
     # No answer for few rows holds for many, whose tiles are others.
@@ -263,19 +321,28 @@ def test_what_an_answer_holds_for():
     others = [
         key_of(base, "backward"),
         key_of(base, dropout=True),
-        *(key_of(inputs_of(**{name: size})) for name, size in {"rows": 129, "k": 72, "n": 72, "r": 9}.items()),
+        *(
+            key_of(inputs_of(**{name: size}))
+            for name, size in {"rows": 129, "k": 72, "n": 72, "r": 9}.items()
+        ),
         key_of(inputs_of(rows=64)),
         key_of(inputs_of(lora_dtype=FP32)),
         key_of(inputs_of(dtype=FP32)),
         key_of(base | {"bias": None}),
-        *(key_of(base | {"x": laid_out(x, layout)}) for layout in ("expanded", "transposed", "wider", "shifted")),
+        *(
+            key_of(base | {"x": laid_out(x, layout)})
+            for layout in ("expanded", "transposed", "wider", "shifted")
+        ),
         key_of(base | {"weight": laid_out(w, "transposed")}),
     ]
     # Of the x's, the two that are not aligned are alike.
     assert key_of(base) not in others and len(set(others)) == len(others) - 1
     # TensorFloat-32 is measured for itself.
     plain, with_tf32 = key_of(base), set()
-    for name in ("set_float32_matmul_precision('high')", "backends.cuda.matmul.fp32_precision = 'tf32'"):
+    for name in (
+        "set_float32_matmul_precision('high')",
+        "backends.cuda.matmul.fp32_precision = 'tf32'",
+    ):
         with switched(name):
             with_tf32.add(key_of(inputs_of(dtype=FP32)))
             assert key_of(base) == plain
@@ -376,8 +443,13 @@ def test_where_nothing_can_be_written_tuning_goes_on_in_memory(timer, few, monke
 
 
 def test_writers_lose_nothing(tmp_path):
-    """Many at once, each of its own key or all of one; readers meanwhile find whole answers or none."""
-    answer, choices = {"choice": "split", "reason": "", "microseconds": {"split": 1.0}}, {"split": Choice("split", "")}
+    """Many at once, each of its own key or all of one; readers meanwhile find whole answers or
+    none.
+    """
+    answer, choices = (
+        {"choice": "split", "reason": "", "microseconds": {"split": 1.0}},
+        {"split": Choice("split", "")},
+    )
     path = tmp_path / "tuning" / "one.json"
 
     def write(i):

@@ -1,4 +1,6 @@
-"""Which backend a call takes: by device, by the installed Triton, and by the GPU's compute capability."""
+"""Which backend a call takes: by device, by the installed Triton, and by the GPU's compute
+capability.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def machine(monkeypatch):
     def with_gpus(*capabilities, triton="3.9.0", limit=232_448):
         def properties(index):
             major, minor = capabilities[index]
-            return SimpleNamespace(name="some GPU", major=major, minor=minor, multi_processor_count=148)
+            return SimpleNamespace(
+                name="some GPU", major=major, minor=minor, multi_processor_count=148
+            )
 
         def device_of(device):
             return Device(problem.arch_of(properties(device.index or 0)), 148, limit)
@@ -59,7 +63,9 @@ def warned(device=CUDA):
     return *chosen, [str(message.message) for message in caught]
 
 
-def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu_where_triton_needs_its_interpreter(monkeypatch, machine):
+def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu_where_triton_needs_its_interpreter(
+    monkeypatch, machine
+):
     machine((9, 0))
     monkeypatch.setattr(backend, "INTERPRETING", True)
     for name, device, chosen in (
@@ -69,16 +75,25 @@ def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu_where_triton_needs_its_inter
         with slk.use_backend(name):
             assert warned(device) == (chosen, [])
     monkeypatch.setattr(backend, "INTERPRETING", False)
-    with slk.use_backend("triton"), pytest.raises(RuntimeError, match=r"on a tensor on cpu.*TRITON_INTERPRET=1"):
+    with (
+        slk.use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"on a tensor on cpu.*TRITON_INTERPRET=1"),
+    ):
         backend.resolve_backend(CPU)
 
 
 def test_a_gpu_without_a_usable_triton_is_warned_of(monkeypatch, machine):
     machine((9, 0))
     monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
-    with slk.use_backend("auto"), pytest.warns(RuntimeWarning, match="Triton is not installed, so .* install a newer"):
+    with (
+        slk.use_backend("auto"),
+        pytest.warns(RuntimeWarning, match="Triton is not installed, so .* install a newer"),
+    ):
         assert backend.resolve_backend(CUDA) == "torch"
-    with slk.use_backend("triton"), pytest.raises(RuntimeError, match="can't run: Triton is not installed"):
+    with (
+        slk.use_backend("triton"),
+        pytest.raises(RuntimeError, match="can't run: Triton is not installed"),
+    ):
         backend.resolve_backend(CUDA)
 
 
@@ -110,7 +125,8 @@ def test_versions_that_do_not_run(monkeypatch, versions, problem):
 # The table of compute capabilities
 
 
-# A capability, a Triton, and the words of the problem; none if the kernels run. Then what the GPU is taken as.
+# A capability, a Triton, and the words of the problem; none if the kernels run. Then what the GPU
+# is taken as.
 JUDGED = [
     ((6, 1), "3.9.0", ["Triton 3.9.0 makes scalar code", "for compute capability 6.1"], ""),
     ((7, 0), "3.9.0", ["Triton 3.9.0 makes scalar code", "for compute capability 7.0 (V100)"], ""),
@@ -148,7 +164,10 @@ def test_the_table_has_a_row_for_each_gpu_that_the_kernels_are_compiled_for():
     for device in DEVICES.values():
         if device.nvidia:
             capability = divmod(device.generation, 10)
-            assert capability in backend.row_of(capability).gpus and not backend.judge(capability, "3.9.0").problem
+            assert (
+                capability in backend.row_of(capability).gpus
+                and not backend.judge(capability, "3.9.0").problem
+            )
     for row in backend.ROWS:
         assert all(backend.row_of(capability) is row for capability in row.gpus)
 
@@ -161,7 +180,9 @@ def test_a_gpu_for_which_no_triton_will_do_takes_pytorchs_operators(capability, 
         reason = backend.explain_backend(CUDA).reason
     name = f"{capability[0]}.{capability[1]}"
     assert chosen == "torch" and "Triton 3.9.0" in reason and f"compute capability {name}" in reason
-    assert reason.endswith("so this GPU runs PyTorch's operators, with more launches and memory traffic")
+    assert reason.endswith(
+        "so this GPU runs PyTorch's operators, with more launches and memory traffic"
+    )
     assert message == f"stablelora_kernels: {reason}; call set_backend('torch') to choose this"
 
 
@@ -205,14 +226,19 @@ def test_a_forced_backend_runs_on_a_t4(machine):
     machine((7, 5))
     with slk.use_backend("triton"):
         chosen, (message,) = warned()
-    assert chosen == "triton" and "7.5 (T4, RTX 2080); call set_backend('auto') for PyTorch's operators" in message
+    assert (
+        chosen == "triton"
+        and "7.5 (T4, RTX 2080); call set_backend('auto') for PyTorch's operators" in message
+    )
 
 
 def test_a_gpu_is_asked_once(monkeypatch, machine):
     """Of a call's host time, the answer is a look-up."""
     machine((9, 0))
     asked = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0)
+    )
     with slk.use_backend("auto"):
         for device in (CUDA, torch.device("cuda", 0), CUDA):
             assert backend.resolve_backend(device) == "triton"
@@ -254,32 +280,49 @@ def test_explain_and_doctor_say_that_a_gpu_is_too_old(machine):
 
 
 def test_explain_and_doctor_say_which_row_a_newer_gpu_takes(machine):
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     machine((10, 3), (9, 0))
     taken = "compute capability 10.3 (B300) is taken as 10.0"
     with slk.use_backend("auto"):
         found, other = slk.explain(8, 64, 64, 8), slk.explain(8, 64, 64, 8, device="cuda:1")
     assert found.arch == "sm_103" and found.forward
-    assert str(found).startswith(f"backend triton on sm_103 ('auto' takes the Triton kernels on a GPU; {taken})\n")
+    assert str(found).startswith(
+        f"backend triton on sm_103 ('auto' takes the Triton kernels on a GPU; {taken})\n"
+    )
     assert "taken as" not in str(other)
     gpus = doctor._versions()
-    assert gpus["GPU 0"] == f"some GPU, sm_103; {taken}; the row of compute capability 10.0 needs Triton 3.9.0 or newer"
-    assert gpus["GPU 1"] == "some GPU, sm_90; the row of compute capability 9.0 needs Triton 3.6.0 or newer"
+    assert (
+        gpus["GPU 0"]
+        == f"some GPU, sm_103; {taken}; the row of compute capability 10.0 needs Triton 3.9.0 or newer"
+    )
+    assert (
+        gpus["GPU 1"]
+        == "some GPU, sm_90; the row of compute capability 9.0 needs Triton 3.6.0 or newer"
+    )
 
 
-def test_explain_lists_a_named_gpus_launches_and_says_that_the_installed_triton_is_not_proven(monkeypatch):
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+def test_explain_lists_a_named_gpus_launches_and_says_that_the_installed_triton_is_not_proven(
+    monkeypatch,
+):
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     monkeypatch.setattr(backend, "ROWS", (*backend.ROWS[:2], RAISED, *backend.ROWS[3:]))
     for version, proven in (("3.6.0", False), ("3.7.1", True)):
         monkeypatch.setattr(backend, "TRITON_VERSION", version)
         found = slk.explain(8, 64, 64, 8, device="sm_90")
         assert found.forward and proven == (found.backend_reason == "")
-        for words in () if proven else ("Triton 3.6.0 makes wrong code", "install Triton 3.7.1 or newer"):
+        for words in (
+            () if proven else ("Triton 3.6.0 makes wrong code", "install Triton 3.7.1 or newer")
+        ):
             assert words in str(found)
         assert slk.explain(8, 64, 64, 8, device="gfx942").backend_reason == ""
 
 
-# A newer GPU, and the GPU that it is taken as, whose launches it must get if it had as many processors.
+# A newer GPU, and the GPU that it is taken as, whose launches it must get if it had as many
+# processors.
 TAKEN = [
     (Device("sm_103", 148, 232_448), "sm_100"),
     (Device("sm_110", 20, 232_448), "sm_100"),
@@ -291,12 +334,19 @@ TAKEN = [
 @pytest.mark.parametrize(("device", "arch"), TAKEN, ids=lambda value: getattr(value, "arch", None))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_newer_gpu_gets_the_launches_of_the_one_it_is_taken_as(device, arch, dropout):
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     alike = DEVICES[arch]._replace(processors=device.processors)
     for rows in (8, 128, 512, 4096):
         launches = [
             [
-                (getattr(launch, "kernel", None), launch.variant, launch.reason, getattr(launch, "grid", None))
+                (
+                    getattr(launch, "kernel", None),
+                    launch.variant,
+                    launch.reason,
+                    getattr(launch, "grid", None),
+                )
                 for way in linear_launches(gpu, rows, 4096, 4096, 16, (BF16, FP32), dropout)
                 for launch in way
             ]

@@ -1,4 +1,6 @@
-"""explain(): it lists the launches that a call makes, with the reasons, and refuses what no call could be."""
+"""explain(): it lists the launches that a call makes, with the reasons, and refuses what no call
+could be.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case
 from tests.helpers.case_checks import launches, run_recorded, table
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
-another_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU: runs on machines without one")
+another_gpu = pytest.mark.skipif(
+    DEVICE == "cuda", reason="pretends a GPU: runs on machines without one"
+)
 
 
 def explained(case):
@@ -27,13 +31,31 @@ def explained(case):
 
 
 # Rows, rank and dropout of each regime.
-REGIMES = [(0, 16, 0.0), (8, 16, 0.0), (8, 48, 0.1), (64, 64, 0.0), (70, 16, 0.1), (70, 130, 0.0), (200, 16, 0.0)]
+REGIMES = [
+    (0, 16, 0.0),
+    (8, 16, 0.0),
+    (8, 48, 0.1),
+    (64, 64, 0.0),
+    (70, 16, 0.1),
+    (70, 130, 0.0),
+    (200, 16, 0.0),
+]
 
 
 def build(op, regime, arch, dtype, kernel):
     m, r, p = regime
     count = 3 if op == "group" else 1
-    case = Case("linear", (m, 64), (48, 40, 24)[:count], (r,) * count, dtype, FP32, p=p, kernel=kernel, arch=arch)
+    case = Case(
+        "linear",
+        (m, 64),
+        (48, 40, 24)[:count],
+        (r,) * count,
+        dtype,
+        FP32,
+        p=p,
+        kernel=kernel,
+        arch=arch,
+    )
     if kernel == "chained" and r > 128:
         return None
     if op in ("nf4", "fp8"):
@@ -50,30 +72,50 @@ CALLS = table(
 @another_gpu
 @pytest.mark.parametrize("case", CALLS)
 def test_the_listed_launches_are_made(case):
-    """The launches of a real call, on each kind of GPU, in each regime; all that explain() knows of them is in its text."""
+    """The launches of a real call, on each kind of GPU, in each regime; all that explain() knows of
+    them is in its text.
+    """
     found = explained(case)
     assert (found.backend, found.arch) == ("triton", case.arch)
     steps, made = (*found.forward, *found.backward), run_recorded(case)[0]
-    assert [step.kernel for step in steps] == [name.removeprefix("_").removesuffix("_kernel") for name, *_ in made]
+    assert [step.kernel for step in steps] == [
+        name.removeprefix("_").removesuffix("_kernel") for name, *_ in made
+    ]
     for step, (_, grid, _, _, options) in (
         (step, launch) for step, launch in zip(steps, made, strict=True) if step.grid
     ):
-        assert (step.grid, step.num_warps, step.num_stages) == (grid, options["num_warps"], options["num_stages"])
+        assert (step.grid, step.num_warps, step.num_stages) == (
+            grid,
+            options["num_warps"],
+            options["num_stages"],
+        )
     text = str(found)
-    assert found.forward_reason in text and found.backward_reason in text and (case.quantized[0] or "") in text
+    assert (
+        found.forward_reason in text
+        and found.backward_reason in text
+        and (case.quantized[0] or "") in text
+    )
     assert all(f"{step.kernel} [{step.variant}]" in text and step.reason in text for step in steps)
 
 
 @another_gpu
 @pytest.mark.covering
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("regime", [(33, 8, 0.0), (33, 100, 0.1), (70, 16, 0.2), (131, 128, 0.0)], ids=str)
-@pytest.mark.parametrize("wanted", [None, ["lora_A0"], ["lora_B0"], ["x"], ["x", "lora_B0"]], ids=str)
+@pytest.mark.parametrize(
+    "regime", [(33, 8, 0.0), (33, 100, 0.1), (70, 16, 0.2), (131, 128, 0.0)], ids=str
+)
+@pytest.mark.parametrize(
+    "wanted", [None, ["lora_A0"], ["lora_B0"], ["x"], ["x", "lora_B0"]], ids=str
+)
 @pytest.mark.parametrize("op", ["linear", "branch"])
 def test_a_chained_call_is_one_launch_forward_and_one_backward(op, wanted, regime, arch):
-    """The budget of launches: whatever the gradients that are wanted, the rows, the rank and the dropout."""
+    """The budget of launches: whatever the gradients that are wanted, the rows, the rank and the
+    dropout.
+    """
     m, r, p = regime
-    forward, backward = launches(Case(op, (m, 24), (20,), (r,), BF16, FP32, p=p, arch=arch, wanted=wanted))
+    forward, backward = launches(
+        Case(op, (m, 24), (20,), (r,), BF16, FP32, p=p, arch=arch, wanted=wanted)
+    )
     assert (forward.total(), backward.total()) == (1, 1)
 
 
@@ -81,13 +123,17 @@ def test_descriptors_are_used_where_they_can_be():
     """Rows of a multiple of 16 bytes, on GPUs that have descriptors."""
     for arch, k, descriptors in (("sm_90", 64, True), ("sm_90", 63, False), ("sm_80", 64, False)):
         found = slk.explain(70, 48, k, 16, device=arch)
-        assert {step.kernel.endswith("_tma") for step in (*found.forward, *found.backward)} == {descriptors}
+        assert {step.kernel.endswith("_tma") for step in (*found.forward, *found.backward)} == {
+            descriptors
+        }
 
 
 def test_explain_says_what_decided():
     assert "autotuning" not in str(slk.explain(8, 64, 64, 8, device="sm_90"))
     with slk.use_autotune(True):
-        assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith("may replace this by what it measures")
+        assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith(
+            "may replace this by what it measures"
+        )
         with slk.use_kernel("split"):
             assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == rules.FORCED
     with slk.use_backend("torch"):
@@ -109,13 +155,33 @@ WRONG = [
         ValueError,
         r"device must be .* as 'cpu', or a GPU by its kind, .*'sm_90' \(H100, .*; got 'h100'",
     ),
-    ({"device": "cuda:99"}, ValueError, "device must be a device of this machine, .*; got 'cuda:99'"),
+    (
+        {"device": "cuda:99"},
+        ValueError,
+        "device must be a device of this machine, .*; got 'cuda:99'",
+    ),
     ({"dtype": torch.float64}, TypeError, "dtype must be .*got torch.float64"),
-    ({"dtype": "bf16"}, TypeError, "dtype must be torch.bfloat16, torch.float16 or torch.float32, .* got 'bf16'"),
-    ({"lora_dtype": torch.float16}, TypeError, "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16"),
+    (
+        {"dtype": "bf16"},
+        TypeError,
+        "dtype must be torch.bfloat16, torch.float16 or torch.float32, .* got 'bf16'",
+    ),
+    (
+        {"lora_dtype": torch.float16},
+        TypeError,
+        "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16",
+    ),
     ({"quantized": "int8"}, ValueError, "quantized must be 'nf4', 'fp8' or None, got 'int8'"),
-    ({"quantized": "nf4", "N": (16, 16)}, ValueError, "quantized must be None for several N, got 'nf4'"),
-    ({"quantized": "nf4", "branch_only": True}, ValueError, "None where branch_only is true, .* got 'nf4'"),
+    (
+        {"quantized": "nf4", "N": (16, 16)},
+        ValueError,
+        "quantized must be None for several N, got 'nf4'",
+    ),
+    (
+        {"quantized": "nf4", "branch_only": True},
+        ValueError,
+        "None where branch_only is true, .* got 'nf4'",
+    ),
 ]
 
 
@@ -132,13 +198,21 @@ def test_every_gpu_has_a_name_for_messages():
 
 def test_a_named_gpu_needs_triton(monkeypatch):
     monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
-    with pytest.raises(RuntimeError, match=r"device='sm_90' asks for .* Triton kernels, but Triton is not installed"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"device='sm_90' asks for .* Triton kernels, but Triton is not installed",
+    ):
         slk.explain(64, 64, 64, 8, device="sm_90")
 
 
 def test_pretending_ends_with_its_block():
-    """An unknown GPU is refused; after an error inside, no launch is prepared for the GPU that was pretended."""
-    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'h100'"), slk.testing.pretend_gpu("h100"):
+    """An unknown GPU is refused; after an error inside, no launch is prepared for the GPU that was
+    pretended.
+    """
+    with (
+        pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'h100'"),
+        slk.testing.pretend_gpu("h100"),
+    ):
         pass
     with pytest.raises(KeyError), slk.testing.pretend_gpu("sm_90"):
         plans.remember(("key",), "triton")

@@ -24,15 +24,20 @@ def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=
 
 @on_every_gpu
 def test_what_is_chosen_may_be_asked_for(device):
-    """At each size, also where a row's bounds are: a choice obeys the limits by which a forced kernel is refused."""
-    sizes = itertools.product((1, 16, 17, 64, 65, 512, 513, 4096, 4097), (2048, 14336), (1000, 4096), (1, 33, 65, 129))
+    """At each size, also where a row's bounds are: a choice obeys the limits by which a forced
+    kernel is refused.
+    """
+    sizes = itertools.product(
+        (1, 16, 17, 64, 65, 512, 513, 4096, 4097), (2048, 14336), (1000, 4096), (1, 33, 65, 129)
+    )
     kinds = itertools.product(("forward", "backward"), (BF16, FP32), (False, True))
     for (m, n, k, r), (direction, dtype, dropout) in itertools.product(sizes, kinds):
         given = call(direction, m, n, k, r, dtype, dropout)
         chosen = choose(device, given)
         with slk.use_kernel(chosen.kernel):
             assert choose(device, given).kernel == chosen.kernel, given
-    # Any that can do a call may be forced on it; what it cannot do is refused: tests/ops/test_errors.py.
+    # Any that can do a call may be forced on it; what it cannot do is refused:
+    # tests/ops/test_errors.py.
     for kernel in KERNELS[1:]:
         with slk.use_kernel(kernel):
             assert choose(device, call(r=8)).kernel == kernel
@@ -51,17 +56,23 @@ def test_forms(device):
 
 @on_every_gpu
 def test_weights_whose_rows_are_not_aligned_are_dequantized(device):
-    """In the loop they would be loaded byte by byte, with a scale an element, for which no GPU has the shared memory."""
+    """In the loop they would be loaded byte by byte, with a scale an element, for which no GPU has
+    the shared memory.
+    """
     for bits, direction in itertools.product((4, 8), ("forward", "backward")):
         few = call(direction, m=8, n=96, k=70, r=8)
-        chosen = [rules.choose_quantized(device, few, bits, aligned).kernel for aligned in (True, False)]
+        chosen = [
+            rules.choose_quantized(device, few, bits, aligned).kernel for aligned in (True, False)
+        ]
         assert chosen == ["in_loop", "dequantize"]
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_65_to_400_rows_fill_the_gpu(arch, direction):
-    """At 4096 x 4096: programs share sums, or tiles of 128 x 128 fill as much as any tiles that read no more."""
+    """At 4096 x 4096: programs share sums, or tiles of 128 x 128 fill as much as any tiles that
+    read no more.
+    """
     device = DEVICES[arch]
     for m in range(65, 401):
         given = call(direction, m)
@@ -101,7 +112,14 @@ def test_the_widest_tile_is_taken_where_it_spills_nothing_in_half_the_rounds(dev
 
 
 def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
-    assert [tiles.fill_split_k(H100, count, 64) for count in (16, 32, 64, 96, 128, 132)] == [6, 3, 2, 1, 1, 1]
+    assert [tiles.fill_split_k(H100, count, 64) for count in (16, 32, 64, 96, 128, 132)] == [
+        6,
+        3,
+        2,
+        1,
+        1,
+        1,
+    ]
     # A part has at least 4 steps, and none is empty.
     assert tiles.fill_split_k(H100, 8, 8) == 2 and tiles.fill_split_k(H100, 8, 3) == 1
     assert tiles.fill_split_k(H100, tiles.MAX_SHARED_SUMS + 1, 64) == 1
@@ -111,7 +129,8 @@ def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
     ("direction", "dropout", "spare", "programs", "splits"),
     [
         ("forward", False, 8, 8, 1), ("forward", False, 4, 4, 1), ("backward", True, 8, 8, 1), ("backward", False, 12, 12, 1),
-        # It would take longer than a tile, for lack of processors or to draw: all processors compute S first, and dB.
+        # It would take longer than a tile, for lack of processors or to draw: all processors
+        # compute S first, and dB.
         ("forward", False, 3, 128, 8), ("forward", True, 24, 128, 8), ("backward", False, 7, 256, 8),
         ("forward", False, 0, 128, 8),
         # Enough for all, in fewer parts.
@@ -121,11 +140,15 @@ def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
 def test_s_takes_the_idle_processors_of_a_last_round(direction, dropout, spare, programs, splits):
     """16 tiles of 128 rows of S, in backward 32 of dB, beside a product's of 256 columns."""
     given = call(direction, 2048, 4096, 4096, 16, dropout=dropout)
-    s, db, found = chained.chained_plans(H100, given, tiles.Tile(128, 256, 64, 8, 3), direction == "backward", spare)
+    s, db, found = chained.chained_plans(
+        H100, given, tiles.Tile(128, 256, 64, 8, 3), direction == "backward", spare
+    )
     of_b = 32 if direction == "backward" else None
     assert (found, s.splits, s.tiles, db and db.tiles) == (programs, splits, 16, of_b)
     # Nine programs would share 64 steps by eight each, and the last one would have none.
-    few, _, _ = chained.chained_plans(H100, given._replace(m=1024), tiles.Tile(128, 256, 64, 8, 3), False, spare=72)
+    few, _, _ = chained.chained_plans(
+        H100, given._replace(m=1024), tiles.Tile(128, 256, 64, 8, 3), False, spare=72
+    )
     assert (few.tiles, few.splits) == (8, 8)
 
 
@@ -134,16 +157,28 @@ def test_programs_share_no_more_sums_than_there_are_counters(device):
     """The widest layers are vocabularies, whose dB has thousands of tiles."""
     for n, r in itertools.product((4096, 131_072, 262_144), (16, 128, 512)):
         given = call("backward", 16_384, 4096, n, r, dropout=True)
-        plans = [tiles.co_scheduled_grad_plan(device, given, b, warps) for b in (False, True) for warps in (4, 8)]
+        plans = [
+            tiles.co_scheduled_grad_plan(device, given, b, warps)
+            for b in (False, True)
+            for warps in (4, 8)
+        ]
         plans += chained.chained_plans(device, given, tiles.Tile(128, 128, 64, 8, 4), True)[:2]
-        plans += [tiles.down_plan(device, given), tiles.weight_grads_plan(device, given, True, True)[0]]
+        plans += [
+            tiles.down_plan(device, given),
+            tiles.weight_grads_plan(device, given, True, True)[0],
+        ]
         assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans), given
         assert n > 4096 or plans[2].splits > 1, given
 
 
 def test_reasons_use_a_users_names():
     """explain() prints them: x, W, A and B as in PyTorch, not the kernels' own S, X, Y and H."""
-    tables = [value for module in (rules, tiles) for value in vars(module).values() if isinstance(value, tuple)]
+    tables = [
+        value
+        for module in (rules, tiles)
+        for value in vars(module).values()
+        if isinstance(value, tuple)
+    ]
     reasons = {row.reason for table in tables for row in table if hasattr(row, "reason")}
     assert len(reasons) > 40
     private = re.compile(r"\bd?[SXYH]\b|anew|whoever|nobody|spill|accumulator|main loop|_")

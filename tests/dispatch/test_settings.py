@@ -44,10 +44,18 @@ def test_a_setting_holds_for_good_or_for_a_block(name, value, other, wrong, erro
 
 def test_environment_variables_set_the_start_values():
     code = "import stablelora_kernels as slk; print(slk.get_backend(), slk.get_kernel(), slk.get_autotune())"
-    known = {"STABLELORA_BACKEND": "torch", "STABLELORA_KERNEL": "split", "STABLELORA_AUTOTUNE": "1"}
+    known = {
+        "STABLELORA_BACKEND": "torch",
+        "STABLELORA_KERNEL": "split",
+        "STABLELORA_AUTOTUNE": "1",
+    }
     # An empty one is not set.
     empty = dict.fromkeys(known, "")
-    cases = (({"STABLELORA_AUTOTUNE": "0"}, "auto auto False"), (known, "torch split True"), (empty, "auto auto False"))
+    cases = (
+        ({"STABLELORA_AUTOTUNE": "0"}, "auto auto False"),
+        (known, "torch split True"),
+        (empty, "auto auto False"),
+    )
     for given, expected in cases:
         assert printed(code, **given) == expected
 
@@ -129,7 +137,9 @@ def test_float32_calls_follow_any_mixture_of_pytorchs_switches():
             assert allowed == (input_precision(DEVICES["sm_90"], torch.float32) == "tf32")
             assert allowed == (torch.backends.cuda.matmul.fp32_precision == "tf32"), names
             with suppress(RuntimeError):
-                assert names[1:] or allowed == (torch.get_float32_matmul_precision() != "highest"), names
+                assert names[1:] or allowed == (
+                    torch.get_float32_matmul_precision() != "highest"
+                ), names
         seen.add(allowed)
     assert seen == {False, True} and not tf32_allowed()
 

@@ -1,4 +1,6 @@
-"""The documentation: its Python runs, its names are the package's, and its reference has every public name."""
+"""The documentation: its Python runs, its names are the package's, and its reference has every
+public name.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,23 @@ def blocks_of(page: Path) -> list[Block]:
     """The Python blocks of a page."""
     text = text_of(page)
     blocks = [
-        Block(text.count("\n", 0, found.start("code")) + 1, found["code"], not NOT_RUN.fullmatch(found["before"] or ""))
+        Block(
+            text.count("\n", 0, found.start("code")) + 1,
+            found["code"],
+            not NOT_RUN.fullmatch(found["before"] or ""),
+        )
         for found in BLOCK.finditer(text)
     ]
-    assert len(blocks) == text.count("```python"), f"{page.name}: a block that is indented or does not end is not run"
+    assert len(blocks) == text.count("```python"), (
+        f"{page.name}: a block that is indented or does not end is not run"
+    )
     return blocks
 
 
 def write_code(page: Path, directory: Path) -> Path:
-    """The blocks of a page as one file, in which they are at their lines of the page; those not to be run are only parsed."""
+    """The blocks of a page as one file, in which they are at their lines of the page; those not to
+    be run are only parsed.
+    """
     lines = [""] * len(text_of(page).splitlines())
     for block in blocks_of(page):
         ast.parse(block.code, filename=f"{page.name}:{block.line}")
@@ -61,9 +71,13 @@ def write_code(page: Path, directory: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem
+)
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys) -> None:
-    """All blocks of a page run one after another, then the tests that they define. What it says is printed is printed."""
+    """All blocks of a page run one after another, then the tests that they define. What it says is
+    printed is printed.
+    """
     content, file = text_of(page), write_code(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     defined = runpy.run_path(str(file))
@@ -76,13 +90,16 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys) -> None:
 
 def test_the_machine_code_is_what_the_pages_say(tmp_path: Path) -> None:
     """In a process that compiles: Triton decides at import whether it interprets."""
-    pages = [ROOT / "docs" / "internals" / name for name in ("adding-a-kernel.md", "kernels-walkthrough.md")]
+    pages = [
+        ROOT / "docs" / "internals" / name
+        for name in ("adding-a-kernel.md", "kernels-walkthrough.md")
+    ]
     modules = [write_code(page, tmp_path).stem for page in pages]
-    code = (
-        f"import json, {', '.join(modules)}; print(json.dumps([{', '.join(f'{m}.machine_code()' for m in modules)}]))"
-    )
+    code = f"import json, {', '.join(modules)}; print(json.dumps([{', '.join(f'{m}.machine_code()' for m in modules)}]))"
     facts, launches = json.loads(printed(code, PYTHONPATH=f"{tmp_path}:{ROOT}"))
-    assert facts.items() >= {"spills": 0, "load_bits": 91, "store_bits": 128, "wide_loads": 2}.items()
+    assert (
+        facts.items() >= {"spills": 0, "load_bits": 91, "store_bits": 128, "wide_loads": 2}.items()
+    )
     text = text_of(pages[1]).split("## One tensor on the GPU")[1]
     for name in (
         "LDGSTS.E.BYPASS.128", "HGMMA.64x16x16", "ATOMG", "MEMBAR.ALL.GPU", "REDG",
@@ -107,7 +124,9 @@ def documented_names() -> set[str]:
     names: set[str] = set()
     for page in (ROOT / "docs" / "reference").glob("*.md"):
         module = ""
-        for directive, name in re.findall(r"^\.\. (automodule|currentmodule|auto\w+):: (\S+)$", text_of(page), re.M):
+        for directive, name in re.findall(
+            r"^\.\. (automodule|currentmodule|auto\w+):: (\S+)$", text_of(page), re.M
+        ):
             if directive in ("automodule", "currentmodule"):
                 module = name
             names.add(name if "." in name else f"{module}.{name}")
@@ -120,7 +139,10 @@ def test_reference_has_every_public_name() -> None:
     for module in (functional, reference):
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
     public |= {f"stablelora_kernels.testing.{name}" for name in ("make_inputs", "assert_no_worse")}
-    public |= {f"stablelora_kernels.tensor_parallel.{name}" for name in ("LoRAColwiseParallel", "LoRARowwiseParallel")}
+    public |= {
+        f"stablelora_kernels.tensor_parallel.{name}"
+        for name in ("LoRAColwiseParallel", "LoRARowwiseParallel")
+    }
     assert public - documented_names() == set()
 
 
@@ -133,10 +155,15 @@ def resolves(name: str) -> bool:
 
 
 def test_names_in_the_docs_resolve() -> None:
-    """In pages and in ``__all__``, which a fresh process shows: here, other tests may have imported the modules already."""
+    """In pages and in ``__all__``, which a fresh process shows: here, other tests may have imported
+    the modules already.
+    """
     names = documented_names()
     for page in PAGES:
-        names |= {f"stablelora_kernels.{name}" for name in re.findall(r"\bslk\.(\w+(?:\.\w+)*)", text_of(page))}
+        names |= {
+            f"stablelora_kernels.{name}"
+            for name in re.findall(r"\bslk\.(\w+(?:\.\w+)*)", text_of(page))
+        }
     assert len(names) > 70 and [name for name in sorted(names) if not resolves(name)] == []
     code = "import stablelora_kernels as slk; print([name for name in slk.__all__ if not hasattr(slk, name)])"
     assert printed(code) == "[]"
@@ -144,14 +171,18 @@ def test_names_in_the_docs_resolve() -> None:
 
 def test_wrong_names_get_a_hint() -> None:
     """PEFT's spelling; our config for PEFT; and a report taken for the model."""
-    with pytest.raises(AttributeError, match="has no attribute 'LoraConfig'; did you mean 'LoRAConfig'"):
+    with pytest.raises(
+        AttributeError, match="has no attribute 'LoraConfig'; did you mean 'LoRAConfig'"
+    ):
         slk.LoraConfig(target_modules=["0"])
     peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
     config, model = slk.LoRAConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(AttributeError, match=r"PEFT's .* takes a peft\.LoraConfig"):
         peft.get_peft_model(model, config)
     report = slk.apply_lora(model, config)
-    with pytest.raises(AttributeError, match="no attribute 'parameters': the model was changed in place"):
+    with pytest.raises(
+        AttributeError, match="no attribute 'parameters': the model was changed in place"
+    ):
         report.parameters()
     with pytest.raises(TypeError, match="is not callable: the model was changed in place"):
         report(torch.ones(4))

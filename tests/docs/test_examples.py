@@ -1,4 +1,6 @@
-"""Every example: misuse and resuming by its main(), interrupts and many processes as a user runs it."""
+"""Every example: misuse and resuming by its main(), interrupts and many processes as a user runs
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +42,30 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
     place = tmp_path_factory.mktemp("files")
     marks = ["<pad>", "<s>", "</s>"]
-    words = {word: i for i, word in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    words = {
+        word: i for i, word in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens = dict(zip(("pad_token", "bos_token", "eos_token"), marks, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(place / "model")
     torch.manual_seed(0)
-    llama(vocab_size=len(words), pad_token_id=0, tie_word_embeddings=True).save_pretrained(place / "model")
-    lines = [f"{word} and {word} and {other}, said the {other}.\n" for word in "abcdefghij" for other in "klmnopqrst"]
+    llama(vocab_size=len(words), pad_token_id=0, tie_word_embeddings=True).save_pretrained(
+        place / "model"
+    )
+    lines = [
+        f"{word} and {word} and {other}, said the {other}.\n"
+        for word in "abcdefghij"
+        for other in "klmnopqrst"
+    ]
     (place / "text").write_text("".join(lines))
     return ["--model", str(place / "model"), "--text", str(place / "text")]
 
 
 def run(example: str, arguments: list[Any], processes: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    )
     line = [sys.executable, *launcher, "-m", f"examples.{example}", *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-12000:]
@@ -92,7 +104,11 @@ def test_finetune_resumes(files: list[str], alone: Path, tmp_path: Path, capsys)
     (out / "step-000006").mkdir()
     finetune.main([*files, *LANGUAGE, "--dropout", "0.1", "--out", str(out), "--resume"])
     printed = capsys.readouterr().out
-    assert "step 3: held-out loss" in printed and "step 0:" not in printed and "4 of 4 pairs latched" in printed
+    assert (
+        "step 3: held-out loss" in printed
+        and "step 0:" not in printed
+        and "4 of 4 pairs latched" in printed
+    )
     assert_same_file(out, alone)
 
 
@@ -123,9 +139,13 @@ def test_replace_linear_resumes_and_merges(files: list[str], tmp_path: Path, cap
     whole, out = tmp_path / "whole", tmp_path / "cut"
     replace_linear.main([*files, *PASSAGES, "--out", str(whole)])
     printed = capsys.readouterr().out
-    assert "4 modules merged" in printed and "unmerged, the outputs are the same to the bit" in printed
+    assert (
+        "4 modules merged" in printed and "unmerged, the outputs are the same to the bit" in printed
+    )
     assert float(printed.split("differ by at most ")[1].split()[0]) < 1e-5
-    assert not any("lora" in name for name in AutoModel.from_pretrained(whole / "merged").state_dict())
+    assert not any(
+        "lora" in name for name in AutoModel.from_pretrained(whole / "merged").state_dict()
+    )
     # Its checkpoint is one file, which a shorter run leaves behind.
     replace_linear.main([*files, *PASSAGES, "--steps", "3", "--out", str(out)])
     replace_linear.main([*files, *PASSAGES, "--out", str(out), "--resume"])
@@ -149,7 +169,9 @@ def test_replace_linear_killed_while_it_saves(tmp_path: Path) -> None:
 
 def test_tutorial(files: list[str], tmp_path: Path, capsys) -> None:
     """It learns, and the saved adapter has the trained model's loss."""
-    pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[bench]")
+    pytest.importorskip(
+        "matplotlib", reason="runs where matplotlib is installed: pip install .[bench]"
+    )
     out = tmp_path / "out"
     tutorial.main([*files, "--out", str(out), "--steps", "8"])
     printed = capsys.readouterr().out
@@ -172,7 +194,9 @@ def assert_near(one: Path, other: Path) -> None:
 @needs_gloo
 @pytest.mark.nightly
 @pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), ("ddp", "fsdp")])
-def test_finetune_on_two_processes_resumed_on_four(files: list[str], tmp_path: Path, first: str, then: str) -> None:
+def test_finetune_on_two_processes_resumed_on_four(
+    files: list[str], tmp_path: Path, first: str, then: str
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run("finetune", [*files, *LANGUAGE, "--out", one])
     arguments = [*files, *LANGUAGE, "--checkpointing", "--gradient-accumulation", "2"]
@@ -192,20 +216,34 @@ def latches(out: Path) -> dict[str, int]:
 
     dcp_to_torch_save(out / "step-000006", out / "step-000006.pt")
     state = torch.load(out / "step-000006.pt", weights_only=False)["optimizer"]["state"]
-    return {name: int(entry["latched_at"]) for name, entry in state.items() if "latched_at" in entry}
+    return {
+        name: int(entry["latched_at"]) for name, entry in state.items() if "latched_at" in entry
+    }
 
 
 MISUSE = [
     (finetune, "--steps 0", "--steps must be at least 1, got 0"),
     (finetune, "--length 9999", "--length must be from 2 to a twentieth of the text's"),
-    (finetune, "--model tests", "must be smollm2, minilm, a local directory or a hub id, got tests: "),
+    (
+        finetune,
+        "--model tests",
+        "must be smollm2, minilm, a local directory or a hub id, got tests: ",
+    ),
     (finetune, "--text nowhere.txt", "--text must be a text file, got nowhere.txt"),
-    (finetune, "--batch-size 3 --gradient-accumulation 2", "a multiple of 1 processes x 2 parts, got 3"),
+    (
+        finetune,
+        "--batch-size 3 --gradient-accumulation 2",
+        "a multiple of 1 processes x 2 parts, got 3",
+    ),
     (finetune, "--distributed fsdp", "--distributed fsdp needs torchrun --nproc-per-node N"),
     (finetune, "--resume", "--resume needs a checkpoint in --out"),
     (peft_trainer, "--resume", "--resume needs a checkpoint in --out"),
     (replace_linear, "--batch-size 99", "--text must have 396 passages of 4 lines, got 25"),
-    (replace_linear, "--target-modules nothing", "target_modules must match an nn.Linear of the model"),
+    (
+        replace_linear,
+        "--target-modules nothing",
+        "target_modules must match an nn.Linear of the model",
+    ),
     (replace_linear, "--resume", "has none: leave --resume out"),
 ]
 
@@ -237,7 +275,12 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path) -> None:
 
 def test_the_cluster_plans_memory_is_what_layers_keep() -> None:
     r, tokens = 4, 24
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     model = llama(**sizes, head_dim=16, attn_implementation="sdpa").to(torch.bfloat16)
     slk.apply_lora(model, slk.LoRAConfig(r=r, target_modules="all-linear"))
     plan = cluster_plan.count(model.config.to_dict(), r, "all-linear")
@@ -254,7 +297,10 @@ def test_the_cluster_plans_memory_is_what_layers_keep() -> None:
 
     kept = saved_for_backward(layers, [*model.parameters(), *model.buffers(), *positions])
     # The casts of A and B, which the PyTorch path keeps.
-    counted = cluster_plan.activations(plan, tokens, checkpointing=False) + cluster_plan.BF16 * plan.adapters
+    counted = (
+        cluster_plan.activations(plan, tokens, checkpointing=False)
+        + cluster_plan.BF16 * plan.adapters
+    )
     assert kept == pytest.approx(counted, rel=0.02)
 
 
@@ -267,27 +313,47 @@ def elsewhere(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("program", ["finetune", "peft_trainer", "replace_linear", "tutorial", "cluster_plan"])
-def test_by_its_path_from_any_directory(program: str, tmp_path: Path, elsewhere: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "program", ["finetune", "peft_trainer", "replace_linear", "tutorial", "cluster_plan"]
+)
+def test_by_its_path_from_any_directory(
+    program: str, tmp_path: Path, elsewhere: dict[str, str]
+) -> None:
     """--help comes after all imports."""
     line = [sys.executable, ROOT / "examples" / f"{program}.py", "--help"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=elsewhere)
     assert done.returncode == 0 and f"usage: {program}" in done.stdout, done.stderr
 
 
-def test_the_file_to_copy_runs_outside_the_clone(files: list[str], tmp_path: Path, elsewhere: dict[str, str]) -> None:
+def test_the_file_to_copy_runs_outside_the_clone(
+    files: list[str], tmp_path: Path, elsewhere: dict[str, str]
+) -> None:
     """It learns, and PEFT loads what it saves."""
     import peft
     from transformers import AutoModelForCausalLM
 
     shutil.copy(ROOT / "examples" / "one_file.py", tmp_path)
-    arguments = [*files, "--out", str(tmp_path / "run"), "--steps", "20", "--length", "16", "--lr", "1e-2"]
+    arguments = [
+        *files,
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "20",
+        "--length",
+        "16",
+        "--lr",
+        "1e-2",
+    ]
     line = [sys.executable, "one_file.py", *arguments]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=elsewhere)
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("held-out loss")]
-    before, after = (float(line.split(word)[0].split()[-1].strip(",")) for word in (" before", " after"))
+    before, after = (
+        float(line.split(word)[0].split()[-1].strip(",")) for word in (" before", " after")
+    )
     assert after < before - 0.1, line
     assert "LoRA on 14 modules" in done.stdout and "2 x gated MLP (silu)" in done.stdout
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files[1]), tmp_path / "run" / "adapter")
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(files[1]), tmp_path / "run" / "adapter"
+    )
     assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)

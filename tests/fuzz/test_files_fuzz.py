@@ -1,4 +1,6 @@
-"""Damaged and odd files: a load succeeds with the original's result, or raises a documented error and changes nothing."""
+"""Damaged and odd files: a load succeeds with the original's result, or raises a documented error
+and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,30 @@ from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_tensors, fresh
+from tests.helpers.adapters import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapted,
+    config_in,
+    edit_tensors,
+    fresh,
+)
 from tests.helpers.small_models import assert_untouched, lora_config, output, snapshot
 
 pytestmark = pytest.mark.fuzz
-CONFIG = {"modules_to_save": ["lm_head"], "bias": "lora_only", "rank_pattern": {"layers.1.v_proj": 3}}
+CONFIG = {
+    "modules_to_save": ["lm_head"],
+    "bias": "lora_only",
+    "rank_pattern": {"layers.1.v_proj": 3},
+}
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """An adapter's directory and its model."""
-    pytest.importorskip("safetensors.torch", reason="runs where safetensors is installed: pip install .[test]")
+    pytest.importorskip(
+        "safetensors.torch", reason="runs where safetensors is installed: pip install .[test]"
+    )
     model, directory = adapted(1, **CONFIG), tmp_path_factory.mktemp("fuzz") / "original"
     save_adapter(model, directory)
     return directory, model
@@ -41,7 +56,9 @@ def copy_of(directory):
 
 
 def load(directory, has_lora):
-    """The exit status of inspect, and the model with the adapter, or None if it was refused, which must have changed nothing."""
+    """The exit status of inspect, and the model with the adapter, or None if it was refused, which
+    must have changed nothing.
+    """
     status, model = inspected(directory), fresh()
     if has_lora:
         apply_lora(model, lora_config(**CONFIG))
@@ -59,8 +76,13 @@ def load(directory, has_lora):
 
 
 def inspected(directory):
-    """The exit status of inspect, which says why on one line, and nothing that a terminal takes for a command."""
-    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(io.StringIO()) as said:
+    """The exit status of inspect, which says why on one line, and nothing that a terminal takes for
+    a command.
+    """
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as told,
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
         status = main(["inspect", str(directory)])
     assert status in (0, 1, 2)
     assert (told.getvalue() + said.getvalue()).replace("\n", "").isprintable()
@@ -73,8 +95,13 @@ def check_by_config(loaded, model, directory):
     content = config_in(directory)
     for name, layer in lora_layers(loaded).items():
         expected = model.get_submodule(name)
-        assert torch.equal(layer.lora_A, expected.lora_A) and torch.equal(layer.lora_B, expected.lora_B)
-    if content.items() >= {"lora_alpha": 16, "use_rslora": False, "alpha_pattern": {}, "r": 2}.items():
+        assert torch.equal(layer.lora_A, expected.lora_A) and torch.equal(
+            layer.lora_B, expected.lora_B
+        )
+    if (
+        content.items()
+        >= {"lora_alpha": 16, "use_rslora": False, "alpha_pattern": {}, "r": 2}.items()
+    ):
         assert torch.equal(output(loaded), output(model))
 
 
@@ -92,7 +119,9 @@ KINDS = {
     has_lora=st.booleans(),
 )  # fmt: skip
 def test_damaged_bytes(original, part, kind, share, other, piece, has_lora):
-    """Of the weights' header, of what is behind it, or of the config: nothing can tell whether a value is the right one."""
+    """Of the weights' header, of what is behind it, or of the config: nothing can tell whether a
+    value is the right one.
+    """
     directory, model = original
     damaged = copy_of(directory)
     file = damaged / (CONFIG_NAME if part == "config" else WEIGHTS_NAME)
@@ -107,23 +136,38 @@ def test_damaged_bytes(original, part, kind, share, other, piece, has_lora):
     elif part == "config" and loaded is not None:
         check_by_config(loaded, model, damaged)
     elif loaded is not None:
-        # A name, an offset or the order may have changed to another valid one; shapes and kinds are right then.
+        # A name, an offset or the order may have changed to another valid one; shapes and kinds are
+        # right then.
         for name, layer in lora_layers(loaded).items():
             expected = model.get_submodule(name)
             assert layer.scaling == expected.scaling
-            assert layer.lora_A.shape == expected.lora_A.shape and layer.lora_A.dtype.is_floating_point
+            assert (
+                layer.lora_A.shape == expected.lora_A.shape and layer.lora_A.dtype.is_floating_point
+            )
 
 
 ODD = [10**400, -(10**400), 1e308, float("nan"), float("inf"), 2**63, "\ud800", "(", "(?i)q", "a{9999999999}",
        "LORA", "all-linear", "q_proj", "lora_only", "gaussian", "lm_head", ".*"]  # fmt: skip
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.sampled_from(ODD) | st.floats() | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.sampled_from(ODD)
+    | st.floats()
+    | st.text(max_size=5),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.just("q_proj"), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4) | st.just("q_proj"), inner, max_size=3)
     ),
     max_leaves=6,
 )
-FIELDS = [*(field.name for field in fields(LoRAConfig)), "peft_type", "layers_to_transform", "use_dora", "auto_mapping"]
+FIELDS = [
+    *(field.name for field in fields(LoRAConfig)),
+    "peft_type",
+    "layers_to_transform",
+    "use_dora",
+    "auto_mapping",
+]
 changes = st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3)
 
 
@@ -163,7 +207,11 @@ def test_odd_tensors(original, number, shape, dtype, kind, name, has_lora):
             tensors[key] = value.to(dtype)
         elif kind == "name":
             tensors[name] = value
-        fits = kind == "dtype" and dtype.is_floating_point and (dtype != torch.float8_e4m3fn or ".lora_" not in key)
+        fits = (
+            kind == "dtype"
+            and dtype.is_floating_point
+            and (dtype != torch.float8_e4m3fn or ".lora_" not in key)
+        )
         fits |= kind == "shape" and tuple(shape) == tuple(value.shape) and dtype.is_floating_point
         fits |= kind == "name" and name == key
 

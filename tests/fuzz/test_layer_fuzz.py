@@ -1,4 +1,6 @@
-"""Random calls of every op against float64, within the bound of :func:`stablelora_kernels.testing.assert_no_worse`."""
+"""Random calls of every op against float64, within the bound of
+:func:`stablelora_kernels.testing.assert_no_worse`.
+"""
 
 from __future__ import annotations
 

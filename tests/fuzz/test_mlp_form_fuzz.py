@@ -1,4 +1,6 @@
-"""Random forwards of gated MLPs, changed afterwards: a fused MLP computes, keeps and raises what its own forward does."""
+"""Random forwards of gated MLPs, changed afterwards: a fused MLP computes, keeps and raises what
+its own forward does.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from tests.nn.test_mlp_form import Act, ByMode, Twice  # noqa: F401 (in sources)
 
 pytestmark = pytest.mark.fuzz
 KEPT: list[Any] = []
-ACTIVATIONS = (nn.SiLU, lambda: nn.SiLU(inplace=True), lambda: nn.GELU("tanh"), Act, ByMode, lambda: F.gelu, nn.ReLU)
+ACTIVATIONS = (
+    nn.SiLU,
+    lambda: nn.SiLU(inplace=True),
+    lambda: nn.GELU("tanh"),
+    Act,
+    ByMode,
+    lambda: F.gelu,
+    nn.ReLU,
+)
 GATES = (
     "self.act_fn(g)", "F.silu(g)", "F.gelu(g, approximate='tanh')", "F.silu(g, inplace=True)", "g * torch.sigmoid(g)",
 )  # fmt: skip
@@ -57,7 +67,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = test_mlp_form.CHANGES | {
     "buffer": lambda mlp: mlp.register_buffer("scale", torch.ones(())),
     "parameter": lambda mlp: mlp.register_parameter("bias", nn.Parameter(torch.ones(()))),
     "another activation": lambda mlp: setattr(mlp, "act_fn", nn.Tanh()),
-    "an activation's hook": lambda mlp: mlp.act_fn.register_forward_hook(lambda module, args, y: y * 3),
+    "an activation's hook": lambda mlp: mlp.act_fn.register_forward_hook(
+        lambda module, args, y: y * 3
+    ),
     "another layer": lambda mlp: setattr(mlp, "up_proj", nn.Linear(WIDTH, INNER, False).double()),
     "evaluation": lambda mlp: mlp.eval(),
     "the activation's mode": lambda mlp: mlp.act_fn.eval(),
@@ -66,8 +78,12 @@ CHANGES: dict[str, Callable[[Any], Any]] = test_mlp_form.CHANGES | {
 
 @st.composite
 def sources(draw: st.DrawFn) -> str:
-    """A forward with up to three odd statements more or instead of its own, alone, under a question or in a context."""
-    gate, product = (draw(st.sampled_from(kinds[:3]) | st.sampled_from(kinds)) for kinds in (GATES, PRODUCTS))
+    """A forward with up to three odd statements more or instead of its own, alone, under a question
+    or in a context.
+    """
+    gate, product = (
+        draw(st.sampled_from(kinds[:3]) | st.sampled_from(kinds)) for kinds in (GATES, PRODUCTS)
+    )
     is_stacked = draw(st.booleans())
     lines = [
         *(STACKED if is_stacked else SEPARATE),
@@ -105,7 +121,9 @@ def outcome(mlp: Any, context: Any) -> tuple[dict[str, torch.Tensor], dict[str, 
             y = mlp(x * 1.0)
         if y.requires_grad:
             y.double().square().sum().backward()
-        found = {"y": y.detach().clone(), "x": x.grad} | {name: p.grad for name, p in mlp.named_parameters()}
+        found = {"y": y.detach().clone(), "x": x.grad} | {
+            name: p.grad for name, p in mlp.named_parameters()
+        }
     except Exception as raised:
         error = type(raised)
     tensors = {name: t for name, t in found.items() if t is not None}

@@ -1,7 +1,8 @@
-"""Random lives of an optimizer: steps, edits, lost and replaced state, writes from outside, saves, loads and copies.
+"""Random lives of an optimizer: steps, edits, lost and replaced state, writes from outside, saves,
+loads and copies.
 
-Every step is compared with one step of the float64 reference from the values before it. The bound is twice the error of the
-same step in eager float32, and a few roundings.
+Every step is compared with one step of the float64 reference from the values before it. The bound
+is twice the error of the same step in eager float32, and a few roundings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from torch import Tensor
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import load_moment
-from stablelora_kernels.reference.optimizer import AdamWState, adamw_ref, clip_coefficient_ref, shrink_ref
+from stablelora_kernels.reference.optimizer import (
+    AdamWState,
+    adamw_ref,
+    clip_coefficient_ref,
+    shrink_ref,
+)
 from tests.helpers.optimizers import DEVICE, params_of
 from tests.helpers.steps import saved_and_loaded
 
@@ -41,7 +47,14 @@ KEYS = ["exp_avg", "exp_avg_sq", "step", "latched_at"]
 WRITES = ["no_grad", "detach", "memory", "data"]
 # As a hyperparameter; a power of two, so that it is the same number in every dtype.
 TENSOR = torch.tensor(2.0**-10, device=DEVICE)
-EDITS = [("lr", 1e-3), ("lr", 0.0), ("lr", TENSOR), ("weight_decay", 0.5), ("shrink_ratio", 0.3), ("betas", (0.5, 0.9))]
+EDITS = [
+    ("lr", 1e-3),
+    ("lr", 0.0),
+    ("lr", TENSOR),
+    ("weight_decay", 0.5),
+    ("shrink_ratio", 0.3),
+    ("betas", (0.5, 0.9)),
+]
 WHICH = st.integers(0, len(NAMES) - 1)
 
 
@@ -63,7 +76,9 @@ class Before:
         moments = []
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             work = FP64 if p.dtype is FP64 else FP32
-            moments.append(load_moment(entry, name, work).to(dtype, copy=True) if name in entry else None)
+            moments.append(
+                load_moment(entry, name, work).to(dtype, copy=True) if name in entry else None
+            )
         zero = torch.zeros_like(self.value)
         m, v = (zero if moment is None else moment for moment in moments[:2])
         self.state = AdamWState(m, v, int(entry.get("step", 0)), moments[2])
@@ -114,25 +129,39 @@ class Life(RuleBasedStateMachine):
             if kind != "none":
                 shape = [*p.shape[::-1]] if kind == "strided" else p.shape
                 grad = random(shape, seed + i, SIZE.get(kind, 1e-2), p.dtype)
-                p.grad = grad.t() if kind == "strided" else grad[:1].expand_as(p) if kind == "expanded" else grad
+                p.grad = (
+                    grad.t()
+                    if kind == "strided"
+                    else grad[:1].expand_as(p)
+                    if kind == "expanded"
+                    else grad
+                )
             if kind in ("nan", "inf"):
                 p.grad.view(-1)[0] = float(kind)
         expected, eager = self.one_step(FP64), self.one_step(FP32)
         before = [p.detach().clone() for p in self.params]
         with use_backend(self.backend):
             self.optimizer.step()
-        for name, p, old, exact, plain in zip(NAMES, self.params, before, expected, eager, strict=True):
+        for name, p, old, exact, plain in zip(
+            NAMES, self.params, before, expected, eager, strict=True
+        ):
             if exact is None:
-                assert torch.equal(p.detach().nan_to_num(), old.nan_to_num()), f"{name} changed without a step"
+                assert torch.equal(p.detach().nan_to_num(), old.nan_to_num()), (
+                    f"{name} changed without a step"
+                )
             else:
                 self.check(name, p, exact, plain)
 
     def one_step(self, dtype: torch.dtype) -> list[tuple[Before, Tensor] | None]:
-        """The reference's step in ``dtype``: each parameter's values after it, and the size of what was added up, or None."""
+        """The reference's step in ``dtype``: each parameter's values after it, and the size of what
+        was added up, or None.
+        """
         counts, dtype = dtype is FP64, FP64 if self.dtype is FP64 else dtype
         grads = [None if p.grad is None else p.grad.to(dtype) for p in self.params]
         present = [g for g in grads if g is not None]
-        coefficient = clip_coefficient_ref(present, self.options["max_grad_norm"]) if present else None
+        coefficient = (
+            clip_coefficient_ref(present, self.options["max_grad_norm"]) if present else None
+        )
         if counts and coefficient is None and present:
             self.skipped += 1
         if coefficient is None:
@@ -145,7 +174,9 @@ class Life(RuleBasedStateMachine):
                 latched = found[a].latched_at > 0
                 # In float32 too the decision is float64's.
                 halves, own = (found[a].value.double(), found[b].value.double()), groups[a]
-                shrunk, now = shrink_ref(*halves, latched, own["shrink_ratio"], own["stop_condition"])
+                shrunk, now = shrink_ref(
+                    *halves, latched, own["shrink_ratio"], own["stop_condition"]
+                )
                 found[a].value = shrunk.to(dtype)
                 if now and not latched:
                     found[a].latched_at = found[a].state.step + 1
@@ -179,7 +210,9 @@ class Life(RuleBasedStateMachine):
         for key in ("exp_avg", "exp_avg_sq"):
             found = load_moment(entry, key, FP32 if entry[key].dtype is not FP64 else FP64)
             target = getattr(want.state, key)
-            rest = target.abs() * {BF16: 2.0**-7, torch.uint8: 0.13}.get(entry[key].dtype, 0.0) + 1e-37
+            rest = (
+                target.abs() * {BF16: 2.0**-7, torch.uint8: 0.13}.get(entry[key].dtype, 0.0) + 1e-37
+            )
             if entry[key].dtype is torch.uint8:
                 if not target.isfinite().all():
                     # A block with a value that is not finite is NaN as a whole.
@@ -187,7 +220,9 @@ class Life(RuleBasedStateMachine):
                 rest = rest + target.abs().max() * 2.0**-15
             # The size of what a moment is the sum of.
             size = target.double().abs() + p.grad.double().abs() ** (1 if key == "exp_avg" else 2)
-            close(f"{key} of {name}", found, target, getattr(plain.state, key), 8 * EPS * size + rest)
+            close(
+                f"{key} of {name}", found, target, getattr(plain.state, key), 8 * EPS * size + rest
+            )
 
     # Edits
 
@@ -230,7 +265,12 @@ class Life(RuleBasedStateMachine):
 
     # Writes from outside
 
-    @rule(which=WHICH, how=st.sampled_from(WRITES), size=st.sampled_from([1e-3, 1.0, 50.0]), seed=SEEDS)
+    @rule(
+        which=WHICH,
+        how=st.sampled_from(WRITES),
+        size=st.sampled_from([1e-3, 1.0, 50.0]),
+        seed=SEEDS,
+    )
     def write(self, which: int, how: str, size: float, seed: int) -> None:
         p = self.params[which]
         value = random(p.shape, seed, size, p.dtype)
@@ -266,7 +306,9 @@ class Life(RuleBasedStateMachine):
 
     @rule(pickled=st.booleans())
     def make_copy(self, pickled: bool) -> None:
-        self.optimizer = pickle.loads(pickle.dumps(self.optimizer)) if pickled else copy.deepcopy(self.optimizer)
+        self.optimizer = (
+            pickle.loads(pickle.dumps(self.optimizer)) if pickled else copy.deepcopy(self.optimizer)
+        )
 
     @invariant()
     def counts_are_kept(self) -> None:
@@ -275,16 +317,29 @@ class Life(RuleBasedStateMachine):
             assert self.optimizer.max_grad_norm == self.options["max_grad_norm"]
 
 
-def close(name: str, found: Tensor, exact: Tensor, eager: Tensor, floor: Tensor, largest: float | None = None) -> None:
-    """``found`` is off by at most ``floor`` and twice ``eager``'s error; where eager is not finite it isn't either."""
+def close(
+    name: str,
+    found: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    floor: Tensor,
+    largest: float | None = None,
+) -> None:
+    """``found`` is off by at most ``floor`` and twice ``eager``'s error; where eager is not finite
+    it isn't either.
+    """
     error, theirs = (found.double() - exact.double()).abs(), (eager.double() - exact.double()).abs()
     finite = eager.isfinite() & exact.isfinite()
     if largest is not None:
         finite &= exact.abs() < 0.99 * largest
     over = (error > 2 * theirs + floor) | ~error.isfinite()
-    assert not (over & finite).any(), f"{name} is off by {error[finite].max():.3g}, eager by {theirs[finite].max():.3g}"
+    assert not (over & finite).any(), (
+        f"{name} is off by {error[finite].max():.3g}, eager by {theirs[finite].max():.3g}"
+    )
     if largest is None:
-        assert not found[~finite & eager.isnan()].isfinite().any(), f"{name} is finite where eager is not"
+        assert not found[~finite & eager.isnan()].isfinite().any(), (
+            f"{name} is finite where eager is not"
+        )
 
 
 TestLife = Life.TestCase

@@ -1,7 +1,9 @@
-"""Random sequences of calls, each with prepared launches and without: equal launches, and results equal bit by bit.
+"""Random sequences of calls, each with prepared launches and without: equal launches, and results
+equal bit by bit.
 
-Calls of a sequence differ in a few settings, so that one may take the other's launches by mistake; one of PyTorch's switches of
-precision is thrown before each. Every call comes three times with its operands elsewhere each time: remembered, prepared, found.
+Calls of a sequence differ in a few settings, so that one may take the other's launches by mistake;
+one of PyTorch's switches of precision is thrown before each. Every call comes three times with its
+operands elsewhere each time: remembered, prepared, found.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from tests.helpers.precision import SWITCHES, switched
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("poisoned_outputs")]
 TIMES = 3
-# What the second and third call of a sequence may take from another call. An op has sizes of its own.
+# What the second and third call of a sequence may take from another call. An op has sizes of its
+# own.
 SETTINGS = [
     "shape", "dtype", "lora_dtype", "p", "kernel", "layouts", "wanted", "autocast", "in_place", "broken", "seed",
 ]  # fmt: skip

@@ -1,9 +1,10 @@
 """Tests that need a CUDA GPU. Without one they are skipped.
 
-``SLK_GPU_DRY_RUN=1`` runs them on a CPU instead, in Triton's interpreter at small sizes, to show that their code works.
+``SLK_GPU_DRY_RUN=1`` runs them on a CPU instead, in Triton's interpreter at small sizes, to show
+that their code works.
 
-A kernel may wait forever. So a test that neither ends nor compiles for ``SLK_GPU_WATCHDOG`` seconds (30; 0: no limit) ends its
-process, with every thread's stack on standard error.
+A kernel may wait forever. So a test that neither ends nor compiles for ``SLK_GPU_WATCHDOG`` seconds
+(30; 0: no limit) ends its process, with every thread's stack on standard error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tests.helpers.gpu_checks import SMALL
 
 DRY_RUN = os.environ.get("SLK_GPU_DRY_RUN") == "1"
 WATCHDOG = float(os.environ.get("SLK_GPU_WATCHDOG", "30"))
-# cuBLAS reads this when it starts. Deterministic algorithms, which poisoned_outputs turns on, require it.
+# cuBLAS reads this when it starts. Deterministic algorithms, which poisoned_outputs turns on,
+# require it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -53,7 +55,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # benchmarks.lab.gpu limits the time. The timed shapes are many, large, and nearest to what the other tests cover.
+    # benchmarks.lab.gpu limits the time. The timed shapes are many, large, and nearest to what the
+    # other tests cover.
     items.sort(key=lambda item: "timed_shapes" in item.name)
 
 
@@ -65,7 +68,9 @@ def stream() -> None:
 
 
 def counters_left() -> dict[object, list[int]]:
-    """Return which counters are not 0, by stream, and set them to 0 for the tests to come. No launch may be under way."""
+    """Return which counters are not 0, by stream, and set them to 0 for the tests to come. No
+    launch may be under way.
+    """
     from stablelora_kernels.launch import workspace
 
     found = {}

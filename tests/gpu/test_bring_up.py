@@ -1,7 +1,9 @@
-"""The first tests that a GPU runs: each kernel, in the simplest call that takes it, and each way of launching it.
+"""The first tests that a GPU runs: each kernel, in the simplest call that takes it, and each way of
+launching it.
 
-``benchmarks.lab.gpu`` runs them first, in the order of its ``stages``, in which each takes one step beyond those before it, and
-``test_nvidia_tools`` runs them under compute-sanitizer. So they are few, small, and do not fill memory with NaN.
+``benchmarks.lab.gpu`` runs them first, in the order of its ``stages``, in which each takes one step
+beyond those before it, and ``test_nvidia_tools`` runs them under compute-sanitizer. So they are
+few, small, and do not fill memory with NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ pytestmark = pytest.mark.gpu
 
 GPU = device_of(DEVICE)
 by_dropout = pytest.mark.parametrize("p", (0.0, 0.1))
-# M, N, K, r. Of "many tiles" there are more than any GPU has processors, so that programs take a second one, in Y or in dX.
+# M, N, K, r. Of "many tiles" there are more than any GPU has processors, so that programs take a
+# second one, in Y or in dX.
 SIZES = {
     "odd rows": (131, 71, 67, 20),
     "even rows": (260, 264, 520, 16),
@@ -66,7 +69,9 @@ CALLS = [(*each, p) for each in LAUNCHED for p in ((0.0,) if "fused" in each els
 
 def test_doctor():
     """All checks of ``stablelora-kernels doctor``. Each must launch kernels."""
-    problems = [f"{r['family']}, {r['case']}: {r['problem']}" for r in run_checks(DEVICE) if not r["passed"]]
+    problems = [
+        f"{r['family']}, {r['case']}: {r['problem']}" for r in run_checks(DEVICE) if not r["passed"]
+    ]
     assert not problems, "\n".join(problems)
 
 
@@ -95,7 +100,9 @@ def test_linear(size, kernel, p):
     given = make(case)
     with count_launches() as made:
         found = cases.run(case, given)
-    assert {name.removeprefix("_lora_").removesuffix("_kernel") for name in made} == LAUNCHED[size, kernel]
+    assert {name.removeprefix("_lora_").removesuffix("_kernel") for name in made} == LAUNCHED[
+        size, kernel
+    ]
     gpu_checks.check(case, given, found)
 
 
@@ -128,7 +135,10 @@ def test_optimizer(max_grad_norm):
     """The first step measures the pairs' norms. The others read them."""
     hyper: dict[str, Any] = {"lr": 1e-2, "shrink_ratio": 0.05, "max_grad_norm": max_grad_norm}
     pairs = make_pairs(SHAPES if SMALL else [*SHAPES, (16, 1024, 4096)])
-    reference, optimizer = StableAdamWRef(in_float64(pairs), **hyper), StableLoRAAdamW(pairs, **hyper)
+    reference, optimizer = (
+        StableAdamWRef(in_float64(pairs), **hyper),
+        StableLoRAAdamW(pairs, **hyper),
+    )
     for step in range(3):
         take_step_with(reference, optimizer, step)
     assert_close_to(reference, optimizer)

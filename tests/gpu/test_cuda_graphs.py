@@ -1,4 +1,5 @@
-"""Forward, backward and the optimizer's step in CUDA graphs: replays on new inputs give the same bits as eager calls.
+"""Forward, backward and the optimizer's step in CUDA graphs: replays on new inputs give the same
+bits as eager calls.
 
 All three in one graph: test_graphed_step.
 """
@@ -20,14 +21,20 @@ from tests.helpers.graphed_steps import use_graphs
 pytestmark = pytest.mark.gpu
 
 SIZES = (
-    ((9, 40, 24, 8), (70, 48, 40, 8)) if SMALL else ((16, 4096, 4096, 16), (257, 520, 1032, 40), (2048, 4096, 4096, 16))
+    ((9, 40, 24, 8), (70, 48, 40, 8))
+    if SMALL
+    else ((16, 4096, 4096, 16), (257, 520, 1032, 40), (2048, 4096, 4096, 16))
 )
 REPLAYS = 3
 
 
 def backward(case: Case, leaf: Operands, y: torch.Tensor) -> Results:
     names = case.wanted_names
-    grads = torch.autograd.grad(y, [leaf[name] for name in names], leaf["grad0"], retain_graph=True) if names else ()
+    grads = (
+        torch.autograd.grad(y, [leaf[name] for name in names], leaf["grad0"], retain_graph=True)
+        if names
+        else ()
+    )
     return dict(zip(names, grads, strict=True))
 
 
@@ -51,7 +58,9 @@ def test_a_call(size, wanted):
 
 
 @pytest.mark.parametrize("size", SIZES[:1] if SMALL else SIZES, ids=str)
-def test_backward_of_an_earlier_forward_draws_no_mask_and_a_captured_forward_draws_one_a_replay(size, record_property):
+def test_backward_of_an_earlier_forward_draws_no_mask_and_a_captured_forward_draws_one_a_replay(
+    size, record_property
+):
     case = linear(*size, 0.1)
     leaf = cases.leaves(case, make(case))
 

@@ -1,4 +1,6 @@
-"""A call launches what ``explain`` lists, a step of the optimizer is one launch, and neither waits for the GPU."""
+"""A call launches what ``explain`` lists, a step of the optimizer is one launch, and neither waits
+for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,16 @@ from tests.helpers.launches import count_launches
 
 pytestmark = pytest.mark.gpu
 
-ROWS = [(16, 0.0), (70, 0.1)] if SMALL else [(1, 0.0), (16, 0.0), (64, 0.0), (64, 0.1), (8192, 0.0), (8192, 0.1)]
+ROWS = (
+    [(16, 0.0), (70, 0.1)]
+    if SMALL
+    else [(1, 0.0), (16, 0.0), (64, 0.0), (64, 0.1), (8192, 0.0), (8192, 0.1)]
+)
 SIZE, R = (32, 8) if SMALL else (4096, 16)
 # [out, in] of an 8B model's layers, and how many of each: 448 tensors.
-PAIRS = [(48, 32), (32, 48)] if SMALL else [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+PAIRS = (
+    [(48, 32), (32, 48)] if SMALL else [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+)
 COUNT = 2 if SMALL else 56
 
 
@@ -36,7 +44,9 @@ def counts_of(trace: dict[str, Any]) -> dict[str, Counter[str]]:
         category, name = event.get("cat"), str(event.get("name", ""))
         if category == "kernel":
             found["kernels"][name] += 1
-        elif category in ("cuda_runtime", "cuda_driver") and ("Synchronize" in name or name == "cudaMemcpy"):
+        elif category in ("cuda_runtime", "cuda_driver") and (
+            "Synchronize" in name or name == "cudaMemcpy"
+        ):
             found["waits"][name] += 1
     return found
 
@@ -64,7 +74,12 @@ def own_waits() -> Counter[str]:
     return profile(lambda: None)["waits"]
 
 
-def check(run: Callable[[], Any], launches: int, kernels: int, record_property: Callable[[str, object], None]) -> None:
+def check(
+    run: Callable[[], Any],
+    launches: int,
+    kernels: int,
+    record_property: Callable[[str, object], None],
+) -> None:
     own = own_waits()
     with count_launches() as made:
         found = profile(run)
@@ -74,7 +89,9 @@ def check(run: Callable[[], Any], launches: int, kernels: int, record_property: 
     assert made.total() == launches, f"expected {launches} launches of ours, got {dict(made)}"
     assert not waits, f"the host waits: {dict(waits)}"
     # The profiler does not see the interpreter's kernels.
-    assert SMALL or found["kernels"].total() == kernels, f"expected {kernels} kernels, got {dict(found['kernels'])}"
+    assert SMALL or found["kernels"].total() == kernels, (
+        f"expected {kernels} kernels, got {dict(found['kernels'])}"
+    )
 
 
 @pytest.mark.parametrize("direction", ("forward", "backward"))
@@ -88,10 +105,17 @@ def test_a_call_launches_what_explain_lists(m, p, direction, record_property):
         y = ours(x)
         torch.autograd.grad(y, wanted, grad, retain_graph=True)
     calls = {"forward": lambda: ours(x), "backward": lambda: torch.autograd.grad(y, wanted, grad)}
-    listed = getattr(slk.explain(m, SIZE, SIZE, R, BF16, p, lora_dtype=BF16, device=DEVICE), direction)
+    listed = getattr(
+        slk.explain(m, SIZE, SIZE, R, BF16, p, lora_dtype=BF16, device=DEVICE), direction
+    )
     # Forward with dropout also draws a seed.
     seeds = int(p > 0 and direction == "forward")
-    check(calls[direction], sum(each.kernel != "vendor" for each in listed), len(listed) + seeds, record_property)
+    check(
+        calls[direction],
+        sum(each.kernel != "vendor" for each in listed),
+        len(listed) + seeds,
+        record_property,
+    )
 
 
 def test_a_step_of_many_tensors_is_one_launch(record_property):

@@ -1,7 +1,8 @@
-"""NVIDIA's tools over the kernels: compute-sanitizer's report no error in ours, and ncu counts the bytes from and to memory.
+"""NVIDIA's tools over the kernels: compute-sanitizer's report no error in ours, and ncu counts the
+bytes from and to memory.
 
-They take minutes, so name them: ``pytest -m nightly tests/gpu/test_nvidia_tools.py``. All tools together end after
-``SLK_GPU_SECONDS``.
+They take minutes, so name them: ``pytest -m nightly tests/gpu/test_nvidia_tools.py``. All tools
+together end after ``SLK_GPU_SECONDS``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tests.helpers.gpu_checks import DEVICE, SMALL
 pytestmark = pytest.mark.nightly
 ROOT = Path(__file__).resolve().parents[2]
 END = time.monotonic() + float(os.environ.get("SLK_GPU_SECONDS", "600"))
-# What compute-sanitizer watches: all kernels, and each way of launching in a test that takes seconds without it.
+# What compute-sanitizer watches: all kernels, and each way of launching in a test that takes
+# seconds without it.
 BRING_UP, PREPARED = "tests/gpu/test_bring_up.py", "tests/gpu/test_prepared_launches.py"
 WATCHED = {
     "kernels": [f"{BRING_UP}::test_{name}" for name in ("doctor", "down", "linear", "other_ops")],
@@ -44,8 +46,13 @@ WATCHED = {
 # The share of the time left that a tool may take over these tests.
 SHARES = {"kernels": 0.65, "launches": 1.0}
 # CUDA's installers put the tools here.
-PLACES = ("/usr/local/cuda*/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda*/compute-sanitizer")
-# A report's first line begins one column behind the bar, perhaps on pytest's own line; the others deeper.
+PLACES = (
+    "/usr/local/cuda*/bin",
+    "/opt/nvidia/nsight-compute/*",
+    "/usr/local/cuda*/compute-sanitizer",
+)
+# A report's first line begins one column behind the bar, perhaps on pytest's own line; the others
+# deeper.
 REPORT = re.compile(r"={9} (\S.*)\n(?:=+  .*\n)+")
 OURS = re.compile(r"\b_[a-z_]+_kernel\b")
 TEST = re.compile(r"^tests/gpu/\w+\.py::(\S+)", re.MULTILINE)
@@ -53,12 +60,20 @@ BYTES = ["dram__bytes_read.sum", "dram__bytes_write.sum"]
 ARMS = ("frozen", "eager", "ours")
 
 
-def run_tool(program: str, *arguments: str, share: float = 1.0, **variables: str) -> tuple[int | None, str]:
-    """Return the tool's exit status, None if it ran out of time, and what it printed. Skip the test if it is not here."""
+def run_tool(
+    program: str, *arguments: str, share: float = 1.0, **variables: str
+) -> tuple[int | None, str]:
+    """Return the tool's exit status, None if it ran out of time, and what it printed. Skip the test
+    if it is not here.
+    """
     places = [place for pattern in PLACES for place in sorted(glob.glob(pattern))]
     found = shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
     if SMALL or found is None:
-        pytest.skip("needs a CUDA GPU" if SMALL else f"{program} is neither on PATH nor where CUDA installs it")
+        pytest.skip(
+            "needs a CUDA GPU"
+            if SMALL
+            else f"{program} is neither on PATH nor where CUDA installs it"
+        )
     try:
         done = subprocess.run(
             [found, *arguments], cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL,
@@ -75,7 +90,9 @@ def last_test(printed: str) -> str:
 
 
 def errors(printed: str) -> tuple[Counter[str], int]:
-    """Return the errors in our kernels, with test, kernel and kind, and the number of other reports."""
+    """Return the errors in our kernels, with test, kernel and kind, and the number of other
+    reports.
+    """
     ours, others = Counter[str](), 0
     for report in REPORT.finditer(printed):
         kernel = OURS.search(report[0])
@@ -89,8 +106,8 @@ def errors(printed: str) -> tuple[Counter[str], int]:
 @pytest.mark.parametrize("watched", WATCHED)
 @pytest.mark.parametrize("tool", ("memcheck", "synccheck", "initcheck", "racecheck"))
 def test_no_errors_in_our_kernels(tool, watched, record_property):
-    # Without the caching allocator each tensor is an allocation of its own, and memory beyond it is out of bounds. A CUDA graph
-    # can't be captured without it.
+    # Without the caching allocator each tensor is an allocation of its own, and memory beyond it is
+    # out of bounds. A CUDA graph can't be captured without it.
     memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if watched == "kernels" else {}
     status, printed = run_tool(
         "compute-sanitizer", "--tool", tool, sys.executable, "-m", "pytest", *WATCHED[watched],
@@ -106,11 +123,15 @@ def test_no_errors_in_our_kernels(tool, watched, record_property):
     assert not ours, "\n".join(f"{count}x {report}" for report, count in ours.most_common())
     if status is None:
         pytest.skip(f"time was up in {last_test(printed)}")
-    assert status == 0 and " SUMMARY: " in printed, f"status {status} after {last_test(printed)}\n{printed[-4000:]}"
+    assert status == 0 and " SUMMARY: " in printed, (
+        f"status {status} after {last_test(printed)}\n{printed[-4000:]}"
+    )
 
 
 def run_once(arm: str) -> None:
-    """Run forward and backward of one arm, 8192 rows by 4096 x 4096 with dropout, in a region that ncu watches."""
+    """Run forward and backward of one arm, 8192 rows by 4096 x 4096 with dropout, in a region that
+    ncu watches.
+    """
     rows, size, r = (70, 32, 8) if SMALL else (8192, 4096, 16)
     layer = dict(zip(ARMS, layer_arms(size, size, r, 0.1, BF16, DEVICE), strict=True))[arm]
     x, grad = (torch.randn(rows, size, device=DEVICE, dtype=BF16) for _ in range(2))
@@ -133,7 +154,13 @@ def gib_moved(text: str) -> float:
     table = "\n".join(line for line in text.splitlines() if line.startswith('"'))
     # The line below the heads has the units, and no number.
     kernels = pd.read_csv(io.StringIO(table), dtype=str).dropna(subset=["ID"])
-    return kernels[BYTES].apply(lambda column: column.str.replace(",", "").astype(float)).to_numpy().sum() / 2**30
+    return (
+        kernels[BYTES]
+        .apply(lambda column: column.str.replace(",", "").astype(float))
+        .to_numpy()
+        .sum()
+        / 2**30
+    )
 
 
 def test_fewer_bytes_than_eager(tmp_path, record_property):

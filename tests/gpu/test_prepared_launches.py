@@ -17,7 +17,11 @@ from tests.helpers.gpu_checks import DEVICE, SMALL, linear, make
 pytestmark = pytest.mark.gpu
 
 # Few rows share sums by counters, many wait for flags.
-SIZES = ((9, 48, 40, 16),) if SMALL else ((16, 4096, 4096, 16), (200, 4096, 4096, 16), (4096, 4096, 4096, 16))
+SIZES = (
+    ((9, 48, 40, 16),)
+    if SMALL
+    else ((16, 4096, 4096, 16), (200, 4096, 4096, 16), (4096, 4096, 4096, 16))
+)
 
 
 @pytest.mark.parametrize("p", (0.0, 0.1))
@@ -40,7 +44,9 @@ def test_streams_share_a_plan_and_not_its_counters(size):
     first = cases.run(case, given)
     if not SMALL:
         torch.cuda.synchronize()
-    streams = [nullcontext()] * 2 if SMALL else [torch.cuda.stream(torch.cuda.Stream()) for _ in range(2)]
+    streams = (
+        [nullcontext()] * 2 if SMALL else [torch.cuda.stream(torch.cuda.Stream()) for _ in range(2)]
+    )
     found = []
     for _ in range(4):
         for stream in streams:

@@ -1,4 +1,6 @@
-"""Without a GPU a capture is recorded and a replay runs what was recorded. Real graphs: tests/gpu/test_graphed_step.py."""
+"""Without a GPU a capture is recorded and a replay runs what was recorded. Real graphs:
+tests/gpu/test_graphed_step.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What ``GraphedStep`` refuses before anything has changed, and what it notices before a replay of all that may change."""
+"""What ``GraphedStep`` refuses before anything has changed, and what it notices before a replay of
+all that may change.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def of_shards(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
 
 
 def in_accelerates_hook(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="runs where accelerate is installed: pip install .[test]")
+    hooks = pytest.importorskip(
+        "accelerate.hooks", reason="runs where accelerate is installed: pip install .[test]"
+    )
     hooks.add_hook_to_module(model[1], hooks.ModelHook())
     graphed(model, optimizer)
 
@@ -70,18 +74,36 @@ def nothing(*args: Any) -> None:
 
 # By its message, a change after which a model and its optimizer are refused.
 CHANGED: dict[str, Callable[[Any, slk.StableLoRAAdamW], Any]] = {
-    r"model must have no hooks, .* got hooks on '0'": lambda m, o: m[0].register_forward_pre_hook(nothing),
-    r"model must have no hooks, .* got hooks on '2'": lambda m, o: m[2].register_full_backward_hook(nothing),
-    r"model must have no hooks, .* got hooks on '0\.lora_B'": lambda m, o: m[0].lora_B.register_hook(nothing),
-    r"optimizer must have no step hooks, .* got <built-in": lambda m, o: o.register_step_post_hook(print),
-    r"no shrink_schedule, .* got <class 'float'>: write its": lambda m, o: setattr(o, "shrink_schedule", float),
-    r"must be on one GPU, got tensors on .*meta": lambda m, o: m.register_buffer("b", torch.zeros(1, device="meta")),
-    r"every trainable parameter of model, .* name '2\.weight'": lambda m, o: m[2].weight.requires_grad_(),
-    r"built with capturable=True, got capturable=False": lambda m, o: o.param_groups[0].update(capturable=False),
+    r"model must have no hooks, .* got hooks on '0'": lambda m, o: m[0].register_forward_pre_hook(
+        nothing
+    ),
+    r"model must have no hooks, .* got hooks on '2'": lambda m, o: m[2].register_full_backward_hook(
+        nothing
+    ),
+    r"model must have no hooks, .* got hooks on '0\.lora_B'": lambda m, o: m[
+        0
+    ].lora_B.register_hook(nothing),
+    r"optimizer must have no step hooks, .* got <built-in": lambda m, o: o.register_step_post_hook(
+        print
+    ),
+    r"no shrink_schedule, .* got <class 'float'>: write its": lambda m, o: setattr(
+        o, "shrink_schedule", float
+    ),
+    r"must be on one GPU, got tensors on .*meta": lambda m, o: m.register_buffer(
+        "b", torch.zeros(1, device="meta")
+    ),
+    r"every trainable parameter of model, .* name '2\.weight'": lambda m, o: m[
+        2
+    ].weight.requires_grad_(),
+    r"built with capturable=True, got capturable=False": lambda m, o: o.param_groups[0].update(
+        capturable=False
+    ),
 }
 # Of a model or a place in which it is refused.
 PLACES: dict[str, Callable[[nn.Module, slk.StableLoRAAdamW], Any]] = {
-    r"model must not be in DataParallel, .* got it in one": lambda m, o: graphed(nn.DataParallel(m), o),
+    r"model must not be in DataParallel, .* got it in one": lambda m, o: graphed(
+        nn.DataParallel(m), o
+    ),
     r"model must be whole on one GPU, got the DTensor '0\.weight'": of_shards,
     r"must step on Triton's kernels .* backend 'torch'": on_pytorchs_operators,
     r"model must have no hooks, .* got hooks on '1'": in_accelerates_hook,
@@ -124,7 +146,10 @@ BATCHES: dict[str, tuple[Any, ...]] = {
     "ValueError: batch[1] must need no gradient, got": ((X, GOAL.clone().requires_grad_()),),
     "TypeError: batch must be a dict unless loss_fn is given, got tuple": ((X, GOAL), None),
     "TypeError: loss_fn must return a 0-d tensor with a gradient, got float": (X, lambda m, x: 1.0),
-    "TypeError: loss_fn must return a 0-d tensor with a gradient, got one of shape [5]": (X, lambda m, x: m(x).sum(0)),
+    "TypeError: loss_fn must return a 0-d tensor with a gradient, got one of shape [5]": (
+        X,
+        lambda m, x: m(x).sum(0),
+    ),
 }
 
 
@@ -145,7 +170,9 @@ def test_wrong_arguments_are_refused(messages):
 
 def test_without_a_gpu_it_is_refused(monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="model must be on a GPU to be captured, got it on cpu; enabled=False runs"):
+    with pytest.raises(
+        ValueError, match="model must be on a GPU to be captured, got it on cpu; enabled=False runs"
+    ):
         graphed(*make())
 
 
@@ -159,7 +186,9 @@ NOT_HELD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 @pytest.mark.parametrize("name", NOT_HELD)
 def test_a_step_that_a_graph_cannot_hold_is_refused(name, graphs):
-    """It is not taken, now or at the next call. Eager steps go on from where they were, and other graphs are captured."""
+    """It is not taken, now or at the next call. Eager steps go on from where they were, and other
+    graphs are captured.
+    """
     model, optimizer = make()
     change, message = NOT_HELD[name]
     step = graphed(model, optimizer, lambda model, batch: change(mse(model, batch)))
@@ -170,7 +199,9 @@ def test_a_step_that_a_graph_cannot_hold_is_refused(name, graphs):
         with pytest.raises(RuntimeError, match=f"a CUDA graph cannot hold this step: {message}"):
             step((X, GOAL))
     assert all_equal(before, snapshot(optimizer)) and graphs.replays == 0 and step.captured == []
-    assert all(p.grad is None for p in model.parameters()) and optimizer.param_groups[0]["lr"] == 2e-2
+    assert (
+        all(p.grad is None for p in model.parameters()) and optimizer.param_groups[0]["lr"] == 2e-2
+    )
     twin = copy.deepcopy((model, optimizer))
     losses = [eager(*twin)((X, GOAL)), graphed(model, optimizer, enabled=False)((X, GOAL))]
     assert torch.equal(*losses) and all_equal(snapshot(twin[1]), snapshot(optimizer))
@@ -255,23 +286,41 @@ CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[A
     r"model.0._disabled was False and is True": lambda m, o: slk.disable_lora(m),
     r"model.0.scaling was 8.0 and is 1.0": lambda m, o: changed(m[0], "scaling", 1.0),
     r"model._modules.1 was Tanh() and is ReLU()": lambda m, o: changed(m, "1", nn.ReLU()),
-    r"_parameters.lora_A was a tensor of": lambda m, o: changed(m[0], "lora_A", nn.Parameter(m[0].lora_A.detach())),
+    r"_parameters.lora_A was a tensor of": lambda m, o: changed(
+        m[0], "lora_A", nn.Parameter(m[0].lora_A.detach())
+    ),
     r"model.0._forward_hooks.": lambda m, o: m[0].register_forward_hook(nothing),
-    r"model.0.lora_B._backward_hooks was None and is": lambda m, o: m[0].lora_B.register_hook(nothing),
-    r"model.0.lora_A.requires_grad was True and is False": lambda m, o: changed(m[0].lora_A, "requires_grad", False),
-    r"model.0.weight has other memory than before": lambda m, o: changed(m[0].weight, "data", m[0].weight.data.clone()),
+    r"model.0.lora_B._backward_hooks was None and is": lambda m, o: m[0].lora_B.register_hook(
+        nothing
+    ),
+    r"model.0.lora_A.requires_grad was True and is False": lambda m, o: changed(
+        m[0].lora_A, "requires_grad", False
+    ),
+    r"model.0.weight has other memory than before": lambda m, o: changed(
+        m[0].weight, "data", m[0].weight.data.clone()
+    ),
     r"backend was 'triton' and is 'torch'": lambda m, o: slk.use_backend("torch"),
     r"kernel was 'auto' and is 'split'": lambda m, o: slk.use_kernel("split"),
     r"autotune was False and is True": lambda m, o: slk.use_autotune(True),
     r"deterministic algorithms was False and is True": lambda m, o: deterministic(),
     r"TensorFloat-32 in float32 products was False and is True": lambda m, o: switched(TF32),
-    r"global module hooks was False": lambda m, o: nn.modules.module.register_module_forward_pre_hook(nothing),
+    r"global module hooks was False": lambda m, o: (
+        nn.modules.module.register_module_forward_pre_hook(nothing)
+    ),
     r"optimizer's step hooks was [] and is [": lambda m, o: o.register_step_pre_hook(nothing),
     r"optimizer.shrink_schedule was None and is": lambda m, o: changed(o, "shrink_schedule", float),
-    r"optimizer.param_groups[0]['eps'] was 1e-08 and is 0.1": lambda m, o: update(o.param_groups[0], "eps", 0.1),
-    r"optimizer.param_groups[0]['max_grad_norm'] was None and is 1.0": lambda m, o: changed(o, "max_grad_norm", 1.0),
-    r"optimizer has other parameters or another state": lambda m, o: update(o.state, m[0].lora_A, {}),
-    r"optimizer has other parameters or": lambda m, o: update(o.param_groups[0], "params", [m[0].lora_A]),
+    r"optimizer.param_groups[0]['eps'] was 1e-08 and is 0.1": lambda m, o: update(
+        o.param_groups[0], "eps", 0.1
+    ),
+    r"optimizer.param_groups[0]['max_grad_norm'] was None and is 1.0": lambda m, o: changed(
+        o, "max_grad_norm", 1.0
+    ),
+    r"optimizer has other parameters or another state": lambda m, o: update(
+        o.state, m[0].lora_A, {}
+    ),
+    r"optimizer has other parameters or": lambda m, o: update(
+        o.param_groups[0], "params", [m[0].lora_A]
+    ),
 }
 
 
@@ -296,9 +345,15 @@ def test_a_change_after_the_capture_is_noticed(words, shared):
 
 
 SCALERS: dict[str, Callable[[torch.amp.GradScaler], None]] = {
-    "grad_scaler.get_growth_factor() was 2.0 and is 3.0": lambda scaler: scaler.set_growth_factor(3.0),
-    "grad_scaler.get_backoff_factor() was 0.5 and is 0.25": lambda scaler: scaler.set_backoff_factor(0.25),
-    "grad_scaler.get_growth_interval() was 2000 and is 7": lambda scaler: scaler.set_growth_interval(7),
+    "grad_scaler.get_growth_factor() was 2.0 and is 3.0": lambda scaler: scaler.set_growth_factor(
+        3.0
+    ),
+    "grad_scaler.get_backoff_factor() was 0.5 and is 0.25": lambda scaler: (
+        scaler.set_backoff_factor(0.25)
+    ),
+    "grad_scaler.get_growth_interval() was 2000 and is 7": lambda scaler: (
+        scaler.set_growth_interval(7)
+    ),
 }
 
 
@@ -332,7 +387,11 @@ def test_a_change_that_stays_needs_a_reset(change, graphs):
     twin = copy.deepcopy((model, optimizer))
     step.reset()
     losses = [[take(batch) for batch in batches(4)] for take in (step, eager(*twin))]
-    assert all_equal(*losses) and all_equal(snapshot(optimizer), snapshot(twin[1])) and graphs.captures == 2
+    assert (
+        all_equal(*losses)
+        and all_equal(snapshot(optimizer), snapshot(twin[1]))
+        and graphs.captures == 2
+    )
 
 
 def test_a_change_while_it_warms_up_begins_anew(graphs):

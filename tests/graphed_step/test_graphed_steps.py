@@ -74,7 +74,9 @@ def test_autocast_in_the_loss_function():
 
 
 def test_numbers_and_tensors_change_between_replays():
-    """lr is a tensor that comes while it warms up, and that its owner writes to; the others are numbers that he replaces."""
+    """lr is a tensor that comes while it warms up, and that its owner writes to; the others are
+    numbers that he replaces.
+    """
     tensors = []
 
     def change(turn: int, model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
@@ -91,7 +93,9 @@ def test_numbers_and_tensors_change_between_replays():
 
 
 def test_a_grad_scaler_is_part_of_the_graph(graphs):
-    """The sixth batch overflows: its step is skipped and the scale halves, in a replay. Later the scale grows."""
+    """The sixth batch overflows: its step is skipped and the scale halves, in a replay. Later the
+    scale grows.
+    """
     made: list[torch.amp.GradScaler] = []
 
     def scaler() -> torch.amp.GradScaler:
@@ -110,7 +114,9 @@ def test_a_grad_scaler_is_part_of_the_graph(graphs):
 def test_two_shapes_take_turns(graphs):
     """Graphs share memory, and must not overwrite what another still needs."""
     half = ROWS // 2
-    order = [batch for pair in zip(batches(5), batches(5, rows=half), strict=True) for batch in pair]
+    order = [
+        batch for pair in zip(batches(5), batches(5, rows=half), strict=True) for batch in pair
+    ]
     step, *_ = assert_eager_steps(order)
     assert (graphs.captures, graphs.replays) == (2, 6)
     shapes = [[[*t.shape] for t in batch] for batch in order[:2]]
@@ -120,7 +126,9 @@ def test_two_shapes_take_turns(graphs):
 @pytest.mark.parametrize("seen", [True, False], ids=["in place", "refresh"])
 @pytest.mark.parametrize("at", [2, 4], ids=["before the capture", "between replays"])
 def test_after_a_write_to_a_parameter_one_step_is_eager(seen, at, graphs):
-    """The write makes B large enough to latch, which a replay, with the norms of the step before it, would not see."""
+    """The write makes B large enough to latch, which a replay, with the norms of the step before
+    it, would not see.
+    """
 
     @torch.no_grad()
     def change(turn: int, model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
@@ -147,7 +155,9 @@ def test_a_hugging_face_model_takes_its_batch_as_a_dict(kind, graphs):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(32, (2, 5), generator=generator) for _ in range(5)]
     step, *_ = assert_eager_steps(
-        [{"input_ids": ids, "labels": ids} for ids in rows], made=partial(llama_with, kind), loss_fn=None
+        [{"input_ids": ids, "labels": ids} for ids in rows],
+        made=partial(llama_with, kind),
+        loss_fn=None,
     )
     assert (graphs.captures, graphs.replays) == (1, 3)
     assert step.captured == ["(input_ids int64 [2, 5], labels int64 [2, 5])"]
@@ -194,7 +204,10 @@ def test_an_exception_leaves_parameters_and_gradients_as_they_were(enabled):
     model, optimizer = make()
     if not enabled:
         mse(model, [t.to(DEVICE) for t in batches(1)[0]]).backward()
-    before = [(p.detach().clone(), p.grad if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    before = [
+        (p.detach().clone(), p.grad if p.grad is None else p.grad.clone())
+        for p in model.parameters()
+    ]
     with pytest.raises(KeyError, match="mine"):
         graphed(model, optimizer, fails, enabled=enabled)(batches(1)[0])
     for p, (value, grad) in zip(model.parameters(), before, strict=True):

@@ -1,4 +1,6 @@
-"""Tiny models of transformers' architectures, from their configurations alone: nothing is downloaded."""
+"""Tiny models of transformers' architectures, from their configurations alone: nothing is
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
+transformers = pytest.importorskip(
+    "transformers", reason="runs where transformers is installed: pip install .[test]"
+)
 auto = transformers.models.auto.modeling_auto
 
 # Sizes by each name that a configuration may have for them.
@@ -34,7 +38,9 @@ IDS = torch.arange(3, 15).view(2, 6)
 
 
 def architectures() -> Iterator[tuple[str, str]]:
-    """The type of each model and its class's name: causal, else with an encoder and a decoder, else a classifier."""
+    """The type of each model and its class's name: causal, else with an encoder and a decoder, else
+    a classifier.
+    """
     seen = set()
     for names in (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -52,7 +58,11 @@ def small_config(model_type: str) -> Any:
     defaults = transformers.AutoConfig.for_model(model_type)
     # Falcon's head size is computed.
     computed = {name for name, value in vars(type(defaults)).items() if isinstance(value, property)}
-    sizes = {name: value for name, value in SIZES.items() if hasattr(defaults, name) and name not in computed}
+    sizes = {
+        name: value
+        for name, value in SIZES.items()
+        if hasattr(defaults, name) and name not in computed
+    }
     if isinstance(getattr(defaults, "layer_types", None), list):
         sizes["layer_types"] = ["full_attention"] * LAYERS
     return type(defaults)(**sizes)

@@ -23,7 +23,8 @@ GPU = problem.device_of(torch.device(DEVICE))
 
 
 def words(launches) -> str:
-    """The launches' kernels and tiles: "lora_down 64x128 + lora_linear_tma 128x128x64", "vendor + ...".
+    """The launches' kernels and tiles: "lora_down 64x128 + lora_linear_tma 128x128x64", "vendor +
+    ...".
 
     A product that computes its S has "fused" or "chained" before its tile.
     """
@@ -52,7 +53,9 @@ class Timer:
     def __call__(self, run) -> float:
         self.measured.append(run.args[0])
         text = words(run.args[0])
-        return next((seconds for pattern, seconds in self.fast.items() if re.search(pattern, text)), 10e-6)
+        return next(
+            (seconds for pattern, seconds in self.fast.items() if re.search(pattern, text)), 10e-6
+        )
 
 
 def forget():
@@ -65,9 +68,14 @@ def forget():
 
 @contextmanager
 def tuned_by_hand(directory: Path) -> Iterator[Timer]:
-    """Answers come from a timer that is set by hand, and are kept in ``directory``, which has none yet."""
+    """Answers come from a timer that is set by hand, and are kept in ``directory``, which has none
+    yet.
+    """
     forget()
-    with patch.dict("os.environ", STABLELORA_CACHE=str(directory)), patch.object(autotune, "measure", Timer()) as timer:
+    with (
+        patch.dict("os.environ", STABLELORA_CACHE=str(directory)),
+        patch.object(autotune, "measure", Timer()) as timer,
+    ):
         yield timer
     forget()
 
@@ -77,13 +85,21 @@ def inputs_of(rows=70, k=64, n=80, r=8, **options):
 
 
 def forward(inputs, dropout_p=0.0):
-    return lora_linear(*(inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), SCALING, dropout_p)
+    return lora_linear(
+        *(inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), SCALING, dropout_p
+    )
 
 
 def check_all(inputs):
     """Y and the three gradients against the oracle."""
     ref, base = (results(inputs, SCALING) for results in (testing.oracle, testing.eager))
-    check_results(testing.run(forward, inputs), ref, base, inputs["x"].dtype, testing.roundings(inputs, SCALING))
+    check_results(
+        testing.run(forward, inputs),
+        ref,
+        base,
+        inputs["x"].dtype,
+        testing.roundings(inputs, SCALING),
+    )
 
 
 def files() -> list[Path]:

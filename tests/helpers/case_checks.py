@@ -1,4 +1,6 @@
-"""Checks of a :class:`Case`: its error within its bound, torch.compile, saved bytes; tables of cases and random ones."""
+"""Checks of a :class:`Case`: its error within its bound, torch.compile, saved bytes; tables of
+cases and random ones.
+"""
 
 from __future__ import annotations
 
@@ -48,16 +50,21 @@ def check(
     keep: Tensor | None = None,
     where_eager_is_finite: bool = False,
 ) -> tuple[float, str]:
-    """Each result has its operand's dtype and is as near to float64 as :func:`stablelora_kernels.testing.assert_no_worse` asks.
+    """Each result has its operand's dtype and is as near to float64 as
+    :func:`stablelora_kernels.testing.assert_no_worse` asks.
 
-    Return the largest error as a share of its bound, and of which result. ``keep``: the dropout mask, if it is not that of a
-    run of the case. ``where_eager_is_finite``: operands may hold NaN and infinity, and only finite elements are compared.
+    Return the largest error as a share of its bound, and of which result. ``keep``: the dropout
+    mask, if it is not that of a run of the case. ``where_eager_is_finite``: operands may hold NaN
+    and infinity, and only finite elements are compared.
     """
     given = make(case) if given is None else given
-    # oneDNN's AMX instructions read the gaps between bfloat16 rows, so a baseline that has to be finite has none.
+    # oneDNN's AMX instructions read the gaps between bfloat16 rows, so a baseline that has to be
+    # finite has none.
     wanted = expectations(case, given, keep, contiguous=where_eager_is_finite)
     assert found.keys() == wanted.keys()
-    outputs = dict.fromkeys((f"Y{i}" for i in range(3)), given.get("base_out", as_computed(case, given)["x"]))
+    outputs = dict.fromkeys(
+        (f"Y{i}" for i in range(3)), given.get("base_out", as_computed(case, given)["x"])
+    )
     like = given | outputs
     broken = any(isinstance(t, Tensor) and not t.isfinite().all() for t in given.values())
     largest = 0.0, ""
@@ -83,16 +90,25 @@ def check_finite_part(name: str, value: Tensor, expected: Expected, broken: bool
     assert value.shape == ref.shape, (name, value.shape, ref.shape)
     if broken:
         # Which of NaN and infinity comes out depends on the order of a sum.
-        assert torch.equal(value.isfinite(), eager.isfinite()), f"{name} is finite elsewhere than eager's"
-    # Eager PyTorch isn't finite either where oneDNN's AMX instructions read the gaps between bfloat16 rows of odd length.
+        assert torch.equal(value.isfinite(), eager.isfinite()), (
+            f"{name} is finite elsewhere than eager's"
+        )
+    # Eager PyTorch isn't finite either where oneDNN's AMX instructions read the gaps between
+    # bfloat16 rows of odd length.
     finite = ref.isfinite() & eager.isfinite()
     assert broken or bool(value.isfinite()[finite].all()), f"{name} is not finite"
     finite &= value.isfinite()
     if rounding is not None:
-        values, deviation = (t.view(ref.shape)[finite] for t in (rounding.exact, rounding.deviation))
+        values, deviation = (
+            t.view(ref.shape)[finite] for t in (rounding.exact, rounding.deviation)
+        )
         rounding = Rounded(values, deviation)
-    farthest = testing.farthest_element(value[finite], ref[finite], eager[finite], dtype, rounding, name)
-    assert farthest.error <= farthest.bound, f"{name} is off by {farthest.error:.3e}, allowed {farthest.bound:.3e}"
+    farthest = testing.farthest_element(
+        value[finite], ref[finite], eager[finite], dtype, rounding, name
+    )
+    assert farthest.error <= farthest.bound, (
+        f"{name} is off by {farthest.error:.3e}, allowed {farthest.bound:.3e}"
+    )
 
 
 def assert_close(found: Results, other: Results, tolerance: float = 0.0) -> None:
@@ -100,7 +116,11 @@ def assert_close(found: Results, other: Results, tolerance: float = 0.0) -> None
     assert found.keys() == other.keys()
     for name, value in found.items():
         torch.testing.assert_close(
-            value, other[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            value,
+            other[name],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -119,7 +139,9 @@ def check_compiled(function: Callable[..., Any], tensors: Sequence[Tensor], grad
 
 
 def launches(case: Case) -> tuple[Counter[str], Counter[str]]:
-    """How often a call launches each kernel, forward and backward, by the names that explain() has for them."""
+    """How often a call launches each kernel, forward and backward, by the names that explain() has
+    for them.
+    """
     leaf, counts = leaves(case, make(case)), []
     with forced(case):
         with count_launches() as made:
@@ -129,7 +151,8 @@ def launches(case: Case) -> tuple[Counter[str], Counter[str]]:
             torch.autograd.backward(ys, [leaf[f"grad{i}"] for i in case.outputs()])
         counts.append(made)
     forward, backward = (
-        Counter({name.removeprefix("_").removesuffix("_kernel"): n for name, n in made.items()}) for made in counts
+        Counter({name.removeprefix("_").removesuffix("_kernel"): n for name, n in made.items()})
+        for made in counts
     )
     return forward, backward
 
@@ -159,7 +182,9 @@ def bytes_held(made: Callable[[], Any], given: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = made()
-    assert all(y.requires_grad for y in (outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
+    assert all(
+        y.requires_grad for y in (outputs if isinstance(outputs, (tuple, list)) else (outputs,))
+    )
     return sum(held.values())
 
 
@@ -168,7 +193,11 @@ def held_by(case: Case, besides: Iterable[str] = ()) -> int:
     leaf = leaves(case, make(case))
     known = []
     for operand in (t for name, t in leaf.items() if name not in besides and t is not None):
-        known += [operand] if isinstance(operand, Tensor) else [operand.stored.data, *operand.stored.scales]
+        known += (
+            [operand]
+            if isinstance(operand, Tensor)
+            else [operand.stored.data, *operand.stored.scales]
+        )
     with forced(case):
         return bytes_held(lambda: ours(case, leaf), known)
 
@@ -177,17 +206,25 @@ def held_by(case: Case, besides: Iterable[str] = ()) -> int:
 
 
 def table(build: Callable[..., Case | None], drawn: int = 200, **axes: Sequence[Any]) -> list[Any]:
-    """Parameters for ``pytest.mark.parametrize``: cases that ``build`` makes of random values of the axes.
+    """Parameters for ``pytest.mark.parametrize``: cases that ``build`` makes of random values of
+    the axes.
 
-    ``build`` returns None for a call that cannot be. Every pair of two axes' values that can be is there by day; at night and
-    on a GPU there are at least ``drawn`` cases.
+    ``build`` returns None for a call that cannot be. Every pair of two axes' values that can be is
+    there by day; at night and on a GPU there are at least ``drawn`` cases.
     """
     numbers, rows, cases = random.Random(0), [], []
 
     def draw(**fixed: int) -> None:
         for _ in range(30):
-            row = {name: fixed.get(name, numbers.randrange(len(values))) for name, values in axes.items()}
-            case = None if row in rows else build(**{name: axes[name][place] for name, place in row.items()})
+            row = {
+                name: fixed.get(name, numbers.randrange(len(values)))
+                for name, values in axes.items()
+            }
+            case = (
+                None
+                if row in rows
+                else build(**{name: axes[name][place] for name, place in row.items()})
+            )
             if case is not None:
                 rows.append(row)
                 cases.append(case)
@@ -210,7 +247,13 @@ def table(build: Callable[..., Case | None], drawn: int = 200, **axes: Sequence[
 SIZES = [1, 2, 3, 8, 16, 17, 24, 31, 40, 64]
 RANKS = [1, 2, 3, 4, 8, 16, 17, 20, 33, 70]
 # Up to the rows below which the PyTorch path calls plain operators, and above a tile.
-LEADING = [(), *[(rows,) for rows in (0, 1, 2, 5, 17, 63, 64, 65, 130)], (3, 5), (2, 1, 33), (2, 0, 3)]
+LEADING = [
+    (),
+    *[(rows,) for rows in (0, 1, 2, 5, 17, 63, 64, 65, 130)],
+    (3, 5),
+    (2, 1, 33),
+    (2, 0, 3),
+]
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out")
 
 
@@ -228,11 +271,19 @@ def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Cas
     dtype, lora_dtype = pick(*DTYPES, (FP64, FP64)) if backend == "torch" else pick(*DTYPES)
     op = pick("linear", "branch", "group", "nf4", "fp8", "mlp")
     count = 3 if op == "mlp" else pick(1, 2, 3) if op == "group" else 1
-    k, sizes, ranks, shared, quantized = pick(*SIZES), several(*SIZES), several(*RANKS), False, (None,)
+    k, sizes, ranks, shared, quantized = (
+        pick(*SIZES),
+        several(*SIZES),
+        several(*RANKS),
+        False,
+        (None,),
+    )
     if op == "mlp":
         shared, quantized = pick(False, False, True), several(None, None, None, "nf4", "fp8")
         sizes = (sizes[0], sizes[0], sizes[2])
-        ranks = (ranks[0], ranks[0], ranks[2]) if shared else tuple(pick(*[r] * 6, None) for r in ranks)
+        ranks = (
+            (ranks[0], ranks[0], ranks[2]) if shared else tuple(pick(*[r] * 6, None) for r in ranks)
+        )
     elif op == "nf4":
         op, k, quantized = "linear", 2 * k, (pick("nf4", "nf4 nested"),)
     elif op == "fp8":
@@ -241,12 +292,16 @@ def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Cas
     wanted = draw(st.sets(st.sampled_from(["base_out", *names])))
     # Separate layers draw the mask of a shared A by PyTorch's operators, on Triton too.
     trained = any(name.startswith(("weight", "bias")) for name in wanted)
-    apart = shared and backend == "triton" and (trained or len(wanted & {"lora_B0", "lora_B1"}) == 1)
+    apart = (
+        shared and backend == "triton" and (trained or len(wanted & {"lora_B0", "lora_B1"}) == 1)
+    )
     p, autocast = 0.0 if apart else pick(0.0, 0.0, 0.3), pick(False, True) and dtype != FP64
     layouts = {name: pick(*LAYOUTS) for name in NAMES}
     if backend == "torch" and (dtype == BF16 or autocast):
         # oneDNN's AMX instructions read the gaps between bfloat16 rows.
-        layouts = {name: "shifted" if layout == "wider" else layout for name, layout in layouts.items()}
+        layouts = {
+            name: "shifted" if layout == "wider" else layout for name, layout in layouts.items()
+        }
     broken = pick(None, pick(*names, "grad0", "grad2"))
     # An expanded tensor has one element for many.
     if p or layouts[(broken or "x").rstrip("012")] == "expanded":

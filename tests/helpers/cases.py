@@ -1,4 +1,6 @@
-"""Kinds of calls that tests share: small ones, separate calls of one call's projections, and rows far apart."""
+"""Kinds of calls that tests share: small ones, separate calls of one call's projections, and rows
+far apart.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A selection of a test's parameters for every run; the rest of the cross product runs at night.
 
-``@pytest.mark.covering`` above a test keeps every value of every parameter, and every pair of two parameters' values.
-``@pytest.mark.covering(1)`` keeps every value only. Fixtures' parameters count. On a GPU, where kernels are quick, all stay.
+``@pytest.mark.covering`` above a test keeps every value of every parameter, and every pair of two
+parameters' values. ``@pytest.mark.covering(1)`` keeps every value only. Fixtures' parameters count.
+On a GPU, where kernels are quick, all stay.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import pytest
 
 
 def covering(rows: Sequence[Mapping[str, int]], strength: int = 2) -> list[int]:
-    """Return the places of a few ``rows`` that have every ``strength`` values that some row has together.
+    """Return the places of a few ``rows`` that have every ``strength`` values that some row has
+    together.
 
-    A row maps parameters' names to numbers that stand for their values. The next row is always the one that adds the most;
-    of several, the one whose parts were taken least often, and the first of those. So the same rows give the same places.
+    A row maps parameters' names to numbers that stand for their values. The next row is always the
+    one that adds the most; of several, the one whose parts were taken least often, and the first of
+    those. So the same rows give the same places.
     """
     parts = [set(combinations(sorted(row.items()), min(strength, len(row)))) for row in rows]
     holders: dict[tuple[tuple[str, int], ...], list[int]] = defaultdict(list)
@@ -39,7 +42,9 @@ def covering(rows: Sequence[Mapping[str, int]], strength: int = 2) -> list[int]:
 
 
 def leave_the_rest_to_the_night(items: Iterable[pytest.Item]) -> None:
-    """Mark as nightly what the selections of marked tests do not hold. A parameter that is nightly anyway takes no part."""
+    """Mark as nightly what the selections of marked tests do not hold. A parameter that is nightly
+    anyway takes no part.
+    """
     tests: dict[tuple[str, str], list[pytest.Function]] = defaultdict(list)
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}

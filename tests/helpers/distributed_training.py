@@ -21,7 +21,11 @@ def batches() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fit(
-    model: torch.nn.Module, optimizer: slk.StableLoRAAdamW, rank: int, world: int, steps: range = range(STEPS)
+    model: torch.nn.Module,
+    optimizer: slk.StableLoRAAdamW,
+    rank: int,
+    world: int,
+    steps: range = range(STEPS),
 ) -> dict[str, Any]:
     """Train on this rank's part of every batch; return what has become of the adapters."""
     ids, targets = batches()

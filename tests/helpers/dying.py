@@ -20,21 +20,30 @@ needs_fork = pytest.mark.skipif(
 )
 NOBODY = 65534
 # What actions import, once for all of them; what is not installed is left out.
-PRELOAD = ["stablelora_kernels", "safetensors.torch", "tests.helpers.small_models", "examples.replace_linear"]
+PRELOAD = [
+    "stablelora_kernels",
+    "safetensors.torch",
+    "tests.helpers.small_models",
+    "examples.replace_linear",
+]
 
 
 def in_child(action: Callable[[], Any]) -> int:
-    """Run ``action``, which can be pickled, in another process. Return the signal that killed it, or 0; raise what it raised.
+    """Run ``action``, which can be pickled, in another process. Return the signal that killed it,
+    or 0; raise what it raised.
 
-    The process is forked from one that has imported much and run nothing: in a fork of this one, torch's threads would be
-    missing, and their locks held.
+    The process is forked from one that has imported much and run nothing: in a fork of this one,
+    torch's threads would be missing, and their locks held.
     """
     multiprocessing.set_forkserver_preload(PRELOAD)
     return answer_of(action, "forkserver")[1]
 
 
-def kills(action: Callable[[], Any], prepare: Callable[[], Any], first: int = 1, every: int = 1) -> Iterator[None]:
-    """Prepare, run ``action`` in a process that is killed before its file operation ``first``, and yield; then ``every`` later.
+def kills(
+    action: Callable[[], Any], prepare: Callable[[], Any], first: int = 1, every: int = 1
+) -> Iterator[None]:
+    """Prepare, run ``action`` in a process that is killed before its file operation ``first``, and
+    yield; then ``every`` later.
 
     And so on: the last one lives. Deterministic: Python's audit events are counted.
     """
@@ -62,7 +71,9 @@ def _killed_at(limit: int, action: Callable[[], Any]) -> None:
 
 
 def with_room(room: int, action: Callable[[], Any], dies: bool) -> None:
-    """Run ``action`` where files may grow to ``room`` bytes only; beyond, the process dies, or ``action`` gets an OSError."""
+    """Run ``action`` where files may grow to ``room`` bytes only; beyond, the process dies, or
+    ``action`` gets an OSError.
+    """
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL if dies else signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))

@@ -1,4 +1,6 @@
-"""Layers and optimizers that work on and on, digests of all that they compute, and how much a process holds."""
+"""Layers and optimizers that work on and on, digests of all that they compute, and how much a
+process holds.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ LAYERS, GROUP = "layers", "group"
 
 
 class Setting(NamedTuple):
-    """What works: layers one by one, a group of them, or an optimizer with a row of tests/optim/options.py."""
+    """What works: layers one by one, a group of them, or an optimizer with a row of
+    tests/optim/options.py.
+    """
 
     kind: str
     backend: str
@@ -50,7 +54,9 @@ class Attention(nn.Module):
 def make_layers(s: Setting) -> nn.Module:
     torch.manual_seed(0)
     model = Attention(s.dtype)
-    config = slk.LoRAConfig(r=s.r, lora_alpha=2 * s.r, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=s.p)
+    config = slk.LoRAConfig(
+        r=s.r, lora_alpha=2 * s.r, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=s.p
+    )
     slk.apply_lora(model, config, fuse_projections=s.kind == GROUP)
     fill_b(model)
     return model.train()
@@ -62,7 +68,9 @@ def make_input(s: Setting, seed: int, rows: int = 70) -> Tensor:
 
 
 def train(s: Setting, model: nn.Module, step: int) -> list[Tensor]:
-    """Outputs and gradients of a call with many rows and, of layers one by one, of one with few; now and then inference, too."""
+    """Outputs and gradients of a call with many rows and, of layers one by one, of one with few;
+    now and then inference, too.
+    """
     if step % 4 == 3:
         with torch.no_grad():
             model(make_input(s, step))
@@ -72,7 +80,9 @@ def train(s: Setting, model: nn.Module, step: int) -> list[Tensor]:
         x = make_input(s, step, rows)
         torch.manual_seed(step)
         y = model(x)
-        (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)).sum().backward()
+        (
+            y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
+        ).sum().backward()
         found += [y.detach(), x.grad]
     return found + [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -137,7 +147,9 @@ def holdings() -> dict[str, int]:
     gc.collect()
     sizes = {"tensors": sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())}
     for name, module in list(sys.modules.items()):
-        for attribute, value in vars(module).items() if name.startswith("stablelora_kernels") else ():
+        for attribute, value in (
+            vars(module).items() if name.startswith("stablelora_kernels") else ()
+        ):
             if isinstance(value, (dict, list, set)) and not attribute.startswith("__"):
                 sizes[f"{name}.{attribute}"] = len(value)
             elif isinstance(value, functools._lru_cache_wrapper):

@@ -31,7 +31,10 @@ class Stacked(nn.Module):
 
     def __init__(self, up_first=False, bias=True) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = nn.Linear(WIDTH, 2 * INNER, bias), nn.Linear(INNER, WIDTH, bias)
+        self.gate_up_proj, self.down_proj = (
+            nn.Linear(WIDTH, 2 * INNER, bias),
+            nn.Linear(INNER, WIDTH, bias),
+        )
         self.activation_fn, self.up_first = nn.GELU("tanh"), up_first
 
     def forward(self, hidden_states):
@@ -47,11 +50,28 @@ class Wrapper(nn.ModuleDict):
         return next(iter(self.values()))(*args)
 
 
-def adapted(module, library="ours", fuse=True, dropout=0.0, targets=TARGETS, fuse_projections=False, **config):
+def adapted(
+    module,
+    library="ours",
+    fuse=True,
+    dropout=0.0,
+    targets=TARGETS,
+    fuse_projections=False,
+    **config,
+):
     """A model, or a module as model["mlp"], with adapters that are not zero; and the report."""
-    model = module if hasattr(module, "generate") or isinstance(module, Wrapper) else Wrapper({"mlp": module})
+    model = (
+        module
+        if hasattr(module, "generate") or isinstance(module, Wrapper)
+        else Wrapper({"mlp": module})
+    )
     torch.manual_seed(1)
-    config = {"r": 3, "target_modules": targets, "lora_dropout": dropout, "init_lora_weights": False} | config
+    config = {
+        "r": 3,
+        "target_modules": targets,
+        "lora_dropout": dropout,
+        "init_lora_weights": False,
+    } | config
     fusions = {"fuse_mlp": fuse, "fuse_projections": fuse_projections}
     if library == "ours":
         return model.train(), slk.apply_lora(model, slk.LoRAConfig(**config), **fusions)
@@ -91,7 +111,11 @@ def mlp_of(model):
 
 def rows(dtype=torch.float64):
     """70: with fewer than 64, lora_mlp on PyTorch's operators computes projections one by one."""
-    return torch.randn(2, 35, WIDTH, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    return (
+        torch.randn(2, 35, WIDTH, generator=torch.Generator().manual_seed(3))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def step(model, x=None, call=None):
@@ -101,7 +125,9 @@ def step(model, x=None, call=None):
     x = rows() if x is None else x
     y = (model if call is None else call)(x)
     y = getattr(y, "logits", y)
-    (y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)).sum().backward()
+    (
+        y.double() * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    ).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach()} | found | ({} if x.grad is None else {"x": x.grad})
 

@@ -1,6 +1,8 @@
-"""Helpers of tests/gpu: cases of ``lora_linear`` at any size by a forced kernel, their error, and CUDA graphs.
+"""Helpers of tests/gpu: cases of ``lora_linear`` at any size by a forced kernel, their error, and
+CUDA graphs.
 
-Without a CUDA GPU everything here works at small sizes on a CPU, where the kernels run in Triton's interpreter.
+Without a CUDA GPU everything here works at small sizes on a CPU, where the kernels run in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ HOST_ELEMENTS = 2**21
 
 
 def linear(
-    m: int, n: int, k: int, r: int, p: float = 0.0, dtype: torch.dtype = BF16, lora_dtype: torch.dtype = FP32
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    p: float = 0.0,
+    dtype: torch.dtype = BF16,
+    lora_dtype: torch.dtype = FP32,
 ) -> Case:
     return Case("linear", (m, k), (n,), (r,), dtype, lora_dtype, p=p)
 
@@ -56,7 +64,9 @@ def make(case: Case) -> Operands:
 
 
 def by_kernel(case: Case, kernel: str) -> Case | None:
-    """``case`` with ``kernel`` in each direction that it can compute, and "auto" in the other; None if it can compute neither."""
+    """``case`` with ``kernel`` in each direction that it can compute, and "auto" in the other; None
+    if it can compute neither.
+    """
     m, n, k, r = sizes_of(case)
     calls = [
         Call(direction, m, *sizes, r, case.dtype, case.lora_dtype, case.p > 0)
@@ -67,7 +77,9 @@ def by_kernel(case: Case, kernel: str) -> Case | None:
 
 
 def keep_rows(case: Case, rows: Tensor, seed: int | None = None) -> Tensor:
-    """Some rows of ``reference.dropout_keep_ref``, by the seed that a run of ``case`` draws unless another is given."""
+    """Some rows of ``reference.dropout_keep_ref``, by the seed that a run of ``case`` draws unless
+    another is given.
+    """
     if seed is None:
         torch.manual_seed(case.seed)
         seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
@@ -77,7 +89,9 @@ def keep_rows(case: Case, rows: Tensor, seed: int | None = None) -> Tensor:
     return (halves[:, : case.shape[1]] & 0x7FFF) >= drop_share(case.p) * 32768
 
 
-def check(case: Case, given: Operands, found: Results, keep: Tensor | None = None) -> tuple[float, str]:
+def check(
+    case: Case, given: Operands, found: Results, keep: Tensor | None = None
+) -> tuple[float, str]:
     """As :func:`tests.helpers.case_checks.check`, with a mask that the device draws."""
     if keep is None and case.p:
         keep = keep_rows(case, torch.arange(case.shape[0], device=DEVICE))
@@ -91,7 +105,9 @@ def record(record_property: Callable[[str, object], None], worst: tuple[float, s
 
 
 class Captured:
-    """A captured function: ``replay`` runs it on its inputs' current values and waits; ``outputs`` stay the same tensors."""
+    """A captured function: ``replay`` runs it on its inputs' current values and waits; ``outputs``
+    stay the same tensors.
+    """
 
     def __init__(self, replay: Callable[[], None], outputs: Any = None) -> None:
         self._replay, self.outputs = replay, outputs
@@ -103,10 +119,12 @@ class Captured:
 
 
 def capture(function: Callable[[], Any], warmup: int = 2) -> Captured:
-    """Capture ``function``, which returns a dict of tensors or nothing, in a CUDA graph after ``warmup`` calls outside of it.
+    """Capture ``function``, which returns a dict of tensors or nothing, in a CUDA graph after
+    ``warmup`` calls outside of it.
 
-    Tensors of the function must have been made on the current stream, which must not be the default one. On a CPU a stand-in
-    calls the function at each replay, and copies what it returns into the tensors that the first replay returned.
+    Tensors of the function must have been made on the current stream, which must not be the default
+    one. On a CPU a stand-in calls the function at each replay, and copies what it returns into the
+    tensors that the first replay returned.
     """
     for _ in range(warmup):
         function()

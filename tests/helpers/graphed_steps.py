@@ -39,17 +39,29 @@ class CountedGraphs(graphed_step.Graphs):
 
 
 def use_graphs(patch: pytest.MonkeyPatch) -> Any:
-    """The graphs of every GraphedStep while ``patch`` lasts, whose ``captures`` and ``replays`` count."""
-    graphs = RecordedGraphs(patch) if SMALL else CountedGraphs(torch.device("cuda", torch.cuda.current_device()))
+    """The graphs of every GraphedStep while ``patch`` lasts, whose ``captures`` and ``replays``
+    count.
+    """
+    graphs = (
+        RecordedGraphs(patch)
+        if SMALL
+        else CountedGraphs(torch.device("cuda", torch.cuda.current_device()))
+    )
     patch.setattr(graphed_step, "Graphs", lambda device: graphs)
     return graphs
 
 
-def make(dropout: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, Any]:
-    """A model of two LoRA layers, and its optimizer. The second latches at once, the first during the replays."""
+def make(
+    dropout: float = 0.0, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, Any]:
+    """A model of two LoRA layers, and its optimizer. The second latches at once, the first during
+    the replays.
+    """
     torch.manual_seed(0)
     settings = {"r": 2, "lora_dropout": dropout, "dtype": dtype, "device": DEVICE}
-    model = nn.Sequential(slk.LoRALinear(*SIZES[:2], **settings), nn.Tanh(), slk.LoRALinear(*SIZES[1:], **settings))
+    model = nn.Sequential(
+        slk.LoRALinear(*SIZES[:2], **settings), nn.Tanh(), slk.LoRALinear(*SIZES[1:], **settings)
+    )
     nn.init.ones_(model[2].lora_B)
     options = {"lr": 2e-2, "shrink_ratio": 0.05, "seed": 3, "capturable": True, **options}
     return model, slk.StableLoRAAdamW.from_model(model, **options)
@@ -60,16 +72,23 @@ def mse(model: nn.Module, batch: Any) -> Tensor:
     return (model(x) - goal).float().square().mean()
 
 
-def batches(count: int = STEPS, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
+def batches(
+    count: int = STEPS, rows: int = ROWS, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, ...]]:
     """On the host, as a loader gives them."""
     generator = torch.Generator().manual_seed(rows)
     return [
-        tuple(torch.randn(rows, width, generator=generator).to(dtype) for width in (SIZES[0], SIZES[2]))
+        tuple(
+            torch.randn(rows, width, generator=generator).to(dtype)
+            for width in (SIZES[0], SIZES[2])
+        )
         for _ in range(count)
     ]
 
 
-def eager(model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, grad_scaler: Any = None) -> Step:
+def eager(
+    model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, grad_scaler: Any = None
+) -> Step:
     """What a call stands for."""
     scaler = grad_scaler or torch.amp.GradScaler(DEVICE, enabled=False)
     loss_of = loss_fn or (lambda model, batch: model(**batch).loss)
@@ -85,7 +104,9 @@ def eager(model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, 
     return step
 
 
-def graphed(model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, **options: Any) -> slk.GraphedStep:
+def graphed(
+    model: nn.Module, optimizer: slk.StableLoRAAdamW, loss_fn: Any = mse, **options: Any
+) -> slk.GraphedStep:
     return slk.GraphedStep(model, optimizer, loss_fn, **{"num_warmup_iters": 2} | options)
 
 
@@ -97,9 +118,11 @@ def assert_eager_steps(
     scaler: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> tuple[Any, slk.StableLoRAAdamW, list[Tensor]]:
-    """The same losses, parameters, moments and latches of eager and of graphed steps on these batches, to the bit.
+    """The same losses, parameters, moments and latches of eager and of graphed steps on these
+    batches, to the bit.
 
-    ``change`` is called before each step with its place. Return the graphed step, its optimizer and the losses.
+    ``change`` is called before each step with its place. Return the graphed step, its optimizer and
+    the losses.
     """
     results = []
     for make_step in (eager, partial(graphed, **options)):
@@ -110,7 +133,9 @@ def assert_eager_steps(
         for turn, batch in enumerate(given):
             change(turn, model, optimizer)
             losses.append(step(batch))
-        facts = [pair.latched_at or 0 for pair in optimizer.stability()] + ([scaled.get_scale()] if scaled else [])
+        facts = [pair.latched_at or 0 for pair in optimizer.stability()] + (
+            [scaled.get_scale()] if scaled else []
+        )
         results.append([*losses, *snapshot(optimizer), torch.tensor(facts)])
     assert all_equal(*results)
     return step, optimizer, losses
@@ -127,17 +152,27 @@ def captured(**options: Any) -> tuple[slk.GraphedStep, nn.Module, slk.StableLoRA
 
 
 def llama_with(kind: str, attention: str = "eager") -> tuple[nn.Module, slk.StableLoRAAdamW]:
-    """In "eager" attention, since the backward pass of SDPA's flash kernel adds in any order on a GPU."""
+    """In "eager" attention, since the backward pass of SDPA's flash kernel adds in any order on a
+    GPU.
+    """
     torch.manual_seed(0)
     model: Any = llama(attn_implementation=attention).to(DEVICE)
-    config: dict[str, Any] = {"r": 2, "lora_dropout": 0.1 if SMALL else 0.0, "target_modules": ["q_proj", "v_proj"]}
+    config: dict[str, Any] = {
+        "r": 2,
+        "lora_dropout": 0.1 if SMALL else 0.0,
+        "target_modules": ["q_proj", "v_proj"],
+    }
     if kind == "PEFT's layers":
-        peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
+        peft = pytest.importorskip(
+            "peft", reason="runs where peft is installed: pip install .[test]"
+        )
         model = peft.get_peft_model(model, peft.LoraConfig(**config))
         slk.accelerate_peft(model)
     else:
         config["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
-        report = slk.apply_lora(model, slk.LoRAConfig(**config), fuse_projections=True, fuse_mlp=True)
+        report = slk.apply_lora(
+            model, slk.LoRAConfig(**config), fuse_projections=True, fuse_mlp=True
+        )
         assert report.mlps[0].reason is None
     return model, slk.StableLoRAAdamW.from_model(model, lr=1e-2, seed=3, capturable=True)
 

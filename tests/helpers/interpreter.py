@@ -9,7 +9,9 @@ from typing import Any
 
 
 def speed_up_interpreter() -> None:
-    """Save half of our tests' time under the interpreter. What kernels compute stays the same, but for subnormal bfloat16."""
+    """Save half of our tests' time under the interpreter. What kernels compute stays the same, but
+    for subnormal bfloat16.
+    """
     if importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
@@ -26,9 +28,11 @@ def speed_up_interpreter() -> None:
 
 
 def _patch_language_once_a_launch(interpreter: Any) -> None:
-    """Triton's interpreter puts its own functions into ``triton.language`` as a kernel starts, and takes them out as it ends.
+    """Triton's interpreter puts its own functions into ``triton.language`` as a kernel starts, and
+    takes them out as it ends.
 
-    It does so anew, in a millisecond, for every call of a function *within* a kernel, where all of it is in place already.
+    It does so anew, in a millisecond, for every call of a function *within* a kernel, where all of
+    it is in place already.
     """
     tl, original = interpreter.tl, interpreter._patch_lang
     # What is patched at present: of which modules a function sees.
@@ -37,7 +41,11 @@ def _patch_language_once_a_launch(interpreter: Any) -> None:
 
     def patch(fn: Any) -> Any:
         if (languages := known.get(fn)) is None:
-            found = (value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core))
+            found = (
+                value
+                for value in fn.__globals__.values()
+                if inspect.ismodule(value) and value in (tl, tl.core)
+            )
             languages = known[fn] = frozenset(value.__name__ for value in found)
         if languages in seen:
             # That of a call within a kernel, whose scope nobody restores.
@@ -71,7 +79,9 @@ def _keep_numpy_types(interpreter: Any) -> None:
 
 
 def _keep_block_types(tl: Any) -> None:
-    """Each result of each operation makes its type and shape anew, with names and checks: the same few, thousands of times."""
+    """Each result of each operation makes its type and shape anew, with names and checks: the same
+    few, thousands of times.
+    """
     make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
     known: dict[Any, dict[str, Any]] = {}
 
@@ -87,7 +97,13 @@ def _keep_block_types(tl: Any) -> None:
         kept = vars(type).setdefault("_of_tensors", {})
         if not kept:
             make_tensor(self, handle, type)
-            kept.update({name: value for name, value in vars(self).items() if name not in ("handle", "type")})
+            kept.update(
+                {
+                    name: value
+                    for name, value in vars(self).items()
+                    if name not in ("handle", "type")
+                }
+            )
         vars(self).update(kept, handle=handle, type=type)
 
     tl.block_type.__init__ = init_type
@@ -95,7 +111,9 @@ def _keep_block_types(tl: Any) -> None:
 
 
 def _shift_bfloat16(interpreter: Any) -> None:
-    """A bfloat16 is the upper half of a float32. It takes each apart and puts it together again, and loses subnormal ones."""
+    """A bfloat16 is the upper half of a float32. It takes each apart and puts it together again,
+    and loses subnormal ones.
+    """
     original = interpreter._convert_float
 
     def convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:

@@ -18,4 +18,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if shares:
         share, of = max(shares)
         terminalreporter.section("errors against float64")
-        terminalreporter.line(f"{len(shares)} cases; the largest error is {share:.2f} of its bound: {of}")
+        terminalreporter.line(
+            f"{len(shares)} cases; the largest error is {share:.2f} of its bound: {of}"
+        )

@@ -13,7 +13,9 @@ from torch import Tensor
 
 @contextmanager
 def count_launches() -> Iterator[Counter[str]]:
-    """How often each kernel, by its name, was launched in the ``with`` block; it is counted when the block ends."""
+    """How often each kernel, by its name, was launched in the ``with`` block; it is counted when
+    the block ends.
+    """
     from stablelora_kernels.launch.base import launch_counts
 
     before, made = launch_counts.copy(), Counter()
@@ -33,7 +35,8 @@ def specialization(value: Any) -> Any:
 def described(value: Any, given: Mapping[int, str]) -> Any:
     """An argument of a launch, in words that are equal in two calls of one kind.
 
-    ``given`` names the call's operands by their addresses; what a call allocates itself lies elsewhere each time.
+    ``given`` names the call's operands by their addresses; what a call allocates itself lies
+    elsewhere each time.
     """
     if isinstance(value, Tensor):
         name = given.get(value.data_ptr(), "allocated") if value.numel() else "empty"
@@ -52,7 +55,9 @@ def described(value: Any, given: Mapping[int, str]) -> Any:
 
 @contextmanager
 def recorded_launches(given: Mapping[int, str]) -> Iterator[list[Any]]:
-    """All that the launches of the block were told, kernel by kernel; ``given`` as in :func:`described`."""
+    """All that the launches of the block were told, kernel by kernel; ``given`` as in
+    :func:`described`.
+    """
     from stablelora_kernels.launch.base import Launch, VendorProduct, leaves
 
     made: list[Any] = []
@@ -61,7 +66,9 @@ def recorded_launches(given: Mapping[int, str]) -> Iterator[list[Any]]:
         def recording(self: Any, device: Any) -> None:
             if isinstance(self, Launch):
                 arguments = [described(value, given) for value in leaves(self.args)]
-                made.append((self.kernel.__name__, self.grid, arguments, self.constants, self.options))
+                made.append(
+                    (self.kernel.__name__, self.grid, arguments, self.constants, self.options)
+                )
             else:
                 operands = (self.x, self.w, self.bias, self.y)
                 strides = [None if t is None else (t.shape, t.stride()) for t in operands]
@@ -86,5 +93,8 @@ def without_plans() -> Iterator[None]:
     def nothing(kind: str, args: Any) -> None:
         return None
 
-    with mock.patch.object(plans, "key_of", nothing), mock.patch.object(functional, "key_of", nothing):
+    with (
+        mock.patch.object(plans, "key_of", nothing),
+        mock.patch.object(functional, "key_of", nothing),
+    ):
         yield

@@ -1,4 +1,6 @@
-"""Allocations that fail, one after another: every operator whose result is new memory, and every launch of a kernel."""
+"""Allocations that fail, one after another: every operator whose result is new memory, and every
+launch of a kernel.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,19 @@ class Faults(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == NAMESPACE:
-            device = next(leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
-            # The mode is off while it handles an operator; with it on again, the operator's own allocations count.
+            device = next(
+                leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)
+            )
+            # The mode is off while it handles an operator; with it on again, the operator's own
+            # allocations count.
             with self:
-                return func._op_dk(getattr(torch._C.DispatchKey, device.upper()), *args, **(kwargs or {}))
+                return func._op_dk(
+                    getattr(torch._C.DispatchKey, device.upper()), *args, **(kwargs or {})
+                )
         # torch.tensor's memory shows as lift_fresh.
         if func is torch.ops.aten.lift_fresh.default or any(
-            isinstance(result.type, (torch.TensorType, torch.ListType)) and result.alias_info is None
+            isinstance(result.type, (torch.TensorType, torch.ListType))
+            and result.alias_info is None
             for result in func._schema.returns
         ):
             self.allocate(str(func))
@@ -44,7 +52,9 @@ class Faults(TorchDispatchMode):
 
 @contextmanager
 def fail(at: int) -> Iterator[Faults]:
-    """Let the allocation number ``at`` of the block fail; a launch counts as one, and the interpreter's own don't count."""
+    """Let the allocation number ``at`` of the block fail; a launch counts as one, and the
+    interpreter's own don't count.
+    """
     faults = Faults(at)
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
@@ -63,7 +73,8 @@ def fail(at: int) -> Iterator[Faults]:
 
 
 def each_allocation(action: Callable[[int], Any]) -> int:
-    """Call ``action(0)``, ``action(1)``, ..., each of which runs into that fault, until one has no such allocation.
+    """Call ``action(0)``, ``action(1)``, ..., each of which runs into that fault, until one has no
+    such allocation.
 
     ``action`` returns the faults that it used. Returns how many allocations failed.
     """

@@ -1,4 +1,6 @@
-"""Tiny mixtures of experts of transformers, in float64 with random weights, and LoRA on their experts by PEFT."""
+"""Tiny mixtures of experts of transformers, in float64 with random weights, and LoRA on their
+experts by PEFT.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import torch
 from torch import nn
 
 peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
-transformers = pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[test]")
+transformers = pytest.importorskip(
+    "transformers", reason="runs where transformers is installed: pip install .[test]"
+)
 
 H, I, E, TOP, VOCABULARY = 32, 48, 4, 2, 64
 _COMMON = {
@@ -18,7 +22,13 @@ _COMMON = {
     "eos_token_id": 2, "num_experts_per_tok": TOP,
 }  # fmt: skip
 _EXPERTS, _LOCAL, _ROUTED = {"num_experts": E}, {"num_local_experts": E}, {"n_routed_experts": E}
-_SHARED = {"n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "moe_intermediate_size": I}
+_SHARED = {
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": I,
+}
 _FULL = {"layer_types": ["full_attention"]}
 _DEEPSEEK = {
     **_ROUTED, **_SHARED, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
@@ -28,7 +38,12 @@ _DEEPSEEK = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": I, "decoder_sparse_step": 1},
     "gpt_oss": {**_LOCAL, **_FULL},
-    "llama4_text": {**_LOCAL, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": I},
+    "llama4_text": {
+        **_LOCAL,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": I,
+    },
     "nemotron_h": {
         **_ROUTED,
         **_SHARED,
@@ -88,9 +103,13 @@ BY_DAY = ("qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h")
 def build(family: str, implementation: str = "eager", dtype: torch.dtype = torch.float64) -> Any:
     """A model with one layer of experts. ``implementation``: how transformers computes them."""
     config = transformers.CONFIG_MAPPING[family](**_COMMON | FAMILIES[family])
-    chosen = {} if family in ("llama4_text", "jetmoe") else {"experts_implementation": implementation}
+    chosen = (
+        {} if family in ("llama4_text", "jetmoe") else {"experts_implementation": implementation}
+    )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", **chosen).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", **chosen
+    ).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(float(parameter.dim() == 1), 0.15)
@@ -127,12 +146,17 @@ def results(model: Any) -> dict[str, torch.Tensor]:
     if not y.requires_grad:
         return {"Y": y}
     (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
-    return {"Y": y.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"Y": y.detach()} | {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def routing(tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of experts without a model: x, the experts of each token and their weights, in float64."""
     generator = torch.Generator().manual_seed(3)
     index = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(tokens)])
-    x, weights = (torch.rand(size, generator=generator, dtype=torch.float64) for size in ((tokens, H), (tokens, 2)))
+    x, weights = (
+        torch.rand(size, generator=generator, dtype=torch.float64)
+        for size in ((tokens, H), (tokens, 2))
+    )
     return x.requires_grad_(), index, weights.requires_grad_()

@@ -1,4 +1,5 @@
-"""Compares what reaches the C launcher from a first call and from a prepared one; ``tests/kernels/test_null_driver.py`` runs it.
+"""Compares what reaches the C launcher from a first call and from a prepared one;
+``tests/kernels/test_null_driver.py`` runs it.
 
 An MLP's launches are compared alone, since they take as long to compile as all others.
 """
@@ -29,7 +30,18 @@ LINEAR = Case("linear", (130, 64), (96,), (8,), BF16, FP32, p=0.1)
 # With descriptors, with pointers, and of few rows.
 LINEARS = (LINEAR, LINEAR.but(layouts={"x": "shifted"}), LINEAR.but(shape=(3, 64), p=0.0))
 # Gate and up in one kernel, and a backward whose launches have a gate.
-MLP = Case("mlp", (130, 64), (96, 96, 32), (8, 8, 8), BF16, FP32, p=0.1, kernel="split", bias=(False,), shared=True)
+MLP = Case(
+    "mlp",
+    (130, 64),
+    (96, 96, 32),
+    (8, 8, 8),
+    BF16,
+    FP32,
+    p=0.1,
+    kernel="split",
+    bias=(False,),
+    shared=True,
+)
 
 
 class Recorder:
@@ -40,7 +52,8 @@ class Recorder:
         from triton.runtime.driver import driver
 
         self.made, utils = threading.local(), driver.active.utils
-        # One C launcher takes a list of arguments for any kernel; in older versions each kernel has its own.
+        # One C launcher takes a list of arguments for any kernel; in older versions each kernel has
+        # its own.
         self.takes_lists = hasattr(utils, "launch")
         if self.takes_lists:
             utils.launch = self.around(utils.launch)
@@ -56,12 +69,17 @@ class Recorder:
 
     def around(self, launch: Any) -> Any:
         def record(*args: Any) -> None:
-            # The hooks, and the metadata for them, are None in a prepared launch and do nothing in another.
-            head, kernel_args = (args[:8], args[-1]) if self.takes_lists else ((*args[:7], args[9]), args[13:])
+            # The hooks, and the metadata for them, are None in a prepared launch and do nothing in
+            # another.
+            head, kernel_args = (
+                (args[:8], args[-1]) if self.takes_lists else ((*args[:7], args[9]), args[13:])
+            )
             if self.takes_lists:
                 _, types = self.types.get(id(args[-3]), (None, ["kernel"] * len(kernel_args)))
                 kernel_args = taken(kernel_args, types)
-            self.calls.append((*head, [described(argument) for argument in base.leaves(tuple(kernel_args))]))
+            self.calls.append(
+                (*head, [described(argument) for argument in base.leaves(tuple(kernel_args))])
+            )
             launch(*args)
 
         return record
@@ -84,7 +102,9 @@ def taken(values: Any, types: Any) -> list[Any]:
 
 
 def described(argument: Any) -> Any:
-    """Addresses as numbers, and a tensor map by its bytes, which in the null driver are its address, sizes and boxes."""
+    """Addresses as numbers, and a tensor map by its bytes, which in the null driver are its
+    address, sizes and boxes.
+    """
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     if type(argument).__name__ == "PyCUtensorMap":
@@ -147,7 +167,9 @@ def check_threads(recorder: Recorder) -> None:
             one_call(mine)
             (*_, forward), *_ = renamed(recorder.calls, names_of(mine))
             assert {*names_of(mine).values()} & {*base.leaves(tuple(forward))}
-            assert not foreign & {a for *_, arguments in recorder.calls for a in arguments if isinstance(a, int)}
+            assert not foreign & {
+                a for *_, arguments in recorder.calls for a in arguments if isinstance(a, int)
+            }
 
     one_call(every[0])
     with ThreadPoolExecutor(4) as pool:
@@ -182,11 +204,15 @@ def check_hooks() -> None:
     knobs.runtime.launch_enter_hook.add(hook)
     one_call(given)
     knobs.runtime.launch_enter_hook.remove(hook)
-    assert len(names) == launches() - before == 2 and all("lora_linear" in name for name in names), names
+    assert len(names) == launches() - before == 2 and all(
+        "lora_linear" in name for name in names
+    ), names
 
 
 def check_second_gpu() -> None:
-    """The first GPU is the current one and the tensors are on the second: Triton works for the second alone."""
+    """The first GPU is the current one and the tensors are on the second: Triton works for the
+    second alone.
+    """
     from triton.runtime.driver import driver
 
     current, asked = 0, []
@@ -226,7 +252,9 @@ def main(only_mlp: bool = False) -> int:
         if only_mlp:
             check_case(recorder, MLP)
             return 0
-        for launcher in (prepared.Direct, prepared.ByTriton) if recorder.takes_lists else (prepared.ByTriton,):
+        for launcher in (
+            (prepared.Direct, prepared.ByTriton) if recorder.takes_lists else (prepared.ByTriton,)
+        ):
             # Either way, and no other.
             with mock.patch.multiple(prepared, Direct=launcher, ByTriton=launcher):
                 for case in LINEARS:

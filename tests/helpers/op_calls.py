@@ -15,11 +15,20 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels import functional
 
-OPS = ("lora_linear", "lora_linear_if", "lora_branch", "lora_linear_group", "lora_mlp", "lora_experts")
+OPS = (
+    "lora_linear",
+    "lora_linear_if",
+    "lora_branch",
+    "lora_linear_group",
+    "lora_mlp",
+    "lora_experts",
+)
 
 
 class Calls:
-    """``layers`` counts lora_linear, lora_branch and lora_experts. ``before`` runs before each call, and may raise."""
+    """``layers`` counts lora_linear, lora_branch and lora_experts. ``before`` runs before each
+    call, and may raise.
+    """
 
     def __init__(self) -> None:
         self.before: Callable[[], Any] = lambda: None
@@ -68,7 +77,9 @@ def counted_ops() -> Iterator[Calls]:
         for name in OPS:
             op = getattr(functional, name)
             for module in list(sys.modules.values()):
-                is_caller = module.__name__.startswith("stablelora_kernels.") and module is not functional
+                is_caller = (
+                    module.__name__.startswith("stablelora_kernels.") and module is not functional
+                )
                 if is_caller and vars(module).get(name) is op:
                     stack.enter_context(mock.patch.object(module, name, counting(name, op)))
         yield calls

@@ -32,7 +32,11 @@ def make_pairs(
         return x.to(DEVICE, dtype).requires_grad_()
 
     return [
-        LoRAPair(f"layer{i}", leaf(torch.randn(r, n, generator=generator) / n**0.5), leaf(torch.zeros(m, r)))
+        LoRAPair(
+            f"layer{i}",
+            leaf(torch.randn(r, n, generator=generator) / n**0.5),
+            leaf(torch.zeros(m, r)),
+        )
         for i, (r, m, n) in enumerate(shapes)
     ]
 
@@ -43,7 +47,10 @@ def halves(pairs: list[LoRAPair]) -> list[torch.Tensor]:
 
 def in_float64(pairs: list[LoRAPair]) -> list[LoRAPair]:
     """Copies, of float64 pairs too."""
-    return [LoRAPair(pair.name, *(p.detach().to(torch.float64, copy=True) for p in (pair.A, pair.B))) for pair in pairs]
+    return [
+        LoRAPair(pair.name, *(p.detach().to(torch.float64, copy=True) for p in (pair.A, pair.B)))
+        for pair in pairs
+    ]
 
 
 def set_grads(params: list[torch.Tensor], seed: int, scale: float = 1e-2) -> None:
@@ -65,4 +72,6 @@ def snapshot(optimizer: StableLoRAAdamW) -> list[torch.Tensor]:
 
 
 def all_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )

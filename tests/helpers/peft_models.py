@@ -34,19 +34,25 @@ def make(*adapters, model=None, **kwargs):
 
 
 def results(model, out=None):
-    """The output, and the gradient of all that trains of a loss that weighs every output differently."""
+    """The output, and the gradient of all that trains of a loss that weighs every output
+    differently.
+    """
     model.zero_grad()
     out = model(IDS) if out is None else out
     (out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {
+        name: p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
     return {"Y": out.detach()} | grads
 
 
 def assert_equal_to_pefts(model):
     """The accelerated model's output and gradients against PEFT's own, of the same model.
 
-    From PEFT's in float64 they may be as far as PEFT's own are in the model's dtype, which differs from CPU to CPU, and 16 units
-    in the last place of the largest element more.
+    From PEFT's in float64 they may be as far as PEFT's own are in the model's dtype, which differs
+    from CPU to CPU, and 16 units in the last place of the largest element more.
     """
     slk.restore_peft(model)
     expected, exact = results(model), results(copy.deepcopy(model).double())
@@ -64,7 +70,9 @@ def assert_equal_to_pefts(model):
 def one_layer(dtype, lora_dtype=torch.float32):
     """A layer, with adapters as PEFT leaves them beside a base in another dtype, and its input."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(80, 80)), config(target_modules=["0"], r=8)).to(dtype)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(80, 80)), config(target_modules=["0"], r=8)
+    ).to(dtype)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(lora_dtype)
@@ -83,7 +91,10 @@ def own_forwards() -> Iterator[list[Any]]:
 
         return recorded
 
-    kinds = [getattr(peft.tuners.lora, name, None) for name in ("Linear", "Linear4bit", "Linear8bitLt", "ParamWrapper")]
+    kinds = [
+        getattr(peft.tuners.lora, name, None)
+        for name in ("Linear", "Linear4bit", "Linear8bitLt", "ParamWrapper")
+    ]
     with ExitStack() as stack:
         for kind in kinds:
             if kind is not None:

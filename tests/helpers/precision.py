@@ -1,4 +1,6 @@
-"""PyTorch's switches of the precision of float32 products: the old ones, the new ones, and mixtures."""
+"""PyTorch's switches of the precision of float32 products: the old ones, the new ones, and
+mixtures.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ _PLACES: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "backends.cuda.matmul.fp32_precision": (_MATMUL, "fp32_precision", ("none", "ieee", "tf32")),
     "backends.fp32_precision": (torch.backends, "fp32_precision", ("none", "ieee", "tf32", "bf16")),
     "backends.mkldnn.fp32_precision": (_ONEDNN, "fp32_precision", ("none", "ieee", "tf32", "bf16")),
-    "backends.mkldnn.matmul.fp32_precision": (_ONEDNN.matmul, "fp32_precision", ("none", "ieee", "tf32", "bf16")),  # type: ignore[attr-defined]
+    "backends.mkldnn.matmul.fp32_precision": (
+        _ONEDNN.matmul,
+        "fp32_precision",
+        ("none", "ieee", "tf32", "bf16"),
+    ),  # type: ignore[attr-defined]
 }
 # By name and value, each switch as a call.
 SWITCHES: dict[str, Callable[[], None]] = {
@@ -31,7 +37,8 @@ SWITCHES: dict[str, Callable[[], None]] = {
 @contextmanager
 def switched(*names: str) -> Iterator[None]:
     """The block under these of SWITCHES, one after another; then PyTorch's start values."""
-    # PyTorch's own test helpers forbid these settings in the whole process once somebody imports them.
+    # PyTorch's own test helpers forbid these settings in the whole process once somebody imports
+    # them.
     with torch.backends.__allow_nonbracketed_mutation():
         try:
             for name in names:

@@ -1,4 +1,6 @@
-"""Processes of tests: several that talk over gloo, one that is this test's alone, and fresh ones that run Python code."""
+"""Processes of tests: several that talk over gloo, one that is this test's alone, and fresh ones
+that run Python code.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,28 @@ def spawn(target: Callable[..., Any], world: int, directory: Path, *args: Any) -
 
     They are forked from one that has imported much and run nothing.
     """
-    multiprocessing.set_forkserver_preload([__name__, "torch.distributed.fsdp", "stablelora_kernels"])
-    mp.start_processes(_one_rank, (target, world, str(directory), args), nprocs=world, start_method="forkserver")
-    return [torch.load(directory / f"result{rank}of{world}.pt", weights_only=False) for rank in range(world)]
+    multiprocessing.set_forkserver_preload(
+        [__name__, "torch.distributed.fsdp", "stablelora_kernels"]
+    )
+    mp.start_processes(
+        _one_rank, (target, world, str(directory), args), nprocs=world, start_method="forkserver"
+    )
+    return [
+        torch.load(directory / f"result{rank}of{world}.pt", weights_only=False)
+        for rank in range(world)
+    ]
 
 
-def _one_rank(rank: int, target: Callable[..., Any], world: int, directory: str, args: tuple[Any, ...]) -> None:
+def _one_rank(
+    rank: int, target: Callable[..., Any], world: int, directory: str, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     speed_up_interpreter()
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/meet{world}{target.__name__}", rank=rank, world_size=world
+        "gloo",
+        init_method=f"file://{directory}/meet{world}{target.__name__}",
+        rank=rank,
+        world_size=world,
     )
     result = target(rank, world, Path(directory), *args)
     torch.save(result, Path(directory) / f"result{rank}of{world}.pt")
@@ -49,13 +63,15 @@ def _one_rank(rank: int, target: Callable[..., Any], world: int, directory: str,
 
 
 def answer_of(action: Callable[[], Any], method: str, timeout: float = 600) -> tuple[Any, int]:
-    """What ``action``, which can be pickled, returns in a process that is started by ``method``, and the signal that killed it.
+    """What ``action``, which can be pickled, returns in a process that is started by ``method``,
+    and the signal that killed it.
 
     What the action raises fails the test.
     """
     context = multiprocessing.get_context(method)
     reading, writing = context.Pipe(duplex=False)
-    # Bytes: multiprocessing would send tensors through shared memory, and the child would change the ones here.
+    # Bytes: multiprocessing would send tensors through shared memory, and the child would change
+    # the ones here.
     child = context.Process(target=_answer, args=(pickle.dumps(action), writing))
     child.start()
     writing.close()
@@ -83,9 +99,16 @@ def _answer(pickled: bytes, writing: Any) -> None:
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``code`` in a fresh process, which gets none of this one's settings but ``env``."""
-    settings = ("STABLELORA_BACKEND", "STABLELORA_KERNEL", "STABLELORA_AUTOTUNE", "TRITON_INTERPRET")
+    settings = (
+        "STABLELORA_BACKEND",
+        "STABLELORA_KERNEL",
+        "STABLELORA_AUTOTUNE",
+        "TRITON_INTERPRET",
+    )
     environment = {name: value for name, value in os.environ.items() if name not in settings} | env
-    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def printed(code: str, **env: str) -> str:

@@ -1,4 +1,6 @@
-"""Layers with weights in 4 and 8 bits: as bitsandbytes and torchao make them, and stand-ins where these are not installed."""
+"""Layers with weights in 4 and 8 bits: as bitsandbytes and torchao make them, and stand-ins where
+these are not installed.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,26 @@ NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 N, K = 96, 64
 
 
-def bnb_4bit(linear: nn.Linear, compute_dtype: torch.dtype | None = torch.float32, **options) -> nn.Linear:
-    bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]")
-    options = {"quant_type": "nf4", "compute_dtype": compute_dtype, "bias": linear.bias is not None} | options
+def bnb_4bit(
+    linear: nn.Linear, compute_dtype: torch.dtype | None = torch.float32, **options
+) -> nn.Linear:
+    bnb = pytest.importorskip(
+        "bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]"
+    )
+    options = {
+        "quant_type": "nf4",
+        "compute_dtype": compute_dtype,
+        "bias": linear.bias is not None,
+    } | options
     layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **options)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
 
 def bnb_8bit(linear: nn.Linear) -> nn.Linear:
-    bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]")
+    bnb = pytest.importorskip(
+        "bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]"
+    )
     layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
@@ -52,15 +64,22 @@ class QuantState(SimpleNamespace):
 class Params4bit(nn.Parameter):
     def __new__(cls, weight: NF4Weight) -> Params4bit:
         self = Tensor._make_subclass(cls, weight.packed[:, None], False)
-        inner = SimpleNamespace(absmax=weight.nested_absmax, code=weight.nested_code, blocksize=weight.nested_blocksize)
+        inner = SimpleNamespace(
+            absmax=weight.nested_absmax, code=weight.nested_code, blocksize=weight.nested_blocksize
+        )
         state = {
             "absmax": weight.absmax,
             "code": weight.code,
             "shape": torch.Size(weight.shape),
             "nested": bool(inner.blocksize),
         }
-        self.quant_state = QuantState(**state, blocksize=weight.blocksize, state2=inner, offset=weight.offset)
-        self.quant_state.as_dict = lambda packed: {"absmax": weight.absmax, "quant_map": weight.code}
+        self.quant_state = QuantState(
+            **state, blocksize=weight.blocksize, state2=inner, offset=weight.offset
+        )
+        self.quant_state.as_dict = lambda packed: {
+            "absmax": weight.absmax,
+            "quant_map": weight.code,
+        }
         return self
 
     def __deepcopy__(self, memo: dict) -> Params4bit:
@@ -101,7 +120,9 @@ class Scaled(Tensor):
     """A weight that only its own code can read: the tensor holds half of each element."""
 
     def __deepcopy__(self, memo):
-        return nn.Parameter(self.detach().as_subclass(Tensor).clone().as_subclass(type(self)), self.requires_grad)
+        return nn.Parameter(
+            self.detach().as_subclass(Tensor).clone().as_subclass(type(self)), self.requires_grad
+        )
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -134,8 +155,12 @@ def failing(linear: nn.Linear) -> nn.Linear:
 
 
 def compressed_tensors(linear: nn.Linear, input_activations: bool) -> nn.Linear:
-    """As compressed-tensors leaves a layer: it rounds the weight, and the input if its scheme has ``input_activations``."""
-    scheme = SimpleNamespace(weights="8 bits", input_activations="8 bits" if input_activations else None)
+    """As compressed-tensors leaves a layer: it rounds the weight, and the input if its scheme has
+    ``input_activations``.
+    """
+    scheme = SimpleNamespace(
+        weights="8 bits", input_activations="8 bits" if input_activations else None
+    )
 
     def forward(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -153,7 +178,9 @@ def torchao_fp8_a_tensor(linear: nn.Linear) -> nn.Linear:
     ).PerTensor()
     torchao(linear, "Float8WeightOnlyConfig")
     values = torch.randn(linear.weight.shape, dtype=linear.weight.dtype)
-    linear.weight = nn.Parameter(type(linear.weight).from_hp(values, granularity=one), requires_grad=False)
+    linear.weight = nn.Parameter(
+        type(linear.weight).from_hp(values, granularity=one), requires_grad=False
+    )
     return linear
 
 

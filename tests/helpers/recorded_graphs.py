@@ -1,7 +1,8 @@
-"""A stand-in for ``graphed_step.Graphs`` on a CPU: a capture records PyTorch's operators and the optimizer's launches.
+"""A stand-in for ``graphed_step.Graphs`` on a CPU: a capture records PyTorch's operators and the
+optimizer's launches.
 
-A capture changes nothing, and a replay runs the recorded calls on the same memory, without the Python around them. So a value
-that Python computed is a constant, as in a CUDA graph.
+A capture changes nothing, and a replay runs the recorded calls on the same memory, without the
+Python around them. So a value that Python computed is a constant, as in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 class Recording(TorchDispatchMode):
-    """Runs operators and keeps them in ``calls``; ``undo`` takes back what they wrote: what they allocated holds zeros."""
+    """Runs operators and keeps them in ``calls``; ``undo`` takes back what they wrote: what they
+    allocated holds zeros.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +49,9 @@ class Recording(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
         fresh = [out.untyped_storage().data_ptr() not in given for out in tensors_in(result)]
-        self.allocated += [out for out, is_fresh in zip(tensors_in(result), fresh, strict=True) if is_fresh]
+        self.allocated += [
+            out for out, is_fresh in zip(tensors_in(result), fresh, strict=True) if is_fresh
+        ]
 
         def call() -> None:
             outputs = zip(tensors_in(result), tensors_in(func(*args, **kwargs)), fresh, strict=True)

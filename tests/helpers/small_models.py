@@ -1,4 +1,6 @@
-"""What several test modules share: a small model, filled branches, and proof that a refused call changed nothing."""
+"""What several test modules share: a small model, filled branches, and proof that a refused call
+changed nothing.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def gpt2():
     transformers = pytest.importorskip(
         "transformers", reason="runs where transformers is installed: pip install .[test]"
     )
-    config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0
+    )
     return transformers.GPT2LMHeadModel(config).eval()
 
 
@@ -98,10 +102,16 @@ def trainable(model):
 
 
 def snapshot(model):
-    """Everything that a refused call must leave alone: objects, their attributes' names, flags and values."""
-    modules = [(name, module, list(vars(module))) for name, module in model.named_modules(remove_duplicate=False)]
+    """Everything that a refused call must leave alone: objects, their attributes' names, flags and
+    values.
+    """
+    modules = [
+        (name, module, list(vars(module)))
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
     parameters = [
-        (name, p, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)
+        (name, p, p.requires_grad, p.detach().clone())
+        for name, p in model.named_parameters(remove_duplicate=False)
     ]
     return modules, parameters
 
@@ -109,8 +119,12 @@ def snapshot(model):
 def assert_untouched(model, before):
     modules, parameters = snapshot(model)
     assert modules == before[0]
-    assert [(name, id(p), flag) for name, p, flag, _ in parameters] == [(n, id(p), f) for n, p, f, _ in before[1]]
-    assert all(torch.equal(now[3], then[3]) for now, then in zip(parameters, before[1], strict=True))
+    assert [(name, id(p), flag) for name, p, flag, _ in parameters] == [
+        (n, id(p), f) for n, p, f, _ in before[1]
+    ]
+    assert all(
+        torch.equal(now[3], then[3]) for now, then in zip(parameters, before[1], strict=True)
+    )
 
 
 @contextmanager

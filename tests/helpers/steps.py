@@ -20,7 +20,9 @@ def take_step(seed: int, *optimizers: StableLoRAAdamW, scale: float = 1e-2) -> N
         optimizer.step()
 
 
-def take_step_with(oracle: StableAdamWRef, optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2) -> None:
+def take_step_with(
+    oracle: StableAdamWRef, optimizer: StableLoRAAdamW, seed: int, scale: float = 1e-2
+) -> None:
     """A step of both, on the same new gradients."""
     params = params_of(optimizer)
     set_grads(params, seed, scale)
@@ -28,16 +30,26 @@ def take_step_with(oracle: StableAdamWRef, optimizer: StableLoRAAdamW, seed: int
     optimizer.step()
 
 
-def assert_close_to(oracle: StableAdamWRef, optimizer: StableLoRAAdamW, rtol: float = 2e-5, atol: float = 2e-6) -> None:
+def assert_close_to(
+    oracle: StableAdamWRef, optimizer: StableLoRAAdamW, rtol: float = 2e-5, atol: float = 2e-6
+) -> None:
     """The same latches, and parameters that are float32's roundings apart."""
     assert latches(optimizer) == oracle.latched_at
-    assert_all_close((p.detach().double() for p in params_of(optimizer)), oracle.params, rtol=rtol, atol=atol)
+    assert_all_close(
+        (p.detach().double() for p in params_of(optimizer)), oracle.params, rtol=rtol, atol=atol
+    )
 
 
-def assert_no_worse_than_adamw(optimizer: StableLoRAAdamW, hyper: dict[str, Any], scales: Iterable[float]) -> None:
-    """Steps with gradients of these scales, against AdamW in float64: bounded by AdamW's own error in float32."""
+def assert_no_worse_than_adamw(
+    optimizer: StableLoRAAdamW, hyper: dict[str, Any], scales: Iterable[float]
+) -> None:
+    """Steps with gradients of these scales, against AdamW in float64: bounded by AdamW's own error
+    in float32.
+    """
     params = params_of(optimizer)
-    exact, plain = ([p.detach().to(d).clone().requires_grad_() for p in params] for d in (torch.float64, None))
+    exact, plain = (
+        [p.detach().to(d).clone().requires_grad_() for p in params] for d in (torch.float64, None)
+    )
     others = [torch.optim.AdamW(each, **hyper) for each in (exact, plain)]
     for step, scale in enumerate(scales):
         set_grads(params, step, scale)
@@ -54,7 +66,9 @@ def latches(optimizer: StableLoRAAdamW) -> dict[str, int | None]:
     return {pair.name: pair.latched_at for pair in optimizer.stability()}
 
 
-def assert_all_close(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], **tolerance: Any) -> None:
+def assert_all_close(
+    found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], **tolerance: Any
+) -> None:
     for p, q in zip(found, expected, strict=True):
         torch.testing.assert_close(p, q, **tolerance)
 

@@ -9,13 +9,25 @@ from pathlib import Path
 
 from tests.helpers.processes import ROOT
 
-SOURCES = ("pyproject.toml", "setup.py", "setup.cfg", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
+SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "setup.cfg",
+    "MANIFEST.in",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+)
 
 
 def copy_sources(target: Path) -> Path:
-    """Copy what builds the package: a build in the repository would take along what earlier ones left in .build."""
+    """Copy what builds the package: a build in the repository would take along what earlier ones
+    left in .build.
+    """
     shutil.copytree(
-        ROOT / "stablelora_kernels", target / "stablelora_kernels", ignore=shutil.ignore_patterns("__pycache__")
+        ROOT / "stablelora_kernels",
+        target / "stablelora_kernels",
+        ignore=shutil.ignore_patterns("__pycache__"),
     )
     for name in SOURCES:
         shutil.copyfile(ROOT / name, target / name)

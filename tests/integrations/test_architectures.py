@@ -1,4 +1,6 @@
-"""accelerate_peft and load_adapter against PEFT on tiny models of transformers' architectures, all linear layers adapted."""
+"""accelerate_peft and load_adapter against PEFT on tiny models of transformers' architectures, all
+linear layers adapted.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ peft = pytest.importorskip("peft", reason="runs where peft is installed: pip ins
 BY_TYPE = dict(architectures())
 # Their MLPs are computed in one op.
 GATED = ["llama", "qwen3", "gemma", "phi3", "qwen2_moe"]
-# One of each kind: branches added in place (falcon), Conv1D (gpt2), experts, tied heads, encoder and decoder, classifiers. The
-# night has all.
+# One of each kind: branches added in place (falcon), Conv1D (gpt2), experts, tied heads, encoder
+# and decoder, classifiers. The night has all.
 SAMPLE = [*GATED, "gpt2", "gpt_neox", "falcon", "mixtral", "t5", "bart", "deberta-v2"]
-# transformers 5.24 builds about 150 at these sizes, of which 58 have gated MLPs that one op computes; an older one fewer.
+# transformers 5.24 builds about 150 at these sizes, of which 58 have gated MLPs that one op
+# computes; an older one fewer.
 AT_LEAST, GATED_AT_LEAST = 40, 30
 # A router, which PEFT adapts by its parameter.
 ROUTER = "is not a stack of experts that lora_experts is known to fit"
@@ -31,7 +34,9 @@ ROUTER = "is not a stack of experts that lora_experts is known to fit"
 def results(model: nn.Module) -> dict[str, Tensor]:
     """Logits, the gradients of A and B by PEFT's names, and the logits after a step of AdamW."""
     pairs = {
-        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): parameter
+        name.removeprefix("base_model.model.")
+        .replace(".default", "")
+        .removesuffix(".weight"): parameter
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }
@@ -46,20 +51,30 @@ def results(model: nn.Module) -> dict[str, Tensor]:
         return found | {"after a step": logits(model)}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Up to rounding: of the layers' own, and four times what PEFT's results are off their values in float64."""
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """Up to rounding: of the layers' own, and four times what PEFT's results are off their values
+    in float64.
+    """
     assert found.keys() == expected.keys() and len(found) > 4
     for name, value in found.items():
         scale = max(expected[name].abs().max().item(), 1e-3)
         # A step of AdamW divides small gradients by themselves.
         own = (2000 if name == "after a step" else 200) * EPS[torch.float32] * scale
-        bound = own + 4 * (expected[name] - exact.get(name, expected[name])).abs().max().nan_to_num(0.0).item()
+        bound = (
+            own
+            + 4
+            * (expected[name] - exact.get(name, expected[name])).abs().max().nan_to_num(0.0).item()
+        )
         assert (value - expected[name]).abs().max().item() <= bound, name
 
 
 def adapted(base: nn.Module) -> nn.Module:
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False
+    )
     return peft.get_peft_model(copy.deepcopy(base), config)
 
 
@@ -76,7 +91,9 @@ def check(model_type: str, base: nn.Module, tmp_path: Path) -> bool:
     model.load_state_dict(state)
     report = slk.accelerate_peft(model, fuse_projections=True, fuse_mlp=True)
     # PEFT puts experts' parameters, which no layer holds alone, into a layer of its own.
-    assert report.replaced and all(module.reason.endswith(ROUTER) for module in report.skipped), report
+    assert report.replaced and all(module.reason.endswith(ROUTER) for module in report.skipped), (
+        report
+    )
     is_gated = bool(report.mlps) and all(mlp.reason is None for mlp in report.mlps)
     assert is_gated or model_type not in GATED, report
     assert_same(results(model), expected, exact)
@@ -86,7 +103,9 @@ def check(model_type: str, base: nn.Module, tmp_path: Path) -> bool:
     plain = {nn.Linear, transformers.pytorch_utils.Conv1D}
     own_layers = {type(m.base_layer) for m in model.modules() if hasattr(m, "base_layer")} - plain
     if model.peft_config["default"].target_parameters or own_layers:
-        with refused(ours, (TypeError, ValueError), "target_modules|stack of experts|keys|nn.Linear"):
+        with refused(
+            ours, (TypeError, ValueError), "target_modules|stack of experts|keys|nn.Linear"
+        ):
             slk.load_adapter(ours, tmp_path)
     else:
         slk.load_adapter(ours, tmp_path, fuse_projections=True, fuse_mlp=True)
@@ -107,7 +126,9 @@ def test_a_sample_on_triton_is_pefts(model_type, tmp_path):
 
 @pytest.mark.nightly
 def test_every_architecture_is_pefts(tmp_path):
-    """All that transformers builds at these sizes; those that it does not build are listed in the output."""
+    """All that transformers builds at these sizes; those that it does not build are listed in the
+    output.
+    """
     not_built, differ, same = [], {}, {}
     for model_type, class_name in BY_TYPE.items():
         try:

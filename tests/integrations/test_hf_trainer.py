@@ -1,4 +1,6 @@
-"""Hugging Face's Trainer and TRL's: A shrinks, on PEFT's models and on ours, and a run resumed is the whole one to the bit."""
+"""Hugging Face's Trainer and TRL's: A shrinks, on PEFT's models and on ours, and a run resumed is
+the whole one to the bit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from torch.utils._pytree import tree_flatten_with_path
 import stablelora_kernels as slk
 from tests.helpers import trainer_runs
 from tests.helpers.small_models import llama as small_llama
-from tests.helpers.trainer_runs import KINDS, STEPS, arguments, llama, make_trainer, trained, transformers
+from tests.helpers.trainer_runs import (
+    KINDS,
+    STEPS,
+    arguments,
+    llama,
+    make_trainer,
+    trained,
+    transformers,
+)
 
 SETTINGS = {"lr": 1e-2, "shrink_ratio": 0.05}
 # What of the arguments the Trainer's own AdamW takes.
@@ -33,7 +43,9 @@ def train(model, place, settings, via="a factory", resume=None, **changes):
 
 
 def by_args(place, **kwargs):
-    return slk.StableLoRAAdamWFactory.from_args(transformers.TrainingArguments(**arguments(place, **OF_ARGS)), **kwargs)
+    return slk.StableLoRAAdamWFactory.from_args(
+        transformers.TrainingArguments(**arguments(place, **OF_ARGS)), **kwargs
+    )
 
 
 def inner(optimizer) -> slk.StableLoRAAdamW:
@@ -50,7 +62,9 @@ def assert_close(found, expected, rtol=1e-4, atol=1e-6):
 @pytest.mark.parametrize("via", ["optimizers", "a factory"])
 @pytest.mark.parametrize("kind", ["peft", "ours"])
 def test_it_trains_as_a_plain_loop(tmp_path, kind, via):
-    """The very steps of a loop by hand over the Trainer's own batches, learning rates of its schedule included."""
+    """The very steps of a loop by hand over the Trainer's own batches, learning rates of its
+    schedule included.
+    """
     model, by_hand, plain = llama(kind), llama(kind), llama(kind)
     trainer = train(model, tmp_path, SETTINGS, via, lr_scheduler_type="linear")
     optimizer = slk.StableLoRAAdamW.from_model(by_hand, **SETTINGS)
@@ -63,12 +77,17 @@ def test_it_trains_as_a_plain_loop(tmp_path, kind, via):
         optimizer.zero_grad()
     assert_close(model, by_hand, rtol=1e-5, atol=1e-7)
     train(plain, tmp_path, SETTINGS | {"shrink_ratio": 0.0}, via, lr_scheduler_type="linear")
-    norms = [sum(p.norm() for name, p in trained(each).items() if "lora_A" in name) for each in (model, plain)]
+    norms = [
+        sum(p.norm() for name, p in trained(each).items() if "lora_A" in name)
+        for each in (model, plain)
+    ]
     assert norms[0] < 0.9 * norms[1] and len(inner(trainer.optimizer).pairs) == 4
 
 
 def test_names_that_were_lost_are_an_error(tmp_path):
-    """The Trainer gives a class unnamed groups: that is refused, and so is a factory used as a class."""
+    """The Trainer gives a class unnamed groups: that is refused, and so is a factory used as a
+    class.
+    """
     model = llama("peft")
     before = trained(model)
     with pytest.raises(TypeError, match="optimizers="):
@@ -84,18 +103,30 @@ def with_norms_and_biases() -> torch.nn.Module:
     """Ours, which trains a norm and biases too."""
     torch.manual_seed(0)
     model, norms = small_llama(attention_bias=True), ["input_layernorm"]
-    slk.apply_lora(model, slk.LoRAConfig(r=3, target_modules=["q_proj", "v_proj"], bias="all", modules_to_save=norms))
+    slk.apply_lora(
+        model,
+        slk.LoRAConfig(r=3, target_modules=["q_proj", "v_proj"], bias="all", modules_to_save=norms),
+    )
     return model
 
 
 def test_from_args_is_the_trainers_adamw(tmp_path, recwarn):
-    """Without shrinking: weight decay, betas, eps and the parameters without decay are all that of the Trainer's own AdamW."""
+    """Without shrinking: weight decay, betas, eps and the parameters without decay are all that of
+    the Trainer's own AdamW.
+    """
     theirs, ours = with_norms_and_biases(), with_norms_and_biases()
-    expected, found = train(theirs, tmp_path, None), train(ours, tmp_path, by_args(tmp_path, shrink_ratio=0.0))
+    expected, found = (
+        train(theirs, tmp_path, None),
+        train(ours, tmp_path, by_args(tmp_path, shrink_ratio=0.0)),
+    )
     assert not [warning for warning in recwarn if "StableLoRAAdamW" in str(warning.message)]
     groups, wanted = inner(found.optimizer).param_groups, expected.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    assert [len(group["params"]) for group in groups] == [len(group["params"]) for group in wanted] == [8, 10]
+    assert (
+        [len(group["params"]) for group in groups]
+        == [len(group["params"]) for group in wanted]
+        == [8, 10]
+    )
     for key in ("lr", "betas", "eps", "weight_decay"):
         assert [group[key] for group in groups] == [group[key] for group in wanted], key
     assert_close(ours, theirs)
@@ -106,7 +137,12 @@ def test_from_args_lets_keywords_win_and_the_factory_warns_without(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         (group, rest) = factory()(llama("peft"), **kwargs).param_groups
-    assert (group["lr"], group["eps"], group["shrink_ratio"], len(rest["params"])) == (1.0, 1e-3, 0.1, 0)
+    assert (group["lr"], group["eps"], group["shrink_ratio"], len(rest["params"])) == (
+        1.0,
+        1e-3,
+        0.1,
+        0,
+    )
     with pytest.warns(UserWarning, match="the optimizer's defaults: .*from_args"):
         factory()(llama("peft"), lr=1.0)
 
@@ -120,7 +156,9 @@ def test_from_args_refuses_an_unknown_keyword_at_once(tmp_path):
 
 @pytest.mark.parametrize("kind", ["peft", "ours"])
 def test_a_checkpoint_of_the_trainers_adamw_goes_on(tmp_path, kind):
-    """With from_args to what AdamW alone reaches; without it an error says what the file is and what to do."""
+    """With from_args to what AdamW alone reaches; without it an error says what the file is and
+    what to do.
+    """
     whole, resumed = llama(kind), llama(kind)
     train(whole, tmp_path, None, save_strategy="steps", save_steps=STEPS // 2)
     checkpoint = str(tmp_path / f"checkpoint-{STEPS // 2}")
@@ -128,7 +166,9 @@ def test_a_checkpoint_of_the_trainers_adamw_goes_on(tmp_path, kind):
     with pytest.raises(ValueError, match=message):
         given = {"lr": 3e-2, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-3}
         train(llama(kind), tmp_path / "plain", given, resume=checkpoint)
-    trainer = train(resumed, tmp_path / "resumed", by_args(tmp_path, shrink_ratio=0.0), resume=checkpoint)
+    trainer = train(
+        resumed, tmp_path / "resumed", by_args(tmp_path, shrink_ratio=0.0), resume=checkpoint
+    )
     assert {int(entry["step"]) for entry in inner(trainer.optimizer).state.values()} == {STEPS}
     assert_close(resumed, whole)
 
@@ -144,12 +184,23 @@ MARKED = [case if case in DAY else pytest.param(case, marks=pytest.mark.nightly)
 def runs(
     one_thread: None, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> tuple[Any, Any, Path]:
-    """Trained in one go here, and resumed from the middle in another process, with dropout, warm-up and accumulated gradients."""
+    """Trained in one go here, and resumed from the middle in another process, with dropout, warm-up
+    and accumulated gradients.
+    """
     for module in ("trl", "datasets"):
         pytest.importorskip(module, reason=f"runs where {module} is installed: pip install .[test]")
-    place, cases = tmp_path_factory.mktemp("trainers"), CASES if "nightly" in pytestconfig.option.markexpr else DAY
+    place, cases = (
+        tmp_path_factory.mktemp("trainers"),
+        CASES if "nightly" in pytestconfig.option.markexpr else DAY,
+    )
     whole = {case: trainer_runs.run(place, case) for case in cases}
-    command = [sys.executable, "-m", "tests.helpers.trainer_runs", str(place), *map("/".join, cases)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.trainer_runs",
+        str(place),
+        *map("/".join, cases),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return whole, torch.load(place / "resumed.pt"), place
@@ -170,7 +221,9 @@ def test_resumes_to_the_bit(runs, case):
     assert_same_bits(whole[case], resumed[case])
     assert whole[case]["schedule"]["last_epoch"] == STEPS
     latches = whole[case]["latches"]
-    assert any(step and step > STEPS // 2 for step in latches) and any(step and step <= STEPS // 2 for step in latches)
+    assert any(step and step > STEPS // 2 for step in latches) and any(
+        step and step <= STEPS // 2 for step in latches
+    )
     if (other := (*case[:2], "optimizers")) in whole:
         assert_same_bits(whole[case]["adapters"], whole[other]["adapters"])
     # Of our layers the whole model, since it is the model's own state; of PEFT's the adapter.
@@ -178,7 +231,10 @@ def test_resumes_to_the_bit(runs, case):
     from safetensors.torch import load_file
 
     if case[1] == "ours":
-        keys, layer = load_file(folder / "model.safetensors").keys(), "model.layers.0.self_attn.q_proj"
+        keys, layer = (
+            load_file(folder / "model.safetensors").keys(),
+            "model.layers.0.self_attn.q_proj",
+        )
         assert {f"{layer}.weight", f"{layer}.lora_A"} <= keys
     else:
         assert not (folder / "model.safetensors").exists()

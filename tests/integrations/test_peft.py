@@ -1,4 +1,6 @@
-"""accelerate_peft on real PEFT models: every feature of theirs, against PEFT's own forward, on both backends."""
+"""accelerate_peft on real PEFT models: every feature of theirs, against PEFT's own forward, on both
+backends.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ ADAPTERS = {
     "all-linear": Adapters({"target_modules": "all-linear"}, linear=5),
     # q_proj has a bias of its own, v_proj has none.
     "lora_bias": Adapters({"lora_bias": True}),
-    "lora_bias twice": Adapters({"lora_bias": True}, {"more": {"lora_bias": True}}, ["default", "more"], branch=4),
+    "lora_bias twice": Adapters(
+        {"lora_bias": True}, {"more": {"lora_bias": True}}, ["default", "more"], branch=4
+    ),
     "the second of two": Adapters({}, {"more": MORE}, "more"),
     "on q alone": Adapters({}, {"q": ON_Q}, "q", 2),
     "both of two": Adapters({}, {"more": MORE}, ["default", "more"], branch=4),
@@ -69,7 +73,9 @@ def test_output_and_gradients_are_pefts(adapters, backend, calls):
 
 
 def story(model, run, place):
-    """What PEFT does with a model and its adapters, step by step: each result, and whether this library's ops may compute it."""
+    """What PEFT does with a model and its adapters, step by step: each result, and whether this
+    library's ops may compute it.
+    """
 
     def with_adapters(*names):
         model.base_model.set_adapter([*names])
@@ -86,7 +92,9 @@ def story(model, run, place):
         yield run(model), False
     yield run(model), True
     torch.manual_seed(1)
-    model.add_adapter("late", config(r=3, target_modules=model.peft_config["default"].target_modules))
+    model.add_adapter(
+        "late", config(r=3, target_modules=model.peft_config["default"].target_modules)
+    )
     yield with_adapters("late")
     model.save_pretrained(place)
     model.delete_adapter("late")
@@ -99,7 +107,11 @@ def story(model, run, place):
     yield with_adapters("both")
     yield with_adapters("back", *active)
     layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
-    for scale in (lambda m: m.scale_layer(1.5), lambda m: m.unscale_layer(), lambda m: m.set_scale("default", 0.5)):
+    for scale in (
+        lambda m: m.scale_layer(1.5),
+        lambda m: m.unscale_layer(),
+        lambda m: m.set_scale("default", 0.5),
+    ):
         for layer in layers:
             scale(layer)
         yield run(model), True
@@ -128,10 +140,16 @@ def check_story(make_model, run, place, calls):
         for name, value in found.items():
             atol = 32 * EPS[FP32] * expected[name].abs().max().item()
             torch.testing.assert_close(
-                value, expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+                value,
+                expected[name],
+                rtol=0,
+                atol=atol,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
     for path in place.glob("plain/**/*.safetensors"):
-        assert (place / "fast" / path.relative_to(place / "plain")).read_bytes() == path.read_bytes()
+        assert (
+            place / "fast" / path.relative_to(place / "plain")
+        ).read_bytes() == path.read_bytes()
 
 
 def run_small(model):
@@ -146,13 +164,17 @@ def test_switched_scaled_disabled_merged_and_unloaded(name, backend, calls, tmp_
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("adapters", [ADAPTERS["plain"], ADAPTERS["both of two"]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "adapters", [ADAPTERS["plain"], ADAPTERS["both of two"]], ids=["one", "two"]
+)
 def test_torch_compile_has_no_graph_break(adapters, backend):
     model = adapters.make()
     slk.accelerate_peft(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for (name, value), expected in zip(results(model, compiled(IDS)).items(), results(model).values(), strict=True):
+    for (name, value), expected in zip(
+        results(model, compiled(IDS)).items(), results(model).values(), strict=True
+    ):
         torch.testing.assert_close(value, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -181,7 +203,9 @@ def test_dropout_is_the_ops_in_training_only(backend):
         found = model.train(trains)(x)
         torch.manual_seed(1)
         p = 0.6 if trains else 0.0
-        assert torch.equal(found, lora_linear(x, base.weight, base.bias, *pair, layer.scaling["default"], p))
+        assert torch.equal(
+            found, lora_linear(x, base.weight, base.bias, *pair, layer.scaling["default"], p)
+        )
 
 
 def test_inputs_of_any_shape_and_those_that_do_not_fit(backend):
@@ -207,7 +231,9 @@ def test_inputs_of_any_shape_and_those_that_do_not_fit(backend):
     ids=str,
 )
 def test_error_against_float64_is_pefts(dtypes, autocast, backend, calls):
-    """Of PEFT's own forward in the dtype of the products: where PEFT computes the branch in float32, that is autocast."""
+    """Of PEFT's own forward in the dtype of the products: where PEFT computes the branch in
+    float32, that is autocast.
+    """
     model, x = one_layer(*dtypes)
     low = BF16 if autocast else dtypes[0]
     layer = model.base_model.model[0]
@@ -226,7 +252,12 @@ def test_error_against_float64_is_pefts(dtypes, autocast, backend, calls):
 def test_generate_gives_pefts_tokens(backend, calls):
     model = make(model=llama(pad_token_id=0), task_type="CAUSAL_LM", target_modules="all-linear")
     ids = torch.tensor([[1, 5, 7], [1, 9, 3]])
-    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     pefts = model.generate(input_ids=ids, **settings)
     slk.accelerate_peft(model, strict=True)
     ours = model.generate(input_ids=ids, **settings)

@@ -1,7 +1,9 @@
-"""Kinds of PEFT layers times the ways in which they are called: accelerate_peft's results against PEFT's own in float64.
+"""Kinds of PEFT layers times the ways in which they are called: accelerate_peft's results against
+PEFT's own in float64.
 
-An element may be off by twice the error of PEFT's own forward in the same dtypes, and one unit in the last place more. Each case
-also says what computes it: one op, or PEFT's own forward, whose results are then equal to the bit.
+An element may be off by twice the error of PEFT's own forward in the same dtypes, and one unit in
+the last place more. Each case also says what computes it: one op, or PEFT's own forward, whose
+results are then equal to the bit.
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ CALLS = ("training", "reentrant checkpoint", "checkpoint", "no_grad", "inference
 
 
 def is_left_out(kind: str, dropout: float) -> bool:
-    """PEFT refuses dropout on a parameter. Without a backward, a checkpoint has nothing to do: CALLS has none in evaluation."""
+    """PEFT refuses dropout on a parameter. Without a backward, a checkpoint has nothing to do:
+    CALLS has none in evaluation.
+    """
     return kind == "experts" and dropout > 0
 
 
@@ -164,7 +168,9 @@ class Case(NamedTuple):
         return "lora_linear"
 
     def expected_calls(self) -> tuple[dict[str, int], list[Any]]:
-        """The ops that layers call, and those of groups and MLPs. A checkpoint computes its layers again in backward."""
+        """The ops that layers call, and those of groups and MLPs. A checkpoint computes its layers
+        again in backward.
+        """
         times = 2 if "checkpoint" in self.call else 1
         if self.is_pefts:
             return {}, []
@@ -192,19 +198,32 @@ class Case(NamedTuple):
         torch.manual_seed(7)
         model.zero_grad()
         x = x.clone().requires_grad_(self.trains)
-        mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(self.call, nullcontext)
+        mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(
+            self.call, nullcontext
+        )
         with mode(), torch.autocast("cpu", autocast, enabled=autocast is not None):
             is_checkpoint, is_reentrant = "checkpoint" in self.call, "reentrant" in self.call
             y = checkpoint(model, x, use_reentrant=is_reentrant) if is_checkpoint else model(x)
         if not self.trains:
             return {"Y": y}
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=FP64).view(y.shape).to(y.dtype))
-        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        grads = {
+            name: p.grad
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.grad is not None
+        }
         return {"Y": y.detach(), "dX": x.grad} | grads
 
     def lower(self) -> torch.dtype | None:
-        """The autocast under which PEFT multiplies in the ops' dtype: beside a base of 16 bits it casts x to float32."""
-        lifts = self.autocast is None and self.base != FP32 and self.adapters == FP32 and self.kind != "experts"
+        """The autocast under which PEFT multiplies in the ops' dtype: beside a base of 16 bits it
+        casts x to float32.
+        """
+        lifts = (
+            self.autocast is None
+            and self.base != FP32
+            and self.adapters == FP32
+            and self.kind != "experts"
+        )
         return self.base if lifts else self.autocast
 
 
@@ -224,7 +243,9 @@ def in_float64(model: Any, case: Case) -> Any:
     for name, parameter in exact.named_parameters():
         value = values[name]
         is_stored = quantized.is_quantized(value)
-        parameter.data = quantized.read(value).dequantize(FP64) if is_stored else value.detach().double()
+        parameter.data = (
+            quantized.read(value).dequantize(FP64) if is_stored else value.detach().double()
+        )
     return exact.train(case.trains)
 
 
@@ -258,14 +279,20 @@ def test_cross_product(kind, autocast, base, adapters, dropout, call, backend, r
     base_dtype = FP32 if base == "fp32 base" else low
     # Experts' op has one way for any number of rows.
     rows = 20 if kind == "experts" else MANY[backend]
-    case = Case(kind, AUTOCAST[autocast], base_dtype, ADAPTERS[adapters], dropout, call, backend, rows)
+    case = Case(
+        kind, AUTOCAST[autocast], base_dtype, ADAPTERS[adapters], dropout, call, backend, rows
+    )
     model = case.model()
-    x = torch.randn(case.rows, KINDS[kind].width, generator=torch.Generator().manual_seed(3)).to(case.x_dtype)
+    x = torch.randn(case.rows, KINDS[kind].width, generator=torch.Generator().manual_seed(3)).to(
+        case.x_dtype
+    )
     # It also makes a bitsandbytes layer cast its bias, in place.
     of_peft = case.run(model, x, case.autocast)
     baseline = reference = {}
     if not case.is_pefts:
-        own, exact = (dropping_alike(m, case) for m in (copy.deepcopy(model), in_float64(model, case)))
+        own, exact = (
+            dropping_alike(m, case) for m in (copy.deepcopy(model), in_float64(model, case))
+        )
         baseline, reference = case.run(own, x, case.lower()), case.run(exact, x.double(), None)
 
     slk.accelerate_peft(model, **KINDS[kind].fusion)
@@ -282,7 +309,9 @@ def test_cross_product(kind, autocast, base, adapters, dropout, call, backend, r
         # Experts are gated MLPs too.
         slopes = MLP_SLOPES if kind in ("MLP", "experts") else SLOPES
         slope = slopes[case.low] if name == "Y" else None
-        compared = assert_no_worse(value, reference[name], baseline[name], dtype=case.low, slope=slope, name=name)
+        compared = assert_no_worse(
+            value, reference[name], baseline[name], dtype=case.low, slope=slope, name=name
+        )
         shares += [(one.share, f"{one.of} of {case}") for one in compared]
     record_property(PROPERTY, max(shares))
 

@@ -1,4 +1,6 @@
-"""accelerate_peft on DoRA: without dropout on this library's ops, against PEFT's own forward and float64."""
+"""accelerate_peft on DoRA: without dropout on this library's ops, against PEFT's own forward and
+float64.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,10 @@ def test_output_and_gradients(dtype, rows, bias, backend, calls):
         error, of_peft = ((t.double() - ref).abs().max().item() for t in (value, own[name]))
         # PEFT's float64 is the reference itself.
         unit = torch.finfo(dtype).eps * ref.abs().max().item()
-        assert value.dtype == own[name].dtype and error <= 2 * of_peft + (8 if dtype == FP64 else 2) * unit, (
+        assert (
+            value.dtype == own[name].dtype
+            and error <= 2 * of_peft + (8 if dtype == FP64 else 2) * unit
+        ), (
             name,
             error,
             of_peft,
@@ -89,7 +94,11 @@ def test_output_and_gradients(dtype, rows, bias, backend, calls):
 def test_row_norms_in_bfloat16_are_closer_than_pefts():
     model = one_layer(nn.Linear(512, 512).to(BF16), BF16)
     layer = model.base_model.model[0]
-    w, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    w, a, b = (
+        layer.base_layer.weight,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+    )
     s = layer.scaling["default"]
     exact = (w.double() + s * b.double() @ a.double()).norm(dim=1)
     own = layer.lora_magnitude_vector["default"].get_weight_norm(w, b @ a, s)
@@ -101,7 +110,9 @@ def test_row_norms_in_bfloat16_are_closer_than_pefts():
 def test_the_norm_of_a_row_that_is_nothing_is_zero():
     a, b = torch.ones(1, K), torch.zeros(N, 1)
     zero = torch.zeros(N, K)
-    assert not dora.row_norms(dora.square_sums(zero), nn.functional.linear(a, zero), a, b, 1.0).any()
+    assert not dora.row_norms(
+        dora.square_sums(zero), nn.functional.linear(a, zero), a, b, 1.0
+    ).any()
     # W = -B A: what is left is rounding, and no NaN.
     b += 1 / 3
     left = dora.row_norms(dora.square_sums(-b @ a), nn.functional.linear(a, -b @ a), a, b, 1.0)
@@ -117,14 +128,17 @@ def test_the_norm_of_a_row_that_is_nothing_is_zero():
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_quantized_bases_are_multiplied_not_dequantized_again(quantize, options, backend, monkeypatch):
+def test_quantized_bases_are_multiplied_not_dequantized_again(
+    quantize, options, backend, monkeypatch
+):
     model = one_layer(quantize(nn.Linear(128, N), **options))
     x = torch.randn(70, 128)
     expected = results(model, x)
     slk.accelerate_peft(model, strict=True)
     sums = []
     monkeypatch.setattr(
-        "stablelora_kernels.integrations.peft_dora.square_sums", lambda w: sums.append(w.shape) or dora.square_sums(w)
+        "stablelora_kernels.integrations.peft_dora.square_sums",
+        lambda w: sums.append(w.shape) or dora.square_sums(w),
     )
     for _ in range(2):
         found = results(model, x)
@@ -145,9 +159,11 @@ def test_quantized_bases_are_multiplied_not_dequantized_again(quantize, options,
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_weight_packed_for_inference_on_a_cpu_has_the_same_norms(monkeypatch):
-    """bitsandbytes packs a weight in the first call in evaluation, for good. Few CPUs have its own forward for that.
+    """bitsandbytes packs a weight in the first call in evaluation, for good. Few CPUs have its own
+    forward for that.
 
-    Then only the layer reads the weight, and adds its bias. This bias leaves few digits of a product in bfloat16.
+    Then only the layer reads the weight, and adds its bias. This bias leaves few digits of a
+    product in bfloat16.
     """
     torch.manual_seed(0)
     model = one_layer(bnb_4bit(nn.Linear(128, N), compute_dtype=BF16))
@@ -164,10 +180,16 @@ def test_a_weight_packed_for_inference_on_a_cpu_has_the_same_norms(monkeypatch):
     monkeypatch.setattr(type(base), "forward", packing_forward)
     slk.accelerate_peft(model, strict=True)
     x = torch.randn(70, 128)
-    # The worst that rounding A, the products and their sums with the bias to bfloat16 can do to the norms.
-    w, a, b = (t.detach().double() for t in (weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+    # The worst that rounding A, the products and their sums with the bias to bfloat16 can do to the
+    # norms.
+    w, a, b = (
+        t.detach().double()
+        for t in (weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    )
     exact, unit = (w + scaling * b @ a).norm(dim=1), torch.finfo(BF16).eps / 2
-    of_products = unit * (w.abs() @ a.abs().T + (w @ a.T).abs() + bias * a.abs().max() / peft_dora._LARGEST)
+    of_products = unit * (
+        w.abs() @ a.abs().T + (w @ a.T).abs() + bias * a.abs().max() / peft_dora._LARGEST
+    )
     of_squares = 2 * unit * w.abs() * (w.abs() + bias / peft_dora._LARGEST)
     allowed = (2 * scaling * (b.abs() * of_products).sum(1) + of_squares.sum(1)) / (2 * exact)
     assert (allowed / exact).median() < 0.02
@@ -193,17 +215,23 @@ def test_a_quantized_weight_is_freed_with_its_model():
 @pytest.mark.parametrize("magnitude_trains", [True, False])
 def test_it_keeps_x_s_and_z_and_makes_nothing_of_the_weights_size(magnitude_trains, calls):
     model = one_layer(nn.Linear(512, 512))
-    model.base_model.model[0].lora_magnitude_vector["default"].weight.requires_grad_(magnitude_trains)
+    model.base_model.model[0].lora_magnitude_vector["default"].weight.requires_grad_(
+        magnitude_trains
+    )
     slk.accelerate_peft(model)
     x = torch.randn(70, 512).requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(x)
     parameters = {p.data_ptr() for p in model.parameters()}
-    sizes = sorted({t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in parameters}.values())
+    sizes = sorted(
+        {t.data_ptr(): t.numel() for t in kept if t.data_ptr() not in parameters}.values()
+    )
     # The factor and the norms, S, x and, for the magnitude alone, Z.
     wide = 1 + magnitude_trains
-    assert sizes[-wide:] == [70 * 512] * wide and all(size <= 70 * max(R, 8) for size in sizes[:-wide])
+    assert sizes[-wide:] == [70 * 512] * wide and all(
+        size <= 70 * max(R, 8) for size in sizes[:-wide]
+    )
 
 
 def test_with_dropout_only_evaluation_is_ours(backend, calls):
@@ -262,7 +290,9 @@ def test_torch_compile_has_no_graph_break(backend):
     x = torch.randn(70, K)
     expected = results(model, x)
     torch._dynamo.reset()
-    for name, value in results(torch.compile(model, backend="aot_eager", fullgraph=True), x).items():
+    for name, value in results(
+        torch.compile(model, backend="aot_eager", fullgraph=True), x
+    ).items():
         torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")], msg=name)
 
 

@@ -16,7 +16,18 @@ import stablelora_kernels as slk
 from stablelora_kernels.integrations import peft_experts, peft_faults
 from stablelora_kernels.nn import experts
 from stablelora_kernels.testing.cases import BF16, FP32
-from tests.helpers.moe_models import BY_DAY, FAMILIES, IDS, E, H, build, peft, results, routing, with_lora
+from tests.helpers.moe_models import (
+    BY_DAY,
+    FAMILIES,
+    IDS,
+    E,
+    H,
+    build,
+    peft,
+    results,
+    routing,
+    with_lora,
+)
 from tests.helpers.peft_models import make
 from tests.helpers.quantized_weights import compressed_tensors
 
@@ -49,14 +60,20 @@ def assert_close(found, expected, rtol=1e-12):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly) for name in FAMILIES if name != "jetmoe"],
+    [
+        pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly)
+        for name in FAMILIES
+        if name != "jetmoe"
+    ],
 )
 def test_output_and_gradients_are_pefts(family, calls):
     model = with_lora(build(family))
     expected = results(model)
     assert not calls
     report = slk.accelerate_peft(model, strict=True)
-    rows = {(row.name.rpartition(".")[2], row.r, row.experts, row.adapter) for row in report.replaced}
+    rows = {
+        (row.name.rpartition(".")[2], row.r, row.experts, row.adapter) for row in report.replaced
+    }
     up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
     assert rows == {(up, 3, E, "default"), ("down_proj", 3, E, "default")}
     # Nemotron's norms cast to float32.
@@ -64,7 +81,9 @@ def test_output_and_gradients_are_pefts(family, calls):
     count = IDS.numel() * {"llama4_text": E}.get(family, 2)
     assert calls == [count] * 2
     slk.restore_peft(model)
-    assert {type(m) for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)} == {peft_experts.ParamWrapper}
+    assert {type(m) for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)} == {
+        peft_experts.ParamWrapper
+    }
     assert_close(results(model), expected, 0)
 
 
@@ -83,7 +102,9 @@ def test_no_further_from_float64_than_peft(implementation, dtype, calls):
         y = module(x, index, weights)
         y.backward(torch.ones_like(y))
         named = module.named_parameters()
-        return {"Y": y, "dx": x.grad, "dw": weights.grad} | {n: p.grad for n, p in named if p.grad is not None}
+        return {"Y": y, "dx": x.grad, "dw": weights.grad} | {
+            n: p.grad for n, p in named if p.grad is not None
+        }
 
     wanted, own = run(exact, x.double(), weights.double()), run(model, x, weights)
     model.__class__ = peft_experts.AcceleratedExperts
@@ -97,7 +118,9 @@ def test_no_further_from_float64_than_peft(implementation, dtype, calls):
 
 
 def story(model: Any, place: Any) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
-    """What PEFT does with a model and its adapters: each result, and whether this library's op computes it."""
+    """What PEFT does with a model and its adapters: each result, and whether this library's op
+    computes it.
+    """
     yield results(model), True
     with model.disable_adapter():
         yield results(model), False
@@ -107,7 +130,9 @@ def story(model: Any, place: Any) -> Iterator[tuple[dict[str, torch.Tensor], boo
     yield results(model), True
     torch.manual_seed(1)
     first = model.peft_config["default"]
-    model.add_adapter("late", peft.LoraConfig(r=5, target_modules=[], target_parameters=first.target_parameters))
+    model.add_adapter(
+        "late", peft.LoraConfig(r=5, target_modules=[], target_parameters=first.target_parameters)
+    )
     model.set_adapter("late")
     yield results(model), True
     model.save_pretrained(place)
@@ -137,9 +162,13 @@ def test_switched_disabled_merged_copied_and_unloaded(calls, tmp_path):
         found, is_ours = next(told)
         assert bool(calls) == is_ours and found.keys() == expected.keys()
         for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12 * expected[name].abs().max().item())
+            torch.testing.assert_close(
+                value, expected[name], rtol=0, atol=1e-12 * expected[name].abs().max().item()
+            )
     for path in tmp_path.glob("plain/**/*.safetensors"):
-        assert (tmp_path / "fast" / path.relative_to(tmp_path / "plain")).read_bytes() == path.read_bytes()
+        assert (
+            tmp_path / "fast" / path.relative_to(tmp_path / "plain")
+        ).read_bytes() == path.read_bytes()
 
 
 def experts_of(family: str = "qwen3_moe", **options: Any) -> Any:
@@ -154,7 +183,8 @@ def test_one_parameter_alone_and_slots_of_other_processes(calls):
     for parameter in ("gate_up_proj", "down_proj"):
         experts = experts_of(target_parameters=[f"mlp.experts.{parameter}"])
         x, index, weights = routing()
-        # Under expert parallelism, experts of other processes have the number behind the last one, and a weight of zero.
+        # Under expert parallelism, experts of other processes have the number behind the last one,
+        # and a weight of zero.
         index[::3, 1], weights = E, weights * (index < E)
         base = experts.get_base_layer()
         base._is_expert_parallel = True
@@ -170,7 +200,9 @@ def test_one_parameter_alone_and_slots_of_other_processes(calls):
 
 
 def test_autocast(calls):
-    """As transformers does, the experts cast their input to their weights' dtype; float32 adapters are cast on the fly."""
+    """As transformers does, the experts cast their input to their weights' dtype; float32 adapters
+    are cast on the fly.
+    """
     model = with_lora(build("qwen3_moe", "grouped_mm", BF16))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
@@ -182,7 +214,11 @@ def test_autocast(calls):
     assert y.dtype == FP32 and calls == [18, 18]
     y.sum().backward()
     grads = {name: p.grad for name, p in experts.named_parameters() if p.grad is not None}
-    assert {p.dtype for p in grads.values()} == {FP32} and len(grads) == 4 and all(g.any() for g in grads.values())
+    assert (
+        {p.dtype for p in grads.values()} == {FP32}
+        and len(grads) == 4
+        and all(g.any() for g in grads.values())
+    )
 
 
 def test_torch_compile_has_no_graph_break():
@@ -193,7 +229,8 @@ def test_torch_compile_has_no_graph_break():
     found = torch.compile(experts, backend="aot_eager", fullgraph=True)(*given)
     torch.testing.assert_close(found, expected)
     for a, b in zip(
-        *(torch.autograd.grad(y.square().sum(), [given[0], given[2]]) for y in (found, expected)), strict=True
+        *(torch.autograd.grad(y.square().sum(), [given[0], given[2]]) for y in (found, expected)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -228,7 +265,9 @@ def in_4_bits(model):
 
 
 def hook_lora_A(wrapper):
-    peft_experts.wrapped_parameters(wrapper)["down_proj"].lora_A["default"].register_forward_hook(nothing)
+    peft_experts.wrapped_parameters(wrapper)["down_proj"].lora_A["default"].register_forward_hook(
+        nothing
+    )
 
 
 CHANGES = [
@@ -253,7 +292,9 @@ def test_what_is_not_understood_is_named_and_stays_pefts(reason, change, calls):
         ("base_model.model.model.layers.0.mlp.experts", reason)
     ]
     assert not report.replaced and type(wrapper) is peft_experts.ParamWrapper
-    with pytest.raises(ValueError, match=f"strict=True, but PEFT's own forward would go on computing .*{reason}"):
+    with pytest.raises(
+        ValueError, match=f"strict=True, but PEFT's own forward would go on computing .*{reason}"
+    ):
         slk.accelerate_peft(model, strict=True)
 
 
@@ -263,14 +304,22 @@ def test_other_modules_are_named():
         "JetMoeParallelExperts is not a stack of experts that lora_experts is known to fit"
     }
     # A bias is no stack of matrices.
-    model = with_lora(build("gpt_oss"), target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj_bias"])
-    assert [row.reason for row in slk.accelerate_peft(model).skipped] == ["PEFT adapts its gate_up_proj_bias"]
+    model = with_lora(
+        build("gpt_oss"),
+        target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_up_proj_bias"],
+    )
+    assert [row.reason for row in slk.accelerate_peft(model).skipped] == [
+        "PEFT adapts its gate_up_proj_bias"
+    ]
     # By PEFT's own rule, all linear layers include the experts, and the router as a parameter.
     model = build("qwen3_moe")
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     report = slk.accelerate_peft(model)
     assert {row.name.rpartition(".")[2] for row in report.skipped} == {"gate"}
-    assert "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'" in str(report)
+    assert (
+        "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'"
+        in str(report)
+    )
 
 
 def quantized_q_proj(input_activations: bool) -> Any:
@@ -320,7 +369,9 @@ def test_experts_without_an_adapter_are_told_as_by_apply_lora(family, is_adapted
     # PEFT's adapters count as weights, too.
     share = re.compile(r"[\d.]+%")
     (note,) = told
-    assert share.sub("", note) == share.sub("", f"base_model.model.{expected.name}: {expected.reason}")
+    assert share.sub("", note) == share.sub(
+        "", f"base_model.model.{expected.name}: {expected.reason}"
+    )
     # One of the two has an adapter.
     half = with_lora(build(family), target_parameters=["mlp.experts.down_proj"])
     (note,) = slk.accelerate_peft(half).notes
@@ -329,23 +380,31 @@ def test_experts_without_an_adapter_are_told_as_by_apply_lora(family, is_adapted
     )
 
 
-# By the adapted parameters: those whose adapter is lost, and whether PEFT nests them in another order than plain ones.
+# By the adapted parameters: those whose adapter is lost, and whether PEFT nests them in another
+# order than plain ones.
 IN_4_BITS = {("gate_up_proj", "down_proj"): (("down_proj",), True), ("down_proj",): ((), False)}
 
 
-@pytest.mark.parametrize(("names", "lost", "reorders"), [(names, *rest) for names, rest in IN_4_BITS.items()], ids=str)
+@pytest.mark.parametrize(
+    ("names", "lost", "reorders"), [(names, *rest) for names, rest in IN_4_BITS.items()], ids=str
+)
 def test_what_peft_does_wrong_with_experts_in_4_bits_is_told(names, lost, reorders):
-    """If this fails with a new PEFT, that trains them right: the texts here, in experts.md and in errors.md say otherwise."""
+    """If this fails with a new PEFT, that trains them right: the texts here, in experts.md and in
+    errors.md say otherwise.
+    """
     model, plain = in_4_bits(build("qwen3_moe", dtype=FP32))
     # PEFT matches such parameters by their whole names alone.
     options = {"target_parameters": [f"model.layers.0.mlp.experts.{name}" for name in names]}
     model, plain = with_lora(model, **options), with_lora(plain, **options)
     expected = peft_faults.ParametrizedFaults(lost, repeats=True, remains=True, reorders=reorders)
     assert peft_faults.faults_of_parametrized(names, frozenset(names)) == expected
-    assert f"experts wrongly whose weights another parametrization computes: {expected}: base_model" in " ".join(
-        slk.accelerate_peft(copy.deepcopy(model)).notes
+    assert (
+        f"experts wrongly whose weights another parametrization computes: {expected}: base_model"
+        in " ".join(slk.accelerate_peft(copy.deepcopy(model)).notes)
     )
-    with pytest.raises(ValueError, match=r"strict=True, but PEFT .* trains experts wrongly whose weights"):
+    with pytest.raises(
+        ValueError, match=r"strict=True, but PEFT .* trains experts wrongly whose weights"
+    ):
         slk.accelerate_peft(model, strict=True)
 
     # That is what PEFT does with the model.
@@ -353,8 +412,12 @@ def test_what_peft_does_wrong_with_experts_in_4_bits_is_told(names, lost, reorde
     others = [m for m in plain.modules() if isinstance(m, peft_experts.ParamWrapper)]
     assert reorders == ([m.parameter_name for m in adapters] != [m.parameter_name for m in others])
     for name in names:
-        one, other = (next(m for m in some if m.parameter_name == name) for some in (adapters, others))
-        other.load_state_dict({key: p for key, p in one.state_dict().items() if key.startswith("lora_")}, strict=False)
+        one, other = (
+            next(m for m in some if m.parameter_name == name) for some in (adapters, others)
+        )
+        other.load_state_dict(
+            {key: p for key, p in one.state_dict().items() if key.startswith("lora_")}, strict=False
+        )
     assert set(results(model)) - {"Y"} == {
         name
         for name, p in model.named_parameters()
@@ -379,7 +442,9 @@ def test_the_trial_of_experts_leaves_no_trace():
     with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", BF16):
         faults = peft_faults.faults_of_parametrized(names, frozenset(names))
     assert torch.equal(torch.get_rng_state(), before) and faults.lost == ("down_proj",)
-    assert peft_faults.faults_of_parametrized(names, frozenset()) == peft_faults.ParametrizedFaults()
+    assert (
+        peft_faults.faults_of_parametrized(names, frozenset()) == peft_faults.ParametrizedFaults()
+    )
 
 
 def test_one_latch_for_a_stack_is_told():

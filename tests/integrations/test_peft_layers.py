@@ -1,4 +1,6 @@
-"""accelerate_peft's layers in a model's life: replaced, restored, copied and switched; what is not understood stays PEFT's."""
+"""accelerate_peft's layers in a model's life: replaced, restored, copied and switched; what is not
+understood stays PEFT's.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_state_is_untouched_and_restore_is_exact():
     assert repr(model) == text and len(report.replaced) == 4
     # Twice is once, and nothing is patched.
     accelerated = [type(m) for m in model.modules()]
-    assert slk.accelerate_peft(model) == report and [type(m) for m in model.modules()] == accelerated
+    assert (
+        slk.accelerate_peft(model) == report and [type(m) for m in model.modules()] == accelerated
+    )
     assert lora.Linear.forward is forward and [type(m) for m in other.modules()] == others
     for _ in range(2):
         slk.restore_peft(model)
@@ -58,11 +62,15 @@ class Zoo(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_not_understood_is_named_and_stays_pefts(backend, calls):
-    model = make(model=Zoo(), target_modules=["embed", "linear", "wrapped", "conv1d", "attention", "conv"])
+    model = make(
+        model=Zoo(), target_modules=["embed", "linear", "wrapped", "conv1d", "attention", "conv"]
+    )
     layers = model.base_model.model
     layers.wrapped.forward = layers.wrapped.forward
     expected, before = output(model), [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=r"strict=True, but .* base_model.model.embed \(lora.Embedding is not"):
+    with pytest.raises(
+        ValueError, match=r"strict=True, but .* base_model.model.embed \(lora.Embedding is not"
+    ):
         slk.accelerate_peft(model, strict=True)
     assert [type(m) for m in model.modules()] == before
     report = slk.accelerate_peft(model)
@@ -72,7 +80,8 @@ def test_what_is_not_understood_is_named_and_stays_pefts(backend, calls):
         prefix + "embed": f"lora.Embedding {known}",
         prefix + "wrapped": "its forward was replaced (as accelerate's hooks do)",
         prefix + "attention": f"lora.MultiheadAttention {known}",
-        prefix + "attention.base_layer.out_proj": "nn.MultiheadAttention reads its weight instead of calling it",
+        prefix
+        + "attention.base_layer.out_proj": "nn.MultiheadAttention reads its weight instead of calling it",
         prefix + "conv": f"lora.Conv2d {known}",
     }
     assert "skipped" in str(report) and "adapter 'default'" in str(report)
@@ -91,10 +100,16 @@ def test_variants_are_named():
     report = slk.accelerate_peft(model)
     assert not report.replaced and [type(m) for m in model.modules()] == before
     assert len(report.skipped) == 4
-    assert all(text.startswith("adapter 'default' is a variant of LoRA") for text in reasons(report).values())
+    assert all(
+        text.startswith("adapter 'default' is a variant of LoRA")
+        for text in reasons(report).values()
+    )
     assert str(report).startswith("No LoRA module trains on this library's ops; ")
     for change, reason in (
-        (lambda layer: layer.lora_A.update({"default": nn.Linear(16, 4)}), "lora_A of adapter 'default' has a bias"),
+        (
+            lambda layer: layer.lora_A.update({"default": nn.Linear(16, 4)}),
+            "lora_A of adapter 'default' has a bias",
+        ),
         (
             lambda layer: layer.lora_B["default"].double(),
             "lora_A of adapter 'default' has a bias, or another dtype than lora_B",
@@ -122,11 +137,18 @@ def test_variants_are_named():
         assert skipped.name == "base_model.model.layers.0.q_proj" and reason in skipped.reason
 
 
-# Where a hook is, and the ops that compute: on the base layer, that computes its own product; on what PEFT's forward calls, none.
+# Where a hook is, and the ops that compute: on the base layer, that computes its own product; on
+# what PEFT's forward calls, none.
 HOOKED = {
-    "base layer": (lambda layer: layer.base_layer.register_forward_hook, {"lora_linear": 3, "lora_branch": 1}),
+    "base layer": (
+        lambda layer: layer.base_layer.register_forward_hook,
+        {"lora_linear": 3, "lora_branch": 1},
+    ),
     "A": (lambda layer: layer.lora_A["default"].register_forward_hook, {"lora_linear": 3}),
-    "dropout": (lambda layer: layer.lora_dropout["default"].register_forward_hook, {"lora_linear": 3}),
+    "dropout": (
+        lambda layer: layer.lora_dropout["default"].register_forward_hook,
+        {"lora_linear": 3},
+    ),
     "layer": (lambda layer: layer.register_forward_hook, {"lora_linear": 4}),
     "every module": (lambda layer: nn.modules.module.register_module_forward_hook, {}),
 }
@@ -138,7 +160,9 @@ def test_hooks_are_called(place, calls):
     expected = output(model)
     slk.accelerate_peft(model)
     register, made = HOOKED[place]
-    handle = register(model.base_model.model.layers[0].q_proj)(lambda module, args, out: seen.append(module))
+    handle = register(model.base_model.model.layers[0].q_proj)(
+        lambda module, args, out: seen.append(module)
+    )
     torch.testing.assert_close(output(model), expected)
     handle.remove()
     assert seen and calls.layers == made
@@ -163,7 +187,9 @@ def test_peft_without_a_peft_model():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", ["accelerate", "shard"])
 def test_fully_sharded(first, backend, calls, mesh):
-    """FSDP with its parameters in one flat one, which each forward sees as tensors; one process is enough for that."""
+    """FSDP with its parameters in one flat one, which each forward sees as tensors; one process is
+    enough for that.
+    """
     model = make()
     expected = output(model)
     if first == "accelerate":
@@ -181,8 +207,13 @@ def test_errors():
         slk.accelerate_peft("model")
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         slk.restore_peft("model")
-    for model in (Model(), peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["q_proj"]))):
-        with pytest.raises(ValueError, match=f"model must have PEFT LoRA layers, got a {type(model).__name__}"):
+    for model in (
+        Model(),
+        peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["q_proj"])),
+    ):
+        with pytest.raises(
+            ValueError, match=f"model must have PEFT LoRA layers, got a {type(model).__name__}"
+        ):
             slk.accelerate_peft(model)
 
 
@@ -194,7 +225,10 @@ NOTES = {
     # Nobody wrote the names that PEFT makes of it.
     "all-linear without a layer": (ALL | {"exclude_modules": ["v_proj"]}, ()),
     "all-linear without a trained module": (ALL | {"modules_to_save": ["lm_head"]}, ()),
-    "names that are excluded": ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, ()),
+    "names that are excluded": (
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+        (),
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""accelerate_peft on PEFT's layers over quantized weights: which are read by the kernels, and that nothing else changes."""
+"""accelerate_peft on PEFT's layers over quantized weights: which are read by the kernels, and that
+nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ from tests.helpers.quantized_weights import (
 )
 from tests.integrations.test_peft import check_story
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*"
+)
 torchao_fp8 = partial(torchao, config="Float8WeightOnlyConfig")
 
 
 def make(quantize=bnb_4bit, dtype=FP32, r=3, lora=None, **kwargs):
-    """PEFT's model around one layer, and the layer. Evaluated on a CPU, bitsandbytes would pack a weight for that."""
+    """PEFT's model around one layer, and the layer. Evaluated on a CPU, bitsandbytes would pack a
+    weight for that.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(quantize(nn.Linear(K, N, dtype=dtype), **kwargs))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantize is bnb_4bit, quantize is bnb_8bit
@@ -50,13 +56,19 @@ def by_peft(model, *args, **kwargs):
 
 def assert_close(found, expected, dtype=FP32):
     """Up to rounding of the largest element."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=16 * EPS[dtype] * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=16 * EPS[dtype] * expected.abs().max().item()
+    )
 
 
 READ = {
-    **{f"4 bits, {dtype}": (bnb_4bit, dtype, {"compute_dtype": dtype}, None) for dtype in (FP32, BF16, FP16)},
+    **{
+        f"4 bits, {dtype}": (bnb_4bit, dtype, {"compute_dtype": dtype}, None)
+        for dtype in (FP32, BF16, FP16)
+    },
     "4 bits, bias": (bnb_4bit, BF16, {"compute_dtype": BF16, "compress_statistics": False}, None),
-    # As Hugging Face's trainer has it: float32 activations, compute_dtype bfloat16. The layer returns x's dtype.
+    # As Hugging Face's trainer has it: float32 activations, compute_dtype bfloat16. The layer
+    # returns x's dtype.
     "4 bits under autocast": (bnb_4bit, BF16, {"compute_dtype": BF16}, FP32),
     "4 bits and x under autocast": (bnb_4bit, BF16, {"compute_dtype": BF16}, BF16),
     "float8, bfloat16": (torchao_fp8, BF16, {}, None),
@@ -66,22 +78,36 @@ READ = {
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("quantize", "dtype", "options", "autocast"), READ.values(), ids=READ)
-def test_what_the_kernels_read_is_as_exact_as_pefts(quantize, dtype, options, autocast, backend, calls):
-    """``autocast``: x's dtype, under autocast to bfloat16. Shapes and ranks are in tests/ops/test_ops_oracle.py."""
+def test_what_the_kernels_read_is_as_exact_as_pefts(
+    quantize, dtype, options, autocast, backend, calls
+):
+    """``autocast``: x's dtype, under autocast to bfloat16. Shapes and ranks are in
+    tests/ops/test_ops_oracle.py.
+    """
     model, layer = make(quantize, dtype, **options)
     x = torch.randn(37, K).to(autocast or dtype).requires_grad_()
     model(x)
-    grad, pair = torch.randn(37, N).to(dtype), (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    grad, pair = (
+        torch.randn(37, N).to(dtype),
+        (layer.lora_A["default"].weight, layer.lora_B["default"].weight),
+    )
     # PEFT computes the branch in float32 beside 16 bits; the bound is its error in x's dtype.
-    lower = torch.autocast("cpu", dtype if dtype != FP32 else BF16, enabled=dtype != FP32 or autocast is not None)
+    lower = torch.autocast(
+        "cpu", dtype if dtype != FP32 else BF16, enabled=dtype != FP32 or autocast is not None
+    )
     eager = run_layer(lower(model), x, pair, grad)
     slk.accelerate_peft(model, strict=True)
     calls.clear()
-    found = run_layer(torch.autocast("cpu", BF16, enabled=autocast is not None)(model), x, pair, grad)
+    found = run_layer(
+        torch.autocast("cpu", BF16, enabled=autocast is not None)(model), x, pair, grad
+    )
     assert calls.layers == {"lora_linear" if backend == "triton" else "lora_branch": 1}
     assert found["Y"].dtype == x.dtype
     weight = quantized.read(layer.base_layer.weight).dequantize(torch.float64)
-    inputs, scaling = layer_inputs(x, weight, layer.base_layer.bias, pair, grad), layer.scaling["default"]
+    inputs, scaling = (
+        layer_inputs(x, weight, layer.base_layer.bias, pair, grad),
+        layer.scaling["default"],
+    )
     check_all(found, oracle(inputs, scaling), eager, dtype, roundings(inputs, scaling, dtype=dtype))
 
 
@@ -98,11 +124,16 @@ def to_bfloat16(base):
     base.bias.data = base.bias.data.to(BF16)
 
 
-# What the model is made of, a change of its base layer, and whether its first call settles how it computes.
+# What the model is made of, a change of its base layer, and whether its first call settles how it
+# computes.
 OWN = {
     "x in another dtype": ({"dtype": BF16, "compute_dtype": BF16}, lambda base: None, False),
     "compute_dtype not chosen": ({"compute_dtype": None}, lambda base: None, True),
-    "compute_dtype not confirmed": ({}, lambda base: setattr(base, "compute_type_is_set", False), True),
+    "compute_dtype not confirmed": (
+        {},
+        lambda base: setattr(base, "compute_type_is_set", False),
+        True,
+    ),
     "bias in another dtype": ({}, to_bfloat16, True),
     "hook": ({}, lambda base: base.register_forward_hook(lambda *args: None), False),
     "quantized in 8 bits": ({"quantize": bnb_8bit}, lambda base: None, False),
@@ -121,7 +152,9 @@ def test_what_only_the_layer_itself_computes(options, change, settles, calls):
     grad = torch.randn(37, N)
     twin = copy.deepcopy(model)
     own = twin.base_model.model[0]
-    expected = run_layer(twin, x, (own.lora_A["default"].weight, own.lora_B["default"].weight), grad)
+    expected = run_layer(
+        twin, x, (own.lora_A["default"].weight, own.lora_B["default"].weight), grad
+    )
     slk.accelerate_peft(model, strict=True)
     with slk.use_backend("triton"):
         for name, value in run_layer(model, x, pair, grad).items():
@@ -240,7 +273,9 @@ def test_layers_that_give_their_input_a_gradient_are_accepted(quantize, recwarn)
         model = two_layers(quantize)
         is_replaced = targets == ["0", "1"] and "forward" not in vars(model[1])
         report = slk.apply_lora(model, slk.LoRAConfig(target_modules=targets))
-        assert len(report.replaced) == 1 + is_replaced and not any("gradient" in note for note in report.notes)
+        assert len(report.replaced) == 1 + is_replaced and not any(
+            "gradient" in note for note in report.notes
+        )
     assert not any("gradient" in str(warning.message) for warning in recwarn)
 
 
@@ -254,11 +289,18 @@ def test_layers_that_give_their_input_no_gradient_are_named_and_refused(quantize
         with pytest.raises(ValueError, match=f"strict=True, but {text}base_model.model.1$"):
             slk.accelerate_peft(two_pefts(quantize, targets), strict=True)
         with pytest.warns(UserWarning, match=text):
-            assert slk.accelerate_peft(two_pefts(quantize, targets)).notes == (f"{text}base_model.model.1",)
+            assert slk.accelerate_peft(two_pefts(quantize, targets)).notes == (
+                f"{text}base_model.model.1",
+            )
         with pytest.warns(UserWarning, match=text):
             report = slk.apply_lora(two_layers(quantize), slk.LoRAConfig(target_modules=targets))
         assert report.notes == (f"{text}1",) and [row.name for row in report.replaced] == ["0"]
         skipped = f"linear must give its input a gradient, but {reason}"
         assert [row.reason for row in report.skipped] == [skipped] * ("1" in targets)
         # Where nothing trains, nothing trains wrongly.
-        assert slk.accelerate_peft(two_pefts(quantize, targets).requires_grad_(False), strict=True).notes == ()
+        assert (
+            slk.accelerate_peft(
+                two_pefts(quantize, targets).requires_grad_(False), strict=True
+            ).notes
+            == ()
+        )

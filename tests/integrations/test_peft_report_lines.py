@@ -1,4 +1,6 @@
-"""Each line of accelerate_peft's report is true of the call that follows, of this library's ops and of PEFT's own forward."""
+"""Each line of accelerate_peft's report is true of the call that follows, of this library's ops and
+of PEFT's own forward.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,17 @@ from tests.helpers.quantized_weights import torchao
 from tests.helpers.small_models import IDS, llama
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
-hotswap = pytest.importorskip("peft.utils.hotswap", reason="peft is not installed (pip install .[test])")
+hotswap = pytest.importorskip(
+    "peft.utils.hotswap", reason="peft is not installed (pip install .[test])"
+)
 FUSIONS = ("fuse_projections", "fuse_mlp")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Setting(NamedTuple):
-    """PEFT's options, a change of the model before the report, and what the report must say of projections and of MLPs."""
+    """PEFT's options, a change of the model before the report, and what the report must say of
+    projections and of MLPs.
+    """
 
     options: dict[str, Any]
     of_groups: str
@@ -57,7 +63,10 @@ FUSED = "fused projections: 2 x (q_proj, k_proj, v_proj); 2 x (gate_proj, up_pro
 NOT_FUSED = "projections that are not fused: 2 x (q_proj, k_proj, v_proj): 'q_proj' "
 ONE_OP, NOT_IN_ONE_OP = "computed in one op each: 2 x gated MLP (silu)", "mlp: 'gate_proj' "
 NO_ADAPTER = "mlp: no projection has an active adapter"
-BY_ITSELF, BY_PEFT = "computes adapter 'default', which is DoRA, by itself", "runs PEFT's own forward: "
+BY_ITSELF, BY_PEFT = (
+    "computes adapter 'default', which is DoRA, by itself",
+    "runs PEFT's own forward: ",
+)
 DROPS = f"{BY_PEFT}adapter 'default' is DoRA with dropout"
 BESIDE = f"{BY_PEFT}adapter 'default' is DoRA beside another active adapter"
 SCALED = f"{BY_PEFT}the scaling of adapter 'default' is a Tensor"
@@ -90,7 +99,9 @@ def claimed(note: str) -> Counter[int]:
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_lines_are_true_of_the_next_call(setting, fusion, calls):
-    model = make(model=setting.base(llama(pad_token_id=0)), target_modules=TARGETS, **setting.options).train()
+    model = make(
+        model=setting.base(llama(pad_token_id=0)), target_modules=TARGETS, **setting.options
+    ).train()
     setting.change(model)
     report = slk.accelerate_peft(model, **{fusion: True})
     assert setting.of(fusion) in str(report)
@@ -105,10 +116,16 @@ def test_lines_are_true_of_the_next_call(setting, fusion, calls):
         elif note.startswith("computed in one op each: "):
             mlps += int(note.split()[5])
         elif (reason := re.search(f"'(\\w+)' ({BY_PEFT}|computes .* by itself)", note)) is not None:
-            assert any(name.endswith(reason[1]) for name in own) == reason[2].endswith(BY_PEFT), note
+            assert any(name.endswith(reason[1]) for name in own) == reason[2].endswith(BY_PEFT), (
+                note
+            )
     assert groups == Counter(calls.groups) and mlps == len(calls.mlps)
     # What a line says of a layer, if all its adapters are in use.
     replaced, skipped = ({row.name for row in rows} for rows in (report.replaced, report.skipped))
-    if not any(state in setting.of_groups for state in ("is merged", "is disabled", "no active adapter")):
-        beside = any(note.startswith("PEFT's own forward computes DoRA beside") for note in report.notes)
+    if not any(
+        state in setting.of_groups for state in ("is merged", "is disabled", "no active adapter")
+    ):
+        beside = any(
+            note.startswith("PEFT's own forward computes DoRA beside") for note in report.notes
+        )
         assert own == (replaced if beside else skipped)

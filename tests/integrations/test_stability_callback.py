@@ -1,4 +1,6 @@
-"""StabilityCallback: the pairs' stability in the Trainer's own log entries, for whatever reports them."""
+"""StabilityCallback: the pairs' stability in the Trainer's own log entries, for whatever reports
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from tests.helpers.trainer_runs import llama, make_trainer, trained, transformer
 
 SETTINGS = {"lr": 0.1, "shrink_ratio": 0.3}
 KEYS = {
-    f"stability/{name}" for name in ("a_norm", "b_norm", "latched_fraction", "ratio_mean", "ratio_min", "ratio_max")
+    f"stability/{name}"
+    for name in ("a_norm", "b_norm", "latched_fraction", "ratio_mean", "ratio_min", "ratio_max")
 }
 
 
@@ -33,7 +36,9 @@ class Reporter(transformers.TrainerCallback):
 
 
 class Metrics(transformers.Trainer):
-    """With a log of its own, as TRL's trainers, which add their metrics to the entry and start over."""
+    """With a log of its own, as TRL's trainers, which add their metrics to the entry and start
+    over.
+    """
 
     seen = 0
 
@@ -53,23 +58,36 @@ def in_training(entries) -> list[dict[str, float]]:
 def expected_values(optimizer) -> dict[str, float]:
     pairs = getattr(optimizer, "optimizer", optimizer).stability()
     ratios = [pair.b_norm / pair.a_norm for pair in pairs]
-    means = {"a_norm": [p.a_norm for p in pairs], "b_norm": [p.b_norm for p in pairs], "ratio_mean": ratios}
+    means = {
+        "a_norm": [p.a_norm for p in pairs],
+        "b_norm": [p.b_norm for p in pairs],
+        "ratio_mean": ratios,
+    }
     means["latched_fraction"] = [pair.latched for pair in pairs]
     values = {name: sum(found) / len(pairs) for name, found in means.items()}
     return {
-        f"stability/{name}": v for name, v in (values | {"ratio_min": min(ratios), "ratio_max": max(ratios)}).items()
+        f"stability/{name}": v
+        for name, v in (values | {"ratio_min": min(ratios), "ratio_max": max(ratios)}).items()
     }
 
 
 @pytest.mark.parametrize(
     ("settings", "warns"), [({}, True), ({"lr": 2e-4}, False), ({"lr": torch.tensor(1e-4)}, False)]
 )
-def test_a_learning_rate_of_the_arguments_that_does_not_count_is_told(settings, warns, tmp_path, recwarn):
-    """An optimizer that is made without a rate has the default, whatever the Trainer's arguments say."""
-    trainer = make_trainer(llama("ours"), tmp_path, "optimizers", settings, max_steps=1, learning_rate=3e-2)
+def test_a_learning_rate_of_the_arguments_that_does_not_count_is_told(
+    settings, warns, tmp_path, recwarn
+):
+    """An optimizer that is made without a rate has the default, whatever the Trainer's arguments
+    say.
+    """
+    trainer = make_trainer(
+        llama("ours"), tmp_path, "optimizers", settings, max_steps=1, learning_rate=3e-2
+    )
     trainer.add_callback(slk.StabilityCallback(trainer))
     trainer.train()
-    text = "the optimizer's lr is 0.0001, its default, and not learning_rate=0.03 of TrainingArguments"
+    text = (
+        "the optimizer's lr is 0.0001, its default, and not learning_rate=0.03 of TrainingArguments"
+    )
     assert any(text in str(warning.message) for warning in recwarn) == warns
 
 
@@ -82,7 +100,13 @@ def test_values_are_in_the_trainers_own_entries(tmp_path, kind, via, made):
     for with_callback in (True, False):
         model = llama(kind)
         trainer = make_trainer(
-            model, tmp_path, via, SETTINGS, made, callbacks=[reporter][:with_callback], logging_steps=2
+            model,
+            tmp_path,
+            via,
+            SETTINGS,
+            made,
+            callbacks=[reporter][:with_callback],
+            logging_steps=2,
         )
         if with_callback:
             trainer.add_callback(slk.StabilityCallback(trainer))
@@ -94,13 +118,19 @@ def test_values_are_in_the_trainers_own_entries(tmp_path, kind, via, made):
     assert [entry["step"] for entry in entries] == [2, 4, 6]
     assert {key: entries[-1][key] for key in KEYS} == pytest.approx(last_values)
     first, last = entries[0], entries[-1]
-    assert 0 < first["stability/ratio_min"] < first["stability/ratio_mean"] < first["stability/ratio_max"]
+    assert (
+        0
+        < first["stability/ratio_min"]
+        < first["stability/ratio_mean"]
+        < first["stability/ratio_max"]
+    )
     assert first["stability/latched_fraction"] < last["stability/latched_fraction"]
     # A reporter gets the same values, as numbers, in the entry of the loss.
     reported = [{key: logs[key] for key in ("step", *KEYS)} for logs in in_training(reporter.logs)]
     assert reported == [{key: entry[key] for key in ("step", *KEYS)} for entry in entries]
     assert all(type(logs[key]) is float for logs in reported for key in KEYS)
-    # No entry more than without the callback, no value else, and a trainer's own log is called once for each.
+    # No entry more than without the callback, no value else, and a trainer's own log is called once
+    # for each.
     for entry, own in zip(*found, strict=True):
         assert entry.keys() == own.keys() | (KEYS if "loss" in own else set())
         assert all(entry.get(key) == own.get(key) for key in ("loss", "grad_norm", "seen"))
@@ -110,7 +140,9 @@ def test_what_is_refused(tmp_path):
     plain = make_trainer(llama("ours"), tmp_path, settings=None)
     plain.add_callback(slk.StabilityCallback(plain))
     before = trained(plain.model)
-    with pytest.raises(TypeError, match="trainer must be a Trainer of transformers, got TrainingArguments"):
+    with pytest.raises(
+        TypeError, match="trainer must be a Trainer of transformers, got TrainingArguments"
+    ):
         slk.StabilityCallback(plain.args)
     with pytest.raises(TypeError, match="trainer must train with a StableLoRAAdamW, got AdamW"):
         plain.train()
@@ -122,7 +154,9 @@ def test_without_transformers_it_says_what_to_install():
         "import sys; sys.modules['transformers'] = None\nimport stablelora_kernels as slk\n"
         "try: slk.StabilityCallback(None)\nexcept ImportError as error: print(error)"
     )
-    assert printed(code).startswith("StabilityCallback needs transformers: pip install 'stablelora-kernels[peft]' (")
+    assert printed(code).startswith(
+        "StabilityCallback needs transformers: pip install 'stablelora-kernels[peft]' ("
+    )
 
 
 def values_of(optimizer) -> dict[str, float]:
@@ -142,7 +176,11 @@ def test_an_a_of_zero_has_no_ratio():
         first.A.zero_()
     values = values_of(slk.StableLoRAAdamW([first, second]))
     (_, other) = slk.StableLoRAAdamW([first, second]).stability()
-    assert values["stability/ratio_min"] == values["stability/ratio_max"] == other.b_norm / other.a_norm
+    assert (
+        values["stability/ratio_min"]
+        == values["stability/ratio_max"]
+        == other.b_norm / other.a_norm
+    )
     ratios = {f"stability/ratio_{name}" for name in ("mean", "min", "max")}
     assert values_of(slk.StableLoRAAdamW([first])).keys() == KEYS - ratios
 

@@ -38,10 +38,14 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """Another thread allocates: a graph's memory pool, which torch.compile fills by the calling thread, must not hold buffers."""
+    """Another thread allocates: a graph's memory pool, which torch.compile fills by the calling
+    thread, must not hold buffers.
+    """
     gpu = Gpu()
     monkeypatch.setattr(
-        workspace, "_current_stream", lambda device: workspace._Stream("cuda", 0, gpu.stream, gpu.capture)
+        workspace,
+        "_current_stream",
+        lambda device: workspace._Stream("cuda", 0, gpu.stream, gpu.capture),
     )
     monkeypatch.setattr(workspace, "_zeros", gpu.zeros)
     monkeypatch.setattr(workspace, "_in_use", {})
@@ -58,7 +62,9 @@ def test_lanes_lie_apart_at_multiples_of_16_bytes(gpu: Gpu) -> None:
     first = addresses(MAX_SHARED_SUMS)
     assert all(b - a == 4 * MAX_SHARED_SUMS for a, b in pairwise(first))
     for n in (0, 1, 3, 64):
-        assert [address or 16 for address in addresses(n)] == (first if n else [16] * workspace.LANES)
+        assert [address or 16 for address in addresses(n)] == (
+            first if n else [16] * workspace.LANES
+        )
     assert all(address % 16 == 0 for address in first)
 
 
@@ -94,7 +100,9 @@ def test_captures_take_no_memory_without_bound(gpu: Gpu, monkeypatch: pytest.Mon
 
 
 class Driver:
-    """A driver's library with functions of C: by symbol, the number of results behind status and number."""
+    """A driver's library with functions of C: by symbol, the number of results behind status and
+    number.
+    """
 
     def __init__(self, error: int, status: int, number: int, **symbols: int) -> None:
         for name, left_out in symbols.items():
@@ -104,7 +112,11 @@ class Driver:
                 found_status[0], found_number[0] = status, number
                 return error
 
-            results = [ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_ulonglong), *[ctypes.c_void_p] * left_out]
+            results = [
+                ctypes.POINTER(ctypes.c_int),
+                ctypes.POINTER(ctypes.c_ulonglong),
+                *[ctypes.c_void_p] * left_out,
+            ]
             setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *results)(answer))
 
 
@@ -121,7 +133,8 @@ def number_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Driver], in
     workspace._capture_info.cache_clear()
 
 
-# The first has no more than three arguments in CUDA 10 and 11, six in CUDA 12's header and seven in CUDA 13's.
+# The first has no more than three arguments in CUDA 10 and 11, six in CUDA 12's header and seven in
+# CUDA 13's.
 DRIVERS: list[dict[str, int]] = [
     {"cuStreamGetCaptureInfo": 0, "cuStreamGetCaptureInfo_v2": 3},
     {"cuStreamGetCaptureInfo": 3, "cuStreamGetCaptureInfo_v2": 3, "cuStreamGetCaptureInfo_v3": 4},
@@ -130,7 +143,9 @@ DRIVERS: list[dict[str, int]] = [
 
 
 @pytest.mark.parametrize("symbols", DRIVERS, ids=["CUDA 11", "CUDA 12", "CUDA 13"])
-def test_captures_have_numbers_in_every_driver(symbols: dict[str, int], number_by: Callable[[Driver], int]) -> None:
+def test_captures_have_numbers_in_every_driver(
+    symbols: dict[str, int], number_by: Callable[[Driver], int]
+) -> None:
     found = [number_by(Driver(0, 1, number, **symbols)) for number in (0, 1, 12, 2**64 - 1)]
     assert len(set(found)) == 4 and all(found)
     # Nobody records the stream, so there is no number.
@@ -138,7 +153,9 @@ def test_captures_have_numbers_in_every_driver(symbols: dict[str, int], number_b
 
 
 def test_a_driver_that_cannot_tell_is_named(number_by: Callable[[Driver], int]) -> None:
-    with pytest.raises(RuntimeError, match=r"libcuda\.so\.1 has none of cuStreamGetCaptureInfo_v3, cuStream"):
+    with pytest.raises(
+        RuntimeError, match=r"libcuda\.so\.1 has none of cuStreamGetCaptureInfo_v3, cuStream"
+    ):
         number_by(Driver(0, 1, 12, cuStreamGetCaptureInfo=0))
     with pytest.raises(RuntimeError, match="stream 0x7: error 709"):
         number_by(Driver(709, 1, 12, cuStreamGetCaptureInfo_v3=4))
@@ -147,19 +164,29 @@ def test_a_driver_that_cannot_tell_is_named(number_by: Callable[[Driver], int]) 
 # Programs share S, Y or dA; a single counter, odd numbers of counters.
 LAYERS = [
     Case("linear", (m, k), (n,), (r,), BF16, FP32)
-    for m, k, n, r in ((16, 1300, 40, 8), (3, 40, 1300, 3), (257, 520, 72, 8), (300, 64, 136, 40), (130, 1024, 64, 16))
+    for m, k, n, r in (
+        (16, 1300, 40, 8),
+        (3, 40, 1300, 3),
+        (257, 520, 72, 8),
+        (300, 64, 136, 40),
+        (130, 1024, 64, 16),
+    )
 ]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py")
 def test_a_captured_step_compiles_nothing(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers of several shapes one after another: each launch has what its warm-up had of all that Triton specializes on."""
+    """Layers of several shapes one after another: each launch has what its warm-up had of all that
+    Triton specializes on.
+    """
     keys: list[Any] = []
     original = base.Launch.run
 
     def record(launch: base.Launch, device: torch.device) -> None:
         constants = tuple(sorted({**launch.constants, **launch.options}.items()))
-        keys.append((launch.kernel.__name__, *map(specialization, base.leaves(launch.args)), constants))
+        keys.append(
+            (launch.kernel.__name__, *map(specialization, base.leaves(launch.args)), constants)
+        )
         original(launch, device)
 
     monkeypatch.setattr(base.Launch, "run", record)

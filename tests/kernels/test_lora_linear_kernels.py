@@ -1,4 +1,6 @@
-"""What no table of calls shows of the layers' kernels: sums that programs share, their counters, offsets beyond 32 bits."""
+"""What no table of calls shows of the layers' kernels: sums that programs share, their counters,
+offsets beyond 32 bits.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ pytestmark = [
 
 def any_counter():
     """Whether a counter, a flag or a ticket was left above 0."""
-    lanes = [workspace.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane) for lane in range(workspace.LANES)]
+    lanes = [
+        workspace.counters(MAX_SHARED_SUMS, torch.device("cpu"), lane)
+        for lane in range(workspace.LANES)
+    ]
     return any(lane.any() for lane in lanes)
 
 
@@ -57,7 +62,9 @@ SHARING = [
 
 @pytest.mark.parametrize("case", SHARING, ids=str)
 def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
-    """Two programs share every sum of several steps. Run from the last to the first, they leave the same bits, and no counter."""
+    """Two programs share every sum of several steps. Run from the last to the first, they leave the
+    same bits, and no counter.
+    """
     shared = []
 
     def two(device, tiles, steps, **_):
@@ -80,15 +87,23 @@ def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "counted"), [(5, 3), (600, 5)])
 def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
-    """dS and dB, dX and dA in one launch, and the chain that orders them; none may see another's counters."""
+    """dS and dB, dX and dA in one launch, and the chain that orders them; none may see another's
+    counters.
+    """
     given = make(Case("linear", (rows, 200), (2000,), (80,), BF16, BF16))
     x, w, a, b, dy = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"))
     projection, s = Projection(w, None, a, b, 1.0), x.new_empty(rows, 80)
     chained = Choice("chained", "")
-    (launch,) = backward_launches(DEVICES["sm_90"], x, [dy], [projection], [s], [None], 0.0, (x, [a], [b]), chained)
-    counts = {name: t for name, t in launch.named.items() if name == "chain" or name.endswith("counter")}
+    (launch,) = backward_launches(
+        DEVICES["sm_90"], x, [dy], [projection], [s], [None], 0.0, (x, [a], [b]), chained
+    )
+    counts = {
+        name: t for name, t in launch.named.items() if name == "chain" or name.endswith("counter")
+    }
     found = [t for t in counts.values() if t is not None and t.numel()]
-    spans = sorted((counter.data_ptr(), counter.data_ptr() + counter.numel() * 4) for counter in found)
+    spans = sorted(
+        (counter.data_ptr(), counter.data_ptr() + counter.numel() * 4) for counter in found
+    )
     assert len(spans) == counted
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
@@ -96,7 +111,9 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
 @pytest.mark.parametrize("device", DEVICES.values(), ids=str)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_flags_fit_into_a_lane(device, dtype):
-    """A flag stands for 64 rows or more; a call with more rows than that many flags have is refused."""
+    """A flag stands for 64 rows or more; a call with more rows than that many flags have is
+    refused.
+    """
     most = Call("forward", tiles.MAX_CHAINED_M, 4096, 4096, 16, dtype, FP32, True)
     rows = chained.chained_plans(device, most, Tile(64, 64, 32, 4, 3), False)[0].tile.BLOCK_M
     assert rows >= 64 and tiles.CHAIN_HEAD + -(-most.m // rows) <= MAX_SHARED_SUMS
@@ -130,14 +147,18 @@ def test_rows_beyond_2_to_the_31(kernel, rows, arch):
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("kernel", "rows", "arch"), KERNELS)
 def test_results_beyond_2_to_the_31(kernel, rows, arch):
-    """Y and S stored so far apart; the ops allocate them close together, so the launches are made here."""
+    """Y and S stored so far apart; the ops allocate them close together, so the launches are made
+    here.
+    """
     case = Case("linear", (rows, 48), (40,), (24,), BF16, BF16)
     given = make(case)
     x, w, bias, a, b = (given[name] for name in ("x", "weight0", "bias0", "lora_A0", "lora_B0"))
     y, s = (far(torch.full((rows, size), float("nan"), dtype=BF16), 2**26) for size in (40, 24))
     assert (rows - 1) * y.stride(0) > 2**31
     projection, choice = Projection(w, bias, a, b, 1.7), Choice(kernel, "")
-    for launch in forward_launches(DEVICES[arch], x, [projection], [(None, None)], s, [y], 0.0, choice=choice):
+    for launch in forward_launches(
+        DEVICES[arch], x, [projection], [(None, None)], s, [y], 0.0, choice=choice
+    ):
         launch.run(x.device)
     assert_no_worse(y, *(by(case, given, [None], 0.0)["Y0"] for by in (oracle, eager)), name="Y")
     assert_no_worse(s, 1.7 * x.double() @ a.double().T, 1.7 * x @ a.T, name="S")
@@ -172,7 +193,9 @@ def _to_float32_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def test_every_bfloat16_becomes_its_float32():
-    """In the interpreter as tests/helpers/interpreter.py has it, which converts in another way than Triton's."""
+    """In the interpreter as tests/helpers/interpreter.py has it, which converts in another way than
+    Triton's.
+    """
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(BF16)
     out = torch.empty(2**16, dtype=FP32)
     _to_float32_kernel[(1,)](every, out, BLOCK=2**16)
@@ -183,7 +206,10 @@ def test_every_bfloat16_becomes_its_float32():
 def _mask_kernel(out_ptr, seed, row0, n_cols, threshold, BLOCK_C: tl.constexpr):
     rows = row0 + tl.arange(0, 4).to(tl.int64)
     keep = keep_of(draw_keep(seed, rows, 0, n_cols, threshold, BLOCK_C))
-    tl.store(out_ptr + tl.arange(0, 4)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], keep.to(tl.int32))
+    tl.store(
+        out_ptr + tl.arange(0, 4)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :],
+        keep.to(tl.int32),
+    )
 
 
 @pytest.mark.parametrize("row0", [0, 2**31 - 2, 2**40])

@@ -1,6 +1,8 @@
-"""The library's compiled kernels on the emulator; the emulator's own validation; and the faults that it must find.
+"""The library's compiled kernels on the emulator; the emulator's own validation; and the faults
+that it must find.
 
-Most run in processes of their own, because Triton's interpreter, in which other tests run, compiles nothing.
+Most run in processes of their own, because Triton's interpreter, in which other tests run, compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from tests.ptx_emulator.memory import EmulationError, global_memory
 from tests.ptx_emulator.parse import parse
 from tests.ptx_emulator.program import CompiledProgram
 
-triton = pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+triton = pytest.importorskip(
+    "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+)
 
 BLACKWELL = [pytest.param(arch, marks=pytest.mark.nightly) for arch in ("sm_100", "sm_120")]
 ARCHS = ["sm_80", "sm_90", *BLACKWELL]
 # By day, two on each of Ampere and Hopper.
 PLANTS = ["optimizer-barrier", "flag-acquire", "wgmma-wait"]
-# Of copies; and of warps and programs. On sm_90, groups of four warps run apart, which a wgmma needs whole; tcgen05 needs whole
-# warps alone.
+# Of copies; and of warps and programs. On sm_90, groups of four warps run apart, which a wgmma
+# needs whole; tcgen05 needs whole warps alone.
 SCHEDULES = [
     f"--landing {landing} {others}"
     for landing in ("late", "early")
@@ -62,11 +66,16 @@ raise SystemExit(any([main([*{arguments!r}, "--only", name]) for name in {only!r
 
 # In processes of some cases each: importing Triton takes as long as a case.
 BY_DAY = [name for name in QUICK if name not in LONG]
-CASES = [*(tuple(BY_DAY[i::3]) for i in range(3)), *(pytest.param((name,), marks=pytest.mark.nightly) for name in LONG)]
+CASES = [
+    *(tuple(BY_DAY[i::3]) for i in range(3)),
+    *(pytest.param((name,), marks=pytest.mark.nightly) for name in LONG),
+]
 
 
 @pytest.mark.parametrize("names", CASES, ids=lambda names: names[0])
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90", *BLACKWELL])
+@pytest.mark.parametrize(
+    "arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90", *BLACKWELL]
+)
 def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
     emulate("--quick", "--arch", arch, only=names)
 
@@ -88,13 +97,16 @@ chain.INTERPRETING = tl.constexpr(True)"""
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    "options", ["--arch sm_90", "--arch sm_80 --quick", "--arch sm_100 --quick", "--arch sm_120 --quick"]
+    "options",
+    ["--arch sm_90", "--arch sm_80 --quick", "--arch sm_100 --quick", "--arch sm_120 --quick"],
 )
 @pytest.mark.parametrize("version", PINNED)
 def test_every_case_under_every_triton(version: str, options: str) -> None:
-    """Each torch pins one Triton. --triton installs it beside this one, and runs the command again with it.
+    """Each torch pins one Triton. --triton installs it beside this one, and runs the command again
+    with it.
 
-    Where the table in ``dispatch.backend`` says that a release is wrong for a GPU, the emulator must find a fault.
+    Where the table in ``dispatch.backend`` says that a release is wrong for a GPU, the emulator
+    must find a fault.
     """
     arguments = ["-m", "--triton", version, *options.split()]
     done = python(f"""
@@ -108,7 +120,9 @@ runpy.run_module("tests.ptx_emulator", run_name="__main__")
 
 
 def test_barriers_of_our_own_suffice() -> None:
-    """Triton 3.9 adds a barrier of its own ahead of an atomic that releases, and 3.6 does not: the source must have all."""
+    """Triton 3.9 adds a barrier of its own ahead of an atomic that releases, and 3.6 does not: the
+    source must have all.
+    """
     run("""
 from tests.ptx_emulator import runner
 from tests.ptx_emulator.cases import cases, run_case
@@ -132,7 +146,9 @@ def test_every_case(arch: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_every_planted_fault_changes_the_ptx(arch: str) -> None:
-    """Of each kernel that a plant names. Compiled, not run: whether the emulator finds the faults is the night's."""
+    """Of each kernel that a plant names. Compiled, not run: whether the emulator finds the faults
+    is the night's.
+    """
     run(f"""
 from tests.ptx_emulator.cases import cases, kernels_of
 from tests.ptx_emulator.plants import PLANTS
@@ -158,7 +174,9 @@ assert main(["--plant", "tma-flag-release", "--arch", "sm_80"]) == 2
 """)
 
 
-@pytest.mark.parametrize("names", [PLANTS, pytest.param(None, marks=pytest.mark.nightly)], ids=["few", "all"])
+@pytest.mark.parametrize(
+    "names", [PLANTS, pytest.param(None, marks=pytest.mark.nightly)], ids=["few", "all"]
+)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_planted_faults_are_found(arch: str, names: list[str] | None) -> None:
     run(f"""
@@ -203,7 +221,9 @@ def test_an_unknown_instruction_is_named_with_its_line(instruction: str) -> None
 
 
 def test_a_loop_without_end_is_stopped() -> None:
-    program = CompiledProgram(parse(PTX.replace("INSTRUCTION", "mov.b32 %r1, 0;\nLOOP:\nbra.uni LOOP")))
+    program = CompiledProgram(
+        parse(PTX.replace("INSTRUCTION", "mov.b32 %r1, 0;\nLOOP:\nbra.uni LOOP"))
+    )
     x = torch.zeros(4)
     launch = LaunchState(program, "kernel", (1, 1, 1), bytes(8), 0, {})
     with pytest.raises(EmulationError, match=r"no end after 100000 steps: CTA 0 of kernel"):
@@ -241,8 +261,14 @@ tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r0, 32"""
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--arch sm_70", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_70'"),
-        ("--arch sm_80,gfx942", "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'gfx942'"),
+        (
+            "--arch sm_70",
+            "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_70'",
+        ),
+        (
+            "--arch sm_80,gfx942",
+            "--arch must name GPUs of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'gfx942'",
+        ),
         ("--plant nothing", "invalid choice: 'nothing'"),
         ("--resident 0", "--resident must be at least 1, got 0"),
         ("", "TRITON_INTERPRET is set"),

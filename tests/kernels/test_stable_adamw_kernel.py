@@ -17,7 +17,9 @@ from tests.helpers.optimizers import DEVICE, make_pairs, set_grads
 from tests.helpers.processes import printed
 from tests.helpers.steps import latches, take_step
 
-triton = pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+triton = pytest.importorskip(
+    "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+)
 import triton.language as tl  # noqa: E402
 
 from stablelora_kernels.kernels.stable_adamw import tables  # noqa: E402
@@ -36,15 +38,25 @@ def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 
 
 def mixed_parameters() -> list[tuple[str, torch.Tensor]]:
-    """Pairs and lone parameters of every dtype, in sizes that fit no chunk, some at addresses that are not aligned."""
+    """Pairs and lone parameters of every dtype, in sizes that fit no chunk, some at addresses that
+    are not aligned.
+    """
     shapes = {"f": (8, 32, 48), "g": (3, 31, 45), "h": (1, 7, 129), "i": (20, 17, 9)}
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float32]
     named = []
     for i, ((name, (r, m, n)), dtype) in enumerate(zip(shapes.items(), dtypes, strict=True)):
         parts = {"lora_A": (r, n), "lora_B": (m, r), "bias": (m,)}
-        named += [(f"{name}.{part}", make(*p, dtype=dtype, seed=9 * i + len(part))) for part, p in parts.items()]
+        named += [
+            (f"{name}.{part}", make(*p, dtype=dtype, seed=9 * i + len(part)))
+            for part, p in parts.items()
+        ]
     storage = make(40, seed=30).detach()
-    return [*named, ("odd", storage[1:38].requires_grad_()), ("empty", make(0, 4)), ("scalar", make(seed=31))]
+    return [
+        *named,
+        ("odd", storage[1:38].requires_grad_()),
+        ("empty", make(0, 4)),
+        ("scalar", make(seed=31)),
+    ]
 
 
 # Random rounding
@@ -56,13 +68,17 @@ def random_words(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def awkward_values(dtype: torch.dtype) -> torch.Tensor:
-    """float32 values around every power of two down to float16's smallest subnormal and below, the special ones, and those of
-    these that ``dtype`` has.
+    """float32 values around every power of two down to float16's smallest subnormal and below, the
+    special ones, and those of these that ``dtype`` has.
     """
     powers = 2.0 ** torch.arange(-40, 16)
     noise = 1 + torch.rand(powers.numel(), 4, generator=torch.Generator().manual_seed(1))
     values = torch.cat(
-        [powers, (powers[:, None] * noise).flatten(), torch.tensor([0.0, 1e-30, 2.0**-14, 3e-5, 65504.0])]
+        [
+            powers,
+            (powers[:, None] * noise).flatten(),
+            torch.tensor([0.0, 1e-30, 2.0**-14, 3e-5, 65504.0]),
+        ]
     )
     values = torch.cat([values, -values])
     nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
@@ -75,17 +91,23 @@ def _round_kernel(x_ptr, noise_ptr, out_ptr, n, KIND: tl.constexpr, BLOCK: tl.co
     mask = offsets < n
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     noise = tl.load(noise_ptr + offsets, mask=mask, other=0).to(tl.uint32, bitcast=True)
-    tl.store(out_ptr + offsets, stochastic_round(x, noise, KIND).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + offsets, stochastic_round(x, noise, KIND).to(out_ptr.dtype.element_ty), mask=mask
+    )
 
 
 def kernel_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=DEVICE)
     block = triton.next_power_of_2(x.numel())
-    _round_kernel[(1,)](x.to(DEVICE), noise.to(DEVICE), out, x.numel(), KIND=tables.KINDS.index(dtype), BLOCK=block)
+    _round_kernel[(1,)](
+        x.to(DEVICE), noise.to(DEVICE), out, x.numel(), KIND=tables.KINDS.index(dtype), BLOCK=block
+    )
     return out.cpu()
 
 
-by_way = pytest.mark.parametrize("rounded", [torch_step.stochastic_round, kernel_round], ids=["torch", "kernel"])
+by_way = pytest.mark.parametrize(
+    "rounded", [torch_step.stochastic_round, kernel_round], ids=["torch", "kernel"]
+)
 by_dtype = pytest.mark.parametrize("dtype", LOW)
 
 
@@ -95,10 +117,13 @@ def test_rounding_is_the_reference_to_the_bit(dtype: torch.dtype, rounded) -> No
     x = awkward_values(dtype)
     for noise in (random_words(x.numel()), torch.full((x.numel(),), -1, dtype=torch.int32)):
         expected = [
-            stochastic_round_ref(v, dtype, w & 0xFFFFFFFF) for v, w in zip(x.tolist(), noise.tolist(), strict=True)
+            stochastic_round_ref(v, dtype, w & 0xFFFFFFFF)
+            for v, w in zip(x.tolist(), noise.tolist(), strict=True)
         ]
         got = rounded(x, dtype, noise).double()
-        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0, equal_nan=True
+        )
         # Not of the NaN, which is the last.
         assert torch.equal(got.signbit()[:-1], x.signbit()[:-1])
 
@@ -111,13 +136,17 @@ def test_noise_is_uniform_and_new_at_every_step() -> None:
         key = state.mix_(torch.tensor([step], dtype=torch.int32) + seeds)
         assert key.item() & 0xFFFFFFFF == rounding_key_ref(3, step)
         noise = state.mix_(index ^ key)
-        assert [w & 0xFFFFFFFF for w in noise[:50].tolist()] == [rounding_noise_ref(3, step, i) for i in range(50)]
+        assert [w & 0xFFFFFFFF for w in noise[:50].tolist()] == [
+            rounding_noise_ref(3, step, i) for i in range(50)
+        ]
         streams.append((noise & 0xFFFF).double() / 65536 - 0.5)
     deviation = (1 / 12 / index.numel()) ** 0.5
     for stream in streams:
         assert abs(stream.mean()) < 5 * deviation
         for lag in (1, 2, 8, 64):
-            assert abs((stream[lag:] * stream[:-lag]).mean()) * 12 < 5 / (index.numel() - lag) ** 0.5
+            assert (
+                abs((stream[lag:] * stream[:-lag]).mean()) * 12 < 5 / (index.numel() - lag) ** 0.5
+            )
     assert abs((streams[0] * streams[1]).mean()) * 12 < 5 / index.numel() ** 0.5
     assert len({rounding_key_ref(seed, 1) for seed in (0, 1, 2**32, 2**33, 2**63 - 1)}) == 5
     assert mix32(2**32 + 5) == mix32(5) != mix32(6)
@@ -130,7 +159,9 @@ WAYS = [("torch", 4096), ("triton", 64), ("triton", 4096)]
 
 
 @pytest.mark.parametrize(("backend", "chunk"), WAYS, indirect=["backend"])
-def test_mixed_parameters_in_one_optimizer(backend: str, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_mixed_parameters_in_one_optimizer(
+    backend: str, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(TritonStep, "CHUNK", chunk)
     named = mixed_parameters()
     params = [p for _, p in named]
@@ -157,7 +188,9 @@ def test_mixed_parameters_in_one_optimizer(backend: str, monkeypatch: pytest.Mon
 
 
 def test_16_bytes_are_read_at_a_time_of_aligned_tensors_alone() -> None:
-    """A GPU faults at other addresses, the interpreter does not: so what the step tells the kernel of each tensor."""
+    """A GPU faults at other addresses, the interpreter does not: so what the step tells the kernel
+    of each tensor.
+    """
     optimizer = StableLoRAAdamW(mixed_parameters(), lr=1e-2)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     set_grads(params, 0)
@@ -188,7 +221,9 @@ def test_both_backends_round_with_the_same_noise(dtype: torch.dtype) -> None:
             for _ in range(3):
                 take_step(0, optimizer, scale=0.0)
         results.append(optimizer.pairs[0].A.detach())
-    assert torch.equal(*results) and not torch.equal(results[0], make_pairs([(4, 9, 600)], dtype)[0].A)
+    assert torch.equal(*results) and not torch.equal(
+        results[0], make_pairs([(4, 9, 600)], dtype)[0].A
+    )
 
 
 def test_the_optimizer_works_without_triton() -> None:

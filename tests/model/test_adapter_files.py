@@ -75,14 +75,28 @@ def leave_unfinished(directory, old, new):
 
 # The names that a saver uses in the directory for a while.
 NAMES = [".adapter_save", ".adapter_save.tmp", ".adapter_save.lock"]
-WAS = ["nothing", "a directory", "the same config", "another config", "PEFT's", "an unfinished save", "links"]
+WAS = [
+    "nothing",
+    "a directory",
+    "the same config",
+    "another config",
+    "PEFT's",
+    "an unfinished save",
+    "links",
+]
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("was", WAS)
-def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, old, new, was, every):
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
+    tmp_path, old, new, was, every
+):
     """By day at one of three operations, another one for each state of the directory."""
-    directory, template, written = tmp_path / "adapter", tmp_path / "before", adapted(3, lora_alpha=4)
+    directory, template, written = (
+        tmp_path / "adapter",
+        tmp_path / "before",
+        adapted(3, lora_alpha=4),
+    )
     other = tmp_path / "other"
     save_adapter(old, other)
     if was == "PEFT's":
@@ -109,11 +123,15 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
             shutil.copytree(template, directory, symlinks=True)
 
     outcomes = set()
-    for _ in kills(partial(save_adapter, written, directory), prepare, 1 + WAS.index(was) % every, every):
+    for _ in kills(
+        partial(save_adapter, written, directory), prepare, 1 + WAS.index(was) % every, every
+    ):
         try:
             found = loaded(directory)
         except ValueError as error:
-            assert before is None and ("nothing there" in str(error) or f"must hold {CONFIG_NAME}" in str(error))
+            assert before is None and (
+                "nothing there" in str(error) or f"must hold {CONFIG_NAME}" in str(error)
+            )
             found = None
         assert found is before is None or torch.equal(found, after) or torch.equal(found, before)
         outcomes.add("new" if found is not None and torch.equal(found, after) else "old")
@@ -122,10 +140,15 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(tmp_path, o
         # The next save cleans up after the dead.
         save_adapter(written, directory)
         assert torch.equal(loaded(directory), after)
-        assert sorted(os.listdir(directory)) == ["README.md"] * (was != "nothing") + [CONFIG_NAME, WEIGHTS_NAME]
+        assert sorted(os.listdir(directory)) == ["README.md"] * (was != "nothing") + [
+            CONFIG_NAME,
+            WEIGHTS_NAME,
+        ]
         assert set(os.listdir(tmp_path)) <= {"adapter", "before", "other"}
     assert outcomes == {"old", "new"}
-    assert sorted(os.listdir(other)) == [CONFIG_NAME, WEIGHTS_NAME] and torch.equal(loaded(other), output(old))
+    assert sorted(os.listdir(other)) == [CONFIG_NAME, WEIGHTS_NAME] and torch.equal(
+        loaded(other), output(old)
+    )
 
 
 def make_directory_with_a_file(path, other):
@@ -146,7 +169,9 @@ THINGS = {
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("thing", THINGS)
-def test_what_has_a_savers_name_is_removed_but_not_what_it_links_to(tmp_path, old, new, thing, name, exists):
+def test_what_has_a_savers_name_is_removed_but_not_what_it_links_to(
+    tmp_path, old, new, thing, name, exists
+):
     """An archive may bring such a link."""
     directory, other = tmp_path / "adapter", tmp_path / "other"
     save_adapter(old, other)
@@ -154,7 +179,9 @@ def test_what_has_a_savers_name_is_removed_but_not_what_it_links_to(tmp_path, ol
     if exists:
         save_adapter(old, directory)
     THINGS[thing](directory / name, other)
-    if name == NAMES[2] and (reason := {"a directory": "Is a directory", "a pipe": "No such device"}.get(thing)):
+    if name == NAMES[2] and (
+        reason := {"a directory": "Is a directory", "a pipe": "No such device"}.get(thing)
+    ):
         fail_to_save(new, directory, f"{reason}.*{name}")
         return
     if not exists:
@@ -163,7 +190,9 @@ def test_what_has_a_savers_name_is_removed_but_not_what_it_links_to(tmp_path, ol
     save_adapter(new, directory)
     assert torch.equal(loaded(directory), output(new)) and torch.equal(loaded(other), output(old))
     assert sorted(os.listdir(tmp_path)) == ["adapter", "other"]
-    assert all(sorted(os.listdir(place)) == [CONFIG_NAME, WEIGHTS_NAME] for place in (directory, other))
+    assert all(
+        sorted(os.listdir(place)) == [CONFIG_NAME, WEIGHTS_NAME] for place in (directory, other)
+    )
 
 
 @pytest.mark.parametrize("target", ["a directory", "nothing"])
@@ -195,19 +224,27 @@ def test_a_file_that_may_not_grow(tmp_path, old, new, exists, dies):
     if not exists:
         shutil.rmtree(directory)
     save = partial(save_adapter, new, directory)
-    fail = partial(fail_to_save, new, directory, f"{WEIGHTS_NAME} could not be written: .*File too large")
+    fail = partial(
+        fail_to_save, new, directory, f"{WEIGHTS_NAME} could not be written: .*File too large"
+    )
     for room in (0, 8, weights // 2, weights - 1):
-        assert in_child(partial(with_room, room, save if dies else fail, dies)) == (signal.SIGXFSZ if dies else 0)
+        assert in_child(partial(with_room, room, save if dies else fail, dies)) == (
+            signal.SIGXFSZ if dies else 0
+        )
         assert not exists or torch.equal(loaded(directory), output(old))
         assert dies or os.listdir(tmp_path) == ["adapter"] * exists
         assert dies or not exists or sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME]
     save_adapter(new, directory)
-    assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
+    assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(
+        tmp_path
+    ) == ["adapter"]
 
 
 @pytest.fixture
 def place(old):
-    """A directory that another user may enter, unlike pytest's, and not write to, with an adapter in it."""
+    """A directory that another user may enter, unlike pytest's, and not write to, with an adapter
+    in it.
+    """
     directory = Path(tempfile.mkdtemp())
     save_adapter(old, directory / "adapter")
     directory.chmod(0o555)
@@ -224,8 +261,13 @@ def read_and_fail_to_write(directory, expected, model):
 
 def test_a_read_only_directory_is_read_and_not_written(place, old, new):
     (place / "adapter").chmod(0o555)
-    assert in_child(partial(as_nobody, partial(read_and_fail_to_write, place, output(old), new))) == 0
-    assert os.listdir(place) == ["adapter"] and sorted(os.listdir(place / "adapter")) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert (
+        in_child(partial(as_nobody, partial(read_and_fail_to_write, place, output(old), new))) == 0
+    )
+    assert os.listdir(place) == ["adapter"] and sorted(os.listdir(place / "adapter")) == [
+        CONFIG_NAME,
+        WEIGHTS_NAME,
+    ]
 
 
 def test_the_parent_of_an_existing_directory_need_not_be_writable(place, new):
@@ -240,7 +282,19 @@ def fail_to_read(directory):
     with refused(model := fresh(), PermissionError, f"Permission denied: .*{directory}"):
         load_adapter(model, directory)
     assert main(["inspect", str(directory)]) == 2
-    assert main(["merge", str(directory / "best"), "--into", str(directory), "--out", str(directory / "out")]) == 2
+    assert (
+        main(
+            [
+                "merge",
+                str(directory / "best"),
+                "--into",
+                str(directory),
+                "--out",
+                str(directory / "out"),
+            ]
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "."])
@@ -255,8 +309,14 @@ def test_what_may_not_be_read_is_said_to_be_so(place, name):
 
 @pytest.mark.parametrize("was", ["a save", "an unfinished save"])
 def test_a_save_between_any_two_operations_of_a_reader(tmp_path, old, new, was):
-    """The reader finds what was there or what is there now, whichever file operation of it the save comes before."""
-    directory, template, written = tmp_path / "adapter", tmp_path / "before", adapted(3, lora_alpha=4)
+    """The reader finds what was there or what is there now, whichever file operation of it the save
+    comes before.
+    """
+    directory, template, written = (
+        tmp_path / "adapter",
+        tmp_path / "before",
+        adapted(3, lora_alpha=4),
+    )
     save_adapter(new, template) if was == "a save" else leave_unfinished(template, old, new)
     expected, limit, count = [loaded(template), output(written)], 0, 0
 
@@ -281,9 +341,13 @@ def test_a_save_between_any_two_operations_of_a_reader(tmp_path, old, new, was):
 
 
 def save_repeatedly(model, directory):
-    """In a process of its own, in which a file takes its time to be written, so that others come in between."""
+    """In a process of its own, in which a file takes its time to be written, so that others come in
+    between.
+    """
     write = safetensors.torch.save_file
-    safetensors.torch.save_file = lambda *args, **kwargs: time.sleep(0.002) or write(*args, **kwargs)
+    safetensors.torch.save_file = lambda *args, **kwargs: (
+        time.sleep(0.002) or write(*args, **kwargs)
+    )
     for _ in range(40):
         save_adapter(model, directory)
 
@@ -292,18 +356,28 @@ def test_two_writers_and_a_reader(tmp_path, old, new):
     """Every load while two processes save, and the last one, is one of the two adapters."""
     directory, expected, appeared = tmp_path / "adapter", (output(old), output(new)), False
     with ThreadPoolExecutor() as pool:
-        saves = [pool.submit(in_child, partial(save_repeatedly, model, directory)) for model in (old, new)]
+        saves = [
+            pool.submit(in_child, partial(save_repeatedly, model, directory))
+            for model in (old, new)
+        ]
         while not all(save.done() for save in saves):
             if appeared := appeared or (directory / CONFIG_NAME).exists():
                 found = loaded(directory)
                 assert any(torch.equal(found, one) for one in expected)
     assert [save.result() for save in saves] == [0, 0]
-    assert any(torch.equal(loaded(directory), one) and near(read_by_peft(directory), one) for one in expected)
-    assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(tmp_path) == ["adapter"]
+    assert any(
+        torch.equal(loaded(directory), one) and near(read_by_peft(directory), one)
+        for one in expected
+    )
+    assert sorted(os.listdir(directory)) == [CONFIG_NAME, WEIGHTS_NAME] and os.listdir(
+        tmp_path
+    ) == ["adapter"]
 
 
 def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
-    """The last holder removes the file as it ends. Who waited for that one must wait for the file of today."""
+    """The last holder removes the file as it ends. Who waited for that one must wait for the file
+    of today.
+    """
     path, flock, calls = tmp_path / "lock", fcntl.flock, []
 
     def granted_by_a_holder_that_ends(descriptor, operation):
@@ -338,9 +412,17 @@ def test_a_link_that_another_process_has_replaced_by_its_lock_stays_away(tmp_pat
 
 @pytest.mark.parametrize("fails_too", [False, True])
 @pytest.mark.parametrize("place", ["at its lock", "before its lock"])
-def test_a_save_that_fails_leaves_a_new_directory_to_those_that_wait(tmp_path, monkeypatch, old, new, place, fails_too):
-    """If they fail, too, nothing stays. The one that waits has found the directory, which is gone when it goes on."""
-    directory, main_thread, write = tmp_path / "adapter", threading.current_thread(), adapter_files._write_files
+def test_a_save_that_fails_leaves_a_new_directory_to_those_that_wait(
+    tmp_path, monkeypatch, old, new, place, fails_too
+):
+    """If they fail, too, nothing stays. The one that waits has found the directory, which is gone
+    when it goes on.
+    """
+    directory, main_thread, write = (
+        tmp_path / "adapter",
+        threading.current_thread(),
+        adapter_files._write_files,
+    )
     waiting, reached, gone = [], threading.Event(), threading.Event()
 
     def fail_once(*arguments):
@@ -392,7 +474,10 @@ def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch, number)
         raise OSError(number, os.strerror(number), path)
 
     monkeypatch.setattr(extras, "_open_without_links", fail)
-    with pytest.raises(OSError, match=f"{os.strerror(number)}: .*/new/lock"), locked(tmp_path / "new" / "lock"):
+    with (
+        pytest.raises(OSError, match=f"{os.strerror(number)}: .*/new/lock"),
+        locked(tmp_path / "new" / "lock"),
+    ):
         pass
     assert os.listdir(tmp_path) == []
 

@@ -1,4 +1,6 @@
-"""apply_lora on whole models: names matched as PEFT matches them, what is left alone and why, counts, and its rollback."""
+"""apply_lora on whole models: names matched as PEFT matches them, what is left alone and why,
+counts, and its rollback.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,35 @@ from tests.helpers.small_models import Model, fill_b, llama, lora_config, output
 
 BAD_CONFIGS = [
     ("r", 0, ValueError, "r must be at least 1, got 0"),
-    ("lora_alpha", float("nan"), ValueError, "lora_alpha must be a finite number in (-inf, inf), got nan"),
-    ("target_modules", None, ValueError, "must be a list of names, 'all-linear' or a regular expression, got None"),
+    (
+        "lora_alpha",
+        float("nan"),
+        ValueError,
+        "lora_alpha must be a finite number in (-inf, inf), got nan",
+    ),
+    (
+        "target_modules",
+        None,
+        ValueError,
+        "must be a list of names, 'all-linear' or a regular expression, got None",
+    ),
     ("target_modules", [], ValueError, "target_modules must name at least one module, got []"),
     ("target_modules", "(q", ValueError, "target_modules must be a regular expression, got '(q'"),
-    ("modules_to_save", "head", TypeError, "modules_to_save must be a list of names or None, got the string 'head'"),
+    (
+        "modules_to_save",
+        "head",
+        TypeError,
+        "modules_to_save must be a list of names or None, got the string 'head'",
+    ),
     ("init_lora_weights", "pissa", ValueError, "must be True, False or 'gaussian', got 'pissa'"),
     ("bias", "some", ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
     ("rank_pattern", {"q": 0}, ValueError, "rank_pattern['q'] must be at least 1, got 0"),
-    ("alpha_pattern", {"q": float("inf")}, ValueError, "alpha_pattern['q'] must be a finite number in"),
+    (
+        "alpha_pattern",
+        {"q": float("inf")},
+        ValueError,
+        "alpha_pattern['q'] must be a finite number in",
+    ),
     (
         "alpha_pattern",
         {"(?i)q": 1},
@@ -43,7 +65,9 @@ def test_config_refuses_and_hashes():
         with pytest.raises(error, match=re.escape(message)):
             lora_config(**{field: value})
     every = {
-        lora_config(rank_pattern={"q": r}, target_modules=names) for r in (1, 2) for names in (["q"], ["q", "v"], ["q"])
+        lora_config(rank_pattern={"q": r}, target_modules=names)
+        for r in (1, 2)
+        for names in (["q"], ["q", "v"], ["q"])
     }
     assert len(every) == 4
 
@@ -115,7 +139,9 @@ def with_experts():
     """As transformers 5 stores them, beside a convolution and a position embedding, which are none."""
     model = Model()
     model.experts, model.conv = nn.Module(), nn.Conv1d(3, 5, 2)
-    model.experts.up, model.experts.down = (nn.Parameter(torch.zeros(4, *shape)) for shape in ((16, 8), (8, 16)))
+    model.experts.up, model.experts.down = (
+        nn.Parameter(torch.zeros(4, *shape)) for shape in ((16, 8), (8, 16))
+    )
     model.positions = nn.Parameter(torch.zeros(1, 7, 16))
     return model
 
@@ -203,11 +229,17 @@ def test_what_is_skipped_is_reported_with_its_reason(make, config, replaced, ski
     kept = {path: model.get_submodule(path) for path in skipped}
     report = slk.apply_lora(model, lora_config(**config))
     assert len(report.replaced) == replaced and reasons(report) == skipped and not report.notes
-    assert all(SAVED in skipped[path] or model.get_submodule(path) is module for path, module in kept.items())
+    assert all(
+        SAVED in skipped[path] or model.get_submodule(path) is module
+        for path, module in kept.items()
+    )
 
 
 def test_a_typo_beside_a_match_is_warned_of_and_reported(recwarn):
-    with pytest.warns(UserWarning, match="target_modules 'v_porj' matches nothing, while other names match 2 modules"):
+    with pytest.warns(
+        UserWarning,
+        match="target_modules 'v_porj' matches nothing, while other names match 2 modules",
+    ):
         report = slk.apply_lora(Model(), lora_config(target_modules=["q_proj", "v_porj"]))
     assert report.notes == ("target_modules 'v_porj' matches nothing",)
     # What matches and is skipped is no typo.
@@ -217,8 +249,14 @@ def test_a_typo_beside_a_match_is_warned_of_and_reported(recwarn):
 
 
 def test_patterns_and_names_that_match_nothing_are_noted():
-    patterns = {"rank_pattern": {"k_proj": 3}, "alpha_pattern": {"k": 1}, "exclude_modules": ["k_proj"]}
-    assert slk.apply_lora(Model(), lora_config(modules_to_save=["lm_head", "score"], **patterns)).notes == (
+    patterns = {
+        "rank_pattern": {"k_proj": 3},
+        "alpha_pattern": {"k": 1},
+        "exclude_modules": ["k_proj"],
+    }
+    assert slk.apply_lora(
+        Model(), lora_config(modules_to_save=["lm_head", "score"], **patterns)
+    ).notes == (
         "modules_to_save 'score' matches nothing",
         "rank_pattern 'k_proj' matches nothing",
         "alpha_pattern 'k' matches nothing",
@@ -229,13 +267,20 @@ def test_patterns_and_names_that_match_nothing_are_noted():
 def test_every_replaced_module_is_in_the_report():
     model = Model()
     report = slk.apply_lora(
-        model, lora_config(r=4, lora_alpha=6, lora_dropout=0.25, rank_pattern={"layers.1.q_proj": 3})
+        model,
+        lora_config(r=4, lora_alpha=6, lora_dropout=0.25, rank_pattern={"layers.1.q_proj": 3}),
     )
-    assert [m.name for m in report.replaced] == [f"layers.{i}.{n}_proj" for i in (0, 1) for n in "qv"]
+    assert [m.name for m in report.replaced] == [
+        f"layers.{i}.{n}_proj" for i in (0, 1) for n in "qv"
+    ]
     assert [(m.r, m.scaling) for m in report.replaced] == [(4, 1.5), (4, 1.5), (3, 2), (4, 1.5)]
-    assert [(m.in_features, m.out_features, m.lora_alpha) for m in report.replaced] == [(8, 8, 6)] * 4
+    assert [(m.in_features, m.out_features, m.lora_alpha) for m in report.replaced] == [
+        (8, 8, 6)
+    ] * 4
     assert all(layer.lora_dropout == 0.25 for layer in lora_layers(model).values())
-    assert report.trainable == 3 * 4 * 16 + 3 * 16 and report.total == sum(p.numel() for p in model.parameters())
+    assert report.trainable == 3 * 4 * 16 + 3 * 16 and report.total == sum(
+        p.numel() for p in model.parameters()
+    )
     assert slk.apply_lora(Model().to("meta"), lora_config()).trainable == 4 * 2 * 16
 
 
@@ -248,8 +293,12 @@ def test_init_is_passed_on():
 def test_a_tied_module_to_save_is_trained_alone():
     model = Model(tied=True)
     report = slk.apply_lora(model, lora_config(modules_to_save=["lm_head"]))
-    assert report.notes == ("'lm_head.weight' was tied to a module outside modules_to_save and is a copy now",)
-    assert model.lm_head.weight is not model.embed.weight and torch.equal(model.lm_head.weight, model.embed.weight)
+    assert report.notes == (
+        "'lm_head.weight' was tied to a module outside modules_to_save and is a copy now",
+    )
+    assert model.lm_head.weight is not model.embed.weight and torch.equal(
+        model.lm_head.weight, model.embed.weight
+    )
     assert model.lm_head.weight.requires_grad and not model.embed.weight.requires_grad
 
 
@@ -259,9 +308,15 @@ def test_a_layer_in_two_places_stays_one():
     report = slk.apply_lora(model, lora_config(target_modules=["q_proj"]))
     assert [m.name for m in report.replaced] == ["layers.0.q_proj"]
     assert report.notes == ("'layers.0.q_proj' is registered in 2 places and stays one layer",)
-    assert model.layers[0].q_proj is model.layers[1].q_proj and type(model.layers[1].q_proj) is slk.LoRALinear
+    assert (
+        model.layers[0].q_proj is model.layers[1].q_proj
+        and type(model.layers[1].q_proj) is slk.LoRALinear
+    )
     slk.remove_lora(model)
-    assert type(model.layers[0].q_proj) is nn.Linear and model.layers[0].q_proj is model.layers[1].q_proj
+    assert (
+        type(model.layers[0].q_proj) is nn.Linear
+        and model.layers[0].q_proj is model.layers[1].q_proj
+    )
 
 
 class Interrupt(TorchDispatchMode):
@@ -280,8 +335,14 @@ class Interrupt(TorchDispatchMode):
 
 WITH_BIASES = lora_config(modules_to_save=["lm_head", "embed"], bias="all")
 CALLS = {
-    "apply_lora": (False, lambda model, path: slk.apply_lora(model, WITH_BIASES, fuse_projections=True)),
-    "load_adapter, new layers": (False, lambda model, path: slk.load_adapter(model, path, fuse_projections=True)),
+    "apply_lora": (
+        False,
+        lambda model, path: slk.apply_lora(model, WITH_BIASES, fuse_projections=True),
+    ),
+    "load_adapter, new layers": (
+        False,
+        lambda model, path: slk.load_adapter(model, path, fuse_projections=True),
+    ),
     "load_adapter, old layers": (True, slk.load_adapter),
     "merge_lora": (True, lambda model, path: slk.merge_lora(model)),
 }
@@ -289,7 +350,9 @@ CALLS = {
 
 @pytest.mark.parametrize(("has_lora", "call"), CALLS.values(), ids=CALLS)
 def test_a_call_that_is_interrupted_at_any_operator_is_rolled_back(tmp_path, has_lora, call):
-    pytest.importorskip("safetensors.torch", reason="runs where safetensors is installed: pip install .[test]")
+    pytest.importorskip(
+        "safetensors.torch", reason="runs where safetensors is installed: pip install .[test]"
+    )
     source, model, calls = Model(), Model(tied=True), []
     slk.apply_lora(source, WITH_BIASES)
     fill_b(source)
@@ -304,7 +367,10 @@ def test_a_call_that_is_interrupted_at_any_operator_is_rolled_back(tmp_path, has
         calls.clear()
         try:
             # safetensors makes a ValueError of the user's interrupt.
-            with refused(model, (KeyboardInterrupt, ValueError), "by the user|cannot be read"), interrupt:
+            with (
+                refused(model, (KeyboardInterrupt, ValueError), "by the user|cannot be read"),
+                interrupt,
+            ):
                 call(model, tmp_path)
         except pytest.fail.Exception:
             break
@@ -332,7 +398,11 @@ def of_zero_3():
     return model
 
 
-EDGES = {"nothing": (nn.Identity, 0), "lazy": (lambda: nn.LazyLinear(4), 0), "ZeRO 3": (of_zero_3, 16)}
+EDGES = {
+    "nothing": (nn.Identity, 0),
+    "lazy": (lambda: nn.LazyLinear(4), 0),
+    "ZeRO 3": (of_zero_3, 16),
+}
 
 
 @pytest.mark.parametrize(("make", "count"), EDGES.values(), ids=EDGES)
@@ -374,7 +444,9 @@ def calls(layers: int, directory: Path) -> dict[str, int]:
 
 def test_calls_grow_like_layers(tmp_path: Path) -> None:
     """Twice the layers take twice the calls, Python's and C's."""
-    pytest.importorskip("safetensors", reason="runs where safetensors is installed: pip install .[test]")
+    pytest.importorskip(
+        "safetensors", reason="runs where safetensors is installed: pip install .[test]"
+    )
     # What only a first run does.
     calls(2, tmp_path)
     few, twice = calls(100, tmp_path), calls(200, tmp_path)

@@ -1,4 +1,6 @@
-"""LoRA on stacks of experts by apply_lora and load_adapter: against PEFT, which refuses dropout, and against the formulas."""
+"""LoRA on stacks of experts by apply_lora and load_adapter: against PEFT, which refuses dropout,
+and against the formulas.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,18 @@ from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference.lora import lora_experts_ref
 from stablelora_kernels.testing.cases import BF16, FP32, FP64
 from tests.helpers.distributed_training import gather
-from tests.helpers.moe_models import BY_DAY, FAMILIES, IDS, E, build, peft, results, routing, stacks, with_lora
+from tests.helpers.moe_models import (
+    BY_DAY,
+    FAMILIES,
+    IDS,
+    E,
+    build,
+    peft,
+    results,
+    routing,
+    stacks,
+    with_lora,
+)
 from tests.helpers.processes import needs_gloo, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,7 +42,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def own(model: Any, **options: Any) -> Any:
     """LoRA of rank 3 on a model's experts, no branch of which is zero, in evaluation."""
     torch.manual_seed(1)
-    given = {"r": 3, "lora_alpha": 6, "target_parameters": stacks(model), "init_lora_weights": False}
+    given = {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_parameters": stacks(model),
+        "init_lora_weights": False,
+    }
     slk.apply_lora(model, slk.LoRAConfig(**given | options))
     return model.eval()
 
@@ -40,11 +58,18 @@ def experts_of(model: Any) -> LoRAExperts:
 
 
 def values(found: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The logits, and the gradients in the order of the layers and of A and B, of PEFT's names or of ours."""
-    return [found["Y"], *sorted((t for name, t in found.items() if name != "Y"), key=lambda t: t.shape)]
+    """The logits, and the gradients in the order of the layers and of A and B, of PEFT's names or
+    of ours.
+    """
+    return [
+        found["Y"],
+        *sorted((t for name, t in found.items() if name != "Y"), key=lambda t: t.shape),
+    ]
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
+def assert_same(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float
+) -> None:
     assert len(found) == len(expected)
     for a, b in zip(values(found), values(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=rtol * b.abs().max().item())
@@ -52,10 +77,17 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly) for name in FAMILIES if name != "jetmoe"],
+    [
+        pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly)
+        for name in FAMILIES
+        if name != "jetmoe"
+    ],
 )
 def test_files_are_pefts_both_ways(family, tmp_path, capsys):
-    theirs, ours = with_lora(build(family), rank_pattern={"experts.down_proj": 6}), build(family).eval()
+    theirs, ours = (
+        with_lora(build(family), rank_pattern={"experts.down_proj": 6}),
+        build(family).eval(),
+    )
     expected, before = results(theirs), ours.state_dict()
     theirs.save_pretrained(tmp_path / "theirs")
     report = slk.load_adapter(ours, tmp_path / "theirs")
@@ -66,17 +98,25 @@ def test_files_are_pefts_both_ways(family, tmp_path, capsys):
     rtol = 1e-6 if family == "nemotron_h" else 1e-12
     assert_same(results(ours), expected, rtol)
     slk.save_adapter(ours, tmp_path / "ours")
-    # The command line knows their ranks, of which A has a multiple: here down's is one of up's, too.
+    # The command line knows their ranks, of which A has a multiple: here down's is one of up's,
+    # too.
     assert main(["inspect", "--json", str(tmp_path / "ours")]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert {(row["r"], row["scaling"]) for row in shown["pairs"]} == {(3, 2.0), (6, 1.0)} and not shown["problems"]
-    back = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours", is_trainable=True).eval()
+    assert {(row["r"], row["scaling"]) for row in shown["pairs"]} == {
+        (3, 2.0),
+        (6, 1.0),
+    } and not shown["problems"]
+    back = peft.PeftModel.from_pretrained(
+        build(family), tmp_path / "ours", is_trainable=True
+    ).eval()
     found = results(back)
     assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)
 
     state, plain = ours.state_dict(), build(family).eval()(input_ids=IDS).logits
     merged = slk.merge_lora(ours)
-    assert not merged.untied and all(ours.state_dict()[key].equal(value) for key, value in state.items())
+    assert not merged.untied and all(
+        ours.state_dict()[key].equal(value) for key, value in state.items()
+    )
     for is_merged in (True, False):
         y = ours(input_ids=IDS).logits
         torch.testing.assert_close(y, expected["Y"], rtol=0, atol=rtol * y.abs().max().item())
@@ -84,7 +124,9 @@ def test_files_are_pefts_both_ways(family, tmp_path, capsys):
             assert ours(input_ids=IDS).logits.equal(plain)
         if is_merged:
             ours.train()
-            with pytest.raises(RuntimeError, match="is merged, so lora_A and lora_B would get no gradient"):
+            with pytest.raises(
+                RuntimeError, match="is merged, so lora_A and lora_B would get no gradient"
+            ):
                 ours(input_ids=IDS)
             slk.unmerge_lora(ours.eval())
     slk.remove_lora(ours)
@@ -115,7 +157,9 @@ def test_dropout_against_the_formulas(family):
             (expected, *torch.autograd.grad(expected, inputs, grad)), strict=True,
         ):  # fmt: skip
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-        assert stack.eval()(x, offsets).equal(stack(x, offsets)) and not stack(x, offsets).equal(found)
+        assert stack.eval()(x, offsets).equal(stack(x, offsets)) and not stack(x, offsets).equal(
+            found
+        )
 
 
 @pytest.mark.parametrize("adapted", ["by apply_lora", "by PEFT"])
@@ -170,7 +214,10 @@ def test_half_of_a_module_in_bfloat16_under_autocast_and_its_latches():
         y = module(x.float(), index, weights.float())
     y.sum().backward()
     assert y.dtype == FP32 and module.down_proj.lora_A.dtype == FP32
-    assert all(p.grad is not None and p.grad.any() for p in (module.down_proj.lora_A, module.down_proj.lora_B))
+    assert all(
+        p.grad is not None and p.grad.any()
+        for p in (module.down_proj.lora_A, module.down_proj.lora_B)
+    )
     (row,) = slk.StableLoRAAdamW.from_model(model).stability()
     assert row.name.endswith("mlp.experts.down_proj") and row.experts == E
 
@@ -193,18 +240,22 @@ def test_what_does_not_match_or_fit_is_named():
         with pytest.raises(ValueError, match=reason):
             slk.apply_lora(model, slk.LoRAConfig(target_parameters=names))
     with pytest.raises(
-        TypeError, match="target_parameters must be a list of names or None, got the string 'down_proj'"
+        TypeError,
+        match="target_parameters must be a list of names or None, got the string 'down_proj'",
     ):
         slk.LoRAConfig(target_parameters="down_proj")
     with pytest.raises(ValueError, match="JetMoeParallelExperts is not a stack of experts"):
         slk.apply_lora(build("jetmoe"), slk.LoRAConfig(target_parameters=["weight"]))
     model.model.layers[0].mlp.experts.register_forward_hook(lambda *args: called.append(1))
-    config = slk.LoRAConfig(target_modules="all-linear", target_parameters=["experts.down_proj", "down"])
+    config = slk.LoRAConfig(
+        target_modules="all-linear", target_parameters=["experts.down_proj", "down"]
+    )
     with pytest.warns(UserWarning, match="target_parameters 'down' matches nothing"):
         report = slk.apply_lora(model, config)
     text = str(report)
     assert (
-        "1 x down_proj: 4 experts of 48 -> 32, r 8" in text and "1 hook of 'model.layers.0.mlp.experts' moved" in text
+        "1 x down_proj: 4 experts of 48 -> 32, r 8" in text
+        and "1 hook of 'model.layers.0.mlp.experts' moved" in text
     )
     # The other stack is named still.
     assert "it stacks matrices in gate_up_proj, as experts are stored" in text
@@ -217,7 +268,9 @@ def train_sharded(rank: int, world: int, directory: Any, library: str) -> dict[s
     if library == "PEFT":
         slk.accelerate_peft(model)
     if world > 1:
-        for layer in model.get_submodule("model.layers" if library == "ours" else "base_model.model.model.layers"):
+        for layer in model.get_submodule(
+            "model.layers" if library == "ours" else "base_model.model.model.layers"
+        ):
             fully_shard(layer)
         fully_shard(model)
         # Sharded, it is accelerated still.

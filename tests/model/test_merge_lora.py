@@ -1,4 +1,6 @@
-"""disable_lora gives the base model's output; save_pretrained of a merged model writes the merged weights."""
+"""disable_lora gives the base model's output; save_pretrained of a merged model writes the merged
+weights.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.quantized_weights import K, N, bnb_4bit
-from tests.helpers.small_models import IDS, Model, fill_b, gpt2, llama, lora_config, lora_over, output, trainable
+from tests.helpers.small_models import (
+    IDS,
+    Model,
+    fill_b,
+    gpt2,
+    llama,
+    lora_config,
+    lora_over,
+    output,
+    trainable,
+)
 
 
 def evaluated(model, fuse_projections=False, **config):
@@ -83,7 +95,9 @@ def test_nested_overlapping_and_after_an_error(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if "PEFT" in kind])
 def test_beside_pefts_own_switch(kind):
-    """disable_adapter in the block leaves the flags to it, and a model that PEFT has disabled stays so."""
+    """disable_adapter in the block leaves the flags to it, and a model that PEFT has disabled stays
+    so.
+    """
     model, base = MODELS[kind]()
     flags = trainable(model)
     with slk.disable_lora(model):
@@ -117,7 +131,9 @@ def test_copies_made_in_the_block_are_not_in_it():
     # In DataParallel as well.
     with slk.disable_lora(nn.DataParallel(model)):
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-        assert all(torch.equal(output(twin), active) for twin in twins) and torch.equal(output(model), base)
+        assert all(torch.equal(output(twin), active) for twin in twins) and torch.equal(
+            output(model), base
+        )
     assert all(torch.equal(output(twin), active) for twin in twins)
 
 
@@ -215,7 +231,9 @@ def reload(model, path, **kwargs):
 
 
 def assert_saved_as_it_is(model, path, state_dict=None):
-    """The very files of transformers' own method, which takes tensors out of the dict that it is given."""
+    """The very files of transformers' own method, which takes tensors out of the dict that it is
+    given.
+    """
     other = path.with_name("transformers")
     model.save_pretrained(path, state_dict=copy.copy(state_dict))
     type(model).save_pretrained(model, other, state_dict=copy.copy(state_dict))
@@ -233,7 +251,9 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind):
     slk.merge_lora(model)
     torch.testing.assert_close(reload(model, tmp_path / "merged"), expected)
     # As the Trainer calls it.
-    torch.testing.assert_close(reload(model, tmp_path / "given", state_dict=model.state_dict()), expected)
+    torch.testing.assert_close(
+        reload(model, tmp_path / "given", state_dict=model.state_dict()), expected
+    )
     torch.testing.assert_close(output(model), expected)
     assert list(model.state_dict()) == keys and model.config.tie_word_embeddings == tied
     slk.unmerge_lora(model)
@@ -246,17 +266,21 @@ def test_a_merged_model_is_saved_merged(tmp_path, kind):
     torch.testing.assert_close(reload(model, tmp_path / "removed"), expected)
 
 
-@pytest.mark.parametrize("make", [lambda _: evaluated(llama()), by_load_adapter], ids=["apply_lora", "load_adapter"])
+@pytest.mark.parametrize(
+    "make", [lambda _: evaluated(llama()), by_load_adapter], ids=["apply_lora", "load_adapter"]
+)
 def test_layers_that_are_merged_one_by_one(tmp_path, make):
-    """All of them merged, the merged weights are written; some of them, the model is refused; none, it is saved as it is."""
+    """All of them merged, the merged weights are written; some of them, the model is refused; none,
+    it is saved as it is.
+    """
     model = make(tmp_path)
     expected, (first, *rest) = output(model), lora_layers(model).values()
     assert_saved_as_it_is(model, tmp_path / "given", {"lm_head.weight": torch.zeros(32, 16)})
     first.merge()
-    message = (
-        r"model must be merged whole or not at all to be saved, got model\.layers\.0\.self_attn\.q_proj merged and "
-    )
-    with pytest.raises(ValueError, match=message + r"model\.layers\.0\.self_attn\.v_proj, .* not merged"):
+    message = r"model must be merged whole or not at all to be saved, got model\.layers\.0\.self_attn\.q_proj merged and "
+    with pytest.raises(
+        ValueError, match=message + r"model\.layers\.0\.self_attn\.v_proj, .* not merged"
+    ):
         model.save_pretrained(tmp_path / "some")
     for layer in rest:
         layer.merge()

@@ -1,4 +1,6 @@
-"""Adapters on their way between this library and the real peft package, both ways, and parameters counted in its words."""
+"""Adapters on their way between this library and the real peft package, both ways, and parameters
+counted in its words.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from tests.helpers.adapters import CONFIG_NAME, config_in
 from tests.helpers.peft_models import make as make_peft
 from tests.helpers.peft_models import peft
 from tests.helpers.quantized_weights import bnb_4bit
-from tests.helpers.small_models import IDS, Model, fill_b, gpt2, llama, lora_config, output, trainable
+from tests.helpers.small_models import (
+    IDS,
+    Model,
+    fill_b,
+    gpt2,
+    llama,
+    lora_config,
+    output,
+    trainable,
+)
 
 
 class Small(Model):
@@ -42,7 +53,9 @@ def make(kind):
 
 
 def train(model):
-    """Stands in for training: every trainable parameter and every buffer beside one gets a new value, none of them zero."""
+    """Stands in for training: every trainable parameter and every buffer beside one gets a new
+    value, none of them zero.
+    """
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,11 +70,20 @@ def train(model):
 # A model and the config.
 CASES = {
     "rslora": ("torch", {"use_rslora": True, "r": 3}),
-    "patterns": ("torch", {"rank_pattern": {"layers.1..*q_proj": 4}, "alpha_pattern": {"v_proj": 1.5, "q_proj": 5}}),
+    "patterns": (
+        "torch",
+        {"rank_pattern": {"layers.1..*q_proj": 4}, "alpha_pattern": {"v_proj": 1.5, "q_proj": 5}},
+    ),
     "all-linear": ("torch", {"target_modules": "all-linear"}),
-    "regex": ("torch", {"target_modules": r".*layers\.1\..*[qv]_proj", "exclude_modules": r".*v_proj"}),
+    "regex": (
+        "torch",
+        {"target_modules": r".*layers\.1\..*[qv]_proj", "exclude_modules": r".*v_proj"},
+    ),
     "buffers": ("torch", {"modules_to_save": ["score", "norm"], "bias": "all"}),
-    "one of two to save": ("torch", {"modules_to_save": ["classifier", "score"], "bias": "lora_only"}),
+    "one of two to save": (
+        "torch",
+        {"modules_to_save": ["classifier", "score"], "bias": "lora_only"},
+    ),
     "all-linear llama": ("tied llama", {"target_modules": "all-linear"}),
     "modules_to_save": ("tied llama", {"modules_to_save": ["lm_head"], "bias": "lora_only"}),
     "tied modules_to_save": ("tied llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
@@ -81,12 +103,18 @@ def test_each_loads_what_the_other_saves(kind, config, tmp_path):
     with warnings.catch_warnings():
         # Such as one about missing keys.
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=r".*tie_word_embeddings.*|.*did not match any targeted module.*")
+        warnings.filterwarnings(
+            "ignore", message=r".*tie_word_embeddings.*|.*did not match any targeted module.*"
+        )
         theirs = peft.PeftModel.from_pretrained(make(kind), tmp_path / "ours").eval()
     out = output(ours)
     torch.testing.assert_close(output(theirs), out)
     assert not torch.allclose(out, before, atol=1e-3)
-    layers = {n: m for n, m in theirs.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    layers = {
+        n: m
+        for n, m in theirs.base_model.model.named_modules()
+        if isinstance(m, peft.tuners.lora.Linear)
+    }
     assert {name: layer.r["default"] for name, layer in layers.items()} == {
         n: m.r for n, m in lora_layers(ours).items()
     }
@@ -112,7 +140,10 @@ def test_each_loads_what_the_other_saves(kind, config, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "targets"),
     [
-        (["layers.0.q_proj", "layers.1.v_proj", "lm_head"], ["layers.0.q_proj", "layers.1.v_proj", "lm_head"]),
+        (
+            ["layers.0.q_proj", "layers.1.v_proj", "lm_head"],
+            ["layers.0.q_proj", "layers.1.v_proj", "lm_head"],
+        ),
         (["lm_head", "fc"], r"lm_head|fc"),
     ],
 )
@@ -126,7 +157,9 @@ def test_layers_made_by_hand_are_described(tmp_path, layers, targets):
     ours, second = make_two(), make_two()
     for name, (r, alpha) in zip(layers, ((3, 4), (2, 7), (3, 4)), strict=False):
         parent, _, key = name.rpartition(".")
-        layer = slk.LoRALinear.from_linear(ours.get_submodule(name), r=r, lora_alpha=alpha, use_rslora=True)
+        layer = slk.LoRALinear.from_linear(
+            ours.get_submodule(name), r=r, lora_alpha=alpha, use_rslora=True
+        )
         setattr(ours.get_submodule(parent), key, layer)
     fill_b(ours)
     slk.save_adapter(ours, tmp_path)
@@ -134,7 +167,9 @@ def test_layers_made_by_hand_are_described(tmp_path, layers, targets):
     assert config["target_modules"] == targets
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({own: 2}, {own: 7})
     slk.load_adapter(second, tmp_path)
-    assert torch.equal(output(second), output(ours)) and list(lora_layers(second)) == list(lora_layers(ours))
+    assert torch.equal(output(second), output(ours)) and list(lora_layers(second)) == list(
+        lora_layers(ours)
+    )
     theirs = peft.PeftModel.from_pretrained(make_two(), tmp_path).eval()
     torch.testing.assert_close(output(theirs), output(ours))
 
@@ -197,9 +232,17 @@ def test_pefts_line(capsys, kind):
 
 def of_task(name, **changes):
     """A small model of transformers for a task, in float64 and without dropout."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install .[test])")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed (pip install .[test])"
+    )
     kind = getattr(transformers, name)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_labels": 2}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_labels": 2,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
     if "DistilBert" in name:
         sizes = {"vocab_size": 32, "dim": 16, "hidden_dim": 24, "n_layers": 1, "num_labels": 2}
@@ -214,8 +257,18 @@ TOKENS, SEQUENCES = {"labels": IDS % 2}, {"labels": torch.tensor([1, 0])}
 TASKS = {
     "sequences": ("SEQ_CLS", "BertForSequenceClassification", ["query", "value"], SEQUENCES),
     "sequences, all-linear": ("SEQ_CLS", "BertForSequenceClassification", "all-linear", SEQUENCES),
-    "sequences, the head named": ("SEQ_CLS", "BertForSequenceClassification", ["query", "classifier"], SEQUENCES),
-    "sequences, two layers in the head": ("SEQ_CLS", "DistilBertForSequenceClassification", ["q_lin"], SEQUENCES),
+    "sequences, the head named": (
+        "SEQ_CLS",
+        "BertForSequenceClassification",
+        ["query", "classifier"],
+        SEQUENCES,
+    ),
+    "sequences, two layers in the head": (
+        "SEQ_CLS",
+        "DistilBertForSequenceClassification",
+        ["q_lin"],
+        SEQUENCES,
+    ),
     "sequences, a llama": ("SEQ_CLS", "LlamaForSequenceClassification", "all-linear", SEQUENCES),
     "tokens": ("TOKEN_CLS", "BertForTokenClassification", ["query", "value"], TOKENS),
     "answers": ("QUESTION_ANS", "BertForQuestionAnswering", ["query", "value"], ANSWERS),
@@ -231,7 +284,9 @@ def first_output(model):
 def by_our_names(model):
     """The parameters that train, of a PEFT model or of ours."""
     return {
-        name.removeprefix("base_model.model.").replace("modules_to_save.default.", "").replace(".default.weight", ""): p
+        name.removeprefix("base_model.model.")
+        .replace("modules_to_save.default.", "")
+        .replace(".default.weight", ""): p
         for name, p in model.named_parameters()
         if p.requires_grad
     }
@@ -256,9 +311,14 @@ def losses(model, labels):
     ],
 )
 @pytest.mark.parametrize("config_class", [slk.LoRAConfig, peft.LoraConfig], ids=["ours", "PEFT's"])
-def test_a_tasks_head_is_trained_saved_and_loaded_as_by_peft(config_class, task, name, targets, labels, tmp_path):
+def test_a_tasks_head_is_trained_saved_and_loaded_as_by_peft(
+    config_class, task, name, targets, labels, tmp_path
+):
     settings = {"r": 2, "lora_alpha": 6, "target_modules": targets, "task_type": task}
-    ours, theirs = of_task(name), peft.get_peft_model(of_task(name), peft.LoraConfig(**settings)).eval()
+    ours, theirs = (
+        of_task(name),
+        peft.get_peft_model(of_task(name), peft.LoraConfig(**settings)).eval(),
+    )
     report = slk.apply_lora(ours, config_class(**settings))
     trained, expected = by_our_names(ours), by_our_names(theirs)
     assert trained.keys() == expected.keys() and not all(".lora_" in key for key in trained)
@@ -272,11 +332,16 @@ def test_a_tasks_head_is_trained_saved_and_loaded_as_by_peft(config_class, task,
 
     slk.save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    for place, wanted in ((tmp_path / "ours", first_output(ours)), (tmp_path / "theirs", first_output(theirs))):
+    for place, wanted in (
+        (tmp_path / "ours", first_output(ours)),
+        (tmp_path / "theirs", first_output(theirs)),
+    ):
         loaded = of_task(name)
         slk.load_adapter(loaded, place)
         torch.testing.assert_close(first_output(loaded), wanted)
-        torch.testing.assert_close(first_output(peft.PeftModel.from_pretrained(of_task(name), place).eval()), wanted)
+        torch.testing.assert_close(
+            first_output(peft.PeftModel.from_pretrained(of_task(name), place).eval()), wanted
+        )
 
 
 def test_a_head_that_stays_frozen_is_told():
@@ -287,19 +352,25 @@ def test_a_head_that_stays_frozen_is_told():
             report = slk.apply_lora(of_task("BertForSequenceClassification"), config)
         assert [note for note in report.notes if text in note]
         model = peft.get_peft_model(
-            of_task("BertForSequenceClassification"), peft.LoraConfig(target_modules=["query"], task_type=task)
+            of_task("BertForSequenceClassification"),
+            peft.LoraConfig(target_modules=["query"], task_type=task),
         )
         assert [note for note in slk.accelerate_peft(model).notes if text in note]
     # PEFT's rule has no name for these heads.
-    with pytest.warns(UserWarning, match="'classification_head' of BartForSequenceClassification stays frozen"):
+    with pytest.warns(
+        UserWarning, match="'classification_head' of BartForSequenceClassification stays frozen"
+    ):
         slk.apply_lora(
-            of_task("BartForSequenceClassification", d_model=16, encoder_layers=1, decoder_layers=1),
+            of_task(
+                "BartForSequenceClassification", d_model=16, encoder_layers=1, decoder_layers=1
+            ),
             lora_config(task_type="SEQ_CLS"),
         )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for options in ({"modules_to_save": ["classifier"]}, {"target_modules": "all-linear"}):
             report = slk.apply_lora(
-                of_task("BertForSequenceClassification"), lora_config(**{"target_modules": ["query"]} | options)
+                of_task("BertForSequenceClassification"),
+                lora_config(**{"target_modules": ["query"]} | options),
             )
             assert report.notes == ()

@@ -24,7 +24,9 @@ def applies_pefts(kind="LoraConfig", **options):
     """With a config of PEFT's that is no plain LoRA."""
 
     def call(model, path):
-        peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
+        peft = pytest.importorskip(
+            "peft", reason="runs where peft is installed: pip install .[test]"
+        )
         slk.apply_lora(model, getattr(peft, kind)(target_modules=["q_proj"], **options))
 
     return call

@@ -1,4 +1,6 @@
-"""save_adapter and load_adapter: what is written, what is read from a directory or the hub, and what files are refused."""
+"""save_adapter and load_adapter: what is written, what is read from a directory or the hub, and
+what files are refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.cli import main
 from stablelora_kernels.model.modules import lora_layers
-from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, config_in, edit_config, edit_tensors, fresh
+from tests.helpers.adapters import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapted,
+    config_in,
+    edit_config,
+    edit_tensors,
+    fresh,
+)
 from tests.helpers.small_models import fill_b, lora_config, output, refused
 
 safetensors_torch = pytest.importorskip(
@@ -26,7 +36,9 @@ safetensors_torch = pytest.importorskip(
 
 
 def test_the_same_adapter_gives_the_same_bytes(model, saved):
-    """Merged, it is the same adapter. Often: safetensors draws the order of the header's metadata anew for each file."""
+    """Merged, it is the same adapter. Often: safetensors draws the order of the header's metadata
+    anew for each file.
+    """
     for i in range(12):
         if i == 6:
             slk.merge_lora(model)
@@ -41,9 +53,14 @@ def test_dtype_is_kept(dtype, tmp_path):
     slk.apply_lora(first, lora_config())
     fill_b(first)
     for layer in lora_layers(first).values():
-        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.to(dtype), layer.lora_B.data.to(dtype)
+        layer.lora_A.data, layer.lora_B.data = (
+            layer.lora_A.data.to(dtype),
+            layer.lora_B.data.to(dtype),
+        )
     slk.save_adapter(first, tmp_path)
-    assert {t.dtype for t in safetensors_torch.load_file(tmp_path / WEIGHTS_NAME).values()} == {dtype}
+    assert {t.dtype for t in safetensors_torch.load_file(tmp_path / WEIGHTS_NAME).values()} == {
+        dtype
+    }
     # Beside a weight of a third dtype they become float32, which loses nothing.
     for base, expected in ((torch.bfloat16, dtype), (torch.float32, torch.float32)):
         second = fresh().to(base)
@@ -181,7 +198,10 @@ def test_files_that_are_refused(saved, model, capsys, damage, message, readers):
     for target in [{"new": fresh(), "old": model}[reader] for reader in readers[:2]]:
         with refused(target, (ValueError, TypeError), message):
             slk.load_adapter(target, saved)
-    commands = {"inspect": [], "merge": ["--into", str(saved.parent), "--out", str(saved.parent / "out")]}
+    commands = {
+        "inspect": [],
+        "merge": ["--into", str(saved.parent), "--out", str(saved.parent / "out")],
+    }
     for command in readers[2:]:
         status, told = main([command, str(saved), *commands[command]]), capsys.readouterr()
         assert status == 2 and told.out == "" and told.err.count("\n") == 1 and len(told.err) < 600
@@ -201,7 +221,9 @@ def test_files_of_two_saves_are_read_after_what_the_error_asks_for(saved):
 @pytest.mark.parametrize("module", ["safetensors.torch", "numpy"])
 def test_without_what_saving_needs(model, saved, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"needs {module[:5]}.*: pip install 'stablelora-kernels\[adapt"):
+    with pytest.raises(
+        ImportError, match=rf"needs {module[:5]}.*: pip install 'stablelora-kernels\[adapt"
+    ):
         slk.save_adapter(model, saved.parent / "new")
     assert os.listdir(saved.parent) == ["adapter"]
 
@@ -212,7 +234,11 @@ def test_modules_to_save_of_another_dtype(tmp_path):
     slk.save_adapter(model, tmp_path)
     for target in (model, fresh()):
         put(key, torch.ones(11, 8, dtype=torch.int64))(tmp_path)
-        with refused(target, ValueError, "lm_head.weight in .* must be torch.float32 or alike, got torch.int64"):
+        with refused(
+            target,
+            ValueError,
+            "lm_head.weight in .* must be torch.float32 or alike, got torch.int64",
+        ):
             slk.load_adapter(target, tmp_path)
         put(key, torch.ones(11, 8, dtype=torch.float16))(tmp_path)
         slk.load_adapter(target, tmp_path)
@@ -224,8 +250,12 @@ def test_modules_to_save_of_another_dtype(tmp_path):
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """A hub with one adapter, at its top and in a folder of it. The fixture is the list of what it was asked for."""
-    hub = pytest.importorskip("huggingface_hub", reason="runs where huggingface_hub is installed: pip install .[test]")
+    """A hub with one adapter, at its top and in a folder of it. The fixture is the list of what it
+    was asked for.
+    """
+    hub = pytest.importorskip(
+        "huggingface_hub", reason="runs where huggingface_hub is installed: pip install .[test]"
+    )
     monkeypatch.chdir(tmp_path)
     snapshot, asked = tmp_path / "cache", []
     slk.save_adapter(adapted(1), snapshot)
@@ -242,7 +272,9 @@ def asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "folder"), [({}, ""), ({"revision": "v1"}, ""), ({"subfolder": "a/b"}, "a/b/")], ids=str
+    ("options", "folder"),
+    [({}, ""), ({"revision": "v1"}, ""), ({"subfolder": "a/b"}, "a/b/")],
+    ids=str,
 )
 def test_it_downloads_the_two_files(asked, model, options, folder):
     slk.load_adapter(second := fresh(), "org/an-adapter", **options)
@@ -269,14 +301,18 @@ NOT_THERE = "'no/route' is no path on this machine, and the hub did not give it:
 
 def test_what_is_not_on_the_hub(asked, monkeypatch, capsys):
     for path in ("name", "a/b/c", "../a", "/a/b", Path("org/an-adapter")):
-        with refused(second := fresh(), ValueError, rf"path must be a directory on this machine .* {NOTHING}"):
+        with refused(
+            second := fresh(), ValueError, rf"path must be a directory on this machine .* {NOTHING}"
+        ):
             slk.load_adapter(second, path)
     for folder in ("/tmp", "a/../../b"):
         with refused(second, ValueError, OUTSIDE):
             slk.load_adapter(second, "org/an-adapter", subfolder=folder)
     assert asked == []
     with refused(
-        second, ValueError, f"with safetensors, got 'org/an-adapter' without a/{CONFIG_NAME}, a/{WEIGHTS_NAME}"
+        second,
+        ValueError,
+        f"with safetensors, got 'org/an-adapter' without a/{CONFIG_NAME}, a/{WEIGHTS_NAME}",
     ):
         slk.load_adapter(second, "org/an-adapter", subfolder="a")
     with refused(second, ValueError, f"path {NOT_THERE}$"):
@@ -284,5 +320,9 @@ def test_what_is_not_on_the_hub(asked, monkeypatch, capsys):
     assert main(["inspect", "no/route"]) == 2
     assert f"ADAPTER {NOT_THERE}\n" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with refused(second, ImportError, "is no path on this machine, and a hub id needs huggingface_hub: pip install"):
+    with refused(
+        second,
+        ImportError,
+        "is no path on this machine, and a hub id needs huggingface_hub: pip install",
+    ):
         slk.load_adapter(second, "no/route")

@@ -1,4 +1,6 @@
-"""save_adapter and load_adapter under FSDP2, DistributedDataParallel, torch.compile and checkpoint_wrapper: one file for all."""
+"""save_adapter and load_adapter under FSDP2, DistributedDataParallel, torch.compile and
+checkpoint_wrapper: one file for all.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,12 @@ from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME
 from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import IDS, Model, lora_config, refused
 
-pytest.importorskip("safetensors", reason="runs where safetensors is installed: pip install .[test]")
+pytest.importorskip(
+    "safetensors", reason="runs where safetensors is installed: pip install .[test]"
+)
 pytestmark = needs_gloo
-# A saved module, trained biases and an odd rank: every kind of tensor that a file holds, cut unevenly.
+# A saved module, trained biases and an odd rank: every kind of tensor that a file holds, cut
+# unevenly.
 CONFIG = {"r": 3, "modules_to_save": ["lm_head"], "bias": "lora_only"}
 
 
@@ -70,7 +75,9 @@ AROUND = {
     "fsdp": lambda model: shard(model, blocks=True),
     # A forward leaves the root's parameters whole.
     "fsdp of the root alone": lambda model: shard(model, blocks=False),
-    "compiled fsdp of checkpointed parts": lambda model: compile_(shard(with_parts(model, checkpoint_wrapper), True)),
+    "compiled fsdp of checkpointed parts": lambda model: compile_(
+        shard(with_parts(model, checkpoint_wrapper), True)
+    ),
 }
 
 
@@ -85,9 +92,13 @@ def save_and_load(around: Callable[[Model], nn.Module], place: Path, sharded: bo
         # The others don't wait for the one that writes.
         dist.barrier()
         report = slk.load_adapter(second, place)
-        assert all(isinstance(layer.lora_A, DTensor) == sharded for layer in lora_layers(second).values())
+        assert all(
+            isinstance(layer.lora_A, DTensor) == sharded for layer in lora_layers(second).values()
+        )
         assert torch.equal(second(IDS), expected)
-    assert [row.name for row in report.replaced] == [f"layers.{i}.{p}_proj" for i in range(2) for p in "qv"]
+    assert [row.name for row in report.replaced] == [
+        f"layers.{i}.{p}_proj" for i in range(2) for p in "qv"
+    ]
 
 
 def on_a_rank(rank: int, world: int, place: Path) -> None:
@@ -116,12 +127,18 @@ def test_what_is_refused(tmp_path: Path, mesh) -> None:
         slk.save_adapter(model, place / "other")
 
     slk.save_adapter(make(), tmp_path / "adapter")
-    flat = FullyShardedDataParallel(make(bias="none"), use_orig_params=True, device_id=torch.device("cpu"))
+    flat = FullyShardedDataParallel(
+        make(bias="none"), use_orig_params=True, device_id=torch.device("cpu")
+    )
     part, in_ddp = make(), "LoRA before DistributedDataParallel is around it"
     part.layers[0] = DistributedDataParallel(part.layers[0])
     for model, calls, message in (
         (DistributedDataParallel(Model()), (apply, load), in_ddp),
-        (with_parts(Model(), compile_), (load,), "parts of it are compiled or wrapped, got layers.0, layers.1 wrapped"),
+        (
+            with_parts(Model(), compile_),
+            (load,),
+            "parts of it are compiled or wrapped, got layers.0, layers.1 wrapped",
+        ),
         (
             shard(Model(), True),
             (load,),
@@ -132,7 +149,11 @@ def test_what_is_refused(tmp_path: Path, mesh) -> None:
             (save, load),
             r"sharded by fully_shard \(FSDP2\), got FullyShardedDataParallel .*, whose flat parameters",
         ),
-        (part, (save, load), "in DistributedDataParallel as a whole, got its part 'layers.0' in one"),
+        (
+            part,
+            (save, load),
+            "in DistributedDataParallel as a whole, got its part 'layers.0' in one",
+        ),
     ):
         for call in calls:
             with refused(model, ValueError, message):

@@ -2,9 +2,10 @@
 
     python -m tests.mutants [ID or part of an ID ...]
 
-``planted.txt`` has the faults: a line with an ID, a file of the package and what pytest runs; the text, its lines marked "-";
-and what takes its place, marked "+". "(2)" behind the file means the text's second occurrence; otherwise it has one alone.
-Exit status 1: a fault went unnoticed, or the tests fail without any.
+``planted.txt`` has the faults: a line with an ID, a file of the package and what pytest runs; the
+text, its lines marked "-"; and what takes its place, marked "+". "(2)" behind the file means the
+text's second occurrence; otherwise it has one alone. Exit status 1: a fault went unnoticed, or the
+tests fail without any.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def planted(source: str, fault: Fault) -> str:
     """The source of a file with the fault in it."""
     parts = source.split(fault.old)
     if fault.occurrence is None and len(parts) != 2:
-        raise SystemExit(f"{fault.id}: {fault.file} must have its text once, got {len(parts) - 1} times")
+        raise SystemExit(
+            f"{fault.id}: {fault.file} must have its text once, got {len(parts) - 1} times"
+        )
     at = fault.occurrence or 1
     if at >= len(parts):
         raise SystemExit(f"{fault.id}: {fault.file} has its text {len(parts) - 1} times, not {at}")
@@ -69,10 +72,24 @@ def planted(source: str, fault: Fault) -> str:
 
 
 def run(tree: Path, tests: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *shlex.split(tests),
+    ]
     environment = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     return subprocess.run(
-        command, cwd=tree, env=os.environ | environment, capture_output=True, text=True, timeout=SECONDS
+        command,
+        cwd=tree,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
 
 
@@ -88,17 +105,26 @@ def verdict(tree: Path, fault: Fault) -> str:
     finally:
         path.write_text(source, encoding="utf-8")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    # pytest's own statuses from 2 on mean that it did not run; a signal's are negative, and a crash is noticed.
+    # pytest's own statuses from 2 on mean that it did not run; a signal's are negative, and a crash
+    # is noticed.
     if done.returncode in (1, *range(-64, 0)):
         return f"noticed: {failed[0] if failed else f'exit status {done.returncode}'}"
     return "UNNOTICED" if done.returncode == 0 else f"NOT RUN: {(done.stdout + done.stderr)[-400:]}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n")[0])
-    parser.add_argument("ids", nargs="*", metavar="ID", help="only faults whose IDs begin with one of these")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "ids", nargs="*", metavar="ID", help="only faults whose IDs begin with one of these"
+    )
     args = parser.parse_args(argv)
-    faults = [f for f in read(PLANTED.read_text(encoding="utf-8")) if f.id.startswith(tuple(args.ids) or "")]
+    faults = [
+        f
+        for f in read(PLANTED.read_text(encoding="utf-8"))
+        if f.id.startswith(tuple(args.ids) or "")
+    ]
     if not faults:
         parser.error(f"ID must begin one of {PLANTED.name}'s, got {' '.join(args.ids)}")
     bad = 0
@@ -111,14 +137,18 @@ def main(argv: list[str] | None = None) -> int:
             planted((tree / "stablelora_kernels" / fault.file).read_text(encoding="utf-8"), fault)
         for tests in tqdm(sorted({fault.tests for fault in faults}), desc="without faults"):
             if (done := run(tree, tests)).returncode:
-                tqdm.write(f"FAILS WITHOUT A FAULT: {tests}\n{done.stdout[-2000:]}", file=sys.stdout)
+                tqdm.write(
+                    f"FAILS WITHOUT A FAULT: {tests}\n{done.stdout[-2000:]}", file=sys.stdout
+                )
                 bad += 1
         for fault in tqdm(faults, desc="faults"):
             found = verdict(tree, fault)
             tqdm.write(f"{fault.id:6} {found}", file=sys.stdout)
             bad += not found.startswith("noticed")
     print(
-        f"{len(faults)} faults, {bad} of them or of their tests are wrong" if bad else f"{len(faults)} faults noticed"
+        f"{len(faults)} faults, {bad} of them or of their tests are wrong"
+        if bad
+        else f"{len(faults)} faults noticed"
     )
     return bool(bad)
 

@@ -1,4 +1,6 @@
-"""Every planted fault still has its text in the package and its tests in the suite. Whether they notice it is the night's."""
+"""Every planted fault still has its text in the package and its tests in the suite. Whether they
+notice it is the night's.
+"""
 
 from __future__ import annotations
 
@@ -15,4 +17,6 @@ def test_every_fault_can_be_planted():
         changed = planted(source, fault)
         assert changed != source, fault.id
         compile(changed, fault.file, "exec")
-        assert all((ROOT / word).exists() for word in shlex.split(fault.tests) if word.startswith("tests/")), fault.id
+        assert all(
+            (ROOT / word).exists() for word in shlex.split(fault.tests) if word.startswith("tests/")
+        ), fault.id

@@ -1,4 +1,6 @@
-"""Gated MLPs in one op, with our layers and PEFT's: the numbers of the same MLP without, and what an MLP keeps of itself."""
+"""Gated MLPs in one op, with our layers and PEFT's: the numbers of the same MLP without, and what
+an MLP keeps of itself.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from tests.helpers.gated_mlps import (
 from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, conv1d, fp8_linear
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*"
+)
 each_library = pytest.mark.parametrize("library", LIBRARIES)
 
 
@@ -48,7 +52,12 @@ MAKERS = {
     "stacked, up first": lambda: Stacked(up_first=True),
 }
 # PEFT's layers call a Conv1D for its product.
-MADE = [(library, name, "all") for library in LIBRARIES for name in MAKERS if (library, name) != ("PEFT", "Conv1D")]
+MADE = [
+    (library, name, "all")
+    for library in LIBRARIES
+    for name in MAKERS
+    if (library, name) != ("PEFT", "Conv1D")
+]
 # A projection without an adapter loses its branch only.
 SOME = ["gate_proj", "up_proj|down_proj", "down_proj", "gate_proj|up_proj"]
 MADE += [(library, "as in Llama", targets) for library in LIBRARIES for targets in SOME]
@@ -82,7 +91,9 @@ def test_other_arguments(calls):
 
 BASES = {
     "nf4": lambda linear: Linear4bit(nf4_weight(64, 64, 64, nested=True), True, None),
-    "nf4 computing in bfloat16": lambda linear: Linear4bit(nf4_weight(64, 64, 64, nested=True), True, BF16),
+    "nf4 computing in bfloat16": lambda linear: Linear4bit(
+        nf4_weight(64, 64, 64, nested=True), True, BF16
+    ),
     "fp8": lambda linear: fp8_linear(fp8_weight(64, 64), BF16),
     "bitsandbytes": bnb_4bit,
 }
@@ -91,7 +102,9 @@ QUANTIZED = [("ours", kind) for kind in (*BASES, "nf4 and plain")] + [("PEFT", "
 
 @pytest.mark.parametrize(("library", "kind"), QUANTIZED)
 def test_quantized_weights(library, kind, backend, calls):
-    """PEFT's layers are read by Triton's kernels alone; on PyTorch's operators the base layer computes its product."""
+    """PEFT's layers are read by Triton's kernels alone; on PyTorch's operators the base layer
+    computes its product.
+    """
     dtype = BF16 if kind in ("fp8", "nf4 and plain") else FP32
 
     def make():
@@ -116,7 +129,12 @@ def test_quantized_weights(library, kind, backend, calls):
     assert_same(found, expected, 16 * EPS[dtype])
 
 
-LOW = [("ours", FP32, True, FP32), ("ours", BF16, True, BF16), ("ours", BF16, False, FP32), ("ours", BF16, False, BF16)]
+LOW = [
+    ("ours", FP32, True, FP32),
+    ("ours", BF16, True, BF16),
+    ("ours", BF16, False, FP32),
+    ("ours", BF16, False, BF16),
+]
 LOW += [("PEFT", FP32, True, FP32), ("PEFT", BF16, False, FP32)]
 
 
@@ -157,7 +175,11 @@ def test_fuse_projections_serves_where_the_mlp_falls_back(library, calls):
         found = step(model)
         assert (calls.mlps, calls.groups) == (mlps, groups)
         assert_same(found, step(plain))
-        hook = hook.remove() if hook else mlp_of(model).down_proj.register_forward_hook(lambda *args: None)
+        hook = (
+            hook.remove()
+            if hook
+            else mlp_of(model).down_proj.register_forward_hook(lambda *args: None)
+        )
 
 
 def test_layers_that_share_their_A_draw_two_masks(calls):
@@ -197,7 +219,9 @@ def test_a_forward_bound_to_the_instance_is_given_back(calls):
 
 
 def test_hooks_like_accelerates_outlive_it(calls):
-    """They keep the method that they wrap, and go on calling it after the module got its class back."""
+    """They keep the method that they wrap, and go on calling it after the module got its class
+    back.
+    """
     model, plain = pair(MLP)
     mlp = model["mlp"]
     forward = mlp.forward

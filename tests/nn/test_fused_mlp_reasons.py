@@ -1,4 +1,6 @@
-"""What fuse_mlp leaves to the modules' own forwards and why: what the report says, and what each call looks at."""
+"""What fuse_mlp leaves to the modules' own forwards and why: what the report says, and what each
+call looks at.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.helpers.gated_mlps import (
 from tests.helpers.quantized_weights import Linear4bit, torchao_int8
 
 BF16, FP32 = torch.bfloat16, torch.float32
-pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*lora_bias.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*get_apply_tensor_subclass.*", "ignore:.*lora_bias.*"
+)
 
 
 def doubles(module, args, y):
@@ -49,7 +53,10 @@ def another_lora_dtype(mlp):
         setattr(mlp.down_proj, name, nn.Parameter(getattr(mlp.down_proj, name).float()))
 
 
-HOOKS, TRAINS = "has hooks, which would not run", "that trains; the op would keep activations for its gradient"
+HOOKS, TRAINS = (
+    "has hooks, which would not run",
+    "that trains; the op would keep activations for its gradient",
+)
 REPLACED = "has a forward that was replaced (as accelerate's hooks do)"
 FUSED = "only SiLU and GELU (exact or tanh) are fused"
 PEFTS_OWN = "runs PEFT's own forward: the"
@@ -110,11 +117,17 @@ def reported(model):
     return mlp.reason
 
 
-@pytest.mark.parametrize(("library", "name", "change", "reason"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+@pytest.mark.parametrize(
+    ("library", "name", "change", "reason"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES]
+)
 def test_changes_turn_it_off_and_are_reported(library, name, change, reason, calls):
-    """After it was fused: the next call is the module's own. Before: the report says why, and the calls are the same."""
+    """After it was fused: the next call is the module's own. Before: the report says why, and the
+    calls are the same.
+    """
     dtype = FP32 if change is another_lora_dtype else torch.float64
-    models = [model.to(dtype) for model in pair(lambda: MLP(nn.GELU(), bias=True), library, dropout=0.2)]
+    models = [
+        model.to(dtype) for model in pair(lambda: MLP(nn.GELU(), bias=True), library, dropout=0.2)
+    ]
     step(models[0], rows(dtype))
     assert len(calls.mlps) == 1
     for model in models:
@@ -122,7 +135,9 @@ def test_changes_turn_it_off_and_are_reported(library, name, change, reason, cal
     dtype = BF16 if change is another_lora_dtype else dtype
     found, expected = (step(model, rows(dtype)) for model in models)
     assert len(calls.mlps) == 1
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in found
+    )
     if library == "ours" and name.endswith("trains"):
         # The next apply_lora freezes it.
         return
@@ -135,7 +150,9 @@ def test_changes_turn_it_off_and_are_reported(library, name, change, reason, cal
 def test_global_hooks_tracing_and_subclasses_see_every_module(calls):
     model, plain = pair(MLP)
     seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: seen.append(type(module))
+    )
     try:
         model(rows())
     finally:
@@ -153,7 +170,9 @@ def test_global_hooks_tracing_and_subclasses_see_every_module(calls):
 def test_layers_cut_by_tensor_parallelism_compute_by_themselves(mesh, calls):
     model, plain = pair(MLP)
     columns, sums = slk_tp.LoRAColwiseParallel, slk_tp.LoRARowwiseParallel
-    parallelize_module(model["mlp"], mesh, {"gate_proj": columns(), "up_proj": columns(), "down_proj": sums()})
+    parallelize_module(
+        model["mlp"], mesh, {"gate_proj": columns(), "up_proj": columns(), "down_proj": sums()}
+    )
     torch.testing.assert_close(model(rows()), plain(rows()))
     assert calls.mlps == [] and reported(model).startswith("'gate_proj' has hooks")
 
@@ -172,7 +191,9 @@ def four_bit(n, k, block):
 
 
 def int8():
-    return with_layer("up_proj", torchao_int8(nn.Linear(WIDTH, INNER, False, dtype=BF16)), lambda: MLP().to(BF16))
+    return with_layer(
+        "up_proj", torchao_int8(nn.Linear(WIDTH, INNER, False, dtype=BF16)), lambda: MLP().to(BF16)
+    )
 
 
 class Linear(nn.Linear):
@@ -220,8 +241,13 @@ def test_the_report_groups_and_lists():
             return super().forward(x.clamp(-1, 1))
 
     modules = MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), MLP()
-    report = slk.apply_lora(nn.Sequential(*modules), slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True)
-    clamp, relu = "it calls clamp", "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
+    report = slk.apply_lora(
+        nn.Sequential(*modules), slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True
+    )
+    clamp, relu = (
+        "it calls clamp",
+        "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused",
+    )
     assert [(mlp.name, mlp.activation, mlp.reason) for mlp in report.mlps[2:4]] == [
         ("2", None, clamp),
         ("3", None, relu),
@@ -231,5 +257,7 @@ def test_the_report_groups_and_lists():
         f"not in one op: 2, 4: {clamp}",
         f"not in one op: 3: {relu}",
     )
-    report = slk.apply_lora(nn.Sequential(nn.Linear(2, 2)), slk.LoRAConfig(target_modules=["0"]), fuse_mlp=True)
+    report = slk.apply_lora(
+        nn.Sequential(nn.Linear(2, 2)), slk.LoRAConfig(target_modules=["0"]), fuse_mlp=True
+    )
     assert report.notes[-1] == "fuse_mlp found no gated MLP with LoRA" and report.mlps == ()

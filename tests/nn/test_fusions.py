@@ -1,4 +1,6 @@
-"""fuse_projections and fuse_mlp in the life of a Llama, on our layers and PEFT's: as the same model without."""
+"""fuse_projections and fuse_mlp in the life of a Llama, on our layers and PEFT's: as the same model
+without.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,15 @@ each_library = pytest.mark.parametrize("library", LIBRARIES)
 
 def llama(dtype=FP64):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return small_llama(**sizes, vocab_size=50, pad_token_id=0, attn_implementation="eager").to(dtype)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return small_llama(**sizes, vocab_size=50, pad_token_id=0, attn_implementation="eager").to(
+        dtype
+    )
 
 
 def make(library, fusion=None, dropout=0.0, dtype=FP64):
@@ -60,7 +69,9 @@ def classes_and_hooks(model):
 @each_fusion
 def test_it_trains_as_without(fusion, library, dropout, backend, calls):
     dtype, tolerance = (FP32, 1e-4) if backend == "triton" else (FP64, 1e-10)
-    (model, report), (plain, other) = (make(library, which, dropout, dtype) for which in (fusion, None))
+    (model, report), (plain, other) = (
+        make(library, which, dropout, dtype) for which in (fusion, None)
+    )
     assert NOTES[fusion] in report.notes and NOTES[fusion] not in other.notes and other.mlps == ()
     expected = step(plain, IDS)
     assert calls.fused == []
@@ -88,7 +99,9 @@ def test_copies_and_pickles_compute_with_their_own_layers(fusion, library, calls
 
 
 def replica(module):
-    """What DataParallel makes on each device: copies of the dicts, with plain tensors for parameters."""
+    """What DataParallel makes on each device: copies of the dicts, with plain tensors for
+    parameters.
+    """
     new = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         new._modules[name] = replica(child)
@@ -157,7 +170,9 @@ def two_adapters(model):
 
     torch.manual_seed(9)
     targets = ["q_proj", "v_proj", "up_proj"]
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model.add_adapter(
+        "other", peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    )
     model.double()
     model.base_model.set_adapter(["default", "other"])
 
@@ -173,7 +188,11 @@ ADAPTERS = [
     (lambda model: model.base_model.set_adapter("other"), [], ["silu"] * 2),
     (lambda model: model.base_model.set_adapter("default"), [3, 2] * 2, ["silu"] * 2),
     (scales, [3, 2] * 2, ["silu"] * 2),
-    (lambda model: (model.base_model.set_adapter("other"), model.delete_adapter("default")), [], ["silu"] * 2),
+    (
+        lambda model: (model.base_model.set_adapter("other"), model.delete_adapter("default")),
+        [],
+        ["silu"] * 2,
+    ),
 ]
 
 
@@ -201,7 +220,10 @@ def test_fsdp2(fusion, library, around, mesh, calls):
     fully_shard(model, mesh=mesh)
     found = step(model, IDS)
     assert calls.fused == FUSED[fusion]
-    assert_same({name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}, expected)
+    assert_same(
+        {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()},
+        expected,
+    )
 
 
 @each_library
@@ -225,8 +247,11 @@ def test_it_is_given_back(fusion, library, calls):
         slk.accelerate_peft(model, **{fusion: True})
         assert classes_and_hooks(model) == fused
     for unloaded in (copy.deepcopy(model).merge_and_unload(), copy.deepcopy(model).unload()):
-        # The classes come back with the last adapter that leaves, and then a pickle names no class of this library.
-        assert [type(module) for module in unloaded.modules()] == [type(module) for module in llama().modules()]
+        # The classes come back with the last adapter that leaves, and then a pickle names no class
+        # of this library.
+        assert [type(module) for module in unloaded.modules()] == [
+            type(module) for module in llama().modules()
+        ]
         assert fusion == "fuse_projections" or b"stablelora_kernels" not in pickle.dumps(unloaded)
     slk.restore_peft(model), slk.restore_peft(plain)
     assert classes_and_hooks(model) == classes_and_hooks(plain)
@@ -245,7 +270,9 @@ def test_load_adapter_fuses_too(fusion, calls, tmp_path):
 
 @pytest.mark.parametrize("loads", [False, True])
 def test_an_interrupted_call_leaves_nothing(loads, tmp_path, monkeypatch):
-    """The second MLP can't be fused, after all else was; or the file's tensors can't be copied, after all was fused."""
+    """The second MLP can't be fused, after all else was; or the file's tensors can't be copied,
+    after all was fused.
+    """
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt("Ctrl-C")

@@ -1,4 +1,6 @@
-"""The life of a LoRA layer of each kind: made over a base, computed, copied, moved, merged, disabled, hooked, saved, removed."""
+"""The life of a LoRA layer of each kind: made over a base, computed, copied, moved, merged,
+disabled, hooked, saved, removed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ from tests.helpers.quantized_weights import (
 from tests.helpers.small_models import fill_b
 
 BF16, FP32 = torch.bfloat16, torch.float32
-pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*"
+)
 
 
 PLAIN = {
@@ -111,10 +115,14 @@ class Life(NamedTuple):
         return getattr(self.model, "base_model", self).model.q_proj
 
     def merge(self) -> None:
-        self.model.merge_adapter() if hasattr(self.model, "merge_adapter") else slk.merge_lora(self.model)
+        self.model.merge_adapter() if hasattr(self.model, "merge_adapter") else slk.merge_lora(
+            self.model
+        )
 
     def unmerge(self) -> None:
-        self.model.unmerge_adapter() if hasattr(self.model, "unmerge_adapter") else slk.unmerge_lora(self.model)
+        self.model.unmerge_adapter() if hasattr(
+            self.model, "unmerge_adapter"
+        ) else slk.unmerge_lora(self.model)
 
     def remove(self) -> nn.Module:
         if hasattr(self.model, "unload"):
@@ -127,17 +135,23 @@ class Life(NamedTuple):
 def live(request) -> Callable[..., Life]:
     """Makes a model with one layer of a kind, whose branch is not zero."""
 
-    def make(kind: str, prepare: Callable[[nn.Module], Any] = lambda base: None, **config: Any) -> Life:
+    def make(
+        kind: str, prepare: Callable[[nn.Module], Any] = lambda base: None, **config: Any
+    ) -> Life:
         torch.manual_seed(0)
         base = KINDS[kind]()
         model, x = Holder(base), torch.randn(2, 5, K, dtype=DTYPES.get(kind, FP32))
         prepare(base)
         if kind == "sharded":
-            parallelize_module(model, request.getfixturevalue("mesh"), {"q_proj": ColwiseParallel()})
+            parallelize_module(
+                model, request.getfixturevalue("mesh"), {"q_proj": ColwiseParallel()}
+            )
         plain, keys = None if kind == "fp8" else model(x).detach(), set(model.state_dict())
         config = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]} | config
         if kind == "PEFT":
-            peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
+            peft = pytest.importorskip(
+                "peft", reason="runs where peft is installed: pip install .[test]"
+            )
             model = peft.get_peft_model(model, peft.LoraConfig(**config, init_lora_weights=False))
             report = slk.accelerate_peft(model, strict=True)
         else:
@@ -156,7 +170,10 @@ def test_it_holds_its_base_and_trains_the_pair_alone(kind, live):
     life = live(kind)
     assert type(life.layer) is class_of(kind)
     assert life.layer.weight is life.base.weight and life.layer.bias is life.base.bias
-    assert {name for name, p in life.model.named_parameters() if p.requires_grad} == {"q_proj.lora_A", "q_proj.lora_B"}
+    assert {name for name, p in life.model.named_parameters() if p.requires_grad} == {
+        "q_proj.lora_A",
+        "q_proj.lora_B",
+    }
     assert life.layer.lora_A.dtype == (torch.float64 if kind == "float64" else FP32)
     assert "r=3" in repr(life.layer) and life.layer.training
     assert kind not in QUANTIZED or type(life.base.weight).__name__ in repr(life.layer)
@@ -182,11 +199,20 @@ def test_forward_and_gradients_are_the_functions(kind, live, backend):
         if type(layer) is LoRABranchLinear:
             return lora_branch(base(x), x, *pair, layer.scaling)
         quantized = type(layer) is LoRAQuantizedLinear
-        weight = read(layer.weight) if quantized else layer.weight.t() if "Conv1D" in kind else layer.weight
+        weight = (
+            read(layer.weight)
+            if quantized
+            else layer.weight.t()
+            if "Conv1D" in kind
+            else layer.weight
+        )
         bias = None if layer.bias is None else layer.bias.to(compute)
         return lora_linear(x.to(compute), weight, bias, *pair, layer.scaling).to(dtype)
 
-    x, grad = torch.randn(70, K, dtype=dtype, requires_grad=True), torch.randn(70, layer.out_features, dtype=dtype)
+    x, grad = (
+        torch.randn(70, K, dtype=dtype, requires_grad=True),
+        torch.randn(70, layer.out_features, dtype=dtype),
+    )
     found, expected = run_layer(layer, x, pair, grad), run_layer(function, x, pair, grad)
     assert all(torch.equal(value, expected[name]) and value.any() for name, value in found.items())
     assert found["Y"].dtype == dtype and layer(x[:0]).shape == (0, layer.out_features)
@@ -204,7 +230,8 @@ WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"), [night(k, way) for k in KINDS for way in WAYS if k in PICKLED or way == "deepcopy"]
+    ("kind", "way"),
+    [night(k, way) for k in KINDS for way in WAYS if k in PICKLED or way == "deepcopy"],
 )
 def test_copies_stand_alone(kind, way, live):
     life = live(kind)
@@ -216,7 +243,9 @@ def test_copies_stand_alone(kind, way, live):
         for name, parameter in twin.model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    assert torch.equal(life.model(life.x), expected) and not torch.equal(twin.model(life.x), expected)
+    assert torch.equal(life.model(life.x), expected) and not torch.equal(
+        twin.model(life.x), expected
+    )
 
 
 @each_kind
@@ -245,7 +274,9 @@ def test_merged_and_back_or_refused(kind, live):
         slk.remove_lora(model, merge=expected is apart)
         assert type(model.q_proj) is type(life.base) and set(model.state_dict()) == life.keys
         close(model(life.x), expected)
-    assert kind == "PEFT" or (life.layer.weight is weight and torch.equal(life.model(life.x), apart))
+    assert kind == "PEFT" or (
+        life.layer.weight is weight and torch.equal(life.model(life.x), apart)
+    )
 
 
 @pytest.mark.parametrize("kind", [night(kind) for kind in KINDS if kind != "fp8"])
@@ -268,7 +299,10 @@ def test_disabled_it_is_its_base_to_the_bit(kind, live):
             with torch.autocast("cpu", BF16):
                 expected = Holder(life.base)(x)
                 with slk.disable_lora(life.model):
-                    assert torch.equal(life.model(x), expected) and life.model(x).dtype == expected.dtype
+                    assert (
+                        torch.equal(life.model(x), expected)
+                        and life.model(x).dtype == expected.dtype
+                    )
     assert torch.equal(life.model.eval()(life.x), active) and not torch.equal(active, life.plain)
     if kind in QUANTIZED or kind in OWN_PRODUCT or kind == "PEFT":
         return
@@ -286,8 +320,14 @@ def test_hooks_move_and_removing_gives_the_base_back(kind, live):
     handles = []
 
     def hook(base: nn.Module) -> None:
-        handles.append(base.register_forward_pre_hook(lambda module, args: seen.append(("pre", module))))
-        handles.append(base.register_full_backward_hook(lambda module, *grads: seen.append(("backward", module))))
+        handles.append(
+            base.register_forward_pre_hook(lambda module, args: seen.append(("pre", module)))
+        )
+        handles.append(
+            base.register_full_backward_hook(
+                lambda module, *grads: seen.append(("backward", module))
+            )
+        )
         forward = lambda module, args, kwargs, out: seen.append(("forward", module))  # noqa: E731
         handles.append(base.register_forward_hook(forward, with_kwargs=True))
 
@@ -336,7 +376,8 @@ def test_torch_compile_has_no_graph_break(kind, live, backend):
     life = live(kind)
     torch._dynamo.reset()
     compiled = torch.compile(life.model, backend="aot_eager", fullgraph=True)
-    # A compiled graph does not ask whether oneDNN is off, where other calls multiply bfloat16 in float32.
+    # A compiled graph does not ask whether oneDNN is off, where other calls multiply bfloat16 in
+    # float32.
     with torch.backends.mkldnn.flags(enabled=True):
         torch.testing.assert_close(compiled(life.x), life.model(life.x))
 

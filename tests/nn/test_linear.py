@@ -1,4 +1,6 @@
-"""Making a LoRA layer: how it starts, which class a base gets, and what is refused before anything is frozen."""
+"""Making a LoRA layer: how it starts, which class a base gets, and what is refused before anything
+is frozen.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def test_initialization_and_scaling():
     assert not default.lora_B.any() and bound * 0.95 < default.lora_A.abs().max() <= bound
     gaussian = slk.LoRALinear(1000, 50, r=8, init_lora_weights="gaussian")
     assert not gaussian.lora_B.any() and abs(gaussian.lora_A.std() * 8 - 1) < 0.05
-    assert [slk.LoRALinear(24, 20, r=4, use_rslora=on).scaling for on in (False, True)] == [16 / 4, 16 / 2]
+    assert [slk.LoRALinear(24, 20, r=4, use_rslora=on).scaling for on in (False, True)] == [
+        16 / 4,
+        16 / 2,
+    ]
     both = slk.LoRALinear(1000, 50, r=8, init_lora_weights=False)
     assert 0.9 / math.sqrt(8) < both.lora_B.abs().max() <= 1 / math.sqrt(8)
 
@@ -55,7 +60,11 @@ def test_fan_in_fan_out_is_the_layers_and_reported():
 
 def test_dtypes():
     made = slk.LoRALinear(24, 20, bias=False, dtype=BF16)
-    assert made.bias is None and made.lora_A.dtype == FP32 and made(torch.randn(3, 24, dtype=BF16)).dtype == BF16
+    assert (
+        made.bias is None
+        and made.lora_A.dtype == FP32
+        and made(torch.randn(3, 24, dtype=BF16)).dtype == BF16
+    )
     assert slk.LoRALinear(24, 20, dtype=BF16, lora_dtype=BF16).lora_B.dtype == BF16
     assert slk.LoRALinear(24, 20, dtype=torch.float64).lora_A.dtype == torch.float64
     assert lora_over(scaled(nn.Linear(K, N)).to(BF16), lora_dtype=BF16).lora_A.dtype == BF16
@@ -71,7 +80,8 @@ def fp8(**changes):
 
 NO_GRADIENT = "linear must give its input a gradient, but its {}'s product has no gradient"
 FLOAT16 = {"lora_dtype": torch.float16}
-# A base, more arguments, and the class that it gets, or the error. LoRAConfig's checks are in tests/model/test_apply.py.
+# A base, more arguments, and the class that it gets, or the error. LoRAConfig's checks are in
+# tests/model/test_apply.py.
 BASES = {
     # A weight_norm is computed at each access, by code of the layer's own.
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), {}, LoRABranchLinear),
@@ -113,7 +123,9 @@ def test_which_class_a_base_gets_or_why_none(make, options, expected):
     assert [p.requires_grad for p in model.parameters()] == trains
     if isinstance(model["q_proj"], nn.Linear) and not options:
         report = slk.apply_lora(model, lora_config(target_modules="all-linear"))
-        assert [m.name for m in report.replaced] == ["v_proj"] and reasons(report)["q_proj"].startswith(expected)
+        assert [m.name for m in report.replaced] == ["v_proj"] and reasons(report)[
+            "q_proj"
+        ].startswith(expected)
 
 
 def test_a_layer_that_gives_its_input_no_gradient():
@@ -133,7 +145,9 @@ def test_a_layer_that_gives_its_input_no_gradient():
     # Otherwise lora_over would refuse it.
     Deaf.is_deaf = True
     assert layer(x).requires_grad
-    with pytest.raises(RuntimeError, match=r"base_layer must give its input a gradient, .* Linear with a Deaf"):
+    with pytest.raises(
+        RuntimeError, match=r"base_layer must give its input a gradient, .* Linear with a Deaf"
+    ):
         layer(x.requires_grad_())
     with torch.no_grad():
         layer(x)

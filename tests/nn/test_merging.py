@@ -17,7 +17,9 @@ from tests.helpers.small_models import Model, fill_b, lora_config, through_a_fil
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def layer(dtype: torch.dtype, std: float = 0.1, transposed: bool = False, k: int = 24, n: int = 20) -> slk.LoRALinear:
+def layer(
+    dtype: torch.dtype, std: float = 0.1, transposed: bool = False, k: int = 24, n: int = 20
+) -> slk.LoRALinear:
     torch.manual_seed(0)
     base = conv1d(n, k, dtype) if transposed else nn.Linear(k, n, dtype=dtype)
     made = slk.LoRALinear.from_linear(base, r=4)
@@ -35,7 +37,9 @@ def lora_model(tied: bool = False, **kwargs) -> Model:
 
 @pytest.mark.covering(1)
 # The larger one is merged in several parts.
-@pytest.mark.parametrize(("dtype", "k", "n"), [*((dtype, 24, 20) for dtype in DTYPES), (torch.bfloat16, 2100, 2050)])
+@pytest.mark.parametrize(
+    ("dtype", "k", "n"), [*((dtype, 24, 20) for dtype in DTYPES), (torch.bfloat16, 2100, 2050)]
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_error_is_the_distance_to_the_exact_sum(transposed, dtype, k, n):
     made = layer(dtype, transposed=transposed, k=k, n=n)
@@ -45,8 +49,11 @@ def test_the_error_is_the_distance_to_the_exact_sum(transposed, dtype, k, n):
     )
     error = made.merge()
     assert made.merged and made.weight.dtype == dtype and not made.weight.requires_grad
-    exact = (made.weight.double() - (frozen + (delta.t() if transposed else delta))).abs().max().item()
-    # In float32 and bfloat16 the difference itself is exact or off by a float32 rounding of so small a number.
+    exact = (
+        (made.weight.double() - (frozen + (delta.t() if transposed else delta))).abs().max().item()
+    )
+    # In float32 and bfloat16 the difference itself is exact or off by a float32 rounding of so
+    # small a number.
     assert error.largest_error == pytest.approx(exact, rel=1e-6) and exact > 0
     assert error.largest_delta == delta.abs().max().item()
     assert error.relative == error.largest_error / error.largest_delta
@@ -67,7 +74,12 @@ def test_autocast_does_not_round_the_change(transposed):
     assert torch.equal(made.weight, twin.weight)
 
 
-VANISHING = [(torch.bfloat16, 1e-6), (torch.float16, 1e-7), (torch.float32, 1e-11), (torch.bfloat16, 0.0)]
+VANISHING = [
+    (torch.bfloat16, 1e-6),
+    (torch.float16, 1e-7),
+    (torch.float32, 1e-11),
+    (torch.bfloat16, 0.0),
+]
 
 
 @pytest.mark.parametrize(("dtype", "std"), VANISHING)
@@ -111,8 +123,15 @@ def test_merge_lora_returns_every_layers_error():
     report = slk.merge_lora(model)
     assert report.errors == expected and list(report.errors) == list(lora_layers(model))
     assert report.untied == {}
-    assert report.errors[report.worst].relative == max(error.relative for error in expected.values()) > 0
-    assert str(report).splitlines() == ["4 modules merged", f"  worst {report.worst}: {expected[report.worst]}"]
+    assert (
+        report.errors[report.worst].relative
+        == max(error.relative for error in expected.values())
+        > 0
+    )
+    assert str(report).splitlines() == [
+        "4 modules merged",
+        f"  worst {report.worst}: {expected[report.worst]}",
+    ]
     assert slk.remove_lora(copy.deepcopy(model)).errors == expected
     removed = slk.remove_lora(model, merge=False)
     assert removed.worst is None and str(removed) == "0 modules merged"
@@ -126,12 +145,16 @@ def test_a_tied_weight_is_untied_reported_and_tied_again():
     report = slk.merge_lora(model)
     assert report.untied == {"lm_head": ("embed.weight",)}
     assert "lm_head.weight is no longer tied to embed.weight" in str(report)
-    assert model.lm_head.weight is not model.embed.weight and torch.equal(model.embed.weight, embedding)
+    assert model.lm_head.weight is not model.embed.weight and torch.equal(
+        model.embed.weight, embedding
+    )
     # Merged before counts as well, and the frozen weight moves with the model once.
     model.to(torch.float64)
     assert slk.merge_lora(model).untied == {"lm_head": ("embed.weight",)}
     slk.unmerge_lora(model)
-    assert model.lm_head.weight is model.embed.weight and torch.equal(model.embed.weight, embedding.double())
+    assert model.lm_head.weight is model.embed.weight and torch.equal(
+        model.embed.weight, embedding.double()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,7 +172,10 @@ def test_unmerge_is_exact_after_whatever_happened_while_merged(dtype):
     for other in (copy.deepcopy(made), saved, moved, copy.deepcopy(moved).to(dtype)):
         assert other.merged and torch.equal(other.weight, made.weight.to(other.weight.dtype))
         other.unmerge()
-        assert torch.equal(other.weight, frozen.to(other.weight.dtype)) and not other.weight.requires_grad
+        assert (
+            torch.equal(other.weight, frozen.to(other.weight.dtype))
+            and not other.weight.requires_grad
+        )
     assert moved.weight.dtype == torch.float64
     assert not loaded.merged and torch.equal(loaded.weight, frozen)
     loaded.merge()

@@ -1,4 +1,6 @@
-"""Which forwards are gated MLPs: one table with its verdicts. What is fused computes the module's own numbers."""
+"""Which forwards are gated MLPs: one table with its verdicts. What is fused computes the module's
+own numbers.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,19 @@ class Unknown(MLP):
     def __init__(self, act=None) -> None:
         super().__init__(act)
         self.gate_up_proj = nn.Linear(WIDTH, 2 * INNER, False)
-        self.in_place, self.post, self.gain = nn.SiLU(inplace=True), None, nn.Parameter(torch.ones(()))
-        self.limit, self.flag, self.factor, self.count, self.kept, self.type = None, False, 2.0, 0, [], "silu"
+        self.in_place, self.post, self.gain = (
+            nn.SiLU(inplace=True),
+            None,
+            nn.Parameter(torch.ones(())),
+        )
+        self.limit, self.flag, self.factor, self.count, self.kept, self.type = (
+            None,
+            False,
+            2.0,
+            0,
+            [],
+            "silu",
+        )
         self.config = Config(act="gelu", count=0, scale=1.0)
         self.register_buffer("mean", torch.tensor(3.0))
 
@@ -74,8 +87,8 @@ def in_place(y, x):
 
 
 def forward_of(source, module=__name__):
-    """A forward in ``module`` of ``source``'s lines, at first a decorator or the arguments. g is gate_proj's, u up_proj's,
-    d calls down_proj.
+    """A forward in ``module`` of ``source``'s lines, at first a decorator or the arguments. g is
+    gate_proj's, u up_proj's, d calls down_proj.
     """
     lines = [source] if isinstance(source, str) else [*source]
     decorator = lines.pop(0) if lines[0].startswith("@") else ""
@@ -84,18 +97,25 @@ def forward_of(source, module=__name__):
     bound = [
         f"{name} = self.{layer}(x)"
         for name, layer in (("g", "gate_proj"), ("u", "up_proj"))
-        if re.search(rf"\b{name}\b", text) and not re.search(rf"(?:^|: ){name} = ", text, re.MULTILINE)
+        if re.search(rf"\b{name}\b", text)
+        and not re.search(rf"(?:^|: ){name} = ", text, re.MULTILINE)
     ]
     body = "\n    ".join([*bound, *lines[:-1], f"return {lines[-1]}"])
     names: dict = globals() | {"__name__": module}
-    exec(f"{decorator}\ndef forward({takes}):\n    " + re.sub(r"(?<![\w.])d\(", "self.down_proj(", body), names)
+    exec(
+        f"{decorator}\ndef forward({takes}):\n    "
+        + re.sub(r"(?<![\w.])d\(", "self.down_proj(", body),
+        names,
+    )
     return names["forward"]
 
 
 def made(forward, act=None, fuse=True, base=Unknown):
     """The model and the report."""
     torch.manual_seed(0)
-    return adapted(type("Mine", (base,), {"forward": forward})(copy.deepcopy(act)).double(), fuse=fuse)
+    return adapted(
+        type("Mine", (base,), {"forward": forward})(copy.deepcopy(act)).double(), fuse=fuse
+    )
 
 
 def verdict(model, report):
@@ -168,7 +188,9 @@ TABLE = [(source, activation, None) for activation, sources in FUSED.items() for
 TABLE += [(source, None, reason) for reason, sources in REFUSED.items() for source in sources]
 
 
-@pytest.mark.parametrize(("source", "activation", "reason"), TABLE, ids=lambda value: str(value)[:70])
+@pytest.mark.parametrize(
+    ("source", "activation", "reason"), TABLE, ids=lambda value: str(value)[:70]
+)
 def test_forwards(source, activation, reason, calls):
     """The report has the verdict; what is fused is one op of the module's own numbers."""
     (model, report), (plain, _) = (made(forward_of(source), fuse=fuse) for fuse in (True, False))
@@ -202,11 +224,15 @@ ACTIVATIONS = {
 def test_activations(expected):
     for act in ACTIVATIONS[expected]:
         act = transformers.activations.ACT2FN[act] if isinstance(act, str) else act
-        assert re.fullmatch(f"(.*{expected}.*)" if " " in expected else expected, verdict(*adapted(MLP(act)))), act
+        assert re.fullmatch(
+            f"(.*{expected}.*)" if " " in expected else expected, verdict(*adapted(MLP(act)))
+        ), act
 
 
 def test_nothing_is_touched():
-    """No hook runs, no random number is drawn, nothing is computed: the meta device, training mode and attributes stay."""
+    """No hook runs, no random number is drawn, nothing is computed: the meta device, training mode
+    and attributes stay.
+    """
     ran, found = [], []
     for fuse in (True, False):
         with torch.device("meta"):
@@ -221,7 +247,9 @@ def test_nothing_is_touched():
 
 
 def test_forwards_bound_to_the_instance():
-    """A bound one of another module, or a function, may do anything; what Liger binds is in test_fused_mlp.py."""
+    """A bound one of another module, or a function, may do anything; what Liger binds is in
+    test_fused_mlp.py.
+    """
     swiglu, other = forward_of(SWIGLU), MLP(nn.ReLU())
     for forward in (types.MethodType(swiglu, other), lambda x: x):
         module = MLP(nn.ReLU())

@@ -1,4 +1,6 @@
-"""When the layers of a projection group compute together: which inputs, modes, threads and exceptions end a round."""
+"""When the layers of a projection group compute together: which inputs, modes, threads and
+exceptions end a round.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def attention(library="ours", name="self_attn", fuse=True, **options):
     """The module in its model, and the last note of the report."""
     torch.manual_seed(0)
     model = Wrapper({name: Attention()})
-    model, report = adapted(model, library, False, targets=TARGETS, fuse_projections=fuse, **options)
+    model, report = adapted(
+        model, library, False, targets=TARGETS, fuse_projections=fuse, **options
+    )
     return base_of(model)[name], report.notes[-1] if report.notes else ""
 
 
@@ -87,8 +91,12 @@ BREAKS = {
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("breaks", BREAKS.values(), ids=BREAKS)
 @each_library
-def test_an_exception_leaves_nothing_and_counts_for_nothing(library, breaks, trains, calls, monkeypatch):
-    """Out of memory in a row of smaller and smaller batches: it kept the batch that did not fit, and then gave up for good."""
+def test_an_exception_leaves_nothing_and_counts_for_nothing(
+    library, breaks, trains, calls, monkeypatch
+):
+    """Out of memory in a row of smaller and smaller batches: it kept the batch that did not fit,
+    and then gave up for good.
+    """
     layer, _ = attention(library)
 
     def raises_and_keeps():
@@ -116,7 +124,9 @@ def test_an_exception_leaves_nothing_and_counts_for_nothing(library, breaks, tra
 
 
 def test_outputs_that_nobody_fetched_are_freed_before_the_next_are_computed(calls):
-    """After an error between q and k, such as out of memory, the group holds k's and v's outputs and their graph."""
+    """After an error between q and k, such as out of memory, the group holds k's and v's outputs
+    and their graph.
+    """
     layer, _ = attention()
     x = rows() * 1
     before, alive = weakref.ref(x), []
@@ -142,7 +152,12 @@ def test_cross_attention_shares_between_keys_and_values_only(library, name, call
 @each_library
 def test_siblings_that_are_not_called_with_one_tensor_go_apart(library, calls):
     """Right from the first call on, and said."""
-    layer, plain, x, keys = attention(library)[0], attention(library, fuse=False)[0], rows(), rows(80)
+    layer, plain, x, keys = (
+        attention(library)[0],
+        attention(library, fuse=False)[0],
+        rows(),
+        rows(80),
+    )
     message = r"'\S*self_attn.k_proj' was called with another tensor .*'\S*self_attn.q_proj'"
     with pytest.warns(RuntimeWarning, match=message) as seen:
         found = layer(x, keys)
@@ -154,7 +169,9 @@ def test_siblings_that_are_not_called_with_one_tensor_go_apart(library, calls):
 
 def test_layers_of_different_inputs_are_not_siblings():
     model = nn.ModuleDict({"self_attn": Attention(k_features=12)})
-    report = slk.apply_lora(model, slk.LoRAConfig(r=2, target_modules="all-linear"), fuse_projections=True)
+    report = slk.apply_lora(
+        model, slk.LoRAConfig(r=2, target_modules="all-linear"), fuse_projections=True
+    )
     assert report.notes[-1] == "fuse_projections found no layers that share an input"
 
 
@@ -201,7 +218,9 @@ def test_inference_mode(library, calls):
 
 
 def test_threads_get_their_own_outputs():
-    """A round that another thread has replaced is not used: slower at worst, never another's output."""
+    """A round that another thread has replaced is not used: slower at worst, never another's
+    output.
+    """
     layer, plain = attention()[0], attention(fuse=False)[0]
     wrong = []
 
@@ -212,7 +231,9 @@ def test_threads_get_their_own_outputs():
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     found = layer(x)
-                if not all(torch.allclose(y, e, atol=1e-5) for y, e in zip(found, expected, strict=True)):
+                if not all(
+                    torch.allclose(y, e, atol=1e-5) for y, e in zip(found, expected, strict=True)
+                ):
                     wrong.append(x)
 
     threads = [threading.Thread(target=work, args=(rows(),)) for _ in range(4)]

@@ -1,4 +1,6 @@
-"""LoRA on weights that tensor parallelism cuts, before it or after it: over gloo on two processes, equal to one process."""
+"""LoRA on weights that tensor parallelism cuts, before it or after it: over gloo on two processes,
+equal to one process.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Block(nn.Module):
 
 def near(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
     atol = 1e-5 * expected.abs().max().item()
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(
+        got, expected, rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}"
+    )
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
@@ -50,7 +54,10 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 PLAN = {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
 WITHOUT_LORA = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 # Sequence parallelism: between the layers each process has some of the tokens.
-SEQUENCE = {"up": LoRAColwiseParallel(input_layouts=Shard(1)), "down": LoRARowwiseParallel(output_layouts=Shard(1))}
+SEQUENCE = {
+    "up": LoRAColwiseParallel(input_layouts=Shard(1)),
+    "down": LoRARowwiseParallel(output_layouts=Shard(1)),
+}
 
 
 def cut_in_two(model: nn.Module, plan: dict[str, Any] = PLAN) -> None:
@@ -70,7 +77,11 @@ Cut = Callable[[nn.Module], None]
 
 
 def lora_model(
-    r: int = 3, bias: bool = True, dropout: float = 0.0, before: Cut | None = None, after: Cut | None = None
+    r: int = 3,
+    bias: bool = True,
+    dropout: float = 0.0,
+    before: Cut | None = None,
+    after: Cut | None = None,
 ) -> nn.Sequential:
     """The same in every process: cut before it gets LoRA or after that, or whole."""
     torch.manual_seed(0)
@@ -79,17 +90,26 @@ def lora_model(
         before(model)
     config = slk.LoRAConfig(r=r, target_modules=NAMES, lora_dropout=dropout, bias="lora_only")
     report = slk.apply_lora(model, config)
-    assert [(m.in_features, m.out_features) for m in report.replaced] == 2 * [(WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+    assert [(m.in_features, m.out_features) for m in report.replaced] == 2 * [
+        (WIDTH, HIDDEN),
+        (HIDDEN, WIDTH),
+    ]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora_layers(model).values():
             for p in (layer.lora_A, layer.lora_B):
                 value = torch.randn(p.shape, generator=generator) * 0.3
-                p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if before is not None else value)
+                p.copy_(
+                    distribute_tensor(value, p.device_mesh, p.placements)
+                    if before is not None
+                    else value
+                )
     if after is not None:
         after(model)
     is_cut = before is not None or after in (cut_in_two, cut_tokens)
-    assert all(type(layer) is LoRAShardedLinear for layer in lora_layers(model).values()) or not is_cut
+    assert (
+        all(type(layer) is LoRAShardedLinear for layer in lora_layers(model).values()) or not is_cut
+    )
     return model
 
 
@@ -97,23 +117,35 @@ def part_of(whole: int, parts: int, part: int) -> slice:
     return slice(part * whole // parts, (part + 1) * whole // parts)
 
 
-def train(model: nn.Module, backend: str, rows: slice = ALL, tokens: slice = ALL, parts: int = 1) -> dict[str, Any]:
-    """Outputs, gradients and adapters of a model that sees ``rows`` and ``tokens`` of each batch, or one of ``parts``."""
-    # Sums are in another order on several processes: with PyTorch's eps AdamW would make up to a whole step of that where a
-    # gradient is next to nothing, and steps much longer than these make the model amplify it.
+def train(
+    model: nn.Module, backend: str, rows: slice = ALL, tokens: slice = ALL, parts: int = 1
+) -> dict[str, Any]:
+    """Outputs, gradients and adapters of a model that sees ``rows`` and ``tokens`` of each batch,
+    or one of ``parts``.
+    """
+    # Sums are in another order on several processes: with PyTorch's eps AdamW would make up to a
+    # whole step of that where a gradient is next to nothing, and steps much longer than these make
+    # the model amplify it.
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.01, eps=1e-2, shrink_ratio=0.1, seed=7)
     generator = torch.Generator().manual_seed(1)
     found: dict[str, Any] = {}
     with slk.use_backend(backend):
         for step in range(STEPS):
-            x, grad = (torch.randn(ROWS, LENGTH, WIDTH, generator=generator)[rows, tokens] for _ in range(2))
+            x, grad = (
+                torch.randn(ROWS, LENGTH, WIDTH, generator=generator)[rows, tokens]
+                for _ in range(2)
+            )
             x.requires_grad_()
             y = model(x)
             # A mean over processes, as FSDP2 takes it.
             (y * grad).sum().mul(parts).backward()
             if not step:
                 found |= {"y": y.detach().clone(), "dx": x.grad / parts}
-                found |= {f"d{name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+                found |= {
+                    f"d{name}": whole(p.grad)
+                    for name, p in model.named_parameters()
+                    if p.grad is not None
+                }
             optimizer.step()
             optimizer.zero_grad()
     found |= {name: whole(p) for name, p in model.named_parameters()}
@@ -122,10 +154,17 @@ def train(model: nn.Module, backend: str, rows: slice = ALL, tokens: slice = ALL
 
 
 def trains_as_alone(
-    case: str, backend: str, options: dict[str, Any], rows: slice = ALL, tokens: slice = ALL, parts: int = 1
+    case: str,
+    backend: str,
+    options: dict[str, Any],
+    rows: slice = ALL,
+    tokens: slice = ALL,
+    parts: int = 1,
 ) -> None:
     """Equal to one process; sums are in another order."""
-    alone = train(lora_model(**{name: options[name] for name in ("r", "bias") if name in options}), backend)
+    alone = train(
+        lora_model(**{name: options[name] for name in ("r", "bias") if name in options}), backend
+    )
     assert any(alone["latches"]) or "rank" in case
     alone |= {name: alone[name][rows, tokens] for name in ("y", "dx")}
     got = train(lora_model(**options), backend, rows, tokens, parts)
@@ -152,7 +191,9 @@ def of_all(value: Any) -> list[Any]:
 
 
 def masks(rank: int, backend: str) -> None:
-    """With dropout, of processes that were seeded alike: what each layer made of one input, and what came next."""
+    """With dropout, of processes that were seeded alike: what each layer made of one input, and
+    what came next.
+    """
     model, plain = lora_model(dropout=0.5, after=cut_in_two), lora_model(dropout=0.5)
     with slk.use_backend(backend):
         torch.manual_seed(5)
@@ -161,8 +202,9 @@ def masks(rank: int, backend: str) -> None:
         up, down = model[0].up, model[0].down
         # Cut rows: one mask in all processes, the one that one process draws.
         near("up", torch.cat(of_all(up(torch.ones(64, WIDTH)).detach()), -1), expected)
-        # Cut columns: each process has drawn its own, and goes on alike. Ones for A and no base product show the sums of what
-        # was kept: each process shows its own columns, in its own output column before the sum.
+        # Cut columns: each process has drawn its own, and goes on alike. Ones for A and no base
+        # product show the sums of what was kept: each process shows its own columns, in its own
+        # output column before the sum.
         with torch.no_grad():
             for p in (down.weight, down.bias, down.lora_A, down.lora_B):
                 p.zero_()
@@ -180,14 +222,20 @@ def merging(rank: int) -> None:
     frozen = {name: layer.weight.detach().clone() for name, layer in lora_layers(model).items()}
     cut_in_two(model)
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(4))
-    before, report, expected = model(x).detach().clone(), slk.merge_lora(model), slk.merge_lora(plain)
+    before, report, expected = (
+        model(x).detach().clone(),
+        slk.merge_lora(model),
+        slk.merge_lora(plain),
+    )
     near("merged", model(x).detach(), before)
     assert report.errors.keys() == expected.errors.keys()
     for name, error in report.errors.items():
         assert error.largest_delta == pytest.approx(expected.errors[name].largest_delta, rel=1e-5)
         assert 0 < error.largest_error < 1e-6
     slk.unmerge_lora(model)
-    assert all(torch.equal(whole(layer.weight), frozen[name]) for name, layer in lora_layers(model).items())
+    assert all(
+        torch.equal(whole(layer.weight), frozen[name]) for name, layer in lora_layers(model).items()
+    )
     # One process's part is not finite: none merges.
     layer = model[0].up
     with torch.no_grad():
@@ -231,7 +279,9 @@ def any_placement(placement: Any, given: Any) -> None:
     """Of the weight and of x."""
     mesh = init_device_mesh("cpu", (2,))
     layer = slk.LoRALinear.from_linear(cut(mesh, placement), r=3, init_lora_weights=False)
-    assert type(layer) is LoRAShardedLinear and layer.lora_A.placements[0].is_shard() == (placement == Shard(1))
+    assert type(layer) is LoRAShardedLinear and layer.lora_A.placements[0].is_shard() == (
+        placement == Shard(1)
+    )
     plain = slk.LoRALinear(WIDTH, HIDDEN, bias=False, r=3)
     for name in ("weight", "lora_A", "lora_B"):
         getattr(plain, name).data = whole(getattr(layer, name))
@@ -241,13 +291,19 @@ def any_placement(placement: Any, given: Any) -> None:
     y.backward(distribute_tensor(grad, mesh, [Replicate()]))
     near(f"{placement}, {given}", whole(y), expected.detach())
     for name in ("lora_A", "lora_B"):
-        near(f"{placement}, {given}: {name}", whole(getattr(layer, name).grad), getattr(plain, name).grad)
+        near(
+            f"{placement}, {given}: {name}",
+            whole(getattr(layer, name).grad),
+            getattr(plain, name).grad,
+        )
 
 
 def two(rank: int, world: int, place: Path) -> None:
     save_and_load(rank, place)
     for case, (backend, options) in CASES.items():
-        trains_as_alone(case, backend, options, tokens=part_of(LENGTH, 2, rank) if "tokens" in case else ALL)
+        trains_as_alone(
+            case, backend, options, tokens=part_of(LENGTH, 2, rank) if "tokens" in case else ALL
+        )
     for backend in ("torch", "triton"):
         masks(rank, backend)
     merging(rank)
@@ -294,7 +350,9 @@ def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:
     parallelize_module(model[0], mesh, PLAN)
     assert model[0].up is up and type(up) is LoRAShardedLinear
     assert (
-        not up.lora_A.requires_grad and up.lora_A.placements == (Replicate(),) and up.lora_B.placements == (Shard(0),)
+        not up.lora_A.requires_grad
+        and up.lora_A.placements == (Replicate(),)
+        and up.lora_B.placements == (Shard(0),)
     )
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     model(torch.randn(2, WIDTH))
@@ -304,7 +362,10 @@ def test_other_modules_and_hooks(mesh: DeviceMesh) -> None:
 def test_projections_that_were_computed_together(mesh: DeviceMesh) -> None:
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")})
     slk.apply_lora(model, slk.LoRAConfig(target_modules="all-linear"), fuse_projections=True)
-    with pytest.warns(RuntimeWarning, match="fuse_projections does not reach layers that tensor parallelism has cut"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="fuse_projections does not reach layers that tensor parallelism has cut",
+    ):
         parallelize_module(model, mesh, {"q_proj": LoRAColwiseParallel()})
     x = torch.randn(5, 8)
     assert model["q_proj"](x).shape == model["v_proj"](x).shape == (5, 8)
@@ -317,7 +378,9 @@ def test_layers_that_are_not_cut(style, mesh):
     sharded = slk.LoRALinear.from_linear(cut(mesh, Shard(0)), r=2)
     quantized = slk.LoRALinear.from_linear(fp8_linear(fp8_weight(8, 64), torch.bfloat16), r=2)
     name = type(style).__name__
-    with pytest.raises(ValueError, match=f"{name} cuts a LoRALinear that is not merged, got a merged one"):
+    with pytest.raises(
+        ValueError, match=f"{name} cuts a LoRALinear that is not merged, got a merged one"
+    ):
         parallelize_module(merged, mesh, style)
     for layer in (sharded, quantized):
         message = f"{name} cuts a LoRALinear over a plain weight, got a {type(layer).__name__}"
@@ -329,8 +392,12 @@ def test_start_and_errors(mesh):
     linear = cut(mesh, Shard(0))
     layer = slk.LoRALinear.from_linear(linear, r=3)
     assert bool(whole(layer.lora_A).any()) and not bool(whole(layer.lora_B).any())
-    with pytest.raises(TypeError, match="x must be a DTensor beside a sharded weight, got a Tensor"):
+    with pytest.raises(
+        TypeError, match="x must be a DTensor beside a sharded weight, got a Tensor"
+    ):
         layer(torch.randn(5, WIDTH))
     two = init_device_mesh("cpu", (1, 1))
-    with pytest.raises(ValueError, match=r"linear's weight must be replicated or cut .* on 2 dimensions"):
+    with pytest.raises(
+        ValueError, match=r"linear's weight must be replicated or cut .* on 2 dimensions"
+    ):
         slk.LoRALinear.from_linear(cut(two, Shard(0), Replicate()))

@@ -1,4 +1,6 @@
-"""Every refusal of the ops, by the words a user would read, before anything is launched, drawn or remembered."""
+"""Every refusal of the ops, by the words a user would read, before anything is launched, drawn or
+remembered.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,25 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels import testing
-from stablelora_kernels.functional import FP8Weight, lora_branch, lora_linear, lora_linear_group, lora_mlp
+from stablelora_kernels.functional import (
+    FP8Weight,
+    lora_branch,
+    lora_linear,
+    lora_linear_group,
+    lora_mlp,
+)
 from stablelora_kernels.ops import plans
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, FP64, Case, make, projections
 from tests.helpers.cases import small
 from tests.helpers.launches import count_launches
 
 PROJECTIONS = ("gate", "up", "down")
-FUNCTIONS = {"linear": lora_linear, "branch": lora_branch, "group": lora_linear_group, "mlp": lora_mlp}
+FUNCTIONS = {
+    "linear": lora_linear,
+    "branch": lora_branch,
+    "group": lora_linear_group,
+    "mlp": lora_mlp,
+}
 NO_FLOAT = "must be bfloat16, float16, float32 or float64, got torch.int64"
 ON_META = rf"must be on x's device {DEVICE}.*, got meta"
 
@@ -29,7 +42,10 @@ def arguments(op, dtype=FP32):
         return {"x": given["x"], **dict(zip(PROJECTIONS, parts, strict=True)), "activation": "silu"}
     if op == "group":
         names = ("weights", "biases", "lora_As", "lora_Bs", "scalings")
-        return {"x": given["x"], **{name: [*each] for name, each in zip(names, zip(*parts, strict=True), strict=True)}}
+        return {
+            "x": given["x"],
+            **{name: [*each] for name, each in zip(names, zip(*parts, strict=True), strict=True)},
+        }
     first = {"x": given["x"], **parts[0]._asdict()}
     if op == "branch":
         first = {"base_out": given["base_out"]} | {
@@ -46,7 +62,9 @@ def changed(good, changes):
         if not part:
             given[name] = value
         elif part.isdigit():
-            given[argument] = [value if i == int(part) else each for i, each in enumerate(given[argument])]
+            given[argument] = [
+                value if i == int(part) else each for i, each in enumerate(given[argument])
+            ]
         else:
             given[argument] = given[argument]._replace(**{part: value})
     return given
@@ -66,7 +84,9 @@ def zeros(*size, dtype=FP32, device=DEVICE):
 
 
 def bad_pairs(of, n, k, r, fits):
-    """Of a pair of A [r, k] and B [n, r] that has to fit the tensor ``fits``; ``of`` stands before their names."""
+    """Of a pair of A [r, k] and B [n, r] that has to fit the tensor ``fits``; ``of`` stands before
+    their names.
+    """
     a, b = f"{of}lora_A", f"{of}lora_B"
     half = {a: zeros(r, k, dtype=FP16), b: zeros(n, r, dtype=FP16)}
     return [
@@ -87,11 +107,23 @@ def bad_projections(of, n, k, r):
     w, bias, fits = f"{of}weight", f"{of}bias", rf"{of}weight \[{n}, {k}\]"
     return [
         *bad_pairs(of, n, k, r, fits),
-        ({bias: zeros(n + 1)}, ValueError, rf"{bias} must be \[{n}\] to fit {fits}, got \[{n + 1}\]"),
+        (
+            {bias: zeros(n + 1)},
+            ValueError,
+            rf"{bias} must be \[{n}\] to fit {fits}, got \[{n + 1}\]",
+        ),
         ({bias: zeros(1, n)}, ValueError, rf"{bias} must be \[{n}\] to fit {fits}, got \[1, {n}\]"),
-        ({bias: zeros(n, dtype=FP16)}, TypeError, f"{bias} must have x's dtype torch.float32, got torch.float16"),
+        (
+            {bias: zeros(n, dtype=FP16)},
+            TypeError,
+            f"{bias} must have x's dtype torch.float32, got torch.float16",
+        ),
         ({bias: zeros(n, device="meta")}, ValueError, f"{bias} {ON_META}"),
-        ({w: zeros(n, k, dtype=FP16)}, TypeError, f"{w} must have x's dtype torch.float32, got torch.float16"),
+        (
+            {w: zeros(n, k, dtype=FP16)},
+            TypeError,
+            f"{w} must have x's dtype torch.float32, got torch.float16",
+        ),
         ({w: zeros(n, k, device="meta")}, ValueError, f"{w} {ON_META}"),
     ]
 
@@ -100,11 +132,19 @@ def bad_inputs(of, n, k):
     """Of x, and of a weight that no x fits."""
     fits = rf"{of}weight \[{n}, {k}\]"
     return [
-        ({"x": zeros(5, k + 1)}, ValueError, rf"x must be \[..., {k}\] to fit {fits}, got \[5, {k + 1}\]"),
+        (
+            {"x": zeros(5, k + 1)},
+            ValueError,
+            rf"x must be \[..., {k}\] to fit {fits}, got \[5, {k + 1}\]",
+        ),
         ({"x": zeros()}, ValueError, rf"x must be \[..., {k}\] to fit {fits}, got \[\]"),
         ({"x": zeros(5, k, dtype=torch.int64)}, TypeError, f"x {NO_FLOAT}"),
         ({f"{of}weight": zeros(n)}, ValueError, rf"{of}weight must be \[N, K\], got \[{n}\]"),
-        ({f"{of}weight": zeros(n, k + 1)}, ValueError, rf"x must be \[..., {k + 1}\] .*weight \[{n}, {k + 1}\], got"),
+        (
+            {f"{of}weight": zeros(n, k + 1)},
+            ValueError,
+            rf"x must be \[..., {k + 1}\] .*weight \[{n}, {k + 1}\], got",
+        ),
     ]
 
 
@@ -112,7 +152,9 @@ DROPOUT = [
     *(({"dropout_p": p}, ValueError, rf"dropout_p must be a finite number in \[0, 1\), got {p}") for p in (1.0, -0.1, torch.nan)),
     ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got '0.1' of type str"),
 ]  # fmt: skip
-ON_META_8_BIT = FP8Weight(zeros(4, 6, device="meta").to(torch.float8_e4m3fn), zeros(4, device="meta"))
+ON_META_8_BIT = FP8Weight(
+    zeros(4, 6, device="meta").to(torch.float8_e4m3fn), zeros(4, device="meta")
+)
 # By op: what is changed, the error and its message.
 REFUSED = {
     "linear": [
@@ -181,7 +223,13 @@ def test_an_mlps_adapters_of_two_dtypes_are_refused(backend):
     message = "one dtype, got gate.lora_A torch.bfloat16, up.lora_A torch.bfloat16, down.lora_A torch.float32"
     refuses("mlp", good, pair, TypeError, message)
     without_gate = pair | {"gate.lora_A": None, "gate.lora_B": None}
-    refuses("mlp", good, without_gate, TypeError, "got up.lora_A torch.bfloat16, down.lora_A torch.float32")
+    refuses(
+        "mlp",
+        good,
+        without_gate,
+        TypeError,
+        "got up.lora_A torch.bfloat16, down.lora_A torch.float32",
+    )
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
@@ -189,11 +237,15 @@ def test_float64_does_not_fall_back_silently(op):
     good = arguments(op, FP64)
     name = "base_out" if op == "branch" else "x"
     only = arguments(op) | {name: good[name]} if op == "branch" else good
-    bare = {each: good[each]._replace(lora_A=None, lora_B=None) for each in PROJECTIONS if op == "mlp"}
+    bare = {
+        each: good[each]._replace(lora_A=None, lora_B=None) for each in PROJECTIONS if op == "mlp"
+    }
     stored = {"weight": testing.nf4_weight(4, 6, 64, True)} if op == "linear" else {}
     with slk.use_backend("triton"):
         for changes in ({}, bare, stored):
-            refuses(op, only, changes, TypeError, rf"{name} is torch.float64.*use_backend\('torch'\)")
+            refuses(
+                op, only, changes, TypeError, rf"{name} is torch.float64.*use_backend\('torch'\)"
+            )
     with slk.use_backend("torch"):
         found = FUNCTIONS[op](**good)
         assert (found[0] if op == "group" else found).dtype == FP64

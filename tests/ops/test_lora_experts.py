@@ -1,4 +1,6 @@
-"""``lora_experts`` against its float64 reference, by the loop and by PyTorch's grouped product, which here runs on the CPU."""
+"""``lora_experts`` against its float64 reference, by the loop and by PyTorch's grouped product,
+which here runs on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Experts(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(
-            f"{name}={value}" for name, value in self._asdict().items() if value != self._field_defaults[name]
+            f"{name}={value}"
+            for name, value in self._asdict().items()
+            if value != self._field_defaults[name]
         )
 
 
@@ -107,19 +111,27 @@ def run(case: Experts, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     operands = [given[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
     y = lora_experts(*operands, 1.7, given["offsets"], transposed=case.transposed, dropout_p=case.p)
     y.backward(given["grad"])
-    return {"Y": y.detach()} | {f"d{name}": given[name].grad for name in LEAVES if given[name].grad is not None}
+    return {"Y": y.detach()} | {
+        f"d{name}": given[name].grad for name in LEAVES if given[name].grad is not None
+    }
 
 
 def expected(case: Experts, given: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The results by the reference in ``dtype``, with the mask that a run draws."""
     torch.manual_seed(5)
     keep, p = draw_keep(given["x"], case.p) if case.p and case.r else (None, 0.0)
-    t = {name: value if value is None else value.detach().to(dtype) for name, value in given.items()}
+    t = {
+        name: value if value is None else value.detach().to(dtype) for name, value in given.items()
+    }
     for name in LEAVES:
         t[name].requires_grad_()
     weight = t["weight"].transpose(1, 2) if case.transposed else t["weight"]
-    y = lora_experts_ref(t["x"], weight, t["bias"], t["lora_A"], t["lora_B"], 1.7, given["offsets"], keep, p)
-    grads = torch.autograd.grad(y, [t[name] for name in LEAVES], t["grad"], allow_unused=True, materialize_grads=True)
+    y = lora_experts_ref(
+        t["x"], weight, t["bias"], t["lora_A"], t["lora_B"], 1.7, given["offsets"], keep, p
+    )
+    grads = torch.autograd.grad(
+        y, [t[name] for name in LEAVES], t["grad"], allow_unused=True, materialize_grads=True
+    )
     return {"Y": y.detach()} | {f"d{name}": grad for name, grad in zip(LEAVES, grads, strict=True)}
 
 
@@ -127,7 +139,11 @@ def expected(case: Experts, given: dict[str, Any], dtype: torch.dtype) -> dict[s
 def test_matches_the_oracle(case, monkeypatch):
     monkeypatch.setattr(op, "can_group", lambda x, weight: case.grouped)
     given = make(case)
-    found, exact, eager = run(case, given), expected(case, given, FP64), expected(case, given, case.dtype)
+    found, exact, eager = (
+        run(case, given),
+        expected(case, given, FP64),
+        expected(case, given, case.dtype),
+    )
     assert found.keys() == {"Y", *(f"d{name}" for name in case.wanted)}
     for name, value in found.items():
         assert value.dtype == (case.lora_dtype if "lora" in name else case.dtype), name
@@ -172,14 +188,16 @@ def test_what_pytorch_groups(x, weight, grouped, capability, monkeypatch):
 @pytest.mark.parametrize("multiplied", [True, False])
 def test_each_expert_is_a_lora_linear_to_the_bit(multiplied, monkeypatch):
     monkeypatch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied))
-    # For float32 adapters, few rows would be cast in place of A and B. Fewer than FLOAT32_ROWS of lora_linear are not computed
-    # in float32 where the processor does not multiply bfloat16.
+    # For float32 adapters, few rows would be cast in place of A and B. Fewer than FLOAT32_ROWS of
+    # lora_linear are not computed in float32 where the processor does not multiply bfloat16.
     case = Experts(BF16, BF16, bias=True, ends=(10, 10, 32, 40))
     given = make(case)
     found, start = run(case, given), 0
     for e, end in enumerate(case.ends):
         parts = [given[name].detach()[e] for name in ("weight", "bias", "lora_A", "lora_B")]
-        y = lora_linear(given["x"][start:end], *(t.requires_grad_(i > 1) for i, t in enumerate(parts)), 1.7)
+        y = lora_linear(
+            given["x"][start:end], *(t.requires_grad_(i > 1) for i, t in enumerate(parts)), 1.7
+        )
         assert torch.equal(found["Y"][start:end], y)
         start = end
 
@@ -189,11 +207,16 @@ def test_it_keeps_x_and_s_and_no_stack():
     given, kept = make(case), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lora_experts(
-            *(given[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), 1.7, given["offsets"], dropout_p=0.3
+            *(given[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")),
+            1.7,
+            given["offsets"],
+            dropout_p=0.3,
         )
     own = {given[name].data_ptr() for name in ("x", "weight", "lora_A", "lora_B", "offsets")}
     assert sorted(t.numel() for t in kept if t.data_ptr() not in own) == [40 * 3, 40 * K]
-    assert {t.dtype for t in kept if t.numel() == 40 * K and t.data_ptr() not in own} == {torch.bool}
+    assert {t.dtype for t in kept if t.numel() == 40 * K and t.data_ptr() not in own} == {
+        torch.bool
+    }
 
 
 def test_no_mask_outside_training():
@@ -201,13 +224,18 @@ def test_no_mask_outside_training():
     operands = [given[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
     state = torch.get_rng_state()
     y = lora_experts(*operands, 1.7, given["offsets"], dropout_p=0.5, training=False)
-    assert torch.equal(y, lora_experts(*operands, 1.7, given["offsets"])) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(y, lora_experts(*operands, 1.7, given["offsets"])) and torch.equal(
+        state, torch.get_rng_state()
+    )
 
 
 def test_autocast_casts_all_but_float32_adapters():
     case = Experts(bias=True)
     given = make(case)
-    low = given | {name: given[name].detach().to(BF16).requires_grad_(name == "x") for name in ("x", "weight", "bias")}
+    low = given | {
+        name: given[name].detach().to(BF16).requires_grad_(name == "x")
+        for name in ("x", "weight", "bias")
+    }
     with torch.autocast("cpu", BF16):
         found = run(case, given)
     for name, value in run(case, low).items():
@@ -223,10 +251,14 @@ def test_opcheck_and_torch_compile_without_a_break(p):
     calls = [call for call in operators.calls if call[0].namespace == "stablelora_kernels"]
     assert [call[0]._opname for call in calls] == ["lora_experts_fwd", "lora_experts_bwd"]
     for operator, arguments, _ in calls:
-        torch.library.opcheck(operator, [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments])
+        torch.library.opcheck(
+            operator, [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+        )
 
     def function(x, lora_A, lora_B):
-        return lora_experts(x, given["weight"], given["bias"], lora_A, lora_B, 1.7, given["offsets"], dropout_p=p)
+        return lora_experts(
+            x, given["weight"], given["bias"], lora_A, lora_B, 1.7, given["offsets"], dropout_p=p
+        )
 
     leaves = [given[name].detach().requires_grad_() for name in LEAVES]
     torch.manual_seed(5)
@@ -240,25 +272,69 @@ def test_opcheck_and_torch_compile_without_a_break(p):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": torch.ones(40, 15)}, ValueError, r"x must be \[T, 16\] to fit weight \[4, 24, 16\], got \[40, 15\]"),
+        (
+            {"x": torch.ones(40, 15)},
+            ValueError,
+            r"x must be \[T, 16\] to fit weight \[4, 24, 16\], got \[40, 15\]",
+        ),
         ({"x": torch.ones(2, 20, 16)}, ValueError, r"x must be \[T, 16\] .* got \[2, 20, 16\]"),
-        ({"x": torch.ones(40, 16, dtype=torch.int64)}, TypeError, "x must be bfloat16.* got torch.int64"),
+        (
+            {"x": torch.ones(40, 16, dtype=torch.int64)},
+            TypeError,
+            "x must be bfloat16.* got torch.int64",
+        ),
         ({"weight": torch.ones(24, 16)}, ValueError, r"weight must be \[E, N, K\], got \[24, 16\]"),
         (
             {"weight": torch.ones(4, 24, 16, dtype=FP64)},
             TypeError,
             "weight must have x's dtype torch.float32, got torch.float64",
         ),
-        ({"weight": torch.ones(4, 24, 16, requires_grad=True)}, ValueError, "weight must be frozen"),
-        ({"bias": torch.ones(24)}, ValueError, r"bias must be \[4, 24\] to fit weight \[4, 24, 16\], got \[24\]"),
+        (
+            {"weight": torch.ones(4, 24, 16, requires_grad=True)},
+            ValueError,
+            "weight must be frozen",
+        ),
+        (
+            {"bias": torch.ones(24)},
+            ValueError,
+            r"bias must be \[4, 24\] to fit weight \[4, 24, 16\], got \[24\]",
+        ),
         ({"bias": torch.ones(4, 24, requires_grad=True)}, ValueError, "bias must be frozen"),
-        ({"lora_A": torch.ones(3, 3, 16)}, ValueError, r"lora_A must be \[4, r, 16\] to fit .* got \[3, 3, 16\]"),
-        ({"lora_A": torch.ones(12, 16)}, ValueError, r"lora_A must be \[4, r, 16\] to fit .* got \[12, 16\]"),
-        ({"lora_B": torch.ones(4, 24, 5)}, ValueError, r"lora_B must be \[4, 24, 3\] to fit .* got \[4, 24, 5\]"),
-        ({"lora_B": torch.ones(4, 24, 3, dtype=FP64)}, TypeError, "one dtype, got torch.float32 and torch.float64"),
-        ({"lora_B": torch.ones(4, 24, 3, device="meta")}, ValueError, "lora_B must be on x's device cpu, got meta"),
-        ({"offsets": torch.tensor([1, 2, 3])}, ValueError, r"offsets must be \[4\], each expert's end, got \[3\]"),
-        ({"offsets": torch.ones(4)}, TypeError, "offsets must be int32 or int64, got torch.float32"),
+        (
+            {"lora_A": torch.ones(3, 3, 16)},
+            ValueError,
+            r"lora_A must be \[4, r, 16\] to fit .* got \[3, 3, 16\]",
+        ),
+        (
+            {"lora_A": torch.ones(12, 16)},
+            ValueError,
+            r"lora_A must be \[4, r, 16\] to fit .* got \[12, 16\]",
+        ),
+        (
+            {"lora_B": torch.ones(4, 24, 5)},
+            ValueError,
+            r"lora_B must be \[4, 24, 3\] to fit .* got \[4, 24, 5\]",
+        ),
+        (
+            {"lora_B": torch.ones(4, 24, 3, dtype=FP64)},
+            TypeError,
+            "one dtype, got torch.float32 and torch.float64",
+        ),
+        (
+            {"lora_B": torch.ones(4, 24, 3, device="meta")},
+            ValueError,
+            "lora_B must be on x's device cpu, got meta",
+        ),
+        (
+            {"offsets": torch.tensor([1, 2, 3])},
+            ValueError,
+            r"offsets must be \[4\], each expert's end, got \[3\]",
+        ),
+        (
+            {"offsets": torch.ones(4)},
+            TypeError,
+            "offsets must be int32 or int64, got torch.float32",
+        ),
         (
             {"offsets": torch.ones(4, dtype=torch.int32, device="meta")},
             ValueError,
@@ -274,7 +350,11 @@ def test_opcheck_and_torch_compile_without_a_break(p):
             ValueError,
             "must not descend from 0 on, got -1 of expert 0 behind 0",
         ),
-        ({"offsets": torch.tensor([5, 9, 9, 41])}, ValueError, "offsets must end within the 40 rows of x, got 41"),
+        (
+            {"offsets": torch.tensor([5, 9, 9, 41])},
+            ValueError,
+            "offsets must end within the 40 rows of x, got 41",
+        ),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be .* got 1.0"),
         ({"scaling": torch.tensor(1.7)}, TypeError, "scaling must be a number, got a Tensor"),
     ],
@@ -282,7 +362,10 @@ def test_opcheck_and_torch_compile_without_a_break(p):
 def test_errors(changes, error, message):
     given = make(Experts())
     names = ("x", "weight", "bias", "lora_A", "lora_B", "offsets")
-    good: dict[str, Any] = {name: given[name] for name in names} | {"scaling": 1.7, "dropout_p": 0.3}
+    good: dict[str, Any] = {name: given[name] for name in names} | {
+        "scaling": 1.7,
+        "dropout_p": 0.3,
+    }
     state = torch.get_rng_state()
     with pytest.raises(error, match=message):
         lora_experts(**(good | changes))

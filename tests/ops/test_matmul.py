@@ -1,4 +1,6 @@
-"""The CPU's libraries, forced: float32 by oneDNN, which only AMD's processors choose, and low precision by float32."""
+"""The CPU's libraries, forced: float32 by oneDNN, which only AMD's processors choose, and low
+precision by float32.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,24 @@ def onednn(monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("size", [(1, 5, 3), (2, 16, 16), (7, 33, 20), (1, 64, 1), (130, 1, 31)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 5, 3), (2, 16, 16), (7, 33, 20), (1, 64, 1), (130, 1, 31)], ids=str
+)
 def test_any_strides_are_no_worse_than_mkls(size, bias, onednn):
     m, k, n = size
-    a, b = (torch.randn(*shape, generator=torch.Generator().manual_seed(m)) for shape in ((m, k), (k, n)))
+    a, b = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(m))
+        for shape in ((m, k), (k, n))
+    )
     added = torch.linspace(-1, 1, n) if bias else None
     as_columns = [a.t().contiguous().t(), torch.stack((a, a), -1)[..., 0]]
     for left in (a, *as_columns):
-        for right in (b, b.t().contiguous().t(), torch.stack((b, b), 1)[:, 0], torch.stack((b, b), -1)[..., 0]):
+        for right in (
+            b,
+            b.t().contiguous().t(),
+            torch.stack((b, b), 1)[:, 0],
+            torch.stack((b, b), -1)[..., 0],
+        ):
             expected = a.double() @ b.double() + (0 if added is None else added.double())
             baseline = a @ b + (0 if added is None else added)
             assert_no_worse(torch_path.wide_product(left, right, added), expected, baseline)
@@ -48,7 +60,9 @@ def test_any_strides_are_no_worse_than_mkls(size, bias, onednn):
     assert_no_worse(found, a.double() @ b.double() + 1, a @ b + 1)
 
 
-@pytest.mark.parametrize("case", [Case("linear", (37,), (5,), (3,)), small("linear", p=0.3), small("group")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case("linear", (37,), (5,), (3,)), small("linear", p=0.3), small("group")], ids=str
+)
 def test_layers_match_the_oracle(case, onednn):
     case = case.but(backend="torch")
     check(case, run(case))
@@ -66,9 +80,15 @@ def test_which_library(onednn, monkeypatch):
     assert products_of(case) == products_of(few) == ONEDNN
     with torch.backends.mkldnn.flags(enabled=False):
         assert products_of(case) == MKL
-    for dtype, multiplied, products in ((FP64, True, MKL), (BF16, True, MKL), (BF16, False, ONEDNN)):
+    for dtype, multiplied, products in (
+        (FP64, True, MKL),
+        (BF16, True, MKL),
+        (BF16, False, ONEDNN),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied))
+            patch.setattr(
+                torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied)
+            )
             assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == products
     with monkeypatch.context() as patch:
         patch.setattr(torch_path, "ONEDNN_HELPS", False)
@@ -101,7 +121,11 @@ def test_compiled_layers_take_it_and_exported_ones_do_not(onednn):
     assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
     for strict in (False, True):
         exported = torch.export.export(layer.eval(), (x,), strict=strict)
-        graphs = [part for part in exported.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+        graphs = [
+            part
+            for part in exported.graph_module.modules()
+            if isinstance(part, torch.fx.GraphModule)
+        ]
         called = [str(node.target) for part in graphs for node in part.graph.nodes]
         assert any("aten" in name for name in called)
         assert not [name for name in called if "stablelora" in name or "mkldnn" in name]
@@ -125,10 +149,16 @@ def multiplied_dtypes(case):
     """The dtypes of the operands of all products of matrices."""
     with Operators() as operators:
         found = run(case)
-    products = [args for func, args, _ in operators.calls if func.name().split("::")[1].startswith(("mm", "addmm"))]
+    products = [
+        args
+        for func, args, _ in operators.calls
+        if func.name().split("::")[1].startswith(("mm", "addmm"))
+    ]
     assert len(products) > 2
     # The base of a lone branch is made in float64.
-    return found, {t.dtype for args in products for t in args if isinstance(t, torch.Tensor)} - {FP64}
+    return found, {t.dtype for args in products for t in args if isinstance(t, torch.Tensor)} - {
+        FP64
+    }
 
 
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "nf4", "mlp"])
@@ -153,12 +183,19 @@ def test_low_precision_without_instructions_runs_in_float32(op, without_instruct
 
 @pytest.mark.parametrize("op", ["linear", "mlp"])
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
-def test_a_quantized_weight_is_rounded_before_it_is_multiplied_in_float32(kind, op, without_instructions):
-    """The results are those of the same weight in x's dtype, as everywhere, and as the base layer computes them."""
+def test_a_quantized_weight_is_rounded_before_it_is_multiplied_in_float32(
+    kind, op, without_instructions
+):
+    """The results are those of the same weight in x's dtype, as everywhere, and as the base layer
+    computes them.
+    """
     for dtype in (BF16, FP16):
         case = small(op, dtype=dtype, quantized=(kind,), backend="torch")
         operands = make(case)
-        dequantized = {name: plain(t, dtype) if name.startswith("weight") else t for name, t in operands.items()}
+        dequantized = {
+            name: plain(t, dtype) if name.startswith("weight") else t
+            for name, t in operands.items()
+        }
         assert_close(run(case, operands), run(case, dequantized))
 
 
@@ -166,7 +203,9 @@ def test_a_quantized_weight_is_rounded_before_it_is_multiplied_in_float32(kind, 
 ANSWERS = {"neither": (), "bf16": (BF16,), "fp16": (FP16,), "both": (BF16, FP16)}
 
 
-@pytest.fixture(params=[(answer, onednn) for answer in ANSWERS for onednn in ("on", "off")], ids="-".join)
+@pytest.fixture(
+    params=[(answer, onednn) for answer in ANSWERS for onednn in ("on", "off")], ids="-".join
+)
 def processor(request, monkeypatch):
     """Each answer of the query in turn, with oneDNN on and off."""
     answer, onednn = request.param
@@ -176,7 +215,8 @@ def processor(request, monkeypatch):
         yield
 
 
-# On both sides of the limit where the processor does not multiply the dtype, and of that where it does.
+# On both sides of the limit where the processor does not multiply the dtype, and of that where it
+# does.
 @pytest.mark.parametrize("rows", [7, 8, 70])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_every_processor_matches_the_oracle(dtype, rows, processor):
@@ -188,7 +228,11 @@ def test_every_processor_matches_the_oracle(dtype, rows, processor):
 
 @pytest.mark.parametrize("rows", [5, 8, 70])
 def test_every_processor_keeps_the_ends_of_float16(rows, processor):
-    cases = [far_reaching(op, sign, rows, "torch") for op in ("linear", "branch", "group", "mlp") for sign in (1, -1)]
+    cases = [
+        far_reaching(op, sign, rows, "torch")
+        for op in ("linear", "branch", "group", "mlp")
+        for sign in (1, -1)
+    ]
     for case, given in [*cases, with_tiny_gradients(rows, "torch")]:
         check(case, run(case, given), given)
 

@@ -1,4 +1,6 @@
-"""What ``nn.functional.linear`` allows, every op allows: in-place consumers, any default device, empty sizes, autocast, NaN."""
+"""What ``nn.functional.linear`` allows, every op allows: in-place consumers, any default device,
+empty sizes, autocast, NaN.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, FP64, Case, Operands, make, ours, run
+from stablelora_kernels.testing.cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    FP64,
+    Case,
+    Operands,
+    make,
+    ours,
+    run,
+)
 from stablelora_kernels.testing.expectations import changed, eager
 from tests.helpers.case_checks import assert_close, check
 from tests.helpers.cases import FEW, MANY, OPS, small
@@ -76,7 +89,9 @@ def test_saved_tensors_may_be_mutated_where_autograd_allows_it(op, backend):
 @pytest.mark.parametrize("sizes", [(0, 20), (24, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "mlp", "mlp without branches"])
 def test_no_columns(op, leading, sizes, backend):
-    """Eager PyTorch's results, from sums over nothing: the bias, or nothing, and gradients of zeros."""
+    """Eager PyTorch's results, from sums over nothing: the bias, or nothing, and gradients of
+    zeros.
+    """
     k, n = sizes
     case = small(op.split()[0], leading, backend=backend)
     columns = {"mlp": (n, n, 20), "group": (n, n // 2, 4)}.get(case.op, (n,))
@@ -111,20 +126,38 @@ def test_dropout_only_in_training_and_only_on_the_branch(op, rows, backend):
 
 def far_reaching(op: str, sign: int, rows: int, backend: str) -> tuple[Case, Operands]:
     """S of about 1300 and a scaling of 64: their product is no float16, G, Y and all gradients are."""
-    case = small(op, rows, dtype=FP16, lora_dtype=FP16, scalings=(sign * 64.0, -64.0, 64.0), backend=backend)
+    case = small(
+        op, rows, dtype=FP16, lora_dtype=FP16, scalings=(sign * 64.0, -64.0, 64.0), backend=backend
+    )
     given = make(case)
     for name in given:
         # The input of down is small.
         down = op == "mlp" and name[-1] == "2"
-        by = {"lora_A": 10 if down else 1000, "lora_B": 1e-3 if down else 1e-4 if op == "mlp" else 1e-2, "grad": 1e-3}
+        by = {
+            "lora_A": 10 if down else 1000,
+            "lora_B": 1e-3 if down else 1e-4 if op == "mlp" else 1e-2,
+            "grad": 1e-3,
+        }
         given[name] = given[name] * by.get(name[:-1], 1) if given[name] is not None else None
-    assert (given["x"].double() @ given["lora_A0"].double().T).abs().max() * 64 > torch.finfo(FP16).max
+    assert (given["x"].double() @ given["lora_A0"].double().T).abs().max() * 64 > torch.finfo(
+        FP16
+    ).max
     return case, given
 
 
 def with_tiny_gradients(rows: int, backend: str) -> tuple[Case, Operands]:
     """dY of 1e-6 times B is below float16's smallest normal number, though s times that is not."""
-    case = Case("linear", (rows, 48), (48,), (4,), FP16, FP16, scalings=(64.0,), bias=(False,), backend=backend)
+    case = Case(
+        "linear",
+        (rows, 48),
+        (48,),
+        (4,),
+        FP16,
+        FP16,
+        scalings=(64.0,),
+        bias=(False,),
+        backend=backend,
+    )
     given = make(case)
     given |= {"grad0": given["grad0"] * 1e-6, "lora_B0": given["lora_B0"] * 0.02}
     return case, given
@@ -140,14 +173,20 @@ def test_nan_and_infinity_go_where_eagers_go(op, rows, scaling, value, broken, b
     case = small(op, rows, scalings=(scaling,), backend=backend)
     given = make(case)
     # An op with fewer projections has its first one's operand.
-    name = next(name for name in (broken, f"{broken[:-1]}0", "grad2", "x") if isinstance(given.get(name), Tensor))
+    name = next(
+        name
+        for name in (broken, f"{broken[:-1]}0", "grad2", "x")
+        if isinstance(given.get(name), Tensor)
+    )
     given[name][(1,) * given[name].dim()] = value
     found, expected = run(case, given), eager(case, given, [None] * 3, 0.0)
     assert any(not t.isfinite().all() for t in expected.values())
     for name, t in found.items():
         # Which of NaN and infinity comes out depends on the order of a sum.
         assert torch.equal(t.isfinite(), expected[name].isfinite()), name
-        torch.testing.assert_close(t[t.isfinite()], expected[name][t.isfinite()], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            t[t.isfinite()], expected[name][t.isfinite()], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.covering
@@ -181,15 +220,21 @@ def test_db_may_be_beyond_float16(backend):
 @every_op
 def test_autocast_casts_as_linear_does(op, lora_dtype, rows, backend):
     """x, weights and biases; base_out stays as it is."""
-    case = small(op, rows, lora_dtype=lora_dtype, autocast=True, base_dtype=lora_dtype, backend=backend)
+    case = small(
+        op, rows, lora_dtype=lora_dtype, autocast=True, base_dtype=lora_dtype, backend=backend
+    )
     given = make(case)
     found = run(case, given)
-    assert found["Y0"].dtype == (case.base_dtype if op == "branch" else BF16) and found["x"].dtype == FP32
+    assert (
+        found["Y0"].dtype == (case.base_dtype if op == "branch" else BF16)
+        and found["x"].dtype == FP32
+    )
     kept = ("lora", "base_out", "grad")
     low = changed(given, lambda name, t: t if name.startswith(kept) else t.to(BF16))
     expected = run(case.but(autocast=False, dtype=BF16), low)
     for name, value in found.items():
-        # Adapters are cast on the fly or not at all: the gradients of those in float32 are not rounded to bfloat16.
+        # Adapters are cast on the fly or not at all: the gradients of those in float32 are not
+        # rounded to bfloat16.
         if name.startswith(("Y", "lora")):
             assert torch.equal(value, expected[name]), name
     check(case, found, given)
@@ -200,7 +245,9 @@ def test_autocast_casts_as_linear_does(op, lora_dtype, rows, backend):
 @pytest.mark.parametrize("rows", [FEW, 70, 130, MANY["torch"]])
 @every_op
 def test_backward_inside_autocast_is_the_forwards(op, rows, forward, backend):
-    """Autocast would make some products bfloat16 of a float32 forward, where autograd calls plain operators."""
+    """Autocast would make some products bfloat16 of a float32 forward, where autograd calls plain
+    operators.
+    """
     trained = ["x", "weight0", "bias0", "weight1", "lora_A", "lora_B"] if op != "mlp" else None
     case = small(op, rows, wanted=trained, autocast=forward, backend=backend)
     inside = forward or (op != "branch" and rows >= MANY[backend])
@@ -248,7 +295,9 @@ def test_the_meta_device_gives_shapes(op, leading, backend):
     case = small(op, leading, p=0.3, backend=backend)
     given = changed(make(case), lambda name, t: t.to("meta"))
     found = run(case, given)
-    like = given | {f"Y{i}": given["base_out" if op == "branch" else f"grad{i}"] for i in case.outputs()}
+    like = given | {
+        f"Y{i}": given["base_out" if op == "branch" else f"grad{i}"] for i in case.outputs()
+    }
     if op == "mlp":
         like["Y0"] = given["grad2"]
     for name, t in found.items():

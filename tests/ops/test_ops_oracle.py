@@ -1,4 +1,6 @@
-"""Every op against float64, bounded by eager PyTorch's own error: one table over sizes, dtypes, dropout, strides and kernels."""
+"""Every op against float64, bounded by eager PyTorch's own error: one table over sizes, dtypes,
+dropout, strides and kernels.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,26 @@ from tests.helpers.cases import DTYPES, OPS, separately, small
 from tests.helpers.largest_shares import PROPERTY
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-# x's shape, columns, rank: single, odd, prime; above one tile and above one block of ranks; multiples of 16 bytes.
+# x's shape, columns, rank: single, odd, prime; above one tile and above one block of ranks;
+# multiples of 16 bytes.
 SHAPES = [
     ((1, 1), 1, 1), ((5, 37), 53, 3), ((2, 35, 31), 17, 20), ((67, 40), 48, 20), ((70, 136), 72, 64), ((131, 75), 90, 128),
 ]  # fmt: skip
 MANY_ROWS = ((2, 260, 37), 53, 3)
 LAYOUTS = {
     "contiguous": {},
-    "transposed": dict.fromkeys(("x", "weight", "lora_A", "lora_B", "grad", "base_out"), "transposed"),
-    "apart": dict.fromkeys(("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out"), "every second"),
-    "wider": dict.fromkeys(("x", "weight", "lora_B", "base_out"), "wider") | {"lora_A": "transposed"},
+    "transposed": dict.fromkeys(
+        ("x", "weight", "lora_A", "lora_B", "grad", "base_out"), "transposed"
+    ),
+    "apart": dict.fromkeys(
+        ("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out"), "every second"
+    ),
+    "wider": dict.fromkeys(("x", "weight", "lora_B", "base_out"), "wider")
+    | {"lora_A": "transposed"},
     # Memory holds the values times -1, as that of the imaginary part of a conjugate.
-    "negated": dict.fromkeys(("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out"), "negated"),
+    "negated": dict.fromkeys(
+        ("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out"), "negated"
+    ),
     # Rows repeated by expand(), and the stride-0 gradient that sum() sends back.
     "broadcast": {"x": "expanded", "base_out": "expanded", "grad": "expanded", "bias": "expanded"},
 }
@@ -70,14 +80,18 @@ def can_do(kernel: str, case: Case) -> bool:
     for r in (r for r in case.ranks if r is not None):
         for direction in ("forward", "backward"):
             try:
-                check_possible(Call(direction, 1, 1, 1, r, case.dtype, case.lora_dtype, case.p > 0), kernel)
+                check_possible(
+                    Call(direction, 1, 1, 1, r, case.dtype, case.lora_dtype, case.p > 0), kernel
+                )
             except ValueError:
                 return False
     return True
 
 
 def build(op, shape, dtypes, p, layout, kernel, arch, tile, **options):
-    """The call of a row of the table, or None if no call is one, or if twice eager PyTorch's error bounds no result of it."""
+    """The call of a row of the table, or None if no call is one, or if twice eager PyTorch's error
+    bounds no result of it.
+    """
     shape, n, r = shape
     sizes, ranks, scalings = (n,), (r,), Case.scalings
     if op == "group":
@@ -85,11 +99,22 @@ def build(op, shape, dtypes, p, layout, kernel, arch, tile, **options):
     elif op == "mlp":
         sizes, ranks, scalings = (n, n, 24), (r, 3, 20), (0.5, 1.5, -0.75)
     case = Case(
-        op, shape, sizes, ranks, *dtypes, p=p, layouts=LAYOUTS[layout], bias=(r != 3, False, True), scalings=scalings
+        op,
+        shape,
+        sizes,
+        ranks,
+        *dtypes,
+        p=p,
+        layouts=LAYOUTS[layout],
+        bias=(r != 3, False, True),
+        scalings=scalings,
     )
     case = case.but(**{name: value for name, value in options.items() if value is not None})
-    # oneDNN's AMX instructions read the gaps between bfloat16 rows, in an MLP also for a projection without a branch.
-    gaps = layout == "wider" and case.dtype == BF16 and (op == "mlp" or kernel in ("torch", "vendor"))
+    # oneDNN's AMX instructions read the gaps between bfloat16 rows, in an MLP also for a projection
+    # without a branch.
+    gaps = (
+        layout == "wider" and case.dtype == BF16 and (op == "mlp" or kernel in ("torch", "vendor"))
+    )
     # By chance, eager's error of a sum of three numbers may be next to nothing.
     lone = op == "group" and shape == (1, 1) and p > 0
     # The oracle rounds as often where all rows are one.
@@ -113,14 +138,20 @@ def rows(op, **axes):
 
 
 # Of x, A and B, base_out.
-BRANCHES = [*((dtype,) * 3 for dtype in (FP64, FP32, FP16)), (BF16, FP32, BF16), (BF16, FP32, FP32), (FP32, FP32, FP16)]
+BRANCHES = [
+    *((dtype,) * 3 for dtype in (FP64, FP32, FP16)),
+    (BF16, FP32, BF16),
+    (BF16, FP32, FP32),
+    (FP32, FP32, FP16),
+]
 QUANTIZED_SHAPES = [
     ((1, 1), 1, 1), ((5, 128), 53, 3), ((2, 3, 37), 17, 20), ((70, 192), 40, 20), ((67, 100), 71, 3), ((260, 64), 48, 6),
 ]  # fmt: skip
 TABLE = [
     *rows("linear"),
     *rows("branch", dtypes=BRANCHES, kernel=["torch", "auto"]),
-    # From 512 rows on, PyTorch's operators have an autograd function of their own, without dropout too.
+    # From 512 rows on, PyTorch's operators have an autograd function of their own, without dropout
+    # too.
     *rows("linear", shape=[MANY_ROWS], kernel=["torch"], arch=ARCHES[:1], tile=TILES[:1], p=[0.0]),
     *rows("branch", shape=[MANY_ROWS], kernel=["torch"], arch=ARCHES[:1], tile=TILES[:1], p=[0.0], dtypes=BRANCHES),
     *rows("group"),
@@ -149,7 +180,8 @@ NAMED = [
         for kernel in ("fused", "split")
         if DEVICE == "cpu"
     ),
-    # A masked tile in two, four and eight parts of 16 or 32 columns, with edges inside a part and between parts.
+    # A masked tile in two, four and eight parts of 16 or 32 columns, with edges inside a part and
+    # between parts.
     *(
         Case("linear", (66, 2 * n - 24), (48,), (r,), BF16, FP32, p=0.3, arch="sm_90", tile=Tile(16, n, 16, 4, 2))
         for n, r in ((32, 8), (64, 40), (128, 8), (256, 40))
@@ -160,7 +192,8 @@ NAMED = [
         Case("linear", (300, 160), (496,), (r,), BF16, FP32, kernel=kernel, arch="sm_80", processors=3)
         for kernel, r in (("split", 16), ("chained", 40))
     ),
-    # One program computes two tiles of S, or two of dS and one of dB, while others compute the product's.
+    # One program computes two tiles of S, or two of dS and one of dB, while others compute the
+    # product's.
     *(
         Case("linear", (200, k), (n,), (16,), BF16, FP32, p=p, kernel="chained", arch=arch, processors=9)
         for arch, (k, n, p) in product(("sm_80", "sm_90"), ((96, 800, 0.0), (800, 96, 0.3)))
@@ -239,7 +272,9 @@ def test_matches_the_oracle(case, record_property):
 
 
 def test_outputs_that_nobody_uses(rows, backend):
-    """An unused projection of a group has no part in backward; with none used there are no gradients at all."""
+    """An unused projection of a group has no part in backward; with none used there are no
+    gradients at all.
+    """
     case = small("group", rows, backend=backend)
     for used in ((0,), (2,), (0, 2), (1, 2)):
         found = []
@@ -248,7 +283,9 @@ def test_outputs_that_nobody_uses(rows, backend):
             with slk.use_backend(backend):
                 ys = call(case, leaf)
             torch.autograd.backward([ys[i] for i in used], [leaf[f"grad{i}"] for i in used])
-            found.append({name: leaf[name].grad for name in case.wanted_names if leaf[name].grad is not None})
+            found.append(
+                {name: leaf[name].grad for name in case.wanted_names if leaf[name].grad is not None}
+            )
         assert_close(*found, 1e-5)
 
 
@@ -299,7 +336,9 @@ def test_dropout_keeps_the_right_share_everywhere():
 
 
 def test_dropout_below_the_grid_drops_nothing():
-    """PyTorch's path has 16 random bits: each element is dropped with the very probability that the scale uses."""
+    """PyTorch's path has 16 random bits: each element is dropped with the very probability that the
+    scale uses.
+    """
     torch.manual_seed(0)
     keep, real = draw_keep(torch.empty(1 << 21, 1), 2.0**-18)
     assert real == 0.0 and keep.all()

@@ -1,6 +1,8 @@
-"""Prepared launches: which calls share them, when they are prepared, and that nothing keeps what a call was given.
+"""Prepared launches: which calls share them, when they are prepared, and that nothing keeps what a
+call was given.
 
-``tests/fuzz/test_plans_fuzz.py`` compares random calls, and ``tests/kernels/test_null_driver.py`` Triton's own launcher.
+``tests/fuzz/test_plans_fuzz.py`` compares random calls, and ``tests/kernels/test_null_driver.py``
+Triton's own launcher.
 """
 
 from __future__ import annotations
@@ -74,9 +76,18 @@ def tuned_deterministically():
     torch.use_deterministic_algorithms(False)
 
 
-tuned, deterministic = {"within": lambda: slk.use_autotune(True)}, {"within": tuned_deterministically}
+tuned, deterministic = (
+    {"within": lambda: slk.use_autotune(True)},
+    {"within": tuned_deterministically},
+)
 CALL = Case("linear", (70, 64), (48,), (8,), BF16, FP32)
-MLP = {"op": "mlp", "sizes": (48, 48, 32), "ranks": (8, 8, 4), "scalings": (2.0, 1.5, 0.5), "p": 0.2}
+MLP = {
+    "op": "mlp",
+    "sizes": (48, 48, 32),
+    "ranks": (8, 8, 4),
+    "scalings": (2.0, 1.5, 0.5),
+    "p": 0.2,
+}
 # Two calls that differ in one thing on which launches depend, by how each differs from CALL.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shape": ({}, {"shape": (76, 64)}),
@@ -104,7 +115,9 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def called(within: Callable[[], Any] = nullcontext, **changes: Any) -> tuple[list[Any], dict[str, Tensor]]:
+def called(
+    within: Callable[[], Any] = nullcontext, **changes: Any
+) -> tuple[list[Any], dict[str, Tensor]]:
     with within():
         return run_recorded(CALL.but(**changes))
 
@@ -114,7 +127,9 @@ def test_a_call_does_not_take_anothers_launches(pair, timed):
     first, other = PAIRS[pair]
     with without_plans():
         # Twice: autotuning launches more in the first call.
-        _, (before, _), _, (launches, results) = (called(**call) for call in (first, first, other, other))
+        _, (before, _), _, (launches, results) = (
+            called(**call) for call in (first, first, other, other)
+        )
     assert before != launches
     for _ in range(3):
         called(**first)
@@ -173,10 +188,15 @@ def everything() -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
     torch.manual_seed(0)
     names = ("q_proj", "k_proj", "v_proj", "down_proj")
     model = nn.ModuleDict({name: nn.Linear(64, 64, device=DEVICE, dtype=BF16) for name in names})
-    slk.apply_lora(model, slk.LoRAConfig(r=8, lora_dropout=0.1, target_modules=[*names]), fuse_projections=True)
+    slk.apply_lora(
+        model, slk.LoRAConfig(r=8, lora_dropout=0.1, target_modules=[*names]), fuse_projections=True
+    )
     for layer in model.values():
         nn.init.normal_(layer.lora_B)
-    weights = [functional.LoRAWeights(m.weight, m.bias, m.lora_A, m.lora_B, m.scaling) for m in model.values()]
+    weights = [
+        functional.LoRAWeights(m.weight, m.bias, m.lora_A, m.lora_B, m.scaling)
+        for m in model.values()
+    ]
     stored = on_device(QUANTIZED["nf4"](64, 64), DEVICE)
 
     def forward(x):
@@ -205,7 +225,9 @@ def test_after_the_second_round_nothing_is_prepared(compiled):
         expected = results()
     for _ in range(2):
         results()
-    again = mock.patch.object(plans.PlannedOp, "_prepare", side_effect=AssertionError("prepared again"))
+    again = mock.patch.object(
+        plans.PlannedOp, "_prepare", side_effect=AssertionError("prepared again")
+    )
     with again, count_launches() as made:
         found = results()
     assert made == launches
@@ -216,7 +238,9 @@ def test_after_the_second_round_nothing_is_prepared(compiled):
 
 def layer_and_x(**options: Any) -> tuple[slk.LoRALinear, Tensor]:
     torch.manual_seed(0)
-    layer = slk.LoRALinear(64, 96, r=8, device=DEVICE, dtype=BF16, init_lora_weights=False, **options)
+    layer = slk.LoRALinear(
+        64, 96, r=8, device=DEVICE, dtype=BF16, init_lora_weights=False, **options
+    )
     return layer, torch.randn(130, 64, device=DEVICE, dtype=BF16)
 
 
@@ -249,7 +273,9 @@ def test_the_table_is_bounded_and_keeps_what_is_used(monkeypatch):
 
 
 def test_parts_of_the_scratch_memory_begin_at_aligned_addresses():
-    """A GPU reads 16 bytes at a time there. All parts are one allocation; these have 12, 10 and 256 bytes."""
+    """A GPU reads 16 bytes at a time there. All parts are one allocation; these have 12, 10 and 256
+    bytes.
+    """
     taken = Workspace()
     taken.scratch = [torch.empty(3), torch.empty(5, dtype=BF16), torch.empty(64)]
     tensors = prepared_launches._Tensors([torch.empty(4)], [torch.empty(4)], taken)
@@ -311,7 +337,9 @@ def test_operands_that_were_one_tensor_may_be_two():
 
 
 def test_a_copy_that_a_launcher_makes_is_made_in_each_call():
-    """Kernels take no stride of a bias, so its launcher copies a strided one: its launches cannot be prepared."""
+    """Kernels take no stride of a bias, so its launcher copies a strided one: its launches cannot
+    be prepared.
+    """
     given = make(CALL.but(layouts={"bias": "every second"}))
     for _ in range(4):
         given["bias0"].mul_(2)

@@ -1,4 +1,6 @@
-"""Weights in 4 and 8 bits stand for what bitsandbytes and torchao say they do, and are refused where they don't fit."""
+"""Weights in 4 and 8 bits stand for what bitsandbytes and torchao say they do, and are refused
+where they don't fit.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tensor) -> None:
-    """Theirs is ours bit for bit, and both are what the oracle rounds to, but for the float32 they are computed in."""
+    """Theirs is ours bit for bit, and both are what the oracle rounds to, but for the float32 they
+    are computed in.
+    """
     ours = weight.dequantize(dtype)
     assert ours.dtype == theirs.dtype == dtype and torch.equal(ours, theirs)
     exact = dequantized_ref(weight)
@@ -35,7 +39,9 @@ def test_fp8_reference_has_all_256_values():
 
 
 def bitsandbytes() -> Any:
-    return pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]")
+    return pytest.importorskip(
+        "bitsandbytes", reason="runs where bitsandbytes is installed: pip install .[test]"
+    )
 
 
 # How many elements are dequantized at once.
@@ -47,7 +53,8 @@ in_parts = pytest.mark.parametrize("elements", [1 << 22, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
-    ("n", "k", "blocksize"), [(48, 64, 64), (53, 37, 64), (30, 100, 128), (1, 1, 64), (65, 512, 256)]
+    ("n", "k", "blocksize"),
+    [(48, 64, 64), (53, 37, 64), (30, 100, 128), (1, 1, 64), (65, 512, 256)],
 )
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_bitsandbytes(kind, n, k, blocksize, nested, dtype, elements, monkeypatch):
@@ -55,7 +62,10 @@ def test_bitsandbytes(kind, n, k, blocksize, nested, dtype, elements, monkeypatc
     monkeypatch.setattr(quantized, "_ELEMENTS", elements)
     torch.manual_seed(n)
     packed, state = bnb.functional.quantize_4bit(
-        torch.randn(n, k, dtype=dtype), blocksize=blocksize, compress_statistics=nested, quant_type=kind
+        torch.randn(n, k, dtype=dtype),
+        blocksize=blocksize,
+        compress_statistics=nested,
+        quant_type=kind,
     )
     parameter = bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True)
     weight = NF4Weight.from_bitsandbytes(parameter)
@@ -66,9 +76,16 @@ def test_bitsandbytes(kind, n, k, blocksize, nested, dtype, elements, monkeypatc
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 def test_bitsandbytes_storage(storage):
     bnb = bitsandbytes()
-    layer = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
-    for given, got in ((layer.weight, "Params4bit"), (torch.ones(2, 2), r"Tensor of shape \[2, 2\]")):
-        with pytest.raises(TypeError, match=f"weight must be a quantized Params4bit of two dimensions, got {got}"):
+    layer = bnb.nn.Linear4bit(
+        64, 48, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage
+    )
+    for given, got in (
+        (layer.weight, "Params4bit"),
+        (torch.ones(2, 2), r"Tensor of shape \[2, 2\]"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"weight must be a quantized Params4bit of two dimensions, got {got}"
+        ):
             NF4Weight.from_bitsandbytes(given)
     layer.to("cpu")
     assert layer.weight.dtype == storage
@@ -81,7 +98,8 @@ def test_bitsandbytes_packing_for_cpus_is_refused():
     layer = bnb.nn.Linear4bit(64, 48, quant_type="nf4").to("cpu")
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(
-        ValueError, match="weight must be in bitsandbytes' usual packing, got the one that it makes on a CPU"
+        ValueError,
+        match="weight must be in bitsandbytes' usual packing, got the one that it makes on a CPU",
     ):
         NF4Weight.from_bitsandbytes(layer.weight)
 
@@ -89,14 +107,19 @@ def test_bitsandbytes_packing_for_cpus_is_refused():
 @in_parts
 def test_torchao(elements, monkeypatch):
     monkeypatch.setattr(quantized, "_ELEMENTS", elements)
-    torchao = pytest.importorskip("torchao.quantization", reason="runs where torchao is installed: pip install .[test]")
-    model = torch.nn.Sequential(torch.nn.Linear(37, 53, dtype=torch.bfloat16), torch.nn.Linear(16, 16))
+    torchao = pytest.importorskip(
+        "torchao.quantization", reason="runs where torchao is installed: pip install .[test]"
+    )
+    model = torch.nn.Sequential(
+        torch.nn.Linear(37, 53, dtype=torch.bfloat16), torch.nn.Linear(16, 16)
+    )
     torchao.quantize_(model[0], torchao.Float8WeightOnlyConfig())
     torchao.quantize_(model[1], torchao.Int8WeightOnlyConfig())
     check(FP8Weight.from_torchao(model[0].weight), torch.bfloat16, model[0].weight.dequantize())
     for given in (model[1].weight, torch.ones(2, 2)):
         with pytest.raises(
-            (TypeError, ValueError), match=r"weight must be torchao's Float8Tensor|data must be torch\.float8"
+            (TypeError, ValueError),
+            match=r"weight must be torchao's Float8Tensor|data must be torch\.float8",
         ):
             FP8Weight.from_torchao(given)
 
@@ -131,11 +154,36 @@ def test_nf4_errors(changes, error, message):
 @pytest.mark.parametrize(
     ("data", "scale", "error", "message"),
     [
-        (torch.zeros(4, 8), torch.ones(4), TypeError, "data must be torch.float8_e4m3fn, got torch.float32"),
-        (torch.zeros(4).to(torch.float8_e4m3fn), torch.ones(4), ValueError, r"data must be \[N, K\], .* got \[4\]"),
-        (torch.zeros(4, 8).to(torch.float8_e4m3fn).t(), torch.ones(8), ValueError, "data must be contiguous"),
-        (torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(8), ValueError, r"scale must be \[4\], got \[8\]"),
-        (torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(4).double(), TypeError, "scale must be torch.float32"),
+        (
+            torch.zeros(4, 8),
+            torch.ones(4),
+            TypeError,
+            "data must be torch.float8_e4m3fn, got torch.float32",
+        ),
+        (
+            torch.zeros(4).to(torch.float8_e4m3fn),
+            torch.ones(4),
+            ValueError,
+            r"data must be \[N, K\], .* got \[4\]",
+        ),
+        (
+            torch.zeros(4, 8).to(torch.float8_e4m3fn).t(),
+            torch.ones(8),
+            ValueError,
+            "data must be contiguous",
+        ),
+        (
+            torch.zeros(4, 8).to(torch.float8_e4m3fn),
+            torch.ones(8),
+            ValueError,
+            r"scale must be \[4\], got \[8\]",
+        ),
+        (
+            torch.zeros(4, 8).to(torch.float8_e4m3fn),
+            torch.ones(4).double(),
+            TypeError,
+            "scale must be torch.float32",
+        ),
     ],
 )
 def test_fp8_errors(data, scale, error, message):

@@ -1,4 +1,6 @@
-"""What the ops keep for backward and compute again there: saved bytes, masks, checkpoints, a second backward."""
+"""What the ops keep for backward and compute again there: saved bytes, masks, checkpoints, a second
+backward.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,25 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from stablelora_kernels.testing.cases import BF16, FP32, Case, forced, leaves, make, ours, results, run
+from stablelora_kernels.testing.cases import (
+    BF16,
+    FP32,
+    Case,
+    forced,
+    leaves,
+    make,
+    ours,
+    results,
+    run,
+)
 from tests.helpers.case_checks import assert_close, check, held_by
 from tests.helpers.cases import MANY, OPS, small
 from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 every_op = pytest.mark.parametrize("op", OPS)
-# A generator's state, which the PyTorch path of the MLP keeps for a mask, has 5 kB whatever the sizes.
+# A generator's state, which the PyTorch path of the MLP keeps for a mask, has 5 kB whatever the
+# sizes.
 STATE = torch.get_rng_state().nbytes
 
 
@@ -28,7 +41,8 @@ def words(width):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "nf4"])
 def test_backward_holds_each_s_and_its_mask(op, p, backend):
-    """Backward reads S for dB alone. The kernels keep the mask in words of 32 elements; PyTorch keeps a byte an element.
+    """Backward reads S for dB alone. The kernels keep the mask in words of 32 elements; PyTorch
+    keeps a byte an element.
 
     A quantized weight is not held in full: what the call holds of it is its operand.
     """
@@ -45,9 +59,13 @@ def test_backward_holds_each_s_and_its_mask(op, p, backend):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_mlp_holds_g_and_u(shared, dtype, p, backend):
-    """And each S, and each mask or the generator's state for it; x is the caller's. H and act(G) are not kept."""
+    """And each S, and each mask or the generator's state for it; x is the caller's. H and act(G)
+    are not kept.
+    """
     rows, k, f = (66, 128, 384) if backend == "triton" else (512, 256, 1024)
-    case = Case("mlp", (rows, k), (f, f, 64), (2, 2, 2), dtype, dtype, p=p, shared=shared, backend=backend)
+    case = Case(
+        "mlp", (rows, k), (f, f, 64), (2, 2, 2), dtype, dtype, p=p, shared=shared, backend=backend
+    )
     shares = 1 if shared else 2
     bits = rows * (shares * words(k) + words(f))
     masks = 0 if not p else bits if backend == "triton" else (shares + 1) * STATE
@@ -70,9 +88,9 @@ def test_fewer_rows_take_plain_operators(p, limit):
         assert (held_by(case) >= masked_x) == (is_plain and p > 0)
 
 
-# Of an MLP's gradients: the bytes that are held for them, and the products of the PyTorch path's backward. Those are of down dS
-# and dX; of gate and up each dS and dX, and the branches' part of dX in one; each dA and dB. Without dA of gate and up x is not
-# kept; without dB no S is.
+# Of an MLP's gradients: the bytes that are held for them, and the products of the PyTorch path's
+# backward. Those are of down dS and dX; of gate and up each dS and dX, and the branches' part of dX
+# in one; each dA and dB. Without dA of gate and up x is not kept; without dB no S is.
 G_AND_U, X = 2 * 70 * 40 * 4, 70 * 24 * 4
 ALONE = {
     ("x",): (G_AND_U, 3 + 5),
@@ -93,7 +111,9 @@ def test_an_mlp_saves_and_multiplies_for_requested_gradients_alone(wanted, backe
         with Operators() as operators:
             y.backward(leaf["grad2"])
     names = [
-        name for func, *_ in operators.calls if (name := func.overloadpacket.__name__) in ("mm", "addmm", "addmm_")
+        name
+        for func, *_ in operators.calls
+        if (name := func.overloadpacket.__name__) in ("mm", "addmm", "addmm_")
     ]
     assert len(names) == (products if backend == "torch" else 0), names
 
@@ -110,7 +130,9 @@ def test_without_gradients_neither_g_nor_u_is_kept(processors):
         for leaf, mode in ((trained, torch.no_grad()), (frozen, torch.enable_grad())):
             with mode, Operators() as operators:
                 assert torch.equal(ours(case, leaf)[0], expected)
-            found = [results for func, _, results in operators.calls if "lora_mlp_fwd" in func.name()]
+            found = [
+                results for func, _, results in operators.calls if "lora_mlp_fwd" in func.name()
+            ]
             kept += [[[t.numel() for t in outputs], masks] for (*outputs, masks) in found]
     assert kept == [[[70 * 20, 0, 0, 0, 0], []]] * 2
 
@@ -122,7 +144,9 @@ def test_without_gradients_neither_g_nor_u_is_kept(processors):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("op", [*OPS, "shared", "shared, trained weight"])
 def test_checkpointing_sees_the_same_masks(op, rows, reentrant, backend):
-    """Also where separate layers compute under one mask, in the forward without gradients that a checkpoint runs first."""
+    """Also where separate layers compute under one mask, in the forward without gradients that a
+    checkpoint runs first.
+    """
     case = small(op.partition(",")[0].replace("shared", "mlp"), rows, p=0.4, backend=backend)
     if "shared" in op:
         case = case.but(ranks=(6, 6, 4), shared=True)
@@ -134,30 +158,45 @@ def test_checkpointing_sees_the_same_masks(op, rows, reentrant, backend):
         outputs.append(ours(case, given | {"x": x}))
         return outputs[-1]
 
-    found = run(case, call=lambda case, leaf: checkpoint(layer, leaf["x"], leaf, use_reentrant=reentrant))
+    found = run(
+        case, call=lambda case, leaf: checkpoint(layer, leaf["x"], leaf, use_reentrant=reentrant)
+    )
     assert_close(found, run(case))
-    assert all(torch.equal(one, other) for each in outputs for one, other in zip(each, outputs[0], strict=True))
+    assert all(
+        torch.equal(one, other)
+        for each in outputs
+        for one, other in zip(each, outputs[0], strict=True)
+    )
 
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @every_op
 def test_a_second_backward_gives_the_same_gradients(op, p, rows, backend):
-    """Nothing that is saved is changed in place, and masks are drawn again. The generator stays where forward left it."""
+    """Nothing that is saved is changed in place, and masks are drawn again. The generator stays
+    where forward left it.
+    """
     case = small(op, rows, p=p, backend=backend)
     leaf = leaves(case, make(case))
-    wanted, grads = [leaf[name] for name in case.wanted_names], [leaf[f"grad{i}"] for i in case.outputs()]
+    wanted, grads = (
+        [leaf[name] for name in case.wanted_names],
+        [leaf[f"grad{i}"] for i in case.outputs()],
+    )
     with forced(case):
         ys = ours(case, leaf)
         state = torch.get_rng_state()
-        first, second = (torch.autograd.grad(ys, wanted, grads, retain_graph=True) for _ in range(2))
+        first, second = (
+            torch.autograd.grad(ys, wanted, grads, retain_graph=True) for _ in range(2)
+        )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @every_op
 def test_a_mask_drawn_again_is_the_mask(op, backend):
-    """With other numbers drawn between forward and backward, in another order, and with another seed set."""
+    """With other numbers drawn between forward and backward, in another order, and with another
+    seed set.
+    """
     cases = [small(op, p=0.4, seed=seed, backend=backend) for seed in (1, 2)]
     expected, pending = [run(case) for case in cases], []
     for case in cases:
@@ -171,7 +210,9 @@ def test_a_mask_drawn_again_is_the_mask(op, backend):
 
 
 def test_another_thread_may_draw_while_a_mask_is_drawn(monkeypatch):
-    """Backward has forward's masks, whatever is drawn from torch's generator once its state has been read."""
+    """Backward has forward's masks, whatever is drawn from torch's generator once its state has
+    been read.
+    """
     case = small("mlp", p=0.4, backend="torch")
     expected, leaf = run(case), leaves(case, make(case))
     read_state, states = torch.get_rng_state, []
@@ -200,7 +241,9 @@ SEVERAL_WORDS = (
 def test_what_is_saved_may_come_back_in_another_layout(case, backend):
     """As from a hook that keeps it elsewhere; also a mask of several words a row."""
     case = case.but(backend=backend)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t
+    ):
         check(case, run(case))
 
 

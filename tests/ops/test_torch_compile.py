@@ -1,4 +1,6 @@
-"""torch.compile, torch.export and torch.library: ops, layers and models of changing shapes, without a graph break."""
+"""torch.compile, torch.export and torch.library: ops, layers and models of changing shapes, without
+a graph break.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.helpers.small_models import fill_b, llama
 def lora_llama(fuse_projections):
     torch.manual_seed(0)
     model = llama(num_hidden_layers=1)
-    slk.apply_lora(model, slk.LoRAConfig(r=4, target_modules="all-linear"), fuse_projections=fuse_projections)
+    slk.apply_lora(
+        model, slk.LoRAConfig(r=4, target_modules="all-linear"), fuse_projections=fuse_projections
+    )
     fill_b(model)
     return model
 
@@ -77,7 +81,9 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "backend"), KINDS, indirect=["backend"])
 def test_changing_shapes(kind, backend):
-    """Below and above the rows up to which calls are made of plain operators, in training and in inference."""
+    """Below and above the rows up to which calls are made of plain operators, in training and in
+    inference.
+    """
     make, inputs = MODULES[kind]
     module = make()
     call = (lambda x: module(x).logits) if "model" in kind else module
@@ -92,11 +98,14 @@ def test_changing_shapes(kind, backend):
 
 
 @pytest.mark.skipif(
-    shutil.which("g++") is None, reason="runs where g++ is installed, which compiles inductor's code for CPUs"
+    shutil.which("g++") is None,
+    reason="runs where g++ is installed, which compiles inductor's code for CPUs",
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_inductor(dropout, backend):
-    """It draws random numbers of its own. For a given mask Y is linear in x, so that <x, dX> = <dY, Y> tells."""
+    """It draws random numbers of its own. For a given mask Y is linear in x, so that <x, dX> = <dY,
+    Y> tells.
+    """
     module = layer(dropout, bias=False).train()
     compiled = torch.compile(module, fullgraph=True)
     x, grad = torch.randn(70, 24, requires_grad=True), torch.randn(70, 20)
@@ -106,18 +115,26 @@ def test_inductor(dropout, backend):
     # Drawn anew at each call.
     assert torch.equal(compiled(x), y) == (dropout == 0)
     for training in (True, False) if dropout == 0 else (False,):
-        assert_close(results(compiled, module, x.detach(), training), results(module, module, x.detach(), training))
+        assert_close(
+            results(compiled, module, x.detach(), training),
+            results(module, module, x.detach(), training),
+        )
 
 
 def test_sizes_that_are_symbols(backend):
-    """Batch and length of a [batch, length, K] input stay free, however it is traced; an exported graph calls the op."""
+    """Batch and length of a [batch, length, K] input stay free, however it is traced; an exported
+    graph calls the op.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     module = layer().eval()
     x, other = torch.randn(3, 5, 24), torch.randn(4, 40, 24)
     sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)}
     exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,), strict=False)
-    traced = [exported.module(), make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)]
+    traced = [
+        exported.module(),
+        make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x),
+    ]
     if backend == "torch":
         traced.append(torch.jit.trace(module, x))
     for function in traced:
@@ -130,7 +147,10 @@ def test_sizes_that_are_symbols(backend):
 def test_inductors_float16(backend):
     """Inductor multiplies what addmm adds to by beta, even if that is 0."""
     module, x = layer().half(), torch.randn(1, 24).half()
-    assert_close(*(results(call, module, x, True) for call in (torch.compile(module), module)), tolerance=1e-2)
+    assert_close(
+        *(results(call, module, x, True) for call in (torch.compile(module), module)),
+        tolerance=1e-2,
+    )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -139,7 +159,9 @@ def test_export_of_a_model(fused, backend):
     exported = torch.export.export(model, (), {"input_ids": tokens(40), "use_cache": False})
     with torch.no_grad():
         expected = model(input_ids=tokens(40), use_cache=False).logits
-        torch.testing.assert_close(exported.module()(input_ids=tokens(40), use_cache=False).logits, expected)
+        torch.testing.assert_close(
+            exported.module()(input_ids=tokens(40), use_cache=False).logits, expected
+        )
 
 
 # Every op
@@ -150,16 +172,24 @@ def test_export_of_a_model(fused, backend):
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (70, 0.3)])
 @pytest.mark.parametrize("op", [*OPS, "fp8", "shared"])
 def test_torch_compile_has_no_graph_break(op, rows, p, backend):
-    case = small("mlp", rows, p=p, ranks=(6, 6, 4), shared=True) if op == "shared" else small(op, rows, p=p)
+    case = (
+        small("mlp", rows, p=p, ranks=(6, 6, 4), shared=True)
+        if op == "shared"
+        else small(op, rows, p=p)
+    )
     given, names = make(case), case.wanted_names
 
     def function(*tensors):
         return ours(case, given | dict(zip(names, tensors, strict=True)))
 
-    check_compiled(function, [given[name] for name in names], [given[f"grad{i}"] for i in case.outputs()])
+    check_compiled(
+        function, [given[name] for name in names], [given[f"grad{i}"] for i in case.outputs()]
+    )
 
 
-MIXED = small("mlp", shape=(260, 64), sizes=(16, 16, 8), dtype=BF16, quantized=("nf4 nested", "fp8", None))
+MIXED = small(
+    "mlp", shape=(260, 64), sizes=(16, 16, 8), dtype=BF16, quantized=("nf4 nested", "fp8", None)
+)
 
 
 @pytest.mark.usefixtures("poisoned_outputs")

@@ -1,4 +1,6 @@
-"""One table of StableLoRAAdamW's options: what the constructor gets, and what the float64 reference is given for it."""
+"""One table of StableLoRAAdamW's options: what the constructor gets, and what the float64 reference
+is given for it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def schedule(step: int) -> float:
 
 @dataclass
 class Row:
-    """Options of the optimizer. ``meant`` has the reference's where they differ; moments and masters are not its own."""
+    """Options of the optimizer. ``meant`` has the reference's where they differ; moments and
+    masters are not its own.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     meant: dict[str, Any] | None = None
@@ -43,11 +47,19 @@ class Row:
 
     def optimizer(self, params: Any = None, **change: Any) -> StableLoRAAdamW:
         params = self.pairs() if params is None else params
-        return StableLoRAAdamW(params, **{"seed": 5, **COMMON, **copy.deepcopy(self.options), **change})
+        return StableLoRAAdamW(
+            params, **{"seed": 5, **COMMON, **copy.deepcopy(self.options), **change}
+        )
 
     def reference(self, pairs: list[LoRAPair], lone: list[torch.Tensor]) -> StableAdamWRef:
-        own = {key: value for key, value in self.options.items() if key not in ("moments_dtype", "master_weights")}
-        return StableAdamWRef(pairs, lone, **{**COMMON, **(own if self.meant is None else self.meant)})
+        own = {
+            key: value
+            for key, value in self.options.items()
+            if key not in ("moments_dtype", "master_weights")
+        }
+        return StableAdamWRef(
+            pairs, lone, **{**COMMON, **(own if self.meant is None else self.meant)}
+        )
 
 
 LOW, WHOLE = (BF16, FP16), (FP32, FP64)

@@ -1,7 +1,8 @@
-"""What a CUDA graph does to the optimizer's step alone, without one: a capture is recorded, and a replay runs it again.
+"""What a CUDA graph does to the optimizer's step alone, without one: a capture is recorded, and a
+replay runs it again.
 
-``test_replays_are_steps`` with real graphs: tests/gpu/test_cuda_graphs.py. With the backward pass, whose gradients the graph
-owns: tests/graphed_step.
+``test_replays_are_steps`` with real graphs: tests/gpu/test_cuda_graphs.py. With the backward pass,
+whose gradients the graph owns: tests/graphed_step.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ from tests.helpers.recorded_graphs import RecordedGraphs
 from tests.helpers.steps import latches
 from tests.optim.options import BF16, FP32, FP64, OPTIONS, schedule
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py")
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py"
+)
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: OPTIONS[name].options for name in ("plain", "clipped", "lora-plus", "masters", "8-bit-moments")},
+    **{
+        name: OPTIONS[name].options
+        for name in ("plain", "clipped", "lora-plus", "masters", "8-bit-moments")
+    },
     "float64 tensors": {
         key: torch.tensor(value, dtype=FP64, device=DEVICE)
         for key, value in (("weight_decay", 0.1), ("shrink_ratio", 0.05))
@@ -56,7 +62,8 @@ def optimizers(dtype: torch.dtype = FP32, steps: int = 1, **settings: Any) -> li
     """Two alike, after some steps."""
     settings = {"shrink_ratio": 0.05, "capturable": True, "seed": 3, **settings}
     made = [
-        StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2, device=DEVICE), **settings) for _ in range(2)
+        StableLoRAAdamW(make_pairs(dtype=dtype), lr=torch.tensor(3e-2, device=DEVICE), **settings)
+        for _ in range(2)
     ]
     for optimizer in made:
         fill_grads(optimizer, 0)
@@ -69,7 +76,9 @@ def optimizers(dtype: torch.dtype = FP32, steps: int = 1, **settings: Any) -> li
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_replays_are_steps(graphs, name, dtype):
-    """New gradients each time, another lr halfway, verdicts of a GradScaler, and pairs that latch meanwhile."""
+    """New gradients each time, another lr halfway, verdicts of a GradScaler, and pairs that latch
+    meanwhile.
+    """
     both = eager, captured = optimizers(dtype, steps=0, **SETTINGS[name])
     verdict = torch.zeros(1, device=DEVICE)
     for optimizer in both:
@@ -125,7 +134,9 @@ def test_memory_is_set_aside_for_some_captures(graphs):
     for _ in range(6):
         capture()
         optimizer.step()
-    with pytest.raises(RuntimeError, match=r"no memory is reserved for their table\. Run a step between captures"):
+    with pytest.raises(
+        RuntimeError, match=r"no memory is reserved for their table\. Run a step between captures"
+    ):
         for _ in range(99):
             capture()
 
@@ -204,7 +215,9 @@ def test_tables_wait_for_every_stream_that_read_them(monkeypatch):
     stream, kept = [7], []
     monkeypatch.setattr(snapshot_module, "stream_of", lambda device: stream[0])
     monkeypatch.setattr(
-        snapshot_module, "keep_for_stream", lambda tensors: kept.append((stream[0], bool(list(tensors))))
+        snapshot_module,
+        "keep_for_stream",
+        lambda tensors: kept.append((stream[0], bool(list(tensors)))),
     )
     for stream[0] in (7, 7, 8, 8, 7):
         optimizer.step()

@@ -1,4 +1,6 @@
-"""What holds for every row of the options' table: resuming, copies, foreign state, skipped steps; and states that do not fit."""
+"""What holds for every row of the options' table: resuming, copies, foreign state, skipped steps;
+and states that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import load_moment
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import DEVICE, SHAPES, all_equal, halves, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.optimizers import (
+    DEVICE,
+    SHAPES,
+    all_equal,
+    halves,
+    make_pairs,
+    params_of,
+    set_grads,
+    snapshot,
+)
 from tests.helpers.small_models import Model, lora_config
 from tests.helpers.steps import latches, saved_and_loaded, take_step
 from tests.optim.options import FP32, OPTIONS, STORED, Row
@@ -56,7 +67,10 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     with torch.no_grad():
         for p, value in zip(halves(pairs), values, strict=True):
             p.copy_(value)
-    resumed, untouched = StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept), copy.deepcopy(state)
+    resumed, untouched = (
+        StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept),
+        copy.deepcopy(state),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.load_state_dict(state)
@@ -67,7 +81,9 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     for step in range(4, 6):
         take_step(step, straight, *others)
     for other in others:
-        assert all_equal(snapshot(straight), snapshot(other)) and latches(straight) == latches(other)
+        assert all_equal(snapshot(straight), snapshot(other)) and latches(straight) == latches(
+            other
+        )
     # The state that it was given is the caller's still.
     assert all(map(torch.equal, tensors_in(state), tensors_in(untouched)))
 
@@ -112,9 +128,12 @@ def test_a_step_on_triton_is_one_launch(option):
 def test_a_step_on_triton_reads_nothing_from_its_device(monkeypatch):
     """A read would raise on the meta device, and make the host wait for a GPU."""
     seen = []
-    monkeypatch.setattr("stablelora_kernels.optim.stable_adamw.resolve_backend", lambda device: "triton")
     monkeypatch.setattr(
-        "stablelora_kernels.launch.base.Launch.run", lambda launch, device: seen.append(launch.kernel.__name__)
+        "stablelora_kernels.optim.stable_adamw.resolve_backend", lambda device: "triton"
+    )
+    monkeypatch.setattr(
+        "stablelora_kernels.launch.base.Launch.run",
+        lambda launch, device: seen.append(launch.kernel.__name__),
     )
     pairs = [
         LoRAPair(pair.name, *(t.detach().to("meta").requires_grad_() for t in (pair.A, pair.B)))
@@ -122,7 +141,10 @@ def test_a_step_on_triton_reads_nothing_from_its_device(monkeypatch):
     ]
     on_device = {name: torch.zeros((), device="meta") for name in LIVE}
     optimizer = StableLoRAAdamW(pairs, **on_device, max_grad_norm=1.0)
-    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="meta"), torch.zeros((), device="meta")
+    optimizer.grad_scale, optimizer.found_inf = (
+        torch.ones((), device="meta"),
+        torch.zeros((), device="meta"),
+    )
     for _ in range(3):
         for p in halves(pairs):
             p.grad = torch.zeros_like(p)
@@ -162,7 +184,9 @@ STORAGES = ("tensors", "masters", "bf16-moments", "8-bit-moments", "masters-8-bi
 
 @pytest.mark.covering
 @pytest.mark.parametrize("name", STORAGES)
-@pytest.mark.parametrize("source", [*STORAGES, "amsgrad", "AdamW", "AdamW with amsgrad", "Adam", "no step"])
+@pytest.mark.parametrize(
+    "source", [*STORAGES, "amsgrad", "AdamW", "AdamW with amsgrad", "Adam", "no step"]
+)
 def test_a_state_is_converted(backend, name, source):
     """The optimizer keeps its own storage and says so, and its own options where AdamW has none."""
     row = OPTIONS[name]
@@ -196,13 +220,24 @@ def test_a_state_is_converted(backend, name, source):
     (own,), (other,) = optimizer.param_groups, given.param_groups
     assert all(own[key] == other[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad"))
     assert isinstance(own["lr"], float) or own["lr"].data_ptr() != other["lr"].data_ptr()
-    assert own["shrink_ratio"] == other.get("shrink_ratio", 0.3) and not {"foreach", "fused", "differentiable"} & {*own}
+    assert own["shrink_ratio"] == other.get("shrink_ratio", 0.3) and not {
+        "foreach",
+        "fused",
+        "differentiable",
+    } & {*own}
     for p, q in zip(params_of(optimizer), params_of(given), strict=True):
-        for key in [key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in given.state[q]]:
-            found, expected = load_moment(optimizer.state[p], key, FP32), load_moment(given.state[q], key, FP32)
+        for key in [
+            key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in given.state[q]
+        ]:
+            found, expected = (
+                load_moment(optimizer.state[p], key, FP32),
+                load_moment(given.state[q], key, FP32),
+            )
             if row.moments is torch.uint8:
                 # A step of the last fraction bit, rounded to nearest: half of an eighth.
-                assert ((expected - found).abs() <= found.abs() / 16 + 2e-5 * found.abs().max()).all()
+                assert (
+                    (expected - found).abs() <= found.abs() / 16 + 2e-5 * found.abs().max()
+                ).all()
             else:
                 assert torch.equal(found, expected.to(row.moments).float())
     take_step(1, optimizer)
@@ -235,14 +270,23 @@ WIDER = make_pairs([(8, 24, 41), *SHAPES[1:]])
 # By name a state, and the message.
 UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "SGD": (lambda: torchs("SGD"), "not StableLoRAAdamW's: its group 0 has no 'betas'"),
-    "Adam": (lambda: torchs("Adam", weight_decay=0.1), "the weight decay of its group 0, 0.1, is not decoupled"),
+    "Adam": (
+        lambda: torchs("Adam", weight_decay=0.1),
+        "the weight decay of its group 0, 0.1, is not decoupled",
+    ),
     "AdamW of two groups": (
         lambda: torchs("AdamW", slice(4), slice(4, 8)),
         "torch.optim.AdamW's with 2 parameter groups, this optimizer has 1. Hugging Face's Trainer makes two",
     ),
     "AdamW of half": (lambda: torchs("AdamW", slice(4)), "has 4 parameters, the optimizer's 8"),
-    "other names": (lambda: state(pairs=RENAMED), "has 'other0.lora_A' where the optimizer has 'layer0.lora_A'"),
-    "wider": (lambda: state(pairs=WIDER), "'exp_avg' of 'layer0.lora_A' must be [8, 40], got [8, 41]"),
+    "other names": (
+        lambda: state(pairs=RENAMED),
+        "has 'other0.lora_A' where the optimizer has 'layer0.lora_A'",
+    ),
+    "wider": (
+        lambda: state(pairs=WIDER),
+        "'exp_avg' of 'layer0.lora_A' must be [8, 40], got [8, 41]",
+    ),
     "no latch": (
         lambda: state(lambda s: s["state"][0].pop("latched_at")),
         "has no 'latched_at' tensor for 'layer0.lora_A'",
@@ -264,14 +308,22 @@ def test_a_state_that_does_not_fit_changes_nothing(name):
     make, message = UNFIT[name]
     optimizer = StableLoRAAdamW(make_pairs())
     take_step(1, optimizer)
-    before, groups, given = snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"]), make()
+    before, groups, given = (
+        snapshot(optimizer),
+        copy.deepcopy(optimizer.state_dict()["param_groups"]),
+        make(),
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.load_state_dict(given)
-    assert all_equal(snapshot(optimizer), before) and optimizer.state_dict()["param_groups"] == groups
+    assert (
+        all_equal(snapshot(optimizer), before) and optimizer.state_dict()["param_groups"] == groups
+    )
 
 
 def test_wrappers_around_a_model_do_not_matter():
-    """A state saved with one wrapper around the model loads with another, and without; pairs have one name in all."""
+    """A state saved with one wrapper around the model loads with another, and without; pairs have
+    one name in all.
+    """
     model = Model()
     apply_lora(model, lora_config())
     plain = StableLoRAAdamW.from_model(model, lr=0.25)
@@ -279,20 +331,34 @@ def test_wrappers_around_a_model_do_not_matter():
     wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager"))
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
     assert "module._orig_mod.layers.0._orig_mod.q_proj.lora_A" in dict(wrapped.named_parameters())
-    by_model, by_name = StableLoRAAdamW.from_model(wrapped), StableLoRAAdamW(wrapped.named_parameters())
+    by_model, by_name = (
+        StableLoRAAdamW.from_model(wrapped),
+        StableLoRAAdamW(wrapped.named_parameters()),
+    )
     assert [pair.name for pair in by_model.pairs] == [pair.name for pair in plain.pairs]
     for given, optimizer in ((plain, by_model), (plain, by_name), (by_name, plain)):
         optimizer.param_groups[0]["lr"] = 0.5
         optimizer.load_state_dict(given.state_dict())
-        assert all_equal(snapshot(optimizer), snapshot(plain)) and optimizer.param_groups[0]["lr"] == 0.25
+        assert (
+            all_equal(snapshot(optimizer), snapshot(plain))
+            and optimizer.param_groups[0]["lr"] == 0.25
+        )
     # Printed, it has no name of a parameter.
     first, *groups = repr(plain).split("\n")
     assert first == "StableLoRAAdamW (4 LoRA pairs)" and len(groups) == len(plain.param_groups)
-    assert "parameters): amsgrad: False, betas: (0.9, 0.999)" in groups[0] and "lora_A" not in groups[0]
+    assert (
+        "parameters): amsgrad: False, betas: (0.9, 0.999)" in groups[0]
+        and "lora_A" not in groups[0]
+    )
 
 
 def test_a_state_from_before_these_options_keeps_the_optimizers_own():
-    options = {"lr_ratio_B": 2.0, "shrink_pattern": {"layer0": 0.1}, "stop_condition": "never", "max_grad_norm": 1.0}
+    options = {
+        "lr_ratio_B": 2.0,
+        "shrink_pattern": {"layer0": 0.1},
+        "stop_condition": "never",
+        "max_grad_norm": 1.0,
+    }
     old = state()
     for key in ("amsgrad", *options):
         del old["param_groups"][0][key]

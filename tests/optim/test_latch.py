@@ -1,4 +1,6 @@
-"""Algorithm 1: when A shrinks, when its pair latches, and norms that decide nothing. No clipped step without a finite norm."""
+"""Algorithm 1: when A shrinks, when its pair latches, and norms that decide nothing. No clipped
+step without a finite norm.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
-from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.optimizers import (
+    DEVICE,
+    all_equal,
+    halves,
+    in_float64,
+    make_pairs,
+    params_of,
+    set_grads,
+    snapshot,
+)
 from tests.helpers.steps import assert_close_to, latches, take_step, take_step_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,9 +40,13 @@ def filled(a: float | None = None, b: float | None = None) -> LoRAPair:
 
 
 def test_a_latch_holds_for_good(backend):
-    """Also when B becomes the smaller, and when the stop condition becomes "never", which shrinks the other pair."""
+    """Also when B becomes the smaller, and when the stop condition becomes "never", which shrinks
+    the other pair.
+    """
     latched, live = filled(b=100.0), filled()
-    optimizer = StableLoRAAdamW([latched, LoRAPair("live", live.A, live.B)], lr=0.0, shrink_ratio=0.5, weight_decay=0.0)
+    optimizer = StableLoRAAdamW(
+        [latched, LoRAPair("live", live.A, live.B)], lr=0.0, shrink_ratio=0.5, weight_decay=0.0
+    )
     before = [pair.A.detach().clone() for pair in (latched, live)]
     take_step(0, optimizer)
     with torch.no_grad():
@@ -50,7 +65,9 @@ def test_equal_norms_latch(backend):
 
 
 def test_an_a_without_a_gradient_does_not_latch(backend):
-    """B's norm is the larger from the start, so the pair latches in the first step in which A has a gradient."""
+    """B's norm is the larger from the start, so the pair latches in the first step in which A has a
+    gradient.
+    """
     pair = filled(b=100.0)
     optimizer = StableLoRAAdamW([pair], lr=1e-2, shrink_ratio=0.5)
     a = pair.A.detach().clone()
@@ -86,7 +103,9 @@ def test_a_shrinks_at_any_rate(backend, lr):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_decides_nothing_and_is_reported(backend, stop_condition, value):
     good, bad = make_pairs([(4, 8, 8), (4, 8, 8)])
-    optimizer = StableLoRAAdamW([good, bad], lr=0.0, shrink_ratio=0.5, weight_decay=0.0, stop_condition=stop_condition)
+    optimizer = StableLoRAAdamW(
+        [good, bad], lr=0.0, shrink_ratio=0.5, weight_decay=0.0, stop_condition=stop_condition
+    )
     with torch.no_grad():
         bad.B[0, 0] = value
     before = [pair.A.detach().clone() for pair in (good, bad)]
@@ -94,7 +113,9 @@ def test_a_norm_that_is_not_finite_decides_nothing_and_is_reported(backend, stop
     torch.testing.assert_close(good.A.detach(), before[0] / 2, rtol=1e-6, atol=0)
     assert torch.equal(bad.A, before[1]) and optimizer.state[bad.A]["latched_at"].item() == 0
     for sync in (optimizer.stability, optimizer.state_dict):
-        with pytest.raises(RuntimeError, match=r"pair 'layer1' holds values that are not finite.*\|\|B\|\|_F = "):
+        with pytest.raises(
+            RuntimeError, match=r"pair 'layer1' holds values that are not finite.*\|\|B\|\|_F = "
+        ):
             sync()
 
 
@@ -110,7 +131,8 @@ def scaled_pairs(a: float, b: float) -> list[LoRAPair]:
     return pairs
 
 
-# Of B's elements on those of A, so that A is larger than B over their widths, or smaller, by 1 % and by much.
+# Of B's elements on those of A, so that A is larger than B over their widths, or smaller, by 1 %
+# and by much.
 @pytest.mark.covering
 @pytest.mark.parametrize("b", [0.0, 1e-3, 0.5, 50.0])
 @pytest.mark.parametrize("a", [1e30, 1e19, 1e-17, 1e-25, 1e-35])
@@ -118,7 +140,10 @@ def scaled_pairs(a: float, b: float) -> list[LoRAPair]:
 def test_the_reference_decides_alike(a, b, stop_condition):
     pairs = scaled_pairs(a, a * b)
     options = {"lr": 0.0, "shrink_ratio": 0.25, "stop_condition": stop_condition}
-    oracle, optimizer = StableAdamWRef(in_float64(pairs), **options), StableLoRAAdamW(pairs, **options)
+    oracle, optimizer = (
+        StableAdamWRef(in_float64(pairs), **options),
+        StableLoRAAdamW(pairs, **options),
+    )
     with use_backend("torch"):
         for step in range(3):
             take_step_with(oracle, optimizer, step)
@@ -133,7 +158,9 @@ def test_a_gpus_limits_are_told(backend, a, told, recwarn):
     for read in (optimizer.stability, optimizer.state_dict):
         recwarn.clear()
         read()
-        messages = [str(w.message) for w in recwarn if "are outside 1e-15 to 1e+19" in str(w.message)]
+        messages = [
+            str(w.message) for w in recwarn if "are outside 1e-15 to 1e+19" in str(w.message)
+        ]
         assert len(messages) == (len(pairs) if told and backend != "torch" else 0)
     if backend == "torch" or not told:
         assert set(latches(optimizer).values()) == {None}
@@ -150,7 +177,9 @@ def test_a_step_without_a_finite_norm_is_not_taken(backend, value, place, max_gr
     options = {"lr": 0.3, "shrink_ratio": 0.1}
     optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=max_grad_norm, **options)
     # An infinite bound clips nothing.
-    other = StableLoRAAdamW(make_pairs(), max_grad_norm=None if max_grad_norm == math.inf else max_grad_norm, **options)
+    other = StableLoRAAdamW(
+        make_pairs(), max_grad_norm=None if max_grad_norm == math.inf else max_grad_norm, **options
+    )
     for step in range(6):
         if step not in (0, 3, 4):
             take_step(step, optimizer, other)
@@ -163,7 +192,8 @@ def test_a_step_without_a_finite_norm_is_not_taken(backend, value, place, max_gr
     assert optimizer.nonfinite_steps == 3 and other.nonfinite_steps == 0
     assert all_equal(snapshot(optimizer), snapshot(other))
     with pytest.warns(
-        RuntimeWarning, match=re.escape("3 steps were skipped because the norm of their gradients was not finite")
+        RuntimeWarning,
+        match=re.escape("3 steps were skipped because the norm of their gradients was not finite"),
     ):
         assert any(s.latched_at for s in optimizer.stability())
     # Reported once.

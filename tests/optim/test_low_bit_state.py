@@ -1,4 +1,6 @@
-"""Few bits: moments in 8 bits by blocks and in bfloat16, and float32 masters of low-precision parameters."""
+"""Few bits: moments in 8 bits by blocks and in bfloat16, and float32 masters of low-precision
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ import torch
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import BLOCK, MOMENT_WORD, load_moment
 from stablelora_kernels.reference import stochastic_round_ref
-from stablelora_kernels.reference.optimizer import mix32, moment8_ref, moment_noise_ref, rounding_noise_ref
+from stablelora_kernels.reference.optimizer import (
+    mix32,
+    moment8_ref,
+    moment_noise_ref,
+    rounding_noise_ref,
+)
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.steps import take_step
 from tests.optim.options import BF16, FP32, FP64
@@ -19,12 +26,20 @@ from tests.optim.options import BF16, FP32, FP64
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def after_a_step(moments: torch.dtype, bad: float = 0.0) -> tuple[StableLoRAAdamW, torch.Tensor, dict[str, Any]]:
-    """An optimizer, A's gradient, over 6 orders of magnitude in a block and more between blocks, and A's state after it."""
+def after_a_step(
+    moments: torch.dtype, bad: float = 0.0
+) -> tuple[StableLoRAAdamW, torch.Tensor, dict[str, Any]]:
+    """An optimizer, A's gradient, over 6 orders of magnitude in a block and more between blocks,
+    and A's state after it.
+    """
     (pair,) = make_pairs([(4, 8, 600)])
-    optimizer = StableLoRAAdamW([pair], lr=0.0, weight_decay=0.0, betas=(0.5, 0.5), moments_dtype=moments, seed=7)
+    optimizer = StableLoRAAdamW(
+        [pair], lr=0.0, weight_decay=0.0, betas=(0.5, 0.5), moments_dtype=moments, seed=7
+    )
     generator = torch.Generator().manual_seed(4)
-    grad = torch.randn(2400, generator=generator) * 10 ** (-6 * torch.rand(2400, generator=generator))
+    grad = torch.randn(2400, generator=generator) * 10 ** (
+        -6 * torch.rand(2400, generator=generator)
+    )
     grad[BLOCK : 2 * BLOCK] *= 1e-5
     grad[BLOCK + 3] = bad
     pair.A.grad = grad.view(4, 600).to(DEVICE)
@@ -34,7 +49,9 @@ def after_a_step(moments: torch.dtype, bad: float = 0.0) -> tuple[StableLoRAAdam
 
 @pytest.mark.parametrize("moments", [BF16, torch.uint8])
 def test_both_moments_are_the_references(backend, moments):
-    """In its format, rounded by its noise. Halves of gradients and of their squares are exact in float32."""
+    """In its format, rounded by its noise. Halves of gradients and of their squares are exact in
+    float32.
+    """
     optimizer, grad, state = after_a_step(moments)
     kept = {}
     for which, (name, exact) in enumerate((("exp_avg", grad / 2), ("exp_avg_sq", grad * grad / 2))):
@@ -44,15 +61,21 @@ def test_both_moments_are_the_references(backend, moments):
             values = [exact[i].item() for i in indices]
             if moments is BF16:
                 noises = [moment_noise_ref(7, 1, i)[which] for i in indices]
-                expected = [stochastic_round_ref(x, BF16, noise) for x, noise in zip(values, noises, strict=True)]
+                expected = [
+                    stochastic_round_ref(x, BF16, noise)
+                    for x, noise in zip(values, noises, strict=True)
+                ]
             else:
                 noises = [mix32(rounding_noise_ref(7, 1, i) + MOMENT_WORD) for i in indices]
                 noises = [mix32(noise + MOMENT_WORD) for noise in noises] if which else noises
                 expected, scale = moment8_ref(values, noises, signed=not which)
-                assert state[f"{name}_scale"][start // BLOCK].item() == pytest.approx(scale, rel=1e-6)
+                assert state[f"{name}_scale"][start // BLOCK].item() == pytest.approx(
+                    scale, rel=1e-6
+                )
             wrong = (found[start : start + BLOCK] - torch.tensor(expected, dtype=FP64)).abs()
             off += int((wrong > 2e-6 * found[start : start + BLOCK].abs()).sum())
-        # x / scale is rounded to float32 where the reference is exact: a draw may fall on the other side, seldom.
+        # x / scale is rounded to float32 where the reference is exact: a draw may fall on the other
+        # side, seldom.
         assert off <= (0 if moments is BF16 else 2)
         kept[name] = load_moment(state, name, FP32).clone()
     # Halves have the codes of the whole.

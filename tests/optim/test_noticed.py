@@ -1,6 +1,8 @@
-"""What a step notices of all that may change between two steps, on every path and for every kind of state.
+"""What a step notices of all that may change between two steps, on every path and for every kind of
+state.
 
-The step after a change is that of a fresh optimizer which is given everything as it is now, and has seen nothing else.
+The step after a change is that of a fresh optimizer which is given everything as it is now, and has
+seen nothing else.
 """
 
 from __future__ import annotations
@@ -18,14 +20,23 @@ from stablelora_kernels.optim.snapshot import LIVE, Snapshot
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.launches import count_launches
-from tests.helpers.optimizers import DEVICE, WRITES, all_equal, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.optimizers import (
+    DEVICE,
+    WRITES,
+    all_equal,
+    make_pairs,
+    params_of,
+    set_grads,
+    snapshot,
+)
 from tests.helpers.steps import latches, take_step
 from tests.optim.options import BF16, FP16, FP32, FP64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Change = Callable[[StableLoRAAdamW, Tensor], Any]
-# By dtype of the parameters, and options. The pair that changes is square, so that it can be transposed.
+# By dtype of the parameters, and options. The pair that changes is square, so that it can be
+# transposed.
 STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (FP32, {}),
     "masters": (BF16, {"master_weights": True, "max_grad_norm": 0.1}),
@@ -36,10 +47,18 @@ TENSOR = torch.tensor(0.5, device=DEVICE)
 
 
 def trained(storage: str) -> StableLoRAAdamW:
-    """An optimizer of two groups after three steps on gradients that stay where they are. No pair has latched."""
+    """An optimizer of two groups after three steps on gradients that stay where they are. No pair
+    has latched.
+    """
     dtype, options = STORAGES[storage]
-    pairs = [LoRAPair(p.name, *(torch.nn.Parameter(t.detach()) for t in (p.A, p.B))) for p in make_pairs(SHAPES, dtype)]
-    groups = [{"params": pairs[:2]}, {"params": pairs[2:], "lr": torch.tensor([2e-3], dtype=FP64, device=DEVICE)}]
+    pairs = [
+        LoRAPair(p.name, *(torch.nn.Parameter(t.detach()) for t in (p.A, p.B)))
+        for p in make_pairs(SHAPES, dtype)
+    ]
+    groups = [
+        {"params": pairs[:2]},
+        {"params": pairs[2:], "lr": torch.tensor([2e-3], dtype=FP64, device=DEVICE)},
+    ]
     optimizer = StableLoRAAdamW(groups, lr=1e-3, shrink_ratio=0.05, seed=1, **options)
     set_grads(params_of(optimizer), 0)
     for _ in range(3):
@@ -53,9 +72,13 @@ def cloned(t: Any) -> Any:
 
 
 def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
-    """A fresh optimizer with the groups of another and, contiguous and in memory of their own, its values, state, gradients."""
+    """A fresh optimizer with the groups of another and, contiguous and in memory of their own, its
+    values, state, gradients.
+    """
     twins = {p: torch.nn.Parameter(p.detach().clone()) for p in params_of(optimizer)}
-    groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in optimizer.param_groups]
+    groups = [
+        {**group, "params": [twins[p] for p in group["params"]]} for group in optimizer.param_groups
+    ]
     other = StableLoRAAdamW(groups, **optimizer.storage._asdict())
     for p, twin in twins.items():
         if p in optimizer.state:
@@ -76,7 +99,9 @@ def misaligned(p: Tensor) -> None:
 
 def same_memory_in_another_dtype(p: Tensor) -> None:
     p.grad.fill_(2.0**-7)
-    p.grad.data = p.grad.data.flatten().view(BF16 if p.dtype is FP32 else FP16)[: p.numel()].view(p.shape)
+    p.grad.data = (
+        p.grad.data.flatten().view(BF16 if p.dtype is FP32 else FP16)[: p.numel()].view(p.shape)
+    )
 
 
 GRADIENTS: dict[str, Change] = {
@@ -117,14 +142,20 @@ def move_to_another_group(o: StableLoRAAdamW) -> None:
 
 
 STATE: dict[str, Change] = {
-    "another tensor": lambda o, p: o.state[p].update(exp_avg=torch.ones_like(o.state[p]["exp_avg"])),
-    "a moment in other strides": lambda o, p: o.state[p].update(exp_avg=o.state[p]["exp_avg"].t().clone()),
+    "another tensor": lambda o, p: o.state[p].update(
+        exp_avg=torch.ones_like(o.state[p]["exp_avg"])
+    ),
+    "a moment in other strides": lambda o, p: o.state[p].update(
+        exp_avg=o.state[p]["exp_avg"].t().clone()
+    ),
     "another step": lambda o, p: o.state[p].update(step=torch.tensor(7.0, device=DEVICE)),
     "a moment that is gone": lambda o, p: o.state[p].pop("exp_avg"),
     "an entry that is gone": lambda o, p: o.state.pop(p),
     "a state that is cleared": lambda o, p: o.state.clear(),
     "another dict": lambda o, p: setattr(
-        o, "state", {q: {key: t.clone() for key, t in entry.items()} for q, entry in o.state.items()}
+        o,
+        "state",
+        {q: {key: t.clone() for key, t in entry.items()} for q, entry in o.state.items()},
     ),
 }
 GROUPS: dict[str, Change] = {
@@ -149,12 +180,21 @@ CHANGES = GRADIENTS | WRITES | STATE | GROUPS
 # What codes of 8 bits cannot have.
 FLOATS = ("a moment in other strides", "amsgrad: True")
 # The steps of the parameter after the one that follows, where it is not the fourth.
-STEPS = {"no gradient": 3, "another step": 8, "an entry that is gone": 1, "a state that is cleared": 1}
+STEPS = {
+    "no gradient": 3,
+    "another step": 8,
+    "an entry that is gone": 1,
+    "a state that is cleared": 1,
+}
 
 
 # Each by day with one storage, at night with all.
 CASES = [
-    pytest.param(name, storage, marks=() if storage == possible[place % len(possible)] else pytest.mark.nightly)
+    pytest.param(
+        name,
+        storage,
+        marks=() if storage == possible[place % len(possible)] else pytest.mark.nightly,
+    )
     for place, name in enumerate(CHANGES)
     for possible in [[storage for storage in STORAGES if storage != "8 bits" or name not in FLOATS]]
     for storage in possible
@@ -244,7 +284,11 @@ def test_a_change_that_does_not_fit_is_named_before_anything_changes(backend, na
     storage, change, message = REFUSED[name]
     optimizer = trained(storage)
     p, before = optimizer.pairs[1].B, snapshot(optimizer)
-    entry, grad, groups = dict(optimizer.state[p]), p.grad, [dict(group) for group in optimizer.param_groups]
+    entry, grad, groups = (
+        dict(optimizer.state[p]),
+        p.grad,
+        [dict(group) for group in optimizer.param_groups],
+    )
     groups[1]["params"] = list(groups[1]["params"])
     change(optimizer, p)
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""What StableLoRAAdamW refuses to be made of: each message names the argument and its value. At a step: test_noticed."""
+"""What StableLoRAAdamW refuses to be made of: each message names the argument and its value. At a
+step: test_noticed.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,13 @@ from tests.helpers.steps import take_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def lora(a: tuple[int, ...] = (2, 4), b: tuple[int, ...] = (4, 2)) -> list[tuple[str, torch.Tensor]]:
-    return [("q.lora_A", torch.ones(a, requires_grad=True)), ("q.lora_B", torch.zeros(b, requires_grad=True))]
+def lora(
+    a: tuple[int, ...] = (2, 4), b: tuple[int, ...] = (4, 2)
+) -> list[tuple[str, torch.Tensor]]:
+    return [
+        ("q.lora_A", torch.ones(a, requires_grad=True)),
+        ("q.lora_B", torch.zeros(b, requires_grad=True)),
+    ]
 
 
 NUMBER = "must be a finite number in"
@@ -26,20 +33,40 @@ MOMENTS = "moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": math.nan}, ValueError, f"lr {NUMBER} [0, inf), got nan"),
     ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3' of type str"),
-    ({"lr": torch.zeros(2)}, ValueError, "lr as a tensor must be a 0-d floating-point one, got [2] of torch.float32"),
+    (
+        {"lr": torch.zeros(2)},
+        ValueError,
+        "lr as a tensor must be a 0-d floating-point one, got [2] of torch.float32",
+    ),
     ({"lr": torch.tensor(math.nan)}, ValueError, f"lr {NUMBER} [0, inf), got nan"),
     ({"betas": (0.9, 1.0)}, ValueError, f"betas[1] {NUMBER} [0, 1), got 1.0"),
     ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
-    ({"betas": (0.9, torch.zeros(2))}, ValueError, "betas[1] as a tensor must be a 0-d floating-point one on the CPU"),
+    (
+        {"betas": (0.9, torch.zeros(2))},
+        ValueError,
+        "betas[1] as a tensor must be a 0-d floating-point one on the CPU",
+    ),
     ({"eps": -1e-8}, ValueError, f"eps {NUMBER} [0, inf), got -1e-08"),
     ({"weight_decay": math.inf}, ValueError, f"weight_decay {NUMBER} [0, inf), got inf"),
     ({"shrink_ratio": 1.0}, ValueError, f"shrink_ratio {NUMBER} [0, 1), got 1.0"),
     ({"lr_ratio_B": 0.0}, ValueError, f"lr_ratio_B {NUMBER} (0, inf), got 0.0"),
-    ({"stop_condition": "norms"}, ValueError, "stop_condition must be one of 'norm', 'never', got 'norms'"),
+    (
+        {"stop_condition": "norms"},
+        ValueError,
+        "stop_condition must be one of 'norm', 'never', got 'norms'",
+    ),
     ({"shrink_pattern": {"q9": 0.1}}, ValueError, "shrink_pattern 'q9' matches none of the 1 pair"),
     ({"shrink_pattern": {"q": 1.0}}, ValueError, f"shrink_pattern['q'] {NUMBER} [0, 1), got 1.0"),
-    ({"shrink_pattern": {"(": 0.1}}, ValueError, "shrink_pattern must be a regular expression, got '('"),
-    ({"shrink_pattern": [("q", 0.1)]}, TypeError, "shrink_pattern must be a dict of name patterns, got [("),
+    (
+        {"shrink_pattern": {"(": 0.1}},
+        ValueError,
+        "shrink_pattern must be a regular expression, got '('",
+    ),
+    (
+        {"shrink_pattern": [("q", 0.1)]},
+        TypeError,
+        "shrink_pattern must be a dict of name patterns, got [(",
+    ),
     ({"maximize": 1}, TypeError, "maximize must be a bool, got 1 of type int"),
     ({"seed": 2**63}, ValueError, f"seed must be below 2**63, got {2**63}"),
 ]
@@ -47,16 +74,32 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 BAD_FOR_ALL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_grad_norm": 0.0}, ValueError, f"max_grad_norm {NUMBER} (0, inf), got 0.0"),
     ({"max_grad_norm": -math.inf}, ValueError, f"max_grad_norm {NUMBER} (0, inf), got -inf"),
-    ({"shrink_schedule": 0.1}, TypeError, "shrink_schedule must be a function of the step, got 0.1"),
+    (
+        {"shrink_schedule": 0.1},
+        TypeError,
+        "shrink_schedule must be a function of the step, got 0.1",
+    ),
     ({"moments_dtype": torch.float16}, ValueError, f"{MOMENTS}, got torch.float16"),
-    ({"moments_dtype": torch.bfloat16, "amsgrad": True}, ValueError, "amsgrad=True needs moments_dtype=torch.float32"),
+    (
+        {"moments_dtype": torch.bfloat16, "amsgrad": True},
+        ValueError,
+        "amsgrad=True needs moments_dtype=torch.float32",
+    ),
 ]
 
 
 # What a group more can be wrong in, beyond its hyperparameters.
 BAD_GROUPS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"max_grad_norm": 2.0}, ValueError, "max_grad_norm must be one value for all groups, got 1.0 and 2.0"),
-    ({"shrink_pattern": {"layer7": 0.1}}, ValueError, "shrink_pattern 'layer7' matches none of the 1 pair"),
+    (
+        {"max_grad_norm": 2.0},
+        ValueError,
+        "max_grad_norm must be one value for all groups, got 1.0 and 2.0",
+    ),
+    (
+        {"shrink_pattern": {"layer7": 0.1}},
+        ValueError,
+        "shrink_pattern 'layer7' matches none of the 1 pair",
+    ),
     ({"params": lora()[:1]}, ValueError, "pair 'q' has lora_A [2, 4] but no lora_B"),
 ]
 
@@ -72,7 +115,9 @@ def test_a_bad_group_is_not_added(change, error, message):
     pair = [(f"layer.{name}", p) for name, p in lora()]
     optimizer = StableLoRAAdamW(pair, max_grad_norm=1.0, shrink_pattern={"layer.q": 0.1})
     with pytest.raises(error, match=re.escape(message)):
-        optimizer.add_param_group({"params": [("head", torch.ones(1, requires_grad=True))], **change})
+        optimizer.add_param_group(
+            {"params": [("head", torch.ones(1, requires_grad=True))], **change}
+        )
     assert len(optimizer.param_groups) == 1
     # The first group's pattern need not match in the second.
     optimizer.add_param_group({"params": lora()})

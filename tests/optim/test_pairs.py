@@ -29,12 +29,17 @@ def test_names(name, expected):
 
 def test_pairs_of_our_layers_come_in_order_with_their_parameters():
     shared = slk.LoRALinear(4, 4, r=2)
-    model = nn.Sequential(slk.LoRALinear(5, 4, r=2), shared, nn.ModuleDict({"x": slk.LoRALinear(4, 7, r=1)}), shared)
+    model = nn.Sequential(
+        slk.LoRALinear(5, 4, r=2), shared, nn.ModuleDict({"x": slk.LoRALinear(4, 7, r=1)}), shared
+    )
     expected = [("0", 2, model[0]), ("1", 2, shared), ("2.x", 1, model[2]["x"])]
     for source in (model, iter(list(model.named_parameters()))):
         pairs = lora_pairs(source)
         assert [(pair.name, pair.r) for pair in pairs] == [(name, r) for name, r, _ in expected]
-        assert all(p.A is layer.lora_A and p.B is layer.lora_B for p, (*_, layer) in zip(pairs, expected, strict=True))
+        assert all(
+            p.A is layer.lora_A and p.B is layer.lora_B
+            for p, (*_, layer) in zip(pairs, expected, strict=True)
+        )
 
 
 def test_pairs_of_a_peft_model_with_two_adapters():
@@ -56,8 +61,14 @@ def test_pairs_of_a_peft_model_with_two_adapters():
     ("shapes", "message"),
     [
         ({"fc.lora_A": (2, 4)}, r"pair 'fc' has lora_A \[2, 4\] but no lora_B"),
-        ({"fc.lora_B.default.weight": (4, 2), "fc.weight": (4, 4)}, r"'fc.default' has lora_B \[4, 2\] but no lora_A"),
-        ({"fc.lora_A": (2, 4), "fc.lora_B": (4, 3)}, r"'fc': A must be .* one r, got A \[2, 4\] and B \[4, 3\]"),
+        (
+            {"fc.lora_B.default.weight": (4, 2), "fc.weight": (4, 4)},
+            r"'fc.default' has lora_B \[4, 2\] but no lora_A",
+        ),
+        (
+            {"fc.lora_A": (2, 4), "fc.lora_B": (4, 3)},
+            r"'fc': A must be .* one r, got A \[2, 4\] and B \[4, 3\]",
+        ),
     ],
 )
 def test_halves_that_do_not_fit(shapes, message):
@@ -66,5 +77,8 @@ def test_halves_that_do_not_fit(shapes, message):
 
 
 def test_parameters_without_names_are_refused():
-    with pytest.raises(TypeError, match=r"source must be a module or give \(name, parameter\) tuples, got an item of"):
+    with pytest.raises(
+        TypeError,
+        match=r"source must be a module or give \(name, parameter\) tuples, got an item of",
+    ):
         lora_pairs([torch.zeros(2)])

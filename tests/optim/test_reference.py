@@ -12,7 +12,15 @@ import torch
 
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from tests.helpers.optimizers import DEVICE, all_equal, halves, in_float64, make_pairs, set_grads, snapshot
+from tests.helpers.optimizers import (
+    DEVICE,
+    all_equal,
+    halves,
+    in_float64,
+    make_pairs,
+    set_grads,
+    snapshot,
+)
 from tests.helpers.steps import latches, take_step, take_step_with
 from tests.optim.options import BF16, FP32, FP64, LOW, OPTIONS, STORED
 
@@ -27,15 +35,18 @@ CASES = [
     for dtype in row.dtypes
     if (dtype is not FP64 or path == "torch") and (path != "in turn" or name in STORED)
 ]
-# By how much of what a parameter has moved, moments of few bits may lead astray. Each of their roundings moves an 8-bit second
-# moment by an eighth at most, seldom: a walk of about a hundredth a step, half of which is in its root; the first adds as much.
+# By how much of what a parameter has moved, moments of few bits may lead astray. Each of their
+# roundings moves an 8-bit second moment by an eighth at most, seldom: a walk of about a hundredth a
+# step, half of which is in its root; the first adds as much.
 ASTRAY = {FP32: 0.0, BF16: 0.01, torch.uint8: 0.1}
 
 
 @pytest.mark.covering
 @pytest.mark.parametrize(("path", "name", "dtype"), CASES)
 def test_steps_are_the_references(path, name, dtype):
-    """In turn, either backend takes two steps and goes on from the other's. Without a gradient there is no step to count."""
+    """In turn, either backend takes two steps and goes on from the other's. Without a gradient
+    there is no step to count.
+    """
     row = OPTIONS[name]
     pairs, lone = row.pairs(dtype), torch.ones(7, dtype=dtype, device=DEVICE, requires_grad=True)
     oracle = row.reference(in_float64(pairs), [lone.detach().to(FP64, copy=True)])
@@ -51,9 +62,14 @@ def test_steps_are_the_references(path, name, dtype):
     assert latches(optimizer) == oracle.latched_at
     for pair, said in zip(pairs, optimizer.stability(), strict=True):
         assert said.latched == said.stable == (said.latched_at is not None)
-        norms = pair.A.double().norm().item() / pair.A.shape[1], pair.B.double().norm().item() / pair.B.shape[0]
+        norms = (
+            pair.A.double().norm().item() / pair.A.shape[1],
+            pair.B.double().norm().item() / pair.B.shape[0],
+        )
         assert (said.a_norm, said.b_norm) == pytest.approx(norms, rel=1e-5)
-    assert name != "plain" or (any(oracle.latched_at.values()) and None in oracle.latched_at.values())
+    assert name != "plain" or (
+        any(oracle.latched_at.values()) and None in oracle.latched_at.values()
+    )
     rounded = dtype in LOW and not row.masters
     for p, q, s in zip([*halves(pairs), lone], oracle.params, start, strict=True):
         found = optimizer.state[p].get("master", p).detach()
@@ -69,7 +85,9 @@ def test_steps_are_the_references(path, name, dtype):
             continue
         error, moved = (found.double() - q).norm().item(), (q - s).norm().item()
         # Each step rounds at random by less than a unit in the last place.
-        allowed = ASTRAY[row.moments] * moved + (3 * torch.finfo(dtype).eps * q.norm().item() if rounded else 0.0)
+        allowed = ASTRAY[row.moments] * moved + (
+            3 * torch.finfo(dtype).eps * q.norm().item() if rounded else 0.0
+        )
         assert 0 < error < allowed, f"{[*p.shape]} is off by {error:.3g}, moved by {moved:.3g}"
 
 
@@ -77,10 +95,16 @@ def test_steps_are_the_references(path, name, dtype):
 
 
 def test_every_group_has_its_own_hyperparameters(backend):
-    """As a trainer may put them: every A in one group, every B in another, of which one has LoRA+'s rate."""
+    """As a trainer may put them: every A in one group, every B in another, of which one has LoRA+'s
+    rate.
+    """
     pairs = make_pairs([(4, 8, 8)] * 2)
     groups = [
-        {"params": [("x.lora_A", pairs[0].A), ("y.lora_A", pairs[1].A)], "shrink_ratio": 0.25, "weight_decay": 0.0},
+        {
+            "params": [("x.lora_A", pairs[0].A), ("y.lora_A", pairs[1].A)],
+            "shrink_ratio": 0.25,
+            "weight_decay": 0.0,
+        },
         {"params": [("x.lora_B", pairs[0].B)], "lr": 1e-2},
         {"params": [("y.lora_B", pairs[1].B)], "lr": 1e-2, "lr_ratio_B": 8.0},
     ]
@@ -105,7 +129,9 @@ def test_patterns_match_layers_of_peft_and_whole_names(backend):
         for role in "AB"
     ]
     patterns = {"m.1.q_proj.default": 0.75, "q_proj": 0.5, "^m.1.k_proj": 0.25}
-    optimizer = StableLoRAAdamW(named, lr=0.0, shrink_ratio=0.125, weight_decay=0.0, shrink_pattern=patterns)
+    optimizer = StableLoRAAdamW(
+        named, lr=0.0, shrink_ratio=0.125, weight_decay=0.0, shrink_pattern=patterns
+    )
     before = [pair.A.detach().clone() for pair in pairs]
     take_step(0, optimizer)
     for pair, start, share in zip(pairs, before, kept.values(), strict=True):
@@ -114,25 +140,39 @@ def test_patterns_match_layers_of_peft_and_whole_names(backend):
 
 def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend):
     first, second = make_pairs([(4, 8, 8)] * 2)
-    optimizer = StableLoRAAdamW([{"params": [first], "amsgrad": True}, {"params": [second]}], lr=1e-2)
+    optimizer = StableLoRAAdamW(
+        [{"params": [first], "amsgrad": True}, {"params": [second]}], lr=1e-2
+    )
     take_step(0, optimizer)
-    assert "max_exp_avg_sq" in optimizer.state[first.A] and "max_exp_avg_sq" not in optimizer.state[second.A]
+    assert (
+        "max_exp_avg_sq" in optimizer.state[first.A]
+        and "max_exp_avg_sq" not in optimizer.state[second.A]
+    )
     optimizer.param_groups[1]["amsgrad"] = True
     set_grads(halves([first, second]), 1, scale=1e-5)
     first.A.grad[0, 0] = math.nan
     optimizer.step()
     state = optimizer.state[first.A]
-    assert state["max_exp_avg_sq"][0, 0].isnan() and (state["max_exp_avg_sq"] > state["exp_avg_sq"])[1:].all()
+    assert (
+        state["max_exp_avg_sq"][0, 0].isnan()
+        and (state["max_exp_avg_sq"] > state["exp_avg_sq"])[1:].all()
+    )
     # It had no maximum before: the one of the step itself.
-    assert torch.equal(optimizer.state[second.A]["max_exp_avg_sq"], optimizer.state[second.A]["exp_avg_sq"])
+    assert torch.equal(
+        optimizer.state[second.A]["max_exp_avg_sq"], optimizer.state[second.A]["exp_avg_sq"]
+    )
 
 
 def test_a_schedule_that_cannot_be_pickled_is_named():
-    """It can be copied. Steps, copies and resuming with one are in test_reference and test_contract."""
+    """It can be copied. Steps, copies and resuming with one are in test_reference and
+    test_contract.
+    """
     anonymous = lambda step: 0.1 / step  # noqa: E731
     optimizer = StableLoRAAdamW(make_pairs(), shrink_schedule=anonymous)
     assert copy.deepcopy(optimizer).shrink_schedule is anonymous
-    with pytest.raises(pickle.PicklingError, match=r"shrink_schedule <function .* cannot be pickled: make it a"):
+    with pytest.raises(
+        pickle.PicklingError, match=r"shrink_schedule <function .* cannot be pickled: make it a"
+    ):
         pickle.dumps(optimizer)
 
 
@@ -147,9 +187,13 @@ def test_a_schedule_out_of_range_changes_nothing_and_the_next_step_is_whole(back
     for each in (optimizer, steady):
         set_grads(halves(each.pairs), 1)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=re.escape("shrink_schedule(2) must be a finite number in [0, 1), got 1.5")):
+    with pytest.raises(
+        ValueError, match=re.escape("shrink_schedule(2) must be a finite number in [0, 1), got 1.5")
+    ):
         optimizer.step()
-    assert all_equal(before, snapshot(optimizer)) and optimizer.param_groups[0]["shrink_ratio"] == 0.1
+    assert (
+        all_equal(before, snapshot(optimizer)) and optimizer.param_groups[0]["shrink_ratio"] == 0.1
+    )
     ratios[2] = 0.1
     for each in (optimizer, steady):
         each.step()

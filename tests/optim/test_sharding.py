@@ -1,4 +1,6 @@
-"""Over gloo, equal to one process: sharded A and B (DTensor) of FSDP2 and tensor parallelism, and checkpoints of FSDP2."""
+"""Over gloo, equal to one process: sharded A and B (DTensor) of FSDP2 and tensor parallelism, and
+checkpoints of FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 import stablelora_kernels as slk
 from stablelora_kernels.optim import sharding
@@ -31,7 +40,8 @@ from tests.helpers.small_models import Model, lora_config
 
 pytestmark = needs_gloo
 Named = list[tuple[str, torch.Tensor]]
-# Tensor-parallel and FSDP's placements of A [r, n] and B [m, r] on a mesh of one dimension or of two.
+# Tensor-parallel and FSDP's placements of A [r, n] and B [m, r] on a mesh of one dimension or of
+# two.
 PLACEMENTS = {
     "fsdp": ([Shard(0)], [Shard(0)]),
     "column-wise": ([Replicate()], [Shard(0)]),
@@ -42,7 +52,11 @@ PLACEMENTS = {
     "fsdp and column-wise": ([Shard(0), Replicate()], [Shard(1), Shard(0)]),
 }
 # Every process has all of it; PyTorch 2.6 sends it nonetheless.
-NO_SCATTER = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
+NO_SCATTER = (
+    {"src_data_rank": None}
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters
+    else {}
+)
 SETTINGS: dict[str, Any] = {"lr": 0.08, "shrink_ratio": 0.1, "weight_decay": 0.1, "seed": 7}
 # The step that is skipped.
 SKIPPED = 5
@@ -73,7 +87,10 @@ def named_parameters(dtype: torch.dtype) -> Named:
     found = []
     for pair in make_pairs([(8, 24, 40), (3, 15, 31), (1, 7, 13)], dtype):
         bias = torch.ones(pair.B.shape[0], dtype=dtype)
-        found += [(f"{pair.name}.{part}", p) for part, p in (("lora_A", pair.A), ("lora_B", pair.B), ("bias", bias))]
+        found += [
+            (f"{pair.name}.{part}", p)
+            for part, p in (("lora_A", pair.A), ("lora_B", pair.B), ("bias", bias))
+        ]
     return [(name, p.detach()) for name, p in found]
 
 
@@ -93,7 +110,8 @@ def distributed(named: Named, world: int, way: str) -> Named:
 def train(named: Named, overflows: bool = True, **settings: Any) -> dict[str, Any]:
     """Everything after some steps, whole.
 
-    A gradient appears in a step that is skipped. Others write to a parameter before it, and to this process's part later.
+    A gradient appears in a step that is skipped. Others write to a parameter before it, and to this
+    process's part later.
 
     Args:
         named: the parameters.
@@ -119,7 +137,11 @@ def train(named: Named, overflows: bool = True, **settings: Any) -> dict[str, An
         optimizer.found_inf = torch.tensor(float(overflows and step == SKIPPED))
         optimizer.step()
     tensors = {name: gather(p) for name, p in named}
-    tensors |= {f"{name}, {key}": gather(value) for name, p in named for key, value in optimizer.state[p].items()}
+    tensors |= {
+        f"{name}, {key}": gather(value)
+        for name, p in named
+        for key, value in optimizer.state[p].items()
+    }
     said = optimizer.stability()
     norms = [norm for s in said for norm in (s.a_norm, s.b_norm)]
     return {"tensors": tensors, "norms": norms, "latches": [s.latched_at for s in said]}
@@ -145,14 +167,20 @@ def in_one_process(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_equal_to_one_process(spawned, world):
-    ranks = [found["placements"] for found in spawned(2)] if world == 2 else spawned(4, run_placements)
-    assert {name for name, _ in ranks[0]} == {*CASES} and {way for _, way in ranks[0]} == {*WAYS[world]}
+    ranks = (
+        [found["placements"] for found in spawned(2)] if world == 2 else spawned(4, run_placements)
+    )
+    assert {name for name, _ in ranks[0]} == {*CASES} and {way for _, way in ranks[0]} == {
+        *WAYS[world]
+    }
     for name, way in ranks[0]:
         alone, others = in_one_process(name), [found[name, way] for found in ranks]
         for other in others:
             what = f"{name}, {way}"
             assert other["latches"] == alone["latches"], what
-            assert other["norms"] == pytest.approx(alone["norms"], rel=1e-3 if CASES[name][0] is BF16 else 1e-6), what
+            assert other["norms"] == pytest.approx(
+                alone["norms"], rel=1e-3 if CASES[name][0] is BF16 else 1e-6
+            ), what
             for key, value in alone["tensors"].items():
                 equal_enough(value, other["tensors"][key], name, f"{what}, {key}: ")
         assert all(alone["latches"]) == (name != "never"), name
@@ -164,13 +192,16 @@ def equal_enough(expected: torch.Tensor, got: torch.Tensor, name: str, what: str
         # Every element is computed as in one process, its random rounding too.
         assert torch.equal(expected, got), what
     elif expected.dtype is BF16:
-        # PyTorch computes the last few elements of a tensor in other instructions: rarely, that rounds one to the other side.
+        # PyTorch computes the last few elements of a tensor in other instructions: rarely, that
+        # rounds one to the other side.
         assert (expected != got).double().mean() < 0.02, what
         torch.testing.assert_close(got, expected, rtol=2**-6, atol=1e-6, msg=lambda m: what + m)
     else:
         # That difference, and the clipped norm's, which is added up in another order.
         bound = 1e-12 if expected.dtype is FP64 else 1e-5
-        torch.testing.assert_close(got, expected, rtol=bound, atol=bound / 100, msg=lambda m: what + m)
+        torch.testing.assert_close(
+            got, expected, rtol=bound, atol=bound / 100, msg=lambda m: what + m
+        )
 
 
 # Models
@@ -197,7 +228,10 @@ def train_sharded(rank: int, world: int, place: Path) -> dict[str, Any]:
     optimizer = slk.StableLoRAAdamW.from_model(model, **TRAINING)
     assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     fit(model, optimizer, rank, world, range(3))
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     checkpoint.save(state, checkpoint_id=str(place / f"of{world}"))
     return fit(model, optimizer, rank, world, range(3, 6))
 
@@ -206,14 +240,20 @@ def resume(rank: int, world: int, place: Path, saved_on: int) -> dict[str, Any]:
     model = sharded(world)
     optimizer = slk.StableLoRAAdamW.from_model(model, **{**TRAINING, "lr": 1.0, "seed": 1})
     before = {name: gather(p) for name, p in model.named_parameters()}
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     # That took a step of the optimizer to have a state to fill.
     for name, p in model.named_parameters():
         assert torch.equal(before[name], gather(p)), name
     checkpoint.load(state, checkpoint_id=str(place / f"of{saved_on}"))
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    assert optimizer.param_groups[0]["lr"] == TRAINING["lr"] and optimizer.param_groups[0]["seed"] == TRAINING["seed"]
+    assert (
+        optimizer.param_groups[0]["lr"] == TRAINING["lr"]
+        and optimizer.param_groups[0]["seed"] == TRAINING["seed"]
+    )
     return fit(model, optimizer, rank, world, range(3, 6))
 
 
@@ -258,8 +298,14 @@ def test_a_checkpoint_resumes_on_more_ranks(spawned):
 
 
 def pair(mesh: DeviceMesh, a_way: Placement | None = None) -> Named:
-    parts = {"q.lora_A": (torch.randn(4, 6), a_way or Shard(0)), "q.lora_B": (torch.zeros(5, 4), Shard(0))}
-    return [(n, DTensor.from_local(t, mesh, [w], run_check=False).requires_grad_()) for n, (t, w) in parts.items()]
+    parts = {
+        "q.lora_A": (torch.randn(4, 6), a_way or Shard(0)),
+        "q.lora_B": (torch.zeros(5, 4), Shard(0)),
+    }
+    return [
+        (n, DTensor.from_local(t, mesh, [w], run_check=False).requires_grad_())
+        for n, (t, w) in parts.items()
+    ]
 
 
 def whole(named: Named) -> Named:
@@ -267,11 +313,15 @@ def whole(named: Named) -> Named:
 
 
 def step_alike(both: list[slk.StableLoRAAdamW], way: Placement | None = None) -> None:
-    """Of sharded parameters, and of whole ones of the same values: a step of both on gradients placed another way."""
+    """Of sharded parameters, and of whole ones of the same values: a step of both on gradients
+    placed another way.
+    """
     named = list(zip(*map(params_of, both), strict=True))
     for p, q in named:
         q.grad = torch.randn(q.shape)
-        p.grad = DTensor.from_local(q.grad.clone(), p.device_mesh, [way or Shard(0)], run_check=False)
+        p.grad = DTensor.from_local(
+            q.grad.clone(), p.device_mesh, [way or Shard(0)], run_check=False
+        )
     for optimizer in both:
         optimizer.step()
     for p, q in named:
@@ -281,23 +331,38 @@ def step_alike(both: list[slk.StableLoRAAdamW], way: Placement | None = None) ->
 
 
 def test_what_is_refused_of_dtensors(mesh, monkeypatch):
-    with pytest.raises(TypeError, match=r"'q.lora_A' must be sharded or replicated, got the placements \(Part"):
+    with pytest.raises(
+        TypeError, match=r"'q.lora_A' must be sharded or replicated, got the placements \(Part"
+    ):
         slk.StableLoRAAdamW(pair(mesh, Partial()))
-    with pytest.raises(ValueError, match=r"parameter 'q.lora_A' is a DTensor, whose moments cannot be in 8 bits"):
+    with pytest.raises(
+        ValueError, match=r"parameter 'q.lora_A' is a DTensor, whose moments cannot be in 8 bits"
+    ):
         slk.StableLoRAAdamW(pair(mesh), moments_dtype=torch.uint8)
-    strided = DTensor.from_local(torch.randn(6, 4).t(), mesh, [Shard(0)], run_check=False).requires_grad_()
-    with pytest.raises(ValueError, match=r"'q.lora_A' is sharded, so its shards must be contiguous, got the strides"):
+    strided = DTensor.from_local(
+        torch.randn(6, 4).t(), mesh, [Shard(0)], run_check=False
+    ).requires_grad_()
+    with pytest.raises(
+        ValueError,
+        match=r"'q.lora_A' is sharded, so its shards must be contiguous, got the strides",
+    ):
         slk.StableLoRAAdamW([("q.lora_A", strided), pair(mesh)[1]])
     # As on four processes.
     placements = [Shard(1), Shard(2)]
-    cut_twice = distribute_tensor(torch.randn(4, 6, 8), init_device_mesh("cpu", (1, 1)), placements).requires_grad_()
+    cut_twice = distribute_tensor(
+        torch.randn(4, 6, 8), init_device_mesh("cpu", (1, 1)), placements
+    ).requires_grad_()
     monkeypatch.setattr(sharding, "shard_extent", lambda p: ((4, 3, 4), (0, 0, 0)))
-    with pytest.raises(ValueError, match=r"'w' may be sharded along its first dimension and one more, got .*dim=1"):
+    with pytest.raises(
+        ValueError, match=r"'w' may be sharded along its first dimension and one more, got .*dim=1"
+    ):
         slk.StableLoRAAdamW([("w", cut_twice), *whole(pair(mesh))])
 
 
 def test_parts_change_as_a_whole_does(mesh, backend):
-    """Gradients of other placements, a state that is replaced, loaded from a whole, and one that does not fit."""
+    """Gradients of other placements, a state that is replaced, loaded from a whole, and one that
+    does not fit.
+    """
     named = pair(mesh)
     both = [slk.StableLoRAAdamW(each, lr=0.1) for each in (named, whole(named))]
     step_alike(both, Partial())

@@ -1,7 +1,8 @@
-"""A skipped step changes nothing and forgets nothing, on every path, for every kind of state and for every reason to skip.
+"""A skipped step changes nothing and forgets nothing, on every path, for every kind of state and
+for every reason to skip.
 
-Between two steps someone writes to a parameter, or other gradients come, and the step that first sees this is skipped. The
-float64 reference never takes that step.
+Between two steps someone writes to a parameter, or other gradients come, and the step that first
+sees this is skipped. The float64 reference never takes that step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ LR = 2.0**-4
 
 
 class Storage(NamedTuple):
-    """The parameters' dtype, the optimizer's options, and how far values may be from the reference's, relative and absolute."""
+    """The parameters' dtype, the optimizer's options, and how far values may be from the
+    reference's, relative and absolute.
+    """
 
     dtype: torch.dtype
     options: dict[str, object]
@@ -32,19 +35,23 @@ class Storage(NamedTuple):
     atol: float
 
 
-# Rounding at random moves a bfloat16 value by less than 2^-7 of itself in each of five steps, more if it crosses zero. Moments
-# of 8 bits lead each step astray by about a tenth of the learning rate.
+# Rounding at random moves a bfloat16 value by less than 2^-7 of itself in each of five steps, more
+# if it crosses zero. Moments of 8 bits lead each step astray by about a tenth of the learning rate.
 STORAGES = {
     "float32": Storage(FP32, {}, 2e-5, 2e-6),
     "bfloat16": Storage(BF16, {}, 5 * 2.0**-7, LR / 4),
     "masters": Storage(BF16, {"master_weights": True}, 2e-5, 2e-6),
     "8 bits": Storage(FP32, {"moments_dtype": torch.uint8}, 2e-5, LR / 2),
-    "masters, 8 bits": Storage(BF16, {"master_weights": True, "moments_dtype": torch.uint8}, 2e-5, LR / 2),
+    "masters, 8 bits": Storage(
+        BF16, {"master_weights": True, "moments_dtype": torch.uint8}, 2e-5, LR / 2
+    ),
 }
 
 
 class Grads(NamedTuple):
-    """The gradients of one step: the parameter that has none, and their dtype if it is not the parameters'."""
+    """The gradients of one step: the parameter that has none, and their dtype if it is not the
+    parameters'.
+    """
 
     missing: str | None = None
     dtype: torch.dtype | None = None
@@ -55,7 +62,11 @@ GRADIENTS = {
     "the same": (Grads(), Grads(), Grads()),
     "one appears": (Grads("lone"), Grads(), Grads()),
     "one goes missing": (Grads(), Grads("lone"), Grads("lone")),
-    "one appears and one goes missing": (Grads("lone"), Grads("layer0.lora_A"), Grads("layer0.lora_A")),
+    "one appears and one goes missing": (
+        Grads("lone"),
+        Grads("layer0.lora_A"),
+        Grads("layer0.lora_A"),
+    ),
     "one appears in it alone": (Grads("lone"), Grads(), Grads("lone")),
     "others in it and others after it": (Grads(), Grads("lone"), Grads("layer0.lora_B")),
     "another dtype in it alone": (Grads(), Grads(dtype=FP64), Grads()),
@@ -74,17 +85,31 @@ class Run:
         lone = torch.ones(5, dtype=storage.dtype, device=DEVICE, requires_grad=True)
         options = {"lr": LR, "weight_decay": 0.1, "shrink_ratio": 0.05}
         options["max_grad_norm"] = 0.5 if reason.startswith(CLIPS) else None
-        self.optimizer = StableLoRAAdamW([*self.pairs, ("lone", lone)], seed=1, **options, **storage.options)
-        self.oracle = StableAdamWRef(in_float64(self.pairs), [lone.detach().to(FP64, copy=True)], **options)
-        self.named = dict(zip(self.optimizer.param_groups[0]["param_names"], params_of(self.optimizer), strict=True))
+        self.optimizer = StableLoRAAdamW(
+            [*self.pairs, ("lone", lone)], seed=1, **options, **storage.options
+        )
+        self.oracle = StableAdamWRef(
+            in_float64(self.pairs), [lone.detach().to(FP64, copy=True)], **options
+        )
+        self.named = dict(
+            zip(
+                self.optimizer.param_groups[0]["param_names"],
+                params_of(self.optimizer),
+                strict=True,
+            )
+        )
         # The reference's tensor for each parameter.
         self.twins = dict(zip(params_of(self.optimizer), self.oracle.params, strict=True))
         # Of gradients, by parameter and dtype.
         self.memory: dict[tuple[torch.Tensor, torch.dtype | None], torch.Tensor] = {}
-        self.scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0, enabled=reason.endswith("GradScaler"))
+        self.scaler = torch.amp.GradScaler(
+            DEVICE, init_scale=4.0, enabled=reason.endswith("GradScaler")
+        )
 
     def step(self, seed: int, grads: Grads, overflows: bool = False) -> None:
-        """A step on new gradients. If one ``overflows``, the reference skips it for its norm, or never sees it."""
+        """A step on new gradients. If one ``overflows``, the reference skips it for its norm, or
+        never sees it.
+        """
         params = params_of(self.optimizer)
         set_grads(params, seed)
         if grads.missing is not None:
@@ -93,8 +118,11 @@ class Run:
         for p in present:
             if overflows:
                 p.grad.view(-1)[-1] = math.inf
-            # In the same memory in every step, so that only what is new in a step tells that anything is.
-            memory = self.memory.setdefault((p, grads.dtype), torch.empty_like(p, dtype=grads.dtype))
+            # In the same memory in every step, so that only what is new in a step tells that
+            # anything is.
+            memory = self.memory.setdefault(
+                (p, grads.dtype), torch.empty_like(p, dtype=grads.dtype)
+            )
             p.grad.data = memory.detach().copy_(p.grad)
         exact = {self.twins[p]: p.grad.double() for p in present}
         if not overflows or self.reason.startswith(CLIPS):
@@ -120,7 +148,9 @@ class Run:
 
 
 def kept(run: Run) -> list[torch.Tensor]:
-    """Copies of what a skipped step leaves as it is. A master takes over what was written to its parameter."""
+    """Copies of what a skipped step leaves as it is. A master takes over what was written to its
+    parameter.
+    """
     entries = [run.optimizer.state[p] for p in params_of(run.optimizer)]
     tensors = [entry[key] for entry in entries for key in sorted(entry) if key != "master"]
     return [t.detach().clone() for t in [*params_of(run.optimizer), *tensors]]

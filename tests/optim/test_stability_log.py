@@ -41,8 +41,13 @@ def test_records_are_what_stability_says(tmp_path):
             assert row["step"] == "6" and row["pair"] == pair.name
             assert float(row["a_norm"]) == pytest.approx(pair.a_norm, rel=1e-8)
             assert float(row["b_norm"]) == pytest.approx(pair.b_norm, rel=1e-8)
-            assert (row["stable"], row["latched_at"]) == (str(int(pair.latched)), str(pair.latched_at or ""))
-    assert any(row["latched_at"] for row in read(path)) and not all(row["latched_at"] for row in read(path))
+            assert (row["stable"], row["latched_at"]) == (
+                str(int(pair.latched)),
+                str(pair.latched_at or ""),
+            )
+    assert any(row["latched_at"] for row in read(path)) and not all(
+        row["latched_at"] for row in read(path)
+    )
     # It no longer watches. A resumed run goes on in the file.
     steps(optimizer, 1)
     again = make_optimizer()
@@ -54,7 +59,9 @@ def test_records_are_what_stability_says(tmp_path):
 
 def test_tensorboard():
     optimizer, scalars = make_optimizer(), {}
-    writer = SimpleNamespace(add_scalar=lambda tag, value, step: scalars.update({(tag, step): value}))
+    writer = SimpleNamespace(
+        add_scalar=lambda tag, value, step: scalars.update({(tag, step): value})
+    )
     with slk.StabilityLogger(optimizer, writer, every=3):
         steps(optimizer, 3)
         expected = {("stability/latched", 3): sum(pair.latched for pair in optimizer.stability())}
@@ -85,15 +92,21 @@ def test_bad_arguments_change_nothing(tmp_path):
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
-    (tmp_path / "log.csv").write_text("step,pair,a_norm,b_norm,stable,latched_at\n1,layer0,1.0,1.0,0,\n")
+    (tmp_path / "log.csv").write_text(
+        "step,pair,a_norm,b_norm,stable,latched_at\n1,layer0,1.0,1.0,0,\n"
+    )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"plot_stability needs .*: pip install 'stablelora-kernels\[plot\]'"):
+    with pytest.raises(
+        ImportError, match=r"plot_stability needs .*: pip install 'stablelora-kernels\[plot\]'"
+    ):
         slk.plot_stability(tmp_path / "log.csv", tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
 
 
 def test_plot(tmp_path):
-    pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[test]")
+    pytest.importorskip(
+        "matplotlib", reason="runs where matplotlib is installed: pip install .[test]"
+    )
     optimizer, path = make_optimizer(), tmp_path / "log.csv"
     with slk.StabilityLogger(optimizer, path, every=1):
         steps(optimizer, 8)
@@ -102,7 +115,9 @@ def test_plot(tmp_path):
     plane, ratio = figure.axes
     latched = [pair.latched_at for pair in optimizer.stability() if pair.latched]
     assert ratio.get_title() == f"{len(latched)} of 3 pairs have latched (triangles)"
-    assert [line.get_xdata()[0] for line in ratio.lines if line.get_marker() == "v"] == latched != []
+    assert (
+        [line.get_xdata()[0] for line in ratio.lines if line.get_marker() == "v"] == latched != []
+    )
     rows = [row for row in read(path) if row["pair"] == "layer1"]
     (way,) = (line for line in plane.lines if line.get_label() == "layer1")
     assert list(way.get_xdata()) == [float(row["b_norm"]) for row in rows]

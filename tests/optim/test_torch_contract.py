@@ -1,4 +1,6 @@
-"""What PyTorch promises of its optimizers: GradScaler, schedulers, hooks, closures, compiled steps and copies."""
+"""What PyTorch promises of its optimizers: GradScaler, schedulers, hooks, closures, compiled steps
+and copies.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ import pytest
 import torch
 
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from tests.helpers.optimizers import DEVICE, all_equal, halves, make_pairs, params_of, set_grads, snapshot
+from tests.helpers.optimizers import (
+    DEVICE,
+    all_equal,
+    halves,
+    make_pairs,
+    params_of,
+    set_grads,
+    snapshot,
+)
 from tests.helpers.steps import assert_all_close, take_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +31,9 @@ def test_grad_scaler_hands_over_scale_and_verdict(backend):
     optimizer, other = StableLoRAAdamW(pairs, lr=1e-2), StableLoRAAdamW(twins, lr=1e-2)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
     for poisoned in (False, True, False):
-        loss = sum((p * torch.arange(p.numel(), device=DEVICE).view_as(p)).sum() for p in halves(pairs))
+        loss = sum(
+            (p * torch.arange(p.numel(), device=DEVICE).view_as(p)).sum() for p in halves(pairs)
+        )
         scaler.scale(loss).backward()
         if poisoned:
             pairs[0].B.grad.fill_(math.inf)
@@ -77,7 +89,9 @@ def test_hooks_of_state_dicts(backend):
     seen: list[str] = []
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("pre"))
     optimizer.register_state_dict_post_hook(lambda o, state: {**state, "extra": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append(f"load {state['extra']}"))
+    optimizer.register_load_state_dict_pre_hook(
+        lambda o, state: seen.append(f"load {state['extra']}")
+    )
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
     take_step(0, optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
@@ -86,7 +100,10 @@ def test_hooks_of_state_dicts(backend):
 
 def test_a_compiled_step_runs_as_it_is(backend):
     """torch.compile leaves the step out of its graph: it is one launch already."""
-    optimizer, other = StableLoRAAdamW(make_pairs(), lr=1e-2), StableLoRAAdamW(make_pairs(), lr=1e-2)
+    optimizer, other = (
+        StableLoRAAdamW(make_pairs(), lr=1e-2),
+        StableLoRAAdamW(make_pairs(), lr=1e-2),
+    )
     compiled = torch.compile(optimizer.step, backend="eager")
     for step in range(2):
         set_grads(params_of(optimizer), step)
@@ -95,14 +112,18 @@ def test_a_compiled_step_runs_as_it_is(backend):
     assert all_equal(snapshot(optimizer), snapshot(other))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
 def test_copies_keep_the_count_of_steps_that_were_not_taken(backend, copied):
     """And which of them were told of."""
     optimizer = StableLoRAAdamW(make_pairs(), max_grad_norm=1.0)
     take_step(0, optimizer)
     take_step(1, optimizer, scale=math.inf)
     other = copied(optimizer)
-    with pytest.warns(RuntimeWarning, match="1 step was skipped because the norm of its gradients was not finite"):
+    with pytest.warns(
+        RuntimeWarning, match="1 step was skipped because the norm of its gradients was not finite"
+    ):
         other.stability()
     take_step(2, other, scale=math.nan)
     assert (optimizer.nonfinite_steps, other.nonfinite_steps, other.max_grad_norm) == (1, 2, 1.0)

@@ -1,6 +1,7 @@
 """torch's own inputs for AdamW's tests, run on StableLoRAAdamW: equal to AdamW without shrink.
 
-They come from ``torch.testing._internal.common_optimizers``, from which ``test/test_optim.py`` of PyTorch takes them.
+They come from ``torch.testing._internal.common_optimizers``, from which ``test/test_optim.py`` of
+PyTorch takes them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def described(item: Any) -> str:
 def on_any_device(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments that ``torch.optim.AdamW`` takes for CPU parameters too, meaning the same."""
     as_number = {"lr": float, "betas": lambda betas: tuple(map(float, betas))}
-    return {key: as_number.get(key, lambda x: x)(value) for key, value in kwargs.items() if key != "capturable"}
+    return {
+        key: as_number.get(key, lambda x: x)(value)
+        for key, value in kwargs.items()
+        if key != "capturable"
+    }
 
 
 @pytest.mark.covering(1)

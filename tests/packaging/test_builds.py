@@ -1,4 +1,6 @@
-"""The sdist and the wheel hold the package and no tests; the wheel's commands run without this repository."""
+"""The sdist and the wheel hold the package and no tests; the wheel's commands run without this
+repository.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.helpers.small_models import Model, lora_config
 from tests.helpers.wheel import SOURCES, build_wheel, copy_sources
 
 pytest.importorskip(
-    "setuptools", minversion="77", reason="runs where setuptools 77 is installed: it builds without a network"
+    "setuptools",
+    minversion="77",
+    reason="runs where setuptools 77 is installed: it builds without a network",
 )
 
 
@@ -36,7 +40,9 @@ def test_the_sdist_is_the_package(tmp_path: Path) -> None:
     (source / "tests").mkdir()
     (source / "tests" / "test_import_rules.py").touch()
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True
+    )
     with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()} - {""}
     tops = {file.partition("/")[0] for file in files}
@@ -47,17 +53,25 @@ def test_the_sdist_is_the_package(tmp_path: Path) -> None:
 
 def test_the_wheels_commands(tmp_path: Path) -> None:
     """doctor by the program, inspect as a module."""
-    pytest.importorskip("safetensors", reason="runs where safetensors is installed: pip install .[adapters]")
+    pytest.importorskip(
+        "safetensors", reason="runs where safetensors is installed: pip install .[adapters]"
+    )
     target, wheel = tmp_path / "target", build_wheel(tmp_path, "--no-build-isolation")
     tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"stablelora_kernels"}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True)
-    report = json.loads(run(tmp_path, target / "bin" / "stablelora-kernels", "doctor", "--device", "cpu", "--json"))
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True
+    )
+    report = json.loads(
+        run(tmp_path, target / "bin" / "stablelora-kernels", "doctor", "--device", "cpu", "--json")
+    )
     assert report["ok"] and report["versions"]["installed in"] == str(target)
 
     model = Model()
     slk.apply_lora(model, lora_config())
     slk.save_adapter(model, tmp_path / "adapter")
-    out = run(tmp_path, sys.executable, "-m", "stablelora_kernels", "inspect", str(tmp_path / "adapter"))
+    out = run(
+        tmp_path, sys.executable, "-m", "stablelora_kernels", "inspect", str(tmp_path / "adapter")
+    )
     assert "0 of 4" in out and "unstable" in out

@@ -1,6 +1,8 @@
-"""The wheel in fresh environments, as a user installs it: each extra brings what it promises, and the quick start runs.
+"""The wheel in fresh environments, as a user installs it: each extra brings what it promises, and
+the quick start runs.
 
-SLK_WHEEL names a wheel to test; without it, one is built. pip needs a network, or a cache of what it installs.
+SLK_WHEEL names a wheel to test; without it, one is built. pip needs a network, or a cache of what
+it installs.
 """
 
 from __future__ import annotations
@@ -78,9 +80,13 @@ class Environment:
 
     def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         ours = ("PYTHON", "STABLELORA", "TRITON_", "VIRTUAL_ENV")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(ours)
+        }
         line = [str(self.directory / "bin" / "python"), *arguments]
-        return subprocess.run(line, cwd=cwd or self.directory, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            line, cwd=cwd or self.directory, env=environment, capture_output=True, text=True
+        )
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +97,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environments(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Environment]:
-    """Makes the environment of ``pip install 'stablelora-kernels[extras]'``: torch is linked, the extras are installed."""
+def environments(
+    wheel: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Environment]:
+    """Makes the environment of ``pip install 'stablelora-kernels[extras]'``: torch is linked, the
+    extras are installed.
+    """
     plain = Environment(tmp_path_factory.mktemp("fresh") / "plain")
     venv.create(plain.directory, with_pip=True, symlinks=True)
     plain.install(str(wheel))
@@ -102,14 +112,18 @@ def environments(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         if not extras:
             return plain
         environment = Environment(plain.directory.with_name(extras))
-        shutil.copytree(plain.directory, environment.directory, symlinks=True, copy_function=os.link)
+        shutil.copytree(
+            plain.directory, environment.directory, symlinks=True, copy_function=os.link
+        )
         environment.install(f"{wheel}[{extras}]")
         return environment
 
     return make
 
 
-def test_the_package_alone_brings_little(environments: Callable[[str], Environment], wheel: Path) -> None:
+def test_the_package_alone_brings_little(
+    environments: Callable[[str], Environment], wheel: Path
+) -> None:
     installed = environments("").run("-m", "pip", "list", "--format=freeze").stdout
     assert f"stablelora-kernels=={wheel.name.split('-')[1]}" in installed
     assert not re.search("^(numpy|safetensors|peft|transformers|matplotlib)=", installed, re.M)

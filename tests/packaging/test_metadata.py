@@ -1,4 +1,6 @@
-"""pyproject.toml and the package's optional imports agree on extras and bounds; the README's links work on PyPI."""
+"""pyproject.toml and the package's optional imports agree on extras and bounds; the README's links
+work on PyPI.
+"""
 
 from __future__ import annotations
 
@@ -36,30 +38,46 @@ def requirements(extra: str | None) -> Iterator[Requirement]:
 def lower_bounds(extra: str | None) -> dict[str, str]:
     """What an extra installs, each with its oldest version."""
     return {
-        canonicalize_name(requirement.name): next(s.version for s in requirement.specifier if s.operator == ">=")
+        canonicalize_name(requirement.name): next(
+            s.version for s in requirement.specifier if s.operator == ">="
+        )
         for requirement in requirements(extra)
     }
 
 
 def test_every_optional_import_is_in_its_extra():
     """That each goes through import_extra is a rule of tests/test_import_rules.py."""
-    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "stablelora_kernels").rglob("*.py"))
+    sources = "".join(
+        file.read_text(encoding="utf-8") for file in (ROOT / "stablelora_kernels").rglob("*.py")
+    )
     calls = re.findall(r'(?<!def )import_extra\(\s*"([\w.]+)",\s*"(\w+)"', sources)
     assert len(calls) == len(re.findall(r"(?<!def )import_extra\(", sources)) > 5
     assert {extra for _, extra in calls} == {"adapters", "peft", "plot", "cli"}
-    missing = [call for call in calls if canonicalize_name(call[0].split(".")[0]) not in lower_bounds(call[1])]
+    missing = [
+        call
+        for call in calls
+        if canonicalize_name(call[0].split(".")[0]) not in lower_bounds(call[1])
+    ]
     assert missing == []
-    assert lower_bounds("all") == {name: bound for _, extra in calls for name, bound in lower_bounds(extra).items()}
+    assert lower_bounds("all") == {
+        name: bound for _, extra in calls for name, bound in lower_bounds(extra).items()
+    }
 
 
 def test_bounds_in_the_code_and_the_oldest_that_ci_installs_are_those_of_the_metadata():
     assert lower_bounds(None)["triton"] == ".".join(map(str, MIN_TRITON))
     peft = (ROOT / "stablelora_kernels" / "integrations" / "peft.py").read_text(encoding="utf-8")
     assert f"peft must be {lower_bounds('peft')['peft']} or newer" in peft
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)\.\*$", (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8"), re.M))
-    assert {canonicalize_name(name): version for name, version in pins.items()} == lower_bounds(None) | lower_bounds(
-        "all"
+    pins = dict(
+        re.findall(
+            r"^([\w-]+)==(\S+)\.\*$",
+            (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8"),
+            re.M,
+        )
     )
+    assert {canonicalize_name(name): version for name, version in pins.items()} == lower_bounds(
+        None
+    ) | lower_bounds("all")
 
 
 SOURCE = "https://host.example/owner/project"

@@ -1,4 +1,6 @@
-"""What .ci/release asks for before it builds. The rest of it is tests/packaging/test_fresh_install.py."""
+"""What .ci/release asks for before it builds. The rest of it is
+tests/packaging/test_fresh_install.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import pytest
 from tests.helpers.processes import ROOT
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("git") is None or shutil.which("bash") is None, reason="runs where git and bash are installed"
+    shutil.which("git") is None or shutil.which("bash") is None,
+    reason="runs where git and bash are installed",
 )
 VERSION, CHANGES, PROJECT = "stablelora_kernels/_version.py", "CHANGELOG.md", "pyproject.toml"
 
@@ -24,7 +27,9 @@ def git(repository: Path, *arguments: str) -> None:
 
 @pytest.fixture
 def ready(tmp_path: Path) -> Path:
-    """A repository that is ready for the release of 0.2.0, and a Python that ends at once, with 77, when the build begins."""
+    """A repository that is ready for the release of 0.2.0, and a Python that ends at once, with 77,
+    when the build begins.
+    """
     repository, stub = tmp_path / "repository", tmp_path / "stubs" / "python3"
     for name, text in {
         VERSION: '__version__ = "0.2.0"\n',

@@ -1,15 +1,17 @@
-"""PEFT's own test suite as the judge of ``accelerate_peft``: its LoRA tests without acceleration and with it.
+"""PEFT's own test suite as the judge of ``accelerate_peft``: its LoRA tests without acceleration
+and with it.
 
     python -m tests.peft_suite            every file below; writes benchmarks/results/peft_suite.csv
     python -m tests.peft_suite --quick    custom models and the low-level API, under 3 minutes; writes nothing
     python -m tests.peft_suite --dry      say what would be run
 
-The tests come from the installed PEFT's source distribution on PyPI, which is downloaded once, checked against
-its SHA-256 and unpacked into a temporary directory. Both runs go on side by side, one thread each. In the second, the
-harness (``plugin.py``) calls ``accelerate_peft`` on every model that PEFT has put an adapter into; the tests do not
-know. A test that asks the hub for a tiny model gets one of the same architecture (``hub.py``);
-nothing is downloaded. Tests that need more (tokenizers, data, trained adapters) fail in both runs and are counted.
-The exit status is 1 if a test's outcome differs between them. It takes the ``peft-suite`` extra.
+The tests come from the installed PEFT's source distribution on PyPI, which is downloaded once,
+checked against its SHA-256 and unpacked into a temporary directory. Both runs go on side by side,
+one thread each. In the second, the harness (``plugin.py``) calls ``accelerate_peft`` on every model
+that PEFT has put an adapter into; the tests do not know. A test that asks the hub for a tiny model
+gets one of the same architecture (``hub.py``); nothing is downloaded. Tests that need more
+(tokenizers, data, trained adapters) fail in both runs and are counted. The exit status is 1 if a
+test's outcome differs between them. It takes the ``peft-suite`` extra.
 """
 
 from __future__ import annotations
@@ -62,8 +64,26 @@ def unpack(archive: Path, directory: Path) -> Path:
 
 
 def command(files: Sequence[str], keyword: str) -> list[str]:
-    options = ["-q", "-p", "peft_suite.plugin", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
-    return [sys.executable, "-m", "pytest", *options, "-k", keyword, *(f"tests/{name}.py" for name in files)]
+    options = [
+        "-q",
+        "-p",
+        "peft_suite.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        "-W",
+        "ignore",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        *options,
+        "-k",
+        keyword,
+        *(f"tests/{name}.py" for name in files),
+    ]
 
 
 def environment(outcomes: Path, cache: Path, accelerate: bool, backend: str) -> dict[str, str]:
@@ -76,7 +96,9 @@ def environment(outcomes: Path, cache: Path, accelerate: bool, backend: str) -> 
         "HF_HUB_OFFLINE": "1",
         "STABLELORA_BACKEND": backend,
     }
-    return ONE_THREAD | os.environ | more | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})
+    return (
+        ONE_THREAD | os.environ | more | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})
+    )
 
 
 def run_both(
@@ -92,13 +114,20 @@ def run_both(
         log = (directory / f"{name}.txt").open("w", encoding="utf-8")
         env = environment(outcomes, cache, name == "on", backend)
         running.append(
-            (subprocess.Popen(command(files, keyword), cwd=source, env=env, stdout=log, stderr=log), outcomes)
+            (
+                subprocess.Popen(
+                    command(files, keyword), cwd=source, env=env, stdout=log, stderr=log
+                ),
+                outcomes,
+            )
         )
     for process, outcomes in running:
         process.wait()
         if not outcomes.exists():
             log = outcomes.with_suffix(".txt").read_text(encoding="utf-8")
-            raise RuntimeError(f"PEFT's tests did not run (pytest's exit status {process.returncode}):\n{log[-4000:]}")
+            raise RuntimeError(
+                f"PEFT's tests did not run (pytest's exit status {process.returncode}):\n{log[-4000:]}"
+            )
     off, on = (json.loads(outcomes.read_text(encoding="utf-8")) for _, outcomes in running)
     return off, on
 
@@ -107,11 +136,16 @@ KINDS = ["passed", "failed", "error", "skipped", "xfailed", "xskipped", "xpassed
 
 
 def compare(off: dict[str, str], on: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tests whose outcomes differ; and of each file the count of every outcome as off/on, and of tests that differ."""
-    tests = pd.DataFrame({"off": off, "on": on}, index=list(dict.fromkeys([*off, *on]))).fillna("not run")
+    """The tests whose outcomes differ; and of each file the count of every outcome as off/on, and
+    of tests that differ.
+    """
+    tests = pd.DataFrame({"off": off, "on": on}, index=list(dict.fromkeys([*off, *on]))).fillna(
+        "not run"
+    )
     files = tests.index.map(lambda test: Path(test.partition("::")[0]).stem).rename("file")
     without, accelerated = (
-        pd.crosstab(files, tests[side]).reindex(columns=KINDS, fill_value=0).astype(str) for side in ("off", "on")
+        pd.crosstab(files, tests[side]).reindex(columns=KINDS, fill_value=0).astype(str)
+        for side in ("off", "on")
     )
     differ = tests["off"] != tests["on"]
     counts = (without + "/" + accelerated).assign(different=differ.groupby(files).sum())
@@ -119,12 +153,19 @@ def compare(off: dict[str, str], on: dict[str, str]) -> tuple[pd.DataFrame, pd.D
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m tests.peft_suite", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m tests.peft_suite", description=__doc__.splitlines()[0]
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     add("--files", nargs="+", choices=FILES, metavar="FILE", help="only these")
     add("-k", dest="keyword", default=LORA, help="pytest's -k (%(default)s)")
-    add("--backend", choices=("torch", "triton"), default="torch", help="triton on a CPU is its interpreter, and slow")
+    add(
+        "--backend",
+        choices=("torch", "triton"),
+        default="torch",
+        help="triton on a CPU is its interpreter, and slow",
+    )
     add("--keep", type=Path, metavar="DIRECTORY", help="unpack and run there, and leave the logs")
     add("--dry", action="store_true", help="say what would be run, and stop")
     args = parser.parse_args(argv)
@@ -137,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         parser.error(f"PEFT's tests import {', '.join(missing)}: pip install -e '.[peft-suite]'")
     if version not in SHA256:
-        parser.error(f"peft {version} is installed, but the hash of its tests is known for {', '.join(SHA256)}")
+        parser.error(
+            f"peft {version} is installed, but the hash of its tests is known for {', '.join(SHA256)}"
+        )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peft-suite-") as scratch:
         directory = args.keep or Path(scratch)
@@ -148,10 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
     different, counts = compare(off["outcomes"], on["outcomes"])
-    print(f"PEFT {version}, backend {args.backend}, {time.perf_counter() - started:.0f} s; without/with acceleration")
+    print(
+        f"PEFT {version}, backend {args.backend}, {time.perf_counter() - started:.0f} s; without/with acceleration"
+    )
     print(counts.to_string(index=False))
-    print("with acceleration: " + ", ".join(f"{count} {name}" for name, count in on["counts"].items()))
-    print(f"{len(different)} tests differ" + (f"\n{different.to_string()}" if len(different) else ""))
+    print(
+        "with acceleration: " + ", ".join(f"{count} {name}" for name, count in on["counts"].items())
+    )
+    print(
+        f"{len(different)} tests differ" + (f"\n{different.to_string()}" if len(different) else "")
+    )
     if not (args.quick or args.files or args.keyword != LORA or args.backend != "torch"):
         write_text(RESULTS, counts.to_csv(index=False, lineterminator="\n"))
     return 1 if len(different) else 0

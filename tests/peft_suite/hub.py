@@ -1,4 +1,6 @@
-"""Tiny models with random weights, in a hub cache, under the names that PEFT's tests ask the hub for."""
+"""Tiny models with random weights, in a hub cache, under the names that PEFT's tests ask the hub
+for.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,18 @@ from typing import Any
 
 import torch
 
-_SMALL: dict[str, Any] = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SMALL: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 # Some tests combine adapters to rank 20, so every layer must be larger.
-_LLAMA = _SMALL | {"intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 128}
+_LLAMA = _SMALL | {
+    "intermediate_size": 64,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
 # Some tests expect OPT to have 5 layers and 16 features.
 _OPT = _SMALL | {
     "hidden_size": 16, "num_hidden_layers": 5, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 128,
@@ -50,13 +61,17 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 def build(cache: Path) -> None:
-    """Write all models into ``cache``, which is then a hub cache: the directory that HF_HUB_CACHE names."""
+    """Write all models into ``cache``, which is then a hub cache: the directory that HF_HUB_CACHE
+    names.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     revision = "0" * 40
-    for name, model, settings in ((n, model, settings) for model, (settings, names) in MODELS.items() for n in names):
+    for name, model, settings in (
+        (n, model, settings) for model, (settings, names) in MODELS.items() for n in names
+    ):
         torch.manual_seed(0)
         folder = cache / f"models--{name.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)

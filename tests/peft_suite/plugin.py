@@ -1,6 +1,7 @@
 """A pytest plugin for runs of PEFT's own tests: it accelerates every model and records outcomes.
 
-``tests.peft_suite`` loads it with ``-p peft_suite.plugin`` and configures it through the environment.
+``tests.peft_suite`` loads it with ``-p peft_suite.plugin`` and configures it through the
+environment.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _counts: Counter[str] = Counter()
 
 
 class _Always(dict[str, int]):
-    """Replaces PEFT's record of downloaded models; it contains every model, so no test contacts the hub."""
+    """Replaces PEFT's record of downloaded models; it contains every model, so no test contacts the
+    hub.
+    """
 
     def __contains__(self, key: object) -> bool:
         return True
@@ -80,7 +83,9 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtest_logreport(report: Any) -> None:
     if report.when == "call" or report.outcome != "passed":
-        outcome = report.outcome if report.when == "call" or report.outcome == "skipped" else "error"
+        outcome = (
+            report.outcome if report.when == "call" or report.outcome == "skipped" else "error"
+        )
         if hasattr(report, "wasxfail"):
             outcome = f"x{outcome}"
         _outcomes[report.nodeid] = outcome

@@ -1,4 +1,6 @@
-"""The judge itself: what it would run, that its harness accelerates and notices a difference, and what it refuses."""
+"""The judge itself: what it would run, that its harness accelerates and notices a difference, and
+what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ pytest.importorskip("peft", reason="runs where peft is installed: pip install .[
 from tests.peft_suite import __main__ as suite
 from tests.peft_suite import hub
 
-# One test that does not know of acceleration, one that does, one that fails anyway, and one that nobody asks for.
+# One test that does not know of acceleration, one that does, one that fails anyway, and one that
+# nobody asks for.
 TESTS = """
 import peft, pytest, torch
 
@@ -62,7 +65,10 @@ def test_the_harness_accelerates_and_a_difference_is_found(tmp_path, monkeypatch
         f"{test}download[1]": "failed",
         f"{test}download[2]": "skipped",
     }
-    assert off["counts"] == {} and on["counts"] == {"accelerated rows of reports": 2, "calls of lora_linear": 1}
+    assert off["counts"] == {} and on["counts"] == {
+        "accelerated rows of reports": 2,
+        "calls of lora_linear": 1,
+    }
     different, counts = suite.compare(off["outcomes"], on["outcomes"])
     assert [*different.itertuples(name=None)] == [(f"{test}class", "passed", "failed")]
     (row,) = counts.to_dict("records")
@@ -75,7 +81,9 @@ def test_a_run_that_breaks_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "MODELS", {})
     (tmp_path / "run").mkdir()
     suite.unpack(sdist(tmp_path / "peft.tar.gz"), tmp_path / "run")
-    monkeypatch.setattr(suite, "command", lambda files, keyword: [suite.sys.executable, "-c", "print('broken')"])
+    monkeypatch.setattr(
+        suite, "command", lambda files, keyword: [suite.sys.executable, "-c", "print('broken')"]
+    )
     with pytest.raises(RuntimeError, match=r"did not run \(pytest's exit status 0\):\nbroken"):
         suite.run_both(tmp_path / "run", ["test_mixed"], suite.LORA, "torch")
 

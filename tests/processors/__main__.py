@@ -6,9 +6,9 @@
     python -m tests.processors --kind avx2 --sample 40 tests/ops/test_ops_oracle.py
     python -m tests.processors -- -x -k float16        pytest gets what is behind --
 
-Each kind has a process of its own, one after the other, because libraries choose their instructions once, when they are loaded.
-The process first checks that it is of its kind. The last lines say of each kind how many tests passed and failed.
-Exit status 1: a test failed, or a kind ran none.
+Each kind has a process of its own, one after the other, because libraries choose their instructions
+once, when they are loaded. The process first checks that it is of its kind. The last lines say of
+each kind how many tests passed and failed. Exit status 1: a test failed, or a kind ran none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ TESTS = ("tests/ops", "tests/nn", "tests/integrations")
 
 
 class Result(NamedTuple):
-    """How one kind's run ended. ``status`` is pytest's exit status; a run that broke has no ``outcomes``."""
+    """How one kind's run ended. ``status`` is pytest's exit status; a run that broke has no
+    ``outcomes``.
+    """
 
     kind: Kind
     status: int
@@ -45,10 +47,12 @@ class Result(NamedTuple):
 
 
 def environment(kind: Kind, directory: Path) -> dict[str, str]:
-    """This process's environment without GPUs, and of libraries' instructions and threads only the kind's settings.
+    """This process's environment without GPUs, and of libraries' instructions and threads only the
+    kind's settings.
 
-    Inductor's cache would give a kind the code that it made for another one's instructions: the kind's is in ``directory``.
-    PyTorch's threads sleep while they wait: on a busy machine, they would take the cores from those that they wait for.
+    Inductor's cache would give a kind the code that it made for another one's instructions: the
+    kind's is in ``directory``. PyTorch's threads sleep while they wait: on a busy machine, they
+    would take the cores from those that they wait for.
     """
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     more = {"CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor")}
@@ -60,7 +64,14 @@ def run(kind: Kind, arguments: Sequence[str]) -> Result:
     with tempfile.TemporaryDirectory(prefix="processors-") as name:
         directory = Path(name)
         outcomes = directory / "outcomes.json"
-        plugin = ["-p", "tests.processors.plugin", "--processor", kind.name, "--outcomes", str(outcomes)]
+        plugin = [
+            "-p",
+            "tests.processors.plugin",
+            "--processor",
+            kind.name,
+            "--outcomes",
+            str(outcomes),
+        ]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugin, *arguments]
         started = time.perf_counter()
         status = subprocess.run(command, cwd=ROOT, env=environment(kind, directory)).returncode
@@ -77,10 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kind", action="append", choices=KINDS, help="only this kind; may be repeated")
+    parser.add_argument(
+        "--kind", action="append", choices=KINDS, help="only this kind; may be repeated"
+    )
     parser.add_argument("--list", action="store_true", help="print the kinds, and stop")
     parser.add_argument("--sample", type=int, metavar="N", help="N tests, evenly spread over all")
-    parser.add_argument("tests", nargs="*", metavar="TEST", help=f"files or folders of tests ({', '.join(TESTS)})")
+    parser.add_argument(
+        "tests", nargs="*", metavar="TEST", help=f"files or folders of tests ({', '.join(TESTS)})"
+    )
     words = list(sys.argv[1:] if argv is None else argv)
     separator = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:separator])

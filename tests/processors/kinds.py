@@ -1,4 +1,5 @@
-"""The kinds of processors that ``python -m tests.processors`` runs tests as: how each is made, and how it is recognized.
+"""The kinds of processors that ``python -m tests.processors`` runs tests as: how each is made, and
+how it is recognized.
 
 Functions import PyTorch, because the command only starts processes that do.
 """
@@ -11,8 +12,9 @@ from typing import NamedTuple
 
 from tests.helpers.threads import ONE_THREAD
 
-# The instructions of ATen, oneDNN, MKL, and of OpenBLAS, by which Triton's interpreter multiplies. Each reads its variable once,
-# when it is loaded. MKL's works on Intel's processors; on others MKL has no more than AVX2 anyway.
+# The instructions of ATen, oneDNN, MKL, and of OpenBLAS, by which Triton's interpreter multiplies.
+# Each reads its variable once, when it is loaded. MKL's works on Intel's processors; on others MKL
+# has no more than AVX2 anyway.
 AVX2 = MappingProxyType({
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -32,7 +34,8 @@ VARIABLES = {*AVX2, *SSE41, *ONE_THREAD}
 class Kind(NamedTuple):
     """A kind of processor. ``None`` leaves a property as this machine has it.
 
-    ``environment`` and ``threads`` hold in the processes that tests start, too; the vendor and oneDNN's switch only in pytest's.
+    ``environment`` and ``threads`` hold in the processes that tests start, too; the vendor and
+    oneDNN's switch only in pytest's.
     """
 
     name: str
@@ -57,7 +60,13 @@ KINDS = {
     for kind in (
         Kind("native", "this machine, as it is"),
         Kind("avx2", "AVX2 and no more", AVX2, capability="AVX2", multiplies_low_precision=False),
-        Kind("sse41", "SSE4.1 and no more", SSE41, capability="DEFAULT", multiplies_low_precision=False),
+        Kind(
+            "sse41",
+            "SSE4.1 and no more",
+            SSE41,
+            capability="DEFAULT",
+            multiplies_low_precision=False,
+        ),
         Kind("no-onednn", "PyTorch's switch turns oneDNN off", onednn=False),
         Kind("one-thread", "one thread for each library", threads=1),
         Kind("two-threads", "two threads for each library", threads=2),
@@ -97,7 +106,9 @@ def properties(kind: Kind) -> list[Property]:
     low_precision = any(torch_path.MULTIPLIED.values())
     return [
         Property("ATen's capability", kind.capability, torch.backends.cpu.get_cpu_capability()),
-        Property("oneDNN multiplies bfloat16 or float16", kind.multiplies_low_precision, low_precision),
+        Property(
+            "oneDNN multiplies bfloat16 or float16", kind.multiplies_low_precision, low_precision
+        ),
         Property("oneDNN is on", kind.onednn, torch.backends.mkldnn.enabled),
         Property("the vendor is AMD", kind.is_amd, torch_path.IS_AMD),
         Property("PyTorch's threads", kind.threads, torch.get_num_threads()),

@@ -1,6 +1,8 @@
-"""A pytest plugin: pytest's process is of a kind of processor, and writes down how many tests passed and failed.
+"""A pytest plugin: pytest's process is of a kind of processor, and writes down how many tests
+passed and failed.
 
-``python -m tests.processors`` loads it with ``-p tests.processors.plugin`` and sets the kind's environment variables.
+``python -m tests.processors`` loads it with ``-p tests.processors.plugin`` and sets the kind's
+environment variables.
 """
 
 from __future__ import annotations
@@ -15,9 +17,18 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("processors")
-    group.addoption("--processor", metavar="KIND", required=True, help="a name of tests/processors/kinds.py")
-    group.addoption("--outcomes", metavar="FILE", required=True, help="for the counts of outcomes, as JSON")
-    group.addoption("--sample", type=int, metavar="N", help="run N tests, evenly spread over those that are collected")
+    group.addoption(
+        "--processor", metavar="KIND", required=True, help="a name of tests/processors/kinds.py"
+    )
+    group.addoption(
+        "--outcomes", metavar="FILE", required=True, help="for the counts of outcomes, as JSON"
+    )
+    group.addoption(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="run N tests, evenly spread over those that are collected",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,10 +61,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if size is None:
         return
     kept = spread(len(items), size)
-    config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place not in kept])
+    config.hook.pytest_deselected(
+        items=[item for place, item in enumerate(items) if place not in kept]
+    )
     items[:] = [items[place] for place in kept]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     counts = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in OUTCOMES}
     Path(config.getoption("outcomes")).write_text(json.dumps(counts), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""By day, a sample of the oracle's cases as two other processors; and the command that runs all tests as each kind."""
+"""By day, a sample of the oracle's cases as two other processors; and the command that runs all
+tests as each kind.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,24 @@ from tests.processors.kinds import KINDS, SSE41, Kind, differences, set_up
 from tests.processors.plugin import OUTCOMES, spread
 
 SAMPLE = 40
-# PyTorch's operators, which compute with the processor's instructions. In float64 no processor computes in another precision.
-ORACLE = ("tests/ops/test_ops_oracle.py", "--", "-v", "-k", "test_matches_the_oracle and torch and not fp64")
+# PyTorch's operators, which compute with the processor's instructions. In float64 no processor
+# computes in another precision.
+ORACLE = (
+    "tests/ops/test_ops_oracle.py",
+    "--",
+    "-v",
+    "-k",
+    "test_matches_the_oracle and torch and not fp64",
+)
 
 
 @pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="runs on x86-64, whose processors have these kinds"
+    platform.machine() not in ("x86_64", "AMD64"),
+    reason="runs on x86-64, whose processors have these kinds",
 )
-def test_a_sample_of_the_oracles_cases_as_other_processors(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_of_the_oracles_cases_as_other_processors(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     status = command.main(["--kind", "avx2", "--kind", "sse41", "--sample", str(SAMPLE), *ORACLE])
     printed = capfd.readouterr().out
     assert status == 0, printed
@@ -33,7 +45,10 @@ def test_a_sample_of_the_oracles_cases_as_other_processors(capfd: pytest.Capture
         ["avx2", str(SAMPLE), "passed"],
         ["sse41", str(SAMPLE), "passed"],
     ]
-    assert [line.split()[-1] for line in lines if "ATen's capability" in line] == ["AVX2", "DEFAULT"]
+    assert [line.split()[-1] for line in lines if "ATen's capability" in line] == [
+        "AVX2",
+        "DEFAULT",
+    ]
     cases = [line for line in lines if "test_matches_the_oracle[" in line]
     assert len(cases) == 2 * SAMPLE
     for words in (
@@ -64,12 +79,16 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._C._set_mkldnn_enabled(onednn)
 
 
-@pytest.mark.parametrize("name", ["native", "no-onednn", "one-thread", "two-threads", "amd", "intel"])
+@pytest.mark.parametrize(
+    "name", ["native", "no-onednn", "one-thread", "two-threads", "amd", "intel"]
+)
 def test_a_process_becomes_what_needs_no_instructions(name: str, settings: None) -> None:
     set_up(KINDS[name])
     assert not [*differences(KINDS[name])]
     if name == "amd":
-        assert torch_path.onednn_helps(True) == torch_path.ONEDNN_HELPS and not torch_path.onednn_helps(False)
+        assert torch_path.onednn_helps(
+            True
+        ) == torch_path.ONEDNN_HELPS and not torch_path.onednn_helps(False)
 
 
 def test_a_process_of_another_kind_is_noticed() -> None:
@@ -85,7 +104,10 @@ def test_a_process_of_another_kind_is_noticed() -> None:
             f"float16: {low_precision}, not {not low_precision}",
         ),
         (Kind("", "", onednn=not onednn), f"oneDNN is on: {onednn}, not {not onednn}"),
-        (Kind("", "", is_amd=not torch_path.IS_AMD), f"AMD: {torch_path.IS_AMD}, not {not torch_path.IS_AMD}"),
+        (
+            Kind("", "", is_amd=not torch_path.IS_AMD),
+            f"AMD: {torch_path.IS_AMD}, not {not torch_path.IS_AMD}",
+        ),
         (Kind("", "", threads=threads + 1), f"PyTorch's threads: {threads}, not {threads + 1}"),
     ):
         (message,) = differences(kind)
@@ -95,14 +117,20 @@ def test_a_process_of_another_kind_is_noticed() -> None:
 def test_a_kind_that_fails_or_runs_nothing_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pytest's exit statuses: 0 all passed, 1 some failed, 5 none was collected; and a signal, which leaves no counts."""
+    """Pytest's exit statuses: 0 all passed, 1 some failed, 5 none was collected; and a signal,
+    which leaves no counts.
+    """
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx512")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     statuses = {"native": 0, "sse41": 1, "no-onednn": 5, "two-threads": -11}
     runs = []
 
-    def pretend(words: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        kind, outcomes = (words[words.index(option) + 1] for option in ("--processor", "--outcomes"))
+    def pretend(
+        words: list[str], cwd: Path, env: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        kind, outcomes = (
+            words[words.index(option) + 1] for option in ("--processor", "--outcomes")
+        )
         runs.append((words, env))
         if statuses[kind] >= 0:
             counts = dict.fromkeys(OUTCOMES, 0) | {"failed": statuses[kind] % 5}

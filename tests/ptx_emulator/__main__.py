@@ -1,7 +1,8 @@
 """Run the library's compiled kernels on a CPU and print a table, then every fault.
 
-Exit status: 0 without any fault; 1 with a fault or a wrong number; 2 if the options fit no case; 3 if --plant planted nothing,
-or its case could not run to the end, so that nobody knows whether the fault is found.
+Exit status: 0 without any fault; 1 with a fault or a wrong number; 2 if the options fit no case; 3
+if --plant planted nothing, or its case could not run to the end, so that nobody knows whether the
+fault is found.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 
 from tests.helpers.threads import ONE_THREAD
 
-# Before NumPy, which PyTorch imports, starts OpenBLAS's threads. The user's own setting has precedence.
+# Before NumPy, which PyTorch imports, starts OpenBLAS's threads. The user's own setting has
+# precedence.
 os.environ.update(ONE_THREAD | os.environ)
 
 import torch
@@ -25,7 +27,8 @@ from tests.ptx_emulator.cases import Case, cases, run_case
 from tests.ptx_emulator.machine import Schedule
 from tests.ptx_emulator.plants import BOTH, PLANTS
 
-# Sums that programs share at once, a tile that only autotuning takes, two blocks of ranks. The tests run them at night alone.
+# Sums that programs share at once, a tile that only autotuning takes, two blocks of ranks. The
+# tests run them at night alone.
 LONG = (
     "linear chained bf16/fp32 M520 N520 K64 r16 p0.0, shared sums", "linear bf16/fp32 M200 N264 r16 p0.1, autotuned 64 x 256",
     "linear bf16/fp32 M96 N72 K64 r100 p0.1",
@@ -38,7 +41,8 @@ QUICK = (
     "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
     "optimizer fp32, sharded, latching",
-    # With products whose operand comes from registers: Triton 3.6 or 3.7 computed wrong dA, dB or Y in each.
+    # With products whose operand comes from registers: Triton 3.6 or 3.7 computed wrong dA, dB or Y
+    # in each.
     "linear bf16/bf16 M33 N96 K160 r16 p0.1", "linear bf16/fp32 M130 r16 p0.1, X shifted",
     "mlp bf16 M130 r16 p0.0, 2 processors",
     *LONG,
@@ -50,7 +54,9 @@ WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-rando
 
 
 def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
-    """The schedule that the command line asks for. A quick run's is that in which most faults have been seen."""
+    """The schedule that the command line asks for. A quick run's is that in which most faults have
+    been seen.
+    """
     quick = Schedule(arch, "early", "groups-first" if arch == "sm_90" else "first", "reverse", 1, 4)
     names = ("landing", "warps", "order", "seed", "resident")
     asked = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -59,17 +65,29 @@ def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tests.ptx_emulator", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.ptx_emulator", description=__doc__, formatter_class=raw
+    )
     help_ = f"of {', '.join(ARCHS)}, with commas between them (default: %(default)s)"
     parser.add_argument("--arch", default=",".join(BOTH), help=help_)
-    parser.add_argument("--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them"
+    )
     help_ = "of copies and tcgen05.mma (default: late)"
     parser.add_argument("--landing", choices=("late", "early", "random"), help=help_)
-    parser.add_argument("--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart")
-    parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)")
+    parser.add_argument(
+        "--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart"
+    )
+    parser.add_argument(
+        "--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)"
+    )
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
-    parser.add_argument("--resident", type=int, metavar="N", help="CTAs that run at a time (default: all)")
-    help_ = "each kernel in a few cases, copies early, warps apart, four CTAs at a time, the last first"
+    parser.add_argument(
+        "--resident", type=int, metavar="N", help="CTAs that run at a time (default: all)"
+    )
+    help_ = (
+        "each kernel in a few cases, copies early, warps apart, four CTAs at a time, the last first"
+    )
     parser.add_argument("--quick", action="store_true", help=help_)
     help_ = "take a barrier, wait or fence out of the PTX, which must be found; list: the names"
     parser.add_argument("--plant", choices=(*PLANTS, "list"), metavar="NAME", help=help_)
@@ -96,7 +114,12 @@ def chosen(options: argparse.Namespace) -> list[tuple[Case, Schedule]]:
             if options.quick and case.name not in QUICK:
                 continue
             if all(word in case.name for word in options.only.split("+")):
-                found.append((case, plant.schedule._replace(arch=arch) if plant else schedule_of(options, arch)))
+                found.append(
+                    (
+                        case,
+                        plant.schedule._replace(arch=arch) if plant else schedule_of(options, arch),
+                    )
+                )
     return found
 
 
@@ -109,7 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     tritons.run_again("tests.ptx_emulator", options.triton, arguments)
     if options.plant == "list":
-        print(*(f"{name}: {', '.join(plant.archs)}, {plant.kernel}" for name, plant in PLANTS.items()), sep="\n")
+        print(
+            *(
+                f"{name}: {', '.join(plant.archs)}, {plant.kernel}"
+                for name, plant in PLANTS.items()
+            ),
+            sep="\n",
+        )
         return 0
     torch.set_num_threads(1)
     planted: list[str] = []
@@ -123,7 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = chosen(options)
     if not todo:
         return _refuse("no case fits the options", NOTHING_FITS)
-    print("| GPU | case | launches | error over bound | faults | seconds |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| GPU | case | launches | error over bound | faults | seconds |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     details, bad, stopped = [], 0, []
     for case, schedule in todo:
         began = time.monotonic()
@@ -136,12 +168,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bad += not outcome.right
         stopped += [] if outcome.ran else [outcome.words]
         if not outcome.right:
-            details += [f"{schedule.arch} {case.name}: {line}" for line in (outcome.words, *launches, *faults)]
+            details += [
+                f"{schedule.arch} {case.name}: {line}"
+                for line in (outcome.words, *launches, *faults)
+            ]
     if options.plant and not planted:
         return _refuse(f"no code for {options.plant} to be planted in", NOTHING_PLANTED)
     if options.plant and stopped:
         return _refuse(
-            f"{options.plant} is planted, but its case did not run to the end: {stopped[0]}", NOTHING_PLANTED
+            f"{options.plant} is planted, but its case did not run to the end: {stopped[0]}",
+            NOTHING_PLANTED,
         )
     print(f"\n{len(todo)} cases, {bad} with a fault or a wrong number")
     print(*details, sep="\n")

@@ -1,7 +1,8 @@
-"""Loads, stores, atomics, asynchronous copies, and what a warp does as one: shuffles, votes, matrices.
+"""Loads, stores, atomics, asynchronous copies, and what a warp does as one: shuffles, votes,
+matrices.
 
-Each builder takes the program's :class:`~tests.ptx_emulator.arithmetic.Arithmetic` and an instruction, and returns a function of
-the CTA and the mask of its threads (None is all).
+Each builder takes the program's :class:`~tests.ptx_emulator.arithmetic.Arithmetic` and an
+instruction, and returns a function of the CTA and the mask of its threads (None is all).
 """
 
 from __future__ import annotations
@@ -23,25 +24,42 @@ from tests.ptx_emulator.tma import Action
 LANE = np.arange(32)
 
 
-def get(c: CTA, space: Space, addresses: Any, lanes: Any, size: int, n: int, ins: Instruction) -> list[Any]:
+def get(
+    c: CTA, space: Space, addresses: Any, lanes: Any, size: int, n: int, ins: Instruction
+) -> list[Any]:
     """Load ``n`` words of ``size`` bytes for each lane; out of bounds, all bits are ones."""
     words: list[Any] = []
-    for region, here in space.reach(addresses, addresses + size * n, size * n, c.machine.faults, ins):
+    for region, here in space.reach(
+        addresses, addresses + size * n, size * n, c.machine.faults, ins
+    ):
         a, warps = addresses[here], c.warp_of[lanes[here]]
         if "nc" in ins.mods and region.written:
-            c.machine.faults.add("ld.global.nc of memory that this launch has written", ins, region.name)
+            c.machine.faults.add(
+                "ld.global.nc of memory that this launch has written", ins, region.name
+            )
         slot = warps - c.first_warp if space is c.shared else 0
-        c.machine.races.read(region, region.granules(a, size * n), warps, ins, slot, atomic=_order(ins)[0] is not None)
+        c.machine.races.read(
+            region,
+            region.granules(a, size * n),
+            warps,
+            ins,
+            slot,
+            atomic=_order(ins)[0] is not None,
+        )
         at, view = space.at(a, size), space.views[size]
         if isinstance(here, slice):
             return [view[at + j] for j in range(n)]
-        words = words or [np.full(len(lanes), view.dtype.type(-1 % (1 << 8 * size))) for _ in range(n)]
+        words = words or [
+            np.full(len(lanes), view.dtype.type(-1 % (1 << 8 * size))) for _ in range(n)
+        ]
         for j, word in enumerate(words):
             word[here] = view[at + j]
     return words or [np.full(len(lanes), -1 % (1 << 8 * size), WORDS[size]) for _ in range(n)]
 
 
-def put(c: CTA, space: Space, addresses: Any, lanes: Any, words: list[Any], size: int, ins: Instruction) -> None:
+def put(
+    c: CTA, space: Space, addresses: Any, lanes: Any, words: list[Any], size: int, ins: Instruction
+) -> None:
     """Store words of ``size`` bytes for each lane."""
     races, total, view = c.machine.races, size * len(words), space.views[size]
     for region, here in space.reach(addresses, addresses + total, total, c.machine.faults, ins):
@@ -68,7 +86,9 @@ def _synchronize(c: CTA, lanes: Any, addresses: Any, order: str | None, local: b
     for warp, address in sorted({*zip(c.warp_of[lanes].tolist(), addresses.tolist(), strict=True)}):
         # What others of the CTA see, and what all see.
         keys = [(address, c.first_warp), *([] if local else [address])]
-        c.machine.races.synchronize(warp, keys, order in ("acquire", "acq_rel"), order in ("release", "acq_rel"))
+        c.machine.races.synchronize(
+            warp, keys, order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
+        )
 
 
 def _load_parameter(words: Arithmetic, ins: Instruction) -> Action:
@@ -78,7 +98,10 @@ def _load_parameter(words: Arithmetic, ins: Instruction) -> Action:
     def load(c: CTA, mask: Any) -> None:
         for i, name in enumerate(names):
             place, declared = words.registers[name]
-            data, signed = c.launch.params[first + i * size : first + (i + 1) * size], ins.kind[0] == "s"
+            data, signed = (
+                c.launch.params[first + i * size : first + (i + 1) * size],
+                ins.kind[0] == "s",
+            )
             bits = int.from_bytes(data, "little", signed=signed) % (1 << 8 * SIZES[declared])
             c.set(place, np.full(len(c.lanes(mask)), bits, WORDS[SIZES[declared]]), c.lanes(mask))
 
@@ -131,7 +154,9 @@ def _atomic(words: Arithmetic, ins: Instruction) -> Action:
         a, space = address(c)[lanes], c.machine.memory
         operands, view, results = read(c)[lanes], space.views[size], np.zeros(len(lanes), np.uint32)
         for region, here in space.reach(a, a + size, size, c.machine.faults, ins):
-            c.machine.races.atomic(region, region.granules(a[here], size), c.warp_of[lanes[here]], ins, a[here])
+            c.machine.races.atomic(
+                region, region.granules(a[here], size), c.warp_of[lanes[here]], ins, a[here]
+            )
             for i in np.arange(len(lanes))[here]:
                 at = space.at(a[i], size)
                 results[i] = view[at]
@@ -153,7 +178,9 @@ def _nothing(ins: Instruction, c: CTA, mask: Any) -> None:
 
 @dataclass
 class Copy:
-    """A copy in flight: for each lane its thread, its group, and where from and to; ``real`` bytes, then zeros."""
+    """A copy in flight: for each lane its thread, its group, and where from and to; ``real`` bytes,
+    then zeros.
+    """
 
     lanes: Any
     group: Any
@@ -171,7 +198,9 @@ class Copy:
         memory, shared = c.machine.memory, c.shared
         for byte in range(0, self.size, 4):
             inside = self.real >= byte + 4
-            words = memory.views[4][memory.at(np.where(inside, self.source + byte, memory.regions[0].start), 4)]
+            words = memory.views[4][
+                memory.at(np.where(inside, self.source + byte, memory.regions[0].start), 4)
+            ]
             shared.views[4][shared.at(self.to + byte, 4)] = np.where(inside, words, np.uint32(0))
         self.landed = True
 
@@ -192,16 +221,21 @@ def _copy(words: Arithmetic, ins: Instruction) -> Action:
     def copy(c: CTA, mask: Any) -> None:
         lanes, machine = c.lanes(mask), c.machine
         a, b = to(c)[lanes], source(c)[lanes]
-        real = np.full(len(lanes), size) if read_size is None else read_size(c)[lanes].astype(np.int64)
+        real = (
+            np.full(len(lanes), size) if read_size is None else read_size(c)[lanes].astype(np.int64)
+        )
         if (real % 4).any():
             raise ins.unknown()
         some = np.flatnonzero(real)
         fine = np.zeros(len(lanes), bool)
-        for region, here in machine.memory.reach(b[some], (b + real)[some], size, machine.faults, ins):
+        for region, here in machine.memory.reach(
+            b[some], (b + real)[some], size, machine.faults, ins
+        ):
             which = some[here]
             fine[which] = True
             granules = np.minimum(
-                region.granules(b[which], size), ((b + real)[which, None] - 1 >> region.shift) - region.first
+                region.granules(b[which], size),
+                ((b + real)[which, None] - 1 >> region.shift) - region.first,
             )
             machine.races.read(region, granules, c.warp_of[lanes[which]], ins, 0)
         real = np.where(fine, real, 0)
@@ -269,7 +303,9 @@ def _elect(words: Arithmetic, ins: Instruction) -> Action:
 
 def _reduce(words: Arithmetic, ins: Instruction) -> Action:
     """The smallest or largest number of each warp, NaN left out, for all its threads."""
-    reduce = {"redux.sync.min.f32": np.fmin.reduce, "redux.sync.max.f32": np.fmax.reduce}.get(ins.op)
+    reduce = {"redux.sync.min.f32": np.fmin.reduce, "redux.sync.max.f32": np.fmax.reduce}.get(
+        ins.op
+    )
     if reduce is None:
         raise ins.unknown()
     place, read = words.place(ins.args[0]), words.reader(ins.args[1], "f32")
@@ -285,7 +321,9 @@ def _reduce(words: Arithmetic, ins: Instruction) -> Action:
 def _mma(words: Arithmetic, ins: Instruction) -> Action:
     *shape, d_kind, a_kind, b_kind, c_kind = ins.mods[-7:]
     rows, columns, depth = map(int, re.findall(r"\d+", shape[0]))
-    if (rows, columns, d_kind, c_kind) != (16, 8, "f32", "f32") or not {a_kind, b_kind} <= {*nx.PARTS}:
+    if (rows, columns, d_kind, c_kind) != (16, 8, "f32", "f32") or not {a_kind, b_kind} <= {
+        *nx.PARTS
+    }:
         raise ins.unknown()
     places = [words.place(name) for name in ins.args[0]]
     left, right = ([words.reader(name, "b32") for name in arg] for arg in ins.args[1:3])
@@ -297,7 +335,9 @@ def _mma(words: Arithmetic, ins: Instruction) -> Action:
 
     def parts(c: CTA, reads: list[Any], warps: Any, kind: str) -> Any:
         """[warps, registers, parts, 32]"""
-        return np.stack([np.stack(nx.PARTS[kind](c.by_warp(read(c), warps)), 1) for read in reads], 1)
+        return np.stack(
+            [np.stack(nx.PARTS[kind](c.by_warp(read(c), warps)), 1) for read in reads], 1
+        )
 
     def mma(c: CTA, mask: Any) -> None:
         warps = c.full_warps(mask, ins)

@@ -1,7 +1,7 @@
 """From arithmetic instructions to Python expressions over arrays of all threads of a CTA.
 
-A register is an array of unsigned integers, or of bools for a predicate, in the list ``R`` of the CTA ``c``. Expressions see the
-operands as the instruction's type says.
+A register is an array of unsigned integers, or of bools for a predicate, in the list ``R`` of the
+CTA ``c``. Expressions see the operands as the instruction's type says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ NAMES: dict[str, Any] = {"np": np, "nx": numerics} | {
     for size in (1, 2, 4, 8)
     if (letter, size) != ("F", 1)
 }
-# Expressions of operands of one type that give a result of that type; "head.letter" is for the types of that letter.
+# Expressions of operands of one type that give a result of that type; "head.letter" is for the
+# types of that letter.
 PLAIN = {
     "add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "mad": "({0} * {1} + {2})", "neg": "(-{0})",
     "abs": "np.abs({0})", "min": "np.minimum({0}, {1})", "max": "np.maximum({0}, {1})", "min.f": "np.fmin({0}, {1})",
@@ -54,7 +55,9 @@ Result = list[tuple[int, str]]
 
 
 class Arithmetic:
-    """Expressions for one program's instructions. ``space`` is what they see: names, and constants as arrays."""
+    """Expressions for one program's instructions. ``space`` is what they see: names, and constants
+    as arrays.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program, self.registers = program, program.registers
@@ -62,7 +65,9 @@ class Arithmetic:
         self._constants: dict[Any, str] = {}
 
     def expressions(self, ins: Instruction) -> Result | None:
-        """The places of the instruction's results with their expressions; None if it is no arithmetic."""
+        """The places of the instruction's results with their expressions; None if it is no
+        arithmetic.
+        """
         head = ins.mods[0]
         special: Callable[[Instruction], Result] | None = getattr(self, f"_{head}", None)
         if special is not None:
@@ -81,7 +86,11 @@ class Arithmetic:
         if kind == "pred" and arg[0] == "!":
             return f"(~{self.value(arg[1:], kind)})"
         if kind == "pred":
-            return f"R[{self.place(arg)}]" if arg in self.registers else f"({self.value(arg, 'u8')} != 0)"
+            return (
+                f"R[{self.place(arg)}]"
+                if arg in self.registers
+                else f"({self.value(arg, 'u8')} != 0)"
+            )
         view = f".view({_dtype(kind)})"
         if arg in self.registers:
             place, declared = self.registers[arg]
@@ -118,7 +127,9 @@ class Arithmetic:
         return lambda c: constant
 
     def _result(self, name: str, expression: str, kind: str) -> Result:
-        """``expression``, of ``kind``, for the register ``name``. A wider register takes the sign of a signed result."""
+        """``expression``, of ``kind``, for the register ``name``. A wider register takes the sign
+        of a signed result.
+        """
         if name == "_":
             return []
         place, declared = self.registers[name]
@@ -149,7 +160,9 @@ class Arithmetic:
             template = template.format(template, "{2}")
         if len(args) != len({*re.findall(r"\{\d\}", template)}):
             raise ins.unknown()
-        kinds = {"bfe": [kind, "u32", "u32"], "selp": [kind, kind, "pred"]}.get(ins.mods[0], [kind] * 3)
+        kinds = {"bfe": [kind, "u32", "u32"], "selp": [kind, kind, "pred"]}.get(
+            ins.mods[0], [kind] * 3
+        )
         values = [self.value(arg, of) for arg, of in zip(args, kinds, strict=False)]
         if "wide" in ins.mods:
             kind = kind[0] + str(16 * SIZES[kind])
@@ -170,7 +183,9 @@ class Arithmetic:
         return self._result(ins.args[0], template.format(*values, self.value(wide, "f32")), "f32")
 
     def _pair(self, ins: Instruction, template: str) -> Result:
-        """Blackwell's arithmetic on two float32 in 64 bits. In a view of float32 they are neighbors."""
+        """Blackwell's arithmetic on two float32 in 64 bits. In a view of float32 they are
+        neighbors.
+        """
         if not {*ins.mods[1:-1]} <= {"rn"}:
             raise ins.unknown()
         values = [f"{self.value(arg, 'b64')}.view(F32)" for arg in ins.args[1:]]
@@ -211,7 +226,9 @@ class Arithmetic:
             return [
                 pair
                 for i, name in enumerate(to)
-                for pair in self._result(name, f"({whole} >> U{bits}({part * i})).astype(U{part})", f"b{part}")
+                for pair in self._result(
+                    name, f"({whole} >> U{bits}({part * i})).astype(U{part})", f"b{part}"
+                )
             ]
         if isinstance(source, list):
             part = bits // len(source)
@@ -224,11 +241,14 @@ class Arithmetic:
 
     def _cvt(self, ins: Instruction) -> Result:
         to, source = ins.mods[-2:]
-        rounding = next((word for word in ins.mods[1:-2] if word in ("rn", "rz", "rna", *ROUNDINGS)), "rn")
+        rounding = next(
+            (word for word in ins.mods[1:-2] if word in ("rn", "rz", "rna", *ROUNDINGS)), "rn"
+        )
         if set(ins.mods[1:-2]) - {rounding, "ftz"}:
             raise ins.unknown()
         values = [
-            self.value(arg, {"bf16": "b16", "f16": "b16", "e4m3x2": "b16"}.get(source, source)) for arg in ins.args[1:]
+            self.value(arg, {"bf16": "b16", "f16": "b16", "e4m3x2": "b16"}.get(source, source))
+            for arg in ins.args[1:]
         ]
         if to in ("bf16x2", "f16x2"):
             if source == "e4m3x2":
@@ -237,15 +257,21 @@ class Arithmetic:
                 parts = values
             else:
                 raise ins.unknown()
-            upper, lower = (f"nx.f32_to_{to[:-2]}({part}, {rounding!r}).astype(U32)" for part in parts)
+            upper, lower = (
+                f"nx.f32_to_{to[:-2]}({part}, {rounding!r}).astype(U32)" for part in parts
+            )
             return self._result(ins.args[0], f"(({upper} << U32(16)) | {lower})", "b32")
         value = f"nx.{source}_to_f32({values[0]})" if source in ("bf16", "f16") else values[0]
         if "ftz" in ins.mods:
             value = f"nx.ftz({value})"
         if to == "tf32":
-            return self._result(ins.args[0], f"nx.tf32({self.value(ins.args[1], 'b32')}, {rounding!r})", "b32")
+            return self._result(
+                ins.args[0], f"nx.tf32({self.value(ins.args[1], 'b32')}, {rounding!r})", "b32"
+            )
         if to in ("bf16", "f16"):
-            return self._result(ins.args[0], f"nx.f32_to_{to}({value}.astype(F32), {rounding!r})", "b16")
+            return self._result(
+                ins.args[0], f"nx.f32_to_{to}({value}.astype(F32), {rounding!r})", "b16"
+            )
         if to == "f32":
             whole = f"np.{ROUNDINGS[rounding]}({value})" if rounding in ROUNDINGS else value
             return self._result(ins.args[0], f"{whole}.astype(F32)", "f32")

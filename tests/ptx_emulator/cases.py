@@ -1,6 +1,8 @@
-"""Calls of the library's ops in every form that dispatch can take, each compared with its reference in float64.
+"""Calls of the library's ops in every form that dispatch can take, each compared with its reference
+in float64.
 
-An error is a share of the library's own bound, that of :func:`stablelora_kernels.testing.assert_no_worse`.
+An error is a share of the library's own bound, that of
+:func:`stablelora_kernels.testing.assert_no_worse`.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from tests.ptx_emulator.memory import EmulationError, Faults
 # By name: the error and its bound.
 Errors = dict[str, tuple[float, float]]
 Results = dict[str, Tensor]
-# A GPU cuts operands off after the ten bits of TensorFloat-32. That makes a number smaller by at most 2^-11 of it on average,
-# and a branch's two products have four operands.
+# A GPU cuts operands off after the ten bits of TensorFloat-32. That makes a number smaller by at
+# most 2^-11 of it on average, and a branch's two products have four operands.
 TF32_SLOPE = 4 * 2.0**-11
 SCALING = 1.7
 WORDS = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -58,12 +60,15 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The largest error over its bound and whose it is, or what stopped the case; and what was found on the way."""
+    """The largest error over its bound and whose it is, or what stopped the case; and what was
+    found on the way.
+    """
 
     share: float
     words: str
     log: Log
-    # False: the emulator, or the library, could not run the case to its end, for a reason that is no fault of the kernel.
+    # False: the emulator, or the library, could not run the case to its end, for a reason that is
+    # no fault of the kernel.
     ran: bool = True
 
     @property
@@ -100,7 +105,9 @@ def kernels_of(case: Case, arch: str) -> list[runner.Compiled]:
     """The compiled kernels of a case, each once, without running them."""
     kernels: dict[str, runner.Compiled] = {}
 
-    def compile_only(launch: Launch, schedule: Schedule, more: Iterable[tuple[Tensor, str]] = ()) -> Faults:
+    def compile_only(
+        launch: Launch, schedule: Schedule, more: Iterable[tuple[Tensor, str]] = ()
+    ) -> Faults:
         compiled = runner.compile_to_ptx(launch, schedule.arch)
         kernels[compiled.ptx] = compiled
         return Faults()
@@ -143,7 +150,16 @@ def linear(
 ) -> Errors:  # fmt: skip
     """A layer's forward, and the gradients that are ``wanted``."""
     case = calls.Case(
-        "linear", (m, k), (n,), (r,), dtype, lora, p=p, bias=(bias,), quantized=(quantized,), wanted=wanted
+        "linear",
+        (m, k),
+        (n,),
+        (r,),
+        dtype,
+        lora,
+        p=p,
+        bias=(bias,),
+        quantized=(quantized,),
+        wanted=wanted,
     )
     given = calls.make(case)
     for kind, how in (layouts or {}).items():
@@ -153,7 +169,9 @@ def linear(
 
 
 def autotuned(choice: Choice, run: Callable[[], Errors]) -> Errors:
-    """``run`` as if autotuning had found ``choice``, for the calls that have it among their candidates."""
+    """``run`` as if autotuning had found ``choice``, for the calls that have it among their
+    candidates.
+    """
 
     def choose(device: Device, call: Call, *operands: Any) -> Choice | None:
         return choice if choice in autotune.candidates(device, call).values() else None
@@ -168,7 +186,14 @@ def branch(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float) -> Erro
     return _errors_of(case, calls.make(case))
 
 
-def group(m: int, ns: Sequence[int], k: int, ranks: Sequence[int], dtype: torch.dtype = BF16, p: float = 0.0) -> Errors:
+def group(
+    m: int,
+    ns: Sequence[int],
+    k: int,
+    ranks: Sequence[int],
+    dtype: torch.dtype = BF16,
+    p: float = 0.0,
+) -> Errors:
     """Projections of one X."""
     case = calls.Case("group", (m, k), (*ns,), (*ranks,), dtype, FP32, p=p, bias=(True,))
     return _errors_of(case, calls.make(case))
@@ -179,7 +204,9 @@ def mlp(
     activation: str = "silu", shared: bool = False,
 ) -> Errors:  # fmt: skip
     """A gated MLP."""
-    case = calls.Case("mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared)
+    case = calls.Case(
+        "mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared
+    )
     return _errors_of(case, calls.make(case))
 
 
@@ -191,7 +218,8 @@ def optimizer(
     latching: bool = False,
     **options: Any,
 ) -> Errors:
-    """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the capture of a CUDA graph.
+    """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the
+    capture of a CUDA graph.
 
     ``latching``: pairs must latch in these steps, some of them and not all.
     """
@@ -201,7 +229,13 @@ def optimizer(
             pairs = make_pairs([*shapes], dtype)
             if way == "sharded":
                 pairs = stack.enter_context(_sharded(pairs))
-            given = {"lr": 1e-2, "weight_decay": 0.1, "seed": 5, "capturable": way == "captured", **options}
+            given = {
+                "lr": 1e-2,
+                "weight_decay": 0.1,
+                "seed": 5,
+                "capturable": way == "captured",
+                **options,
+            }
             each = StableLoRAAdamW(pairs, **given)
             for step in range(steps):
                 _set_gradients(params_of(each), step)
@@ -214,25 +248,34 @@ def optimizer(
     if latching:
         errors["no latch"] = float(len({*latches[0]}) == 1), 0.5
     for i, (p, q) in enumerate(zip(*made, strict=True)):
-        # Moments of few bits round by random numbers, which an unlike last bit of a moment turns over.
+        # Moments of few bits round by random numbers, which an unlike last bit of a moment turns
+        # over.
         few = options.get("moments_dtype", FP32) != FP32
         unit = 1e-2 if few else 2e-5 if dtype == FP32 else 2 * testing.EPS[dtype]
-        errors[f"p{i}"] = (p.double() - q.double()).abs().max().item(), unit * q.abs().max().item() + 2e-6
+        errors[f"p{i}"] = (
+            (p.double() - q.double()).abs().max().item(),
+            unit * q.abs().max().item() + 2e-6,
+        )
     return errors
 
 
 @contextmanager
 def _sharded(pairs: list[LoRAPair]) -> Iterator[list[LoRAPair]]:
-    """``pairs`` as the second of two processes holds them: A by columns, so that a shard is not one run of it, B by rows.
+    """``pairs`` as the second of two processes holds them: A by columns, so that a shard is not one
+    run of it, B by rows.
 
-    There is no first process. Its collectives return what this one brings, so norms are those of this process's shards, on both
-    paths.
+    There is no first process. Its collectives return what this one brings, so norms are those of
+    this process's shards, on both paths.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
         mesh = DeviceMesh("cpu", [0, 1])
         yield [
-            LoRAPair(pair.name, _half(pair.A, mesh, 1).requires_grad_(), _half(pair.B, mesh, 0).requires_grad_())
+            LoRAPair(
+                pair.name,
+                _half(pair.A, mesh, 1).requires_grad_(),
+                _half(pair.B, mesh, 0).requires_grad_(),
+            )
             for pair in pairs
         ]
     finally:
@@ -241,7 +284,9 @@ def _sharded(pairs: list[LoRAPair]) -> Iterator[list[LoRAPair]]:
 
 def _half(t: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
     mine = t.detach().chunk(2, dim)[1].contiguous()
-    return DTensor.from_local(mine, mesh, [Shard(dim)], run_check=False, shape=t.shape, stride=t.stride())
+    return DTensor.from_local(
+        mine, mesh, [Shard(dim)], run_check=False, shape=t.shape, stride=t.stride()
+    )
 
 
 def _whole(t: Any) -> Tensor:
@@ -252,27 +297,57 @@ def _set_gradients(params: list[Any], step: int) -> None:
     whole = [torch.empty(p.shape, dtype=p.dtype) for p in params]
     set_grads(whole, step)
     for p, w in zip(params, whole, strict=True):
-        p.grad = _half(w.grad, p.device_mesh, p.placements[0].dim) if hasattr(p, "placements") else w.grad
+        p.grad = (
+            _half(w.grad, p.device_mesh, p.placements[0].dim)
+            if hasattr(p, "placements")
+            else w.grad
+        )
 
 
 def cases() -> Iterator[Case]:
     """All cases. Names have the op, the dtypes of X and of A and B, sizes, and what is special."""
     for dtype, lora in ((BF16, FP32), (BF16, BF16), (FP16, FP16)):
-        for m, n, k, r in ((5, 64, 96, 4), (33, 96, 160, 16), (130, 96, 160, 16), (130, 160, 72, 4), (96, 72, 64, 100)):
+        for m, n, k, r in (
+            (5, 64, 96, 4),
+            (33, 96, 160, 16),
+            (130, 96, 160, 16),
+            (130, 160, 72, 4),
+            (96, 72, 64, 100),
+        ):
             for p in (0.0, 0.1) if dtype == BF16 or (m, r) == (130, 16) else ():
                 yield Case(
                     f"linear {WORDS[dtype]}/{WORDS[lora]} M{m} N{n} K{k} r{r} p{p}",
                     partial(linear, m, n, k, r, dtype, lora, p),
                 )
     for kernel in ("split", "fused", "vendor", "chained"):
-        for m, p, r in ((33, 0.0, 16), (130, 0.0, 16), (130, 0.1, 16), (130, 0.0, 48), (130, 0.1, 48)):
+        for m, p, r in (
+            (33, 0.0, 16),
+            (130, 0.0, 16),
+            (130, 0.1, 16),
+            (130, 0.0, 48),
+            (130, 0.1, 48),
+        ):
             if not (kernel == "fused" and p):
-                yield Case(f"linear {kernel} bf16/fp32 M{m} r{r} p{p}", partial(linear, m, 96, 160, r, p=p), kernel)
+                yield Case(
+                    f"linear {kernel} bf16/fp32 M{m} r{r} p{p}",
+                    partial(linear, m, 96, 160, r, p=p),
+                    kernel,
+                )
         if kernel in ("split", "fused"):
-            yield Case(f"linear {kernel} bf16/fp32 M5 N64 K512 r16", partial(linear, 5, 64, 512, 16), kernel)
+            yield Case(
+                f"linear {kernel} bf16/fp32 M5 N64 K512 r16",
+                partial(linear, 5, 64, 512, 16),
+                kernel,
+            )
         if kernel != "chained":
-            yield Case(f"linear {kernel} bf16/bf16 M130 r16", partial(linear, 130, 96, 160, 16, BF16, BF16), kernel)
-    yield Case("linear split bf16/fp32 M130 r200 p0.1", partial(linear, 130, 96, 160, 200, p=0.1), "split")
+            yield Case(
+                f"linear {kernel} bf16/bf16 M130 r16",
+                partial(linear, 130, 96, 160, 16, BF16, BF16),
+                kernel,
+            )
+    yield Case(
+        "linear split bf16/fp32 M130 r200 p0.1", partial(linear, 130, 96, 160, 200, p=0.1), "split"
+    )
     # Few processors: several tiles a program, the widest tile.
     for kernel, p in (("auto", 0.0), ("auto", 0.1), ("split", 0.0), ("split", 0.1), ("fused", 0.0)):
         name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 2 processors"
@@ -285,18 +360,29 @@ def cases() -> Iterator[Case]:
     for n, k, p, processors in ((800, 96, 0.0, 9), (96, 800, 0.1, 9), (800, 96, 0.0, 3)):
         name = f"linear chained bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
         yield Case(name, partial(linear, 200, n, k, 16, p=p), "chained", processors)
-    # S, dB and dA whose parts programs share, each with counters of its own, beside those of the chain.
+    # S, dB and dA whose parts programs share, each with counters of its own, beside those of the
+    # chain.
     for p in (0.0, 0.1):
         name = f"linear chained bf16/fp32 M520 N520 K64 r16 p{p}, shared sums"
         yield Case(name, partial(linear, 520, 520, 64, 16, p=p), "chained")
     # A tile of S has more rows than the product's.
     for p in (0.0, 0.1):
         run = partial(
-            autotuned, Choice("chained", "", Tile(64, 256, 64, 8, 3)), partial(linear, 200, 264, 160, 16, p=p)
+            autotuned,
+            Choice("chained", "", Tile(64, 256, 64, 8, 3)),
+            partial(linear, 200, 264, 160, 16, p=p),
         )
         yield Case(f"linear bf16/fp32 M200 N264 r16 p{p}, autotuned 64 x 256", run, processors=5)
-    for m, k, p in ((1, 1024, 0.0), (5, 520, 0.0), (33, 520, 0.1), (130, 1100, 0.0), (130, 1104, 0.1)):
-        yield Case(f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p))
+    for m, k, p in (
+        (1, 1024, 0.0),
+        (5, 520, 0.0),
+        (33, 520, 0.1),
+        (130, 1100, 0.0),
+        (130, 1104, 0.1),
+    ):
+        yield Case(
+            f"linear bf16/fp32 M{m} K{k} r16 p{p}, long sum", partial(linear, m, 96, k, 16, p=p)
+        )
     every = ("x", "weight", "lora_A", "lora_B", "grad")
     for words, layouts in (
         ("W transposed", {"weight": "transposed"}), ("X transposed", {"x": "transposed"}), ("X shifted", {"x": "shifted"}),
@@ -305,7 +391,8 @@ def cases() -> Iterator[Case]:
     ):  # fmt: skip
         for m, p in ((33, 0.1), (130, 0.0), (130, 0.1)):
             yield Case(
-                f"linear bf16/fp32 M{m} r16 p{p}, {words}", partial(linear, m, 96, 160, 16, p=p, layouts=layouts)
+                f"linear bf16/fp32 M{m} r16 p{p}, {words}",
+                partial(linear, m, 96, 160, 16, p=p, layouts=layouts),
             )
     for name in every:
         for how in ("far rows", "far columns"):
@@ -313,19 +400,28 @@ def cases() -> Iterator[Case]:
                 run = partial(linear, m, 96, 160, 16, p=0.1, layouts={name: how})
                 yield Case(f"linear {kernel} bf16/fp32 M{m} r16 p0.1, {name} {how}", run, kernel)
     for m in (33, 130):
-        yield Case(f"linear bf16/fp32 M{m} N71 K67 r3 p0.1, odd sizes", partial(linear, m, 71, 67, 3, p=0.1))
-        yield Case(f"linear bf16/fp32 M{m} r16, no bias", partial(linear, m, 96, 160, 16, bias=False))
+        yield Case(
+            f"linear bf16/fp32 M{m} N71 K67 r3 p0.1, odd sizes",
+            partial(linear, m, 71, 67, 3, p=0.1),
+        )
+        yield Case(
+            f"linear bf16/fp32 M{m} r16, no bias", partial(linear, m, 96, 160, 16, bias=False)
+        )
     for wanted in (("lora_A",), ("lora_B",), ("x",), ("lora_A", "lora_B"), ()):
         words = "+".join(wanted) or "nothing"
         yield Case(
-            f"linear bf16/fp32 M130 p0.1, wanted {words}", partial(linear, 130, 96, 160, 16, p=0.1, wanted=wanted)
+            f"linear bf16/fp32 M130 p0.1, wanted {words}",
+            partial(linear, 130, 96, 160, 16, p=0.1, wanted=wanted),
         )
     for words, precision in (("fp32", "highest"), ("tf32", "high")):
         for m, n, k, r, p in ((5, 64, 96, 4, 0.1), (14, 96, 160, 16, 0.0), (130, 96, 160, 16, 0.1)):
             run = partial(linear, m, n, k, r, FP32, FP32, p)
             yield Case(f"linear {words} M{m} N{n} K{k} r{r} p{p}", run, precision=precision)
         yield Case(
-            f"linear split {words} M70", partial(linear, 70, 72, 96, 16, FP32, FP32, 0.1), "split", precision=precision
+            f"linear split {words} M70",
+            partial(linear, 70, 72, 96, 16, FP32, FP32, 0.1),
+            "split",
+            precision=precision,
         )
     for m, r, p, dtype in (
         (33, 16, 0.0, BF16),
@@ -334,27 +430,49 @@ def cases() -> Iterator[Case]:
         (130, 16, 0.0, FP16),
         (130, 100, 0.1, BF16),
     ):
-        yield Case(f"branch {WORDS[dtype]} M{m} r{r} p{p}", partial(branch, m, 96, 160, r, dtype, p))
+        yield Case(
+            f"branch {WORDS[dtype]} M{m} r{r} p{p}", partial(branch, m, 96, 160, r, dtype, p)
+        )
     for m, p, dtype in ((33, 0.1, BF16), (130, 0.0, BF16), (130, 0.1, BF16), (130, 0.1, FP32)):
-        yield Case(f"group {WORDS[dtype]} M{m} r16+8+4 p{p}", partial(group, m, (96, 64, 32), 64, (16, 8, 4), dtype, p))
+        yield Case(
+            f"group {WORDS[dtype]} M{m} r16+8+4 p{p}",
+            partial(group, m, (96, 64, 32), 64, (16, 8, 4), dtype, p),
+        )
     for p in (0.0, 0.1):
         name = f"group split-K bf16 M66 N64+32+32 K1024 r16 p{p}"
         yield Case(name, partial(group, 66, (64, 32, 32), 1024, (16,) * 3, p=p), "split")
     for kernel in ("auto", "split"):
         yield Case(
-            f"group {kernel} bf16 M130 N64+64 r48 p0.1", partial(group, 130, (64, 64), 96, (48, 48), p=0.1), kernel
+            f"group {kernel} bf16 M130 N64+64 r48 p0.1",
+            partial(group, 130, (64, 64), 96, (48, 48), p=0.1),
+            kernel,
         )
     for m, p, dtype in ((33, 0.1, BF16), (130, 0.0, BF16), (130, 0.1, BF16), (70, 0.1, FP32)):
-        yield Case(f"mlp {WORDS[dtype]} M{m} r16+8+4 p{p}", partial(mlp, m, 96, 64, 80, dtype=dtype, p=p))
+        yield Case(
+            f"mlp {WORDS[dtype]} M{m} r16+8+4 p{p}", partial(mlp, m, 96, 64, 80, dtype=dtype, p=p)
+        )
     for activation in ("gelu", "gelu_tanh"):
-        yield Case(f"mlp {activation} bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1, activation=activation))
+        yield Case(
+            f"mlp {activation} bf16 M130 p0.1",
+            partial(mlp, 130, 96, 64, 80, p=0.1, activation=activation),
+        )
     yield Case("mlp split bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1), "split")
-    yield Case("mlp bf16 M130 p0.1, shared A", partial(mlp, 130, 96, 64, 80, (16,) * 3, p=0.1, shared=True))
-    yield Case("mlp bf16 M130, branch at down alone", partial(mlp, 130, 96, 64, 80, (None, None, 16)))
-    # One launch for gate and up; dA of down reads G and U in its own loop.
-    yield Case("mlp bf16 M130 r16 p0.0, 2 processors", partial(mlp, 130, 96, 64, 80, (16,) * 3), processors=2)
     yield Case(
-        "mlp bf16 M300 F520 p0.1, 2 processors", partial(mlp, 300, 520, 264, 160, (16,) * 3, p=0.1), processors=2
+        "mlp bf16 M130 p0.1, shared A", partial(mlp, 130, 96, 64, 80, (16,) * 3, p=0.1, shared=True)
+    )
+    yield Case(
+        "mlp bf16 M130, branch at down alone", partial(mlp, 130, 96, 64, 80, (None, None, 16))
+    )
+    # One launch for gate and up; dA of down reads G and U in its own loop.
+    yield Case(
+        "mlp bf16 M130 r16 p0.0, 2 processors",
+        partial(mlp, 130, 96, 64, 80, (16,) * 3),
+        processors=2,
+    )
+    yield Case(
+        "mlp bf16 M300 F520 p0.1, 2 processors",
+        partial(mlp, 300, 520, 264, 160, (16,) * 3, p=0.1),
+        processors=2,
     )
     for quantized in ("nf4", "nf4 nested", "fp8"):
         for m, n, k, p in (
@@ -365,11 +483,16 @@ def cases() -> Iterator[Case]:
             (33, 90, 130, 0.1),
         ):
             yield Case(
-                f"{quantized} bf16 M{m} N{n} K{k} r16 p{p}", partial(linear, m, n, k, 16, p=p, quantized=quantized)
+                f"{quantized} bf16 M{m} N{n} K{k} r16 p{p}",
+                partial(linear, m, n, k, 16, p=p, quantized=quantized),
             )
-        yield Case(f"{quantized} fp32 M14 r16", partial(linear, 14, 64, 128, 16, FP32, FP32, quantized=quantized))
         yield Case(
-            f"{quantized} fp16 M33 r16 p0.1", partial(linear, 33, 64, 128, 16, FP16, FP16, 0.1, quantized=quantized)
+            f"{quantized} fp32 M14 r16",
+            partial(linear, 14, 64, 128, 16, FP32, FP32, quantized=quantized),
+        )
+        yield Case(
+            f"{quantized} fp16 M33 r16 p0.1",
+            partial(linear, 33, 64, 128, 16, FP16, FP16, 0.1, quantized=quantized),
         )
     dynamic = {"lr": torch.tensor(1e-2), "shrink_ratio": torch.tensor(5e-4), "lr_ratio_B": 4.0}
     for words, run in (

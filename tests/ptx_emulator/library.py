@@ -28,11 +28,15 @@ class Log:
         self.schedule, self.launches, self.faults = schedule, list[str](), Faults()
 
     def run(self, launches: Sequence[Any], tables: bool = False) -> None:
-        """Run launches in order. ``tables``: kernels reach tensors by tables of addresses, which may name any of the process."""
+        """Run launches in order. ``tables``: kernels reach tensors by tables of addresses, which
+        may name any of the process.
+        """
         for launch in launches:
             if isinstance(launch, Launch):
                 self.faults.merge(run(launch, self.schedule, _tensors() if tables else ()))
-                self.launches.append(f"{launch.kernel.__name__.strip('_')} {launch.variant} grid {launch.grid}")
+                self.launches.append(
+                    f"{launch.kernel.__name__.strip('_')} {launch.variant} grid {launch.grid}"
+                )
             else:
                 launch.run(torch.device("cpu"))
                 self.launches.append(launch.variant)
@@ -41,12 +45,17 @@ class Log:
 def _tensors() -> list[tuple[torch.Tensor, str]]:
     # Not subclasses, of which some have no memory.
     found = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
-    return [(t.detach(), f"tensor{list(t.shape)}") for t in found if t.device.type == "cpu" and t.numel()]
+    return [
+        (t.detach(), f"tensor{list(t.shape)}")
+        for t in found
+        if t.device.type == "cpu" and t.numel()
+    ]
 
 
 @contextmanager
 def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]:
-    """In the block, the library runs its kernels on the emulator; memory that nobody has written holds NaN.
+    """In the block, the library runs its kernels on the emulator; memory that nobody has written
+    holds NaN.
 
     ``processors``: how many the GPU seems to have; None: as many as such a GPU has.
     """
@@ -71,7 +80,9 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
             (Launch, "run", lambda launch, device: log.run([launch])),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        stack.callback(
+            torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()
+        )
         torch.use_deterministic_algorithms(True, warn_only=True)
         stack.enter_context(use_backend("triton"))
         yield log

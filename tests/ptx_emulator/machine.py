@@ -1,7 +1,9 @@
-"""The threads: CTAs of groups of threads at one instruction, barriers, and the order in which all of them run.
+"""The threads: CTAs of groups of threads at one instruction, barriers, and the order in which all
+of them run.
 
-Triton's warps mostly run in lockstep here. Branches part a CTA's threads into groups, of which the one that is furthest behind
-runs, and groups that meet at one instruction merge. With :attr:`Schedule.warps`, warps or warpgroups run apart instead.
+Triton's warps mostly run in lockstep here. Branches part a CTA's threads into groups, of which the
+one that is furthest behind runs, and groups that meet at one instruction merge. With
+:attr:`Schedule.warps`, warps or warpgroups run apart instead.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from tests.ptx_emulator import tcgen05, tma, wgmma
 from tests.ptx_emulator.memory import EmulationError, Faults, Races, Space, shared_memory
 from tests.ptx_emulator.parse import SIZES, Instruction
 
-# What a control instruction says: go on; other threads' turn; the group waits or has ended; and it polls, without effect so far.
-# BLOCKED says a CTA none of whose threads can go on.
+# What a control instruction says: go on; other threads' turn; the group waits or has ended; and it
+# polls, without effect so far. BLOCKED says a CTA none of whose threads can go on.
 GO, YIELD, STOP, SPIN, BLOCKED = "go", "yield", "stop", "spin", "blocked"
 # So many fruitless turns of each CTA are a deadlock.
 PATIENCE = 400
@@ -34,14 +36,16 @@ class Schedule(NamedTuple):
     """How a launch runs, wherever a GPU may do one or another thing."""
 
     arch: str = "sm_80"
-    # When asynchronous copies and tcgen05's products land: "late", at the wait that covers them; "early", at once; "random".
+    # When asynchronous copies and tcgen05's products land: "late", at the wait that covers them;
+    # "early", at once; "random".
     landing: str = "late"
-    # None: warps in lockstep. "first": the first warp runs until it waits, then the next; "last", "random". "groups-first" and so
-    # on: warpgroups, which a wgmma needs whole.
+    # None: warps in lockstep. "first": the first warp runs until it waits, then the next; "last",
+    # "random". "groups-first" and so on: warpgroups, which a wgmma needs whole.
     warps: str | None = None
     # Of CTAs: "forward", "reverse", "random".
     order: str = "forward"
-    # With one, CTAs take turns at their barriers and polls, half of them seldom. None: each runs until it waits.
+    # With one, CTAs take turns at their barriers and polls, half of them seldom. None: each runs
+    # until it waits.
     seed: int | None = None
     # How many CTAs run at a time: the next begins when one has ended. None: all.
     resident: int | None = None
@@ -63,7 +67,9 @@ class Group:
 
 @dataclass(eq=False)
 class LaunchState:
-    """One launch of a machine. ``program``: what to run, see :class:`~tests.ptx_emulator.program.CompiledProgram`."""
+    """One launch of a machine. ``program``: what to run, see
+    :class:`~tests.ptx_emulator.program.CompiledProgram`.
+    """
 
     program: Any
     name: str
@@ -80,7 +86,9 @@ class LaunchState:
 
 
 class CTA:
-    """One program: registers, as an array over its threads each, shared memory, and groups of threads."""
+    """One program: registers, as an array over its threads each, shared memory, and groups of
+    threads.
+    """
 
     def __init__(self, machine: Machine, launch: LaunchState, index: int) -> None:
         self.machine, self.launch, self.index, self.program = machine, launch, index, launch.program
@@ -93,7 +101,9 @@ class CTA:
         self.id = index % gx, index // gx % gy, index // (gx * gy)
         coin = np.random.default_rng(index).random(n) < 0.5
         registers = self.program.registers.values()
-        self.R = [coin if kind == "pred" else np.full(n, NOISE[SIZES[kind]]) for _, kind in registers]
+        self.R = [
+            coin if kind == "pred" else np.full(n, NOISE[SIZES[kind]]) for _, kind in registers
+        ]
         self.shared = shared_memory(launch.shared_bytes, self.program.shared_granule, self.warps)
         self.everyone, self.all_lanes = np.ones(n, bool), np.arange(n)
         self.live = self.everyone.copy()
@@ -167,7 +177,9 @@ class CTA:
                 yield outcome
 
     def _pick(self) -> Group | None:
-        """The group to run: of those that are ready and, if any are, not tired, the one furthest behind."""
+        """The group to run: of those that are ready and, if any are, not tired, the one furthest
+        behind.
+        """
         if len(self.groups) > 1:
             self._merge()
         for group in self.groups:
@@ -203,7 +215,9 @@ class CTA:
                 group.mask = self.everyone
 
     def branch(self, group: Group, taken: Any, target: int, polls: bool) -> str:
-        """Part the group into those at ``target`` and those that go on. ``polls``: of a loop that waits for others."""
+        """Part the group into those at ``target`` and those that go on. ``polls``: of a loop that
+        waits for others.
+        """
         back = target < group.pc
         taken = taken & group.mask
         count = np.count_nonzero(taken)
@@ -271,7 +285,11 @@ class Machine:
                 cta = CTA(self, self.launch, waiting.pop(0))
                 active.append((cta, cta.run(), 1.0))
             shares = [share for *_, share in active]
-            place = self.random.choices(range(len(active)), shares)[0] if self.schedule.seed is not None else 0
+            place = (
+                self.random.choices(range(len(active)), shares)[0]
+                if self.schedule.seed is not None
+                else 0
+            )
             cta, running, share = active.pop(place)
             before = self.progress
             outcome = next(running, None)
@@ -284,7 +302,8 @@ class Machine:
                 # Memory for the others.
                 cta.R = []
             else:
-                # CTAs become slow, and quick again, at any of their turns: the quick ones draw the first tickets.
+                # CTAs become slow, and quick again, at any of their turns: the quick ones draw the
+                # first tickets.
                 share = self.random.choice((1.0, SELDOM)) if self.random.random() < 0.2 else share
                 active.append((cta, running, share))
             in_vain = in_vain + 1 if outcome in (BLOCKED, SPIN) and self.progress == before else 0
@@ -295,6 +314,7 @@ class Machine:
 
 def _state(cta: CTA) -> str:
     groups = "; ".join(
-        f"{group.waits[:3] if group.waits else 'runs'} at {cta.program.code[group.pc]}" for group in cta.groups
+        f"{group.waits[:3] if group.waits else 'runs'} at {cta.program.code[group.pc]}"
+        for group in cta.groups
     )
     return f"CTA {cta.index} of {cta.launch.name}: {groups}"

@@ -1,8 +1,9 @@
 """Memory, and who may see what of it: bounds, happens-before between warps, and races.
 
-Happens-before is kept by vector clocks: ``clock[w, u]`` is the last epoch of warp u that warp w has synchronized with. An
-asynchronous operation (a copy, a TMA access, a wgmma) is an agent of its own with a serial number: ``seen[w, serial]`` says
-whether warp w has synchronized with its end. Every granule of memory knows its last writer and its last readers.
+Happens-before is kept by vector clocks: ``clock[w, u]`` is the last epoch of warp u that warp w has
+synchronized with. An asynchronous operation (a copy, a TMA access, a wgmma) is an agent of its own
+with a serial number: ``seen[w, serial]`` says whether warp w has synchronized with its end. Every
+granule of memory knows its last writer and its last readers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ POISON = 0xFF
 
 
 class EmulationError(Exception):
-    """The emulator can't go on: a deadlock, or an instruction that needs a whole warp in a part of one."""
+    """The emulator can't go on: a deadlock, or an instruction that needs a whole warp in a part of
+    one.
+    """
 
 
 class Faults:
@@ -44,11 +47,16 @@ class Faults:
             self.found[kind, where] = before + count, first
 
     def lines(self) -> list[str]:
-        return [f"{kind} x{count}: {where[:230]} | {detail}" for (kind, where), (count, detail) in self.found.items()]
+        return [
+            f"{kind} x{count}: {where[:230]} | {detail}"
+            for (kind, where), (count, detail) in self.found.items()
+        ]
 
 
 class Region:
-    """A piece of memory. Of each granule it has the last writer and, for each of its slots, the last reader."""
+    """A piece of memory. Of each granule it has the last writer and, for each of its slots, the
+    last reader.
+    """
 
     def __init__(self, start: int, end: int, name: str, granule: int, slots: int) -> None:
         self.start, self.end, self.name = start, end, name
@@ -56,21 +64,28 @@ class Region:
         self.first = start >> self.shift
         n = ((end - 1) >> self.shift) - self.first + 1
         self.writer, self.write_epoch = np.full(n, -1, np.int32), np.zeros(n, np.int32)
-        self.reader, self.read_epoch = np.full((slots, n), -1, np.int32), np.zeros((slots, n), np.int32)
+        self.reader, self.read_epoch = (
+            np.full((slots, n), -1, np.int32),
+            np.zeros((slots, n), np.int32),
+        )
         # Words that atomics changed: of each address the epochs by warp.
         self.atomics: dict[int, dict[int, int]] = {}
         self.written = False
 
     def granules(self, addresses: Any, size: int) -> Any:
         """[lanes, k]: what ``size`` bytes from each address lie in."""
-        return ((addresses >> self.shift) - self.first)[:, None] + np.arange(max(size >> self.shift, 1))
+        return ((addresses >> self.shift) - self.first)[:, None] + np.arange(
+            max(size >> self.shift, 1)
+        )
 
     def address(self, granule: int) -> int:
         return (int(granule) + self.first) << self.shift
 
 
 class Space:
-    """A memory of regions: ``views[size]`` are its words, of which the first lies at address ``low``."""
+    """A memory of regions: ``views[size]`` are its words, of which the first lies at address
+    ``low``.
+    """
 
     def __init__(self, low: int, whole: Any, regions: list[Region]) -> None:
         self.low, self.regions = low, sorted(regions, key=lambda region: region.start)
@@ -89,7 +104,9 @@ class Space:
     def reach(
         self, addresses: Any, ends: Any, align: int, faults: Faults, ins: Instruction
     ) -> list[tuple[Region, Any]]:
-        """The regions of an access, each with the places among ``addresses`` that are in bounds and aligned there."""
+        """The regions of an access, each with the places among ``addresses`` that are in bounds and
+        aligned there.
+        """
         left = addresses % align == 0
         if not left.all():
             faults.add("misaligned", ins, f"{int(addresses[~left][0]):#x}", int((~left).sum()))
@@ -105,9 +122,14 @@ class Space:
         if left.any():
             place = np.flatnonzero(left)[0]
             address = int(addresses[place])
-            near = min(self.regions, key=lambda each: min(abs(address - each.start), abs(address - each.end)))
+            near = min(
+                self.regions,
+                key=lambda each: min(abs(address - each.start), abs(address - each.end)),
+            )
             where = f"{near.name} of {near.end - near.start} bytes {address - near.start:+d}"
-            faults.add("out of bounds", ins, f"{address:#x}, {where}, access {place}", int(left.sum()))
+            faults.add(
+                "out of bounds", ins, f"{address:#x}, {where}, access {place}", int(left.sum())
+            )
         return found
 
 
@@ -147,7 +169,9 @@ class Snapshot(NamedTuple):
         seen = np.zeros(max(len(self.seen), len(other.seen)), bool)
         for each in (self.seen, other.seen):
             seen[: len(each)] |= each
-        return Snapshot(np.maximum(self.clock, other.clock), np.maximum(self.proxy, other.proxy), seen)
+        return Snapshot(
+            np.maximum(self.clock, other.clock), np.maximum(self.proxy, other.proxy), seen
+        )
 
 
 class Races:
@@ -155,7 +179,10 @@ class Races:
 
     def __init__(self, warps: int, faults: Faults) -> None:
         self.faults = faults
-        self.clock, self.proxy = np.eye(warps, warps + 1, dtype=np.int32), np.zeros((warps, warps + 1), np.int32)
+        self.clock, self.proxy = (
+            np.eye(warps, warps + 1, dtype=np.int32),
+            np.zeros((warps, warps + 1), np.int32),
+        )
         # Column -1, for accesses by nobody, which all have seen.
         self.clock[:, -1] = self.proxy[:, -1] = np.iinfo(np.int32).max
         self.seen = np.zeros((warps, 256), bool)
@@ -203,17 +230,22 @@ class Races:
         for key in keys if given is not None else ():
             self.released[key] = given.merged(self.released.get(key))
 
-    # Checks. ``granules``: [lanes, k]; ``warps``: [lanes]. A warp that issues an asynchronous access stands for it.
+    # Checks. ``granules``: [lanes, k]; ``warps``: [lanes]. A warp that issues an asynchronous
+    # access stands for it.
 
     def _late(self, warps: Any, agents: Any, epochs: Any) -> Any:
-        """Where the warp, of the last axis but one, has not synchronized with the agent's access of that epoch."""
+        """Where the warp, of the last axis but one, has not synchronized with the agent's access of
+        that epoch.
+        """
         behind = agents >= ASYNC
         if not behind.any():
             return self.clock[warps[:, None], agents] < epochs
         late = self.clock[warps[:, None], np.where(behind, -1, agents)] < epochs
         return late | behind & ~self.seen[warps[:, None], np.where(behind, agents - ASYNC, 0)]
 
-    def _report(self, bad: Any, what: str, region: Region, granules: Any, warps: Any, agents: Any, ins: Any) -> None:
+    def _report(
+        self, bad: Any, what: str, region: Region, granules: Any, warps: Any, agents: Any, ins: Any
+    ) -> None:
         if not bad.any():
             return
         lane, k = np.argwhere(bad)[0]
@@ -224,7 +256,14 @@ class Races:
         self.faults.add(f"{kind} ({what})", ins, detail, int(np.count_nonzero(bad)))
 
     def _check_writer(
-        self, region: Region, granules: Any, warps: Any, ins: Any, behind: bool, what: str, differs: Any
+        self,
+        region: Region,
+        granules: Any,
+        warps: Any,
+        ins: Any,
+        behind: bool,
+        what: str,
+        differs: Any,
     ) -> None:
         writer, epochs = region.writer[granules], region.write_epoch[granules]
         place = region, granules, warps, writer, ins
@@ -234,9 +273,18 @@ class Races:
             self._report(hidden, f"{what} without fence.proxy.async", *place)
 
     def read(
-        self, region: Region, granules: Any, warps: Any, ins: Any, slot: Any, behind: int = 0, atomic: bool = False
+        self,
+        region: Region,
+        granules: Any,
+        warps: Any,
+        ins: Any,
+        slot: Any,
+        behind: int = 0,
+        atomic: bool = False,
     ) -> None:
-        """A read. ``slot``: of the region's readers, for each lane. ``behind``: the serial of an asynchronous reader."""
+        """A read. ``slot``: of the region's readers, for each lane. ``behind``: the serial of an
+        asynchronous reader.
+        """
         self._check_writer(region, granules, warps, ins, bool(behind), "read", True)
         if region.atomics and not behind and not atomic:
             self._check_atomics(region, granules, warps, ins, "read")
@@ -244,8 +292,12 @@ class Races:
         region.reader[slot, granules] = ASYNC + behind if behind else warps[:, None]
         region.read_epoch[slot, granules] = self.clock[warps, warps][:, None]
 
-    def write(self, region: Region, granules: Any, warps: Any, ins: Any, behind: int = 0, same: Any = None) -> None:
-        """A write. ``same``: [lanes], where it leaves the bytes as they are, so that nobody can tell when it happens."""
+    def write(
+        self, region: Region, granules: Any, warps: Any, ins: Any, behind: int = 0, same: Any = None
+    ) -> None:
+        """A write. ``same``: [lanes], where it leaves the bytes as they are, so that nobody can
+        tell when it happens.
+        """
         differs = True if same is None else ~same[:, None]
         self._check_writer(region, granules, warps, ins, bool(behind), "write", differs)
         # [slots, lanes, k]
@@ -262,7 +314,15 @@ class Races:
     def lost(self, region: Region, granules: Any, warps: Any, ins: Any) -> None:
         """Report where several warps wrote different values in one instruction."""
         agents = region.writer[granules]
-        self._report(agents != warps[:, None], "two warps write different values", region, granules, warps, agents, ins)
+        self._report(
+            agents != warps[:, None],
+            "two warps write different values",
+            region,
+            granules,
+            warps,
+            agents,
+            ins,
+        )
 
     def atomic(self, region: Region, granules: Any, warps: Any, ins: Any, addresses: Any) -> None:
         """A read and write at once, which races with plain accesses alone."""
@@ -270,12 +330,16 @@ class Races:
         for address, warp in zip(addresses.tolist(), warps.tolist(), strict=True):
             region.atomics.setdefault(address & ~3, {})[warp] = int(self.clock[warp, warp])
 
-    def _check_atomics(self, region: Region, granules: Any, warps: Any, ins: Any, what: str) -> None:
+    def _check_atomics(
+        self, region: Region, granules: Any, warps: Any, ins: Any, what: str
+    ) -> None:
         for row, warp in zip(granules, warps.tolist(), strict=True):
             for word in {region.address(granule) & ~3 for granule in row}:
                 for by, epoch in region.atomics.get(word, {}).items():
                     if by != warp and self.clock[warp, by] < epoch:
-                        detail = f"{region.name}+{word - region.start}: warp {warp}, atomic of warp {by}"
+                        detail = (
+                            f"{region.name}+{word - region.start}: warp {warp}, atomic of warp {by}"
+                        )
                         self.faults.add(f"race ({what}, and an atomic)", ins, detail)
                 if what == "write":
                     region.atomics.pop(word, None)

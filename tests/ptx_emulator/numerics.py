@@ -9,7 +9,16 @@ import numpy as np
 F16, F32, F64 = np.float16, np.float32, np.float64
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 I16, I32, I64 = np.int16, np.int32, np.int64
-INTEGERS = {"s8": np.int8, "s16": I16, "s32": I32, "s64": I64, "u8": U8, "u16": U16, "u32": U32, "u64": U64}
+INTEGERS = {
+    "s8": np.int8,
+    "s16": I16,
+    "s32": I32,
+    "s64": I64,
+    "u8": U8,
+    "u16": U16,
+    "u32": U32,
+    "u64": U64,
+}
 Array = Any
 
 # Infinity, NaN and wrapped integers are part of the arithmetic.
@@ -35,7 +44,9 @@ def f32_to_f16(x: Array, rounding: str = "rn") -> Array:
     """Bits of float16."""
     result = x.astype(F16)
     if rounding == "rz":
-        result = np.where(np.abs(result.astype(F64)) > np.abs(x), np.nextafter(result, F16(0)), result)
+        result = np.where(
+            np.abs(result.astype(F64)) > np.abs(x), np.nextafter(result, F16(0)), result
+        )
     return np.where(np.isnan(x), U16(0x7FFF), result.view(U16)).astype(U16)
 
 
@@ -100,7 +111,10 @@ def bit_field(a: Array, start: Array, length: Array) -> Array:
     start, length = (start & U32(255)).astype(I64), (length & U32(255)).astype(I64)
     end = np.minimum(start + length, bits)
     width = np.clip(end - start, 0, bits)
-    up, down = np.clip(bits - end, 0, bits - 1).astype(a.dtype), np.clip(bits - width, 0, bits - 1).astype(a.dtype)
+    up, down = (
+        np.clip(bits - end, 0, bits - 1).astype(a.dtype),
+        np.clip(bits - width, 0, bits - 1).astype(a.dtype),
+    )
     beyond = np.where((a < 0) & (length > 0), ~a.dtype.type(0), a.dtype.type(0))
     return np.where(width > 0, (a << up) >> down, beyond)
 
@@ -123,7 +137,9 @@ def to_integer(x: Array, kind: str, rounding: str) -> Array:
     low, high = x <= info.min, x >= info.max
     # The largest int64 is no float64.
     inside = np.where(np.isnan(x) | low | high, 0.0, x).astype(info.dtype)
-    return np.where(low, info.dtype.type(info.min), np.where(high, info.dtype.type(info.max), inside))
+    return np.where(
+        low, info.dtype.type(info.min), np.where(high, info.dtype.type(info.max), inside)
+    )
 
 
 # Of products: the parts of a 32-bit register as float32, by type.
@@ -147,9 +163,13 @@ ELEMENTS = {
 
 def operand_at(thread: Array, i: int, part: int, per: int) -> tuple[Array, Array]:
     """Row and column of one of the ``per`` parts of each thread's i-th register of A."""
-    return 16 * (thread >> 5) + (thread % 32 >> 2) + 8 * (i & 1), per * (thread & 3) + part + 4 * per * (i >> 1)
+    return 16 * (thread >> 5) + (thread % 32 >> 2) + 8 * (i & 1), per * (
+        thread & 3
+    ) + part + 4 * per * (i >> 1)
 
 
 def accumulator_at(thread: Array, i: int) -> tuple[Array, Array]:
     """Row and column of each thread's i-th accumulator."""
-    return 16 * (thread >> 5) + (thread % 32 >> 2) + 8 * ((i >> 1) & 1), 8 * (i >> 2) + 2 * (thread & 3) + (i & 1)
+    return 16 * (thread >> 5) + (thread % 32 >> 2) + 8 * ((i >> 1) & 1), 8 * (i >> 2) + 2 * (
+        thread & 3
+    ) + (i & 1)

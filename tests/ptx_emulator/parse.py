@@ -1,4 +1,6 @@
-"""From PTX text to the instructions of one kernel: labels resolved, names of inner scopes made unique."""
+"""From PTX text to the instructions of one kernel: labels resolved, names of inner scopes made
+unique.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +139,9 @@ class _Body:
             elif text.startswith(".reg"):
                 self._registers(text)
             elif text.startswith(".branchtargets"):
-                tables[next(reversed(self.program.labels))] = text.removeprefix(".branchtargets").split(",")
+                tables[next(reversed(self.program.labels))] = text.removeprefix(
+                    ".branchtargets"
+                ).split(",")
             else:
                 instruction = _instruction(len(self.program.code), text, line)
                 if instruction.op.startswith("."):
@@ -155,7 +159,9 @@ class _Body:
                 instruction.args.append([name.strip() for name in tables[instruction.args[1]]])
 
     def _statements(self, ptx: str, at: int) -> Iterator[tuple[str, str, str]]:
-        """Each statement's kind, text and place in the kernel's source, up to the brace that closes the kernel."""
+        """Each statement's kind, text and place in the kernel's source, up to the brace that closes
+        the kernel.
+        """
         line, depth = "", 0
         while True:
             token = _TOKEN.match(ptx, at)
@@ -181,7 +187,11 @@ class _Body:
         _, kind, names = text.split(maxsplit=2)
         for name in names.split(","):
             family = re.fullmatch(r"(%?\w+)<(\d+)>", name.strip())
-            made = [f"{family[1]}{i}" for i in range(int(family[2]))] if family else [self._declare(name.strip())]
+            made = (
+                [f"{family[1]}{i}" for i in range(int(family[2]))]
+                if family
+                else [self._declare(name.strip())]
+            )
             for each in made:
                 self.program.registers[each] = (len(self.program.registers), kind[1:])
 
@@ -198,9 +208,12 @@ def _instruction(pc: int, text: str, line: str) -> Instruction:
     text = text[guard.end() :] if guard else text
     op, _, operands = text.partition(" ")
     args: list[Any] = [
-        [each.strip() for each in part[1:-1].split(",")] if part[0] == "{" else part for part in _split(operands)
+        [each.strip() for each in part[1:-1].split(",")] if part[0] == "{" else part
+        for part in _split(operands)
     ]
-    return Instruction(pc, text, op, args, guard[2] if guard else None, bool(guard and guard[1]), line)
+    return Instruction(
+        pc, text, op, args, guard[2] if guard else None, bool(guard and guard[1]), line
+    )
 
 
 def _split(operands: str) -> list[str]:

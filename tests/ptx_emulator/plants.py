@@ -1,4 +1,6 @@
-"""Faults to plant into PTX: a barrier, wait or fence that a kernel needs, taken out of the code of one source file."""
+"""Faults to plant into PTX: a barrier, wait or fence that a kernel needs, taken out of the code of
+one source file.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,18 @@ from tests.ptx_emulator.machine import Schedule
 
 # GPUs by their kernels: sm_120 has those of Ampere; sm_90 and sm_100 have TMA.
 BOTH, EVERY = ("sm_80", "sm_90"), ("sm_80", "sm_90", "sm_100", "sm_120")
-AMPERE, WITH_TMA, HOPPER, TCGEN05 = ("sm_80", "sm_120"), ("sm_90", "sm_100"), ("sm_90",), ("sm_100",)
+AMPERE, WITH_TMA, HOPPER, TCGEN05 = (
+    ("sm_80", "sm_120"),
+    ("sm_90", "sm_100"),
+    ("sm_90",),
+    ("sm_100",),
+)
 
 
 class Plant(NamedTuple):
-    """``pattern``, of the code of ``source``, becomes ``by`` in the PTX of ``kernel``; ``case`` shows it."""
+    """``pattern``, of the code of ``source``, becomes ``by`` in the PTX of ``kernel``; ``case``
+    shows it.
+    """
 
     case: str
     kernel: str
@@ -49,7 +58,8 @@ def _line(piece: str) -> str:
 
 
 def without_barriers_of_triton(name: str, ptx: str) -> str:
-    """The PTX without the barriers that Triton 3.9 adds ahead of an atomic that releases, where the source has one already.
+    """The PTX without the barriers that Triton 3.9 adds ahead of an atomic that releases, where the
+    source has one already.
 
     Triton 3.6 adds none. A barrier of the compiler's is of the atomic's own line in the source.
     """
@@ -63,8 +73,15 @@ def _one_more(found: re.Match[str]) -> str:
 
 
 _CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.1"
-_LONG, _OPTIMIZER = "linear bf16/fp32 M33 K520 r16 p0.1, long sum", "optimizer bf16, masters, clipped"
-_SPLIT_K, _TMA, _DOWN = "_lora_linear_split_k_kernel", "_lora_linear_tma_kernel", "_lora_down_kernel"
+_LONG, _OPTIMIZER = (
+    "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
+    "optimizer bf16, masters, clipped",
+)
+_SPLIT_K, _TMA, _DOWN = (
+    "_lora_linear_split_k_kernel",
+    "_lora_linear_tma_kernel",
+    "_lora_down_kernel",
+)
 _BARRIER, _APART = r"bar\.sync\s+0;", Schedule(warps="groups-first")
 _ARRIVAL = r"mbarrier.arrive.expect_tx.shared::cta.b64 _, \1, 0;"
 # By name. One entry serves all GPUs that have the kernel.

@@ -1,4 +1,6 @@
-"""A kernel ready to run: straight runs of instructions become generated Python functions, branches and barriers end a run."""
+"""A kernel ready to run: straight runs of instructions become generated Python functions, branches
+and barriers end a run.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ CONTROL = ("bra", "brx", "ret", "bar", "barrier")
 class Run:
     """Instructions from one label or control instruction to the next. ``end``: the pc behind it."""
 
-    def __init__(self, compile_for: Callable[[bool], Callable[..., None]], end: int, control: Control | None) -> None:
+    def __init__(
+        self, compile_for: Callable[[bool], Callable[..., None]], end: int, control: Control | None
+    ) -> None:
         self._compile, self.end, self.control = compile_for, end, control
         self._functions: dict[bool, Callable[..., None]] = {}
 
@@ -41,23 +45,34 @@ class CompiledProgram:
         self.arithmetic = Arithmetic(program)
         self.shared_granule, self.global_granule = _granules(program.code)
         self.runs: dict[int, Run] = {}
-        starts = {0, *program.labels.values(), *(ins.pc + 1 for ins in program.code if _is_control(ins))}
+        starts = {
+            0,
+            *program.labels.values(),
+            *(ins.pc + 1 for ins in program.code if _is_control(ins)),
+        }
         for start in starts - {len(program.code)}:
             self.runs[start] = self._run(start, starts)
 
     def _run(self, start: int, starts: set[int]) -> Run:
         end = start
-        while not _is_control(self.code[end]) and end + 1 < len(self.code) and end + 1 not in starts:
+        while (
+            not _is_control(self.code[end]) and end + 1 < len(self.code) and end + 1 not in starts
+        ):
             end += 1
         last = self.code[end]
         code, control = self.code[start : end + 1], None
         if _is_control(last):
             code, control = code[:-1], self._control(last)
         # Here, so that an unknown instruction stops the emulator even where no thread comes.
-        lines = {partial: [line for ins in code for line in self._lines(ins, partial)] for partial in (False, True)}
+        lines = {
+            partial: [line for ins in code for line in self._lines(ins, partial)]
+            for partial in (False, True)
+        }
 
         def compile_for(partial: bool) -> Callable[..., None]:
-            text = "def run(c, m):\n    R = c.R\n" + "".join(f"    {line}\n" for line in lines[partial])
+            text = "def run(c, m):\n    R = c.R\n" + "".join(
+                f"    {line}\n" for line in lines[partial]
+            )
             found: dict[str, Any] = {}
             exec(compile(text, f"<{last}>", "exec"), self.arithmetic.space, found)
             return found["run"]
@@ -65,12 +80,21 @@ class CompiledProgram:
         return Run(compile_for, end + 1, control)
 
     def _lines(self, ins: Instruction, partial: bool) -> list[str]:
-        """Python for one instruction; ``m`` is the mask of the threads that run, of all if not ``partial``."""
-        guard = None if ins.guard is None else f"{'~' * ins.negated}R[{self.arithmetic.place(ins.guard)}]"
+        """Python for one instruction; ``m`` is the mask of the threads that run, of all if not
+        ``partial``.
+        """
+        guard = (
+            None
+            if ins.guard is None
+            else f"{'~' * ins.negated}R[{self.arithmetic.place(ins.guard)}]"
+        )
         mask = " & ".join(each for each in (guard, "m" if partial else None) if each)
         made = self.arithmetic.expressions(ins)
         if made is not None:
-            return [f"R[{at}] = np.where({mask}, {e}, R[{at}])" if mask else f"R[{at}] = {e}" for at, e in made]
+            return [
+                f"R[{at}] = np.where({mask}, {e}, R[{at}])" if mask else f"R[{at}] = {e}"
+                for at, e in made
+            ]
         name = f"X{ins.pc}"
         if name not in self.arithmetic.space:
             self.arithmetic.space[name] = self._action(ins)
@@ -89,7 +113,12 @@ class CompiledProgram:
     def special(self, c: CTA, name: str) -> Any:
         """A special register."""
         base, _, axis = name.partition(".")
-        known = {"%tid": (c.all_lanes, 0, 0), "%ctaid": c.id, "%nctaid": c.launch.grid, "%ntid": (c.n, 1, 1)}
+        known = {
+            "%tid": (c.all_lanes, 0, 0),
+            "%ctaid": c.id,
+            "%nctaid": c.launch.grid,
+            "%ntid": (c.n, 1, 1),
+        }
         if base not in known:
             raise NotImplementedError(f"the PTX emulator does not know the register {name}")
         return np.full(c.n, known[base]["xyz".find(axis or "x")], np.uint32)
@@ -99,7 +128,9 @@ class CompiledProgram:
     def _control(self, ins: Instruction) -> Control:
         head, words = ins.mods[0], self.arithmetic
         if head == "bra":
-            polls = ins.target <= ins.pc and any(_polls(each) for each in self.code[ins.target : ins.pc])
+            polls = ins.target <= ins.pc and any(
+                _polls(each) for each in self.code[ins.target : ins.pc]
+            )
             if ins.guard is None:
                 return lambda c, group: c.branch(group, c.everyone, ins.target, polls)
             place = words.place(ins.guard)
@@ -123,7 +154,9 @@ class CompiledProgram:
 
         def wait(c: CTA, group: Group) -> str:
             lanes = np.flatnonzero(group.mask)
-            wanted = {*zip(address(c)[lanes].tolist(), (parity(c)[lanes] & 1).tolist(), strict=True)}
+            wanted = {
+                *zip(address(c)[lanes].tolist(), (parity(c)[lanes] & 1).tolist(), strict=True)
+            }
             if len(wanted) > 1:
                 raise EmulationError(f"threads wait for several phases at {ins}")
             ((at, bit),) = wanted
@@ -154,16 +187,25 @@ class CompiledProgram:
 
 
 def _is_control(ins: Instruction) -> bool:
-    return (ins.mods[0] in CONTROL and ins.op != "bar.warp.sync") or ins.op.startswith("mbarrier.try_wait")
+    return (ins.mods[0] in CONTROL and ins.op != "bar.warp.sync") or ins.op.startswith(
+        "mbarrier.try_wait"
+    )
 
 
 def _polls(ins: Instruction) -> bool:
     """Whether it may read what other CTAs write."""
-    return ins.mods[0] == "atom" or (ins.mods[0] == "ld" and bool({"volatile", "acquire", "relaxed"} & {*ins.mods}))
+    return ins.mods[0] == "atom" or (
+        ins.mods[0] == "ld" and bool({"volatile", "acquire", "relaxed"} & {*ins.mods})
+    )
 
 
 def _granules(code: list[Instruction]) -> tuple[int, int]:
     """The finest access to shared and to global memory, at most 4 and 2 bytes."""
-    accessed = [ins for ins in code if ins.mods[0] in ("ld", "st", "atom", "red") and ".param" not in ins.op]
-    sizes = {shared: [SIZES[ins.kind] for ins in accessed if ins.shared == shared] for shared in (True, False)}
+    accessed = [
+        ins for ins in code if ins.mods[0] in ("ld", "st", "atom", "red") and ".param" not in ins.op
+    ]
+    sizes = {
+        shared: [SIZES[ins.kind] for ins in accessed if ins.shared == shared]
+        for shared in (True, False)
+    }
     return min([4, *sizes[True]]), min([2, *sizes[False]])

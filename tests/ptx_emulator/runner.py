@@ -1,4 +1,6 @@
-"""Run launches on the emulator: compile each to PTX, lay out its parameters, and give kernels the process's own memory."""
+"""Run launches on the emulator: compile each to PTX, lay out its parameters, and give kernels the
+process's own memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from tests.ptx_emulator.program import CompiledProgram
 from tests.ptx_emulator.tma import TensorMap
 
 # PTX by the digest of its source.
-CACHE = Path(os.environ.get("PTX_EMULATOR_CACHE") or Path(__file__).parents[2] / ".build" / "ptx_emulator")
+CACHE = Path(
+    os.environ.get("PTX_EMULATOR_CACHE") or Path(__file__).parents[2] / ".build" / "ptx_emulator"
+)
 # Farther apart than this, in bytes, rows are pieces of memory of their own.
 FAR = 2**28
 _programs: dict[str, CompiledProgram] = {}
@@ -33,7 +37,9 @@ Piece = tuple[int, int, str]
 
 
 class Compiled(NamedTuple):
-    """The kernel's name and PTX, Triton's metadata, and the types of its arguments' leaves, "constexpr" of constants."""
+    """The kernel's name and PTX, Triton's metadata, and the types of its arguments' leaves,
+    "constexpr" of constants.
+    """
 
     name: str
     ptx: str
@@ -59,7 +65,8 @@ def compile_to_ptx(launch: Launch, arch: str) -> Compiled:
         if name != "cubin":
             module = stage(module, metadata)
     kept = {
-        name: metadata.get(name) for name in ("name", "num_warps", "shared", "tensordesc_meta", "global_scratch_size")
+        name: metadata.get(name)
+        for name in ("name", "num_warps", "shared", "tensordesc_meta", "global_scratch_size")
     }
     # In the order of the arguments' leaves; behind them are the constants.
     types = [*leaves(tuple(built.signature.values()))]
@@ -87,7 +94,9 @@ def extent(t: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if not t.numel():
         return 0
-    return (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+    return (
+        sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+    ) * t.element_size()
 
 
 def pieces(t: Tensor, name: str) -> list[Piece]:
@@ -101,7 +110,9 @@ def pieces(t: Tensor, name: str) -> list[Piece]:
 def parameters(
     launch: Launch, compiled: Compiled, program: CompiledProgram
 ) -> tuple[bytes, dict[int, TensorMap], list[Piece]]:
-    """The bytes of a launch's parameters, its tensor maps by their places among them, and the memory that they name."""
+    """The bytes of a launch's parameters, its tensor maps by their places among them, and the
+    memory that they name.
+    """
     layouts = iter(compiled.metadata["tensordesc_meta"] or ())
     memory: list[Piece] = []
     # Triton's own arguments, in the order of the parameters.
@@ -147,7 +158,9 @@ def run(launch: Launch, schedule: Schedule, more: Iterable[tuple[Tensor, str]] =
     memory = [piece for t, name in more for piece in pieces(t, name)]
     compiled = compile_to_ptx(launch, schedule.arch)
     if compiled.metadata["global_scratch_size"]:
-        raise NotImplementedError(f"the PTX emulator has no global scratch memory for {compiled.name}")
+        raise NotImplementedError(
+            f"the PTX emulator has no global scratch memory for {compiled.name}"
+        )
     program = program_of(compiled)
     data, maps, named = parameters(launch, compiled, program)
     grid = (*launch.grid, 1, 1)[:3]

@@ -1,11 +1,14 @@
-"""Data-center Blackwell's tcgen05: tensor memory, and products that read and write it while the threads go on.
+"""Data-center Blackwell's tcgen05: tensor memory, and products that read and write it while the
+threads go on.
 
-A CTA's tensor memory has 128 lanes of 512 columns of 32 bits. Every access to it is asynchronous and has a serial number, see
-``memory``. A warp waits for its own loads with ``tcgen05.wait::ld`` and for its own stores with ``tcgen05.wait::st``. For
-products it waits at an mbarrier, on which ``tcgen05.commit`` arrives when all earlier products of its thread have ended. A
-product computes when somebody waits for that mbarrier, or at once, see ``Schedule.landing``.
+A CTA's tensor memory has 128 lanes of 512 columns of 32 bits. Every access to it is asynchronous
+and has a serial number, see ``memory``. A warp waits for its own loads with ``tcgen05.wait::ld``
+and for its own stores with ``tcgen05.wait::st``. For products it waits at an mbarrier, on which
+``tcgen05.commit`` arrives when all earlier products of its thread have ended. A product computes
+when somebody waits for that mbarrier, or at once, see ``Schedule.landing``.
 
-Registers of a ``tcgen05.ld`` have their values at once: PTX orders a thread's own use of them behind the load without a wait.
+Registers of a ``tcgen05.ld`` have their values at once: PTX orders a thread's own use of them
+behind the load without a wait.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ QUARTER = 32
 THREAD = np.arange(32)
 # Types of operands by their numbers in an instruction descriptor.
 TYPES = {"kind::f16": {0: "f16", 1: "bf16"}, "kind::tf32": {2: "tf32"}}
-# Of an instruction descriptor: the bits of float32 sums, and those that must be as in it: no sparsity, sign or shift.
+# Of an instruction descriptor: the bits of float32 sums, and those that must be as in it: no
+# sparsity, sign or shift.
 FLOAT32_SUMS, FIXED = 1 << 4, 0x7F | 3 << 13 | 1 << 23 | 7 << 29
 
 
@@ -48,7 +52,9 @@ class Shape(NamedTuple):
 
 
 class Accumulator(NamedTuple):
-    """What products must have in common for PTX to order them: the thread, the address of D, and the shape."""
+    """What products must have in common for PTX to order them: the thread, the address of D, and
+    the shape.
+    """
 
     thread: int
     address: int
@@ -57,7 +63,9 @@ class Accumulator(NamedTuple):
 
 @dataclass(eq=False)
 class Product:
-    """A ``tcgen05.mma`` in flight. ``left``: an operand in shared memory, or the words of tensor memory that hold it."""
+    """A ``tcgen05.mma`` in flight. ``left``: an operand in shared memory, or the words of tensor
+    memory that hold it.
+    """
 
     ins: Instruction
     accumulator: Accumulator
@@ -97,7 +105,9 @@ class Product:
 
 @dataclass(eq=False)
 class Commit:
-    """An arrival on an mbarrier behind products of one thread. ``serials``: of all products that it covers."""
+    """An arrival on an mbarrier behind products of one thread. ``serials``: of all products that it
+    covers.
+    """
 
     ins: Instruction
     thread: int
@@ -123,12 +133,16 @@ class Commit:
             barrier.pending -= 1
             barrier.settle(c)
         else:
-            c.machine.faults.add("mbarrier: more arrivals than it expects", self.ins, f"{self.mbarrier:#x}")
+            c.machine.faults.add(
+                "mbarrier: more arrivals than it expects", self.ins, f"{self.mbarrier:#x}"
+            )
 
 
 @dataclass(eq=False)
 class TensorMemory:
-    """A CTA's tensor memory, as far as it is allocated, and the operations on it that are in flight."""
+    """A CTA's tensor memory, as far as it is allocated, and the operations on it that are in
+    flight.
+    """
 
     columns: int = 0
     # The first column that is allocated.
@@ -149,7 +163,12 @@ class TensorMemory:
 
     def issued_by(self, thread: int) -> list[int]:
         """The serials of all products of a thread."""
-        return [serial for by, serials in self.issued.items() if by.thread == thread for serial in serials]
+        return [
+            serial
+            for by, serials in self.issued.items()
+            if by.thread == thread
+            for serial in serials
+        ]
 
     def at(self, address: int, lanes: Any, columns: Any, ins: Instruction) -> Any:
         """The places in ``words`` of ``lanes`` and ``columns``, which count from an address."""
@@ -194,7 +213,8 @@ def _allocate(words: Arithmetic, ins: Instruction) -> Action:
         memory.words = np.full(LANES * columns, 0xFFFFFFFF, np.uint32)
         # A slot of readers for each warp's loads, and one for products.
         memory.region = Region(0, memory.words.nbytes, "tensor memory", 4, c.warps + 1)
-        # PTX orders this write with other accesses to the address, so TMA needs no proxy fence. Other warps need a barrier.
+        # PTX orders this write with other accesses to the address, so TMA needs no proxy fence.
+        # Other warps need a barrier.
         at, serial = address(c)[[32 * warp]], races.new_serial(c.first_warp)
         number = np.array([c.first_warp + warp])
         races.write(shared, shared.granules(at, 4), number, ins, behind=serial)
@@ -228,7 +248,9 @@ def _relinquish(ins: Instruction, c: CTA, mask: Any) -> None:
 
 
 class Fragment:
-    """The operands of a load or store of a warp: its registers, and where they lie from its address on."""
+    """The operands of a load or store of a warp: its registers, and where they lie from its address
+    on.
+    """
 
     def __init__(self, words: Arithmetic, ins: Instruction) -> None:
         shape, self.ins = ins.mods[4], ins
@@ -242,7 +264,10 @@ class Fragment:
             self.lanes, self.columns = THREAD + 0 * number, number + 0 * THREAD
         elif shape == "16x32bx2":
             # The upper half of the warp has other columns of the same lanes.
-            self.lanes, self.columns = THREAD % 16 + 0 * number, number + int(offset[0], 0) * (THREAD // 16)
+            self.lanes, self.columns = (
+                THREAD % 16 + 0 * number,
+                number + int(offset[0], 0) * (THREAD // 16),
+            )
         else:
             raise ins.unknown()
         if ins.mods[5:] != [f"x{len(self.registers)}", "b32"]:
@@ -322,8 +347,12 @@ def _lanes_of(rows: int) -> Any:
     return row if rows == LANES else QUARTER * (row // 16) + row % 16
 
 
-def _operand(descriptor: int, count: int, shape: Shape, transposed: int, ins: Instruction) -> Operand:
-    """A matrix in shared memory. Its descriptor is a wgmma's, but for a constant and one more bit of the swizzle."""
+def _operand(
+    descriptor: int, count: int, shape: Shape, transposed: int, ins: Instruction
+) -> Operand:
+    """A matrix in shared memory. Its descriptor is a wgmma's, but for a constant and one more bit
+    of the swizzle.
+    """
     constant, others = descriptor >> 46 & 7, descriptor >> 49 & 0xFFF | descriptor >> 61 & 1
     if constant != 1 or others & 0xFFF:
         raise ins.unknown()
@@ -343,7 +372,9 @@ def _reads_shared(c: CTA, operand: Operand, number: Any, serial: int, ins: Instr
     """Record a product's read of an operand. False if the operand leaves shared memory."""
     (shared,) = c.shared.regions
     addresses = operand.addresses().reshape(-1)
-    reached = c.shared.reach(addresses, addresses + operand.size, operand.size, c.machine.faults, ins)
+    reached = c.shared.reach(
+        addresses, addresses + operand.size, operand.size, c.machine.faults, ins
+    )
     if reached != [(shared, slice(None))]:
         return False
     granules = operand.granules(shared.shift, shared.first)[:1]
@@ -354,7 +385,11 @@ def _reads_shared(c: CTA, operand: Operand, number: Any, serial: int, ins: Instr
 def _multiply(words: Arithmetic, ins: Instruction) -> Action:
     if ins.kind not in TYPES or "cta_group::1" not in ins.mods or len(ins.args) != 5:
         raise ins.unknown()
-    to, right, about = words.address(ins.args[0]), words.reader(ins.args[2], "u64"), words.reader(ins.args[3], "u32")
+    to, right, about = (
+        words.address(ins.args[0]),
+        words.reader(ins.args[2], "u64"),
+        words.reader(ins.args[3], "u32"),
+    )
     in_tensor_memory = ins.args[1][0] == "["
     left = words.address(ins.args[1]) if in_tensor_memory else words.reader(ins.args[1], "u64")
     accumulates = words.reader(ins.args[4], "pred")

@@ -1,7 +1,8 @@
 """Hopper's mbarriers and TMA: copies of boxes of a tensor that nobody's thread waits with.
 
-A load lands, and completes its bytes on its mbarrier, when somebody waits for that mbarrier. A store reads shared memory, and
-writes global memory, when somebody waits for its bulk group. Either may happen early, see ``Schedule.landing``.
+A load lands, and completes its bytes on its mbarrier, when somebody waits for that mbarrier. A
+store reads shared memory, and writes global memory, when somebody waits for its bulk group. Either
+may happen early, see ``Schedule.landing``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class TensorMap(NamedTuple):
     nan: bool
 
     def box(self, column: int, row: int, shared: int) -> tuple[Any, Any, Any]:
-        """Of each element of a box: its addresses in global and in shared memory, and whether the tensor has it."""
+        """Of each element of a box: its addresses in global and in shared memory, and whether the
+        tensor has it.
+        """
         rows, columns = np.arange(self.block[0])[:, None], np.arange(self.block[1])[None, :]
         y, x = row + rows, column + columns
         inside = (y >= 0) & (y < self.shape[0]) & (x >= 0) & (x < self.shape[1])
@@ -68,7 +71,10 @@ class Mbarrier:
 
     def end(self, c: CTA, serials: list[int]) -> None:
         """Bring the ends of asynchronous operations."""
-        nothing, seen = np.zeros_like(c.machine.races.clock[0]), np.zeros(max(serials, default=0) + 1, bool)
+        nothing, seen = (
+            np.zeros_like(c.machine.races.clock[0]),
+            np.zeros(max(serials, default=0) + 1, bool),
+        )
         seen[serials] = True
         self.bring(Snapshot(nothing, nothing, seen))
 
@@ -95,7 +101,9 @@ class Load:
     def land(self, c: CTA) -> None:
         size, memory, shared = self.map.size, c.machine.memory, c.shared
         fill = {1: 0x7F, 2: 0x7FFF, 4: 0x7FFFFFFF}[size] if self.map.nan else 0
-        values = memory.views[size][memory.at(np.where(self.inside, self.there, memory.regions[0].start), size)]
+        values = memory.views[size][
+            memory.at(np.where(self.inside, self.there, memory.regions[0].start), size)
+        ]
         shared.views[size][shared.at(self.here, size)] = np.where(self.inside, values, fill)
         c.loads.remove(self)
         barrier = c.mbarriers.get(self.mbarrier)
@@ -145,13 +153,19 @@ class Queue:
 
 
 def end(c: CTA) -> None:
-    """The CTA has ended: what is in flight lands, but nothing may still read its shared memory or be on its way there."""
+    """The CTA has ended: what is in flight lands, but nothing may still read its shared memory or
+    be on its way there.
+    """
     for store in (store for queue in c.stores.values() for store in queue.all()):
         if store.data is None:
-            c.machine.faults.add("the CTA ends while a TMA store may read its shared memory", store.ins, "")
+            c.machine.faults.add(
+                "the CTA ends while a TMA store may read its shared memory", store.ins, ""
+            )
         store.write(c)
     for load in c.loads:
-        c.machine.faults.add("the CTA ends before a TMA load has landed", None, f"a box of {load.map.block}")
+        c.machine.faults.add(
+            "the CTA ends before a TMA load has landed", None, f"a box of {load.map.block}"
+        )
 
 
 def mbarrier(c: CTA, address: int, ins: Instruction, warps: Any) -> Mbarrier:
@@ -162,13 +176,19 @@ def mbarrier(c: CTA, address: int, ins: Instruction, warps: Any) -> Mbarrier:
     by, epoch = barrier.init
     for warp in warps:
         if c.machine.races.clock[warp, by] < epoch:
-            c.machine.faults.add("mbarrier used without a barrier behind its init", ins, f"{address:#x}: warp {warp}")
+            c.machine.faults.add(
+                "mbarrier used without a barrier behind its init", ins, f"{address:#x}: warp {warp}"
+            )
     return barrier
 
 
 def _awaited(c: CTA, address: int) -> list[Any]:
     """What will arrive on an mbarrier: TMA loads, and commits of tcgen05's products."""
-    return [operation for operation in (*c.loads, *c.tensor_memory.commits) if operation.mbarrier == address]
+    return [
+        operation
+        for operation in (*c.loads, *c.tensor_memory.commits)
+        if operation.mbarrier == address
+    ]
 
 
 def phase_has_passed(c: CTA, address: int, parity: int, ins: Instruction) -> bool:
@@ -200,7 +220,9 @@ def _invalidate(words: Arithmetic, ins: Instruction) -> Action:
         for lane in c.lanes(mask):
             at = int(address(c)[lane])
             if mbarrier(c, at, ins, ()).tx or _awaited(c, at):
-                c.machine.faults.add("mbarrier invalidated while operations will arrive on it", ins, f"{at:#x}")
+                c.machine.faults.add(
+                    "mbarrier invalidated while operations will arrive on it", ins, f"{at:#x}"
+                )
             del c.mbarriers[at]
 
     return invalidate
@@ -237,7 +259,9 @@ def _operand(words: Arithmetic, text: str) -> Callable[[CTA, int], tuple[TensorM
     name, places = re.fullmatch(r"\[\s*(%\w+)\s*,\s*\{(.*?)\}\s*\]", text).groups()  # type: ignore[union-attr]
     readers = [words.reader(each.strip(), "s32") for each in places.split(",")]
     if len(readers) != 2:
-        raise NotImplementedError(f"the PTX emulator does not know tensor maps of {len(readers)} dimensions")
+        raise NotImplementedError(
+            f"the PTX emulator does not know tensor maps of {len(readers)} dimensions"
+        )
 
     def read(c: CTA, lane: int) -> tuple[TensorMap, int, int]:
         column, row = (int(reader(c)[lane]) for reader in readers)
@@ -253,7 +277,11 @@ def _bounded(c: CTA, addresses: Any, size: int, ins: Instruction) -> bool:
 
 
 def _load(words: Arithmetic, ins: Instruction) -> Action:
-    shared, operand, barrier = words.address(ins.args[0]), _operand(words, ins.args[1]), words.address(ins.args[2])
+    shared, operand, barrier = (
+        words.address(ins.args[0]),
+        _operand(words, ins.args[1]),
+        words.address(ins.args[2]),
+    )
 
     def load(c: CTA, mask: Any) -> None:
         machine, races = c.machine, c.machine.races
@@ -269,8 +297,17 @@ def _load(words: Arithmetic, ins: Instruction) -> Action:
             serial, (region,) = races.new_serial(c.first_warp), c.shared.regions
             races.write(region, _box_granules(region, here, tensor.size), warp, ins, behind=serial)
             source = there[inside]
-            for each, which in machine.memory.reach(source, source + tensor.size, tensor.size, machine.faults, ins):
-                races.read(each, _box_granules(each, source[which], tensor.size), warp, ins, 0, behind=serial)
+            for each, which in machine.memory.reach(
+                source, source + tensor.size, tensor.size, machine.faults, ins
+            ):
+                races.read(
+                    each,
+                    _box_granules(each, source[which], tensor.size),
+                    warp,
+                    ins,
+                    0,
+                    behind=serial,
+                )
             c.loads.append(Load(at, there, here, inside, tensor, serial))
             if machine.lands_early():
                 c.loads[-1].land(c)
@@ -289,12 +326,20 @@ def _store(words: Arithmetic, ins: Instruction) -> Action:
             there, here, inside = tensor.box(*place, int(shared(c)[lane]))
             if not _bounded(c, here, tensor.size, ins):
                 continue
-            reads, writes, (region,) = races.new_serial(c.first_warp), races.new_serial(c.first_warp), c.shared.regions
+            reads, writes, (region,) = (
+                races.new_serial(c.first_warp),
+                races.new_serial(c.first_warp),
+                c.shared.regions,
+            )
             granules = _box_granules(region, here, tensor.size)
             races.read(region, granules, warp, ins, len(region.reader) - 1, behind=reads)
             target = there[inside]
-            for each, which in machine.memory.reach(target, target + tensor.size, tensor.size, machine.faults, ins):
-                races.write(each, _box_granules(each, target[which], tensor.size), warp, ins, behind=writes)
+            for each, which in machine.memory.reach(
+                target, target + tensor.size, tensor.size, machine.faults, ins
+            ):
+                races.write(
+                    each, _box_granules(each, target[which], tensor.size), warp, ins, behind=writes
+                )
             made = Store(target, here[inside], tensor, ins, reads, writes)
             c.stores.setdefault(int(lane), Queue()).open.append(made)
             if machine.lands_early():

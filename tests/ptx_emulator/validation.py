@@ -35,8 +35,16 @@ def _matmul_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
-        a = tl.load(a_ptr + m[:, None] * sam + k[None, :] * sak, mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-        b = tl.load(b_ptr + k[:, None] * sbk + n[None, :] * sbn, mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
+        a = tl.load(
+            a_ptr + m[:, None] * sam + k[None, :] * sak,
+            mask=(m[:, None] < M) & (k[None, :] < K),
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + k[:, None] * sbk + n[None, :] * sbn,
+            mask=(k[:, None] < K) & (n[None, :] < N),
+            other=0.0,
+        )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     c_ptrs = c_ptr + m[:, None] * N + n[None, :]
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
@@ -85,21 +93,45 @@ def results(arch: str) -> Iterator[Result]:
         return torch.randn(*size, generator=generator)
 
     x, out = randn(5, 500), torch.full((5, 500), torch.nan)
-    faults = run(_launch(_softmax_kernel, (5,), (x, out, 500, 500), {"BLOCK": 512}, num_warps=4), schedule)
+    faults = run(
+        _launch(_softmax_kernel, (5,), (x, out, 500, 500), {"BLOCK": 512}, num_warps=4), schedule
+    )
     yield "softmax", relative_error(out, x.double().softmax(1)) / 1e-5, faults, False
     x = 3 * randn(300)
-    bf, h, i, e = (torch.empty(300, dtype=d) for d in (torch.bfloat16, torch.float16, torch.int32, torch.float32))
+    bf, h, i, e = (
+        torch.empty(300, dtype=d)
+        for d in (torch.bfloat16, torch.float16, torch.int32, torch.float32)
+    )
     faults = run(_launch(_casts_kernel, (1,), (x, bf, h, i, e, 300), {"BLOCK": 512}), schedule)
     scaled = (x * 100).to(torch.int32)
     scaled = torch.div(scaled, 7, rounding_mode="trunc") + torch.fmod(scaled, 5)
-    right = relative_error(bf, x.bfloat16()) + relative_error(h, x.half()) + relative_error(i, scaled)
+    right = (
+        relative_error(bf, x.bfloat16()) + relative_error(h, x.half()) + relative_error(i, scaled)
+    )
     yield "casts", right / 1e-9, faults, False
     xd = x.double()
-    yield "functions", relative_error(e, xd.exp() + xd.abs().sqrt() + xd.floor()) / 1e-6, faults, False
+    yield (
+        "functions",
+        relative_error(e, xd.exp() + xd.abs().sqrt() + xd.floor()) / 1e-6,
+        faults,
+        False,
+    )
     for sem in ("release", "relaxed"):
-        x, s, flag, out = randn(128), torch.empty(128), torch.zeros(1, dtype=torch.int32), torch.empty(3, 128)
-        faults = run(_launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": sem}), schedule)
-        yield f"chain, {sem}", relative_error(out, (2 * x + 1).expand(3, 128)) / 1e-6, faults, sem == "relaxed"
+        x, s, flag, out = (
+            randn(128),
+            torch.empty(128),
+            torch.zeros(1, dtype=torch.int32),
+            torch.empty(3, 128),
+        )
+        faults = run(
+            _launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": sem}), schedule
+        )
+        yield (
+            f"chain, {sem}",
+            relative_error(out, (2 * x + 1).expand(3, 128)) / 1e-6,
+            faults,
+            sem == "relaxed",
+        )
     for dtype, precision, limit in (
         (torch.bfloat16, "ieee", 8e-3), (torch.float16, "ieee", 1e-3), (torch.float32, "ieee", 1e-6),
         (torch.float32, "tf32", 2e-3),
@@ -114,16 +146,33 @@ def results(arch: str) -> Iterator[Result]:
             constants = {"BM": bm, "BN": bn, "BK": bk, "PRECISION": precision, "STAGES": 3}
             for landing in ("late", "early"):
                 c = torch.full((m, n), torch.nan, dtype=dtype)
-                args, grid = (a, b, c, m, n, k, *a.stride(), *b.stride()), (-(-m // bm), -(-n // bn))
-                launch = _launch(_matmul_kernel, grid, args, constants, num_warps=warps, num_stages=3)
+                args, grid = (
+                    (a, b, c, m, n, k, *a.stride(), *b.stride()),
+                    (-(-m // bm), -(-n // bn)),
+                )
+                launch = _launch(
+                    _matmul_kernel, grid, args, constants, num_warps=warps, num_stages=3
+                )
                 faults = run(launch, schedule._replace(landing=landing))
                 error = relative_error(c, a.double() @ b.double()) / limit
-                yield f"matmul {str(dtype)[6:]} {precision} {m}x{n}x{k}, {landing}", error, faults, False
+                yield (
+                    f"matmul {str(dtype)[6:]} {precision} {m}x{n}x{k}, {landing}",
+                    error,
+                    faults,
+                    False,
+                )
 
 
 def stuck(arch: str) -> str:
-    """What is said of two programs that wait for the last one, which cannot begin before they have ended."""
-    x, s, flag, out = torch.ones(128), torch.empty(128), torch.zeros(1, dtype=torch.int32), torch.empty(3, 128)
+    """What is said of two programs that wait for the last one, which cannot begin before they have
+    ended.
+    """
+    x, s, flag, out = (
+        torch.ones(128),
+        torch.empty(128),
+        torch.zeros(1, dtype=torch.int32),
+        torch.empty(3, 128),
+    )
     launch = _launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": "release"})
     try:
         run(launch, Schedule(arch, resident=2))
@@ -133,9 +182,16 @@ def stuck(arch: str) -> str:
 
 
 def main(arch: str) -> None:
-    """Raise AssertionError if a result is wrong, if something is found that is no fault, or if a planted fault is not found."""
+    """Raise AssertionError if a result is wrong, if something is found that is no fault, or if a
+    planted fault is not found.
+    """
     said = stuck(arch)
-    assert said.startswith("deadlock, 2 CTAs have not begun: CTA ") and said.count("_chain_kernel: runs at") == 2, said
+    assert (
+        said.startswith("deadlock, 2 CTAs have not begun: CTA ")
+        and said.count("_chain_kernel: runs at") == 2
+    ), said
     for name, share, faults, must_find in results(arch):
         assert share <= 1, f"{arch} {name}: {share:.2f} of the bound"
-        assert bool(faults.found) == must_find, f"{arch} {name}: {faults.lines() or 'nothing was found'}"
+        assert bool(faults.found) == must_find, (
+            f"{arch} {name}: {faults.lines() or 'nothing was found'}"
+        )

@@ -1,7 +1,9 @@
-"""Hopper's wgmma: products of a warpgroup that read shared memory, and write their accumulators, while the threads go on.
+"""Hopper's wgmma: products of a warpgroup that read shared memory, and write their accumulators,
+while the threads go on.
 
-A wgmma reads and writes when its group is waited for. Until then its accumulators hold poison. It needs a ``wgmma.fence`` between
-a thread's write of a register and its own use of that register, except for the accumulator of the wgmma before it.
+A wgmma reads and writes when its group is waited for. Until then its accumulators hold poison. It
+needs a ``wgmma.fence`` between a thread's write of a register and its own use of that register,
+except for the accumulator of the wgmma before it.
 """
 
 from __future__ import annotations
@@ -48,16 +50,28 @@ class Operand:
         """Of all elements."""
         start, leading, stride = (((self.descriptor >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
         if (self.descriptor >> 49) & 7:
-            raise NotImplementedError("the PTX emulator does not know wgmma descriptors with a base offset")
+            raise NotImplementedError(
+                "the PTX emulator does not know wgmma descriptors with a base offset"
+            )
         row, mask = SWIZZLES[(self.descriptor >> 62) & 3]
         i, k = np.arange(self.count)[:, None], np.arange(self.depth)[None, :]
         if not self.transposed and mask:
             linear = (i // 8) * stride + (i % 8) * row + k * self.size
         elif not self.transposed:
-            linear = (i // 8) * stride + (k * self.size // 16) * leading + (i % 8) * 16 + k * self.size % 16
+            linear = (
+                (i // 8) * stride
+                + (k * self.size // 16) * leading
+                + (i % 8) * 16
+                + k * self.size % 16
+            )
         else:
             wide, steps = row // self.size, (stride, leading) if mask else (leading, stride)
-            linear = (i % wide) * self.size + (i // wide) * steps[1] + (k % 8) * row + (k // 8) * steps[0]
+            linear = (
+                (i % wide) * self.size
+                + (i // wide) * steps[1]
+                + (k % 8) * row
+                + (k // 8) * steps[0]
+            )
         linear = start + linear
         return linear ^ (((linear >> 7) & mask) << 4)
 
@@ -87,7 +101,9 @@ class Product:
 
 @dataclass
 class Warpgroup(Queue):
-    """The wgmmas of four warps: the accumulators' values with the number of wgmmas on their way to each, and the last fence."""
+    """The wgmmas of four warps: the accumulators' values with the number of wgmmas on their way to
+    each, and the last fence.
+    """
 
     values: dict[int, Any] = field(default_factory=dict)
     pending: dict[int, int] = field(default_factory=dict)
@@ -119,12 +135,14 @@ def _issue(c: CTA, lanes: Any, number: int, group: Warpgroup, product: Product) 
     for operand in (product.left, product.right):
         if isinstance(operand, Operand):
             addresses = operand.addresses().reshape(-1)
-            if c.shared.reach(addresses, addresses + operand.size, operand.size, machine.faults, ins) != [
-                (region, slice(None))
-            ]:
+            if c.shared.reach(
+                addresses, addresses + operand.size, operand.size, machine.faults, ins
+            ) != [(region, slice(None))]:
                 return
             granules = operand.granules(region.shift, region.first)
-            machine.races.read(region, granules, warps, ins, c.warps + number, behind=product.serial)
+            machine.races.read(
+                region, granules, warps, ins, c.warps + number, behind=product.serial
+            )
         elif any(_unfenced(c, group, lanes, place) for place in operand):
             machine.faults.add("missing wgmma.fence (A in registers)", ins, f"registers {operand}")
     for place in product.accumulators:
@@ -191,7 +209,9 @@ def _multiply(words: Arithmetic, ins: Instruction) -> Action:
     if d_kind != "f32" or not {left_kind, right_kind} <= {*nx.ELEMENTS} or numbers[:2] != [1, 1]:
         raise ins.unknown()
     accumulators = [words.place(name) for name in ins.args[0]]
-    registers = [words.place(name) for name in ins.args[1]] if isinstance(ins.args[1], list) else None
+    registers = (
+        [words.place(name) for name in ins.args[1]] if isinstance(ins.args[1], list) else None
+    )
     left = None if registers else words.reader(ins.args[1], "u64")
     right, accumulates = words.reader(ins.args[2], "u64"), words.reader(ins.args[3], "pred")
     transposed = [bool(each) for each in numbers[2:]]
@@ -202,16 +222,24 @@ def _multiply(words: Arithmetic, ins: Instruction) -> Action:
             def of_all(read: Callable[[Any], Any], lanes: Any = lanes) -> int:
                 values = read(c)[lanes]
                 if (values != values[0]).any():
-                    c.machine.faults.add("an operand of wgmma that differs within the warpgroup", ins, "")
+                    c.machine.faults.add(
+                        "an operand of wgmma that differs within the warpgroup", ins, ""
+                    )
                 return int(values[0])
 
             a: Any = registers
             if left is not None:
                 a = Operand(of_all(left), 64, depth, left_kind, bool(transposed and transposed[0]))
-            b = Operand(of_all(right), columns, depth, right_kind, bool(transposed and transposed[-1]))
+            b = Operand(
+                of_all(right), columns, depth, right_kind, bool(transposed and transposed[-1])
+            )
             serial = c.machine.races.new_serial(c.first_warp)
             _issue(
-                c, lanes, number, group, Product(ins, serial, a, b, accumulators, bool(of_all(accumulates)), left_kind)
+                c,
+                lanes,
+                number,
+                group,
+                Product(ins, serial, a, b, accumulators, bool(of_all(accumulates)), left_kind),
             )
 
     return multiply

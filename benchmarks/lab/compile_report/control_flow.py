@@ -10,12 +10,16 @@ State = TypeVar("State", bound=Hashable)
 
 
 def walk(
-    successors: Sequence[Sequence[int]], start: int, state: State, pass_over: Callable[[int, State], State | None]
+    successors: Sequence[Sequence[int]],
+    start: int,
+    state: State,
+    pass_over: Callable[[int, State], State | None],
 ) -> Iterator[tuple[int, State]]:
-    """Every place that may run after ``start``, nearest first, with every state in which a path comes to it.
+    """Every place that may run after ``start``, nearest first, with every state in which a path
+    comes to it.
 
-    ``successors`` has, for each place, those that may run next. ``pass_over`` returns the state behind a place, or None if the
-    path ends there.
+    ``successors`` has, for each place, those that may run next. ``pass_over`` returns the state
+    behind a place, or None if the path ends there.
     """
     todo = deque((place, state) for place in successors[start])
     met = {*todo}

@@ -1,7 +1,8 @@
-"""Faults of kernels compiled for AMD's GPUs that show in their text. Each function yields a line for each fault.
+"""Faults of kernels compiled for AMD's GPUs that show in their text. Each function yields a line
+for each fault.
 
-docs/internals/amd-memory-model.md says why each instruction is needed. An instruction does not tell an atomic's memory order. The
-text names each instruction's line of source, which does.
+docs/internals/amd-memory-model.md says why each instruction is needed. An instruction does not tell
+an atomic's memory order. The text names each instruction's line of source, which does.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def faults(gcn: str) -> Iterator[str]:
 
 
 def early_counts(gcn: str) -> Iterator[str]:
-    """Atomics that publish stores of the whole program, but behind a barrier before which waves do not wait for theirs."""
+    """Atomics that publish stores of the whole program, but behind a barrier before which waves do
+    not wait for theirs.
+    """
     code = _instructions(gcn)
     barriers = [place for place, instruction in enumerate(code) if _BARRIER.match(instruction.text)]
     for place, instruction in enumerate(code):
@@ -76,7 +79,8 @@ def early_counts(gcn: str) -> Iterator[str]:
 def late_releases(gcn: str) -> Iterator[str]:
     """Releases that may be seen before the stores ahead of them.
 
-    The wave must wait for its stores. gfx942 has several L2 caches, so it first writes back this one, and waits for that too.
+    The wave must wait for its stores. gfx942 has several L2 caches, so it first writes back this
+    one, and waits for that too.
     """
     code = _instructions(gcn)
     for place, instruction in enumerate(code):
@@ -92,7 +96,8 @@ def late_releases(gcn: str) -> Iterator[str]:
 def early_acquires(gcn: str) -> Iterator[str]:
     """Acquires behind which a load may find old data in a cache.
 
-    One wave waits until its atomic has returned, then invalidates the cache of all waves. Loads come behind the next barrier.
+    One wave waits until its atomic has returned, then invalidates the cache of all waves. Loads
+    come behind the next barrier.
     """
     code = _instructions(gcn)
     for place, instruction in enumerate(code):
@@ -118,7 +123,9 @@ def cached_polls(gcn: str) -> Iterator[str]:
 
 
 def endless_loops(gcn: str) -> Iterator[str]:
-    """Loops in which nothing changes: waiting loops whose load the compiler has moved ahead of them."""
+    """Loops in which nothing changes: waiting loops whose load the compiler has moved ahead of
+    them.
+    """
     code = [instruction.text for instruction in _instructions(gcn)]
     labels = {text[:-1]: place for place, text in enumerate(code) if text.endswith(":")}
     for place, text in enumerate(code):
@@ -147,7 +154,9 @@ def _instructions(gcn: str) -> list[Instruction]:
 
 
 def _installed(path: str) -> str:
-    """The installed file for a ``path`` in the text. Triton's cache may give code that was compiled in a clone which is gone."""
+    """The installed file for a ``path`` in the text. Triton's cache may give code that was compiled
+    in a clone which is gone.
+    """
     for package in (stablelora_kernels, triton):
         directory = Path(package.__file__).parent
         inside = f"/{directory.name}/"
@@ -164,7 +173,11 @@ def _block_before(code: list[Instruction], place: int) -> list[str]:
 
 def _path(code: list[Instruction], place: int) -> Iterator[Instruction]:
     """What follows if no condition holds, until it repeats or the program ends."""
-    labels = {instruction.text[:-1]: i for i, instruction in enumerate(code) if instruction.text.endswith(":")}
+    labels = {
+        instruction.text[:-1]: i
+        for i, instruction in enumerate(code)
+        if instruction.text.endswith(":")
+    }
     seen: set[int] = set()
     while place < len(code) and place not in seen:
         seen.add(place)

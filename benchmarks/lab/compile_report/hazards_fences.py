@@ -1,8 +1,8 @@
 """Missing fences between what threads write to shared memory and what reads it asynchronously.
 
-WGMMA, tcgen05.mma and stores of tiles (TMA) read shared memory through the async proxy. They are sure to see what threads wrote
-(``st.shared``, ``stmatrix``, ``cp.async``) only if a ``fence.proxy.async`` stands between. Each function yields a line for each
-fault.
+WGMMA, tcgen05.mma and stores of tiles (TMA) read shared memory through the async proxy. They are
+sure to see what threads wrote (``st.shared``, ``stmatrix``, ``cp.async``) only if a
+``fence.proxy.async`` stands between. Each function yields a line for each fault.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from benchmarks.lab.compile_report import ttgir as ttgir_code
 from benchmarks.lab.compile_report.control_flow import walk
 
 _FENCE = re.compile(r"fence\.proxy\.async(?:\.shared::(?:cta|cluster))?$")
-_READER = re.compile(r"wgmma\.mma_async|tcgen05\.(?:mma|cp)|cp\.(?:reduce\.)?async\.bulk\.\S*global\.shared")
-_FENCE_IN_TTGIR = re.compile(r"ttng\.fence_async_shared|elementwise_inline_asm .*fence\.proxy\.async(?:;|\.shared)")
+_READER = re.compile(
+    r"wgmma\.mma_async|tcgen05\.(?:mma|cp)|cp\.(?:reduce\.)?async\.bulk\.\S*global\.shared"
+)
+_FENCE_IN_TTGIR = re.compile(
+    r"ttng\.fence_async_shared|elementwise_inline_asm .*fence\.proxy\.async(?:;|\.shared)"
+)
 _READER_IN_TTGIR = re.compile(
     r"ttng\.(?:warp_group_dot |tc_gen5_mma|async_tma_copy_local_to_global|async_tma_(?:reduce|scatter))"
 )
@@ -30,7 +34,11 @@ def unfenced_copies(ptx: str) -> Iterator[str]:
     """
     program = ptx_code.Program(ptx)
     statements = program.statements
-    fences = {place for place, each in enumerate(statements) if _FENCE.match(each.opcode) and not each.guard}
+    fences = {
+        place
+        for place, each in enumerate(statements)
+        if _FENCE.match(each.opcode) and not each.guard
+    }
     readers = {place for place, each in enumerate(statements) if _READER.match(each.opcode)}
     for place, wait in enumerate(statements):
         if not wait.opcode.startswith("cp.async.wait_"):
@@ -43,7 +51,9 @@ def unfenced_copies(ptx: str) -> Iterator[str]:
 
 
 def unfenced_stores(ttgir: str) -> Iterator[str]:
-    """TTGIR: shared memory that threads store to, with a path to a reader of that memory without a fence."""
+    """TTGIR: shared memory that threads store to, with a path to a reader of that memory without a
+    fence.
+    """
     program = ttgir_code.Program(ttgir)
     lines = program.lines
     fences = {place for place, line in enumerate(lines) if _FENCE_IN_TTGIR.search(line)}
@@ -52,12 +62,16 @@ def unfenced_stores(ttgir: str) -> Iterator[str]:
         if not (store := _STORE_IN_TTGIR.search(line)):
             continue
         memory = {place} if store[1] == "alloc" else {*program.buffers[place].values()}
-        of_memory = {reader for reader in readers if memory.intersection(program.buffers[reader].values())}
+        of_memory = {
+            reader for reader in readers if memory.intersection(program.buffers[reader].values())
+        }
         if (reader := _first_unfenced(program.successors, place, fences, of_memory)) is not None:
             yield f"no fence.proxy.async between lines {place + 1} and {reader + 1} of the TTGIR ({lines[reader][:60]})"
 
 
-def _first_unfenced(successors: Sequence[Sequence[int]], start: int, fences: Set[int], readers: Set[int]) -> int | None:
+def _first_unfenced(
+    successors: Sequence[Sequence[int]], start: int, fences: Set[int], readers: Set[int]
+) -> int | None:
     """The nearest of ``readers`` that a path from ``start`` comes to before a fence."""
 
     def pass_over(place: int, state: int) -> int | None:

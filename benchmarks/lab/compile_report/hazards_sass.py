@@ -1,7 +1,8 @@
-"""Faults that only the machine code of NVIDIA's GPUs shows. Each function yields a line for each fault.
+"""Faults that only the machine code of NVIDIA's GPUs shows. Each function yields a line for each
+fault.
 
-Some instructions run on after the next one has started, and need their registers until a later instruction waits for them. The
-assembler places these waits, and some of its releases are wrong.
+Some instructions run on after the next one has started, and need their registers until a later
+instruction waits for them. The assembler places these waits, and some of its releases are wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from benchmarks.lab.compile_report.sass import Instruction, Program
 from benchmarks.lab.compile_report.sass_registers import WARPGROUP_A, WARPGROUP_PRODUCT
 
 _WITH_REGISTERS = re.compile(r"R(\d+)")
-# Instructions of WGMMA up to one with gsb0 are a group. This waits until at most so many groups are left.
+# Instructions of WGMMA up to one with gsb0 are a group. This waits until at most so many groups are
+# left.
 _GROUP_END = "gsb0"
 _GROUP_WAIT = "WARPGROUP.DEPBAR.LE"
 # More groups than any wait leaves.
@@ -25,12 +27,14 @@ _NO_SCOREBOARD = -1
 def overwritten_operands(program: Program) -> Iterator[str]:
     """Hopper: registers of A that are written while a product (HGMMA) may still read them.
 
-    Such a product has A in registers and runs on until a wait covers its group. The walk takes every path to those waits.
+    Such a product has A in registers and runs on until a wait covers its group. The walk takes
+    every path to those waits.
     """
     for place, product in enumerate(program.instructions):
         if WARPGROUP_PRODUCT.match(product.opcode) and (first := _first_of_a(product)) is not None:
             in_flight = {*range(first, first + WARPGROUP_A)}
-            # The state: how many groups are committed behind the product's own; -1 before its own is.
+            # The state: how many groups are committed behind the product's own; -1 before its own
+            # is.
             behind = 0 if _GROUP_END in product.operands else -1
             met = program.walk(place, behind, _groups_behind)
             writers = [instruction for instruction, _ in met if instruction.writes & in_flight]
@@ -40,11 +44,12 @@ def overwritten_operands(program: Program) -> Iterator[str]:
 
 
 def early_uses(program: Program) -> Iterator[str]:
-    """Blackwell: registers of a load from tensor memory (LDTM) that are used before a wait for the load.
+    """Blackwell: registers of a load from tensor memory (LDTM) that are used before a wait for the
+    load.
 
-    Triton places uses before ``tcgen05.wait::ld`` and leaves their order to the assembler. In machine code a load keeps a
-    scoreboard busy, and an instruction that needs its registers waits for that. A load without a scoreboard is done when the next
-    load is.
+    Triton places uses before ``tcgen05.wait::ld`` and leaves their order to the assembler. In
+    machine code a load keeps a scoreboard busy, and an instruction that needs its registers waits
+    for that. A load without a scoreboard is done when the next load is.
     """
     for place, load in enumerate(program.instructions):
         if load.opcode.startswith(_TENSOR_LOAD):
@@ -64,13 +69,17 @@ def early_uses(program: Program) -> Iterator[str]:
 
 
 def _first_of_a(product: Instruction) -> int | None:
-    """The first register of A, or None if A is in shared memory. The operands are the sum, A, B's descriptor, ..."""
+    """The first register of A, or None if A is in shared memory. The operands are the sum, A, B's
+    descriptor, ...
+    """
     match = _WITH_REGISTERS.match(product.operands[1])
     return int(match[1]) if match else None
 
 
 def _groups_behind(instruction: Instruction, behind: int) -> int | None:
-    """How many groups are committed behind a product's own after ``instruction``, or None if it waits for the product."""
+    """How many groups are committed behind a product's own after ``instruction``, or None if it
+    waits for the product.
+    """
     # Under a guard an instruction may not run.
     if instruction.guard:
         return behind
@@ -82,10 +91,16 @@ def _groups_behind(instruction: Instruction, behind: int) -> int | None:
 
 
 def _scoreboard_of_load(instruction: Instruction, scoreboard: int) -> int | None:
-    """The scoreboard that is busy until a load is done, after ``instruction``, or None if that waits for the load."""
+    """The scoreboard that is busy until a load is done, after ``instruction``, or None if that
+    waits for the load.
+    """
     if instruction.waits_for(scoreboard):
         return None
-    if scoreboard == _NO_SCOREBOARD and instruction.opcode.startswith(_TENSOR_LOAD) and not instruction.guard:
+    if (
+        scoreboard == _NO_SCOREBOARD
+        and instruction.opcode.startswith(_TENSOR_LOAD)
+        and not instruction.guard
+    ):
         return scoreboard if instruction.write_scoreboard is None else instruction.write_scoreboard
     return scoreboard
 

@@ -1,4 +1,6 @@
-"""Every launch that dispatch can pick, made on the meta device: nothing is allocated and nothing runs."""
+"""Every launch that dispatch can pick, made on the meta device: nothing is allocated and nothing
+runs.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,12 @@ QUANTIZED = {
     "fp32": [(8, 4096, 16)],
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Of this GPU the report has everything. Of the others it has one of each form and tile: the default dtypes and float32, a low and
-# a high rank, a wide layer. What they compile to differs by form and tile; the dtype changes little.
+# Of this GPU the report has everything. Of the others it has one of each form and tile: the default
+# dtypes and float32, a low and a high rank, a wide layer. What they compile to differs by form and
+# tile; the dtype changes little.
 FULL = "sm_90"
-# X's dtype, A's, float32's precision; the ranks on FULL and on the others: the default dtypes at every rank.
+# X's dtype, A's, float32's precision; the ranks on FULL and on the others: the default dtypes at
+# every rank.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype, str, tuple[int, ...], tuple[int, ...]]] = {
     "bf16/fp32": (BF16, FP32, "highest", (16, 32, 64, 128, 256), (16, 128)),
     "bf16": (BF16, BF16, "highest", (16, 128), ()),
@@ -65,7 +69,9 @@ def _precision(named: dict[str, Any]) -> str:
 
 
 def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]], Any], Any]]:
-    """The launches of calls, forward and backward, and by its arguments whether one is taken: those that no other call has."""
+    """The launches of calls, forward and backward, and by its arguments whether one is taken: those
+    that no other call has.
+    """
 
     def every(named: dict[str, Any]) -> bool:
         return True
@@ -80,7 +86,9 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
     dtype, lora, _, many, few = DTYPES[name]
     dtypes = dtype, lora
     ranks, last, default = many if device.arch == FULL else few, ROWS[-1], name == "bf16/fp32"
-    for m, (n, k), r, p in product(ROWS, SIZES if device.arch == FULL else SIZES[:1], ranks, DROPOUT):
+    for m, (n, k), r, p in product(
+        ROWS, SIZES if device.arch == FULL else SIZES[:1], ranks, DROPOUT
+    ):
         # The table's choice; for many rows also the kernels that only force or autotuning selects.
         choices: list[tuple[Choice | None, Choice | None]] = [(None, None)]
         if m == last:
@@ -89,7 +97,8 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
             choices.append((None if p else Choice("fused", ""), Choice("fused", "")))
         if m == last and dtype != FP32 and r <= MAX_CHAINED_R:
             choices.append((Choice("chained", ""), Choice("chained", "")))
-        # 128 are few rows with many processors; the other dtypes stand beside the default ones in all other rows.
+        # 128 are few rows with many processors; the other dtypes stand beside the default ones in
+        # all other rows.
         for pair in choices if m != 128 or default else ():
             yield every, linear_launches(device, m, n, k, r, dtypes, p, choices=pair)
     for m, r, p in product((64, last), ranks, DROPOUT):
@@ -97,21 +106,36 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
     for m, ns, r, p in product((64, 512, last), GROUPS, ranks, DROPOUT):
         made = linear_launches(device, m, ns, 4096, r, dtypes, p)
         yield of_group, made
-    activations = [*product(("silu",), ranks), *(product(("gelu", "gelu_tanh"), (16, 64)) if default else ())]
+    activations = [
+        *product(("silu",), ranks),
+        *(product(("gelu", "gelu_tanh"), (16, 64)) if default else ()),
+    ]
     for m, (activation, r), p in product((64, 2048, last), activations if ranks else (), DROPOUT):
         made = mlp_launches(device, m, (4096, 14336, 4096), r, dtypes, p, activation)
         yield gated, made
     for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), ("nf4", "fp8"), DROPOUT):
         if r == 16 or device.arch == FULL:
-            yield (lambda named: "PACKED.NF4" in named), linear_launches(device, m, 4096, k, r, dtypes, p, kind)
-    for r, kernel in ((16, "fused"), (16, "split"), (64, "split")) if device.tma and dtype != FP32 and ranks else ():
+            yield (
+                (lambda named: "PACKED.NF4" in named),
+                linear_launches(device, m, 4096, k, r, dtypes, p, kind),
+            )
+    for r, kernel in (
+        ((16, "fused"), (16, "split"), (64, "split"))
+        if device.tma and dtype != FP32 and ranks
+        else ()
+    ):
         yield every, [[_broadcast(device, dtype, lora, r, kernel)]]
 
 
 def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, kernel: str) -> Any:
-    """A forward of one row repeated by expand(), which no descriptor can hold: what the pointers' kernel is for on Hopper."""
+    """A forward of one row repeated by expand(), which no descriptor can hold: what the pointers'
+    kernel is for on Hopper.
+    """
     with torch.device("meta"):
-        x, w = torch.empty(1, 4096, dtype=dtype).expand(4096, 4096), torch.empty(4096, 4096, dtype=dtype)
+        x, w = (
+            torch.empty(1, 4096, dtype=dtype).expand(4096, 4096),
+            torch.empty(4096, 4096, dtype=dtype),
+        )
         a, b = torch.empty(r, 4096, dtype=lora), torch.empty(4096, r, dtype=lora)
     operands, no_scales, no_layouts = [w, None, a, b], (), ()
     args = (x, None, operands, no_scales, [None], no_layouts, [1.0], 0.0, False, False)
@@ -120,7 +144,9 @@ def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, ke
 
 
 def stable_adamw_launches() -> Iterator[tuple[str, Any]]:
-    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain, sharded, with AMP."""
+    """(dtype, launch) for parameters of one dtype, as :class:`TritonStep` makes them: plain,
+    sharded, with AMP.
+    """
     dtypes = torch.int8, torch.int32, torch.int64, FP32
     int8, int32, int64, floats = (torch.empty(64, dtype=dtype, device="meta") for dtype in dtypes)
     memory = Memory(floats, int8, int32, floats, floats, int32, int64, int32, int64, floats, int64)

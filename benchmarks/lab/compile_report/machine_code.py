@@ -31,11 +31,17 @@ class HazardError(ValueError):
 
 
 def target(arch: str) -> GPUTarget:
-    return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    return (
+        GPUTarget("cuda", int(arch[3:]), 32)
+        if arch.startswith("sm_")
+        else GPUTarget("hip", arch, 64)
+    )
 
 
 def source(launch: Any, arch: str) -> tuple[ASTSource, Any]:
-    """The compiler's input and options if ``launch`` ran on ``arch``, as Triton's own call makes them."""
+    """The compiler's input and options if ``launch`` ran on ``arch``, as Triton's own call makes
+    them.
+    """
     backend, kernel = make_backend(target(arch)), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, given = bind(*launch.args, **launch.compiled_with)
@@ -44,14 +50,22 @@ def source(launch: Any, arch: str) -> tuple[ASTSource, Any]:
 
 
 def words(launch: Any, arch: str) -> tuple[str, ...]:
-    """Everything but the kernel that the code of ``launch`` depends on: ``x.row=1``, ``M: i32 of 16``."""
+    """Everything but the kernel that the code of ``launch`` depends on: ``x.row=1``, ``M: i32 of
+    16``.
+    """
     found, _ = source(launch, arch)
     facts = {path: f"={value}" for path, value in found.constants.items()}
-    facts |= {path: "".join(f" of {value}" for _, value in pairs) for path, pairs in found.attrs.items()}
+    facts |= {
+        path: "".join(f" of {value}" for _, value in pairs) for path, pairs in found.attrs.items()
+    }
     given = launch.arguments
     made = [
-        f"{name}{facts.get(path, '')}" if kind == "constexpr" else f"{name}: {kind}{facts.get(path, '')}"
-        for path, name, kind in _leaves((), [*given], [*given.values()], [*found.signature.values()])
+        f"{name}{facts.get(path, '')}"
+        if kind == "constexpr"
+        else f"{name}: {kind}{facts.get(path, '')}"
+        for path, name, kind in _leaves(
+            (), [*given], [*given.values()], [*found.signature.values()]
+        )
     ]
     return (*made, *(f"{name}={value}" for name, value in launch.options.items()))
 
@@ -76,16 +90,25 @@ def compile_launch(launch: Any, arch: str) -> Any:
 
 
 def source_digest(launch: Any, arch: str) -> str:
-    """A digest of the input of :func:`compile_launch`, which takes no time: equal digests mean equal code."""
+    """A digest of the input of :func:`compile_launch`, which takes no time: equal digests mean
+    equal code.
+    """
     return _digest(launch, arch, source(launch, arch)[0].hash())
 
 
 def code_digest(launch: Any, arch: str) -> str:
-    """A digest of the intermediate code of ``launch`` after inlining: equal digests mean equal code. It takes 0.1 to 0.2 s.
+    """A digest of the intermediate code of ``launch`` after inlining: equal digests mean equal
+    code. It takes 0.1 to 0.2 s.
 
-    Edits that leave the code of a variant as it was, such as an argument that the variant does not have, keep its digest.
+    Edits that leave the code of a variant as it was, such as an argument that the variant does not
+    have, keep its digest.
     """
-    backend, (built, options), context, stages = make_backend(target(arch)), source(launch, arch), ir.context(), {}
+    backend, (built, options), context, stages = (
+        make_backend(target(arch)),
+        source(launch, arch),
+        ir.context(),
+        {},
+    )
     ir.load_dialects(context)
     backend.load_dialects(context)
     implementation = backend.get_codegen_implementation(options)
@@ -99,11 +122,15 @@ def _digest(launch: Any, arch: str, code: str) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def _run(tool: str | Path, options: Sequence[str], content: bytes) -> subprocess.CompletedProcess[str]:
+def _run(
+    tool: str | Path, options: Sequence[str], content: bytes
+) -> subprocess.CompletedProcess[str]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True)
+        return subprocess.run(
+            [tool, *options, file.name], capture_output=True, text=True, check=True
+        )
 
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -120,7 +147,9 @@ def nvdisasm(cubin: bytes) -> str:
 
 
 def serialized(ptx: str) -> str:
-    """Why ptxas lets each WGMMA wait for the one before it, or ``""``: Hopper's matrix units then idle between them."""
+    """Why ptxas lets each WGMMA wait for the one before it, or ``""``: Hopper's matrix units then
+    idle between them.
+    """
     # As Triton calls it.
     flags = ["--regAllocOptLevel=2"] if RELEASE >= (3, 7) else []
     options = ["-lineinfo", "-v", *flags, "--gpu-name=sm_90a", "-o", os.devnull]
@@ -132,15 +161,18 @@ def serialized(ptx: str) -> str:
 _MATRIX = re.compile(r"\b(?:(?:[HI]MMA|[HIQ]GMMA)\.\w+|UTC\w*MMA|v_mfma_[a-z]+\d+_\d+x\d+x\d+)")
 # Fewer are a kernel's scaling, not its product.
 FEWEST_FMAS = 32
-_GCN_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(?:dwordx?(\d*)|b(\d+)|\w*?(short|byte))")
+_GCN_ACCESS = re.compile(
+    r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(?:dwordx?(\d*)|b(\d+)|\w*?(short|byte))"
+)
 
 
 def read(compiled: Any) -> dict[str, Any]:
     """The report's columns that come from the code.
 
-    ``mma``: the instructions of a kernel's products by shape, ``HGMMA.64x256x16``: the matrix units', else FFMA.
-    ``load_bits`` and ``store_bits``: means over the accesses in the text to addresses that differ between threads. On NVIDIA's
-    GPUs they are read from PTX, whose widths the assembler keeps; on AMD's, scalars mostly have instructions of their own.
+    ``mma``: the instructions of a kernel's products by shape, ``HGMMA.64x256x16``: the matrix
+    units', else FFMA. ``load_bits`` and ``store_bits``: means over the accesses in the text to
+    addresses that differ between threads. On NVIDIA's GPUs they are read from PTX, whose widths the
+    assembler keeps; on AMD's, scalars mostly have instructions of their own.
 
     Raises:
         HazardError: the code has a fault that a function of the modules ``hazards...`` finds.
@@ -148,21 +180,35 @@ def read(compiled: Any) -> dict[str, Any]:
     asm, reason = compiled.asm, ""
     if "cubin" in asm:
         machine, ptx = cuobjdump(asm["cubin"]), asm["ptx"]
-        faults = [*hazards.reloaded_scalars(ptx), *hazards.store_round_trips(ptx), *hazards.short_buffers(asm["ttgir"])]
-        faults += [*hazards_fences.unfenced_copies(ptx), *hazards_fences.unfenced_stores(asm["ttgir"])]
+        faults = [
+            *hazards.reloaded_scalars(ptx),
+            *hazards.store_round_trips(ptx),
+            *hazards.short_buffers(asm["ttgir"]),
+        ]
+        faults += [
+            *hazards_fences.unfenced_copies(ptx),
+            *hazards_fences.unfenced_stores(asm["ttgir"]),
+        ]
         program = Program(machine)
         faults += [*hazards_sass.overwritten_operands(program), *hazards_sass.early_uses(program)]
-        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)}
+        found = {
+            name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)
+        }
         # Some code reserves a stack that it does not use.
         spills = (found["STACK"] + found["LOCAL"]) * bool(re.search(r"\b(?:STL|LDL)\b", machine))
         registers, reason = found["REG"], serialized(ptx)
-        accesses = [(each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies]
+        accesses = [
+            (each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies
+        ]
     else:
         machine, faults = asm["amdgcn"], [*hazards_amd.faults(asm["amdgcn"])]
         found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", machine)}
         registers, spills = found["vgpr_count"], found["private_segment_fixed_size"]
         accesses = [
-            (way == "store", {"short": 16, "byte": 8}[part] if part else int(plain or 32 * int(dwords or 1)))
+            (
+                way == "store",
+                {"short": 16, "byte": 8}[part] if part else int(plain or 32 * int(dwords or 1)),
+            )
             for way, dwords, plain, part in _GCN_ACCESS.findall(machine)
         ]
     if faults:

@@ -1,9 +1,12 @@
-"""Theoretical occupancy: the share of a processor's warps that are resident when programs of one kernel fill it."""
+"""Theoretical occupancy: the share of a processor's warps that are resident when programs of one
+kernel fill it.
+"""
 
 from __future__ import annotations
 
-# One streaming multiprocessor or compute unit: warps, programs, KiB of shared memory.
-# CUDA's programming guide, "technical specifications per compute capability"; AMD's CDNA manuals and LLVM's AMDGPU target.
+# One streaming multiprocessor or compute unit: warps, programs, KiB of shared memory. CUDA's
+# programming guide, "technical specifications per compute capability"; AMD's CDNA manuals and
+# LLVM's AMDGPU target.
 PROCESSORS = {
     "sm_80": (64, 32, 164),
     "sm_86": (48, 16, 100),
@@ -19,10 +22,13 @@ TENSOR_COLUMNS = 512
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> float:
-    """For programs of ``warps`` warps with ``registers`` a thread and ``shared`` bytes; 0 where not even one fits."""
+    """For programs of ``warps`` warps with ``registers`` a thread and ``shared`` bytes; 0 where not
+    even one fits.
+    """
     most, programs, kib = PROCESSORS[arch]
     nvidia = arch.startswith("sm_")
-    # A warp's registers are all in one of four parts of the processor. AMD counts those of one thread of a warp.
+    # A warp's registers are all in one of four parts of the processor. AMD counts those of one
+    # thread of a warp.
     per_part = 16384 // _up(32 * registers, 256) if nvidia else 512 // _up(registers, 8)
     # The system takes 1 KiB from every program on NVIDIA's GPUs.
     taken = _up(shared + 1024, 128) if nvidia else _up(shared, 512)

@@ -1,4 +1,6 @@
-"""PTX, the assembly language that Triton hands to NVIDIA's assembler: its statements and the order they may run in."""
+"""PTX, the assembly language that Triton hands to NVIDIA's assembler: its statements and the order
+they may run in.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _LABEL_OR_STATEMENT = re.compile(
 
 
 class Statement(NamedTuple):
-    """One statement. ``@%p1 bra $L`` has the guard ``%p1``, the opcode ``bra`` and the operands ``$L``."""
+    """One statement. ``@%p1 bra $L`` has the guard ``%p1``, the opcode ``bra`` and the operands
+    ``$L``.
+    """
 
     line: int
     guard: str
@@ -38,7 +42,9 @@ class Program:
                 self._labels[match["label"]].append(len(self.statements))
             else:
                 operands = match["operands"].strip()
-                self.statements.append(Statement(line, match["guard"] or "", match["opcode"], operands))
+                self.statements.append(
+                    Statement(line, match["guard"] or "", match["opcode"], operands)
+                )
 
     @cached_property
     def successors(self) -> list[list[int]]:
@@ -54,7 +60,9 @@ class Program:
         operation = statement.opcode.partition(".")[0]
         following = [place + 1] if place + 1 < len(self.statements) else []
         if operation == "brx":
-            raise ValueError(f"cannot follow {statement.opcode} in line {statement.line} of the PTX")
+            raise ValueError(
+                f"cannot follow {statement.opcode} in line {statement.line} of the PTX"
+            )
         if operation in ("ret", "exit", "trap"):
             return following if statement.guard else []
         if operation == "bra":

@@ -1,4 +1,6 @@
-"""SASS, the machine code of NVIDIA's GPUs, as ``cuobjdump -sass`` prints it: its instructions and the order they may run in."""
+"""SASS, the machine code of NVIDIA's GPUs, as ``cuobjdump -sass`` prints it: its instructions and
+the order they may run in.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import NamedTuple
 from benchmarks.lab.compile_report import sass_registers
 from benchmarks.lab.compile_report.control_flow import State, walk
 
-# The text has an instruction's lower word on the instruction's line and the upper word alone on the next line.
+# The text has an instruction's lower word on the instruction's line and the upper word alone on the
+# next line.
 _INSTRUCTION = re.compile(
     r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)\s*;"
     r"\s*/\* 0x[0-9a-f]{16} \*/\s+/\* 0x(?P<upper_word>[0-9a-f]{16}) \*/",
@@ -26,7 +29,9 @@ _OTHER_JUMP = re.compile(r"BRA|BRX|JM|CALL|RET|RTT|KILL|WARPSYNC\.COLLECTIVE")
 
 
 class Instruction(NamedTuple):
-    """One instruction. ``@!P0 BRA 0x40`` has the guard ``!P0``, the opcode ``BRA`` and the operand ``0x40``."""
+    """One instruction. ``@!P0 BRA 0x40`` has the guard ``!P0``, the opcode ``BRA`` and the operand
+    ``0x40``.
+    """
 
     address: int
     guard: str
@@ -71,7 +76,9 @@ class Program:
         self.instructions = [_instruction(match) for match in _INSTRUCTION.finditer(sass)]
         addresses = [instruction.address for instruction in self.instructions]
         if addresses != [*range(0, _BYTES * len(addresses), _BYTES)]:
-            raise ValueError("the SASS has more than one function, or an instruction that cannot be read")
+            raise ValueError(
+                "the SASS has more than one function, or an instruction that cannot be read"
+            )
         self._places = {address: place for place, address in enumerate(addresses)}
 
     @cached_property
@@ -86,7 +93,9 @@ class Program:
     def walk(
         self, start: int, state: State, pass_over: Callable[[Instruction, State], State | None]
     ) -> Iterator[tuple[Instruction, State]]:
-        """Every instruction that may run after that at place ``start``; see :func:`control_flow.walk`."""
+        """Every instruction that may run after that at place ``start``; see
+        :func:`control_flow.walk`.
+        """
 
         def pass_over_place(place: int, state: State) -> State | None:
             return pass_over(self.instructions[place], state)
@@ -109,8 +118,11 @@ class Program:
             return [target]
         if opcode == "RET" and not instruction.guard:
             return self._behind_calls
-        # Threads of a BSYNC go on together where the BSSY of the same barrier says. That is right behind the BSYNC.
-        meets = opcode == "BSYNC" and not {*following} & self._meeting_points[instruction.operands[0]]
+        # Threads of a BSYNC go on together where the BSSY of the same barrier says. That is right
+        # behind the BSYNC.
+        meets = (
+            opcode == "BSYNC" and not {*following} & self._meeting_points[instruction.operands[0]]
+        )
         if meets or _OTHER_JUMP.match(instruction.opcode):
             raise ValueError(f"cannot follow {instruction.text} at {instruction.address:#x}")
         return following
@@ -119,7 +131,9 @@ class Program:
     def _behind_calls(self) -> list[int]:
         """Where a return may go on: behind any call."""
         return [
-            place + 1 for place, instruction in enumerate(self.instructions) if instruction.opcode.startswith("CALL")
+            place + 1
+            for place, instruction in enumerate(self.instructions)
+            if instruction.opcode.startswith("CALL")
         ]
 
     @cached_property
@@ -128,7 +142,9 @@ class Program:
         points: dict[str, set[int]] = defaultdict(set)
         for instruction in self.instructions:
             if instruction.opcode.startswith("BSSY"):
-                points[instruction.operands[0]].add(self._places[_address(instruction.operands[1:])])
+                points[instruction.operands[0]].add(
+                    self._places[_address(instruction.operands[1:])]
+                )
         return points
 
 
@@ -140,5 +156,9 @@ def _address(operands: Sequence[str]) -> int:
 def _instruction(match: re.Match[str]) -> Instruction:
     operands = tuple(match["operands"].split(", ")) if match["operands"] else ()
     return Instruction(
-        int(match["address"], 16), match["guard"] or "", match["opcode"], operands, int(match["upper_word"], 16)
+        int(match["address"], 16),
+        match["guard"] or "",
+        match["opcode"],
+        operands,
+        int(match["upper_word"], 16),
     )

@@ -1,7 +1,7 @@
 """Which of the 32-bit registers R0, R1, ... an instruction of SASS writes and reads, by its text.
 
-The register life ranges of ``nvdisasm -plr`` agree. Where the text leaves a doubt, these functions name a register too many: a
-hazard check then sees too much, never too little.
+The register life ranges of ``nvdisasm -plr`` agree. Where the text leaves a doubt, these functions
+name a register too many: a hazard check then sees too much, never too little.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _source_width(opcode: str, place: int) -> int:
 
 
 def _data_width(opcode: str) -> int:
-    """How many registers the data of an instruction are in, where sources and results have one width."""
+    """How many registers the data of an instruction are in, where sources and results have one
+    width.
+    """
     names = opcode.split(".")
     if match := _TENSOR_MEMORY.match(opcode):
         lanes = int(match[1] or 32)

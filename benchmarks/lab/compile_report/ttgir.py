@@ -1,4 +1,6 @@
-"""TTGIR, Triton's intermediate code for GPUs: its lines, the order they may run in, and the shared memory that they name."""
+"""TTGIR, Triton's intermediate code for GPUs: its lines, the order they may run in, and the shared
+memory that they name.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _BLOCK = re.compile(r"\^\w+")
 
 
 class Region(NamedTuple):
-    """The places of the lines that open, divide (``} else {``, ``} do {``) and close a region; ``middle`` may be -1."""
+    """The places of the lines that open, divide (``} else {``, ``} do {``) and close a region;
+    ``middle`` may be -1.
+    """
 
     kind: str
     start: int
@@ -77,13 +81,17 @@ class Program:
 
     @cached_property
     def buffers(self) -> list[dict[str, int]]:
-        """For each line, the shared memory that its operands name: by name the place of the line that allocates it."""
+        """For each line, the shared memory that its operands name: by name the place of the line
+        that allocates it.
+        """
         # A name may be used again in another region.
         allocated: dict[str, int] = {}
         buffers: list[dict[str, int]] = []
         for place, line in enumerate(self.lines):
             result, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
-            operands = {name: allocated[name] for name in _NAME.findall(operation) if name in allocated}
+            operands = {
+                name: allocated[name] for name in _NAME.findall(operation) if name in allocated
+            }
             buffers.append(operands)
             allocated.pop(result, None)
             if operation.startswith("ttg.local_alloc"):

@@ -3,16 +3,17 @@
     python -m benchmarks.lab.gpu [--budget 1500] [--only SECTION ...] [--out DIRECTORY] [--anyway]
     python -m benchmarks.lab.gpu --dry-run
 
-The first row has the versions of torch, Triton and ptxas. If the installed Triton is known to be wrong for this GPU, the command
-says so and stops; ``--anyway`` goes on.
+The first row has the versions of torch, Triton and ptxas. If the installed Triton is known to be
+wrong for this GPU, the command says so and stops; ``--anyway`` goes on.
 
-``doctor``, ``kernels`` and ``launches`` run tests by one worker, in an order in which each depends on those before it. Then
-compute-sanitizer's tools watch the same kernels and launches. A failure up to here ends the run. Then come the other tests, by
-several workers, times, and bytes by ncu.
+``doctor``, ``kernels`` and ``launches`` run tests by one worker, in an order in which each depends
+on those before it. Then compute-sanitizer's tools watch the same kernels and launches. A failure up
+to here ends the run. Then come the other tests, by several workers, times, and bytes by ncu.
 
-Each section is a pytest process of its own, so a crash or a hang loses only that section. Rows are kept as they come; an
-interrupt keeps them. ``--dry-run`` executes the same code in Triton's interpreter on a CPU at tiny sizes: it writes nothing into
-the repository's results, and measures nothing. The exit status is 1 if a check failed, 130 after an interrupt.
+Each section is a pytest process of its own, so a crash or a hang loses only that section. Rows are
+kept as they come; an interrupt keeps them. ``--dry-run`` executes the same code in Triton's
+interpreter on a CPU at tiny sizes: it writes nothing into the repository's results, and measures
+nothing. The exit status is 1 if a check failed, 130 after an interrupt.
 """
 
 from __future__ import annotations
@@ -37,7 +38,17 @@ from benchmarks.common.measure import environment
 from benchmarks.common.records import read_records, write_records
 from benchmarks.common.tables import RESULTS, write_text
 from benchmarks.lab.gpu import report, stages
-from benchmarks.lab.gpu.rows import BEGUN, ENDED, FAILED, INTERRUPTED, NOT_REACHED, NOTE_LENGTH, OK, ROOT, Row
+from benchmarks.lab.gpu.rows import (
+    BEGUN,
+    ENDED,
+    FAILED,
+    INTERRUPTED,
+    NOT_REACHED,
+    NOTE_LENGTH,
+    OK,
+    ROOT,
+    Row,
+)
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.backend import Capability
 from stablelora_kernels.utils.threads import ONE_THREAD
@@ -46,9 +57,16 @@ TOOLS = ["tests/gpu/test_nvidia_tools.py", "-m", "nightly", "-k"]
 # One worker, which stops at the first failure.
 FIRST = ["-m", "gpu", "-x"]
 # Files whose tests are all among the first.
-FILES = sorted({test.partition("::")[0] for test in (*stages.DOCTOR, *stages.KERNELS, *stages.LAUNCHES)})
-# Most of the tests' time goes into compiling kernels on the host. loadgroup keeps those that fill the GPU in one process.
-WORKERS = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"] if find_spec("xdist") else []
+FILES = sorted(
+    {test.partition("::")[0] for test in (*stages.DOCTOR, *stages.KERNELS, *stages.LAUNCHES)}
+)
+# Most of the tests' time goes into compiling kernels on the host. loadgroup keeps those that fill
+# the GPU in one process.
+WORKERS = (
+    ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"]
+    if find_spec("xdist")
+    else []
+)
 # An unusable GPU fails every test.
 TIMES = ["benchmarks/lab/gpu/times.py", "--confcutdir", "benchmarks/lab/gpu", "--maxfail=3", "-k"]
 # A share of the time and pytest's arguments, in the order in which they run.
@@ -60,7 +78,10 @@ SECTIONS: dict[str, tuple[float, list[str]]] = {
     "synccheck": (70, [*TOOLS, "synccheck"]),
     "initcheck": (70, [*TOOLS, "initcheck"]),
     "racecheck": (110, [*TOOLS, "racecheck"]),
-    "correctness": (220, ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in FILES), *WORKERS]),
+    "correctness": (
+        220,
+        ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in FILES), *WORKERS],
+    ),
     "apart": (40, [*TIMES, "apart"]),
     "layer": (260, [*TIMES, "layer"]),
     "mlp": (80, [*TIMES, "mlp"]),
@@ -88,28 +109,56 @@ def ptxas_version(capability: Capability) -> str:
 
 
 def versions(machine: Row, capability: Capability, problem: str) -> Row:
-    """Return the first row: the versions that decide which machine code runs. ``problem``: why it is known to be wrong, or ""."""
+    """Return the first row: the versions that decide which machine code runs. ``problem``: why it
+    is known to be wrong, or "".
+    """
     arch = f"sm_{capability[0]}{capability[1]}"
-    words = f"torch {machine['torch']}, Triton {machine['triton']}, ptxas {machine['ptxas']} for {arch}"
+    words = (
+        f"torch {machine['torch']}, Triton {machine['triton']}, ptxas {machine['ptxas']} for {arch}"
+    )
     return {"section": "versions", "case": words, "status": OK, "note": problem}
 
 
 def variables(seconds: float, dry: bool) -> dict[str, str]:
     """Return the environment of a section, with none of our own settings but the tests' watchdog's."""
     ours = ("STABLELORA_", "SLK_", "TRITON_INTERPRET")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "SLK_GPU_WATCHDOG"}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "SLK_GPU_WATCHDOG"
+    }
     if dry:
-        # The interpreter's arrays are so small that more threads make it slower. The user's own setting has precedence.
-        kept = ONE_THREAD | kept | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "SLK_GPU_DRY_RUN": "1"}
+        # The interpreter's arrays are so small that more threads make it slower. The user's own
+        # setting has precedence.
+        kept = (
+            ONE_THREAD
+            | kept
+            | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "SLK_GPU_DRY_RUN": "1"}
+        )
     # A tool leaves a moment for the report of what it found.
     return kept | {"SLK_GPU_SECONDS": str(max(1.0, seconds - 5))}
 
 
 def start(name: str, path: Path, log: Path, seconds: float, dry: bool) -> tuple[str, str]:
-    """Run a section, whose rows go to ``path``, for a limited time. Return how it ended, and a note."""
+    """Run a section, whose rows go to ``path``, for a limited time. Return how it ended, and a
+    note.
+    """
     # pytest leaves standard error alone, where the watchdog's dump goes.
-    command = [sys.executable, "-m", "pytest", *SECTIONS[name][1], "-q", "--tb=short", "--capture=sys"]
-    command += ["-p", "no:cacheprovider", "-p", "benchmarks.lab.gpu.rows", "--rows", str(path.resolve())]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *SECTIONS[name][1],
+        "-q",
+        "--tb=short",
+        "--capture=sys",
+    ]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.lab.gpu.rows",
+        "--rows",
+        str(path.resolve()),
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables(seconds, dry), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
@@ -126,7 +175,9 @@ def start(name: str, path: Path, log: Path, seconds: float, dry: bool) -> tuple[
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return (FAILED if status else ENDED), f"{log.read_text(errors='replace')[-NOTE_LENGTH:]}\nexit status {status}"
+    return (
+        FAILED if status else ENDED
+    ), f"{log.read_text(errors='replace')[-NOTE_LENGTH:]}\nexit status {status}"
 
 
 def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -> pd.DataFrame:
@@ -136,7 +187,10 @@ def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -
     ended, note = start(name, path, log, seconds, dry)
     rows = read_records(path) if path.exists() else pd.DataFrame({"status": []})
     if ended in (ENDED, FAILED):
-        rows.loc[rows.status == BEGUN, ["status", "note"]] = FAILED, "it began and did not end: it hangs, or it crashed"
+        rows.loc[rows.status == BEGUN, ["status", "note"]] = (
+            FAILED,
+            "it began and did not end: it hangs, or it crashed",
+        )
     # pytest's status is 1 behind a failed test, which is a failed row already.
     if ended != ENDED and not (note.endswith("\nexit status 1") and (rows.status == FAILED).any()):
         last = {"case": "the section's process", "status": ended, "note": note}
@@ -148,7 +202,12 @@ def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -
 
 def run(sections: Sequence[str], out: Path, budget: float, machine: Row, dry: bool) -> pd.DataFrame:
     """Run the sections until one ends the run. Return all rows."""
-    begun, total, passed, found = time.monotonic(), sum(SECTIONS[name][0] for name in sections), 0.0, []
+    begun, total, passed, found = (
+        time.monotonic(),
+        sum(SECTIONS[name][0] for name in sections),
+        0.0,
+        [],
+    )
     for name in sections:
         # An earlier run's rows must not pass for this one's.
         (out / f"{name}.csv").unlink(missing_ok=True)
@@ -162,7 +221,9 @@ def run(sections: Sequence[str], out: Path, budget: float, machine: Row, dry: bo
         rows = run_section(name, out, seconds, machine, dry)
         found.append(rows)
         if INTERRUPTED in {*rows.status} or (name in ENDING and FAILED in {*rows.status}):
-            say(f"{name} failed or was interrupted, so the run ends here. --only names sections to run in spite of it.")
+            say(
+                f"{name} failed or was interrupted, so the run ends here. --only names sections to run in spite of it."
+            )
             break
     return pd.concat(found, ignore_index=True)
 
@@ -176,15 +237,36 @@ def interrupt(*_: object) -> None:
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.lab.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--budget", type=float, default=1500.0, help="seconds for all sections (default: %(default)g)")
-    add("--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS), help="run only these sections")
+    add(
+        "--budget",
+        type=float,
+        default=1500.0,
+        help="seconds for all sections (default: %(default)g)",
+    )
+    add(
+        "--only",
+        nargs="+",
+        choices=tuple(SECTIONS),
+        default=tuple(SECTIONS),
+        help="run only these sections",
+    )
     add("--out", type=Path, help="where to write (default: benchmarks/results/<the GPU's name>)")
     add("--commit", help="the commit that is measured, if this is not a git checkout")
-    add("--anyway", action="store_true", help="go on if the installed Triton is known to be wrong for this GPU")
-    add("--dry-run", action="store_true", help="run the same code in the interpreter on a CPU, at tiny sizes")
+    add(
+        "--anyway",
+        action="store_true",
+        help="go on if the installed Triton is known to be wrong for this GPU",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="run the same code in the interpreter on a CPU, at tiny sizes",
+    )
     options = parser.parse_args(given)
     dry, machine = options.dry_run, environment()
     if options.budget <= 0:
@@ -202,7 +284,8 @@ def main(given: Sequence[str] | None = None) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
     out = options.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if dry else RESULTS / slug)
     out.mkdir(parents=True, exist_ok=True)
-    # A time limit sends SIGTERM; treat it as an interrupt. A shell starts background processes with SIGINT ignored.
+    # A time limit sends SIGTERM; treat it as an interrupt. A shell starts background processes with
+    # SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     # In a dry run the interpreter stands in for an H100.
@@ -216,7 +299,9 @@ def main(given: Sequence[str] | None = None) -> int:
         remedy = f"; {verdict.remedy}" if verdict.remedy else ""
         say(f"{verdict.problem}{remedy}. --anyway runs it all the same.")
         return 2
-    rows = run([name for name in SECTIONS if name in options.only], out, options.budget, machine, dry)
+    rows = run(
+        [name for name in SECTIONS if name in options.only], out, options.budget, machine, dry
+    )
     rows = pd.concat([pd.DataFrame([first]), rows], ignore_index=True)
     page = report.page(rows, machine, dry)
     print(page, f"Files in {out}", sep="\n", flush=True)

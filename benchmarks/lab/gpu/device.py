@@ -1,6 +1,8 @@
-"""What ``benchmarks.lab.gpu`` needs from a device: times, CUDA graphs, peak memory, and the load of the GPU meanwhile.
+"""What ``benchmarks.lab.gpu`` needs from a device: times, CUDA graphs, peak memory, and the load of
+the GPU meanwhile.
 
-In a dry run a CPU stands in for the GPU: times come from the host's clock, and a graph calls its function.
+In a dry run a CPU stands in for the GPU: times come from the host's clock, and a graph calls its
+function.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ Run = Callable[[], Any]
 Arm = tuple[Run, int]
 # Seconds per call, round by round: the device's, and those until the call returns to the host.
 Samples = tuple[list[float], list[float]]
-# Untimed calls of each arm: kernels compile, libraries choose their algorithms, the allocator gets its blocks.
+# Untimed calls of each arm: kernels compile, libraries choose their algorithms, the allocator gets
+# its blocks.
 WARMUP = 2
-# A graph of a short call holds so many calls that its own launch, of a few microseconds, is a small share; at most MOST_CALLS.
+# A graph of a short call holds so many calls that its own launch, of a few microseconds, is a small
+# share; at most MOST_CALLS.
 GRAPH_SECONDS, MOST_CALLS = 1e-3, 20
 # There are at least and at most so many rounds.
 LEAST, MOST = 5, 40
@@ -42,7 +46,9 @@ class HostEvent:
 
 
 def reading() -> list[tuple[int, int, int]]:
-    """Return NVML's clock in MHz, power in mW and reasons for a lower clock, nothing without nvidia-ml-py."""
+    """Return NVML's clock in MHz, power in mW and reasons for a lower clock, nothing without
+    nvidia-ml-py.
+    """
     if not find_spec("pynvml"):
         return []
     import pynvml
@@ -55,7 +61,9 @@ def reading() -> list[tuple[int, int, int]]:
 
 
 def load(readings: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    """Return the columns of a row: the lowest clock, the highest power, and every reason for a lower clock."""
+    """Return the columns of a row: the lowest clock, the highest power, and every reason for a
+    lower clock.
+    """
     if not readings:
         return {}
     clocks, milliwatts, bits = zip(*readings, strict=True)
@@ -64,17 +72,26 @@ def load(readings: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
 
 
 class Device:
-    """One NVIDIA GPU, with all work on one stream of its own, because the default stream cannot be captured. Or a CPU."""
+    """One NVIDIA GPU, with all work on one stream of its own, because the default stream cannot be
+    captured. Or a CPU.
+    """
 
     def __init__(self, dry: bool) -> None:
         self.dry, self.device = dry, torch.device("cpu")
         if not dry:
-            self.device, self.stream = torch.device("cuda", torch.cuda.current_device()), torch.cuda.Stream()
+            self.device, self.stream = (
+                torch.device("cuda", torch.cuda.current_device()),
+                torch.cuda.Stream(),
+            )
             torch.cuda.set_stream(self.stream)
             # No graph reads what another one wrote, so all may use the same memory.
             self._pool = torch.cuda.graph_pool_handle()
-            self._cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 2**26)
-            self._flush = torch.empty(max(4 * self._cache, 2**27), dtype=torch.uint8, device=self.device)
+            self._cache = getattr(
+                torch.cuda.get_device_properties(self.device), "L2_cache_size", 2**26
+            )
+            self._flush = torch.empty(
+                max(4 * self._cache, 2**27), dtype=torch.uint8, device=self.device
+            )
 
     def synchronize(self) -> None:
         if not self.dry:
@@ -84,15 +101,23 @@ class Device:
         """Return how many sets of weights, used in turn, are larger than L2 twice over."""
         return 2 if self.dry else max(1, min(MOST_CALLS, math.ceil(2 * self._cache / bytes_each)))
 
-    def time(self, arms: Mapping[Any, Arm], seconds: float) -> tuple[dict[Any, Samples], dict[str, Any]]:
-        """Return the samples by arm, and the columns of the load. Flush L2 before each sample, and shuffle the arms.
+    def time(
+        self, arms: Mapping[Any, Arm], seconds: float
+    ) -> tuple[dict[Any, Samples], dict[str, Any]]:
+        """Return the samples by arm, and the columns of the load. Flush L2 before each sample, and
+        shuffle the arms.
 
-        A graph is queued behind the flush, so that the device never waits for the host, and its time is divided by its calls.
-        Any other call starts on an idle device, and its time includes what the device waits for the host between launches.
-        There are as many rounds as fit into ``seconds``; in a dry run there is one.
+        A graph is queued behind the flush, so that the device never waits for the host, and its
+        time is divided by its calls. Any other call starts on an idle device, and its time includes
+        what the device waits for the host between launches. There are as many rounds as fit into
+        ``seconds``; in a dry run there is one.
         """
         event: Any = HostEvent if self.dry else lambda: torch.cuda.Event(enable_timing=True)
-        events, found, readings = {name: (event(), event()) for name in arms}, {name: ([], []) for name in arms}, []
+        events, found, readings = (
+            {name: (event(), event()) for name in arms},
+            {name: ([], []) for name in arms},
+            [],
+        )
         for run, _ in () if self.dry else [*arms.values()] * WARMUP:
             run()
         self.synchronize()
@@ -120,9 +145,11 @@ class Device:
         return found, load(readings)
 
     def capture(self, runs: Sequence[Run], most: int = MOST_CALLS) -> Arm:
-        """Capture calls of ``runs``, in turn, in one CUDA graph, after WARMUP calls of each outside it.
+        """Capture calls of ``runs``, in turn, in one CUDA graph, after WARMUP calls of each outside
+        it.
 
-        ``runs`` do the same with other weights. Their tensors must have been made on the current stream.
+        ``runs`` do the same with other weights. Their tensors must have been made on the current
+        stream.
         """
         if self.dry:
             return runs[-1], 1

@@ -1,4 +1,6 @@
-"""The summary of a run of ``benchmarks.lab.gpu``: verdicts on the targets, failures, regret, losses, times, and the clock."""
+"""The summary of a run of ``benchmarks.lab.gpu``: verdicts on the targets, failures, regret,
+losses, times, and the clock.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,65 @@ BACKWARD = f"{LAYER} and dropout == 0.1 and m in {MANY} and phase == 'backward'"
 FORWARD = f"{LAYER} and dropout == 0 and m in {FEW} and phase == 'forward'"
 LAUNCHES, BYTES = "test_a_call_launches_what_explain_lists", "test_fewer_bytes_than_eager"
 STEP = "test == 'test_a_step_of_many_tensors_is_one_launch'"
-GRAPHED_STEP = (
-    "section == 'step' and mode == 'graph' and role == 'ours' and state == 'shrinking' and dtype == 'float32'"
-)
+GRAPHED_STEP = "section == 'step' and mode == 'graph' and role == 'ours' and state == 'shrinking' and dtype == 'float32'"
 # Words, rows, a column, the least and the most that is right, and the number of figures.
 TARGETS = (
-    ("backward, M 2k to 8k, dropout 0.1: eager LoRA over ours >= 1.2", BACKWARD, "eager_over", 1.2, 1e9, 3),
-    ("with forward: eager LoRA over ours >= 1.4", BACKWARD.replace("backward", "both"), "eager_over", 1.4, 1e9, 3),
-    ("with forward: ours over frozen <= 1.12", BACKWARD.replace("backward", "both"), "over_frozen", 0, 1.12, 3),
-    ("forward, M 1, 16, 64, no dropout: ours over frozen <= 1.1", FORWARD, "over_frozen", 0, 1.1, 3),
-    ("the same: 1 launch", f"test == '{LAUNCHES}' and case in {[f'{m}-0.0-forward' for m in FEW]}", "figure", 1, 1, 3),
-    ("forward+backward, M 8k, dropout 0.1: GiB of memory traffic <= 1", f"test == '{BYTES}'", "figure", 0, 1, 1),
-    ("step of an 8B model's 448 tensors, float32, in a graph: us <= 410", GRAPHED_STEP, "median", 0, 410, 1),
+    (
+        "backward, M 2k to 8k, dropout 0.1: eager LoRA over ours >= 1.2",
+        BACKWARD,
+        "eager_over",
+        1.2,
+        1e9,
+        3,
+    ),
+    (
+        "with forward: eager LoRA over ours >= 1.4",
+        BACKWARD.replace("backward", "both"),
+        "eager_over",
+        1.4,
+        1e9,
+        3,
+    ),
+    (
+        "with forward: ours over frozen <= 1.12",
+        BACKWARD.replace("backward", "both"),
+        "over_frozen",
+        0,
+        1.12,
+        3,
+    ),
+    (
+        "forward, M 1, 16, 64, no dropout: ours over frozen <= 1.1",
+        FORWARD,
+        "over_frozen",
+        0,
+        1.1,
+        3,
+    ),
+    (
+        "the same: 1 launch",
+        f"test == '{LAUNCHES}' and case in {[f'{m}-0.0-forward' for m in FEW]}",
+        "figure",
+        1,
+        1,
+        3,
+    ),
+    (
+        "forward+backward, M 8k, dropout 0.1: GiB of memory traffic <= 1",
+        f"test == '{BYTES}'",
+        "figure",
+        0,
+        1,
+        1,
+    ),
+    (
+        "step of an 8B model's 448 tensors, float32, in a graph: us <= 410",
+        GRAPHED_STEP,
+        "median",
+        0,
+        410,
+        1,
+    ),
     ("step of 448 tensors: 1 launch", STEP, "figure", 1, 1, 1),
     ("step of 448 tensors: 0 synchronizations", STEP, "waits", 0, 0, 1),
 )
@@ -64,7 +113,9 @@ def targets(rows: pd.DataFrame) -> list[str]:
 
 
 def losses(times: pd.DataFrame) -> pd.DataFrame:
-    """Return where a rival is faster than the fastest of ours, worst first. The frozen layer is no rival."""
+    """Return where a rival is faster than the fastest of ours, worst first. The frozen layer is no
+    rival.
+    """
     key = ["section", "case", "phase", "mode"]
     ours = times[times.role == "ours"].groupby(key)["median"].min().rename("ours")
     rivals = times[times.role == "rival"].join(ours, on=key)
@@ -73,8 +124,14 @@ def losses(times: pd.DataFrame) -> pd.DataFrame:
 
 
 def regrets(times: pd.DataFrame) -> pd.DataFrame:
-    """Return by direction how much longer dispatch's kernel takes than the fastest, less 1: calls, mean and worst."""
-    timed = times[(times.section == "layer") & (times["mode"] == GRAPH) & times.phase.isin(["forward", "backward"])]
+    """Return by direction how much longer dispatch's kernel takes than the fastest, less 1: calls,
+    mean and worst.
+    """
+    timed = times[
+        (times.section == "layer")
+        & (times["mode"] == GRAPH)
+        & times.phase.isin(["forward", "backward"])
+    ]
     key = ["case", "phase"]
     fastest = timed[timed.role == ""].groupby(key)["median"].min()
     ours = timed[timed.arm == "ours"].set_index(key)["median"]
@@ -82,12 +139,19 @@ def regrets(times: pd.DataFrame) -> pd.DataFrame:
 
 
 def estimates(times: pd.DataFrame) -> pd.DataFrame:
-    """Return the launches of layers that are taken apart, and differences of two: what an H100 was predicted to take, from the
-    fast end of the band to the slow one, and what was measured; us. ``off``: how far outside the band."""
+    """Return the launches of layers that are taken apart, and differences of two: what an H100 was
+    predicted to take, from the fast end of the band to the slow one, and what was measured; us.
+    ``off``: how far outside the band.
+    """
     rows, gpu = [], load_gpu("h100")
-    for (m, n, k, r, p), timed in times[times.section == "apart"].groupby(["m", "n_out", "k", "r", "dropout"]):
+    for (m, n, k, r, p), timed in times[times.section == "apart"].groupby(
+        ["m", "n_out", "k", "r", "dropout"]
+    ):
         measured = timed.pivot_table("median", "arm", "phase")
-        found = {name: tuple(each) for name, each in zip(measured.index, measured.to_numpy(), strict=True)}
+        found = {
+            name: tuple(each)
+            for name, each in zip(measured.index, measured.to_numpy(), strict=True)
+        }
         found |= parts.differences(found)
         for name, band in parts.predicted(
             gpu, Shape(int(m), int(n), int(k), int(r), p > 0, wide_adapters=False)
@@ -96,15 +160,31 @@ def estimates(times: pd.DataFrame) -> pd.DataFrame:
                 of = dict(zip(measured.columns, found[name], strict=True))
                 low, high, took = min(band), max(band), of.get(MANY_LAUNCHES, float("nan"))
                 off = took / high - 1 if took > high else min(0.0, took / low - 1)
-                rows.append({"m": int(m), "dropout": p, "launch": name, "fast": low, "slow": high, **of, "off": off})
+                rows.append(
+                    {
+                        "m": int(m),
+                        "dropout": p,
+                        "launch": name,
+                        "fast": low,
+                        "slow": high,
+                        **of,
+                        "off": off,
+                    }
+                )
     return pd.DataFrame(rows).round(2)
 
 
 def failures(rows: pd.DataFrame) -> str:
     """Return a line for each failed row: its name and the last line of its note."""
-    failed = rows[rows.status == FAILED][["section", "test", "case", "arm", "note"]].astype(object).fillna("")
+    failed = (
+        rows[rows.status == FAILED][["section", "test", "case", "arm", "note"]]
+        .astype(object)
+        .fillna("")
+    )
     last = [note.strip().split("\n")[-1][:160] for note in failed.pop("note")]
-    return "\n".join(f"{' '.join(names)}: {note}" for names, note in zip(failed.to_numpy(), last, strict=True))
+    return "\n".join(
+        f"{' '.join(names)}: {note}" for names, note in zip(failed.to_numpy(), last, strict=True)
+    )
 
 
 def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
@@ -136,7 +216,11 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
         "Sections": count(rows, "section"),
         "Machine": "\n".join(f"{key}: {value}" for key, value in machine.items()),
     }
-    first = "DRY RUN on a CPU: NOTHING HERE IS A MEASUREMENT." if dry else f"Measured on {machine['gpu']}."
+    first = (
+        "DRY RUN on a CPU: NOTHING HERE IS A MEASUREMENT."
+        if dry
+        else f"Measured on {machine['gpu']}."
+    )
     if (rows.status == INTERRUPTED).any():
         first += " INTERRUPTED: what was not reached is missing."
     blocks = [f"## {head}\n\n```\n{text}\n```\n" for head, text in parts.items()]

@@ -1,6 +1,8 @@
-"""pytest's plugin that keeps rows of ``benchmarks.lab.gpu`` in a CSV file as tests begin and end: a crash loses none of them.
+"""pytest's plugin that keeps rows of ``benchmarks.lab.gpu`` in a CSV file as tests begin and end: a
+crash loses none of them.
 
-A test that hangs or crashes leaves its name. A test's ``record_property`` names columns of its row, or with "row" whole rows.
+A test that hangs or crashes leaves its name. A test's ``record_property`` names columns of its row,
+or with "row" whole rows.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ class Rows:
         self._write()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        rows = [value for name, value in report.user_properties if name == "row"] if report.when == "call" else []
+        rows = (
+            [value for name, value in report.user_properties if name == "row"]
+            if report.when == "call"
+            else []
+        )
         self._rows += [{"status": OK, **row} for row in rows]
         # Setup and teardown matter only when they fail or skip the test.
         if report.failed or report.skipped or (report.when == "call" and not rows):

@@ -1,4 +1,6 @@
-"""The first tests that a GPU runs. Each takes one step beyond those before it, so the first that fails says where to look."""
+"""The first tests that a GPU runs. Each takes one step beyond those before it, so the first that
+fails says where to look.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ GRAPHED_STEP = "tests/gpu/test_graphed_step.py"
 COMPETING = "tests/gpu/test_competing_stream.py"
 
 DOCTOR = (f"{BRING_UP}::test_doctor",)
-# S; the product by pointers and by TMA; fused and split-K; chained; groups, MLPs, quantized weights.
+# S; the product by pointers and by TMA; fused and split-K; chained; groups, MLPs, quantized
+# weights.
 KERNELS = (f"{BRING_UP}::test_down", f"{BRING_UP}::test_linear", f"{BRING_UP}::test_other_ops")
 OPTIMIZER = f"{BRING_UP}::test_optimizer"
 THIRD_CALL = f"{PREPARED}::test_the_third_call_is_prepared"

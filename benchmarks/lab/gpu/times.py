@@ -1,8 +1,10 @@
-"""The calls that ``benchmarks.lab.gpu`` times on the device's clock: this library's arms and rivals', eager and in CUDA graphs.
+"""The calls that ``benchmarks.lab.gpu`` times on the device's clock: this library's arms and
+rivals', eager and in CUDA graphs.
 
-A graph holds many calls, by copies of the layer whose weights are larger than L2 together: the device alone, with weights from
-memory. An eager call starts on an idle device and includes the host's launches. Backward's time is that of forward and backward
-less forward's, round by round. pytest runs each shape as a test of its own.
+A graph holds many calls, by copies of the layer whose weights are larger than L2 together: the
+device alone, with weights from memory. An eager call starts on an idle device and includes the
+host's launches. Backward's time is that of forward and backward less forward's, round by round.
+pytest runs each shape as a test of its own.
 """
 
 from __future__ import annotations
@@ -43,23 +45,37 @@ Name = tuple[str, str, str]
 DRY = os.environ.get("SLK_GPU_DRY_RUN") == "1"
 BF16 = torch.bfloat16
 EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
-# Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate products.
+# Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate
+# products.
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
 # Arms that are timed in one mode alone. These optimizers wait for the host.
 ONLY_GRAPH = (*KERNELS[1:], *FORCED)
-ROLES = dict.fromkeys((BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival") | dict.fromkeys(
-    ONLY_GRAPH, ""
-)
+ROLES = dict.fromkeys(
+    (BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival"
+) | dict.fromkeys(ONLY_GRAPH, "")
 ROLES[optimizers.OURS] = "ours"
 ONLY_EAGER = (EAGER_STEP, GRAPHED_STEP, optimizers.NAIVE_FOREACH, optimizers.ADAMW_FOREACH)
-# (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M parameters at r 16.
-BLOCK = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+# (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M
+# parameters at r 16.
+BLOCK = (
+    (4096, 4096),
+    (1024, 4096),
+    (1024, 4096),
+    (4096, 4096),
+    (14336, 4096),
+    (14336, 4096),
+    (4096, 14336),
+)
 # All arms are timed for so many seconds an arm and phase, in turns, and for five rounds at least.
 SECONDS = 0.03
 
 
-def arms_of(case: LayerCase, arms: Iterable[str], forced: Mapping[str, tuple[str, str]], ours: str) -> Arms:
-    """Return ``arms`` of a case of the suite, and ``ours`` by the kernels in ``forced``, of forward and backward."""
+def arms_of(
+    case: LayerCase, arms: Iterable[str], forced: Mapping[str, tuple[str, str]], ours: str
+) -> Arms:
+    """Return ``arms`` of a case of the suite, and ``ours`` by the kernels in ``forced``, of forward
+    and backward.
+    """
     case.open()
 
     def build(arm: str, kernels: tuple[str, str]) -> Phases:
@@ -83,7 +99,8 @@ def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
     """Return the suite's arms, and ours by each kernel that can compute it."""
     more = r, BF16, BF16, dropout > 0
     forward, backward = (
-        possible_kernels(call) for call in (Call("forward", m, n_out, k, *more), Call("backward", m, k, n_out, *more))
+        possible_kernels(call)
+        for call in (Call("forward", m, n_out, k, *more), Call("backward", m, k, n_out, *more))
     )
     # A kernel that can compute backward alone runs behind dispatch's forward.
     forced = {kernel: (kernel if kernel in forward else "auto", kernel) for kernel in backward}
@@ -95,15 +112,21 @@ def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
 
 
 def apart(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return each job of a layer's forward and backward as a launch, which is timed among many and alone."""
+    """Return each job of a layer's forward and backward as a launch, which is timed among many and
+    alone.
+    """
 
     def make(*size: int, dtype: torch.dtype) -> Tensor:
-        return (torch.randn if dtype.is_floating_point else torch.zeros)(*size, dtype=dtype, device=device.device)
+        return (torch.randn if dtype.is_floating_point else torch.zeros)(
+            *size, dtype=dtype, device=device.device
+        )
 
     shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
     found = parts.launches(device_of(device.device), shape, make)
     runs = {name: partial(launch.run, device.device) for name, launch in found.items()}
-    return {name: partial(dict, {MANY_LAUNCHES: run, ONE_LAUNCH: run}) for name, run in runs.items()}
+    return {
+        name: partial(dict, {MANY_LAUNCHES: run, ONE_LAUNCH: run}) for name, run in runs.items()
+    }
 
 
 class MLP(MLPCase):
@@ -113,7 +136,9 @@ class MLP(MLPCase):
 
 
 def modules(device: Device, kind: str, m: int, n_out: Any, k: int, r: int, dropout: float) -> Arms:
-    """Return the suite's arms of projections of one x, or of a gated MLP, with the one op by forced kernels."""
+    """Return the suite's arms of projections of one x, or of a gated MLP, with the one op by forced
+    kernels.
+    """
     make: type[LayerCase] = {"mlp": MLP, "projections": ProjectionsCase}[kind]
     case = make(m, k, n_out, r, "bf16", device.device, dropout)
     forced = {arm: (kernel, kernel) for arm, kernel in FORCED.items()} if kind == "mlp" else {}
@@ -121,7 +146,9 @@ def modules(device: Device, kind: str, m: int, n_out: Any, k: int, r: int, dropo
 
 
 def step(device: Device, blocks: int, r: int, scale: int, dtype: str, state: str) -> Arms:
-    """Return optimizers over ``blocks`` of an 8B model's blocks, whose sizes are divided by ``scale``."""
+    """Return optimizers over ``blocks`` of an 8B model's blocks, whose sizes are divided by
+    ``scale``.
+    """
     make: dict[str, Any] = {"device": device.device, "dtype": getattr(torch, dtype)}
     latched = state == "latched"
 
@@ -129,7 +156,10 @@ def step(device: Device, blocks: int, r: int, scale: int, dtype: str, state: str
         pairs = []
         for i, (n, k) in enumerate(BLOCK * blocks):
             # B is zero, or so large that all pairs latch at the first step.
-            a, b = torch.randn(r, k // scale, **make) / k**0.5, torch.full((n // scale, r), float(latched), **make)
+            a, b = (
+                torch.randn(r, k // scale, **make) / k**0.5,
+                torch.full((n // scale, r), float(latched), **make),
+            )
             for half in (a, b):
                 half.requires_grad_().grad = torch.randn_like(half) * 1e-3
             pairs.append(slk.LoRAPair(f"layer{i}", a, b))
@@ -140,21 +170,35 @@ def step(device: Device, blocks: int, r: int, scale: int, dtype: str, state: str
             raise RuntimeError(f"every pair must be {state} after the first step")
         return {"step": optimizer.step}
 
-    names = (optimizers.NAIVE_FOREACH, optimizers.ADAMW_FOREACH, optimizers.ADAMW_FUSED, optimizers.OURS)
+    names = (
+        optimizers.NAIVE_FOREACH,
+        optimizers.ADAMW_FOREACH,
+        optimizers.ADAMW_FUSED,
+        optimizers.OURS,
+    )
     return {arm: partial(build, arm) for arm in names}
 
 
 def captured(device: Device, rows: int, width: int, layers: int, dropout: float) -> Arms:
-    """Return forward, backward and Stable-LoRA's step of a few layers in bfloat16 with float32 A and B."""
+    """Return forward, backward and Stable-LoRA's step of a few layers in bfloat16 with float32 A
+    and B.
+    """
     make: dict[str, Any] = {"device": device.device, "dtype": BF16}
 
     def loss_of(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).float().square().mean()
 
     def build(graphed: bool) -> Phases:
-        layer = partial(slk.LoRALinear, r=16, lora_dropout=dropout, lora_dtype=torch.float32, **make)
-        model, x = nn.Sequential(*(layer(width, width) for _ in range(layers))), torch.randn(rows, width, **make)
-        optimizer = slk.StableLoRAAdamW.from_model(model, lr=optimizers.LR, capturable=not device.dry)
+        layer = partial(
+            slk.LoRALinear, r=16, lora_dropout=dropout, lora_dtype=torch.float32, **make
+        )
+        model, x = (
+            nn.Sequential(*(layer(width, width) for _ in range(layers))),
+            torch.randn(rows, width, **make),
+        )
+        optimizer = slk.StableLoRAAdamW.from_model(
+            model, lr=optimizers.LR, capturable=not device.dry
+        )
         take = slk.GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=graphed)
         for _ in range(WARMUP + 1):
             take(x)
@@ -172,7 +216,10 @@ def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
     for (mode, phase, arm), both in times.items():
         if phase == "both":
             forward = times.get((mode, "forward", arm)) or times[mode, "dispatch's forward", arm]
-            device, host = ([b - f for b, f in zip(*each, strict=True)] for each in zip(both, forward, strict=True))
+            device, host = (
+                [b - f for b, f in zip(*each, strict=True)]
+                for each in zip(both, forward, strict=True)
+            )
             yield (mode, "backward", arm), (device, host)
 
 
@@ -182,14 +229,22 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
     count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if make in (layer, apart) else 1
     copies, runs = [make(device, **sizes) for _ in range(count)], dict[Name, Arm]()
     for mode, arm in product((GRAPH, EAGER), copies[0]):
-        if arm in (ONLY_EAGER if mode == GRAPH else ONLY_GRAPH) or (make is apart and mode == EAGER):
+        if arm in (ONLY_EAGER if mode == GRAPH else ONLY_GRAPH) or (
+            make is apart and mode == EAGER
+        ):
             continue
         try:
-            built = [arms[arm]() for arms in (copies if mode == GRAPH and arm != PEFT_COMPILED else copies[:1])]
+            built = [
+                arms[arm]()
+                for arms in (copies if mode == GRAPH and arm != PEFT_COMPILED else copies[:1])
+            ]
             for phase, run in built[0].items():
                 run()
                 # A second step in a graph would upload the optimizer's tables again.
-                calls, most = [phases[phase] for phases in built], 1 if phase in ("step", ONE_LAUNCH) else MOST_CALLS
+                calls, most = (
+                    [phases[phase] for phases in built],
+                    1 if phase in ("step", ONE_LAUNCH) else MOST_CALLS,
+                )
                 runs[mode, phase, arm] = device.capture(calls, most) if mode == GRAPH else (run, 0)
         except Exception:
             # Only our own failure fails the check.
@@ -203,12 +258,14 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
         if mode == EAGER:
             yield named("host_us", [1e6 * each for each in host]) | {"mode": mode}
         if (mode, phase) == (EAGER, "both"):
-            yield named("peak_bytes", [device.peak_bytes(runs[mode, phase, arm][0])]) | {"mode": mode}
+            yield named("peak_bytes", [device.peak_bytes(runs[mode, phase, arm][0])]) | {
+                "mode": mode
+            }
 
 
 DROPOUT, STATES = (0.1, 0.0), ("shrinking", "latched")
-# What predictions cannot decide: one launch, two or the vendor's product for many rows; S beside a product of few rows at
-# ranks of 32 and 64; split-K from 65 rows up; long sums.
+# What predictions cannot decide: one launch, two or the vendor's product for many rows; S beside a
+# product of few rows at ranks of 32 and 64; split-K from 65 rows up; long sums.
 DOUBTS = [
     *((m, n, 4096, r, 0.0) for m, r, n in product((16, 64), (32, 64), (4096, 14336))),
     *((m, 4096, 4096, 16, 0.0) for m in (128, 256, 384)),
@@ -224,7 +281,10 @@ SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
         [(70, 48, 32, 8, 0.1), (70, 48, 32, 8, 0.0)],
         [(s.m, s.n, s.k, s.r, s.p) for s in parts.SHAPES],
     ),
-    layer: ([(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)], dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES)),
+    layer: (
+        [(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)],
+        dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES),
+    ),
     modules: (
         [("mlp", 70, 72, 48, 4, 0.1), ("projections", 70, (32, 16), 48, 4, 0.1)],
         [
@@ -251,7 +311,9 @@ def device() -> Device:
 
 
 @pytest.mark.parametrize(("make", "values"), CASES)
-def test_times(make: Callable[..., Arms], values: Any, device: Device, record_property: Any) -> None:
+def test_times(
+    make: Callable[..., Arms], values: Any, device: Device, record_property: Any
+) -> None:
     sizes = dict(zip([*signature(make).parameters][1:], values, strict=True))
     with slk.use_backend("triton"):
         for row in measure(device, make, sizes):

@@ -1,4 +1,5 @@
-"""docs/results/benchmarks.md and the README's figure, from the results stored in benchmarks/results and nothing else.
+"""docs/results/benchmarks.md and the README's figure, from the results stored in benchmarks/results
+and nothing else.
 
     python -m benchmarks.lab.page [--check]
 
@@ -31,7 +32,8 @@ QUESTIONS = {
     "adapter save": "saving an adapter",
     "adapter load": "loading an adapter",
 }
-# The column of an arm. If two arms share a column, the later one counts: on a GPU that is ours on Triton.
+# The column of an arm. If two arms share a column, the later one counts: on a GPU that is ours on
+# Triton.
 COLUMNS = {
     "ours, PyTorch": "ours", "ours": "ours", "ours, Triton": "ours", "StableLoRAAdamW": "ours",
     "accelerated PEFT": "`accelerate_peft`", "ours compiled": "ours, compiled", "ours, MLP fused": "ours",
@@ -58,32 +60,46 @@ Where this library wins and loses in the stored measurements. [Performance](perf
 - A cell has the median over the cases, then the lowest and the highest case. It is bold if a case is above 1.
 - In float32 on AMD's processors much of the gain is [oneDNN's](performance.md#how-fast-is-one-layer).
 """
-_NO_GPU = "- **All of this is from CPUs, on PyTorch's operators.** No GPU has measured anything yet.\n"
+_NO_GPU = (
+    "- **All of this is from CPUs, on PyTorch's operators.** No GPU has measured anything yet.\n"
+)
 
 
 def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What ``pytest benchmarks --records`` (suite.csv, or suite_MARK.csv) and ``python -m benchmarks`` have written.
+    """What ``pytest benchmarks --records`` (suite.csv, or suite_MARK.csv) and ``python -m
+    benchmarks`` have written.
 
-    Returns the suite's ratios of our time to that of the rival ``arm_of_rival``, and a row for each file: its machine, its name,
-    the command, the environment of its run, and what a main job says of its run.
+    Returns the suite's ratios of our time to that of the rival ``arm_of_rival``, and a row for each
+    file: its machine, its name, the command, the environment of its run, and what a main job says
+    of its run.
     """
     ratios, files = [], []
     for path in sorted(results.glob("*/suite*.csv")):
         rows = read_records(path)
-        rivals = rows[rows["role"].str.contains("rival")].drop_duplicates(["case", "phase"])[["case", "phase", "arm"]]
-        ours = rows[(rows["metric"] == "over_rival") & (rows["role"] == "ours")].assign(machine=path.parent.name)
+        rivals = rows[rows["role"].str.contains("rival")].drop_duplicates(["case", "phase"])[
+            ["case", "phase", "arm"]
+        ]
+        ours = rows[(rows["metric"] == "over_rival") & (rows["role"] == "ours")].assign(
+            machine=path.parent.name
+        )
         ratios.append(ours.merge(rivals, on=["case", "phase"], suffixes=("", "_of_rival")))
         mark = path.stem.partition("_")[2]
-        command = f"python -m pytest benchmarks{f' -m {mark}' if mark else ''} --records={path.name}"
+        command = (
+            f"python -m pytest benchmarks{f' -m {mark}' if mark else ''} --records={path.name}"
+        )
         environment = rows.attrs["environment"]
-        files.append((path.parent.name, path.name, environment.get("command", command), environment, None))
+        files.append(
+            (path.parent.name, path.name, environment.get("command", command), environment, None)
+        )
     for path in sorted(results.glob("*/main*/result.csv")):
         run = read_records(path).attrs["environment"]
         # The default is bfloat16 where the hardware has it.
         command = "python -m benchmarks" + " --dtype fp32" * (run["settings"]["dtype"] == "float32")
         command += " --dropout 0" * (run["settings"]["lora_dropout"] == 0)
         environment = run["environment"] | {"waited_share": run.get("waited_share", 0.0)}
-        files.append((path.parents[1].name, f"{path.parent.name}/table.txt", command, environment, run))
+        files.append(
+            (path.parents[1].name, f"{path.parent.name}/table.txt", command, environment, run)
+        )
     table = pd.DataFrame(files, columns=["machine", "name", "command", "environment", "run"])
     return pd.concat(ratios, ignore_index=True), table.sort_values("machine", kind="stable")
 
@@ -92,24 +108,40 @@ def page(results: Path) -> str:
     """The page's text: answers by machine, then every loss, then the files."""
     ratios, files = read(results)
     of_host = ratios["case"].str.startswith("host ")
-    parts = [_INTRODUCTION + ("" if any(each.get("gpu") for each in files["environment"]) else _NO_GPU)]
+    parts = [
+        _INTRODUCTION + ("" if any(each.get("gpu") for each in files["environment"]) else _NO_GPU)
+    ]
     for machine, mine in files.groupby("machine"):
         found, here = mine["environment"].iloc[0], ratios["machine"] == machine
         parts.append(f"## {found.get('gpu') or found['cpu']}, {found['cores']} cores (`{machine}`)")
         if (here & ~of_host).any():
             parts.append(ratio_table(ratios[here & ~of_host]))
-        # The first is the default's. The verdicts of the others are in their tables, under "Every figure".
+        # The first is the default's. The verdicts of the others are in their tables, under "Every
+        # figure".
         for run in mine["run"].dropna().iloc[:1]:
             settings = run["settings"]
-            about = f"{settings['model']} on {settings['data']}, {adapters(run)}, {settings['dtype']}"
-            parts.append("\n".join([f"Fine-tuning {about}:", "", "```text", *run["verdicts"], "```"]))
-    losses = "\n\n".join(filter(None, [_slower(ratios[~of_host]), _lost(files.dropna(subset="run"))]))
-    parts += ["## Where it loses", losses or "Nowhere in what is stored.", "## Every figure", _files(files)]
+            about = (
+                f"{settings['model']} on {settings['data']}, {adapters(run)}, {settings['dtype']}"
+            )
+            parts.append(
+                "\n".join([f"Fine-tuning {about}:", "", "```text", *run["verdicts"], "```"])
+            )
+    losses = "\n\n".join(
+        filter(None, [_slower(ratios[~of_host]), _lost(files.dropna(subset="run"))])
+    )
+    parts += [
+        "## Where it loses",
+        losses or "Nowhere in what is stored.",
+        "## Every figure",
+        _files(files),
+    ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
 def ratio_table(rows: pd.DataFrame) -> str:
-    """Our time over the rivals': a row for each question, dtype and rival. Cases that differ by a size alone are left out."""
+    """Our time over the rivals': a row for each question, dtype and rival. Cases that differ by a
+    size alone are left out.
+    """
     rows = rows.assign(
         key=rows["case"].str.split().str[0] + " " + rows["phase"],
         dtype=rows["case"].str.extract(r" ((?:fp32|bf16)\S*)", expand=False).fillna(""),
@@ -123,7 +155,9 @@ def ratio_table(rows: pd.DataFrame) -> str:
     rows = questions.set_axis(["key", "question"], axis=1).merge(rows, on="key")
     columns = [*dict.fromkeys(COLUMNS.values())]
     cells = [["our time over the rival's", "the rival", *columns]]
-    for (question, dtype, rival), group in rows.groupby(["question", "dtype", "arm_of_rival"], sort=False):
+    for (question, dtype, rival), group in rows.groupby(
+        ["question", "dtype", "arm_of_rival"], sort=False
+    ):
         medians = (group.loc[group["column"] == column, "median"] for column in columns)
         cells.append([f"{question}, {dtype}".rstrip(", "), rival, *map(_cell, medians)])
     return markdown(cells, 2)
@@ -132,7 +166,13 @@ def ratio_table(rows: pd.DataFrame) -> str:
 def host_table(rows: pd.DataFrame) -> str:
     """Host time over PEFT's by kind of call, on Triton: ranges of medians over rows and dropout."""
     cells = [
-        ["call", "`LoRALinear`, forward", "forward and backward", "`accelerate_peft`, forward", "forward and backward"]
+        [
+            "call",
+            "`LoRALinear`, forward",
+            "forward and backward",
+            "`accelerate_peft`, forward",
+            "forward and backward",
+        ]
     ]
     places = [*product(("ours, Triton", "accelerated PEFT"), ("forward", "forward and backward"))]
     for name, pattern in HOST_ROWS.items():
@@ -158,21 +198,35 @@ def _slower(ratios: pd.DataFrame) -> str:
          f"{row.median:.2f} ({row.q1:.2f} to {row.q3:.2f})"]
         for row in rows.loc[rows.groupby(["machine", "case", "arm"], sort=False)["median"].idxmax()].itertuples()
     ]  # fmt: skip
-    return markdown([["machine", "case", "arm", "the rival", "of its time"], *cells], 4) if cells else ""
+    return (
+        markdown([["machine", "case", "arm", "the rival", "of its time"], *cells], 4)
+        if cells
+        else ""
+    )
 
 
 def _lost(files: pd.DataFrame) -> str:
     """The main jobs' verdicts of more time, more memory or worse quality."""
     names = files["machine"] + "/" + files["name"].str.removesuffix("/table.txt")
-    said = ((name, line[HEADING:]) for name, run in zip(names, files["run"], strict=True) for line in run["verdicts"])
-    return "\n".join(f"- {line} (`{name}`)" for name, line in said if "% more" in line or line.endswith(": worse"))
+    said = (
+        (name, line[HEADING:])
+        for name, run in zip(names, files["run"], strict=True)
+        for line in run["verdicts"]
+    )
+    return "\n".join(
+        f"- {line} (`{name}`)"
+        for name, line in said
+        if "% more" in line or line.endswith(": worse")
+    )
 
 
 def _files(files: pd.DataFrame) -> str:
     cells, kept = [["figures", "measured by", "when, commit"]], ""
     for machine, name, command, environment, _ in files.itertuples(index=False):
         # Versions once, as long as they stay.
-        versions = ", ".join(f"{key} {environment[key]}" for key in PACKAGES if environment.get(key))
+        versions = ", ".join(
+            f"{key} {environment[key]}" for key in PACKAGES if environment.get(key)
+        )
         also, kept = "" if versions == kept else f"; {versions}", versions
         link = f"[{machine}/{name}](../../benchmarks/results/{machine}/{name})"
         cells.append([link, f"`{command}`", where(environment) + also])
@@ -182,15 +236,24 @@ def _files(files: pd.DataFrame) -> str:
 def where(environment: dict[str, Any]) -> str:
     """The day and commit of a run, and whether other programs took time from it."""
     load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
-    text, waited = f"{environment['date'][:10]}, {environment.get('commit')}", environment.get("waited_share")
+    text, waited = (
+        f"{environment['date'][:10]}, {environment.get('commit')}",
+        environment.get("waited_share"),
+    )
     disturbed = load > environment["cores"] / 2 if waited is None else waited > MOST_WAITING
     # Only paired ratios of such a run mean something.
     return f"{text}, **other programs ran beside it**" if disturbed else text
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lab.page", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab.page", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 if the page is not up to date",
+    )
     args = parser.parse_args(argv)
     text = page(RESULTS)
     if args.check:

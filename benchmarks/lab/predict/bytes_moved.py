@@ -2,19 +2,22 @@
 
     python -m benchmarks.lab.predict.bytes_moved [--device sm_90] [--out DIRECTORY]
 
-Tests hold the formula to what Triton's interpreter counts. ``--out`` writes the table, and one with a row for each launch, as CSV
-files. What a figure means:
+Tests hold the formula to what Triton's interpreter counts. ``--out`` writes the table, and one with
+a row for each launch, as CSV files. What a figure means:
 
-- *Issued* and *unique* bytes are those of tests/benchmarks/lab/byte_counter.py. Memory's real traffic is in between. A chained
-  launch reads X twice, for S and for the product; it counts once here, and comes from memory twice if L2 is smaller than X.
-- *Floor* is the least for a layer as a whole: operands read once in forward and once in backward, results written once.
-- *Extra passes* over an activation beyond the frozen layer = (unique bytes of all launches of forward and backward, less those
-  of the frozen layer's forward, which reads X, W and bias and writes Y, and backward, which reads dY and W and writes dX) /
-  (bytes of X, which is [M, K]). All tensors count, also A, B, S, dS, dA, dB, seeds, masks and the sums that programs share.
+- *Issued* and *unique* bytes are those of tests/benchmarks/lab/byte_counter.py. Memory's real
+  traffic is in between. A chained launch reads X twice, for S and for the product; it counts once
+  here, and comes from memory twice if L2 is smaller than X.
+- *Floor* is the least for a layer as a whole: operands read once in forward and once in backward,
+results written once.
+- *Extra passes* over an activation beyond the frozen layer = (unique bytes of all launches of
+  forward and backward, less those of the frozen layer's forward, which reads X, W and bias and
+  writes Y, and backward, which reads dY and W and writes dX) / (bytes of X, which is [M, K]). All
+  tensors count, also A, B, S, dS, dA, dB, seeds, masks and the sums that programs share.
 - *Extra X, Y passes* = the same with X, Y, dY and dX alone in both terms of the difference.
 
-The vendor's product counts as reading X, W and bias once and writing Y once: its code is not known. The launch that draws
-dropout's seed, of 8 bytes, is not in the list.
+The vendor's product counts as reading X, W and bias once and writing Y once: its code is not known.
+The launch that draws dropout's seed, of 8 bytes, is not in the list.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ APART, TOGETHER = "apart", "together"
 class Case(NamedTuple):
     """Forward and backward of a layer with a bias.
 
-    ``n`` may have the output features of several projections of one X, which ``how`` computes ``APART`` or ``TOGETHER``. For a
-    gated MLP, ``how`` is ``SEPARATE`` or ``ONE_OP``, and n is F.
+    ``n`` may have the output features of several projections of one X, which ``how`` computes
+    ``APART`` or ``TOGETHER``. For a gated MLP, ``how`` is ``SEPARATE`` or ``ONE_OP``, and n is F.
     """
 
     m: int
@@ -51,16 +54,19 @@ class Case(NamedTuple):
     k: int
     r: int
     p: float = 0.0
-    # A layer's: the kernel for Y and dX, or the format of W: "nf4", in blocks of 64 with nested scales, or "fp8".
+    # A layer's: the kernel for Y and dX, or the format of W: "nf4", in blocks of 64 with nested
+    # scales, or "fp8".
     how: str = "auto"
     dtype: torch.dtype = BF16
     lora_dtype: torch.dtype = torch.float32
 
     def floors(self) -> tuple[int, int]:
-        """Least bytes, forward and backward, of the layer and of the frozen one: operands read once, results written once.
+        """Least bytes, forward and backward, of the layer and of the frozen one: operands read
+        once, results written once.
 
-        Forward reads X, W, bias and writes Y; backward reads dY, W and writes dX. With LoRA, both read A, B and dropout's seed,
-        and backward reads X and writes dA and dB. Not S: it could be computed again from X and A, which backward reads anyway.
+        Forward reads X, W, bias and writes Y; backward reads dY, W and writes dX. With LoRA, both
+        read A, B and dropout's seed, and backward reads X and writes dA and dB. Not S: it could be
+        computed again from X and A, which backward reads anyway.
         """
         size, blocks = self.dtype.itemsize, -(-self.n * self.k // 64)
         x, y, weight = self.m * self.k * size, self.m * self.n * size, self.n * self.k * size
@@ -88,7 +94,9 @@ REAL = [
 
 
 def launches(device: Device, case: Case, where: str = "meta") -> Ways:
-    """The launches of forward and backward as ``device`` would make them, on the meta device or, to count them, the CPU."""
+    """The launches of forward and backward as ``device`` would make them, on the meta device or, to
+    count them, the CPU.
+    """
     m, n, k, r, p, how = case[:6]
     dtypes = case.dtype, case.lora_dtype
     if how in (SEPARATE, ONE_OP):
@@ -110,15 +118,29 @@ def launch_table(device: Device, case: Case) -> pd.DataFrame:
     rows = []
     for direction, way in zip(DIRECTIONS, launches(device, case), strict=True):
         for launch in way:
-            kernel, tensors = launch.kernel.__name__ if hasattr(launch, "kernel") else "", formula_by_tensor(launch)
+            kernel, tensors = (
+                launch.kernel.__name__ if hasattr(launch, "kernel") else "",
+                formula_by_tensor(launch),
+            )
             moved, activations = total(tensors.values())._asdict(), activation_bytes(tensors)
-            rows.append({**case._asdict(), "pass": direction, "kernel": kernel, **moved, "X, Y": activations})
+            rows.append(
+                {
+                    **case._asdict(),
+                    "pass": direction,
+                    "kernel": kernel,
+                    **moved,
+                    "X, Y": activations,
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def whole(case: Case, rows: pd.DataFrame) -> dict[str, Any]:
     """All launches of a case together; a layer's against the least possible."""
-    issued, unique = (int(rows[[f"read_{kind}", f"written_{kind}"]].to_numpy().sum()) for kind in ("issued", "unique"))
+    issued, unique = (
+        int(rows[[f"read_{kind}", f"written_{kind}"]].to_numpy().sum())
+        for kind in ("issued", "unique")
+    )
     row = {**case._asdict(), "launches": len(rows), "issued": issued, "unique": unique}
     if case.how not in (APART, TOGETHER, SEPARATE, ONE_OP):
         (floor, frozen), x = case.floors(), case.m * case.k * case.dtype.itemsize
@@ -137,7 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", choices=sorted(DEVICES), default="sm_90", help="whose launches are made (default: %(default)s)")
+    add(
+        "--device",
+        choices=sorted(DEVICES),
+        default="sm_90",
+        help="whose launches are made (default: %(default)s)",
+    )
     add("--out", type=Path, help="where to write the tables as CSV files (default: nowhere)")
     options = parser.parse_args(argv)
     device = DEVICES[options.device]
@@ -146,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns=["dtype", "lora_dtype"]
     )
     shown = table.assign(**{name: table[name] / 1e6 for name in ("issued", "unique", "floor")})
-    print(f"Bytes in bf16 with float32 A and B, launches as on {device.arch}; issued, unique and floor in MB:")
+    print(
+        f"Bytes in bf16 with float32 A and B, launches as on {device.arch}; issued, unique and floor in MB:"
+    )
     print(shown.to_string(index=False, na_rep="", float_format="{:,.3f}".format))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

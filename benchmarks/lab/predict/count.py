@@ -1,9 +1,10 @@
-"""Count the instructions of every launch that predictions ask about, in machine code compiled for a GPU that need not be present.
+"""Count the instructions of every launch that predictions ask about, in machine code compiled for a
+GPU that need not be present.
 
     python -m benchmarks.lab.predict.count [--gpu h100] [--check]
 
-renews the GPU's rows in benchmarks/results/instructions.csv, or with ``--check`` exits with 1 if they differ. A launch takes 2 to
-6 s of one core, 0.5 s once Triton has it in its cache.
+renews the GPU's rows in benchmarks/results/instructions.csv, or with ``--check`` exits with 1 if
+they differ. A launch takes 2 to 6 s of one core, 0.5 s once Triton has it in its cache.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ COLUMNS = ["arch", "launch", "kernel", "variant", "residents", "part", *Part._fi
 def launches(device: Device) -> dict[str, Any]:
     """By key."""
     found: dict[str, Any] = {}
-    for way in chain(_of_layers(device), _of_mlps(device), _of_quantized(device), _of_parts(device)):
+    for way in chain(
+        _of_layers(device), _of_mlps(device), _of_quantized(device), _of_parts(device)
+    ):
         found |= {key_of(launch): launch for launch in way if hasattr(launch, "kernel")}
     return found
 
@@ -51,12 +54,16 @@ def _of_layers(device: Device) -> Iterator[list[Any]]:
 
 
 def _of_mlps(device: Device) -> Iterator[list[Any]]:
-    for sizes, dropout, arm in product(layer_time.MLPS, (False, True), (layer_time.SEPARATE, layer_time.ONE_OP)):
+    for sizes, dropout, arm in product(
+        layer_time.MLPS, (False, True), (layer_time.SEPARATE, layer_time.ONE_OP)
+    ):
         yield from layer_time.mlp_launches_of(device, MLP(*sizes, dropout), arm)
 
 
 def _of_quantized(device: Device) -> Iterator[list[Any]]:
-    for shape, kind, kernel in product(quantized.shapes(), quantized.BITS, ("in_loop", "dequantize")):
+    for shape, kind, kernel in product(
+        quantized.shapes(), quantized.BITS, ("in_loop", "dequantize")
+    ):
         yield from quantized.by_kernel(device, shape, kind, kernel)
 
 
@@ -70,38 +77,57 @@ def count(launch: Any, arch: str) -> list[dict[str, Any]]:
     compiled = machine_code.compile_launch(launch, arch)
     machine, metadata = compiled.asm["cubin"], compiled.metadata
     registers = int(re.findall(r"\bREG:(\d+)", machine_code.cuobjdump(machine))[0])
-    share = occupancy(arch, registers, metadata.shared, metadata.num_warps, getattr(metadata, "tmem_size", 0) or 0)
+    share = occupancy(
+        arch, registers, metadata.shared, metadata.num_warps, getattr(metadata, "tmem_size", 0) or 0
+    )
     residents = round(share * PROCESSORS[arch][0] / metadata.num_warps)
     kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-    label = dict(zip(COLUMNS, (arch, key_of(launch), kernel, launch.variant, residents), strict=False))
-    found = parts(machine_code.nvdisasm(machine), jobs_of(launch), persistent="x_desc" in launch.arguments)
+    label = dict(
+        zip(COLUMNS, (arch, key_of(launch), kernel, launch.variant, residents), strict=False)
+    )
+    found = parts(
+        machine_code.nvdisasm(machine), jobs_of(launch), persistent="x_desc" in launch.arguments
+    )
     return [{**label, "part": name, **part._asdict()} for name, part in found.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.lab.predict.count", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--gpu", default="h100", help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.lab.predict.count", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--check", action="store_true", help="compare with the table; exit with 1 if rows differ")
-    parser.add_argument("--variant", default="", help="check those of this name alone (default: all)")
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        help="a file's name in benchmarks/lab/predict/gpus (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the table; exit with 1 if rows differ"
+    )
+    parser.add_argument(
+        "--variant", default="", help="check those of this name alone (default: all)"
+    )
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
+        parser.error(
+            "TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it"
+        )
     if not triton.__version__.startswith(f"{TRITON}."):
         parser.error(f"the table is from Triton {TRITON}, this is {triton.__version__}")
     device = load_gpu(options.gpu).device
     # The compiler runs without Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [each for each in launches(device).values() if options.variant in ("", each.variant)]
+        found = [
+            each for each in launches(device).values() if options.variant in ("", each.variant)
+        ]
         made = pool.map(partial(count, arch=device.arch), found)
         rows = pd.DataFrame(chain.from_iterable(made), columns=COLUMNS)
     rows = rows.sort_values([*COLUMNS[2:4], "launch"], kind="stable", ignore_index=True)
     old = pd.read_csv(TABLE, dtype={"launch": str}) if TABLE.exists() else rows[:0]
     if options.check or options.variant:
         known = old[
-            (old["arch"] == device.arch) & old["variant"].isin([options.variant or each for each in old["variant"]])
+            (old["arch"] == device.arch)
+            & old["variant"].isin([options.variant or each for each in old["variant"]])
         ]
         differ = rows.merge(known, how="outer", indicator=True).query("_merge != 'both'")
         print(differ.to_string(index=False) if len(differ) else f"{len(rows)} rows as in the table")

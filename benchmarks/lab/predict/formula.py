@@ -1,6 +1,7 @@
 """Bytes that a launch moves, by one formula for each of its jobs (``kernels/lora/jobs.py``).
 
-``tests/benchmarks/lab/byte_counter.py`` counts the same in Triton's interpreter and explains the terms.
+``tests/benchmarks/lab/byte_counter.py`` counts the same in Triton's interpreter and explains the
+terms.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class Traffic(NamedTuple):
         return self.read_unique + self.written_unique
 
 
-# The memory of a launch, by its arguments' names: "x=dy" for what is given as x_desc, or x.ptr, and as dy.ptr.
+# The memory of a launch, by its arguments' names: "x=dy" for what is given as x_desc, or x.ptr, and
+# as dy.ptr.
 Tensors = dict[str, Traffic]
-# X, Y, dY and dX, under the names that the kernels have for them; "z" is X of dA and dY of dB, "both dX" autograd's sum of two.
+# X, Y, dY and dX, under the names that the kernels have for them; "z" is X of dA and dY of dB,
+# "both dX" autograd's sum of two.
 ACTIVATIONS = frozenset({"x", "y", "z", "both dX"})
 # What a launch may do: S or dS, dB, the product with its branch, dA.
 JOBS = ("S", "DB", "Y", "DA")
@@ -54,7 +57,9 @@ def activation_bytes(tensors: Tensors) -> int:
 
 
 def named_tensors(named: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among a launch's named arguments, descriptors' included. Views of one memory are one tensor."""
+    """The tensors among a launch's named arguments, descriptors' included. Views of one memory are
+    one tensor.
+    """
     found: dict[int, tuple[Tensor, dict[str, None]]] = {}
     for name, value in named.items():
         if (tensor := _tensor(value)) is not None:
@@ -76,17 +81,23 @@ def _memory(t: Tensor) -> int:
 
 def _distinct(t: Tensor) -> int:
     """Elements of ``t`` in memory, where a dimension of stride 0 repeats them."""
-    return math.prod(size if stride or not size else 1 for size, stride in zip(t.shape, t.stride(), strict=True))
+    return math.prod(
+        size if stride or not size else 1 for size, stride in zip(t.shape, t.stride(), strict=True)
+    )
 
 
 class _Account:
-    """Adds up what a launch moves, by memory and place in it. None moves nothing; what is touched again is not unique."""
+    """Adds up what a launch moves, by memory and place in it. None moves nothing; what is touched
+    again is not unique.
+    """
 
     def __init__(self) -> None:
         self.places: dict[tuple[int, int], Traffic] = {}
 
     def add(self, operand: Any, read: int = 0, written: int = 0, touched: int = 0) -> None:
-        """Elements that all programs together read and write, and how many of the tensor they touch: all unless given."""
+        """Elements that all programs together read and write, and how many of the tensor they
+        touch: all unless given.
+        """
         if (t := _tensor(operand)) is not None and read + written:
             place, size = (_memory(t), int(t.storage_offset())), t.element_size()
             was, unique = self.places.get(place, Traffic()), size * (touched or _distinct(t))
@@ -107,7 +118,9 @@ class _Account:
             self.add(t, written=0 if t is None else t.numel())
 
     def share(self, parts: Tensor, counter: Tensor, splits: int, used: float = 1) -> None:
-        """A sum that ``splits`` programs share: stored, read, and counted; of its memory this share is ``used``."""
+        """A sum that ``splits`` programs share: stored, read, and counted; of its memory this share
+        is ``used``.
+        """
         if splits > 1:
             elements = round(parts.numel() * used)
             self.add(parts, elements, elements, elements)
@@ -120,7 +133,8 @@ class _Account:
 
 
 def formula_by_tensor(launch: Any, jobs: Collection[str] = JOBS) -> Tensors:
-    """The bytes of each tensor in a launch, or in those of its JOBS, without running it; tensors may be on the meta device.
+    """The bytes of each tensor in a launch, or in those of its JOBS, without running it; tensors
+    may be on the meta device.
 
     One that is neither ours nor the vendor's counts as a read of all of its ``bytes``.
     """
@@ -146,7 +160,9 @@ def formula(launch: Any, jobs: Collection[str] = JOBS) -> Traffic:
 def operand(arguments: dict[str, Any], name: str) -> Any:
     """What a kernel takes through a descriptor or a pointer."""
     found = (arguments.get(each) for each in (f"{name}_desc", f"{name}_ptr", name))
-    return next((value for each in found if (value := getattr(each, "ptr", each)) is not None), None)
+    return next(
+        (value for each in found if (value := getattr(each, "ptr", each)) is not None), None
+    )
 
 
 def weights(arguments: dict[str, Any]) -> list[Any]:
@@ -157,11 +173,17 @@ def weights(arguments: dict[str, Any]) -> list[Any]:
 def branches(arguments: dict[str, Any]) -> list[tuple[Any, Any]]:
     """A product's branches, with their constants."""
     names = {"BRANCH": "branch", "BRANCH_G": "gate", "BRANCH_U": "up"}
-    return [(arguments[name], arguments[constants]) for constants, name in names.items() if constants in arguments]
+    return [
+        (arguments[name], arguments[constants])
+        for constants, name in names.items()
+        if constants in arguments
+    ]
 
 
 def thin_jobs(arguments: dict[str, Any]) -> dict[str, tuple[Any, Any, Any, int]]:
-    """S, dB and dA of a launch: X or Z, what else the kernel takes for each, its tile, and the programs that share a sum."""
+    """S, dB and dA of a launch: X or Z, what else the kernel takes for each, its tile, and the
+    programs that share a sum.
+    """
     x, z, dy = (arguments.get(name) for name in ("x", "z", "dy"))
     given = {
         "S": (x, arguments.get("s_job", arguments.get("s"))),
@@ -216,9 +238,12 @@ def _add_chain(t: _Account, a: dict[str, Any], programs: int) -> None:
     waits = cdiv(m, a["TILE"].BLOCK_M) * cdiv(a["N"], a["TILE"].BLOCK_N) if a["PRODUCTS"] else 0
     if da is not None:
         rows = cdiv(cdiv(m, da.BLOCK_M), a["DA_SPLITS"]) * da.BLOCK_M
-        each = (cdiv(min(start + rows, m), s.FLAG_M) - start // s.FLAG_M for start in range(0, m, rows))
+        each = (
+            cdiv(min(start + rows, m), s.FLAG_M) - start // s.FLAG_M for start in range(0, m, rows)
+        )
         waits += cdiv(a["N"], da.BLOCK_C) * cdiv(a["da"].members[0].R, da.BLOCK_R) * sum(each)
-    # Integers: tickets, programs done, tiles of S; a wait adds zero to its flag; the last program writes zeros.
+    # Integers: tickets, programs done, tiles of S; a wait adds zero to its flag; the last program
+    # writes zeros.
     counted, used = 2 * programs + tiles_s, 2 + cdiv(m, s.FLAG_M)
     t.add(a["chain"], counted + waits, counted + waits + used, used)
 
@@ -229,14 +254,22 @@ def _add_product(t: _Account, a: dict[str, Any]) -> None:
     tiles_m, tiles_n = cdiv(m, tile.BLOCK_M), cdiv(n, tile.BLOCK_N)
     if "PACKED" in a:
         way = -1 if a["TRANS_W"] else 1
-        _add_packed(t, a["w"], a["PACKED"], (n, a["K"])[::way], (tile.BLOCK_N, tile.BLOCK_K)[::way], times=tiles_m)
+        _add_packed(
+            t,
+            a["w"],
+            a["PACKED"],
+            (n, a["K"])[::way],
+            (tile.BLOCK_N, tile.BLOCK_K)[::way],
+            times=tiles_m,
+        )
     else:
         t.read(*weights(a), times=tiles_m)
     if weights(a):
         t.read(operand(a, "x"), times=tiles_n)
     t.read(a.get("bias"), a.get("bias_g"), a.get("bias_u"), times=tiles_m)
     for branch, constants in branches(a):
-        # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S, also beyond N.
+        # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S, also
+        # beyond N.
         parts = 1 if branch.mask is None or "y_desc" not in a else tile.PARTS
         t.read(branch.b, times=tiles_m)
         t.read(branch.mask)
@@ -249,9 +282,12 @@ def _add_product(t: _Account, a: dict[str, Any]) -> None:
     if "parts" in a:
         used = 1.0
         if "PACKED" not in a:
-            # The scratch for S's sum stays empty if S is read, and the scratch for rows beyond M always.
+            # The scratch for S's sum stays empty if S is read, and the scratch for rows beyond M
+            # always.
             both = tile.BLOCK_N + a["BRANCH"].BLOCK_R
-            used = m * (tile.BLOCK_N if a["BRANCH"].LOAD_S else both) / (tiles_m * tile.BLOCK_M * both)
+            used = (
+                m * (tile.BLOCK_N if a["BRANCH"].LOAD_S else both) / (tiles_m * tile.BLOCK_M * both)
+            )
         t.share(a["parts"], a["counter"], a["SPLITS"], used)
     if "BRANCH_G" in a:
         t.write(*(operand(a, name) for name in "guh"))
@@ -263,8 +299,11 @@ def _add_product(t: _Account, a: dict[str, Any]) -> None:
     t.write(operand(a, "y"))
 
 
-def _add_packed(t: _Account, w: Any, packed: Any, sizes: Sequence[int], tile: Sequence[int], times: int) -> None:
-    """A quantized W, stored in rows and columns of these ``sizes``, dequantized ``times`` times over tile by tile.
+def _add_packed(
+    t: _Account, w: Any, packed: Any, sizes: Sequence[int], tile: Sequence[int], times: int
+) -> None:
+    """A quantized W, stored in rows and columns of these ``sizes``, dequantized ``times`` times
+    over tile by tile.
 
     Every value of a code is taken to occur.
     """
@@ -277,7 +316,8 @@ def _add_packed(t: _Account, w: Any, packed: Any, sizes: Sequence[int], tile: Se
         return
     if packed.ALIGNED:
         t.read(w.data, times=times)
-        # A row of a tile has this many scales. Scales beyond k are not read, but their code values are looked up.
+        # A row of a tile has this many scales. Scales beyond k are not read, but their code values
+        # are looked up.
         in_tile = max(cols // packed.BLOCKSIZE, 1)
         scales = n * (k // packed.BLOCKSIZE if cols >= packed.BLOCKSIZE else tiles_k) * times
     else:

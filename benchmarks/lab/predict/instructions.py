@@ -1,7 +1,9 @@
-"""Instructions of a launch, counted in its machine code, and the table of those that predictions ask about.
+"""Instructions of a launch, counted in its machine code, and the table of those that predictions
+ask about.
 
-A launch has parts: one turn of each job's loop (S, DB, Y, DA); TILE, what a tile of Y takes beside its turns; RANKS, one turn of
-the loops over ranks in it. ``python -m benchmarks.lab.predict.count`` makes the table.
+A launch has parts: one turn of each job's loop (S, DB, Y, DA); TILE, what a tile of Y takes beside
+its turns; RANKS, one turn of the loops over ranks in it. ``python -m benchmarks.lab.predict.count``
+makes the table.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from stablelora_kernels.launch.base import leaves
 TABLE = RESULTS / "instructions.csv"
 TILE, RANKS = "tile", "ranks"
 
-# Threads a clock of a processor, by the unit that an instruction takes; of all together ISSUED. CUDA's programming guide,
-# "throughput of native arithmetic instructions", compute capability 9.0.
+# Threads a clock of a processor, by the unit that an instruction takes; of all together ISSUED.
+# CUDA's programming guide, "throughput of native arithmetic instructions", compute capability 9.0.
 ISSUED, UNITS = 128, {"integer": 64, "memory": 32, "special": 16}
 _INTEGER = (
     *("LOP3", "PLOP3", "SEL", "IADD", "VIADD", "IABS", "SHF", "SHL", "SHR", "PRMT", "LEA", "MOV", "BMSK", "SGXT", "P2R", "R2P"),
@@ -60,7 +62,9 @@ def _functions(file: str) -> list[tuple[range, str]]:
     """The lines and names of functions in a file of the kernels."""
     path = Path(linear.__file__).with_name(file)
     nodes = ast.walk(ast.parse(path.read_text())) if path.exists() else ()
-    return [(range(n.lineno, n.end_lineno + 1), n.name) for n in nodes if isinstance(n, ast.FunctionDef)]
+    return [
+        (range(n.lineno, n.end_lineno + 1), n.name) for n in nodes if isinstance(n, ast.FunctionDef)
+    ]
 
 
 class Code(NamedTuple):
@@ -75,12 +79,19 @@ class Code(NamedTuple):
     def loops(self) -> list[range]:
         """With matrix instructions, but without other such loops inside."""
         found = [
-            range(first, last + 1) for last, firsts in enumerate(self.follows) for first in firsts if first <= last
+            range(first, last + 1)
+            for last, firsts in enumerate(self.follows)
+            for first in firsts
+            if first <= last
         ]
         # A wait's second try lies behind the end of the code, and jumps back.
         found = [loop for loop in found if not any(i.op == "EXIT" for i in self.at(loop))]
         found = [loop for loop in found if any("MMA" in i.op for i in self.at(loop))]
-        return [a for a in found if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in found)]
+        return [
+            a
+            for a in found
+            if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in found)
+        ]
 
     def reached(self, start: int, backward: bool = False) -> set[int]:
         """The places that come after ``start``, or before it."""
@@ -105,7 +116,9 @@ def read(text: str) -> Code:
     function = ""
     for line in text.splitlines():
         if match := _LINE.match(line):
-            function = next((name for lines, name in _functions(match[1]) if int(match[2]) in lines), "")
+            function = next(
+                (name for lines, name in _functions(match[1]) if int(match[2]) in lines), ""
+            )
         elif match := re.match(r"(\.L\w+):", line.strip()):
             labels[match[1]] = len(code)
         elif (match := _CODE.match(line)) and match[2] != "NOP":
@@ -125,7 +138,9 @@ _COPIES = ("LDGSTS", "UTMALDG")
 
 
 def _round_trips(code: Iterable[Instruction], into_main: bool) -> int:
-    """How often the instructions wait for loads among them; ``into_main``: the main loop that follows waits for their copies."""
+    """How often the instructions wait for loads among them; ``into_main``: the main loop that
+    follows waits for their copies.
+    """
     trips, loaded, copying = 0, set[str](), False
     for i in code:
         if copying and i.op.startswith(("SYNCS.PHASECHK", "DEPBAR")):
@@ -137,13 +152,17 @@ def _round_trips(code: Iterable[Instruction], into_main: bool) -> int:
         if i.op.startswith(_COPIES):
             copying = True
         elif i.op.startswith("LDG") and registers:
-            first, wide = int(registers[0]), max(1, int(re.search(r"\.(\d+)\b|$", i.op)[1] or 32) // 32)
+            first, wide = (
+                int(registers[0]),
+                max(1, int(re.search(r"\.(\d+)\b|$", i.op)[1] or 32) // 32),
+            )
             loaded |= {*map(str, range(first, first + wide))}
     return trips + (copying and into_main)
 
 
 class Part(NamedTuple):
-    """A warp's instructions in one part of a launch: all, and those for a unit of its own, shared memory's among ``memory``.
+    """A warp's instructions in one part of a launch: all, and those for a unit of its own, shared
+    memory's among ``memory``.
 
     ``round_trips``: how often they wait for loads that they have just begun.
     """
@@ -157,7 +176,9 @@ class Part(NamedTuple):
     @property
     def cycles(self) -> float:
         """Clocks of a processor that one warp's instructions take."""
-        return 32 * max(self.issued / ISSUED, *(getattr(self, unit) / rate for unit, rate in UNITS.items()))
+        return 32 * max(
+            self.issued / ISSUED, *(getattr(self, unit) / rate for unit, rate in UNITS.items())
+        )
 
 
 def _part(code: Sequence[Instruction], round_trips: int = 0) -> Part:
@@ -173,7 +194,9 @@ def jobs_of(launch: Any) -> list[str]:
 
 
 def parts(text: str, jobs: Collection[str], persistent: bool) -> dict[str, Part]:
-    """The parts of a launch that does ``jobs``, from its disassembly. ``persistent``: programs take tile after tile."""
+    """The parts of a launch that does ``jobs``, from its disassembly. ``persistent``: programs take
+    tile after tile.
+    """
     code = read(text)
     found: dict[str, range] = {}
     ranks: list[range] = []
@@ -184,19 +207,27 @@ def parts(text: str, jobs: Collection[str], persistent: bool) -> dict[str, Part]
             continue
         # dB's code comes before dA's.
         names = {"down_part": ["S"], "weight_grad": ["DB", "DA"]}.get(function, ["Y"])
-        found |= {job: loop for job in [job for job in names if job in jobs and job not in found][:1]}
+        found |= {
+            job: loop for job in [job for job in names if job in jobs and job not in found][:1]
+        }
     if {*jobs} - {*found} > {"Y"}:
         raise ValueError(f"loops of {jobs} were expected, those of {[*found]} were found")
     result = {job: _part(code.at(loop)) for job, loop in found.items()}
     if ranks:
         each = [code.at(loop) for loop in ranks]
-        result[RANKS] = _part([i for one in each for i in one], sum(_round_trips(one, False) for one in each))
+        result[RANKS] = _part(
+            [i for one in each for i in one], sum(_round_trips(one, False) for one in each)
+        )
     if "Y" in jobs:
         main = found.get("Y", ranks[0] if ranks else range(0))
         behind, before = code.reached(main.start), code.reached(main.start, backward=True)
-        places = sorted((behind & before if persistent else behind | before) - {*(main if "Y" in found else ())})
+        places = sorted(
+            (behind & before if persistent else behind | before) - {*(main if "Y" in found else ())}
+        )
         first = [place for place in places if place < main.start]
-        trips = _round_trips(code.at(first), "Y" in found) + _round_trips(code.at(places[len(first) :]), False)
+        trips = _round_trips(code.at(first), "Y" in found) + _round_trips(
+            code.at(places[len(first) :]), False
+        )
         result[TILE] = _part(code.at(places), trips)
     return result
 
@@ -235,7 +266,8 @@ def _table(arch: str) -> dict[str, Counts]:
     rows = rows[rows["arch"] == arch]
     return {
         launch: Counts(
-            int(each["residents"].iloc[0]), {row.part: Part(*row[6:]) for row in each.itertuples(index=False)}
+            int(each["residents"].iloc[0]),
+            {row.part: Part(*row[6:]) for row in each.itertuples(index=False)},
         )
         for launch, each in rows.groupby("launch")
     }

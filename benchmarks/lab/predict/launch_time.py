@@ -25,7 +25,8 @@ from benchmarks.lab.predict.instructions import RANKS, TILE, Counts, counts_of
 from stablelora_kernels.dispatch.problem import DEVICES, Device, cdiv
 
 GPUS = Path(__file__).parent / "gpus"
-# The slow end of the band: the least share of the vendor's rate that the main loops of Triton's products are taken to reach.
+# The slow end of the band: the least share of the vendor's rate that the main loops of Triton's
+# products are taken to reach.
 SLOWEST = 0.92
 # The suffixes of columns at the band's ends.
 FAST, SLOW = "", " (slow)"
@@ -33,7 +34,8 @@ FAST, SLOW = "", " (slow)"
 
 # Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
-# One way through L2 for what programs tell each other, or a load: twice the 130 ns that an idle H100's pointer chase takes.
+# One way through L2 for what programs tell each other, or a load: twice the 130 ns that an idle
+# H100's pointer chase takes.
 L2_LATENCY = 0.3e-6
 # Bytes a clock into a processor.
 PORT = 64
@@ -49,7 +51,8 @@ class Gpu(NamedTuple):
     arch: str
     bandwidth: float
     l2_bytes: float
-    # What L2 delivers: the figure that the sources suggest, and the lowest and the highest that they allow.
+    # What L2 delivers: the figure that the sources suggest, and the lowest and the highest that
+    # they allow.
     l2_bandwidth: float
     l2_range: tuple[float, float]
     # Under products in 16 bits, likewise: the power limit lowers it.
@@ -79,7 +82,9 @@ class Gpu(NamedTuple):
         return self.clocks * self.matrix_operations * self.matrix_share
 
     def share(self, units: int) -> float:
-        """How much longer the busiest processor works than the average one, for ``units`` equal pieces of work."""
+        """How much longer the busiest processor works than the average one, for ``units`` equal
+        pieces of work.
+        """
         processors = self.device.processors
         return cdiv(units, processors) * processors / units if units else 1.0
 
@@ -96,7 +101,8 @@ def load_gpu(name: str) -> Gpu:
 
 
 def band_ends(gpu: Gpu) -> dict[str, Gpu]:
-    """The ends of our time over the frozen layer's. What only a GPU can tell is at its best at one and at its worst at the other.
+    """The ends of our time over the frozen layer's. What only a GPU can tell is at its best at one
+    and at its worst at the other.
 
     At the lowest clock, processors ask L2 for the fewest bytes a second.
     """
@@ -106,14 +112,17 @@ def band_ends(gpu: Gpu) -> dict[str, Gpu]:
 
 
 class Work(NamedTuple):
-    """A launch that is not ours: bytes from and to memory, matrix operations, sizes of a wide product [m, k] by [k, n]."""
+    """A launch that is not ours: bytes from and to memory, matrix operations, sizes of a wide
+    product [m, k] by [k, n].
+    """
 
     name: str
     bytes: float
     flops: float = 0.0
     # m, n and k
     sizes: tuple[int, int, int] | None = None
-    # Whether it is Triton's, whose programs do not share reads. Its prologue and epilogue are not counted.
+    # Whether it is Triton's, whose programs do not share reads. Its prologue and epilogue are not
+    # counted.
     triton: bool = False
 
     def seconds(self, gpu: Gpu) -> float:
@@ -128,14 +137,15 @@ class Facts(NamedTuple):
     """Programs of one of our launches, as far as their time depends on it."""
 
     moved: Traffic
-    # Equal pieces of work, and their operations on the matrix units, padding and narrow instructions included.
+    # Equal pieces of work, and their operations on the matrix units, padding and narrow
+    # instructions included.
     units: int
     operations: float
     programs: int
     # Bytes that a program keeps in flight.
     flight: float
-    # Clocks of a processor: for the instructions of all turns of the units' loops, and for those of one unit beside them, which
-    # wait so often for loads from L2.
+    # Clocks of a processor: for the instructions of all turns of the units' loops, and for those of
+    # one unit beside them, which wait so often for loads from L2.
     turns: float
     beside: float = 0.0
     round_trips: int = 0
@@ -144,8 +154,8 @@ class Facts(NamedTuple):
     part: float = 0.0
     # Programs on a processor at a time, at most.
     residents: int = 1
-    # Of a product's launch: its first programs if it is chained, which compute S and then dB, and its last ones for dA. What dA
-    # reads that the product reads, too, is not in its bytes.
+    # Of a product's launch: its first programs if it is chained, which compute S and then dB, and
+    # its last ones for dA. What dA reads that the product reads, too, is not in its bytes.
     ahead: Facts | None = None
     da: Facts | None = None
     # Bytes read a second time, from memory if L2 cannot hold them.
@@ -160,7 +170,9 @@ class Facts(NamedTuple):
         return gpu.launch + lasting
 
     def with_misses(self, gpu: Gpu) -> Facts:
-        """The same, with what is read again among the bytes from memory if half of L2 is too small: the other half serves W."""
+        """The same, with what is read again among the bytes from memory if half of L2 is too small:
+        the other half serves W.
+        """
         missed = self.again if 2 * self.again > gpu.l2_bytes else 0
         return self._replace(moved=total([self.moved, Traffic(read_unique=missed)]))
 
@@ -185,7 +197,9 @@ class Facts(NamedTuple):
         return self.beside / gpu.clock + self.round_trips * L2_LATENCY
 
     def pieces(self, gpu: Gpu) -> list[tuple[int, float]]:
-        """Programs, or units where each has a program, and the seconds of each; those that begin first at the front."""
+        """Programs, or units where each has a program, and the seconds of each; those that begin
+        first at the front.
+        """
         rounds = cdiv(self.units, gpu.device.processors)
         each = self.busy(gpu) / max(rounds, 1)
         if self.programs >= self.units:
@@ -195,7 +209,9 @@ class Facts(NamedTuple):
 
     def in_turns(self, gpu: Gpu) -> Facts:
         """The same if matrix operations wait while other instructions of the loop run."""
-        return self._replace(turns=self.turns + self.operations / (gpu.matrix_rate * gpu.efficiency) * gpu.clocks)
+        return self._replace(
+            turns=self.turns + self.operations / (gpu.matrix_rate * gpu.efficiency) * gpu.clocks
+        )
 
 
 def _last_end(gpu: Gpu, jobs: Sequence[Facts]) -> float:
@@ -227,14 +243,20 @@ def facts(launch: Any, arch: str, narrow_columns: int) -> Facts | Work:
             programs * counts.cycles(TILE, launch.options["num_warps"]),
             _read(launch).read_issued / programs,
         )
-        return Facts(_read(launch), programs, 0.0, programs, flight, turns, residents=counts.residents)
+        return Facts(
+            _read(launch), programs, 0.0, programs, flight, turns, residents=counts.residents
+        )
     if "TILE" not in a:
         return _thin(launch, thin, programs, narrow_columns, counts)
     ahead, da = None, None
     if a.get("S") is not None:
         ahead = _thin(launch, ["S", "DB"], a["S_PROGRAMS"], narrow_columns, counts)
         # dB's part follows dS's.
-        twice = formula(launch, ["S"]).read_unique + formula(launch, ["DB"]).read_unique - ahead.moved.read_unique
+        twice = (
+            formula(launch, ["S"]).read_unique
+            + formula(launch, ["DB"]).read_unique
+            - ahead.moved.read_unique
+        )
         ahead = ahead._replace(again=twice)
         programs -= a["S_PROGRAMS"]
     if a.get("DA") is not None:
@@ -249,31 +271,50 @@ def facts(launch: Any, arch: str, narrow_columns: int) -> Facts | Work:
 def _read(launch: Any) -> Traffic:
     """Of the product or the elementwise launch. The values of a code are found in the first cache."""
     found = formula_by_tensor(launch, ["Y"])
-    return total(traffic for tensor, traffic in found.items() if tensor not in ("w.code", "w.nested_code"))
+    return total(
+        traffic for tensor, traffic in found.items() if tensor not in ("w.code", "w.nested_code")
+    )
 
 
-def _thin(launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int, counts: Counts) -> Facts:
+def _thin(
+    launch: Any, jobs: Sequence[str], programs: int, narrow_columns: int, counts: Counts
+) -> Facts:
     """S or dS with dB, or dA with dB or alone."""
     m, operations, turns, found = launch.arguments["M"], 0.0, 0.0, thin_jobs(launch.arguments)
     for name in (each for each in jobs if each in found):
         read, job, tile, splits = found[name]
         # The size that the sum does not run over is in whole tiles.
-        size = _up(m, tile.BLOCK_M) * read.width if name == "S" else m * _up(read.width, tile.BLOCK_C)
-        operations += 2.0 * size * sum(_ranks(member.R, tile.BLOCK_R, narrow_columns) for member in job.members)
+        size = (
+            _up(m, tile.BLOCK_M) * read.width if name == "S" else m * _up(read.width, tile.BLOCK_C)
+        )
+        operations += (
+            2.0
+            * size
+            * sum(_ranks(member.R, tile.BLOCK_R, narrow_columns) for member in job.members)
+        )
         sums, steps = (m, tile.BLOCK_M), (read.width, tile.BLOCK_K if name == "S" else tile.BLOCK_C)
         sums, steps = (sums, steps) if name == "S" else (steps, sums)
         tiles = cdiv(*sums) * cdiv(job.members[0].R, tile.BLOCK_R)
-        turns += tiles * splits * cdiv(cdiv(*steps), splits) * counts.cycles(name, launch.options["num_warps"])
+        turns += (
+            tiles
+            * splits
+            * cdiv(cdiv(*steps), splits)
+            * counts.cycles(name, launch.options["num_warps"])
+        )
     _, job, tile, splits = found[jobs[0]]
     if jobs[0] == "S":
         # A step of few rows loads more of A than of X.
         rows = min(tile.BLOCK_M, m)
-        loaded = tile.BLOCK_K * (2.0 * rows + sum(min(each.R, tile.BLOCK_R) * each.a.itemsize for each in job.members))
+        loaded = tile.BLOCK_K * (
+            2.0 * rows + sum(min(each.R, tile.BLOCK_R) * each.a.itemsize for each in job.members)
+        )
     else:
         rows, loaded = tile.BLOCK_C, 2.0 * tile.BLOCK_M * tile.BLOCK_C
     flight, part = (tile.STAGES - 1) * loaded, 4.0 * rows * tile.BLOCK_R * tile.MEMBERS
     moved = formula(launch, jobs)
-    return Facts(moved, programs, operations, programs, flight, turns, 0.0, 0, splits, part, counts.residents)
+    return Facts(
+        moved, programs, operations, programs, flight, turns, 0.0, 0, splits, part, counts.residents
+    )
 
 
 def _product(launch: Any, programs: int, narrow_columns: int, counts: Counts) -> Facts:
@@ -282,14 +323,23 @@ def _product(launch: Any, programs: int, narrow_columns: int, counts: Counts) ->
     k, tile, count = operand(a, "x").shape[1], a["TILE"], len(weights(a))
     rows, columns = _up(a["M"], tile.BLOCK_M), _up(a["N"], tile.BLOCK_N)
     tiles = rows // tile.BLOCK_M * (columns // tile.BLOCK_N)
-    operations = 2.0 * rows * columns * (k * count + sum(_up(each.R, block.BLOCK_R) for each, block in branches(a)))
+    operations = (
+        2.0
+        * rows
+        * columns
+        * (k * count + sum(_up(each.R, block.BLOCK_R) for each, block in branches(a)))
+    )
     if "BRANCH" in a and not a["BRANCH"].LOAD_S:
         ranks = _ranks(a["branch"].R, a["BRANCH"].BLOCK_R, narrow_columns)
         operations += 2.0 * rows * k * ranks * columns / tile.BLOCK_N
     # The branch alone loads a tile of its base at once.
     loaded, steps = tile.BLOCK_M * tile.BLOCK_N, 0
     if count:
-        loaded = (launch.options["num_stages"] - 1) * tile.BLOCK_K * (tile.BLOCK_M + count * tile.BLOCK_N)
+        loaded = (
+            (launch.options["num_stages"] - 1)
+            * tile.BLOCK_K
+            * (tile.BLOCK_M + count * tile.BLOCK_N)
+        )
         steps = cdiv(k, tile.BLOCK_K)
     # Persistent programs take tile after tile; elsewhere a program is a piece.
     splits, persistent = a.get("SPLITS", 1), programs < tiles
@@ -325,7 +375,9 @@ def _ranks(r: int, block: int, narrow_columns: int) -> int:
 
 
 def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
-    """Seconds until the last of ``splits`` programs has stored and counted its part and read all, each of ``part`` bytes."""
+    """Seconds until the last of ``splits`` programs has stored and counted its part and read all,
+    each of ``part`` bytes.
+    """
     if splits == 1:
         return 0.0
     return 2 * L2_LATENCY + (splits + 1) * part / (gpu.clock * PORT)
@@ -333,10 +385,11 @@ def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
 
 @cache
 def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float, triton: bool = False) -> float:
-    """[m, k] by [k, n] by the vendor's library, or likewise by Triton: the best of its tiles, without the launch.
+    """[m, k] by [k, n] by the vendor's library, or likewise by Triton: the best of its tiles,
+    without the launch.
 
-    ``unique``: bytes from and to memory. From Hopper on, two of the vendor's programs share the reads of a tile's columns
-    (multicast).
+    ``unique``: bytes from and to memory. From Hopper on, two of the vendor's programs share the
+    reads of a tile's columns (multicast).
     """
     pair = 2 if gpu.device.generation >= 90 and not triton else 1
     rate = gpu.matrix_rate * (gpu.efficiency if triton else 1.0)

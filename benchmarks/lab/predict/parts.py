@@ -1,6 +1,7 @@
 """A layer's forward and backward taken apart: each job as a launch of its own, and together.
 
-``benchmarks.lab.gpu`` times them beside the predictions made here, so that a difference names the estimate that is wrong.
+``benchmarks.lab.gpu`` times them beside the predictions made here, so that a difference names the
+estimate that is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from stablelora_kernels.launch.jobs import backward_product, forward_product
 from stablelora_kernels.launch.lora_linear import linear, lora_down, product_launches, weight_grads
 from stablelora_kernels.projection import Projection
 
-SHAPES = [Shape(m, 4096, 4096, 16, p, wide_adapters=False) for m, p in product((2048, 4096, 8192), (True, False))]
+SHAPES = [
+    Shape(m, 4096, 4096, 16, p, wide_adapters=False)
+    for m, p in product((2048, 4096, 8192), (True, False))
+]
 VENDOR = "vendor's product"
 # Differences of two of the parts.
 DIFFERENCES = {
@@ -34,7 +38,9 @@ DIFFERENCES = {
 
 
 def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str, Any]:
-    """By name. ``make`` takes sizes and ``dtype`` and returns a tensor of random values, or of zeros if it is of integers."""
+    """By name. ``make`` takes sizes and ``dtype`` and returns a tensor of random values, or of
+    zeros if it is of integers.
+    """
     x, y, dy, dx = (make(s.m, columns, dtype=BF16) for columns in (s.k, s.n, s.n, s.k))
     (a, b, da, db), w = (
         (make(*size, dtype=s.lora_dtype) for size in ((s.r, s.k), (s.n, s.r)) * 2),
@@ -61,7 +67,11 @@ def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str,
         "dA": weight_grads(device, [without_db]),
         "all of backward in one": linear(device, backward, None, load_s=True, chained=True),
     }
-    return found | ({"S, its mask not stored": lora_down(device, [forward._replace(mask=None)])} if s.dropout else {})
+    return found | (
+        {"S, its mask not stored": lora_down(device, [forward._replace(mask=None)])}
+        if s.dropout
+        else {}
+    )
 
 
 def on_meta(*size: int, dtype: torch.dtype) -> Tensor:
@@ -71,7 +81,10 @@ def on_meta(*size: int, dtype: torch.dtype) -> Tensor:
 def predicted(gpu: Gpu, s: Shape) -> dict[str, tuple[float, ...]]:
     """Microseconds at both ends of the band, of parts and of their differences."""
     found = {
-        name: tuple(1e6 * facts(launch, gpu.arch, gpu.narrow_columns).seconds(at) for at in band_ends(gpu).values())
+        name: tuple(
+            1e6 * facts(launch, gpu.arch, gpu.narrow_columns).seconds(at)
+            for at in band_ends(gpu).values()
+        )
         for name, launch in launches(gpu.device, s, on_meta).items()
     }
     return found | differences(found)

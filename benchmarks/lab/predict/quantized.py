@@ -1,7 +1,8 @@
-"""Predicted times of a LoRA layer on a weight in 4 or 8 bits: dequantized in the product's loop, or first. Nothing is measured.
+"""Predicted times of a LoRA layer on a weight in 4 or 8 bits: dequantized in the product's loop, or
+first. Nothing is measured.
 
-As for other layers. Only a GPU can tell whether the instructions that dequantize run beside the matrix instructions or take turns
-with them, so both are given.
+As for other layers. Only a GPU can tell whether the instructions that dequantize run beside the
+matrix instructions or take turns with them, so both are given.
 """
 
 from __future__ import annotations
@@ -35,16 +36,22 @@ def shapes() -> list[Shape]:
 
 
 def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str, overlap: bool = True) -> list[float]:
-    """Forward and backward by ``kernel``. Dequantizing in the loop overlaps with the products or takes turns with them."""
+    """Forward and backward by ``kernel``. Dequantizing in the loop overlaps with the products or
+    takes turns with them.
+    """
     found = [
         [facts(launch, gpu.arch, gpu.narrow_columns) for launch in way]
         for way in by_kernel(gpu.device, s, kind, kernel)
     ]
-    return [sum((each if overlap else each.in_turns(gpu)).seconds(gpu) for each in way) for way in found]
+    return [
+        sum((each if overlap else each.in_turns(gpu)).seconds(gpu) for each in way) for way in found
+    ]
 
 
 def table(gpu: Gpu, kind: str) -> pd.DataFrame:
-    """Microseconds of forward and backward at r 16, and dispatch's choice; in turns with products, or beside them."""
+    """Microseconds of forward and backward at r 16, and dispatch's choice; in turns with products,
+    or beside them.
+    """
     rows = []
     for s in shapes():
         arms = {
@@ -56,6 +63,8 @@ def table(gpu: Gpu, kind: str) -> pd.DataFrame:
         row: dict[str, Any] = {"M": s.m, "N": s.n, "K": s.k}
         for place, (result, direction) in enumerate(zip(("Y", "dX"), DIRECTIONS, strict=True)):
             row |= {f"{result} {name}": round(1e6 * both[place], 1) for name, both in arms.items()}
-            row[f"{result} by"] = choose_quantized(gpu.device, call_of(s, direction), BITS[kind]).kernel
+            row[f"{result} by"] = choose_quantized(
+                gpu.device, call_of(s, direction), BITS[kind]
+            ).kernel
         rows.append(row)
     return pd.DataFrame(rows)

@@ -1,7 +1,9 @@
-"""The launches of rivals, forward and backward, as bytes and operations, read from their published source code in November 2026.
+"""The launches of rivals, forward and backward, as bytes and operations, read from their published
+source code in November 2026.
 
-An activation pass is a read or a write of one [M, K] or [M, N] matrix in 16 bits. The counts of passes beyond the frozen
-layer are 21 for PEFT with dropout, 10 for Unsloth, 9 for Axolotl, 6 for LoRAFusion.
+An activation pass is a read or a write of one [M, K] or [M, N] matrix in 16 bits. The counts of
+passes beyond the frozen layer are 21 for PEFT with dropout, 10 for Unsloth, 9 for Axolotl, 6 for
+LoRAFusion.
 """
 
 from __future__ import annotations
@@ -41,13 +43,18 @@ class Shape(NamedTuple):
         return torch.float32 if self.wide_adapters else BF16
 
     def thin(self, columns: int, *names: str) -> list[Work]:
-        """Products of the vendor's library between matrices of [m, columns], [m, r] and [columns, r], each moved once."""
+        """Products of the vendor's library between matrices of [m, columns], [m, r] and [columns,
+        r], each moved once.
+        """
         moved = self.m * columns + (self.m + columns) * self.r
         return [Work(name, E * moved, 2.0 * self.m * columns * self.r) for name in names]
 
     def added(self, columns: int, name: str) -> list[Work]:
         """[m, r] by [r, columns], added to its output in one launch."""
-        return [work._replace(bytes=work.bytes + E * self.m * columns) for work in self.thin(columns, name)]
+        return [
+            work._replace(bytes=work.bytes + E * self.m * columns)
+            for work in self.thin(columns, name)
+        ]
 
 
 def passes(name: str, elements: int, *counts: float) -> list[Work]:
@@ -72,7 +79,13 @@ def eager(s: Shape) -> Ways:
     # T = S B^T; T *= s; Y += T.
     forward += dropout(s) + s.thin(s.k, "S") + s.thin(s.n, "T") + passes("T", y, 2, 3)
     # dT = s dY; dD = dS A; dX += dD.
-    backward += passes("dT", y, 2) + s.thin(s.n, "dB", "dS") + s.thin(s.k, "dA", "dD") + dropout(s) + passes("dX", x, 3)
+    backward += (
+        passes("dT", y, 2)
+        + s.thin(s.n, "dB", "dS")
+        + s.thin(s.k, "dA", "dD")
+        + dropout(s)
+        + passes("dX", x, 3)
+    )
     return forward, backward
 
 
@@ -80,23 +93,31 @@ def unsloth(s: Shape) -> Ways:
     """Products into products (addmm), X A^T again and dY B twice."""
     forward, backward = frozen(s)
     forward += s.thin(s.k, "S") + s.added(s.n, "Y")
-    backward += s.thin(s.n, "dY B", "dB", "dY B again") + s.thin(s.k, "dA", "S") + s.added(s.k, "dX")
+    backward += (
+        s.thin(s.n, "dY B", "dB", "dY B again") + s.thin(s.k, "dA", "S") + s.added(s.k, "dX")
+    )
     return forward, backward
 
 
 def axolotl(s: Shape) -> Ways:
     """As Unsloth, with dY B kept."""
     forward, backward = unsloth(s)
-    return forward + dropout(s), [work for work in backward if work.name != "dY B again"] + dropout(s)
+    return forward + dropout(s), [work for work in backward if work.name != "dY B again"] + dropout(
+        s
+    )
 
 
 def lorafusion(s: Shape) -> Ways:
-    """Dropout's kernel, the vendor's S, the product with its epilogue; backward in three kernels and two zero-fills."""
+    """Dropout's kernel, the vendor's S, the product with its epilogue; backward in three kernels
+    and two zero-fills.
+    """
     m, n, k, r = s.m, s.n, s.k, s.r
 
     def with_epilogue(base: Work, columns: int, mask: float = 0.0) -> Work:
         return base._replace(
-            bytes=base.bytes + E * r * (m + columns) + mask, flops=base.flops + 2.0 * m * columns * r, triton=True
+            bytes=base.bytes + E * r * (m + columns) + mask,
+            flops=base.flops + 2.0 * m * columns * r,
+            triton=True,
         )
 
     (y,), (dx,) = frozen(s)
@@ -105,7 +126,8 @@ def lorafusion(s: Shape) -> Ways:
         Work("zero-fills", 4.0 * r * (k + n)),
         Work("dS and dB", E * m * n + 8.0 * n * r, 4.0 * m * n * r),
         Work("dA", E * m * k + 8.0 * k * r, 2.0 * m * k * r),
-        # The mask comes from memory again, a byte an element, and the masked branch's gradient passes through half a pass.
+        # The mask comes from memory again, a byte an element, and the masked branch's gradient
+        # passes through half a pass.
         with_epilogue(dx, k, E * m * k if s.dropout else 0.0),
     ]
     return [*drop, *s.thin(k, "S"), with_epilogue(y, n)], backward
@@ -133,14 +155,19 @@ class MLP(NamedTuple):
         return wide, wide, wide._replace(n=self.k, k=self.f)
 
 
-# Passes over [M, F] of the activation's launches, forward and backward. PEFT runs it by PyTorch's operators: silu and a product
-# forward, three products backward. Unsloth has a kernel each way: G and U to H, and dH, G and U to H, dG and dU.
+# Passes over [M, F] of the activation's launches, forward and backward. PEFT runs it by PyTorch's
+# operators: silu and a product forward, three products backward. Unsloth has a kernel each way: G
+# and U to H, and dH, G and U to H, dG and dU.
 ACTIVATION = {FROZEN: ((3,), (5,)), PEFT: ((2, 3), (3, 3, 3)), UNSLOTH: ((3,), (6,))}
 
 
 def join(mlp: MLP, layers: Sequence[Ways], activation: str) -> Ways:
-    """The launches of three layers, of a rival's activation between them, and of the addition of both dX."""
-    forward, backward = ([launch for way in ways for launch in way] for ways in zip(*layers, strict=True))
+    """The launches of three layers, of a rival's activation between them, and of the addition of
+    both dX.
+    """
+    forward, backward = (
+        [launch for way in ways for launch in way] for ways in zip(*layers, strict=True)
+    )
     for way, counts in zip((forward, backward), ACTIVATION[activation], strict=True):
         way += passes("activation", mlp.m * mlp.f, *counts)
     return forward, backward + passes("both dX", mlp.m * mlp.k, 3)

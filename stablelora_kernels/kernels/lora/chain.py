@@ -1,11 +1,13 @@
-"""Order the programs of a chained launch: a ticket for each program and a flag for each block of rows of S.
+"""Order the programs of a chained launch: a ticket for each program and a flag for each block of
+rows of S.
 
-Launch order is undefined, so programs take tickets. The first tickets compute S and dB, the next the product, the last dA.
-Programs that need S wait for its flags. A program only waits for lower tickets, which are already running and
-never wait: no deadlock, in any order and on any number of processors.
+Launch order is undefined, so programs take tickets. The first tickets compute S and dB, the next
+the product, the last dA. Programs that need S wait for its flags. A program only waits for lower
+tickets, which are already running and never wait: no deadlock, in any order and on any number of
+processors.
 
-A chain is int32 in memory, all 0 before and after a launch: the tickets drawn, the programs done, and from FLAGS on, for each
-FLAG_M rows of S, how many of its tiles are stored.
+A chain is int32 in memory, all 0 before and after a launch: the tickets drawn, the programs done,
+and from FLAGS on, for each FLAG_M rows of S, how many of its tiles are stored.
 """
 
 from __future__ import annotations
@@ -37,13 +39,15 @@ def wait_for_flag(chain_ptr, flag, M, R, S: tl.constexpr):
     flag_ptr = chain_ptr + FLAGS + flag
     tiles = tl.cdiv(tl.minimum(M - flag * S.FLAG_M, S.FLAG_M), S.BLOCK_M) * tl.cdiv(R, S.BLOCK_R)
     if INTERPRETING or targets_amd():
-        # An atomic, because Triton before 3.9 drops volatile on AMD: the compiler then loads once and waits forever. It acquires
-        # itself, because Triton 3.9 does not always wait for an atomic whose result nobody uses before it empties the cache.
+        # An atomic, because Triton before 3.9 drops volatile on AMD: the compiler then loads once
+        # and waits forever. It acquires itself, because Triton 3.9 does not always wait for an
+        # atomic whose result nobody uses before it empties the cache.
         while tl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu") < tiles:
             pass
     else:
-        # A loop that Triton does not see: around a loop that it sees, it would not pipeline the stores of tiles. Nor would
-        # ptxas keep the load of an atomic whose result nobody uses. The braces make the label local, for several copies.
+        # A loop that Triton does not see: around a loop that it sees, it would not pipeline the
+        # stores of tiles. Nor would ptxas keep the load of an atomic whose result nobody uses. The
+        # braces make the label local, for several copies.
         tl.inline_asm_elementwise(
             """{
             .reg .pred p;

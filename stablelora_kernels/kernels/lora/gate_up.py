@@ -1,9 +1,10 @@
-"""Gate and up of a gated MLP with its activation: H = act(G) ∘ U; ``linear`` explains the arguments, ``gated`` the activation.
+"""Gate and up of a gated MLP with its activation: H = act(G) ∘ U; ``linear`` explains the
+arguments, ``gated`` the activation.
 
     G = X W_g^T + bias_g + S_g B_g^T      U = X W_u^T + bias_u + S_u B_u^T
 
-Both products are in one kernel, which reads X once. S_g and S_u come from a launch before. H is computed from G and U as they are
-rounded, so that backward can compute the same H again.
+Both products are in one kernel, which reads X once. S_g and S_u come from a launch before. H is
+computed from G and U as they are rounded, so that backward can compute the same H again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def _lora_gate_up_tma_kernel(
         # Onto the whole accumulators, see ``_lora_linear_tma_kernel``.
         g = _with_branch(g, gate, bias_g, rows, cols, M, N, BLOCK_N, BRANCH_G)
         u = _with_branch(u, up, bias_u, rows, cols, M, N, BLOCK_N, BRANCH_U)
-        # One part at a time: the activation takes fewer registers, and the stores less shared memory.
+        # One part at a time: the activation takes fewer registers, and the stores less shared
+        # memory.
         g_parts, u_parts = column_parts(g, PARTS), column_parts(u, PARTS)
         for i in tl.static_range(PARTS):
             g_low, u_low = cast(g_parts[i], h_desc.dtype), cast(u_parts[i], h_desc.dtype)
@@ -90,9 +92,15 @@ def _lora_gate_up_kernel(
         if not TILE.EVEN_K:
             x_mask &= k0 + ks[None, :] < K
             w_mask &= k0 + ks[:, None] < K
-        x_tile = tl.load(x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0)
-        wg_tile = tl.load(wg.ptr + cols[None, :] * wg.row + (k0 + ks[:, None]) * wg.col, mask=w_mask, other=0.0)
-        wu_tile = tl.load(wu.ptr + cols[None, :] * wu.row + (k0 + ks[:, None]) * wu.col, mask=w_mask, other=0.0)
+        x_tile = tl.load(
+            x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0
+        )
+        wg_tile = tl.load(
+            wg.ptr + cols[None, :] * wg.row + (k0 + ks[:, None]) * wg.col, mask=w_mask, other=0.0
+        )
+        wu_tile = tl.load(
+            wu.ptr + cols[None, :] * wu.row + (k0 + ks[:, None]) * wu.col, mask=w_mask, other=0.0
+        )
         g = dot(x_tile, wg_tile, g, TILE.PRECISION)
         u = dot(x_tile, wu_tile, u, TILE.PRECISION)
 
@@ -111,5 +119,8 @@ def _gated_activation_kernel(g_ptr, u_ptr, h_ptr, SIZE, GATE: tl.constexpr, BLOC
     """H = act(G) ∘ U of SIZE elements, where G and U come from products of their own."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
-    g, u = tl.load(g_ptr + offsets, mask=mask, other=0.0), tl.load(u_ptr + offsets, mask=mask, other=0.0)
+    g, u = (
+        tl.load(g_ptr + offsets, mask=mask, other=0.0),
+        tl.load(u_ptr + offsets, mask=mask, other=0.0),
+    )
     tl.store(h_ptr + offsets, gated(g, u, GATE), mask=mask)

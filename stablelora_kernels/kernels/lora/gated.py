@@ -1,9 +1,11 @@
-"""A gated MLP's activation, H = act(G) ∘ U, and its gradients, for the epilogues and operands of other kernels.
+"""A gated MLP's activation, H = act(G) ∘ U, and its gradients, for the epilogues and operands of
+other kernels.
 
     dG = dH ∘ U ∘ act'(G)      dU = dH ∘ act(G)
 
-``reference/lora.py`` has act. GATE names it: "silu", "gelu" or "gelu_tanh"; "" where a kernel computes no such thing. G and U are
-read as they were rounded and stored, so H is the same in all kernels; all arithmetic is in float32.
+``reference/lora.py`` has act. GATE names it: "silu", "gelu" or "gelu_tanh"; "" where a kernel
+computes no such thing. G and U are read as they were rounded and stored, so H is the same in all
+kernels; all arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def gated_grads(dh, g, u, GATE: tl.constexpr):
 
 
 @triton.jit
-def store_gated_grads(dh, gate, dg_ptr, rows, col0, stride, M, N, GATE: tl.constexpr, PARTS: tl.constexpr):
+def store_gated_grads(
+    dh, gate, dg_ptr, rows, col0, stride, M, N, GATE: tl.constexpr, PARTS: tl.constexpr
+):
     """Store dG and dU for a tile of dH. Rows of all four matrices are ``stride`` apart.
 
     PARTS of the tile's columns take turns, for the registers.
@@ -67,8 +71,14 @@ def store_gated_grads(dh, gate, dg_ptr, rows, col0, stride, M, N, GATE: tl.const
     PART: tl.constexpr = dh.shape[1] // PARTS
     for i in tl.static_range(PARTS):
         cols = col0 + i * PART + tl.arange(0, PART)
-        offsets, mask = rows[:, None] * stride + cols[None, :], (rows[:, None] < M) & (cols[None, :] < N)
-        g, u = tl.load(gate.g + offsets, mask=mask, other=0.0), tl.load(gate.u + offsets, mask=mask, other=0.0)
+        offsets, mask = (
+            rows[:, None] * stride + cols[None, :],
+            (rows[:, None] < M) & (cols[None, :] < N),
+        )
+        g, u = (
+            tl.load(gate.g + offsets, mask=mask, other=0.0),
+            tl.load(gate.u + offsets, mask=mask, other=0.0),
+        )
         dg, du = gated_grads(parts[i], g, u, GATE)
         tl.store(dg_ptr + offsets, cast(dg, dg_ptr.dtype.element_ty), mask=mask)
         tl.store(gate.du + offsets, cast(du, gate.du.dtype.element_ty), mask=mask)

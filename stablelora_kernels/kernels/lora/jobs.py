@@ -1,9 +1,11 @@
-"""What the kernels' jobs take: for each a named tuple of run-time values, and one of compile-time constants.
+"""What the kernels' jobs take: for each a named tuple of run-time values, and one of compile-time
+constants.
 
-A launch may do several jobs: a product with its branch, S or dS, dB, dA. The constants are None where a launch lacks the job.
-Triton specializes every integer of a tuple, so what changes from batch to batch (rows, programs) is an argument of its own.
-None stands for a pointer that is not read. A tuple holds values or tuples, never both: in a loop, Triton 3.6 forgets the
-constants of the latter.
+A launch may do several jobs: a product with its branch, S or dS, dB, dA. The constants are None
+where a launch lacks the job. Triton specializes every integer of a tuple, so what changes from
+batch to batch (rows, programs) is an argument of its own. None stands for a pointer that is not
+read. A tuple holds values or tuples, never both: in a loop, Triton 3.6 forgets the constants of the
+latter.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ class Matrix(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Z [M, width] at ``ptr + i * row + j * col``. With ``u``, of the same strides, act(Z) ∘ U takes its place, see ``gated``."""
+    """Z [M, width] at ``ptr + i * row + j * col``. With ``u``, of the same strides, act(Z) ∘ U
+    takes its place, see ``gated``.
+    """
 
     ptr: Any
     u: Any
@@ -30,8 +34,9 @@ class Rows(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What members share: the distance of rows of S or T, the strides of A or OUT, and of programs that share a tile's sum the
-    partial sums in float32 and int32 counters."""
+    """What members share: the distance of rows of S or T, the strides of A or OUT, and of programs
+    that share a tile's sum the partial sums in float32 and int32 counters.
+    """
 
     stride: Any
     row: Any
@@ -43,7 +48,8 @@ class Shared(NamedTuple):
 class SMember(NamedTuple):
     """One projection's S [M, R] = s' (X ∘ keep) A^T, A[r, k] at ``a + r * row + k * col``.
 
-    The seed is None without dropout. The mask that it gives is stored where ``mask`` is not None, a bit an element.
+    The seed is None without dropout. The mask that it gives is stored where ``mask`` is not None, a
+    bit an element.
     """
 
     a: Any
@@ -75,7 +81,9 @@ class STile(NamedTuple):
 
 
 class GradMember(NamedTuple):
-    """One projection's OUT = (Z ∘ keep)^T T, T [M, R], OUT[c, r] at ``out + c * row + r * col``; keep is all ones or stored."""
+    """One projection's OUT = (Z ∘ keep)^T T, T [M, R], OUT[c, r] at ``out + c * row + r * col``;
+    keep is all ones or stored.
+    """
 
     t: Any
     out: Any
@@ -104,7 +112,8 @@ class GradTile(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``; keep is all ones or stored.
+    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``; keep is all
+    ones or stored.
 
     A launch that computes S beside its product scales it and, if s is not None, stores it.
     """
@@ -137,7 +146,9 @@ class Gate(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A product's. EVEN_K: BLOCK_K divides K, so that loads along K need no mask. GROUP_M: see ``tile_of``."""
+    """A product's. EVEN_K: BLOCK_K divides K, so that loads along K need no mask. GROUP_M: see
+    ``tile_of``.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -167,7 +178,9 @@ class DescribedTile(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A W [N, K] in 4 or 8 bits, see ``quantized.Stored``: bytes in rows of ``stride``, absmax or scales, code, nested scales."""
+    """A W [N, K] in 4 or 8 bits, see ``quantized.Stored``: bytes in rows of ``stride``, absmax or
+    scales, code, nested scales.
+    """
 
     data: Any
     stride: Any
@@ -181,7 +194,8 @@ class Packed(NamedTuple):
 class PackedTile(NamedTuple):
     """BLOCKSIZE elements share a scale, and NESTED scales a nested one, 0 if scales are float32.
 
-    ALIGNED: no byte and no block lies across two rows, and blocks divide a tile's columns or are divided by them.
+    ALIGNED: no byte and no block lies across two rows, and blocks divide a tile's columns or are
+    divided by them.
     """
 
     NF4: bool

@@ -6,12 +6,13 @@ All kernels of this directory, with s' = scaling / (1 - p) and a keep-mask of ze
     backward  dS = s' dY B                       dX = dY W + (dS A) ∘ keep
               dA = dS^T (X ∘ keep)               dB = dY^T S
 
-S and dS are scaled in float32 and rounded once. In float16, s' > 1 could make S overflow where Y does not, so S is stored in
-units of a power of two, UNIT; what is computed from S is multiplied by it, exactly, in float32. dX is the forward's formula
-with W, A and B read through swapped strides, so one kernel serves both. ``down_part`` has S; ``linear``, ``linear_split_k``,
-``linear_tma`` and ``linear_quantized`` have Y for any GPU, few rows, Hopper and a quantized W; ``weight_grads`` has dA and dB.
-Mostly, dA and dB take no launch of their own: dB is computed with dS, since both read dY, and programs for dA run with those for
-dX.
+S and dS are scaled in float32 and rounded once. In float16, s' > 1 could make S overflow where Y
+does not, so S is stored in units of a power of two, UNIT; what is computed from S is multiplied by
+it, exactly, in float32. dX is the forward's formula with W, A and B read through swapped strides,
+so one kernel serves both. ``down_part`` has S; ``linear``, ``linear_split_k``, ``linear_tma`` and
+``linear_quantized`` have Y for any GPU, few rows, Hopper and a quantized W; ``weight_grads`` has dA
+and dB. Mostly, dA and dB take no launch of their own: dB is computed with dS, since both read dY,
+and programs for dA run with those for dX.
 
 ``jobs`` has what each job takes. Arguments that several kernels take:
 
@@ -35,15 +36,25 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, dot, load_words, tile_of, unpack_words
 from stablelora_kernels.kernels.lora.chain import draw_ticket, leave, wait_for_flag
 from stablelora_kernels.kernels.lora.gated import prefetch, store_gated_grads
-from stablelora_kernels.kernels.lora.thin_products import down_part, grad_parts, part_of_rows, s_parts, weight_grad
+from stablelora_kernels.kernels.lora.thin_products import (
+    down_part,
+    grad_parts,
+    part_of_rows,
+    s_parts,
+    weight_grad,
+)
 
 # Of the three kernels of the product.
 NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_SPLITS", "DA_SPLITS", "threshold"]
 
 
 @triton.jit
-def add_branch(acc, s, branch, rows, cols, col0, first, M, N, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
-    """acc + (S B^T) ∘ keep for a tile, where S is read, or ``s``, which the ``first`` tile of its rows stores if it is wanted."""
+def add_branch(
+    acc, s, branch, rows, cols, col0, first, M, N, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr
+):
+    """acc + (S B^T) ∘ keep for a tile, where S is read, or ``s``, which the ``first`` tile of its
+    rows stores if it is wanted.
+    """
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     total = acc
@@ -56,16 +67,25 @@ def add_branch(acc, s, branch, rows, cols, col0, first, M, N, BLOCK_N: tl.conste
     for r0 in tl.range(0, branch.R if BRANCH.LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
         s_mask = (rows[:, None] < M) & (r0 + rs[None, :] < branch.R)
         if BRANCH.LOAD_S:
-            s_low = tl.load(branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]), mask=s_mask, other=0.0)
+            s_low = tl.load(
+                branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]),
+                mask=s_mask,
+                other=0.0,
+            )
         else:
             s_low = s
             if branch.s is not None:  # noqa: SIM102 - only one of the two is a constant for the compiler
                 if first:
-                    tl.store(branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]), s_low, mask=s_mask)
+                    tl.store(
+                        branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]),
+                        s_low,
+                        mask=s_mask,
+                    )
         b_mask = (r0 + rs[:, None] < branch.R) & (cols[None, :] < N)
         b_ptrs = branch.b + cols[None, :] * branch.b_row + (r0 + rs[:, None]) * branch.b_col
         b = cast(tl.load(b_ptrs, mask=b_mask, other=0.0), s_low.dtype)
-        # Without a mask into the product's own accumulator: registers have no room for a second one.
+        # Without a mask into the product's own accumulator: registers have no room for a second
+        # one.
         acc = dot(s_low, b, acc, BRANCH.PRECISION)
     if BRANCH.UNIT != 1.0:
         acc *= BRANCH.UNIT
@@ -76,13 +96,28 @@ def add_branch(acc, s, branch, rows, cols, col0, first, M, N, BLOCK_N: tl.conste
 
 @triton.jit
 def wait_for_s(chain, row0, branch, M, S: tl.constexpr):
-    """Wait until this launch's programs for S have stored it from row ``row0`` on, as far as the rows of its flag go."""
+    """Wait until this launch's programs for S have stored it from row ``row0`` on, as far as the
+    rows of its flag go.
+    """
     if S is not None:
         wait_for_flag(chain, row0 // S.FLAG_M, M, branch.R, S)
 
 
 @triton.jit
-def _ahead(part, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
+def _ahead(
+    part,
+    of_s,
+    x,
+    s_job,
+    db,
+    chain,
+    M,
+    S_SPLITS,
+    DB_SPLITS,
+    threshold,
+    S: tl.constexpr,
+    DB: tl.constexpr,
+):
     """The ``part``-th part of S, of which there are ``of_s``, and then of dB."""
     if part < of_s:
         down_part(part, x, s_job, chain, M, S_SPLITS, threshold, S)
@@ -97,7 +132,8 @@ def product_program(
 ):  # fmt: skip
     """This program's number among the product's. One of S, dB or dA does its job here and gets -1.
 
-    With LOOPS, the S_PROGRAMS may be fewer than the parts of S and dB. A loop of one turn would take registers from others.
+    With LOOPS, the S_PROGRAMS may be fewer than the parts of S and dB. A loop of one turn would
+    take registers from others.
     """
     program = tl.program_id(0)
     if S is not None:
@@ -107,7 +143,9 @@ def product_program(
             if LOOPS:
                 of_b = grad_parts(x, db, DB_SPLITS, DB) if DB is not None else 0
                 for part in tl.range(program, of_s + of_b, S_PROGRAMS, disable_licm=True):
-                    _ahead(part, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S, DB)
+                    _ahead(
+                        part, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S, DB
+                    )
             else:
                 _ahead(program, of_s, x, s_job, db, chain, M, S_SPLITS, DB_SPLITS, threshold, S, DB)
             leave(chain, M, S)
@@ -162,21 +200,34 @@ def _lora_linear_kernel(
                 x_mask &= k0 + ks[None, :] < x.width
                 w_mask &= k0 + ks[:, None] < x.width
                 a_mask &= k0 + ks[:, None] < x.width
-            x_tile = tl.load(x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0)
-            w_tile = tl.load(w.ptr + cols[None, :] * w.row + (k0 + ks[:, None]) * w.col, mask=w_mask, other=0.0)
+            x_tile = tl.load(
+                x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0
+            )
+            w_tile = tl.load(
+                w.ptr + cols[None, :] * w.row + (k0 + ks[:, None]) * w.col, mask=w_mask, other=0.0
+            )
             acc = dot(x_tile, w_tile, acc, TILE.PRECISION)
             if not BRANCH.LOAD_S:
-                a_tile = tl.load(a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col, mask=a_mask, other=0.0)
+                a_tile = tl.load(
+                    a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col, mask=a_mask, other=0.0
+                )
                 s = dot(x_tile, cast(a_tile, x_tile.dtype), s, TILE.PRECISION)
 
     if bias is not None:
         acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     wait_for_s(chain, pid_m * BLOCK_M, branch, M, S)
     s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
-    acc = add_branch(acc, s_low, branch, rows, cols, pid_n * BLOCK_N, pid_n == 0, M, N, BLOCK_N, BRANCH)
-    y_ptrs, y_mask = y.ptr + rows[:, None] * y.row + cols[None, :], row_mask[:, None] & col_mask[None, :]
+    acc = add_branch(
+        acc, s_low, branch, rows, cols, pid_n * BLOCK_N, pid_n == 0, M, N, BLOCK_N, BRANCH
+    )
+    y_ptrs, y_mask = (
+        y.ptr + rows[:, None] * y.row + cols[None, :],
+        row_mask[:, None] & col_mask[None, :],
+    )
     if base is not None:
-        acc += tl.load(base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0).to(tl.float32)
+        acc += tl.load(base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0).to(
+            tl.float32
+        )
     if TILE.GATE != "":
         store_gated_grads(acc, gate, y.ptr, rows, pid_n * BLOCK_N, y.row, M, N, TILE.GATE, PARTS=2)
     else:

@@ -1,7 +1,9 @@
-"""Y and dX from a quantized W, which the main loop dequantizes; formulas and arguments are in ``linear``.
+"""Y and dX from a quantized W, which the main loop dequantizes; formulas and arguments are in
+``linear``.
 
-``reference.nf4_ref`` and ``reference.fp8_ref`` define what a stored W means. The loop rounds a dequantized element to X's
-dtype before it multiplies, so results equal those of a W that was dequantized first.
+``reference.nf4_ref`` and ``reference.fp8_ref`` define what a stored W means. The loop rounds a
+dequantized element to X's dtype before it multiplies, so results equal those of a W that was
+dequantized first.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def _nf4_scale(block, mask, w, NESTED: tl.constexpr):
 def _nf4_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
     """W[rows, col0 : col0 + COLS] in float32 from two elements a byte, the first in the upper half.
 
-    Without ALIGNED each element loads its own byte and scale, for which a pipelined loop has no room.
+    Without ALIGNED each element loads its own byte and scale, for which a pipelined loop has no
+    room.
     """
     BLOCKSIZE: tl.constexpr = PACKED.BLOCKSIZE
     row_mask = rows[:, None] < N
@@ -36,16 +39,21 @@ def _nf4_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
         SCALES: tl.constexpr = max(COLS // BLOCKSIZE, 1)
         bytes_ = col0 // 2 + tl.arange(0, HALF).to(tl.int64)
         mask = row_mask & (bytes_[None, :] < w.stride)
-        pair = tl.load(w.data + rows[:, None] * w.stride + bytes_[None, :], mask=mask, other=0).to(tl.int32)
+        pair = tl.load(w.data + rows[:, None] * w.stride + bytes_[None, :], mask=mask, other=0).to(
+            tl.int32
+        )
         index = tl.interleave(pair >> 4, pair & 15)
         value = tl.zeros(index.shape, dtype=tl.float32)
-        # Always true, which the compiler can't know. Without the condition it would pipeline each look-up through shared
-        # memory like the main loop's other loads. The 16 values lie side by side and hit the L1 cache.
+        # Always true, which the compiler can't know. Without the condition it would pipeline each
+        # look-up through shared memory like the main loop's other loads. The 16 values lie side by
+        # side and hit the L1 cache.
         if w.stride > 0:
             value = tl.load(w.code + index)
         block = col0 // BLOCKSIZE + tl.arange(0, SCALES)
         scale_mask = row_mask & (block[None, :] * BLOCKSIZE < K)
-        scale = _nf4_scale(rows[:, None] * (K // BLOCKSIZE) + block[None, :], scale_mask, w, PACKED.NESTED)
+        scale = _nf4_scale(
+            rows[:, None] * (K // BLOCKSIZE) + block[None, :], scale_mask, w, PACKED.NESTED
+        )
         if SCALES > 1:
             ROWS: tl.constexpr = value.shape[0]
             value = tl.reshape(value, (ROWS, SCALES, COLS // SCALES)) * scale[:, :, None]
@@ -64,12 +72,17 @@ def _nf4_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _fp8_tile(w, rows, col0, N, K, COLS: tl.constexpr):
-    """W[rows, col0 : col0 + COLS] in float32 from bytes of e4m3 (1 sign, 4 exponent, 3 fraction bits, no infinities)."""
+    """W[rows, col0 : col0 + COLS] in float32 from bytes of e4m3 (1 sign, 4 exponent, 3 fraction
+    bits, no infinities).
+    """
     cols = col0 + tl.arange(0, COLS).to(tl.int64)
     row_mask = rows < N
     mask = row_mask[:, None] & (cols[None, :] < K)
-    bits = tl.load(w.data + rows[:, None] * w.stride + cols[None, :], mask=mask, other=0).to(tl.int16)
-    # Read as float16, which has one exponent bit more, they are 2^8 too small, subnormal ones included.
+    bits = tl.load(w.data + rows[:, None] * w.stride + cols[None, :], mask=mask, other=0).to(
+        tl.int16
+    )
+    # Read as float16, which has one exponent bit more, they are 2^8 too small, subnormal ones
+    # included.
     half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
     value = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
     return value * tl.load(w.scale + rows, mask=row_mask, other=0.0)[:, None]
@@ -91,8 +104,8 @@ def _lora_linear_quantized_kernel(
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep;  X [M, K], W [N, K] (stored as [K, N] with TRANS_W), Y [M, N].
 
-    No block of W lies across two stored rows. SPLITS programs share a tile's K; the last one to finish adds up all parts in
-    order.
+    No block of W lies across two stored rows. SPLITS programs share a tile's K; the last one to
+    finish adds up all parts in order.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -110,10 +123,14 @@ def _lora_linear_quantized_kernel(
         x_mask = row_mask[:, None]
         if not TILE.EVEN_K:
             x_mask &= k0 + ks[None, :] < K
-        x_tile = tl.load(x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0)
+        x_tile = tl.load(
+            x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0
+        )
         # W is stored as [N, K] for Y and [K, N] for dX, with contiguous rows in both.
         if TRANS_W:
-            w_tile = cast(_weight_tile(w, k0 + ks, pid_n * BLOCK_N, K, N, PACKED, BLOCK_N), x_tile.dtype)
+            w_tile = cast(
+                _weight_tile(w, k0 + ks, pid_n * BLOCK_N, K, N, PACKED, BLOCK_N), x_tile.dtype
+            )
         else:
             w_tile = tl.trans(cast(_weight_tile(w, cols, k0, N, K, PACKED, BLOCK_K), x_tile.dtype))
         acc = dot(x_tile, w_tile, acc, TILE.PRECISION)
@@ -122,13 +139,19 @@ def _lora_linear_quantized_kernel(
     if last:
         if bias is not None:
             acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        acc = add_branch(acc, None, branch, rows, cols, pid_n * BLOCK_N, False, M, N, BLOCK_N, BRANCH)
+        acc = add_branch(
+            acc, None, branch, rows, cols, pid_n * BLOCK_N, False, M, N, BLOCK_N, BRANCH
+        )
         y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
-        tl.store(y_ptrs, cast(acc, y.ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+        tl.store(
+            y_ptrs, cast(acc, y.ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :]
+        )
 
 
 @triton.jit
-def _dequantize_kernel(w, out_ptr, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _dequantize_kernel(
+    w, out_ptr, N, K, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """W [N, K] from the stored bytes, rounded once."""
     tiles_k = tl.cdiv(K, BLOCK_K)
     rows = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,4 +159,6 @@ def _dequantize_kernel(w, out_ptr, N, K, PACKED: tl.constexpr, BLOCK_N: tl.const
     tile = _weight_tile(w, rows, col0, N, K, PACKED, BLOCK_K)
     cols = col0 + tl.arange(0, BLOCK_K)
     mask = (rows[:, None] < N) & (cols[None, :] < K)
-    tl.store(out_ptr + rows[:, None] * K + cols[None, :], cast(tile, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + rows[:, None] * K + cols[None, :], cast(tile, out_ptr.dtype.element_ty), mask=mask
+    )

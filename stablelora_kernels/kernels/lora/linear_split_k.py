@@ -1,4 +1,6 @@
-"""Y for few rows or columns, whose tiles alone would leave processors idle; formulas and arguments are in ``linear``."""
+"""Y for few rows or columns, whose tiles alone would leave processors idle; formulas and arguments
+are in ``linear``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import arrives_last, cast, dot, finished
 from stablelora_kernels.kernels.lora.chain import leave
 from stablelora_kernels.kernels.lora.gated import store_gated_grads
-from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, product_program, wait_for_s
+from stablelora_kernels.kernels.lora.linear import (
+    NOT_SPECIALIZED,
+    add_branch,
+    product_program,
+    wait_for_s,
+)
 
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "SPLITS"])
@@ -19,9 +26,10 @@ def _lora_linear_split_k_kernel(
 ):  # fmt: skip
     """Y = X W^T + bias + BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], BASE and Y [M, N].
 
-    As ``_lora_linear_kernel``, with two differences that keep all of the GPU reading W. A program computes W X^T, so that
-    W's rows are the long side of the matrix instruction and the few rows of X the short one. And SPLITS programs share a
-    tile's K; the last one to finish adds up all parts in order.
+    As ``_lora_linear_kernel``, with two differences that keep all of the GPU reading W. A program
+    computes W X^T, so that W's rows are the long side of the matrix instruction and the few rows of
+    X the short one. And SPLITS programs share a tile's K; the last one to finish adds up all parts
+    in order.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -60,13 +68,18 @@ def _lora_linear_split_k_kernel(
         w_tile = tl.load(w.ptr + cols[:, None] * w.row + k * w.col, mask=w_mask, other=0.0)
         acc = dot(w_tile, tl.trans(x_tile), acc, TILE.PRECISION)
         if not BRANCH.LOAD_S:
-            a_tile = tl.load(a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col, mask=a_mask, other=0.0)
+            a_tile = tl.load(
+                a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col, mask=a_mask, other=0.0
+            )
             s = dot(x_tile, cast(a_tile, x_tile.dtype), s, TILE.PRECISION)
             if BLOCK_M < 64:
-                # Hopper's asynchronous products have at least 64 rows, so S's is none, and reads X in another way.
+                # Hopper's asynchronous products have at least 64 rows, so S's is none, and reads X
+                # in another way.
                 acc = finished(acc)
 
-    acc, s, last = _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, BRANCH.LOAD_S)
+    acc, s, last = _sum_of_splits(
+        acc, s, parts, counter, tile, split, SPLITS, row_mask, BRANCH.LOAD_S
+    )
     if last:
         y_tile = tl.trans(acc)
         if bias is not None:
@@ -75,9 +88,14 @@ def _lora_linear_split_k_kernel(
         s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
         first, col0 = pid_n == 0, pid_n * BLOCK_N
         y_tile = add_branch(y_tile, s_low, branch, rows, cols, col0, first, M, N, BLOCK_N, BRANCH)
-        y_ptrs, y_mask = y.ptr + rows[:, None] * y.row + cols[None, :], row_mask[:, None] & col_mask[None, :]
+        y_ptrs, y_mask = (
+            y.ptr + rows[:, None] * y.row + cols[None, :],
+            row_mask[:, None] & col_mask[None, :],
+        )
         if base is not None:
-            y_tile += tl.load(base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0).to(tl.float32)
+            y_tile += tl.load(
+                base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0
+            ).to(tl.float32)
         if TILE.GATE != "":
             store_gated_grads(y_tile, gate, y.ptr, rows, col0, y.row, M, N, TILE.GATE, PARTS=1)
         else:
@@ -88,14 +106,20 @@ def _lora_linear_split_k_kernel(
 
 @triton.jit
 def _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, LOAD_S: tl.constexpr):
-    """The sums of all SPLITS programs' parts, and whether this program has them: the last to arrive adds up, in order."""
+    """The sums of all SPLITS programs' parts, and whether this program has them: the last to arrive
+    adds up, in order.
+    """
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     BLOCK_R: tl.constexpr = s.shape[1]
     PART: tl.constexpr = BLOCK_N * BLOCK_M + BLOCK_M * BLOCK_R
     # Row by row of Y and S, so that rows beyond M cost nothing.
     acc_offsets = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    s_offsets = BLOCK_N * BLOCK_M + tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    s_offsets = (
+        BLOCK_N * BLOCK_M
+        + tl.arange(0, BLOCK_M)[:, None] * BLOCK_R
+        + tl.arange(0, BLOCK_R)[None, :]
+    )
     acc_mask, s_mask = row_mask[None, :], row_mask[:, None]
     parts += tile.to(tl.int64) * SPLITS * PART
     last = SPLITS == 1
@@ -108,7 +132,11 @@ def _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, LOAD_S
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for i in range(SPLITS):
-                acc += tl.load(parts + i * PART + acc_offsets, mask=acc_mask, other=0.0, cache_modifier=".cg")
+                acc += tl.load(
+                    parts + i * PART + acc_offsets, mask=acc_mask, other=0.0, cache_modifier=".cg"
+                )
                 if not LOAD_S:
-                    s += tl.load(parts + i * PART + s_offsets, mask=s_mask, other=0.0, cache_modifier=".cg")
+                    s += tl.load(
+                        parts + i * PART + s_offsets, mask=s_mask, other=0.0, cache_modifier=".cg"
+                    )
     return acc, s, last

@@ -1,4 +1,6 @@
-"""Y on Hopper and data-center Blackwell, through tensor descriptors; formulas and arguments are in ``linear``."""
+"""Y on Hopper and data-center Blackwell, through tensor descriptors; formulas and arguments are in
+``linear``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
 from stablelora_kernels.kernels.lora.chain import leave
 from stablelora_kernels.kernels.lora.gated import gated_grads, prefetch
-from stablelora_kernels.kernels.lora.linear import NOT_SPECIALIZED, add_branch, product_program, wait_for_s
+from stablelora_kernels.kernels.lora.linear import (
+    NOT_SPECIALIZED,
+    add_branch,
+    product_program,
+    wait_for_s,
+)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -19,8 +26,9 @@ def _lora_linear_tma_kernel(
 ):  # fmt: skip
     """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], Y [M, N].
 
-    As ``_lora_linear_kernel``, but persistent: each program takes tile after tile and finishes it in PARTS parts of its
-    columns. A without a descriptor is read through pointers. The programs of dA run as those of the product free a processor.
+    As ``_lora_linear_kernel``, but persistent: each program takes tile after tile and finishes it
+    in PARTS parts of its columns. A without a descriptor is read through pointers. The programs of
+    dA run as those of the product free a processor.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -33,7 +41,8 @@ def _lora_linear_tma_kernel(
     if program < 0:
         return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the inner loop.
+    # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the
+    # inner loop.
     for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False):
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, TILE.GROUP_M)
         row0, col0 = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -54,7 +63,11 @@ def _lora_linear_tma_kernel(
             if not BRANCH.LOAD_S:
                 if a_desc is None:
                     a_ptrs = a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col
-                    a_tile = tl.load(a_ptrs, mask=(k0 + ks[:, None] < x.width) & (rs[None, :] < branch.R), other=0.0)
+                    a_tile = tl.load(
+                        a_ptrs,
+                        mask=(k0 + ks[:, None] < x.width) & (rs[None, :] < branch.R),
+                        other=0.0,
+                    )
                 elif TILE.TRANS_A:
                     a_tile = a_desc.load([k0, 0])
                 else:
@@ -65,10 +78,14 @@ def _lora_linear_tma_kernel(
         wait_for_s(chain, row0, branch, M, S)
         s_low = cast(branch.scaling * s, x_desc.dtype)
         if branch.mask is None:
-            # Onto the whole accumulator: products onto parts of it make ptxas serialize the main loop's WGMMAs.
+            # Onto the whole accumulator: products onto parts of it make ptxas serialize the main
+            # loop's WGMMAs.
             cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
-            acc = add_branch(acc, s_low, branch, rows, cols, col0, pid_n == 0, M, N, BLOCK_N, BRANCH)
-        # One part at a time: the masked branch takes fewer registers, and the store of Y less shared memory.
+            acc = add_branch(
+                acc, s_low, branch, rows, cols, col0, pid_n == 0, M, N, BLOCK_N, BRANCH
+            )
+        # One part at a time: the masked branch takes fewer registers, and the store of Y less
+        # shared memory.
         PART: tl.constexpr = BLOCK_N // TILE.PARTS
         parts = column_parts(acc, TILE.PARTS)
         for i in tl.static_range(TILE.PARTS):
@@ -81,7 +98,9 @@ def _lora_linear_tma_kernel(
             if TILE.ADD:
                 y += y_desc.load([row0, col]).to(tl.float32)
             if TILE.GATE != "":
-                y, du = gated_grads(y, g_desc.load([row0, col]), u_desc.load([row0, col]), TILE.GATE)
+                y, du = gated_grads(
+                    y, g_desc.load([row0, col]), u_desc.load([row0, col]), TILE.GATE
+                )
                 du_desc.store([row0, col], cast(du, du_desc.dtype))
             y_desc.store([row0, col], cast(y, y_desc.dtype))
     if S is not None:

@@ -1,4 +1,5 @@
-"""The thin products of a branch, S or dS, dA and dB, in launches of their own or by programs of another one.
+"""The thin products of a branch, S or dS, dA and dB, in launches of their own or by programs of
+another one.
 
 Formulas and arguments are in ``linear``.
 """
@@ -23,11 +24,13 @@ from stablelora_kernels.kernels.lora.gated import gated
 
 
 @triton.jit(do_not_specialize=["M", "S_SPLITS", "DB_PROGRAMS", "DB_SPLITS", "threshold"])
-def _lora_down_kernel(x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr):
+def _lora_down_kernel(
+    x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr
+):
     """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY.
 
-    The DB_PROGRAMS programs of dB are spread evenly among those of S: both walk down the rows of X at one pace, so the second to
-    read a row finds it in L2.
+    The DB_PROGRAMS programs of dB are spread evenly among those of S: both walk down the rows of X
+    at one pace, so the second to read a row finds it in L2.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     # Programs of dB before this one.
@@ -51,8 +54,9 @@ def s_parts(M, job, SPLITS, TILE: tl.constexpr):
 def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     """The ``part``-th of ``s_parts``, for each member of an ``SJob``.
 
-    The last part of K to finish adds up all parts in order. Members of several projections have one block of ranks: X is read
-    once for all. Each has its own mask, so their A can't be one A of a higher rank. Every block of ranks stores the same mask.
+    The last part of K to finish adds up all parts in order. Members of several projections have one
+    block of ranks: X is read once for all. Each has its own mask, so their A can't be one A of a
+    higher rank. Every block of ranks stores the same mask.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
@@ -74,14 +78,17 @@ def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     share = tl.cdiv(tl.cdiv(x.width, BLOCK_K), SPLITS) * BLOCK_K
     start, stop = split * share, tl.minimum(split * share + share, x.width)
     if TILE.PRECISION == "tf32" or (MEMBERS > 1 and x.ptr.dtype.element_ty != tl.float32):
-        # No part is empty, see ``weight_grad``. One sum is not serialized, and takes fewer registers without this.
+        # No part is empty, see ``weight_grad``. One sum is not serialized, and takes fewer
+        # registers without this.
         tl.assume(start < stop)
     for k0 in tl.range(start, stop, BLOCK_K, num_stages=TILE.STAGES):
         x_mask, k_mask = row_mask[:, None], True
         if not TILE.EVEN_K:
             x_mask &= k0 + ks[None, :] < x.width
             k_mask = k0 + ks[:, None] < x.width
-        x_tile = tl.load(x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0)
+        x_tile = tl.load(
+            x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0
+        )
         added = ()
         for i in tl.static_range(MEMBERS):
             member = job.members[i]
@@ -106,7 +113,9 @@ def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
     for i in tl.static_range(MEMBERS):
         member = job.members[i]
         place = tile * MEMBERS + i
-        total, last = shared_sum(sums[i], job.shared.parts, job.shared.counter, place, split, SPLITS)
+        total, last = shared_sum(
+            sums[i], job.shared.parts, job.shared.counter, place, split, SPLITS
+        )
         if last:
             s_ptrs = member.s + rows[:, None] * job.shared.stride + rs[None, :]
             s_mask = row_mask[:, None] & (rs[None, :] < member.R)
@@ -117,7 +126,9 @@ def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
 
 @triton.jit
 def store_mask(mask_ptr, mask, rows, col0, M, n_cols):
-    """Store ``mask``, of bytes, for backward. Its last word of a row may have bits beyond n_cols, which nothing reads."""
+    """Store ``mask``, of bytes, for backward. Its last word of a row may have bits beyond n_cols,
+    which nothing reads.
+    """
     row_bytes = 4 * tl.cdiv(n_cols, 32)
     cols = col0 // 8 + tl.arange(0, mask.shape[1])
     inside = (rows[:, None] < M) & (cols[None, :] < row_bytes)
@@ -141,10 +152,12 @@ def part_of_rows(part, z, job, M, SPLITS, TILE: tl.constexpr):
 
 @triton.jit
 def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
-    """OUT[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r] for each member of a ``GradJob``; the ``part``-th of ``grad_parts``.
+    """OUT[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r] for each member of a ``GradJob``; the ``part``-th
+    of ``grad_parts``.
 
-    The last part of a tile to finish adds up the tile's parts in order. No float is added atomically, nothing is zeroed first,
-    and the store casts the sum. Members of several projections have one block of ranks: Z is read once for all.
+    The last part of a tile to finish adds up the tile's parts in order. No float is added
+    atomically, nothing is zeroed first, and the store casts the sum. Members of several projections
+    have one block of ranks: Z is read once for all.
     """
     BLOCK_C: tl.constexpr = TILE.BLOCK_C
     BLOCK_R: tl.constexpr = TILE.BLOCK_R
@@ -161,13 +174,15 @@ def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
     for _ in tl.static_range(MEMBERS):
         sums += (tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32),)  # type: ignore[assignment]
 
-    # No part is empty. Zeros of an empty loop would make ptxas serialize every WGMMA of the launch, those of a product beside it
-    # included.
+    # No part is empty. Zeros of an empty loop would make ptxas serialize every WGMMA of the launch,
+    # those of a product beside it included.
     tl.assume(start < stop)
     for m0 in tl.range(start, stop, TILE.BLOCK_M, num_stages=TILE.STAGES):
         rows = m0 + tl.arange(0, TILE.BLOCK_M).to(tl.int64)
         z_mask = (rows[:, None] < M) & c_mask[None, :]
-        z_tile = tl.load(z.ptr + rows[:, None] * z.row + cs[None, :] * z.col, mask=z_mask, other=0.0)
+        z_tile = tl.load(
+            z.ptr + rows[:, None] * z.row + cs[None, :] * z.col, mask=z_mask, other=0.0
+        )
         if z.u is not None:
             u = tl.load(z.u + rows[:, None] * z.row + cs[None, :] * z.col, mask=z_mask, other=0.0)
             z_tile = gated(z_tile, u, TILE.GATE)
@@ -175,7 +190,9 @@ def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
         for i in tl.static_range(MEMBERS):
             member = job.members[i]
             t_mask = (rows[:, None] < M) & (rs[None, :] < member.R)
-            t = tl.load(member.t + rows[:, None] * job.shared.stride + rs[None, :], mask=t_mask, other=0.0)
+            t = tl.load(
+                member.t + rows[:, None] * job.shared.stride + rs[None, :], mask=t_mask, other=0.0
+            )
             kept = z_tile
             if member.mask is not None:
                 kept = tl.where(load_keep(member.mask, rows, c0, M, z.width, BLOCK_C), z_tile, 0.0)
@@ -189,7 +206,9 @@ def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
     for i in tl.static_range(MEMBERS):
         member = job.members[i]
         place = tile * MEMBERS + i
-        total, last = shared_sum(sums[i], job.shared.parts, job.shared.counter, place, split, SPLITS)
+        total, last = shared_sum(
+            sums[i], job.shared.parts, job.shared.counter, place, split, SPLITS
+        )
         if last:
             if TILE.UNIT != 1.0:
                 total *= TILE.UNIT
@@ -199,7 +218,9 @@ def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "DA_PROGRAMS", "SPLITS"])
-def _lora_weight_grads_kernel(z, da, dy, db, M, DA_PROGRAMS, SPLITS, DA: tl.constexpr, DB: tl.constexpr):
+def _lora_weight_grads_kernel(
+    z, da, dy, db, M, DA_PROGRAMS, SPLITS, DA: tl.constexpr, DB: tl.constexpr
+):
     """dA = dS^T (Z ∘ keep) by the first DA_PROGRAMS programs, dB = dY^T S by the others."""
     program = tl.program_id(0)
     if DB is None:

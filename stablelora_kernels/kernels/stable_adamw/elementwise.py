@@ -1,7 +1,9 @@
-"""Device functions of the optimizer's kernels: addresses from a table, random rounding, sums in a fixed order, 8-bit moments.
+"""Device functions of the optimizer's kernels: addresses from a table, random rounding, sums in a
+fixed order, 8-bit moments.
 
-A moment in 8 bits is a small floating-point code an element and one float32 scale a block of 256 elements, in the format of
-``reference.optimizer.moment8_ref``. SIGNED is true for the first moment, false for the second.
+A moment in 8 bits is a small floating-point code an element and one float32 scale a block of 256
+elements, in the format of ``reference.optimizer.moment8_ref``. SIGNED is true for the first moment,
+false for the second.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def mix(x):
 
 @triton.jit
 def stochastic_round(x, noise, KIND: tl.constexpr):
-    """Round float32 ``x`` by uint32 ``noise`` to values of bfloat16 (KIND 1) or float16 (KIND 2); the result is float32.
+    """Round float32 ``x`` by uint32 ``noise`` to values of bfloat16 (KIND 1) or float16 (KIND 2);
+    the result is float32.
 
     The same bits as ``reference.optimizer.stochastic_round_ref``.
     """
@@ -40,7 +43,9 @@ def stochastic_round(x, noise, KIND: tl.constexpr):
         rest = (16777216 - (noise & 0xFFFFFF).to(tl.int32)).to(tl.float32) * 5.9604644775390625e-8
         small = (whole + tl.where(scaled - whole >= rest, 1.0, 0.0)) * 5.9604644775390625e-8
         # Copy the sign bit, since zero has a sign too.
-        signed = (small.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+        signed = (small.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(
+            tl.float32, bitcast=True
+        )
         rounded = tl.where(tl.abs(x) < 6.103515625e-05, signed, rounded)
     # Adding noise to a NaN's bits could carry into its sign.
     return tl.where(tl.abs(x) < float("inf"), rounded, x)
@@ -48,7 +53,9 @@ def stochastic_round(x, noise, KIND: tl.constexpr):
 
 @triton.jit
 def element_pointers(address, start, offsets, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to elements ``start + offsets`` of the tensor at ``address``; KIND is the dtype's index in ``tables.KINDS``."""
+    """Pointers to elements ``start + offsets`` of the tensor at ``address``; KIND is the dtype's
+    index in ``tables.KINDS``.
+    """
     if KIND == 0:
         pointer = address.to(tl.pointer_type(tl.float32))
     elif KIND == 1:
@@ -74,7 +81,9 @@ def element_mask(start, numel, offsets, ALIGNED: tl.constexpr):
 @triton.jit
 def one_minus_exp(z):
     """1 - e^z for z <= 0, to float32's accuracy also where e^z is close to 1."""
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8))))))
+    series = 1 + z / 2 * (
+        1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8)))))
+    )
     return tl.where(z > -0.5, -z * series, 1 - tl.exp(z))
 
 
@@ -113,7 +122,9 @@ def decode8(codes, SIGNED: tl.constexpr):
 
 @triton.jit
 def encode8(y, noise, SIGNED: tl.constexpr):
-    """Encode float32 values of magnitude at most 1.875 as int32 codes, rounded at random by uint32 ``noise``."""
+    """Encode float32 values of magnitude at most 1.875 as int32 codes, rounded at random by uint32
+    ``noise``.
+    """
     size = tl.abs(y)
     bits = size.to(tl.uint32, bitcast=True)
     normal = ((bits + (noise & 0xFFFFF)) >> 20).to(tl.int32) - (896 if SIGNED else 768)
@@ -135,12 +146,24 @@ def _pointers(codes, scales, start, offsets, ALIGNED: tl.constexpr, CHUNK: tl.co
     code_ptrs = codes.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         code_ptrs = tl.multiple_of(code_ptrs, 16)
-    scale_ptrs = scales.to(tl.pointer_type(tl.float32)) + start // BLOCK + tl.arange(0, CHUNK // BLOCK)
+    scale_ptrs = (
+        scales.to(tl.pointer_type(tl.float32)) + start // BLOCK + tl.arange(0, CHUNK // BLOCK)
+    )
     return code_ptrs + start + offsets, scale_ptrs
 
 
 @triton.jit
-def load8(codes, scales, start, left, offsets, mask, SIGNED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+def load8(
+    codes,
+    scales,
+    start,
+    left,
+    offsets,
+    mask,
+    SIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Load the chunk of a moment that begins at element ``start``, as float32.
 
     ``codes`` and ``scales`` are addresses; ``left`` is the number of elements from ``start`` on.
@@ -148,7 +171,9 @@ def load8(codes, scales, start, left, offsets, mask, SIGNED: tl.constexpr, ALIGN
     code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
     values = tl.load(code_ptrs, mask=mask, other=0).to(tl.int32)
     scale = tl.load(scale_ptrs, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left, other=0.0)
-    return decode8(values, SIGNED) * tl.reshape(tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
+    return decode8(values, SIGNED) * tl.reshape(
+        tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,)
+    )
 
 
 @triton.jit
@@ -165,7 +190,9 @@ def store8(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Round float32 ``x`` by uint32 ``noise`` and store it as a chunk; the other arguments are those of :func:`load8`."""
+    """Round float32 ``x`` by uint32 ``noise`` and store it as a chunk; the other arguments are
+    those of :func:`load8`.
+    """
     code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
     rows = tl.reshape(tl.where(mask, x, 0.0), (CHUNK // BLOCK, BLOCK))
     # rows * 0 sums to 0, or to NaN where a value is not finite: the whole block then becomes NaN.

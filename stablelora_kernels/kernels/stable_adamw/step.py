@@ -1,4 +1,6 @@
-"""The whole optimizer step, clipping and latch rule included, as one kernel over tables of addresses; and the norms before it."""
+"""The whole optimizer step, clipping and latch rule included, as one kernel over tables of
+addresses; and the norms before it.
+"""
 
 # "and" does not stop at its first false operand in a kernel, so conditions are nested.
 # ruff: noqa: SIM102
@@ -41,9 +43,14 @@ from stablelora_kernels.kernels.stable_adamw.tables import (
 
 @triton.jit
 def _shrink_ratio(row, hyper, words, before_ptr, latched_ptr, step, FLAGS: tl.constexpr):
-    """The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good. Returns the ratio, 0 for no shrink."""
+    """The latch rule: A shrinks while ||A||_F / n > ||B||_F / m, then latches for good. Returns the
+    ratio, 0 for no shrink.
+    """
     # Integers of 64 bits would take twice the registers.
-    n, m = tl.load(row + TENSOR.value.n).to(tl.float32), tl.load(row + TENSOR.value.m).to(tl.float32)
+    n, m = (
+        tl.load(row + TENSOR.value.n).to(tl.float32),
+        tl.load(row + TENSOR.value.m).to(tl.float32),
+    )
     a_first, b_first = tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.b_first)
     if SHARDED & FLAGS:
         a = tl.load(a_first.to(tl.pointer_type(tl.float32)))
@@ -92,22 +99,37 @@ def _update(
     # bfloat16 is kind 1.
     M_KIND: tl.constexpr = 1 if LOW_MOMENTS & FLAGS else 0
     m_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg), start, offsets, M_KIND, ALIGNED)
-    v_ptrs = element_pointers(tl.load(row + TENSOR.value.exp_avg_sq), start, offsets, M_KIND, ALIGNED)
+    v_ptrs = element_pointers(
+        tl.load(row + TENSOR.value.exp_avg_sq), start, offsets, M_KIND, ALIGNED
+    )
     g = tl.load(element_pointers(grad, start, offsets, KIND, ALIGNED), mask=mask, other=0.0)
     from_ptrs = p_ptrs
     if MASTER & FLAGS:
         if KIND != 0:
-            from_ptrs = element_pointers(tl.load(row + TENSOR.value.master), start, offsets, 0, ALIGNED)
+            from_ptrs = element_pointers(
+                tl.load(row + TENSOR.value.master), start, offsets, 0, ALIGNED
+            )
     p = tl.load(from_ptrs, mask=mask, other=0.0)
     if EIGHT_BITS & FLAGS:
         left = tl.load(row + TENSOR.value.numel) - start
-        codes, scales = tl.load(row + TENSOR.value.exp_avg), tl.load(row + TENSOR.value.exp_avg_scale)
-        m = load8(codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK)
-        codes, scales = tl.load(row + TENSOR.value.exp_avg_sq), tl.load(row + TENSOR.value.exp_avg_sq_scale)
-        v = load8(codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK)
+        codes, scales = (
+            tl.load(row + TENSOR.value.exp_avg),
+            tl.load(row + TENSOR.value.exp_avg_scale),
+        )
+        m = load8(
+            codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK
+        )
+        codes, scales = (
+            tl.load(row + TENSOR.value.exp_avg_sq),
+            tl.load(row + TENSOR.value.exp_avg_sq_scale),
+        )
+        v = load8(
+            codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK
+        )
     else:
         m, v = tl.load(m_ptrs, mask=mask, other=0.0), tl.load(v_ptrs, mask=mask, other=0.0)
-    # While the data arrives. The branch also keeps the compiler from spreading the loads above over several waits.
+    # While the data arrives. The branch also keeps the compiler from spreading the loads above over
+    # several waits.
     ratio = tl.full((), 0.0, tl.float32)
     if may_shrink:
         ratio = _shrink_ratio(row, hyper, words, before_ptr, latched_ptr, step, FLAGS)
@@ -115,8 +137,12 @@ def _update(
     p, m, v = p.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
     g = g.to(tl.float32) * scale
     m = tl.load(hyper + HYPER.value.beta1) * m + tl.load(hyper + HYPER.value.one_minus_beta1) * g
-    v = tl.load(hyper + HYPER.value.beta2) * v + tl.load(hyper + HYPER.value.one_minus_beta2) * g * g
-    # (1 - ratio)(1 - lr wd) p as a small difference from p: the product of two roundings near one would drift.
+    v = (
+        tl.load(hyper + HYPER.value.beta2) * v
+        + tl.load(hyper + HYPER.value.one_minus_beta2) * g * g
+    )
+    # (1 - ratio)(1 - lr wd) p as a small difference from p: the product of two roundings near one
+    # would drift.
     decay = lr * tl.load(decay_ptr)
     p -= (ratio + decay - ratio * decay) * p
     size = lr / one_minus_exp(step * tl.load(hyper + HYPER.value.log_beta1))
@@ -126,7 +152,9 @@ def _update(
         address = tl.load(row + TENSOR.value.max_exp_avg_sq)
         if address != 0:
             x_ptrs = element_pointers(address, start, offsets, 0, ALIGNED)
-            largest = tl.maximum(tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL)
+            largest = tl.maximum(
+                tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL
+            )
             tl.store(x_ptrs, largest, mask=mask)
     p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + HYPER.value.eps))
     if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
@@ -158,11 +186,41 @@ def _update(
         tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
     if EIGHT_BITS & FLAGS:
         word = mix(noise + 0x9E3779B9)
-        codes, scales = tl.load(row + TENSOR.value.exp_avg), tl.load(row + TENSOR.value.exp_avg_scale)
-        store8(m, word, codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK)
+        codes, scales = (
+            tl.load(row + TENSOR.value.exp_avg),
+            tl.load(row + TENSOR.value.exp_avg_scale),
+        )
+        store8(
+            m,
+            word,
+            codes,
+            scales,
+            start,
+            left,
+            offsets,
+            mask,
+            SIGNED=True,
+            ALIGNED=ALIGNED,
+            CHUNK=CHUNK,
+        )
         word = mix(word + 0x9E3779B9)
-        codes, scales = tl.load(row + TENSOR.value.exp_avg_sq), tl.load(row + TENSOR.value.exp_avg_sq_scale)
-        store8(v, word, codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK)
+        codes, scales = (
+            tl.load(row + TENSOR.value.exp_avg_sq),
+            tl.load(row + TENSOR.value.exp_avg_sq_scale),
+        )
+        store8(
+            v,
+            word,
+            codes,
+            scales,
+            start,
+            left,
+            offsets,
+            mask,
+            SIGNED=False,
+            ALIGNED=ALIGNED,
+            CHUNK=CHUNK,
+        )
     else:
         tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
         tl.store(v_ptrs, v.to(v_ptrs.dtype.element_ty), mask=mask)
@@ -177,22 +235,27 @@ def _stable_adamw_kernel(
     HAS_SCALE: tl.constexpr, HAS_INF: tl.constexpr, CLIP: tl.constexpr,
     FLAGS: tl.constexpr, VARIANTS: tl.constexpr, CHUNK: tl.constexpr, GRAD_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """A <- (1 - lambda) A unless latched, then AdamW, for every parameter; one program a chunk of CHUNK elements.
+    """A <- (1 - lambda) A unless latched, then AdamW, for every parameter; one program a chunk of
+    CHUNK elements.
 
-    Every counter exists once a chunk, so no program reads what another writes in the same launch. All chunks of A reach the
-    same decision from the sums of squares that the launch before left. The halves of ``squares`` swap roles at each launch;
-    swapping on the device lets a CUDA graph replay and found_inf skip a step.
+    Every counter exists once a chunk, so no program reads what another writes in the same launch.
+    All chunks of A reach the same decision from the sums of squares that the launch before left.
+    The halves of ``squares`` swap roles at each launch; swapping on the device lets a CUDA graph
+    replay and found_inf skip a step.
 
     Args:
-        tensors_ptr, addresses_ptr, hyper_ptr, words_ptr: the tables of :mod:`~stablelora_kernels.kernels.stable_adamw.tables`.
+        tensors_ptr, addresses_ptr, hyper_ptr, words_ptr: the tables of
+            :mod:`~stablelora_kernels.kernels.stable_adamw.tables`.
         chunks_ptr: int32 [n_chunks], each chunk's row in the table of tensors.
         steps_ptr: float32 [n_chunks], the steps that the parameter has taken.
-        turns_ptr: int8 [n_chunks], the half of ``squares`` (0 or 1) to read: launches since it was measured, modulo 2.
+        turns_ptr: int8 [n_chunks], the half of ``squares`` (0 or 1) to read: launches since it was
+            measured, modulo 2.
         latched_ptr: int32 [n_chunks], the step at which A latched, 0 for not yet.
         squares_ptr: float32 [2, n_chunks], the sums of squares of the chunks' values.
         skipped_ptr: int32 [], the steps not taken because the gradients' norm was not finite.
         grad_scale_ptr, found_inf_ptr: float32 [], torch.amp's scale and verdict.
-        grad_squares_ptr: float32 [n_grad_squares], partial sums of squares of all gradients, for clipping.
+        grad_squares_ptr: float32 [n_grad_squares], partial sums of squares of all gradients, for
+            clipping.
         HAS_SCALE, HAS_INF, CLIP: whether to read grad_scale, found_inf and grad_squares.
         FLAGS: the options in use, a sum of ``tables.FLAG_*``.
         VARIANTS: bit i is set if some tensor needs variant i of a chunk's code.
@@ -223,7 +286,8 @@ def _stable_adamw_kernel(
     variant = tl.load(addresses_ptr + len(ADDRESS.value) * tensor + ADDRESS.value.variant)
     setting, role = tl.load(row + TENSOR.value.setting), tl.load(row + TENSOR.value.role)
     turn, step = tl.load(turns_ptr + chunk).to(tl.int32), tl.load(steps_ptr + chunk) + 1
-    # Every warp loads the counters, and one thread stores their new values. The barrier keeps a late warp from loading those.
+    # Every warp loads the counters, and one thread stores their new values. The barrier keeps a
+    # late warp from loading those.
     tl.debug_barrier()
     tl.store(turns_ptr + chunk, 1 - turn)
     before_ptr = squares_ptr + turn * n_chunks
@@ -268,8 +332,8 @@ def _square_sums_kernel(
 ):  # fmt: skip
     """squares[i] = the sum of squares of the parameters' chunk i;  grad_squares[j] = that of the gradients' chunks j, j + J, ...
 
-    The first ``n_squares`` programs (all of the chunks or none) write squares, the other J programs write grad_squares.
-    The tables and constants are those of :func:`_stable_adamw_kernel`.
+    The first ``n_squares`` programs (all of the chunks or none) write squares, the other J programs
+    write grad_squares. The tables and constants are those of :func:`_stable_adamw_kernel`.
     """
     program = tl.program_id(0)
     programs = n_squares

@@ -1,7 +1,8 @@
 """The optimizer kernels' tables: rows, column offsets, codes and flags.
 
-The host builds each row as one of the named tuples below. A kernel reads a column at the row's address plus the column's
-offset. Kernels import the names that they use, not this module: Triton's cache key covers globals, not a module's attributes.
+The host builds each row as one of the named tuples below. A kernel reads a column at the row's
+address plus the column's offset. Kernels import the names that they use, not this module: Triton's
+cache key covers globals, not a module's attributes.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class TensorRow(NamedTuple):
     # The parameter's row in the other two tables.
     setting: int
     role: int = 0
-    # ``base``, ``shard_columns`` and ``shard_pitch`` number the elements: see stablelora_kernels.optim.sharding.Shard.
+    # ``base``, ``shard_columns`` and ``shard_pitch`` number the elements: see
+    # stablelora_kernels.optim.sharding.Shard.
     base: int = 0
-    # The first and the number of A's and of B's chunks in the sums of squares. FLAG_SHARDED: the addresses of their totals.
+    # The first and the number of A's and of B's chunks in the sums of squares. FLAG_SHARDED: the
+    # addresses of their totals.
     a_first: int = 0
     a_count: int = 0
     b_first: int = 0
@@ -49,8 +52,8 @@ class TensorRow(NamedTuple):
 class HyperRow(NamedTuple):
     """The hyperparameters of one setting, float32.
 
-    13 columns, since rows of 12 (48 bytes) let the compiler load several columns at once and hold them. That costs bfloat16
-    and float16 ten registers on some GPUs.
+    13 columns, since rows of 12 (48 bytes) let the compiler load several columns at once and hold
+    them. That costs bfloat16 and float16 ten registers on some GPUs.
     """
 
     beta1: float
@@ -71,7 +74,9 @@ class HyperRow(NamedTuple):
 
 
 class WordRow(NamedTuple):
-    """The addresses of one setting's scalars and its seed, int64. The addresses point into HyperRow or at a user's tensor."""
+    """The addresses of one setting's scalars and its seed, int64. The addresses point into HyperRow
+    or at a user's tensor.
+    """
 
     lr: int
     # The seed's part of the rounding key.
@@ -82,21 +87,24 @@ class WordRow(NamedTuple):
 
 
 class AddressRow(NamedTuple):
-    """The gradient of one parameter, int64: its address, 0 for none, and the variant of the code for the parameter's chunks."""
+    """The gradient of one parameter, int64: its address, 0 for none, and the variant of the code
+    for the parameter's chunks.
+    """
 
     grad: int
     variant: int
 
 
-# Column offsets: a kernel reads ``row + TENSOR.value.numel``. Only the compiler, not the interpreter, unwraps a constexpr,
-# hence ``.value``.
+# Column offsets: a kernel reads ``row + TENSOR.value.numel``. Only the compiler, not the
+# interpreter, unwraps a constexpr, hence ``.value``.
 TENSOR = tl.constexpr(TensorRow(*range(len(TensorRow._fields))))
 HYPER = tl.constexpr(HyperRow(*range(len(HyperRow._fields))))
 WORD = tl.constexpr(WordRow(*range(len(WordRow._fields))))
 ADDRESS = tl.constexpr(AddressRow(*range(len(AddressRow._fields))))
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
-# Variants of a chunk's code: twice the kind, plus one where every address and size is a multiple of 16.
+# Variants of a chunk's code: twice the kind, plus one where every address and size is a multiple of
+# 16.
 N_VARIANTS = tl.constexpr(2 * len(KINDS))
 
 # An A of ROLE_A_NEVER shrinks at every step and never latches.

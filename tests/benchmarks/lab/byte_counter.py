@@ -1,8 +1,9 @@
 """Bytes that the kernels move, counted in Triton's interpreter.
 
-A byte is *issued* each time that a program asks for it; nobody asks for masked elements. It is *unique* the first time in its
-launch: memory must deliver it even if a cache keeps everything else. Caches keep nothing between launches. An atomic operation
-reads and writes. The 128 bytes of a descriptor, which the launch uploads, are not counted.
+A byte is *issued* each time that a program asks for it; nobody asks for masked elements. It is
+*unique* the first time in its launch: memory must deliver it even if a cache keeps everything else.
+Caches keep nothing between launches. An atomic operation reads and writes. The 128 bytes of a
+descriptor, which the launch uploads, are not counted.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from benchmarks.lab.predict.formula import Tensors, Traffic, formula_by_tensor, 
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.launch.base import Launch, VendorProduct
 
-# The interpreter's functions in which all loads and stores of kernels end, descriptors' too: where each has its pointers and its
-# mask among its arguments, whether it reads and whether it writes. The last arguments differ between releases of Triton.
+# The interpreter's functions in which all loads and stores of kernels end, descriptors' too: where
+# each has its pointers and its mask among its arguments, whether it reads and whether it writes.
+# The last arguments differ between releases of Triton.
 ACCESSES = {
     "create_masked_load": (0, 1, True, False),
     "create_masked_store": (0, 2, False, True),
@@ -31,7 +33,9 @@ ACCESSES = {
 
 
 class Counted(NamedTuple):
-    """The traffic of one launch. The vendor's product counts as the least possible, because its code is not known."""
+    """The traffic of one launch. The vendor's product counts as the least possible, because its
+    code is not known.
+    """
 
     launch: Launch | VendorProduct
     tensors: Tensors
@@ -50,9 +54,13 @@ class _Recorder:
 
     def __init__(self, named: dict[str, Any]) -> None:
         memories = [(t.untyped_storage(), name) for name, t in named_tensors(named).items()]
-        self.spans = [(each.data_ptr(), each.data_ptr() + each.nbytes(), name) for each, name in memories]
+        self.spans = [
+            (each.data_ptr(), each.data_ptr() + each.nbytes(), name) for each, name in memories
+        ]
         # Addresses that are read and those that are written, by tensor and the bytes of an element.
-        self.touched: dict[tuple[str, int], tuple[list[np.ndarray], list[np.ndarray]]] = defaultdict(lambda: ([], []))
+        self.touched: dict[tuple[str, int], tuple[list[np.ndarray], list[np.ndarray]]] = (
+            defaultdict(lambda: ([], []))
+        )
 
     def add(self, pointers: Any, mask: Any, *reads_writes: bool) -> None:
         addresses = pointers.data.reshape(-1)
@@ -69,8 +77,12 @@ class _Recorder:
     def tensors(self) -> Tensors:
         found: Tensors = {}
         for (name, width), both in self.touched.items():
-            elements = [sum(part.size for part in parts) for parts in both] + [_distinct(parts) for parts in both]
-            found[name] = total((found.get(name, Traffic()), Traffic(*(width * number for number in elements))))
+            elements = [sum(part.size for part in parts) for parts in both] + [
+                _distinct(parts) for parts in both
+            ]
+            found[name] = total(
+                (found.get(name, Traffic()), Traffic(*(width * number for number in elements)))
+            )
         return found
 
 
@@ -84,11 +96,13 @@ def _distinct(parts: list[np.ndarray]) -> int:
 def counted() -> Iterator[list[Counted]]:
     """Count every launch in the body of the ``with`` statement, into the list that it gives.
 
-    Tensors that a kernel finds through a table of addresses are "elsewhere". A launch that raises is not in the list. Counting
-    covers the whole process, threads included.
+    Tensors that a kernel finds through a table of addresses are "elsewhere". A launch that raises
+    is not in the list. Counting covers the whole process, threads included.
     """
     if not backend.INTERPRETING:
-        raise RuntimeError("bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
+        raise RuntimeError(
+            "bytes are counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+        )
     from triton.runtime.interpreter import interpreter_builder
 
     found: list[Counted] = []

@@ -1,4 +1,6 @@
-"""Reading machine code and finding its faults, on small texts; what the committed report promises, and what kernels keep."""
+"""Reading machine code and finding its faults, on small texts; what the committed report promises,
+and what kernels keep.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +55,28 @@ LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due t
 @pytest.mark.parametrize(
     ("more", "machine", "log", "expected"),
     [
-        ("", "", "", {"registers": 168, "mma": "", "serialized": "", "load_bits": 128, "store_bits": 128}),
+        (
+            "",
+            "",
+            "",
+            {"registers": 168, "mma": "", "serialized": "", "load_bits": 128, "store_bits": 128},
+        ),
         (NARROW, "", "", {"load_bits": 72, "store_bits": 128}),
         (TILE + NARROW, "", "", {"load_bits": 91}),
         (UNIFORM, "", "", {"load_bits": 128, "store_bits": 128}),
         ("	st.global.b32 	[%rd2+4], %r10;\n", "", "", {"store_bits": 80}),
-        ("", "HGMMA.64x256x16.F32 R24 ; HGMMA.64x16x16.F32 R2", "", {"mma": "HGMMA.64x16x16 HGMMA.64x256x16"}),
-        ("", "@P0 UTCHMMA gdesc[UR4] ; HMMA.16816.F32.BF16 R4, R8", "", {"mma": "HMMA.16816 UTCHMMA"}),
+        (
+            "",
+            "HGMMA.64x256x16.F32 R24 ; HGMMA.64x16x16.F32 R2",
+            "",
+            {"mma": "HGMMA.64x16x16 HGMMA.64x256x16"},
+        ),
+        (
+            "",
+            "@P0 UTCHMMA gdesc[UR4] ; HMMA.16816.F32.BF16 R4, R8",
+            "",
+            {"mma": "HMMA.16816 UTCHMMA"},
+        ),
         ("", 32 * "FFMA R3, R4, R5, R6 ; FFMA2 R4, R6, R8", "", {"mma": "FFMA FFMA2"}),
         ("", "FFMA R3, R4, R5, R6", "", {"mma": ""}),
         # A stack that no instruction uses is not one of spills.
@@ -69,8 +86,12 @@ LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due t
         ("wgmma", "", "Used 200 registers", {"serialized": ""}),
     ],
 )
-def test_what_is_read(more: str, machine: str, log: str, expected: dict[str, object], monkeypatch) -> None:
-    monkeypatch.setattr(machine_code, "cuobjdump", lambda cubin: f"REG:168 STACK:16 LOCAL:0\n {machine}")
+def test_what_is_read(
+    more: str, machine: str, log: str, expected: dict[str, object], monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        machine_code, "cuobjdump", lambda cubin: f"REG:168 STACK:16 LOCAL:0\n {machine}"
+    )
     monkeypatch.setattr(machine_code, "_run", lambda *_: SimpleNamespace(stderr=log))
     asm = {"cubin": b"", "ptx": PTX + more, "ttgir": "", "ttir": "tt.dot"}
     assert expected.items() <= machine_code.read(SimpleNamespace(asm=asm)).items()
@@ -78,14 +99,21 @@ def test_what_is_read(more: str, machine: str, log: str, expected: dict[str, obj
 
 def test_amds_assembly() -> None:
     found = machine_code.read(SimpleNamespace(asm={"amdgcn": GCN, "ttir": "tt.dot"}))
-    expected = {"registers": 152, "spills": 24, "mma": "v_mfma_f32_32x32x8", "load_bits": 80, "store_bits": 16}
+    expected = {
+        "registers": 152,
+        "spills": 24,
+        "mma": "v_mfma_f32_32x32x8",
+        "load_bits": 80,
+        "store_bits": 16,
+    }
     assert found == expected | {"serialized": ""}
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        # 255 registers are given out as 256; the system takes 1 KiB from a program; halves of the tensor memory.
+        # 255 registers are given out as 256; the system takes 1 KiB from a program; halves of the
+        # tensor memory.
         (("sm_80", 255, 0, 8), 0.125), (("sm_86", 32, 49_152, 4), 0.167), (("sm_100", 32, 0, 4, 256), 0.125),
         (("sm_90", 32, 240_000, 8), 0.0), (("gfx942", 128, 0, 4), 0.5), (("gfx90a", 64, 32_768, 4), 0.25),
         (("gfx942", 32, 0, 1), 1.0),
@@ -123,27 +151,43 @@ def test_a_worse_row_is_found(column: str, worse: object, as_good: object) -> No
 def test_what_the_report_promises() -> None:
     rows = report.read_report()
     assert [*rows] == report.COLUMNS and not rows[report.LABEL].duplicated().any()
-    lora, nvidia, hopper = rows.kernel.str.startswith("lora"), rows.arch.str.startswith("sm_"), rows.arch == "sm_90"
+    lora, nvidia, hopper = (
+        rows.kernel.str.startswith("lora"),
+        rows.arch.str.startswith("sm_"),
+        rows.arch == "sm_90",
+    )
     low, small = rows.dtype.str.startswith(("bf16", "fp16")), rows.variant.str.startswith("small")
     assert {*rows.arch} == {*report.ARCHS}
     assert (rows.shared_bytes <= [DEVICES[arch].shared_limit for arch in rows.arch]).all()
     assert (rows.occupancy > 0).all()
-    # Without matrix instructions, a kernel is one that the compiler gave up on without a word, as it does when accumulators
-    # outgrow Blackwell's tensor memory. Exact products of float32 have none on NVIDIA's GPUs.
+    # Without matrix instructions, a kernel is one that the compiler gave up on without a word, as
+    # it does when accumulators outgrow Blackwell's tensor memory. Exact products of float32 have
+    # none on NVIDIA's GPUs.
     assert rows.mma[lora].str.contains("MMA|mfma|FFMA").all() and (rows.serialized == "").all()
     assert not rows.mma[lora & (low | ~nvidia)].str.contains(r"\bFFMA").any()
     assert rows.mma[lora & low & hopper & ~small].str.contains("HGMMA").all()
-    # A few bytes around the epilogue are harmless; a spill inside the main loop is hundreds. AMD's scratch has scalar registers,
-    # too, of which a chained launch has many.
-    allowed = pd.Series(64, rows.index).mask(~nvidia & rows.variant.str.contains("chained"), 96).mask(hopper, 0)
+    # A few bytes around the epilogue are harmless; a spill inside the main loop is hundreds. AMD's
+    # scratch has scalar registers, too, of which a chained launch has many.
+    allowed = (
+        pd.Series(64, rows.index)
+        .mask(~nvidia & rows.variant.str.contains("chained"), 96)
+        .mask(hopper, 0)
+    )
     assert (rows.spills <= allowed).all(), rows[rows.spills > allowed]
-    # Values of NF4 are looked up one by one. A kernel with TMA has few accesses for a tile, and as many as others for a bias.
+    # Values of NF4 are looked up one by one. A kernel with TMA has few accesses for a tile, and as
+    # many as others for a bias.
     least = rows.kernel.map({"lora_linear_quantized": 40, "lora_linear_tma": 48}).fillna(90)
-    # A mask's words have 32 bits, and are half of the loads beside a product that another launch computed, or beside dS. S stores
-    # bytes of it.
-    least = least.mask(rows.variant.str.match("dx r(?:16|32) (?:alone|fused) masked"), least.clip(upper=56))
-    stored = pd.Series(96, rows.index).mask((rows.kernel == "lora_down") & rows.variant.str.endswith("dropout"), 80)
-    assert (rows.load_bits >= least)[lora & nvidia].all() and (rows.store_bits >= stored)[lora & nvidia].all()
+    # A mask's words have 32 bits, and are half of the loads beside a product that another launch
+    # computed, or beside dS. S stores bytes of it.
+    least = least.mask(
+        rows.variant.str.match("dx r(?:16|32) (?:alone|fused) masked"), least.clip(upper=56)
+    )
+    stored = pd.Series(96, rows.index).mask(
+        (rows.kernel == "lora_down") & rows.variant.str.endswith("dropout"), 80
+    )
+    assert (rows.load_bits >= least)[lora & nvidia].all() and (rows.store_bits >= stored)[
+        lora & nvidia
+    ].all()
 
 
 SCALAR = """
@@ -215,7 +259,9 @@ STORED = """
   ^bb2:  // 2 preds: ^bb0, ^bb1
     tt.return loc(#loc1)
 """
-INLINE_FENCE = '%t = tt.elementwise_inline_asm "fence.proxy.async.shared::cta; mov.b32 $0, 0;" {pure = false}'
+INLINE_FENCE = (
+    '%t = tt.elementwise_inline_asm "fence.proxy.async.shared::cta; mov.b32 $0, 0;" {pure = false}'
+)
 ALLOCATED = STORED.replace("%b = ttg.memdesc_index %v[%i]", "%b = ttg.local_alloc %x").replace(
     "local_store %x, %v", "local_store %x, %u"
 )
@@ -240,15 +286,20 @@ ALLOCATED = STORED.replace("%b = ttg.memdesc_index %v[%i]", "%b = ttg.local_allo
         (early_counts, PUBLISHED, "lgkmcnt(0)", "vmcnt(0) lgkmcnt(0)"),
     ],
 )
-def test_a_fault_is_found_and_the_mended_text_has_none(find, text: str, of_fault: str, mended: str) -> None:
+def test_a_fault_is_found_and_the_mended_text_has_none(
+    find, text: str, of_fault: str, mended: str
+) -> None:
     assert len([*find(text)]) == 1
     assert [*find(text.replace(of_fault, mended, 1))] == []
 
 
-def sass(code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, int] | None = None) -> str:
+def sass(
+    code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, int] | None = None
+) -> str:
     """Instructions as cuobjdump prints them, one for each line and 0x10 apart.
 
-    By address: ``scoreboards`` that instructions keep busy until their results are written, and those that instructions wait for.
+    By address: ``scoreboards`` that instructions keep busy until their results are written, and
+    those that instructions wait for.
     """
     lines = []
     for place, instruction in enumerate(code.strip().splitlines()):
@@ -256,7 +307,9 @@ def sass(code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, 
         upper_word = (scoreboards or {}).get(address, 7) << 46
         if waits and address in waits:
             upper_word |= 1 << 52 + waits[address]
-        lines.append(f"  /*{address:04x}*/  {instruction.strip()} ;  /* {0:#018x} */\n  /* {upper_word:#018x} */")
+        lines.append(
+            f"  /*{address:04x}*/  {instruction.strip()} ;  /* {0:#018x} */\n  /* {upper_word:#018x} */"
+        )
     return "\n".join(lines)
 
 
@@ -294,7 +347,10 @@ IN_FLIGHT = """
 def test_operands_in_flight(group: str, wait: str, overwritten: list[str]) -> None:
     lines = [*overwritten_operands(Program(sass(IN_FLIGHT.format(group=group, wait=wait))))]
     assert [line.partition(" of the HGMMA")[0] for line in lines] == overwritten
-    assert all(re.search(r"at 0x[34]0 are overwritten before a wait, first at 0x1?0 \(LDSM", line) for line in lines)
+    assert all(
+        re.search(r"at 0x[34]0 are overwritten before a wait, first at 0x1?0 \(LDSM", line)
+        for line in lines
+    )
 
 
 # From Y of sm_100: one load of two parts, of which the second keeps a scoreboard busy.
@@ -323,7 +379,8 @@ def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: 
     lines = [*early_uses(Program(sass(LOADED, {0x10: 3}, waits)))]
     be = "is" if registers == "R5" else "are"
     expected = [
-        f"{registers} of the LDTM at {load} {be} used before a wait, first at {first}" for load in ("0x0", "0x10")
+        f"{registers} of the LDTM at {load} {be} used before a wait, first at {first}"
+        for load in ("0x0", "0x10")
     ]
     assert lines == (expected if registers else [])
 
@@ -342,7 +399,9 @@ def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: 
 )
 def test_no_row_has_a_fault(code: str, text: str, words: str, monkeypatch) -> None:
     codes = {"ptx": "", "ttgir": "", "sass": ""} | {code: text}
-    monkeypatch.setattr(machine_code, "cuobjdump", lambda cubin: f"REG:168 STACK:0 LOCAL:0\n{codes['sass']}")
+    monkeypatch.setattr(
+        machine_code, "cuobjdump", lambda cubin: f"REG:168 STACK:0 LOCAL:0\n{codes['sass']}"
+    )
     monkeypatch.setattr(machine_code, "serialized", lambda ptx: "")
     asm = {"cubin": b"", "ptx": codes["ptx"], "ttgir": codes["ttgir"], "ttir": ""}
     with pytest.raises(machine_code.HazardError, match=words):
@@ -478,8 +537,9 @@ def _replaced(text: str, there: str, instead: str, place: int) -> str:
     return text[: match.start()] + match.expand(instead) + text[match.end() :]
 
 
-# Of all rows one in 40: changed code is compiled and compared, other code is as recorded. Then no digest is computed again. Last,
-# what a digest tells apart: a constant that the variant's code does not depend on changes its source alone.
+# Of all rows one in 40: changed code is compiled and compared, other code is as recorded. Then no
+# digest is computed again. Last, what a digest tells apart: a constant that the variant's code does
+# not depend on changes its source alone.
 KEPT = """
 from benchmarks.lab.compile_report import machine_code, report
 labels, old = [label for arch in report.ARCHS for label in report.jobs(arch)], report.read_report()
@@ -513,7 +573,10 @@ ALL = "from benchmarks.lab.compile_report.report import main; raise SystemExit(m
     "code",
     [
         pytest.param(KEPT, id="sample"),
-        *(pytest.param(ALL.format(arch), id=arch, marks=pytest.mark.nightly) for arch in report.ARCHS),
+        *(
+            pytest.param(ALL.format(arch), id=arch, marks=pytest.mark.nightly)
+            for arch in report.ARCHS
+        ),
     ],
 )
 def test_todays_kernels_keep_the_report(code: str, tmp_path: Path) -> None:
@@ -525,7 +588,9 @@ def test_todays_kernels_keep_the_report(code: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", report.ARCHS)
 @pytest.mark.parametrize("version", PINNED)
 def test_no_triton_compiles_a_hazard(version: str, arch: str) -> None:
-    if arch.startswith("sm_") and (problem := judge((int(arch[3:-1]), int(arch[-1])), version).problem):
+    if arch.startswith("sm_") and (
+        problem := judge((int(arch[3:-1]), int(arch[-1])), version).problem
+    ):
         pytest.skip(f"runs under the Tritons by which the kernels run on this GPU: {problem}")
     done = python(HAZARDS.format(version, arch))
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""``benchmarks.lab.gpu``: its dry run, its sections' processes and what ends them early, and its verdicts."""
+"""``benchmarks.lab.gpu``: its dry run, its sections' processes and what ends them early, and its
+verdicts.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,19 @@ from stablelora_kernels.dispatch import backend
 from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.gpu.test_nvidia_tools import WATCHED
 
-# On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this process cannot.
+# On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this
+# process cannot.
 pytestmark = pytest.mark.skipif(
-    not backend.INTERPRETING, reason="the dry run uses the interpreter: runs on machines without a GPU"
+    not backend.INTERPRETING,
+    reason="the dry run uses the interpreter: runs on machines without a GPU",
 )
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "benchmarks.lab.gpu", "--dry-run", "--out", str(out), *arguments]
-    return subprocess.Popen(words, cwd=command.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        words, cwd=command.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def processes() -> str:
@@ -41,7 +47,16 @@ def processes() -> str:
 
 ARMS = {
     "step": {"AdamW fused", "StableLoRAAdamW"},
-    "layer": {"frozen nn.Linear", "eager LoRA", "PEFT", "ours", "fused", "chained", "split", "vendor"},
+    "layer": {
+        "frozen nn.Linear",
+        "eager LoRA",
+        "PEFT",
+        "ours",
+        "fused",
+        "chained",
+        "split",
+        "vendor",
+    },
 }
 
 
@@ -50,15 +65,26 @@ def test_a_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
     process = start(tmp_path, "--budget", "3000")
     printed, _ = process.communicate(timeout=1500)
-    assert process.returncode == 0 and {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")} == before, printed
+    assert (
+        process.returncode == 0
+        and {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")} == before
+    ), printed
     summary = (tmp_path / "summary.md").read_text()
-    assert "DRY RUN" in summary.splitlines()[0] and "\nmet: " not in summary and "\nmissed: " not in summary
+    assert (
+        "DRY RUN" in summary.splitlines()[0]
+        and "\nmet: " not in summary
+        and "\nmissed: " not in summary
+    )
     found = {path.stem: read_records(path) for path in tmp_path.glob("*.csv")}
     assert {*found} == {"versions", *command.SECTIONS}
-    assert all({*rows.dry} == {"dry"} and {*rows.status} <= {"ok", "skipped"} for rows in found.values())
+    assert all(
+        {*rows.dry} == {"dry"} and {*rows.status} <= {"ok", "skipped"} for rows in found.values()
+    )
     graphs = pd.concat(found.values()).query("metric == 'us' and mode == 'graph' and median > 0")
     arms = graphs.groupby("section").arm.agg(set)
-    assert {*arms.index} == {"apart", "layer", "mlp", "projections", "step"} and dict(arms[[*ARMS]]) == ARMS
+    assert {*arms.index} == {"apart", "layer", "mlp", "projections", "step"} and dict(
+        arms[[*ARMS]]
+    ) == ARMS
 
 
 @pytest.mark.nightly
@@ -89,7 +115,8 @@ def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypat
     assert "OPENBLAS_NUM_THREADS" not in command.variables(60, dry=False)
 
 
-# The steps of the first tests, in order: a kernel's name or a test's, with the words of its parameters.
+# The steps of the first tests, in order: a kernel's name or a test's, with the words of its
+# parameters.
 STEPS = (
     "test_doctor", "test_down[1-", "test_down[2-", "test_linear[odd rows-split", "test_linear[even rows-split",
     "test_linear[few rows-fused", "test_linear[long sum-split", "test_linear[one tile-chained",
@@ -102,7 +129,9 @@ STEPS = (
 def collected(*arguments: str) -> list[str]:
     """The names of the tests that pytest would run, in order."""
     words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", *arguments]
-    printed = subprocess.run(words, cwd=command.ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        words, cwd=command.ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return [line.partition("::")[2] for line in printed.splitlines() if "::" in line]
 
 
@@ -113,7 +142,9 @@ def test_the_first_tests_come_in_order_and_none_is_left_out():
     # The section "correctness" leaves out these files.
     assert sorted(first) == sorted(collected(*command.FILES))
     watched = collected(*WATCHED["kernels"], *WATCHED["launches"])
-    assert {*watched} < {*first} and all(any(step in name for name in watched) for step in STEPS[:-2])
+    assert {*watched} < {*first} and all(
+        any(step in name for name in watched) for step in STEPS[:-2]
+    )
 
 
 class Ran(Exception):
@@ -127,7 +158,9 @@ def gpu(monkeypatch):
     def begins(*arguments):
         raise Ran
 
-    monkeypatch.setattr(command, "environment", lambda: {"gpu": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0"})
+    monkeypatch.setattr(
+        command, "environment", lambda: {"gpu": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0"}
+    )
     monkeypatch.setattr(command, "run", begins)
     monkeypatch.setattr(command.torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(command.torch.cuda, "current_device", lambda: 0)
@@ -138,14 +171,20 @@ def test_the_first_row_has_the_versions(gpu, monkeypatch, tmp_path, capsys):
     with pytest.raises(Ran):
         command.main(["--out", str(tmp_path)])
     (row,) = read_records(tmp_path / "versions.csv").to_dict("records")
-    assert re.fullmatch(r"torch 2\.11\.0, Triton 3\.6\.0, ptxas \d+\.\d+\.\d+ for sm_90", row["case"])
+    assert re.fullmatch(
+        r"torch 2\.11\.0, Triton 3\.6\.0, ptxas \d+\.\d+\.\d+ for sm_90", row["case"]
+    )
     assert row["case"] in capsys.readouterr().err and row["status"] == "ok"
 
 
-def test_a_triton_that_is_known_to_be_wrong_ends_the_run_unless_anyway(gpu, monkeypatch, tmp_path, capsys):
+def test_a_triton_that_is_known_to_be_wrong_ends_the_run_unless_anyway(
+    gpu, monkeypatch, tmp_path, capsys
+):
     wrong = "Triton 3.6.0 makes wrong code of these kernels for compute capability 9.0 (H100, H200, GH200)"
     monkeypatch.setattr(
-        backend, "verdict_of", lambda index: backend.Verdict(wrong, "install Triton 3.7.1 or newer", "")
+        backend,
+        "verdict_of",
+        lambda index: backend.Verdict(wrong, "install Triton 3.7.1 or newer", ""),
     )
     assert command.main(["--out", str(tmp_path)]) == 2
     assert (
@@ -156,7 +195,9 @@ def test_a_triton_that_is_known_to_be_wrong_ends_the_run_unless_anyway(gpu, monk
         command.main(["--out", str(tmp_path), "--anyway"])
     first = read_records(tmp_path / "versions.csv")
     assert [*first.note] == [wrong]
-    versions = report.page(first, {"gpu": "x"}, dry=False).partition("## Versions")[2].partition("##")[0]
+    versions = (
+        report.page(first, {"gpu": "x"}, dry=False).partition("## Versions")[2].partition("##")[0]
+    )
     assert wrong in versions and "ptxas" in versions
 
 
@@ -184,11 +225,16 @@ ENDS = {
 
 
 # A test that hangs takes all of its section's time.
-@pytest.mark.parametrize("status", ["failed", "ok", pytest.param("begun", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "status", ["failed", "ok", pytest.param("begun", marks=pytest.mark.nightly)]
+)
 def test_a_section_leaves_a_row_for_each_test_that_began(status, tmp_path, monkeypatch):
     end, seconds, note = ENDS[status]
     (tmp_path / "test_some.py").write_text(TESTS.format(end))
-    sections = {name: (1.0, [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]) for name in ("memcheck", "b")}
+    sections = {
+        name: (1.0, [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)])
+        for name in ("memcheck", "b")
+    }
     monkeypatch.setattr(command, "SECTIONS", sections)
     rows = command.run(["memcheck", "b"], tmp_path, 2 * seconds, {"gpu": "x"}, dry=False)
     # A failure in the first ends the run.
@@ -203,36 +249,58 @@ def test_a_section_leaves_a_row_for_each_test_that_began(status, tmp_path, monke
 ROLES = {"ours": "ours", "frozen nn.Linear": "base", "eager LoRA": "rival", "PEFT": "rival"}
 
 
-def timed(arm: str, us: float, m: int, phase: str, p: float = 0.1, **more: str) -> dict[str, object]:
+def timed(
+    arm: str, us: float, m: int, phase: str, p: float = 0.1, **more: str
+) -> dict[str, object]:
     sizes = {"m": m, "n_out": 4096, "k": 4096, "r": 16, "dropout": p, "case": f"M {m}, {p}"}
-    about = {"section": "layer", "metric": "us", "mode": "graph", "status": "ok", "role": ROLES.get(arm, "")}
+    about = {
+        "section": "layer",
+        "metric": "us",
+        "mode": "graph",
+        "status": "ok",
+        "role": ROLES.get(arm, ""),
+    }
     return {**about, **sizes, "phase": phase, "arm": arm, "median": us, **more}
 
 
-def results(eager: float, frozen: float, count: int, gib: float, us: float) -> list[dict[str, object]]:
+def results(
+    eager: float, frozen: float, count: int, gib: float, us: float
+) -> list[dict[str, object]]:
     """Invented rows, in which ours takes 1 us."""
     shapes = [(m, phase, 0.1) for m in report.MANY for phase in ("both", "backward")]
     shapes += [(m, "forward", 0.0) for m in report.FEW]
     arms = {"ours": 1.0, "eager LoRA": eager, "frozen nn.Linear": frozen}
     rows = [timed(*arm, *shape) for shape in shapes for arm in arms.items()]
-    rows += [{"test": report.LAUNCHES, "case": f"{m}-0.0-forward", "figure": count} for m in report.FEW]
-    rows += [{"test": "test_a_step_of_many_tensors_is_one_launch", "figure": count, "waits": count - 1}]
+    rows += [
+        {"test": report.LAUNCHES, "case": f"{m}-0.0-forward", "figure": count} for m in report.FEW
+    ]
+    rows += [
+        {"test": "test_a_step_of_many_tensors_is_one_launch", "figure": count, "waits": count - 1}
+    ]
     rows += [{"test": report.BYTES, "figure": gib}]
     return [*rows, timed("ours", us, 0, "step", section="step", state="shrinking", dtype="float32")]
 
 
 def test_what_was_predicted_stands_beside_what_was_measured():
-    """S measured as at the slow end; dX alone within the band and dX with dA 30 us above it, so dA's tail is what was wrong."""
+    """S measured as at the slow end; dX alone within the band and dX with dA 30 us above it, so
+    dA's tail is what was wrong.
+    """
     shape = parts.Shape(2048, 4096, 4096, 16, True, wide_adapters=False)
     band = parts.predicted(load_gpu("h100"), shape)
-    took = {"S": max(band["S"]), "dX": sum(band["dX"]) / 2, "dX and dA": max(band["dX and dA"]) + 30}
+    took = {
+        "S": max(band["S"]),
+        "dX": sum(band["dX"]) / 2,
+        "dX and dA": max(band["dX and dA"]) + 30,
+    }
     rows = [
         timed(arm, us, 2048, phase, section="apart")
         for phase in (report.MANY_LAUNCHES, report.ONE_LAUNCH)
         for arm, us in took.items()
     ]
     found = report.estimates(pd.DataFrame(rows)).set_index("launch")
-    assert [*found.index] == ["S", "dX", "dX and dA", "dA's tail"] and (found.fast <= found.slow).all()
+    assert [*found.index] == ["S", "dX", "dX and dA", "dA's tail"] and (
+        found.fast <= found.slow
+    ).all()
     assert found.off["S"] == found.off["dX"] == 0 < found.off["dX and dA"] < found.off["dA's tail"]
     assert "dA's tail" in report.page(pd.DataFrame(rows), {"gpu": "x"}, dry=False)
 

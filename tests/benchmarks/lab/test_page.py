@@ -1,4 +1,6 @@
-"""Pages and the README's figure have the figures of the stored results; what is kept for backward is what hooks count."""
+"""Pages and the README's figure have the figures of the stored results; what is kept for backward
+is what hooks count.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="runs where transformers is installed: pip install .[bench]")
+pytest.importorskip(
+    "transformers", reason="runs where transformers is installed: pip install .[bench]"
+)
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[bench]")
 pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[bench]")
 
@@ -16,7 +20,15 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import stablelora_kernels as slk
-from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, OURS, PEFT, PROJECTIONS_FUSED, adapt
+from benchmarks.common.arms import (
+    ACCELERATED,
+    FROZEN,
+    MLP_FUSED,
+    OURS,
+    PEFT,
+    PROJECTIONS_FUSED,
+    adapt,
+)
 from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.records import read_records
 from benchmarks.lab import memory
@@ -25,7 +37,9 @@ from tests.helpers.processes import ROOT
 
 
 def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, capsys):
-    """It has every case that lost, and none that won, among the losses; a changed page is noticed, and written anew."""
+    """It has every case that lost, and none that won, among the losses; a changed page is noticed,
+    and written anew.
+    """
     assert page.main(["--check"]) == 0, capsys.readouterr().out
     text = page.PAGE.read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b", text)
@@ -34,12 +48,22 @@ def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, c
     ratios = ratios[~ratios["case"].str.startswith("host ")]
     for (machine, case, arm), rows in ratios.groupby(["machine", "case", "arm"]):
         lost = rows[rows["q1"] > 1]["median"].max()
-        (*line,) = re.findall(re.escape(f"| {machine} | {case}, ") + f".* \\| {re.escape(arm)} \\| .*", losses)
-        assert len(line) == (lost == lost) and all(f"| {lost:.2f} (" in each for each in line), (machine, case, arm)
+        (*line,) = re.findall(
+            re.escape(f"| {machine} | {case}, ") + f".* \\| {re.escape(arm)} \\| .*", losses
+        )
+        assert len(line) == (lost == lost) and all(f"| {lost:.2f} (" in each for each in line), (
+            machine,
+            case,
+            arm,
+        )
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(page.headline, "draw", lambda _: ())
     page.PAGE.write_text("another", encoding="utf-8")
-    assert page.main(["--check"]) == 1 and page.main([]) == 0 and page.PAGE.read_text(encoding="utf-8") == text
+    assert (
+        page.main(["--check"]) == 1
+        and page.main([]) == 0
+        and page.PAGE.read_text(encoding="utf-8") == text
+    )
 
 
 def test_the_host_time_page_has_the_stored_figures():
@@ -52,22 +76,36 @@ def test_the_host_time_page_has_the_stored_figures():
     shown = re.findall(r"^\| (\d+) tensors \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
     assert len(shown) > 4
     for tensors, *cells in shown:
-        found = [medians[f"host step {tensors} tensors r2 width 8, gradients {way}"] for way in ("kept", "moved")]
+        found = [
+            medians[f"host step {tensors} tensors r2 width 8, gradients {way}"]
+            for way in ("kept", "moved")
+        ]
         assert [f"{value:.2f}" for value in found] == cells
 
 
 def test_the_performance_page_has_the_figures_of_the_main_jobs():
     text = page.PAGE.with_name("performance.md").read_text(encoding="utf-8")
-    forms = {"% over frozen": ".1f", "speedup over PEFT": ".2f", "loss minus PEFT": "+.3f", "MiB at the peak": ",.0f"}
+    forms = {
+        "% over frozen": ".1f",
+        "speedup over PEFT": ".2f",
+        "loss minus PEFT": "+.3f",
+        "MiB at the peak": ",.0f",
+    }
     files = sorted(page.RESULTS.glob("*/main*/result.csv"))
     assert files
     for file in files:
         rows = read_records(file)
         rows = rows[rows["phase"].isin(("step", "held-out")) & rows["metric"].isin(forms)]
         assert {*rows["metric"]} == {*forms}
-        for row in rows[(rows["role"] == "ours") | (rows["metric"] == "MiB at the peak")].itertuples():
+        for row in rows[
+            (rows["role"] == "ours") | (rows["metric"] == "MiB at the peak")
+        ].itertuples():
             value = f"{round(row.median, 3) + 0.0:{forms[row.metric]}}"
-            spread = f" ± {row.half_95:{forms[row.metric].strip('+')}} |" if row.half_95 == row.half_95 else " |"
+            spread = (
+                f" ± {row.half_95:{forms[row.metric].strip('+')}} |"
+                if row.half_95 == row.half_95
+                else " |"
+            )
             assert value + spread in text, (file, row)
 
 
@@ -76,21 +114,31 @@ ROWS = {
     FROZEN: "frozen", PEFT: "PEFT", OURS: SEPARATE, OURS + PROJECTIONS_FUSED: SEPARATE, OURS + MLP_FUSED: "`fuse_mlp`",
     ACCELERATED + MLP_FUSED: "`fuse_mlp`",
 }  # fmt: skip
-# More than the 64 rows below which plain operators compute; no size divides another; masks fill their words.
+# More than the 64 rows below which plain operators compute; no size divides another; masks fill
+# their words.
 SMALL = {"M": 97, "K": 96, "F": 160, "r": 3}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize(
     ("arm", "sizes", "device"),
-    [*((arm, SMALL, "cpu") for arm in ROWS), *((arm, memory.LLAMA_8B, "meta") for arm in (FROZEN, PEFT))],
+    [
+        *((arm, SMALL, "cpu") for arm in ROWS),
+        *((arm, memory.LLAMA_8B, "meta") for arm in (FROZEN, PEFT)),
+    ],
 )
 def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatch):
-    """Ours by the kernels in the interpreter, and PEFT's by the operator that a GPU has for dropout, whose mask is bool."""
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+    """Ours by the kernels in the interpreter, and PEFT's by the operator that a GPU has for
+    dropout, whose mask is bool.
+    """
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     drop = torch.native_dropout
     monkeypatch.setattr(
-        nn.functional, "dropout", lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0]
+        nn.functional,
+        "dropout",
+        lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0],
     )
     m, k, f, r = sizes.values()
     with torch.device(device):

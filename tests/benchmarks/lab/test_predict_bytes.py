@@ -1,4 +1,6 @@
-"""The formulas of bytes against the interpreter's count, the counter against a kernel counted by hand, floors and targets."""
+"""The formulas of bytes against the interpreter's count, the counter against a kernel counted by
+hand, floors and targets.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from tests.helpers.case_checks import table
 
 pytestmark = [
     pytest.mark.skipif(
-        not backend.INTERPRETING, reason="bytes are counted in the interpreter: runs on machines without a GPU"
+        not backend.INTERPRETING,
+        reason="bytes are counted in the interpreter: runs on machines without a GPU",
     ),
     pytest.mark.usefixtures("one_thread"),
 ]
@@ -38,11 +41,16 @@ H100 = DEVICES["sm_90"]
 
 
 def check_bytes(case: Case, given: dict[str, Any] | None = None) -> list[Any]:
-    """The launches of a call, of which the interpreter counts the formula's bytes, tensor by tensor."""
+    """The launches of a call, of which the interpreter counts the formula's bytes, tensor by
+    tensor.
+    """
     with counted() as found:
         run(case, given)
     for seen in found:
-        assert seen.tensors == formula.formula_by_tensor(seen.launch), (seen.kernel, seen.launch.variant)
+        assert seen.tensors == formula.formula_by_tensor(seen.launch), (
+            seen.kernel,
+            seen.launch.variant,
+        )
     return [seen.launch for seen in found]
 
 
@@ -84,9 +92,13 @@ def test_the_formula_counts_right(case: Case) -> None:
     check_bytes(case)
 
 
-@pytest.mark.parametrize("wanted", [("x",), ("lora_A0",), ("lora_B0",), ("lora_A0", "lora_B0")], ids="-".join)
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("lora_A0",), ("lora_B0",), ("lora_A0", "lora_B0")], ids="-".join
+)
 def test_few_of_the_gradients_of_a_broadcast_x(wanted: tuple[str, ...]) -> None:
-    check_bytes(Case(shape=(70, 24), dtype=BF16, layouts={"x": "expanded"}, wanted=wanted, arch="sm_90"))
+    check_bytes(
+        Case(shape=(70, 24), dtype=BF16, layouts={"x": "expanded"}, wanted=wanted, arch="sm_90")
+    )
 
 
 @pytest.mark.covering(1)
@@ -118,19 +130,27 @@ def test_quantized_weights(kind, m, n, k, blocksize, nested, dtype, first, p):
 def test_launches_of_an_mlp_are_planned_as_they_are_made() -> None:
     case = Case("mlp", (70, 40), (136, 136, 72), (8, 8, 8), BF16, p=0.3, arch="sm_90")
     planned = mlp_launches(H100, 70, (72, 136, 40), 8, (BF16, FP32), 0.3)
-    assert [launch.variant for way in planned for launch in way] == [launch.variant for launch in check_bytes(case)]
+    assert [launch.variant for way in planned for launch in way] == [
+        launch.variant for launch in check_bytes(case)
+    ]
 
 
 # Floors and targets.
 
 
 def test_floors_by_hand():
-    """Forward and backward, in bfloat16 with a bias: X of 10 elements, W of 15, Y of 6; A and B of 8 in float32."""
+    """Forward and backward, in bfloat16 with a bias: X of 10 elements, W of 15, Y of 6; A and B of
+    8 in float32.
+    """
     frozen = 2 * (10 + 15 + 3 + 6) + 2 * (6 + 15 + 10)
     layer = bytes_moved.Case
     assert layer(2, 3, 5, 1).floors() == (frozen + 4 * 8 + (2 * 10 + 4 * 8 + 4 * 8), frozen)
-    assert layer(2, 3, 5, 1, 0.1, lora_dtype=BF16).floors()[0] == frozen + 2 * 8 + (2 * 10 + 2 * 8 + 2 * 8) + 2 * 8
-    # Half a byte an element, a byte of scale for 64, and 4 bytes for 256 of those; a byte an element, 4 bytes of scale a row.
+    assert (
+        layer(2, 3, 5, 1, 0.1, lora_dtype=BF16).floors()[0]
+        == frozen + 2 * 8 + (2 * 10 + 2 * 8 + 2 * 8) + 2 * 8
+    )
+    # Half a byte an element, a byte of scale for 64, and 4 bytes for 256 of those; a byte an
+    # element, 4 bytes of scale a row.
     plain = layer(2, 64, 64, 1).floors()[1] - 2 * 2 * 64 * 64
     assert layer(2, 64, 64, 1, how="nf4").floors()[1] == plain + 2 * (64 * 32 + 64 + 4)
     assert layer(2, 64, 64, 1, how="fp8").floors()[1] == plain + 2 * (64 * 64 + 4 * 64)
@@ -142,22 +162,43 @@ def row_of(*sizes):
 
 
 def test_what_is_saved_stays_saved():
-    """The passes of a layer, the reads that projections of one X share, and those of a gated MLP's G, U, H and dH."""
+    """The passes of a layer, the reads that projections of one X share, and those of a gated MLP's
+    G, U, H and dH.
+    """
     for kernel, launches, passes in (("auto", 2, 1), ("split", 4, 3)):
         row = row_of(8192, 4096, 4096, 16, 0.1, kernel)
-        assert row["launches"] == launches and row["extra X, Y passes"] == pytest.approx(passes, abs=1e-3)
+        assert row["launches"] == launches and row["extra X, Y passes"] == pytest.approx(
+            passes, abs=1e-3
+        )
         # The mask's bits are written once and read twice.
-        assert row["extra passes"] < passes + 0.27 + 3 / 16 and 1 < row["unique / floor"] < row["issued / floor"]
-    apart, together = (row_of(8192, (4096, 1024, 1024), 4096, 16, 0.0, how) for how in (APART, TOGETHER))
-    assert (apart["launches"], together["launches"]) == (12, 10) and together["unique"] < 0.7 * apart["unique"]
+        assert (
+            row["extra passes"] < passes + 0.27 + 3 / 16
+            and 1 < row["unique / floor"] < row["issued / floor"]
+        )
+    apart, together = (
+        row_of(8192, (4096, 1024, 1024), 4096, 16, 0.0, how) for how in (APART, TOGETHER)
+    )
+    assert (apart["launches"], together["launches"]) == (12, 10) and together[
+        "unique"
+    ] < 0.7 * apart["unique"]
     three, one = (row_of(2048, 14336, 4096, 16, 0.0, how) for how in (SEPARATE, ONE_OP))
-    assert (three["launches"], one["launches"]) == (12, 10) and one["unique"] < 0.85 * three["unique"]
+    assert (three["launches"], one["launches"]) == (12, 10) and one["unique"] < 0.85 * three[
+        "unique"
+    ]
 
 
-@pytest.mark.parametrize(("width", "dtype", "b"), [(256, FP32, 1e-3), (2048, BF16, 8.0), (2777, FP16, 1e-3)])
+@pytest.mark.parametrize(
+    ("width", "dtype", "b"), [(256, FP32, 1e-3), (2048, BF16, 8.0), (2777, FP16, 1e-3)]
+)
 def test_the_optimizer_is_close_to_its_floor(width, dtype, b):
-    """The second step, as the first also measures the sums; shrinking, or latched as B is large. Sizes may fit no chunk."""
-    values = {"0.lora_A": torch.ones(4, width), "0.lora_B": torch.full((width, 4), b), "other": torch.ones(5000)}
+    """The second step, as the first also measures the sums; shrinking, or latched as B is large.
+    Sizes may fit no chunk.
+    """
+    values = {
+        "0.lora_A": torch.ones(4, width),
+        "0.lora_B": torch.full((width, 4), b),
+        "other": torch.ones(5000),
+    }
     named = {name: p.to(dtype).requires_grad_() for name, p in values.items()}
     optimizer = StableLoRAAdamW([*named.items()])
     for p in named.values():
@@ -168,7 +209,10 @@ def test_the_optimizer_is_close_to_its_floor(width, dtype, b):
             optimizer.step()
     # p, g, m and v read; p, m and v written; the moments are float32.
     floor = sum(p.numel() for p in named.values()) * (3 * dtype.itemsize + 16)
-    assert len(found) == 1 and floor <= found[0].traffic.unique <= found[0].traffic.issued <= 1.007 * floor
+    assert (
+        len(found) == 1
+        and floor <= found[0].traffic.unique <= found[0].traffic.issued <= 1.007 * floor
+    )
 
 
 def test_the_command_writes_all_rows(tmp_path, monkeypatch, capsys):
