@@ -208,18 +208,19 @@ def check_mask(device: torch.device) -> list[Deviation]:
 def check_experts(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
     """A stack of experts, of which one has no rows: each is a layer of its rows."""
     rows = [23, 0, 31, 16]
-    experts: list[Any] = [
-        testing.make_inputs((count, 48), 72, 8, dtype=dtype, lora_dtype=FP32, device=device, seed=e)
+    experts = [
+        Case(shape=(count, 48), sizes=(72,), ranks=(8,), dtype=dtype, scalings=(SCALING,), device=str(device), seed=e)
         for e, count in enumerate(rows)
-    ]
-    x, grad = (torch.cat([expert[name] for expert in experts]) for name in ("x", "grad"))
+    ]  # fmt: skip
+    operands = [make(expert) for expert in experts]
+    x, grad = (torch.cat([tensors[name] for tensors in operands]) for name in ("x", "grad0"))
     weight, bias, lora_A, lora_B = (
-        torch.stack([expert[name] for expert in experts])
-        for name in ("weight", "bias", "lora_A", "lora_B")
+        torch.stack([tensors[name] for tensors in operands])
+        for name in ("weight0", "bias0", "lora_A0", "lora_B0")
     )
     leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
-    offsets = torch.tensor(rows, device=device).cumsum(0)
-    y = lora_experts(x, weight, bias, lora_A, lora_B, SCALING, offsets)
+    ends = torch.tensor(rows, device=device).cumsum(0)
+    y = lora_experts(x, weight, bias, lora_A, lora_B, SCALING, ends)
     dx, das, dbs = torch.autograd.grad(y, leaves, grad)
 
     measured = []
@@ -228,21 +229,17 @@ def check_experts(device: torch.device, *, dtype: torch.dtype) -> list[Deviation
             nothing = torch.cat([das[e].flatten(), dbs[e].flatten()])
             measured.append(Deviation(nothing.abs().max().item(), 0.0, f"dA and dB of expert {e}"))
             continue
-        end = int(offsets[e])
-        own = slice(end - rows[e], end)
-        results = {"Y": y[own].detach(), "dX": dx[own], "dA": das[e], "dB": dbs[e]}
-        refs, baselines = testing.oracle(expert, SCALING), testing.eager(expert, SCALING)
-        roundings = testing.roundings(expert, SCALING)
+        end = int(ends[e])
+        of_expert = slice(end - rows[e], end)
+        results = {
+            "Y0": y[of_expert].detach(),
+            "x": dx[of_expert],
+            "lora_A0": das[e],
+            "lora_B0": dbs[e],
+        }
+        expected = expectations(expert, operands[e])
         for name, value in results.items():
-            label = f"{name} of expert {e}"
-            measured += testing.deviations(
-                value,
-                refs[name],
-                baselines[name],
-                dtype=dtype,
-                rounding=roundings[name],
-                name=label,
-            )
+            measured += expected[name].deviations(value, f"{name} of expert {e}")
     return measured
 
 

@@ -26,22 +26,16 @@ from stablelora_kernels.testing.inputs import (
     nf4_weight,
 )
 from stablelora_kernels.testing.layers import (
-    GRADIENTS,
     as_rows,
-    eager,
     keep_of,
     kept_for_backward,
-    oracle,
     rounded_operand,
-    roundings,
-    run,
 )
 
 __all__ = [
     "DEVIATIONS",
     "DTYPES",
     "EPS",
-    "GRADIENTS",
     "MLP_SLOPES",
     "SLOPES",
     "Deviation",
@@ -50,7 +44,6 @@ __all__ = [
     "assert_no_worse",
     "dequantized_ref",
     "deviations",
-    "eager",
     "farthest_element",
     "forward_backward",
     "fp8_weight",
@@ -60,11 +53,8 @@ __all__ = [
     "make_inputs",
     "make_pairs",
     "nf4_weight",
-    "oracle",
     "pretend_gpu",
     "rounded_operand",
-    "roundings",
-    "run",
     "scale_of",
     "torch_device",
 ]

@@ -130,24 +130,32 @@ class Expected(NamedTuple):
 
 
 def expectations(
-    case: Case, given: Operands, keep: Tensor | None = None, contiguous: bool = False
+    case: Case,
+    operands: Operands,
+    keep: Tensor | None = None,
+    contiguous: bool = False,
+    baseline: Results | None = None,
 ) -> dict[str, Expected]:
-    """What each result of a call with the operands ``given`` must be, by name.
+    """What each result of a call with these ``operands`` must be, by name.
 
     ``keep``: the dropout mask, if it is not that of a run of the case. ``contiguous``: eager
-    PyTorch gets its operands so.
+    PyTorch gets its operands so. ``baseline``: the results of another's code, which the call may
+    not be worse than, in place of eager PyTorch's.
     """
-    computed = as_computed(case, given)
-    keeps, p = masks(case, given) if keep is None else ([keep], case.p)
-    eagers = changed(computed, lambda name, t: t.contiguous()) if contiguous else computed
-    ref, baseline = oracle(case, computed, keeps, p), eager(case, eagers, keeps, p)
+    computed = as_computed(case, operands)
+    keeps, p = masks(case, operands) if keep is None else ([keep], case.p)
+    ref = oracle(case, computed, keeps, p)
+    if baseline is None:
+        eagers = changed(computed, lambda name, t: t.contiguous()) if contiguous else computed
+        baseline = eager(case, eagers, keeps, p)
     elements = max(t.numel() for t in baseline.values())
     allowed = roundings(case, computed, keeps, p) if elements <= MOST_ROUNDINGS else {}
     slopes = MLP_SLOPES if case.op == "mlp" else SLOPES
+    arithmetic = BF16 if case.autocast else case.dtype
     expected = {}
     for name, value in baseline.items():
         # Gradients are products in x's dtype; the output is rounded to base_out's.
-        dtype = value.dtype if name.startswith("Y") else computed["x"].dtype
+        dtype = value.dtype if name.startswith("Y") else arithmetic
         expected[name] = Expected(ref[name], value, dtype, allowed.get(name), slopes[dtype])
     return expected
 

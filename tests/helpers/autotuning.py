@@ -15,8 +15,8 @@ from stablelora_kernels import testing
 from stablelora_kernels.dispatch import autotune, problem
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.ops import plans
-from stablelora_kernels.testing.cases import BF16, DEVICE
-from tests.helpers.oracle import check_all as check_results
+from stablelora_kernels.testing.cases import BF16, DEVICE, Case, run
+from tests.helpers.case_checks import check
 
 SCALING = 1.7
 GPU = problem.device_of(torch.device(DEVICE))
@@ -92,14 +92,17 @@ def forward(inputs, dropout_p=0.0):
 
 def check_all(inputs):
     """Y and the three gradients against the oracle."""
-    ref, base = (results(inputs, SCALING) for results in (testing.oracle, testing.eager))
-    check_results(
-        testing.run(forward, inputs),
-        ref,
-        base,
-        inputs["x"].dtype,
-        testing.roundings(inputs, SCALING),
+    x, lora_A = inputs["x"], inputs["lora_A"]
+    case = Case(
+        shape=tuple(x.shape),
+        sizes=(len(inputs["weight"]),),
+        ranks=(len(lora_A),),
+        dtype=x.dtype,
+        lora_dtype=lora_A.dtype,
+        scalings=(SCALING,),
     )
+    operands = {name if name == "x" else f"{name}0": t for name, t in inputs.items()}
+    check(case, run(case, operands), operands)
 
 
 def files() -> list[Path]:

@@ -5,43 +5,58 @@ rounding allows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.reference.rounding import Rounded
-from stablelora_kernels.testing import assert_no_worse
-
-Results = dict[str, Tensor]
-
-
-def check_all(
-    out: Results, ref: Results, base: Results, dtype: torch.dtype, roundings: dict[str, Rounded]
-) -> None:
-    """No result of ``out`` is worse than the baseline ``base``, which somebody else's layer may
-    have computed.
-    """
-    for name, value in out.items():
-        assert_no_worse(
-            value, ref[name], base[name], dtype=dtype, rounding=roundings[name], name=name
-        )
+from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.testing import SLOPES, assert_no_worse
+from stablelora_kernels.testing.cases import Case, Results
+from stablelora_kernels.testing.expectations import expectations
 
 
 def run_layer(
     layer: Callable[[Tensor], Tensor], x: Tensor, pair: Sequence[Tensor], grad: Tensor
 ) -> Results:
-    """The results of a layer that holds its ``pair`` of A and B itself."""
-    y = layer(x)
-    grads = torch.autograd.grad(y, (x, *pair), grad.to(y.dtype))
-    return {"Y": y.detach(), **dict(zip(("dX", "dA", "dB"), grads, strict=True))}
-
-
-def layer_inputs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pair: Sequence[Tensor], grad: Tensor
-) -> dict[str, Any]:
-    """The arguments of :func:`stablelora_kernels.testing.oracle` and of ``roundings`` for such a
-    layer.
+    """The results of a layer that holds its ``pair`` of A and B itself, as a :class:`Case` names
+    them.
     """
-    a, b = pair
-    return {"x": x, "weight": weight, "bias": bias, "lora_A": a, "lora_B": b, "grad": grad}
+    y = layer(x)
+    dx, da, db = torch.autograd.grad(y, (x, *pair), grad.to(y.dtype))
+    return {"Y0": y.detach(), "x": dx, "lora_A0": da, "lora_B0": db}
+
+
+def check_layer(
+    results: Results,
+    baseline: Results,
+    x: Tensor,
+    weight: Tensor | NF4Weight | FP8Weight,
+    bias: Tensor | None,
+    pair: Sequence[Tensor],
+    grad: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> None:
+    """No result of a layer that multiplies in ``dtype`` is worse than the ``baseline``, which
+    somebody else's layer may have computed.
+    """
+    lora_A, lora_B = pair
+    operands = {
+        "x": x,
+        "weight0": weight,
+        "bias0": bias,
+        "lora_A0": lora_A,
+        "lora_B0": lora_B,
+        "grad0": grad,
+    }
+    case = Case(
+        shape=tuple(x.shape),
+        sizes=(lora_B.shape[0],),
+        ranks=(lora_A.shape[0],),
+        dtype=dtype,
+        scalings=(scaling,),
+    )
+    expected = expectations(case, operands, baseline=baseline)
+    for name, value in results.items():
+        bound = expected[name]._replace(dtype=dtype, slope=SLOPES[dtype])
+        assert_no_worse(value, name=name, **bound._asdict())
