@@ -13,7 +13,7 @@ hooks
 The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction``
 saves G and U (src/liger_kernel/ops/swiglu.py), and Unsloth's ``LoRA_MLP`` saves x, G and U
 (unsloth/kernels/fast_lora.py). Frozen weights, adapters and logits come from
-``examples.cluster_plan``.
+``benchmarks.lab.cluster_plan``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, markdown
-from examples.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
+from benchmarks.lab.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
 
 STATIC = RESULTS.parents[1] / "docs" / "_static"
 GIB = 1 << 30

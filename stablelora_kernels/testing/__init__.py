@@ -16,7 +16,9 @@ from stablelora_kernels.testing.bounds import (
     farthest_element,
     scale_of,
 )
+from stablelora_kernels.testing.cases import Case, make
 from stablelora_kernels.testing.devices import pretend_gpu, torch_device
+from stablelora_kernels.testing.expectations import Expected, expectations
 from stablelora_kernels.testing.inputs import (
     DTYPES,
     dequantized_ref,
@@ -38,18 +40,22 @@ __all__ = [
     "EPS",
     "MLP_SLOPES",
     "SLOPES",
+    "Case",
     "Deviation",
     "EagerLoRA",
+    "Expected",
     "as_rows",
     "assert_no_worse",
     "dequantized_ref",
     "deviations",
+    "expectations",
     "farthest_element",
     "forward_backward",
     "fp8_weight",
     "keep_of",
     "kept_for_backward",
     "layer_arms",
+    "make",
     "make_inputs",
     "make_pairs",
     "nf4_weight",

@@ -20,7 +20,13 @@ from stablelora_kernels.reference.rounding import (
     RoundedMLP,
     total,
 )
-from stablelora_kernels.testing.bounds import MLP_SLOPES, SLOPES, Deviation, deviations
+from stablelora_kernels.testing.bounds import (
+    MLP_SLOPES,
+    SLOPES,
+    Deviation,
+    assert_no_worse,
+    deviations,
+)
 from stablelora_kernels.testing.cases import (
     BF16,
     FP32,
@@ -128,6 +134,10 @@ class Expected(NamedTuple):
     def deviations(self, out: Tensor, name: str) -> list[Deviation]:
         return deviations(out, name=name, **self._asdict())
 
+    def check(self, out: Tensor, name: str) -> list[Deviation]:
+        """Raise AssertionError as :func:`assert_no_worse` does; return what was compared."""
+        return assert_no_worse(out, name=name, **self._asdict())
+
 
 def expectations(
     case: Case,
@@ -136,7 +146,8 @@ def expectations(
     contiguous: bool = False,
     baseline: Results | None = None,
 ) -> dict[str, Expected]:
-    """What each result of a call with these ``operands`` must be, by name.
+    """What each result of a call with these ``operands`` must be, by name: "Y0", and each gradient
+    by its operand's, "x", "lora_A0" and "lora_B0".
 
     ``keep``: the dropout mask, if it is not that of a run of the case. ``contiguous``: eager
     PyTorch gets its operands so. ``baseline``: the results of another's code, which the call may

@@ -20,9 +20,7 @@ for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
 
 from safetensors.torch import load_file  # noqa: E402
 
-import stablelora_kernels as slk  # noqa: E402
-from benchmarks.common.memory import saved_for_backward  # noqa: E402
-from examples import cluster_plan, finetune, peft_trainer, replace_linear, tutorial  # noqa: E402
+from examples import finetune, peft_trainer, replace_linear, tutorial  # noqa: E402
 from tests.helpers.dying import kills, needs_fork  # noqa: E402
 from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 from tests.helpers.small_models import llama  # noqa: E402
@@ -273,37 +271,6 @@ def test_a_run_is_not_mixed_with_another(files: list[str], alone: Path) -> None:
     assert sorted(alone.iterdir()) == before
 
 
-def test_the_cluster_plans_memory_is_what_layers_keep() -> None:
-    r, tokens = 4, 24
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = llama(**sizes, head_dim=16, attn_implementation="sdpa").to(torch.bfloat16)
-    slk.apply_lora(model, slk.LoRAConfig(r=r, target_modules="all-linear"))
-    plan = cluster_plan.count(model.config.to_dict(), r, "all-linear")
-    trainable, total = slk.count_parameters(model)
-    assert (plan.frozen, plan.adapters) == (total - trainable, trainable)
-    hidden = torch.zeros(1, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
-    positions = model.model.rotary_emb(hidden, torch.arange(tokens)[None])
-
-    def layers() -> torch.Tensor:
-        out = hidden
-        for layer in model.model.layers:
-            out = layer(out, position_embeddings=positions)
-        return out
-
-    kept = saved_for_backward(layers, [*model.parameters(), *model.buffers(), *positions])
-    # The casts of A and B, which the PyTorch path keeps.
-    counted = (
-        cluster_plan.activations(plan, tokens, checkpointing=False)
-        + cluster_plan.BF16 * plan.adapters
-    )
-    assert kept == pytest.approx(counted, rel=0.02)
-
-
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> dict[str, str]:
     """An environment in which Python sees the installed package and not the repository."""
@@ -313,9 +280,7 @@ def elsewhere(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "program", ["finetune", "peft_trainer", "replace_linear", "tutorial", "cluster_plan"]
-)
+@pytest.mark.parametrize("program", ["finetune", "peft_trainer", "replace_linear", "tutorial"])
 def test_by_its_path_from_any_directory(
     program: str, tmp_path: Path, elsewhere: dict[str, str]
 ) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from stablelora_kernels import testing
 from stablelora_kernels.reference.rounding import Rounded
-from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import (
     BF16,
     DEVICE,
@@ -79,7 +78,7 @@ def check(
         if where_eager_is_finite and not finite.all():
             check_finite_part(name, value, expected, broken)
             continue
-        compared = assert_no_worse(value, name=name, **expected._asdict())
+        compared = expected.check(value, name)
         largest = max([largest, *((one.share, one.of) for one in compared)])
     return largest
 

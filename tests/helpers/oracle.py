@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.testing import SLOPES, assert_no_worse
+from stablelora_kernels.testing import SLOPES
 from stablelora_kernels.testing.cases import Case, Results
 from stablelora_kernels.testing.expectations import expectations
 
@@ -58,5 +58,4 @@ def check_layer(
     )
     expected = expectations(case, operands, baseline=baseline)
     for name, value in results.items():
-        bound = expected[name]._replace(dtype=dtype, slope=SLOPES[dtype])
-        assert_no_worse(value, name=name, **bound._asdict())
+        expected[name]._replace(dtype=dtype, slope=SLOPES[dtype]).check(value, name)

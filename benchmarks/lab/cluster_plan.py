@@ -1,8 +1,8 @@
 """Memory and traffic of a LoRA run over several machines, before anyone rents them. Nothing is
 measured.
 
-python -m examples.cluster_plan --checkpointing                      Llama 70B, four machines of eight GPUs
-python -m examples.cluster_plan --model DIRECTORY --nodes 2          a Llama of your own, by its config.json
+python -m benchmarks.lab.cluster_plan --checkpointing                      Llama 70B, four machines of eight GPUs
+python -m benchmarks.lab.cluster_plan --model DIRECTORY --nodes 2          a Llama of your own, by its config.json
 
 Parameters, and what a decoder layer saves for its backward, are counted on the model itself, in
 tensors without memory. Bytes that processes exchange are arithmetic, which its tests hold against
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +24,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import stablelora_kernels as slk
-
-# So that `python examples/cluster_plan.py` finds the repository's packages.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common.memory import saved_for_backward
 
 # From the models' published config.json; Qwen3's norms of queries and keys are left out.
