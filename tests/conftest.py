@@ -29,10 +29,32 @@ if not torch.cuda.is_available():
 # where it is not.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
+# What -m smoke runs, in a minute or two: the rules of imports, every choice, errors, the oracle of
+# the optimizer and of single kernels, the pages' code.
+SMOKE = (
+    "tests/dispatch/",
+    "tests/docs/test_docs.py",
+    "tests/kernels/test_lora_linear_kernels.py",
+    "tests/kernels/test_stable_adamw_kernel.py",
+    "tests/model/test_apply.py",
+    "tests/mutants/test_planted.py",
+    "tests/nn/test_linear.py",
+    "tests/ops/test_errors.py",
+    "tests/optim/test_latch.py",
+    "tests/optim/test_optim_errors.py",
+    "tests/optim/test_reference.py",
+    "tests/test_import_rules.py",
+    "tests/test_testing.py",
+    "tests/test_walk.py",
+)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what runs at night, whatever else -m asks for."""
+    """Mark what the smoke job runs. Leave out what runs at night, whatever else -m asks for."""
+    for item in items:
+        if item.nodeid.startswith(SMOKE):
+            item.add_marker(pytest.mark.smoke)
     if not torch.cuda.is_available():
         leave_the_rest_to_the_night(items)
     if "nightly" in config.option.markexpr:
