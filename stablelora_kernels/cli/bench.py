@@ -158,7 +158,7 @@ def _step_samples(args: argparse.Namespace, device: torch.device) -> dict[str, l
         for name in (SHRINKING, LATCHED)
     }
     arms: dict[str, Callable[[], Any]] = {ADAMW: plain.step} | {
-        name: each.step for name, each in ours.items()
+        name: arm.step for name, arm in ours.items()
     }
     samples = interleave(arms, warmup=WARMUP, iters=args.iters)
     for name, optimizer in ours.items():
@@ -174,9 +174,9 @@ def summarize_arms(
 ) -> dict[str, dict[str, Summary]]:
     """Each arm's milliseconds and its ratios to other arms, taken round by round."""
 
-    def over(name: str, other: str) -> Summary:
+    def over(name: str, baseline: str) -> Summary:
         return summarize(
-            [one / two for one, two in zip(samples[name], samples[other], strict=True)]
+            [one / two for one, two in zip(samples[name], samples[baseline], strict=True)]
         )
 
     summaries = {
@@ -188,11 +188,11 @@ def summarize_arms(
     return summaries
 
 
-def verdict(subject: str, ratio: Summary, other: str) -> str:
+def verdict(subject: str, ratio: Summary, baseline: str) -> str:
     """A sentence on the ratio. It says faster or slower only if three of four rounds do."""
     spread = f"{ratio['median']:.2f} of its time (quartiles {ratio['q1']:.2f} to {ratio['q3']:.2f})"
     if ratio["q3"] < 1:
-        return f"{subject} is FASTER than {other} here: {spread}."
+        return f"{subject} is FASTER than {baseline} here: {spread}."
     if ratio["q1"] > 1:
-        return f"{subject} is SLOWER than {other} here: {spread}."
-    return f"{subject} and {other} can't be told apart in this run: {spread}."
+        return f"{subject} is SLOWER than {baseline} here: {spread}."
+    return f"{subject} and {baseline} can't be told apart in this run: {spread}."

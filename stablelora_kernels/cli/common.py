@@ -73,34 +73,34 @@ def device_of(args: argparse.Namespace) -> torch.device:
         return torch_device(args.device)
 
 
-def find(argument: str, given: str, patterns: Sequence[str]) -> Path:
-    """The path ``given``, or the directory of the hub repository ``given`` with the files that
+def find(argument: str, place: str, patterns: Sequence[str]) -> Path:
+    """The path ``place``, or the directory of the hub repository ``place`` with the files that
     match ``patterns``.
     """
     with failing(ImportError, OSError, ValueError):
-        if (path := Path(given)).exists():
+        if (path := Path(place)).exists():
             return path
-        if not extras.is_hub_id(given):
+        if not extras.is_hub_id(place):
             raise CommandError(
-                f"{argument} must be a path or a hub id like 'owner/name', got {given!r} (nothing there)"
+                f"{argument} must be a path or a hub id like 'owner/name', got {place!r} (nothing there)"
             )
-        return extras.from_hub(argument, given, patterns)
+        return extras.from_hub(argument, place, patterns)
 
 
-def load_files(given: str, convert: Callable[[Tensor], Any]) -> Adapter:
+def load_files(place: str, convert: Callable[[Tensor], Any]) -> Adapter:
     """Read the adapter that a user names. ``convert`` gets one tensor at a time.
 
     A weights file may be given alone; the config in its directory counts, if there is one. An
     adapter that cannot be read ends every command alike, with status 2.
     """
-    path = find("ADAPTER", given, (CONFIG_NAME, WEIGHTS_NAME))
+    path = find("ADAPTER", place, (CONFIG_NAME, WEIGHTS_NAME))
     try:
         if not path.is_file():
             return read_adapter(path, convert)
         if path.suffix != ".safetensors":
             pickled = ": a pickle can run code, so it is refused" if path.suffix in PICKLES else ""
             raise CommandError(
-                f"ADAPTER must be a directory or a safetensors file, got {given!r}{pickled}"
+                f"ADAPTER must be a directory or a safetensors file, got {place!r}{pickled}"
             )
         return read_pair(path.with_name(CONFIG_NAME), path, convert)
     except (ValueError, ImportError, OSError) as error:

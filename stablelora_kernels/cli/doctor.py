@@ -137,7 +137,7 @@ def _report_findings(device: torch.device, report: Report) -> str | None:
 
 def _versions() -> dict[str, str]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = {
+    facts = {
         "stablelora-kernels": __version__,
         "installed in": str(Path(__file__).parents[2]),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -147,12 +147,12 @@ def _versions() -> dict[str, str]:
         "ROCm": torch.version.hip or "not in this torch",
     }
     for index in range(gpus):
-        found["GPU" if gpus == 1 else f"GPU {index}"] = _gpu(index)
+        facts["GPU" if gpus == 1 else f"GPU {index}"] = _gpu(index)
     built_for = torch.version.cuda or torch.version.hip
     return (
-        found
+        facts
         if gpus
-        else found | {"GPU": f"no GPU that this torch {'sees' if built_for else 'could use'}"}
+        else facts | {"GPU": f"no GPU that this torch {'sees' if built_for else 'could use'}"}
     )
 
 

@@ -75,12 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
-    out, given = args.out.resolve(), repr(str(args.out))
+    out, shown_path = args.out.resolve(), repr(str(args.out))
     if out.exists() and not out.is_dir():
-        raise CommandError(f"--out must be a directory, got the file {given}")
+        raise CommandError(f"--out must be a directory, got the file {shown_path}")
     if out.is_dir() and any(out.iterdir()) and not args.overwrite:
         raise CommandError(
-            f"--out must be empty or not there, got {given} with files in it; or --overwrite"
+            f"--out must be empty or not there, got {shown_path} with files in it; or --overwrite"
         )
     adapter = find("ADAPTER", args.adapter, (CONFIG_NAME, WEIGHTS_NAME))
     if adapter.is_file():
@@ -90,10 +90,12 @@ def run(args: argparse.Namespace, report: Report) -> int:
     source = find("--into", args.into, MODEL_FILES)
     for name, path in (("ADAPTER", adapter / WEIGHTS_NAME), ("--into", source / "config.json")):
         if path.resolve().is_relative_to(out):
-            raise CommandError(f"--out must not hold {name}, got {given} with {str(path)!r} in it")
+            raise CommandError(
+                f"--out must not hold {name}, got {shown_path} with {str(path)!r} in it"
+            )
     if out.is_dir() and (foreign := _not_ours(out)):
         raise CommandError(
-            f"--overwrite replaces only what this command wrote, got {given} with {list_some(foreign)}"
+            f"--overwrite replaces only what this command wrote, got {shown_path} with {list_some(foreign)}"
         )
 
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace, report: Report) -> int:
     _check_finite(model)
     # Each writer raises its own class, for example when the disk is full.
     with (
-        failing(Exception, status=1, before=f"--out {given} could not be written: "),
+        failing(Exception, status=1, before=f"--out {shown_path} could not be written: "),
         _appearing(out) as directory,
     ):
         model.save_pretrained(directory)
@@ -184,13 +186,13 @@ def _architecture(source: Path) -> Any:
         transformers = import_extra("transformers", "cli", "merge")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    found = getattr(transformers, str(names[0]), None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    architecture = getattr(transformers, str(names[0]), None)
+    if not (isinstance(architecture, type) and issubclass(architecture, nn.Module)):
         custom = ", and code of its own (auto_map) is not run" if config.get("auto_map") else ""
         raise CommandError(
             f"architectures in {file} must name a class of transformers, got {names[0]!r}{custom}"
         )
-    return found
+    return architecture
 
 
 def _load(architecture: Any, source: Path, dtype: torch.dtype | None) -> Any:

@@ -163,10 +163,10 @@ def result_of(family: str, case: str, problem: str | None, **known: Any) -> Resu
 def check_call(case: Case, device: torch.device) -> list[Deviation]:
     """A call of an op, forward and backward."""
     case = case.but(device=str(device), backend=backend.resolve_backend(device))
-    given = make(case)
-    results = run(case, given)
+    operands = make(case)
+    results = run(case, operands)
     measured = []
-    for name, expected in expectations(case, given).items():
+    for name, expected in expectations(case, operands).items():
         label = name if name.startswith("Y") else f"d{name}"
         check_shape(label, results[name], expected.ref)
         measured += expected.deviations(results[name], label)
@@ -278,7 +278,8 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
             norms = row_norms(square_sums(t["weight"]), of_a, t["lora_A"], t["lora_B"], SCALING)
         return scale_columns(product, t["magnitude"] / norms, t["bias"])
 
-    found, refs, baselines = results(ours, None), results(dora, torch.float64), results(dora, None)
+    computed, baselines = results(ours, None), results(dora, None)
+    refs = results(dora, torch.float64)
     weight, lora_A, lora_B = (
         testing.rounded_operand(inputs[name], dtype) for name in ("weight", "lora_A", "lora_B")
     )
@@ -294,7 +295,7 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         f"d{name}": t for name, t in rounded.backward(testing.as_rows(grad, dtype)).items()
     }
     measured = []
-    for name, value in found.items():
+    for name, value in computed.items():
         check_shape(name, value, refs[name])
         measured += testing.deviations(
             value, refs[name], baselines[name], dtype=dtype, rounding=roundings[name], name=name
@@ -338,9 +339,9 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         return named, reference.latched_at
 
     refs, latched_at = plain(torch.float64)
-    found = {pair.name: pair.latched_at for pair in optimizer.stability()}
-    if found != latched_at or sorted(latched_at.values(), key=str) != [1, None]:
-        raise AssertionError(f"the pairs must latch at steps {latched_at}, got {found}")
+    latches = {pair.name: pair.latched_at for pair in optimizer.stability()}
+    if latches != latched_at or sorted(latched_at.values(), key=str) != [1, None]:
+        raise AssertionError(f"the pairs must latch at steps {latched_at}, got {latches}")
     baselines, _ = plain(dtype)
     measured = []
     for name, parameter in ours.items():

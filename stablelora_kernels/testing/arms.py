@@ -42,7 +42,7 @@ def layer_arms(
 
 
 def forward_backward(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    """A function that runs forward and backward once. It first drops the gradients of the last run."""
+    """A function that runs forward and backward once. It first drops the last run's gradients."""
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def run() -> None:

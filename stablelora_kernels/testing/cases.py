@@ -193,89 +193,93 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 def make(case: Case) -> Operands:
     """The operands by name, laid out; absent are those that the call does not have."""
-    given: Operands = {}
+    operands: Operands = {}
     for i, (n, r) in enumerate(zip(case.sizes, case.ranks, strict=True)):
         *leading, k = (
             (*case.shape[:-1], case.sizes[0]) if case.op == "mlp" and i == 2 else case.shape
         )
-        made: Operands = make_inputs(
+        tensors: Operands = make_inputs(
             (*leading, max(k, 1)), n, r or 1, dtype=case.dtype, lora_dtype=case.lora_dtype, bias=case.bias[i % len(case.bias)],
             device=case.device, seed=case.seed + i,
         )  # fmt: skip
-        made |= {name: made[name][..., :k] for name in ("x", "weight", "lora_A")}
+        tensors |= {name: tensors[name][..., :k] for name in ("x", "weight", "lora_A")}
         if r is None:
-            del made["lora_A"], made["lora_B"]
+            del tensors["lora_A"], tensors["lora_B"]
         if i:
-            del made["x"]
+            del tensors["x"]
         if i not in case.outputs():
-            del made["grad"]
+            del tensors["grad"]
         if case.op == "branch":
-            base = torch.nn.functional.linear(made["x"].double(), made.pop("weight").double())
+            base = torch.nn.functional.linear(tensors["x"].double(), tensors.pop("weight").double())
             dtype = case.base_dtype or case.dtype
-            made |= {"base_out": base.to(dtype), "grad": made["grad"].to(dtype), "bias": None}
+            tensors |= {"base_out": base.to(dtype), "grad": tensors["grad"].to(dtype), "bias": None}
         if (kind := case.quantized[i % len(case.quantized)]) is not None:
-            made["weight"] = on_device(QUANTIZED[kind](n, k), case.device)
-        for name, t in made.items():
+            tensors["weight"] = on_device(QUANTIZED[kind](n, k), case.device)
+        for name, t in tensors.items():
             layout = case.layouts.get(name, "contiguous")
             key = name if name in ("x", "base_out") else f"{name}{i}"
-            given[key] = laid_out(t, layout) if isinstance(t, Tensor) else t
+            operands[key] = laid_out(t, layout) if isinstance(t, Tensor) else t
     if case.shared:
-        del given["lora_A1"]
-    target = given.get(case.broken or "")
+        del operands["lora_A1"]
+    target = operands.get(case.broken or "")
     if isinstance(target, Tensor) and target.numel():
         target[(0,) * target.dim()] = case.value
-    return given
+    return operands
 
 
 def on_device(weight: Any, device: str) -> Any:
     """A quantized weight on ``device``."""
-    parts = {part.name: getattr(weight, part.name) for part in fields(weight)}
+    values = {attribute.name: getattr(weight, attribute.name) for attribute in fields(weight)}
     return type(weight)(
-        **{name: t.to(device) if isinstance(t, Tensor) else t for name, t in parts.items()}
+        **{name: t.to(device) if isinstance(t, Tensor) else t for name, t in values.items()}
     )
 
 
-def leaves(case: Case, given: Operands) -> Operands:
-    """``given``, of which those that the case wants require gradients, with the strides they came
-    in.
+def leaves(case: Case, operands: Operands) -> Operands:
+    """``operands``, of which those that the case wants require gradients, with the strides they
+    came in.
     """
     wanted = set(case.wanted_names)
     return {
         name: t.detach().requires_grad_(name in wanted)
         if isinstance(t, Tensor) and not name.startswith("grad")
         else t
-        for name, t in given.items()
+        for name, t in operands.items()
     }
 
 
-def projection(given: Operands, i: int, scaling: float) -> LoRAWeights:
-    """Projection ``i`` of ``given``. A shared A is found under the number of gate."""
-    b = given.get(f"lora_B{i}")
-    a = None if b is None else given.get(f"lora_A{i}", given.get("lora_A0"))
-    return LoRAWeights(given.get(f"weight{i}"), given.get(f"bias{i}"), a, b, scaling)
+def projection(operands: Operands, i: int, scaling: float) -> LoRAWeights:
+    """Projection ``i`` of ``operands``. A shared A is found under the number of gate."""
+    b = operands.get(f"lora_B{i}")
+    a = None if b is None else operands.get(f"lora_A{i}", operands.get("lora_A0"))
+    return LoRAWeights(operands.get(f"weight{i}"), operands.get(f"bias{i}"), a, b, scaling)
 
 
-def projections(case: Case, given: Operands) -> list[LoRAWeights]:
-    return [projection(given, i, case.scalings[i % len(case.scalings)]) for i in range(case.count)]
+def projections(case: Case, operands: Operands) -> list[LoRAWeights]:
+    return [
+        projection(operands, i, case.scalings[i % len(case.scalings)]) for i in range(case.count)
+    ]
 
 
-def ours(case: Case, given: Operands) -> tuple[Tensor, ...]:
+def ours(case: Case, operands: Operands) -> tuple[Tensor, ...]:
     """The outputs of one call of the op."""
     # Of any type, since which operands there are depends on the op.
-    parts: list[Any] = [*projections(case, given)]
-    x, first, dropout = given["x"], parts[0], (case.p, case.training)
+    loras: list[Any] = [*projections(case, operands)]
+    x, first, dropout = operands["x"], loras[0], (case.p, case.training)
     if case.op == "branch":
         return (
-            lora_branch(given["base_out"], x, first.lora_A, first.lora_B, first.scaling, *dropout),
+            lora_branch(
+                operands["base_out"], x, first.lora_A, first.lora_B, first.scaling, *dropout
+            ),
         )
     if case.op == "group":
-        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-        lora_As, lora_Bs = [part.lora_A for part in parts], [part.lora_B for part in parts]
+        weights, biases = [lora.weight for lora in loras], [lora.bias for lora in loras]
+        lora_As, lora_Bs = [lora.lora_A for lora in loras], [lora.lora_B for lora in loras]
         return lora_linear_group(
-            x, weights, biases, lora_As, lora_Bs, [part.scaling for part in parts], *dropout
+            x, weights, biases, lora_As, lora_Bs, [lora.scaling for lora in loras], *dropout
         )
     if case.op == "mlp":
-        gate, up, down = parts
+        gate, up, down = loras
         return (lora_mlp(x, gate, up, down, case.activation, *dropout),)
     return (
         lora_linear(
@@ -301,12 +305,12 @@ def forced(case: Case) -> Iterator[None]:
 
 def run(
     case: Case,
-    given: Operands | None = None,
+    operands: Operands | None = None,
     call: Callable[[Case, Operands], Sequence[Tensor]] = ours,
 ) -> Results:
     """The outputs of ``call``, and the gradients that the case wants."""
-    given = make(case) if given is None else given
-    leaf = leaves(case, given)
+    operands = make(case) if operands is None else operands
+    leaf = leaves(case, operands)
     with forced(case):
         torch.manual_seed(case.seed)
         with torch.autocast(case.device_type, BF16, enabled=case.autocast):

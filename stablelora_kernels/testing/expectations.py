@@ -68,47 +68,47 @@ def plain(weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 def by_hand(
-    case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float
+    case: Case, operands: Operands, keeps: Sequence[Tensor | None], p: float
 ) -> tuple[Tensor, ...]:
     """The outputs as a user computes them, operator by operator in x's dtype."""
-    parts: list[Any] = [*projections(case, given)]
+    loras: list[Any] = [*projections(case, operands)]
 
     def layer(x: Tensor, i: int) -> Tensor:
-        part, keep = parts[i], keeps[i]
-        base = given.get("base_out")
+        lora, keep = loras[i], keeps[i]
+        base = operands.get("base_out")
         if base is None:
-            base = torch.nn.functional.linear(x, plain(part.weight, x.dtype), part.bias)
-        if part.lora_A is None:
+            base = torch.nn.functional.linear(x, plain(lora.weight, x.dtype), lora.bias)
+        if lora.lora_A is None:
             return base
         dropped = x if keep is None else x * keep.to(x.dtype) / (1 - p)
-        branch = dropped @ part.lora_A.to(x.dtype).T @ part.lora_B.to(x.dtype).T
-        return (base + branch * part.scaling).to(base.dtype)
+        branch = dropped @ lora.lora_A.to(x.dtype).T @ lora.lora_B.to(x.dtype).T
+        return (base + branch * lora.scaling).to(base.dtype)
 
-    return combined(case, layer, given["x"])
+    return combined(case, layer, operands["x"])
 
 
 def by_reference(
-    case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float
+    case: Case, operands: Operands, keeps: Sequence[Tensor | None], p: float
 ) -> tuple[Tensor, ...]:
     """The outputs of ``stablelora_kernels.reference``, for operands in float64."""
-    parts: list[Any] = [*projections(case, given)]
-    x, first = given["x"], parts[0]
+    loras: list[Any] = [*projections(case, operands)]
+    x, first = operands["x"], loras[0]
     if case.op == "branch":
         return (
             lora_branch_ref(
-                given["base_out"], x, first.lora_A, first.lora_B, first.scaling, keeps[0], p
+                operands["base_out"], x, first.lora_A, first.lora_B, first.scaling, keeps[0], p
             ),
         )
     layers: list[Any] = []
-    for part in parts:
-        lora_A, lora_B = part.lora_A, part.lora_B
+    for lora in loras:
+        lora_A, lora_B = lora.lora_A, lora.lora_B
         if lora_A is None:
             lora_A, lora_B = (
-                x.new_zeros(0, part.weight.shape[1]),
-                x.new_zeros(part.weight.shape[0], 0),
+                x.new_zeros(0, lora.weight.shape[1]),
+                x.new_zeros(lora.weight.shape[0], 0),
             )
-        layers.append((part.weight, part.bias, lora_A, lora_B))
-    scalings = [part.scaling for part in parts]
+        layers.append((lora.weight, lora.bias, lora_A, lora_B))
+    scalings = [lora.scaling for lora in loras]
     if case.op == "mlp":
         return (lora_mlp_ref(x, layers, scalings, case.activation, keeps, p),)
     outputs = []
@@ -181,13 +181,13 @@ def next_keep(rows: int, width: int, p: float, backend: str, device: str) -> tup
     return dropout_keep_ref(rows, width, p, seed).to(device), drop_share(p)
 
 
-def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
+def masks(case: Case, operands: Operands) -> tuple[list[Tensor | None], float]:
     """The dropout masks that a call must draw behind its seed, by projection, and the probability
     that they are drawn with.
     """
     keeps: list[Tensor | None] = []
     torch.manual_seed(case.seed)
-    x, p = given["x"], case.p
+    x, p = operands["x"], case.p
     for i, r in enumerate(case.ranks):
         width = case.sizes[0] if case.op == "mlp" and i == 2 else x.shape[-1]
         rows = x.shape[:-1].numel()
@@ -201,53 +201,53 @@ def masks(case: Case, given: Operands) -> tuple[list[Tensor | None], float]:
     return keeps, p
 
 
-def changed(given: Operands, change: Callable[[str, Tensor], Tensor]) -> Operands:
-    """``given`` with ``change(name, t)`` for each tensor."""
-    return {name: change(name, t) if isinstance(t, Tensor) else t for name, t in given.items()}
+def changed(operands: Operands, change: Callable[[str, Tensor], Tensor]) -> Operands:
+    """``operands`` with ``change(name, t)`` for each tensor."""
+    return {name: change(name, t) if isinstance(t, Tensor) else t for name, t in operands.items()}
 
 
-def as_computed(case: Case, given: Operands) -> Operands:
+def as_computed(case: Case, operands: Operands) -> Operands:
     """The values that the op computes with: under autocast, float32 A and B are cast on the fly,
     and base_out is left alone.
     """
 
     def cast(name: str, t: Tensor) -> Tensor:
-        left = name.startswith(("base_out", "grad")) or (
+        unchanged = name.startswith(("base_out", "grad")) or (
             name.startswith("lora_") and t.dtype == FP32
         )
-        return t if left else t.to(BF16)
+        return t if unchanged else t.to(BF16)
 
-    return changed(given, cast) if case.autocast else given
+    return changed(operands, cast) if case.autocast else operands
 
 
-def eager(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
+def eager(case: Case, operands: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
     """The results by hand, in x's dtype."""
-    return called(case, given, lambda leaf: by_hand(case, leaf, keeps, p))
+    return called(case, operands, lambda leaf: by_hand(case, leaf, keeps, p))
 
 
-def oracle(case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
-    """The results in float64, from the values of ``given``."""
-    wide = {name: None if t is None else plain(t, FP64) for name, t in given.items()}
+def oracle(case: Case, operands: Operands, keeps: Sequence[Tensor | None], p: float) -> Results:
+    """The results in float64, from the values of ``operands``."""
+    wide = {name: None if t is None else plain(t, FP64) for name, t in operands.items()}
     return called(case, wide, lambda leaf: by_reference(case, leaf, keeps, p))
 
 
 def roundings(
-    case: Case, given: Operands, keeps: Sequence[Tensor | None], p: float
+    case: Case, operands: Operands, keeps: Sequence[Tensor | None], p: float
 ) -> dict[str, Rounded]:
     """How far rounding may move each result, on any processor."""
     storage = arithmetic_of(case)
     arithmetic = Arithmetic(storage)
-    parts: list[Any] = [*projections(case, given)]
+    loras: list[Any] = [*projections(case, operands)]
     layers = []
-    for part, keep in zip(parts, keeps, strict=True):
-        weight, bias = rounded_operand(part.weight, storage), rounded_operand(part.bias, storage)
+    for lora, keep in zip(loras, keeps, strict=True):
+        weight, bias = rounded_operand(lora.weight, storage), rounded_operand(lora.bias, storage)
         lora_A, lora_B = (
-            rounded_operand(part.lora_A, storage),
-            rounded_operand(part.lora_B, storage),
+            rounded_operand(lora.lora_A, storage),
+            rounded_operand(lora.lora_B, storage),
         )
-        layers.append(RoundedLayer(arithmetic, weight, bias, lora_A, lora_B, part.scaling, keep, p))
-    x = as_rows(given["x"], storage)
-    grads = {i: as_rows(given[f"grad{i}"], storage) for i in case.outputs()}
+        layers.append(RoundedLayer(arithmetic, weight, bias, lora_A, lora_B, lora.scaling, keep, p))
+    x = as_rows(operands["x"], storage)
+    grads = {i: as_rows(operands[f"grad{i}"], storage) for i in case.outputs()}
     if case.op == "mlp":
         gate, up, down = layers
         mlp = RoundedMLP(gate, up, down, case.activation)
@@ -255,11 +255,11 @@ def roundings(
         gradients = mlp.backward(grads[2])
         dx = gradients[0]["x"]
     elif case.op == "branch":
-        base = given["base_out"]
+        base = operands["base_out"]
         outputs = {"Y0": layers[0].forward(x, as_rows(base, base.dtype), base.dtype)}
         # The gradient of base_out is the incoming one.
         gradients = [layers[0].backward(grads[0])]
-        outputs["base_out"] = as_rows(given["grad0"], given["grad0"].dtype)
+        outputs["base_out"] = as_rows(operands["grad0"], operands["grad0"].dtype)
         dx = gradients[0]["x"]
     else:
         outputs = {f"Y{i}": layer.forward(x) for i, layer in enumerate(layers)}
@@ -284,7 +284,9 @@ def arithmetic_of(case: Case) -> torch.dtype:
     return BF16 if lowered else case.dtype
 
 
-def called(case: Case, given: Operands, call: Callable[[Operands], Sequence[Tensor]]) -> Results:
-    """The results of ``call`` with leaves of ``given``, without what a case does to the op's own."""
-    leaf = leaves(case, given)
+def called(case: Case, operands: Operands, call: Callable[[Operands], Sequence[Tensor]]) -> Results:
+    """The results of ``call`` with leaves of ``operands``, without what a case does to the op's
+    own.
+    """
+    leaf = leaves(case, operands)
     return results(case.but(in_place=False, backward_in_autocast=False), call(leaf), leaf)
