@@ -82,6 +82,13 @@ def is_named_parameter(item: object) -> TypeGuard[tuple[str, torch.Tensor]]:
     return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
+def is_stable(a_norm: float, b_norm: float) -> bool:
+    """Whether a pair is stable by its norms now: ``a_norm`` = ||A||_F / n is at most ``b_norm`` =
+    ||B||_F / m. At the first step that finds a pair stable, it latches.
+    """
+    return a_norm <= b_norm
+
+
 def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:
     """The LoRA pairs of a model or of named parameters, in the order of the parameters.
 

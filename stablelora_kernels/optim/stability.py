@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.state import Entry
-from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.pairs import LoRAPair, is_stable
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.tensors import local
 from stablelora_kernels.utils.validation import check_int
@@ -39,7 +39,8 @@ class PairStability:
         name: the name of its :class:`~stablelora_kernels.LoRAPair`.
         a_norm: ``||A||_F / n``.
         b_norm: ``||B||_F / m``.
-        latched: whether the pair has latched, so that A shrinks no more.
+        stable: whether ``a_norm <= b_norm`` now. The command ``inspect`` and the column of the log
+            mean the same.
         latched_at: A's step, counted from one, at which the pair latched, or None.
         experts: how many experts' pairs PEFT has stacked in it, for which one latch stands, if the
             optimizer was made by :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.
@@ -48,16 +49,16 @@ class PairStability:
     name: str
     a_norm: float
     b_norm: float
-    latched: bool
+    stable: bool
     latched_at: int | None
     experts: int = 1
 
     @property
-    def stable(self) -> bool:
-        """Another name of ``latched``. The command ``inspect``, which sees no latch, calls a pair
-        stable by its norms alone.
+    def latched(self) -> bool:
+        """Whether the pair has latched, so that A shrinks no more. That is permanent: A may grow
+        until the pair is not ``stable`` again.
         """
-        return self.latched
+        return self.latched_at is not None
 
 
 class PairNorms(NamedTuple):
@@ -86,7 +87,7 @@ def stability_of(
                 name=pair.name,
                 a_norm=a_norm,
                 b_norm=b_norm,
-                latched=latched_at > 0,
+                stable=is_stable(a_norm, b_norm),
                 latched_at=latched_at or None,
                 experts=experts.get(pair.name, 1),
             )
@@ -156,9 +157,9 @@ class StabilityLogger:
         target: one of:
 
             - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm
-              (``||B||_F/m``), stable (1 once the pair has latched, else 0) and latched_at (a step,
-              or empty). Missing directories are made, and records are appended to an existing file,
-              as after a resume;
+              (``||B||_F/m``), stable (1 if ``a_norm <= b_norm`` in this record, else 0) and
+              latched_at (the step of the latch, which is permanent, or empty). Missing directories
+              are made, and records are appended to an existing file, as after a resume;
             - a TensorBoard ``SummaryWriter`` or any object with ``add_scalar(tag, value, step)``;
               the tags are ``stability/<pair>/a_norm``, ``stability/<pair>/b_norm`` and
               ``stability/latched``, the number of latched pairs.
@@ -219,7 +220,7 @@ class StabilityLogger:
             writer = csv.writer(self._file, lineterminator="\n")
             for step, pair in zip(steps, stability, strict=True):
                 norms = f"{pair.a_norm:.9g}", f"{pair.b_norm:.9g}"
-                writer.writerow([step, pair.name, *norms, int(pair.latched), pair.latched_at])
+                writer.writerow([step, pair.name, *norms, int(pair.stable), pair.latched_at])
             self._file.flush()
         else:
             raise ValueError("this StabilityLogger is closed")

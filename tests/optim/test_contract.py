@@ -128,9 +128,7 @@ def test_a_step_on_triton_is_one_launch(option):
 def test_a_step_on_triton_reads_nothing_from_its_device(monkeypatch):
     """A read would raise on the meta device, and make the host wait for a GPU."""
     seen = []
-    monkeypatch.setattr(
-        "stablelora_kernels.optim.devices.resolve_backend", lambda device: "triton"
-    )
+    monkeypatch.setattr("stablelora_kernels.optim.devices.resolve_backend", lambda device: "triton")
     monkeypatch.setattr(
         "stablelora_kernels.launch.base.Launch.run",
         lambda launch, device: seen.append(launch.kernel.__name__),
