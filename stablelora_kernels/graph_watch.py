@@ -78,6 +78,7 @@ class Watch:
     def change(self, now: Snapshot) -> str | None:
         """What has changed since, in words, or None. ``now``: what the optimizer finds."""
         compared = self._compared()
+        # A hook that came since is in a dict that was empty.
         if any(self.empty) or not same_objects(compared, self.compared):
             if words := first_difference(self.labelled, self._labelled()):
                 return words

@@ -101,6 +101,7 @@ class _Bucket:
             leaf.key: torch.empty(leaf.size, dtype=leaf.dtype, device=device)
             for leaf in shape.leaves
         }
+        # Eager steps since the last change.
         self.warmups = 0
         # How the last eager step or the capture left model and optimizer.
         self.watch: Watch | None = None
@@ -109,6 +110,7 @@ class _Bucket:
 
     @torch.no_grad()
     def fill(self, leaves: Leaves) -> None:
+        """Copy a batch to where the steps read it."""
         for key, tensor in leaves.items():
             self.tensors[key].copy_(tensor, non_blocking=True)
 
@@ -255,8 +257,8 @@ class GraphedStep:
         self._check_unchanged(bucket, now)
         bucket.fill(leaves)
         self._copy_numbers()
-        # After a write to a parameter the optimizer measures norms again, which a graph would do in
-        # every replay.
+        # A shape's first calls run eagerly, the next one captures, the others replay. After a write
+        # to a parameter the optimizer measures norms again, which a graph would do in every replay.
         written = now.versions != self.optimizer._last.versions
         if bucket.watch is None or bucket.warmups < self.num_warmup_iters or written:
             return self._run_eagerly(bucket)

@@ -72,8 +72,9 @@ class DeviceEngines:
             self._versions_a_step = None
 
     def count_write(self, last: Snapshot) -> None:
-        """Raise the versions of what a step has written, so that a backward pass through
-        overwritten values is noticed. The snapshot ``last`` does not take that for others' writes.
+        """Raise the version counters of what a step has written, by which autograd notices a
+        backward pass through overwritten values. Count that in ``last``, so that the next step does
+        not take it for someone else's write.
         """
         torch.autograd.graph.increment_version(self._written)
         assert last.versions is not None
@@ -91,6 +92,7 @@ def make_engines(
     """An engine for each device. ``skipped_on_device`` gets a counter of skipped steps where a
     device has none.
     """
+    # Before an engine is made: a device may be refused.
     classes = {device: _engine_class(device, members) for device, members in by_device.items()}
     engines = []
     for device, members in by_device.items():

@@ -189,8 +189,8 @@ class Engine:
     def _counters(
         self, name: str, dtype: torch.dtype, counts: Sequence[int], owners: Iterable[int]
     ) -> Tensor:
-        """The counters of all members as one new tensor, zero where there is none; the host reads
-        nothing.
+        """The counter ``name`` of every member, repeated as often as ``counts`` says, as one new
+        tensor; zero where a member has none. The host reads nothing.
 
         The entries of the members at ``owners`` become views of their first.
         """

@@ -86,6 +86,7 @@ def _check_number(name: str, value: object, high: float = math.inf) -> Number:
 
 
 def _check_betas(name: str, value: object) -> tuple[float, ...]:
+    """Two numbers in [0, 1) as floats; tensors on the CPU are read."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be two numbers, got {value!r}")
     betas = []
@@ -103,6 +104,7 @@ def _check_betas(name: str, value: object) -> tuple[float, ...]:
 
 
 def _check_shrink_pattern(name: str, value: object) -> dict[str, float]:
+    """A dict of regular expressions and ratios in [0, 1); None gives an empty one."""
     patterns = check_patterns(name, value)
     return {
         key: check_float(f"{name}[{key!r}]", ratio, low=0.0, high=1.0)
@@ -111,6 +113,7 @@ def _check_shrink_pattern(name: str, value: object) -> dict[str, float]:
 
 
 def _check_seed(name: str, value: object) -> int:
+    """An int in [0, 2**63)."""
     seed = check_int(name, value, minimum=0)
     if seed >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {seed}")

@@ -57,6 +57,7 @@ def shard_of(name: str, p: Tensor, base: int) -> Shard:
     sizes, offsets = shard_extent(p)
     for dim, offset in enumerate(offsets):
         base += offset * math.prod(p.shape[dim + 1 :])
+    # Beyond the first dimension, which takes whole rows.
     cut = [dim for dim in range(1, p.dim()) if sizes[dim] != p.shape[dim]]
     if not cut or 0 in sizes:
         return Shard(base)
@@ -68,7 +69,7 @@ def shard_of(name: str, p: Tensor, base: int) -> Shard:
     return Shard(base, math.prod(sizes[dim:]), math.prod(p.shape[dim:]))
 
 
-class GroupSum(NamedTuple):
+class ProcessSum(NamedTuple):
     """One collective: which values the processes of ``group`` add up."""
 
     group: torch.distributed.ProcessGroup
@@ -97,11 +98,11 @@ class ShardSums:
                     group = owner.device_mesh.get_group(dim)
                     groups[group.group_name] = group
                     indices_of.setdefault(group.group_name, []).append(i)
-        self.sums: list[GroupSum] = []
+        self.sums: list[ProcessSum] = []
         for name, indices in indices_of.items():
             is_of_all = len(indices) == len(owners)
             on_device = None if is_of_all else upload(indices, torch.int64, owners[0].device)
-            self.sums.append(GroupSum(groups[name], on_device))
+            self.sums.append(ProcessSum(groups[name], on_device))
 
     def __bool__(self) -> bool:
         return bool(self.sums)

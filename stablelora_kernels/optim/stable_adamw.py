@@ -264,8 +264,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             torch.OutOfMemoryError: nothing has changed then, unless parameters are on several
                 devices.
         """
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if not same_objects(
             [list(group["params"]) for group in self.param_groups], self._last.params
         ):

@@ -141,6 +141,9 @@ class TorchStep(Engine):
                 self.scratch.append(scratch)
                 for i, view in zip(indices, scratch.views, strict=True):
                     self.work[i] = view
+        # The same by pair, of its A and of its B.
+        self.work_a = [self.work[pair.a] for pair in self.pairs]
+        self.work_b = [self.work[pair.b] for pair in self.pairs]
         # Norms of float64 parameters among others need a common dtype.
         self.norm_dtype = torch.float64 if len({w.dtype for w in self.work}) > 1 else None
         # Which members have a gradient, and what that adds to their steps.
@@ -262,8 +265,7 @@ class TorchStep(Engine):
         """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all
         processes.
         """
-        halves = [self.work[self.pairs[k].a] for k in live]
-        halves += [self.work[self.pairs[k].b] for k in live]
+        halves = [self.work_a[k] for k in live] + [self.work_b[k] for k in live]
         if self.pair_sums:
             # In float64 throughout, since deciding a close call again would take a second
             # collective.
@@ -285,8 +287,8 @@ class TorchStep(Engine):
         underflow.
         """
         inverse_n, inverse_m = self.inverse_widths[:, k].tolist()
-        a_norm = self.work[self.pairs[k].a].double().norm().item()
-        b_norm = self.work[self.pairs[k].b].double().norm().item()
+        a_norm = self.work_a[k].double().norm().item()
+        b_norm = self.work_b[k].double().norm().item()
         return a_norm * inverse_n, b_norm * inverse_m
 
     def _plan(self, shrinking: list[int]) -> list[_FusedCall]:
@@ -359,10 +361,9 @@ def _all_shrink_clearly(scaled: Tensor) -> bool:
     """Whether every ||A||_F / n is so far above ||B||_F / m that float32's errors do not matter, as
     in most steps; ``scaled`` is [2, pairs].
     """
-    a_norms, b_norms = scaled
     # A NaN fails the first comparison, an infinity the second. Below the minimum float32 loses some
     # of the squares.
-    above = bool((a_norms * 0.999 > b_norms.clamp(min=1e-12)).all())
+    above = bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all())
     return above and bool(scaled.sum() < math.inf)
 
 

@@ -23,8 +23,7 @@ from stablelora_kernels.optim.state import moment_names
 from stablelora_kernels.pairs import LoRAPair
 
 if TYPE_CHECKING:
-    from stablelora_kernels.launch.prepared import Repeated
-    from stablelora_kernels.launch.stable_adamw import Memory, tables
+    from stablelora_kernels.launch.stable_adamw import Memory, Repeated, tables
 
 # An address of zero stands for no gradient. An empty tensor's address is 0 too, yet its step
 # counts: it gets this one.
@@ -325,7 +324,7 @@ class TritonStep(Engine):
         self.copied = []
         # The words hold the addresses of these.
         self.live_values = [
-            LiveValues(*(self._value((i, name), getattr(setting.live(), name)) for name in LIVE))
+            LiveValues(*(self._as_read((i, name), getattr(setting.live(), name)) for name in LIVE))
             for i, setting in enumerate(self.settings)
         ]
         self.dynamic = 0
@@ -372,9 +371,10 @@ class TritonStep(Engine):
         row: tables.WordRow = self.launcher.tables.WordRow(seed=self.seeds[i], **addresses)
         return row
 
-    def _value(self, key: tuple[int, LiveName], value: Number) -> Number:
-        """The hyperparameter of a setting as a float, or as a float32 scalar on the device that
-        keeps its address.
+    def _as_read(self, key: tuple[int, LiveName], value: Number) -> Number:
+        """A hyperparameter as the launch reads it: a float, or a float32 scalar on the device that
+        keeps its address. Such a scalar is a cell if the owner's tensor has another dtype or GPU;
+        each step then copies to it.
         """
         if not isinstance(value, Tensor):
             return value
