@@ -24,15 +24,13 @@ from stablelora_kernels.utils.tensors import is_sharded
 
 _TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _flags_of = attrgetter(*_TENSOR_FLAGS)
-
-
-# Tables of a name to a value: a module's attributes, or dicts and lists among them.
+# A module's attributes, or a dict or list among them.
 Container = dict[str, object] | list[object]
 
 
 class Compared(NamedTuple):
-    """All that a replay compares but the optimizer, in the order of :class:`Watch`'s containers,
-    modules and tensors.
+    """All that a replay compares, but for the optimizer: values of attributes, classes of modules,
+    flags and addresses of tensors, and settings. Labels are made only for a message.
     """
 
     attributes: list[object]
@@ -146,29 +144,8 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
     """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model``
     and ``optimizer``.
     """
-    modules = dict(model.named_modules())
     tensors = tensors_of(model)
-    for name, module in modules.items():
-        if (
-            isinstance(module, (nn.DataParallel, DistributedDataParallel))
-            or "_fsdp_wrapped_module" in module._modules
-        ):
-            raise ValueError(
-                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
-                f"{repr(name) if name else 'it'} in one"
-            )
-    for name, tensor in tensors.items():
-        if is_sharded(tensor):
-            raise ValueError(
-                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
-            )
-    hooked = [name for name, module in modules.items() if _is_hooked(module)]
-    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
-    if hooked or _has_any_global_hook():
-        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
-        raise ValueError(
-            f"model must have no hooks, since a CUDA graph would not call them again, got {where}"
-        )
+    _check_no_python(model, tensors)
     owned = set(map(id, params_of(optimizer)))
     for name, tensor in tensors.items():
         if tensor.requires_grad and id(tensor) not in owned:
@@ -199,6 +176,34 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
         raise ValueError(
             "optimizer must step on Triton's kernels to be captured, got float64 parameters or the backend "
             f"{get_backend()!r}: PyTorch's operators read from the GPU"
+        )
+
+
+def _check_no_python(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a step of ``model``, whose parameters and buffers are ``tensors``, runs
+    Python that a replay would leave out: wrappers, collectives, hooks.
+    """
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if (
+            isinstance(module, (nn.DataParallel, DistributedDataParallel))
+            or "_fsdp_wrapped_module" in module._modules
+        ):
+            raise ValueError(
+                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
+                f"{repr(name) if name else 'it'} in one"
+            )
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
+            )
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
+    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
+    if hooked or _has_any_global_hook():
+        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
+        raise ValueError(
+            f"model must have no hooks, since a CUDA graph would not call them again, got {where}"
         )
 
 

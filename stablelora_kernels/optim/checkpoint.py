@@ -295,7 +295,7 @@ class CopiedSchedule(NamedTuple):
         return CopiedSchedule(deepcopy(self.schedule, memo))
 
     def __reduce__(self) -> tuple[type[CopiedSchedule], tuple[Callable[[int], float] | None]]:
-        # What pickle, which goes by name, cannot find again.
+        """What pickle keeps. It finds functions by name, which lambdas and inner ones do not have."""
         if "<" in getattr(self.schedule, "__qualname__", ""):
             raise pickle.PicklingError(
                 f"shrink_schedule {self.schedule!r} cannot be pickled: make it a function of a module or a callable object, or "

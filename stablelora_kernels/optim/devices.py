@@ -66,7 +66,9 @@ class DeviceEngines:
             )
 
     def note_written(self, written: list[Tensor]) -> None:
-        """Note which tensors the steps from now on write to."""
+        """Note which tensors the steps from now on write to. What others add to the versions has to
+        be counted anew.
+        """
         if written is not self._written:
             self._written = written
             self._versions_a_step = None

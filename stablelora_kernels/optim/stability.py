@@ -195,6 +195,7 @@ class StabilityLogger:
     def _after_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
+        """Count a step; log every ``every``-th. The arguments are those of a step's hook."""
         self._calls += 1
         if self._calls % self.every == 0:
             self.log()

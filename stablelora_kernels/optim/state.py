@@ -130,6 +130,7 @@ def convert_moment(entry: Entry, name: str, p: Tensor, storage: Storage) -> Entr
         codes = moment.detach().to(p.device, copy=True)
         scales = entry[scale_name].detach().to(p.device, torch.float32, copy=True)
         if dtype is torch.uint8:
+            # Without a second rounding.
             return {name: codes, scale_name: scales}
         moment = decode8(codes, scales, signed)
     if dtype is not torch.uint8:

@@ -324,8 +324,7 @@ class TritonStep(Engine):
         self.copied = []
         # The words hold the addresses of these.
         self.live_values = [
-            LiveValues(*(self._as_read((i, name), getattr(setting.live(), name)) for name in LIVE))
-            for i, setting in enumerate(self.settings)
+            self._live_as_read(i, setting.live()) for i, setting in enumerate(self.settings)
         ]
         self.dynamic = 0
         if any(map(_is_dynamic, self.settings, self.live_values)):
@@ -370,6 +369,14 @@ class TritonStep(Engine):
             addresses[name] = value.data_ptr() if isinstance(value, Tensor) else in_table
         row: tables.WordRow = self.launcher.tables.WordRow(seed=self.seeds[i], **addresses)
         return row
+
+    def _live_as_read(self, i: int, live: LiveValues) -> LiveValues:
+        """The live values of setting ``i`` as the launch reads them."""
+        return LiveValues(
+            lr=self._as_read((i, "lr"), live.lr),
+            weight_decay=self._as_read((i, "weight_decay"), live.weight_decay),
+            shrink_ratio=self._as_read((i, "shrink_ratio"), live.shrink_ratio),
+        )
 
     def _as_read(self, key: tuple[int, LiveName], value: Number) -> Number:
         """A hyperparameter as the launch reads it: a float, or a float32 scalar on the device that
