@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ class PairStability:
 
     @property
     def latched(self) -> bool:
-        """Whether the pair has latched, so that A shrinks no more. That is permanent: A may grow
-        until the pair is not ``stable`` again.
+        """Whether the pair has latched, so that A shrinks no more. That is permanent, even if A
+        grows until the pair is no longer ``stable``.
         """
         return self.latched_at is not None
 
@@ -136,7 +136,7 @@ def finite_norms(
 
 
 class ScalarWriter(Protocol):
-    """What a TensorBoard ``SummaryWriter`` has."""
+    """What the log needs of a TensorBoard ``SummaryWriter``, whose package has no types."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> object: ...
 
@@ -170,9 +170,7 @@ class StabilityLogger:
         ValueError: ``every`` is below 1, or the file exists and is no stability log.
     """
 
-    def __init__(
-        self, optimizer: StableLoRAAdamW, target: str | Path | ScalarWriter, *, every: int = 10
-    ) -> None:
+    def __init__(self, optimizer: StableLoRAAdamW, target: Any, *, every: int = 10) -> None:
         # By its method, since its class imports this file.
         if not callable(getattr(optimizer, "stability", None)):
             raise TypeError(f"optimizer must be a StableLoRAAdamW, got {type(optimizer).__name__}")

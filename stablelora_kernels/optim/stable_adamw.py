@@ -22,7 +22,6 @@ from stablelora_kernels.optim.checkpoint import CopiedSchedule
 from stablelora_kernels.optim.devices import DeviceEngines, make_engines
 from stablelora_kernels.optim.engine import members_of
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import Number
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, same_objects
 from stablelora_kernels.optim.stability import PairNorms, PairStability, finite_norms, stability_of
 from stablelora_kernels.optim.state import as_owned
@@ -127,12 +126,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: Number = 1e-4,
+        lr: float | Tensor = 1e-4,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        shrink_ratio: Number = 5e-4,
+        shrink_ratio: float | Tensor = 5e-4,
         shrink_pattern: Mapping[str, float] | None = None,
         shrink_schedule: Callable[[int], float] | None = None,
         stop_condition: str = "norm",
