@@ -4,6 +4,9 @@ would not notice.
 
 from __future__ import annotations
 
+import pickle
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, compress
 from operator import attrgetter, ne
@@ -205,6 +208,25 @@ def _check_no_python(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"model must have no hooks, since a CUDA graph would not call them again, got {where}"
         )
+
+
+class HostGenerators(NamedTuple):
+    """The states of the host's global random number generators."""
+
+    torch: list[int]
+    python: tuple[object, ...]
+    # Bytes, since comparing NumPy's arrays gives no bool; None if NumPy is not imported.
+    numpy: bytes | None
+
+
+def host_generators() -> HostGenerators:
+    """The states of the host's global random number generators as they are now."""
+    numpy = sys.modules.get("numpy")
+    return HostGenerators(
+        torch=torch.get_rng_state().tolist(),
+        python=random.getstate(),
+        numpy=None if numpy is None else pickle.dumps(numpy.random.get_state()),
+    )
 
 
 def params_of(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:

@@ -4,9 +4,6 @@ shape of a batch.
 
 from __future__ import annotations
 
-import pickle
-import random
-import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.graph_watch import Watch, check_capturable, params_of
+from stablelora_kernels.graph_watch import Watch, check_capturable, host_generators, params_of
 from stablelora_kernels.optim.options import LIVE, LiveName, reads_from_memory
 from stablelora_kernels.optim.snapshot import Snapshot
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -408,25 +405,6 @@ class GraphedStep:
         scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
         scaled.backward()
         return loss
-
-
-class HostGenerators(NamedTuple):
-    """The states of the host's global random number generators."""
-
-    torch: list[int]
-    python: tuple[object, ...]
-    # Bytes, since comparing NumPy's arrays gives no bool; None if NumPy is not imported.
-    numpy: bytes | None
-
-
-def host_generators() -> HostGenerators:
-    """The states of the host's global random number generators as they are now."""
-    numpy = sys.modules.get("numpy")
-    return HostGenerators(
-        torch=torch.get_rng_state().tolist(),
-        python=random.getstate(),
-        numpy=None if numpy is None else pickle.dumps(numpy.random.get_state()),
-    )
 
 
 def leaves_of(argument: str, batch: object) -> tuple[type, Leaves]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.config import check_patterns
+from stablelora_kernels.optim import staging
 from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int
 
 # A hyperparameter that a schedule may change: a number, or a 0-d tensor that its owner writes to.
@@ -159,3 +160,13 @@ def check_storage(moments_dtype: object, master_weights: object) -> Storage:
             f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
         )
     return Storage(moments_dtype, check_bool("master_weights", master_weights))
+
+
+def scheduled_ratio(schedule: Callable[[int], float], step: int) -> float:
+    """The checked shrink ratio that ``schedule`` gives for ``step``. RuntimeError during a capture."""
+    if staging.capturing():
+        raise RuntimeError(
+            "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
+            "write to it between replays"
+        )
+    return check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)

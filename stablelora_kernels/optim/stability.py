@@ -135,6 +135,17 @@ def finite_norms(
     return norms
 
 
+def warn_of_skipped(count: int) -> None:
+    """Warn of ``count`` steps that clipping has skipped since the last warning."""
+    skipped = "1 step was" if count == 1 else f"{count} steps were"
+    their = "its" if count == 1 else "their"
+    warnings.warn(
+        f"{skipped} skipped because the norm of {their} gradients was not finite",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
 class ScalarWriter(Protocol):
     """What the log needs of a TensorBoard ``SummaryWriter``, whose package has no types."""
 

@@ -9,7 +9,6 @@ what has changed to the engine of each device.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, cast
@@ -23,12 +22,18 @@ from stablelora_kernels.optim.devices import DeviceEngines, make_engines
 from stablelora_kernels.optim.engine import members_of
 from stablelora_kernels.optim.groups import ParamGroup
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, same_objects
-from stablelora_kernels.optim.stability import PairNorms, PairStability, finite_norms, stability_of
+from stablelora_kernels.optim.stability import (
+    PairNorms,
+    PairStability,
+    finite_norms,
+    stability_of,
+    warn_of_skipped,
+)
 from stablelora_kernels.optim.state import as_owned
 from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
 from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
-from stablelora_kernels.utils.validation import check_float, counted
+from stablelora_kernels.utils.validation import counted
 
 # Named parameters, pairs, or group dicts of either.
 Params = Iterable[tuple[str, Tensor]] | Iterable[LoRAPair] | Iterable[dict[str, Any]]
@@ -344,15 +349,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         if self.shrink_schedule is None:
             return None
-        if staging.capturing():
-            raise RuntimeError(
-                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
-                "write to it between replays"
-            )
         step = self._groups[0].get("shrink_step", 0) + 1
-        ratio = check_float(
-            f"shrink_schedule({step})", self.shrink_schedule(step), low=0.0, high=1.0
-        )
+        ratio = options.scheduled_ratio(self.shrink_schedule, step)
         for group in self._groups:
             group["shrink_ratio"] = ratio
         return step
@@ -397,13 +395,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         unreported = self.nonfinite_steps - self._reported
         if unreported > 0:
-            skipped = "1 step was" if unreported == 1 else f"{unreported} steps were"
-            their = "its" if unreported == 1 else "their"
-            warnings.warn(
-                f"{skipped} skipped because the norm of {their} gradients was not finite",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            warn_of_skipped(unreported)
             self._reported += unreported
         return finite_norms(self._pairs, self._devices.any_triton, local_only)
 
