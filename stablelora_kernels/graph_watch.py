@@ -4,10 +4,13 @@ would not notice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
-from operator import attrgetter
-from typing import Any
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, compress
+from operator import attrgetter, ne
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +27,30 @@ from stablelora_kernels.utils.tensors import is_sharded
 
 _TENSOR_FLAGS = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 _flags_of = attrgetter(*_TENSOR_FLAGS)
+# A module's attributes, or a dict or list among them.
+Container = dict[str, object] | list[object]
+
+
+class Compared(NamedTuple):
+    """All that a replay compares, but for the optimizer: values of attributes, classes of modules,
+    flags and addresses of tensors, and settings. Labels are made only for a message.
+    """
+
+    attributes: list[object]
+    # accelerate_peft and restore_peft change classes.
+    classes: list[type]
+    flags: list[tuple[object, ...]]
+    settings: list[object]
+    addresses: list[int]
 
 
 class Watch:
     """A model, an optimizer and the settings as a step has left them: a CUDA graph takes them for
     granted.
+
+    Python would see each change at the next eager step; a replay does not. Without a comparison it
+    would train with another branch than the model now has, as after ``merge_lora`` or
+    ``set_scale``, or write to memory that the model no longer reads, and nothing would say so.
 
     Every replay asks :meth:`change`, so that takes few passes, all of them Python's own: a few
     microseconds a module.
@@ -37,66 +59,64 @@ class Watch:
     def __init__(
         self, model: nn.Module, optimizer: StableLoRAAdamW, scaler: torch.amp.GradScaler | None
     ) -> None:
-        self.optimizer, self.scaler, self.device = (
-            optimizer,
-            scaler,
-            next(params_of(optimizer)).device,
-        )
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.device = next(params_of(optimizer)).device
         self.modules = dict(model.named_modules())
         self.containers = dict(_containers(self.modules))
-        dicts = [container for container in self.containers.values() if isinstance(container, dict)]
+        dicts = [c for c in self.containers.values() if isinstance(c, dict)]
         # Most of the dicts are for hooks, and empty.
-        self.empty, self.filled = [d for d in dicts if not d], [d for d in dicts if d]
-        self.lists = [
-            container for container in self.containers.values() if isinstance(container, list)
-        ]
+        self.empty = [d for d in dicts if not d]
+        self.filled = [d for d in dicts if d]
+        self.lists = [c for c in self.containers.values() if isinstance(c, list)]
         self.tensors = {
             name: tensor for name, tensor in tensors_of(model).items() if _has_address(tensor)
         }
-        self.values, self.labelled, self.snapshot = (
-            self._values(),
-            self._labelled(),
-            optimizer._snapshot().kept(),
-        )
+        self.compared = self._compared()
+        self.labelled = self._labelled()
+        self.snapshot = optimizer._snapshot().kept()
 
     def change(self, now: Snapshot) -> str | None:
         """What has changed since, in words, or None. ``now``: what the optimizer finds."""
-        values = self._values()
-        if any(self.empty) or not same_objects(values, self.values):
+        compared = self._compared()
+        # A hook that came since is in a dict that was empty.
+        if any(self.empty) or not same_objects(compared, self.compared):
             if words := first_difference(self.labelled, self._labelled()):
                 return words
-            for name, old, new in zip(self.tensors, self.values[-1], values[-1], strict=True):
-                if old != new:
-                    return f"model.{name} has other memory than before"
-        return now.words(self.snapshot, self.device)
+            moved = map(ne, self.compared.addresses, compared.addresses)
+            for name in compress(self.tensors, moved):
+                return f"model.{name} has other memory than before"
+        return now.change_for_graph(self.snapshot, self.device)
 
-    def _values(self) -> list[list[Any]]:
-        """All that is compared. The last are the tensors' addresses."""
-        return [
-            [*chain.from_iterable(map(dict.values, self.filled)), *chain.from_iterable(self.lists)],
-            # accelerate_peft and restore_peft change classes.
-            list(map(type, self.modules.values())),
-            list(map(_flags_of, self.tensors.values())),
-            list(self._settings().values()),
-            list(map(Tensor.data_ptr, self.tensors.values())),
-        ]
+    def _compared(self) -> Compared:
+        """All that is compared, as it is now."""
+        of_dicts = chain.from_iterable(map(dict.values, self.filled))
+        return Compared(
+            attributes=[*of_dicts, *chain.from_iterable(self.lists)],
+            classes=list(map(type, self.modules.values())),
+            flags=list(map(_flags_of, self.tensors.values())),
+            settings=list(self._settings().values()),
+            addresses=list(map(Tensor.data_ptr, self.tensors.values())),
+        )
 
-    def _labelled(self) -> dict[str, Any]:
+    def _labelled(self) -> dict[str, object]:
         """The same, but addresses, by its name in a message."""
-        found: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for label, container in self.containers.items():
             items = container.items() if isinstance(container, dict) else enumerate(container)
-            found |= {
-                f"{label}.{key}": value for key, value in items if key != "_is_full_backward_hook"
-            }
-        found |= {f"model.{name}": type(module).__name__ for name, module in self.modules.items()}
+            for key, value in items:
+                if key != "_is_full_backward_hook":
+                    values[f"{label}.{key}"] = value
+        for name, module in self.modules.items():
+            values[f"model.{name}"] = type(module).__name__
         for name, tensor in self.tensors.items():
-            found |= {f"model.{name}.{flag}": getattr(tensor, flag) for flag in _TENSOR_FLAGS}
-        return found | self._settings()
+            for flag in _TENSOR_FLAGS:
+                values[f"model.{name}.{flag}"] = getattr(tensor, flag)
+        return values | self._settings()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         """By their names, values that a capture turns into constants."""
-        found: dict[str, Any] = {
+        values: dict[str, object] = {
             "backend": get_backend(),
             "kernel": get_kernel(),
             "autotune": get_autotune(),
@@ -107,45 +127,28 @@ class Watch:
             "optimizer's step hooks": _step_hooks(self.optimizer),
         }
         if self.scaler is not None:
-            getters = (
-                self.scaler.get_growth_factor,
-                self.scaler.get_backoff_factor,
-                self.scaler.get_growth_interval,
-            )
-            found |= {
-                f"grad_scaler.{getter.__name__}()": getter()
-                for getter in (*getters, self.scaler.is_enabled)
-            }
-            found["grad_scaler's scale"] = self.scaler._scale
-        return found
+            values |= _settings_of(self.scaler)
+        return values
+
+
+def _settings_of(scaler: torch.amp.GradScaler) -> dict[str, object]:
+    """By their names, the values of ``scaler`` that a capture turns into constants."""
+    getters: tuple[Callable[[], object], ...] = (
+        scaler.get_growth_factor,
+        scaler.get_backoff_factor,
+        scaler.get_growth_interval,
+        scaler.is_enabled,
+    )
+    values = {f"grad_scaler.{getter.__name__}()": getter() for getter in getters}
+    return values | {"grad_scaler's scale": scaler._scale}
 
 
 def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
     """Raise ValueError, with the reason, if a CUDA graph cannot hold a training step of ``model``
     and ``optimizer``.
     """
-    modules, tensors = dict(model.named_modules()), tensors_of(model)
-    for name, module in modules.items():
-        if (
-            isinstance(module, (nn.DataParallel, DistributedDataParallel))
-            or "_fsdp_wrapped_module" in module._modules
-        ):
-            raise ValueError(
-                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
-                f"{repr(name) if name else 'it'} in one"
-            )
-    for name, tensor in tensors.items():
-        if is_sharded(tensor):
-            raise ValueError(
-                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
-            )
-    hooked = [name for name, module in modules.items() if _is_hooked(module)]
-    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
-    if hooked or _has_any_global_hook():
-        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
-        raise ValueError(
-            f"model must have no hooks, since a CUDA graph would not call them again, got {where}"
-        )
+    tensors = tensors_of(model)
+    _check_no_python(model, tensors)
     owned = set(map(id, params_of(optimizer)))
     for name, tensor in tensors.items():
         if tensor.requires_grad and id(tensor) not in owned:
@@ -179,19 +182,67 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
         )
 
 
+def _check_no_python(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a step of ``model``, whose parameters and buffers are ``tensors``, runs
+    Python that a replay would leave out: wrappers, collectives, hooks.
+    """
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if (
+            isinstance(module, (nn.DataParallel, DistributedDataParallel))
+            or "_fsdp_wrapped_module" in module._modules
+        ):
+            raise ValueError(
+                f"model must not be in {type(module).__name__}, which runs Python in every step, got "
+                f"{repr(name) if name else 'it'} in one"
+            )
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"model must be whole on one GPU, got the DTensor {name!r}, whose collectives run in every step"
+            )
+    hooked = [name for name, module in modules.items() if _is_hooked(module)]
+    hooked += [name for name, tensor in tensors.items() if any(_flags_of(tensor)[1:])]
+    if hooked or _has_any_global_hook():
+        where = f"hooks on {hooked[0]!r}" if hooked else "global module hooks"
+        raise ValueError(
+            f"model must have no hooks, since a CUDA graph would not call them again, got {where}"
+        )
+
+
+class HostGenerators(NamedTuple):
+    """The states of the host's global random number generators."""
+
+    torch: list[int]
+    python: tuple[object, ...]
+    # Bytes, since comparing NumPy's arrays gives no bool; None if NumPy is not imported.
+    numpy: bytes | None
+
+
+def host_generators() -> HostGenerators:
+    """The states of the host's global random number generators as they are now."""
+    numpy = sys.modules.get("numpy")
+    return HostGenerators(
+        torch=torch.get_rng_state().tolist(),
+        python=random.getstate(),
+        numpy=None if numpy is None else pickle.dumps(numpy.random.get_state()),
+    )
+
+
 def params_of(optimizer: StableLoRAAdamW) -> Iterator[Tensor]:
     """Every parameter of ``optimizer``."""
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
-def _step_hooks(optimizer: StableLoRAAdamW) -> list[Any]:
+def _step_hooks(optimizer: StableLoRAAdamW) -> list[Callable[..., object]]:
     """The hooks that run around ``optimizer.step``."""
-    every = (
+    tables: tuple[Mapping[int, Callable[..., object]], ...] = (
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
     )
-    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    return [hook for hooks in (*every, *own) for hook in hooks.values()]
+    return [hook for hooks in tables for hook in hooks.values()]
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -217,7 +268,7 @@ def _has_address(tensor: Tensor) -> bool:
         return False
 
 
-def _containers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+def _containers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Container]]:
     """The attributes of every module, and the dicts and lists among them: parameters, modules,
     hooks, PEFT's adapters.
     """

@@ -4,26 +4,46 @@ shape of a batch.
 
 from __future__ import annotations
 
-import pickle
-import random
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.graph_watch import Watch, check_capturable, params_of
-from stablelora_kernels.optim.snapshot import LIVE, reads_from_memory
+from stablelora_kernels.graph_watch import Watch, check_capturable, host_generators, params_of
+from stablelora_kernels.optim.options import LIVE, LiveName, reads_from_memory
+from stablelora_kernels.optim.snapshot import Snapshot
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.utils.modules import check_module
 from stablelora_kernels.utils.validation import check_bool, check_int
 
+Batch = Tensor | Sequence[Tensor] | Mapping[Hashable, Tensor]
 # A batch's tensors by their key or index.
-Leaves = list[tuple[Any, Tensor]]
-# The container of a batch, and its tensors' keys, shapes and dtypes.
-Shape = tuple[type, tuple[tuple[Any, torch.Size, torch.dtype], ...]]
+Leaves = dict[Hashable, Tensor]
+
+
+class LeafShape(NamedTuple):
+    """One tensor of a batch: its key or index, its shape and its dtype."""
+
+    key: Hashable
+    size: torch.Size
+    dtype: torch.dtype
+
+
+class Shape(NamedTuple):
+    """What batches of one graph have in common. ``kind``: their container; Tensor for none."""
+
+    kind: type
+    leaves: tuple[LeafShape, ...]
+
+
+class _Cell(NamedTuple):
+    """A hyperparameter in the memory that graphs read, and the number in it."""
+
+    memory: Tensor
+    number: float
 
 
 class Graphs:
@@ -73,10 +93,12 @@ class _Bucket:
     """One shape: the tensors that its steps read their batch from, and its graph."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.kind = shape[0]
+        self.kind = shape.kind
         self.tensors = {
-            key: torch.empty(size, dtype=dtype, device=device) for key, size, dtype in shape[1]
+            leaf.key: torch.empty(leaf.size, dtype=leaf.dtype, device=device)
+            for leaf in shape.leaves
         }
+        # Eager steps since the last change.
         self.warmups = 0
         # How the last eager step or the capture left model and optimizer.
         self.watch: Watch | None = None
@@ -85,13 +107,18 @@ class _Bucket:
 
     @torch.no_grad()
     def fill(self, leaves: Leaves) -> None:
-        for key, tensor in leaves:
+        """Copy a batch to where the steps read it."""
+        for key, tensor in leaves.items():
             self.tensors[key].copy_(tensor, non_blocking=True)
 
-    def batch(self) -> Any:
+    def batch(self) -> Batch:
+        """The batch that was filled in, in its container."""
         if self.kind is dict:
             return dict(self.tensors)
-        return self.tensors[0] if self.kind is Tensor else self.kind(self.tensors.values())
+        tensors = list(self.tensors.values())
+        if self.kind is Tensor:
+            return tensors[0]
+        return tensors if self.kind is list else tuple(tensors)
 
 
 class GraphedStep:
@@ -148,7 +175,7 @@ class GraphedStep:
         optimizer: StableLoRAAdamW,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         *,
-        sample_batches: Iterable[Any] | None = None,
+        sample_batches: Iterable[Batch] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         max_graphs: int = 8,
         num_warmup_iters: int = 3,
@@ -163,18 +190,18 @@ class GraphedStep:
             raise TypeError(
                 f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}"
             )
-        self.model, self.optimizer, self.loss_fn, self.grad_scaler = (
-            model,
-            optimizer,
-            loss_fn,
-            grad_scaler,
-        )
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.grad_scaler = grad_scaler
         self.max_graphs = check_int("max_graphs", max_graphs, minimum=1)
         self.num_warmup_iters = check_int("num_warmup_iters", num_warmup_iters, minimum=1)
         self.enabled = check_bool("enabled", enabled)
         self._shapes: list[Shape] | None = None
         if sample_batches is not None:
-            self._shapes = [self._read("sample_batches", batch)[0] for batch in sample_batches]
+            self._shapes = [
+                shape_of(*self._read("sample_batches", batch)) for batch in sample_batches
+            ]
             if not 0 < len(self._shapes) <= max_graphs:
                 raise ValueError(
                     f"sample_batches must be 1 to max_graphs={max_graphs} batches, got {len(self._shapes)}"
@@ -191,9 +218,8 @@ class GraphedStep:
         self._buckets: dict[Shape, _Bucket] = {}
         if self.enabled:
             self._graphs = Graphs(self._device)
-        # By group and name, the memory that graphs read a hyperparameter from, and the number in
-        # it.
-        self._cells: dict[tuple[int, str], tuple[Tensor, float | None]] = {}
+        # By group and name, where graphs read the hyperparameters that are numbers.
+        self._cells: dict[tuple[int, LiveName], _Cell] = {}
 
     @property
     def captured(self) -> list[str]:
@@ -202,7 +228,7 @@ class GraphedStep:
             in_words(shape) for shape, bucket in self._buckets.items() if bucket.graph is not None
         ]
 
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Take one step and return its loss, a new 0-d tensor without a gradient. Nothing is read
         from the GPU.
 
@@ -216,23 +242,20 @@ class GraphedStep:
             RuntimeError: gradients or autocast come from outside; the step cannot be captured; or
                 something has changed since the capture. No step was taken then.
         """
-        shape, leaves = self._read("batch", batch)
+        kind, leaves = self._read("batch", batch)
+        shape = shape_of(kind, leaves)
         if not self.enabled:
             bucket = _Bucket(shape, self._device)
             bucket.fill(leaves)
             return self._train(bucket)
         self._check_call()
-        bucket, now = self._bucket(shape), self.optimizer._snapshot()
-        if bucket.watch is not None and (change := bucket.watch.change(now)) is not None:
-            if bucket.graph is not None:
-                raise RuntimeError(
-                    f"{change}, which its CUDA graph does not know: put it back, or call reset()"
-                )
-            bucket.warmups = 0
+        bucket = self._bucket(shape)
+        now = self.optimizer._snapshot()
+        self._check_unchanged(bucket, now)
         bucket.fill(leaves)
         self._copy_numbers()
-        # After a write to a parameter the optimizer measures norms again, which a graph would do in
-        # every replay.
+        # A shape's first calls run eagerly, the next one captures, the others replay. After a write
+        # to a parameter the optimizer measures norms again, which a graph would do in every replay.
         written = now.versions != self.optimizer._last.versions
         if bucket.watch is None or bucket.warmups < self.num_warmup_iters or written:
             return self._run_eagerly(bucket)
@@ -240,19 +263,32 @@ class GraphedStep:
             bucket.graph = self._capture(bucket)
             bucket.watch = Watch(self.model, self.optimizer, self.grad_scaler)
         else:
+            # The capture has counted the first replay's write.
             self.optimizer._count_write()
         replay, loss = bucket.graph
         replay()
         return loss.clone()
 
-    def _read(self, argument: str, batch: Any) -> tuple[Shape, Leaves]:
-        """The shape of a batch, and its tensors."""
+    def _read(self, argument: str, batch: object) -> tuple[type, Leaves]:
+        """The container of a batch, and its tensors."""
         if self.loss_fn is None and not isinstance(batch, Mapping):
             raise TypeError(
                 f"{argument} must be a dict unless loss_fn is given, got {type(batch).__name__}"
             )
-        kind, leaves = leaves_of(argument, batch)
-        return (kind, tuple((key, tensor.shape, tensor.dtype) for key, tensor in leaves)), leaves
+        return leaves_of(argument, batch)
+
+    def _check_unchanged(self, bucket: _Bucket, now: Snapshot) -> None:
+        """Raise RuntimeError if something has changed that the bucket's graph does not know. Without
+        a graph, the warm-up begins anew.
+        """
+        change = None if bucket.watch is None else bucket.watch.change(now)
+        if change is None:
+            return
+        if bucket.graph is not None:
+            raise RuntimeError(
+                f"{change}, which its CUDA graph does not know: put it back, or call reset()"
+            )
+        bucket.warmups = 0
 
     def _check_call(self) -> None:
         if torch.is_autocast_enabled(self._device.type):
@@ -280,15 +316,30 @@ class GraphedStep:
         """Bring the numbers among the live hyperparameters to where graphs read them."""
         for index, group in enumerate(self.optimizer.param_groups):
             for name in LIVE:
-                value, key = group[name], (index, name)
-                if reads_from_memory(value, self._device):
+                key = (index, name)
+                if reads_from_memory(group[name], self._device):
                     self._cells.pop(key, None)
                     continue
-                cell, known = self._cells.get(key, (None, None))
+                number = float(group[name])
+                cell = self._cells.get(key)
                 if cell is None:
-                    cell = torch.empty((), dtype=torch.float32, device=self._device)
-                if known != (number := float(value)):
-                    self._cells[key] = cell.fill_(number), number
+                    memory = torch.empty((), dtype=torch.float32, device=self._device)
+                    self._cells[key] = _Cell(memory.fill_(number), number)
+                elif cell.number != number:
+                    self._cells[key] = _Cell(cell.memory.fill_(number), number)
+
+    @contextmanager
+    def _numbers_in_memory(self) -> Iterator[None]:
+        """Let the optimizer read the live hyperparameters from the memory that replays read."""
+        groups = self.optimizer.param_groups
+        numbers = {(index, name): groups[index][name] for index, name in self._cells}
+        try:
+            for (index, name), cell in self._cells.items():
+                groups[index][name] = cell.memory
+            yield
+        finally:
+            for (index, name), number in numbers.items():
+                groups[index][name] = number
 
     def _run_eagerly(self, bucket: _Bucket) -> Tensor:
         loss = self._graphs.run(partial(self._train, bucket))
@@ -317,63 +368,60 @@ class GraphedStep:
 
     def _train(self, bucket: _Bucket) -> Tensor:
         """One eager step."""
-        scaler, batch, groups = self.grad_scaler, bucket.batch(), self.optimizer.param_groups
-        numbers: dict[tuple[int, str], Any] = {}
-        done = False
+        is_done = False
         try:
-            with torch.enable_grad():
-                loss = (
-                    self.model(**batch).loss
-                    if self.loss_fn is None
-                    else self.loss_fn(self.model, batch)
-                )
-                if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-                    got = (
-                        f"one of shape {list(loss.shape)}"
-                        if isinstance(loss, Tensor)
-                        else type(loss).__name__
-                    )
-                    raise TypeError(f"loss_fn must return a 0-d tensor with a gradient, got {got}")
-                (loss if scaler is None else scaler.scale(loss)).backward()
-            # Let the optimizer read the live hyperparameters from the memory that replays read.
-            for (index, name), (cell, _) in self._cells.items():
-                numbers[index, name], groups[index][name] = groups[index][name], cell
-            if scaler is None:
-                self.optimizer.step()
-            else:
-                scaler.step(self.optimizer)
-                scaler.update()
-            done = True
+            loss = self._backward(bucket.batch())
+            with self._numbers_in_memory():
+                if self.grad_scaler is None:
+                    self.optimizer.step()
+                else:
+                    self.grad_scaler.step(self.optimizer)
+                    self.grad_scaler.update()
+            is_done = True
         finally:
-            for (index, name), number in numbers.items():
-                groups[index][name] = number
             # Gradients of a capture lie in the graph's memory, so also a failed one leaves none.
-            if done or self.enabled:
+            if is_done or self.enabled:
                 for p in params_of(self.optimizer):
                     p.grad = None
         return loss.detach()
 
+    @torch.enable_grad()
+    def _backward(self, batch: Batch) -> Tensor:
+        """The loss of ``batch``, after the backward pass."""
+        loss: object
+        if self.loss_fn is not None:
+            loss = self.loss_fn(self.model, batch)
+        else:
+            assert isinstance(batch, dict)
+            loss = self.model(**batch).loss
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"loss_fn must return a 0-d tensor with a gradient, got {type(loss).__name__}"
+            )
+        if loss.dim() or not loss.requires_grad:
+            raise TypeError(
+                f"loss_fn must return a 0-d tensor with a gradient, got one of shape {list(loss.shape)}"
+            )
+        scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+        scaled.backward()
+        return loss
 
-def host_generators() -> tuple[Any, ...]:
-    """The states of the host's global random number generators: PyTorch's, Python's and, if it is
-    imported, NumPy's.
-    """
-    numpy = sys.modules.get("numpy")
-    # Bytes, since comparing NumPy's arrays gives no bool.
-    from_numpy = None if numpy is None else pickle.dumps(numpy.random.get_state())
-    return torch.get_rng_state().tolist(), random.getstate(), from_numpy
 
-
-def leaves_of(argument: str, batch: Any) -> tuple[type, Leaves]:
+def leaves_of(argument: str, batch: object) -> tuple[type, Leaves]:
     """The container of a batch, and its tensors."""
     kind: type
+    values: dict[Hashable, object]
     if isinstance(batch, Mapping):
-        kind, leaves = dict, list(batch.items())
+        kind = dict
+        values = dict(batch)
     elif isinstance(batch, (tuple, list)):
-        kind, leaves = (list if isinstance(batch, list) else tuple), list(enumerate(batch))
+        kind = list if isinstance(batch, list) else tuple
+        values = dict(enumerate(batch))
     else:
-        kind, leaves = Tensor, [(0, batch)]
-    for key, value in leaves:
+        kind = Tensor
+        values = {0: batch}
+    leaves: Leaves = {}
+    for key, value in values.items():
         where = argument if kind is Tensor else f"{argument}[{key!r}]"
         if type(value) is not Tensor or value.layout is not torch.strided:
             got = f"layout {value.layout}" if type(value) is Tensor else type(value).__name__
@@ -382,12 +430,19 @@ def leaves_of(argument: str, batch: Any) -> tuple[type, Leaves]:
             )
         if value.requires_grad:
             raise ValueError(f"{where} must need no gradient, got requires_grad=True")
+        leaves[key] = value
     return kind, leaves
 
 
+def shape_of(kind: type, leaves: Leaves) -> Shape:
+    """The shape of a batch."""
+    return Shape(kind, tuple(LeafShape(key, t.shape, t.dtype) for key, t in leaves.items()))
+
+
 def in_words(shape: Shape) -> str:
-    kind, leaves = shape
-    texts = [f"{str(dtype).removeprefix('torch.')} {list(size)}" for _, size, dtype in leaves]
-    if kind is dict:
-        texts = [f"{key} {text}" for (key, *_), text in zip(leaves, texts, strict=True)]
+    """The tensors of a shape, as an error or ``captured`` names them."""
+    texts = []
+    for leaf in shape.leaves:
+        text = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.size)}"
+        texts.append(f"{leaf.key} {text}" if shape.kind is dict else text)
     return f"({', '.join(texts)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypeGuard
 
 import torch
 from torch import nn
@@ -56,8 +56,17 @@ def split_lora_name(name: str) -> tuple[str, str] | None:
     match = _LORA_NAME.match(name)
     if match is None:
         return None
-    parts = [part for part in (match["prefix"], match["adapter"]) if part]
-    return ".".join(parts), match["role"]
+    return _joined(match["prefix"], match["adapter"]), match["role"]
+
+
+def _joined(*names: str | None) -> str:
+    """A dotted name of ``names``, without the empty ones."""
+    return ".".join(filter(None, names))
+
+
+def other_half(role: str) -> Literal["A", "B"]:
+    """ "B" of "A", and "A" of "B"."""
+    return "B" if role == "A" else "A"
 
 
 def layer_name(name: str) -> str:
@@ -66,10 +75,18 @@ def layer_name(name: str) -> str:
     return name if match is None else match["prefix"] or ""
 
 
-def is_named_parameter(item: Any) -> bool:
+def is_named_parameter(item: object) -> TypeGuard[tuple[str, torch.Tensor]]:
     """Whether ``item`` is a tuple (name, tensor)."""
-    is_pair = isinstance(item, tuple) and len(item) == 2
-    return is_pair and isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+    if not isinstance(item, tuple) or len(item) != 2:
+        return False
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+
+
+def is_stable(a_norm: float, b_norm: float) -> bool:
+    """Whether a pair is stable by its norms now: ``a_norm`` = ||A||_F / n is at most ``b_norm`` =
+    ||B||_F / m. At the first step that finds a pair stable, it latches.
+    """
+    return a_norm <= b_norm
 
 
 def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:
@@ -97,9 +114,8 @@ def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[L
     for name, half in halves.items():
         if len(half) == 1:
             (role,) = half
-            other = "B" if role == "A" else "A"
             raise ValueError(
-                f"pair {name!r} has lora_{role} {list(half[role].shape)} but no lora_{other}"
+                f"pair {name!r} has lora_{role} {list(half[role].shape)} but no lora_{other_half(role)}"
             )
     return [LoRAPair(name, half["A"], half["B"]) for name, half in halves.items()]
 
@@ -111,10 +127,13 @@ def stacked_experts(model: nn.Module) -> dict[str, int]:
     A [experts r, in] and B [out, experts r] are one pair to Stable-LoRA: they shrink and latch as
     one.
     """
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, module in model.named_modules():
-        if (count := getattr(module, "num_experts", 1)) != 1 and hasattr(module, "lora_A"):
-            # PEFT's have an A for each adapter.
-            adapters = module.lora_A if isinstance(module.lora_A, nn.ModuleDict) else [""]
-            found |= {".".join(filter(None, (name, adapter))): count for adapter in adapters}
-    return found
+        count = getattr(module, "num_experts", 1)
+        if count == 1 or not hasattr(module, "lora_A"):
+            continue
+        # PEFT's have an A for each adapter.
+        adapters = module.lora_A if isinstance(module.lora_A, nn.ModuleDict) else [""]
+        for adapter in adapters:
+            counts[_joined(name, adapter)] = count
+    return counts

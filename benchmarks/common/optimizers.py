@@ -51,17 +51,17 @@ class NaiveStableAdamW(torch.optim.AdamW):
         self, pairs: Sequence[LoRAPair], *, shrink_ratio: float = SHRINK_RATIO, **options: Any
     ) -> None:
         self.pairs, self.shrink_ratio = list(pairs), shrink_ratio
-        self.stable = [False] * len(self.pairs)
+        self.latched = [False] * len(self.pairs)
         super().__init__(_halves(pairs), **options)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for i, pair in enumerate(self.pairs):
-            if not self.stable[i]:
+            if not self.latched[i]:
                 if pair.A.norm() / pair.A.shape[1] > pair.B.norm() / pair.B.shape[0]:
                     pair.A.mul_(1 - self.shrink_ratio)
                 else:
-                    self.stable[i] = True
+                    self.latched[i] = True
         super().step()
 
 

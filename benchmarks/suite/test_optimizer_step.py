@@ -89,7 +89,7 @@ class OptimizerCase(Case):
             states = (
                 [pair.latched for pair in optimizer.stability()]
                 if arm == optimizers.OURS
-                else optimizer.stable
+                else optimizer.latched
             )
             if {*states} != {self.state == "latched"}:
                 raise RuntimeError(

@@ -1,7 +1,8 @@
 """Lists the contents of an adapter in PEFT's format. For each pair of A [r, n] and B [m, r] it
 shows rank, sizes, dtype, scaling, the Frobenius norms ‖A‖ and ‖B‖, bytes, and whether the pair is
-stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. It also names other tensors
-(modules_to_save, biases, DoRA's magnitudes) and everything beyond plain LoRA.
+stable: ‖A‖/n ≤ ‖B‖/m, where Stable-LoRA stops shrinking A. Whether a pair has latched is in the
+optimizer's state alone, not in an adapter. It also names other tensors (modules_to_save, biases,
+DoRA's magnitudes) and everything beyond plain LoRA.
 
 It reads the file tensor by tensor, runs no code in it and refuses pickles (.bin).
 
@@ -32,7 +33,7 @@ from stablelora_kernels.cli.common import (
 )
 from stablelora_kernels.config import check_patterns, ends_of, lookup_pattern
 from stablelora_kernels.model.peft_format import PEFT_ALPHA, PREFIX, beyond_plain_lora
-from stablelora_kernels.pairs import split_lora_name
+from stablelora_kernels.pairs import is_stable, other_half, split_lora_name
 from stablelora_kernels.utils.validation import check_float, counted, shown
 
 HELP = "list every pair of an adapter: rank, norms, stability and size"
@@ -226,7 +227,7 @@ def _sort_tensors(
         if len(half) == 1:
             (role,) = half
             problems.append(
-                f"{name} has lora_{role} {half[role].shape}, but no lora_{'B' if role == 'A' else 'A'}"
+                f"{name} has lora_{role} {half[role].shape}, but no lora_{other_half(role)}"
             )
             continue
         a, b = half["A"], half["B"]
@@ -244,8 +245,10 @@ def _pair(name: str, a: Figures, b: Figures, r: int, scaling: float | None) -> R
     None if one is not finite.
     """
     n, m = a.shape[1], b.shape[0]
-    a_norm, b_norm = a.norm / max(n, 1), b.norm / max(m, 1)
-    stable = a_norm <= b_norm if math.isfinite(a_norm) and math.isfinite(b_norm) else None
+    a_norm = a.norm / max(n, 1)
+    b_norm = b.norm / max(m, 1)
+    are_finite = math.isfinite(a_norm) and math.isfinite(b_norm)
+    stable = is_stable(a_norm, b_norm) if are_finite else None
     dtype = "/".join(dict.fromkeys((a.dtype, b.dtype)))
     return {
         "name": name, "r": r, "in_features": n, "out_features": m, "dtype": dtype, "scaling": scaling, "a_frobenius": a.norm,

@@ -52,7 +52,13 @@ from stablelora_kernels.nn.linear import (
 )
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
-from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp, clean
+from stablelora_kernels.utils.modules import (
+    HOOKS,
+    check_module,
+    check_not_in_ddp,
+    clean,
+    is_fully_sharded,
+)
 from stablelora_kernels.utils.tensors import is_sharded
 from stablelora_kernels.utils.validation import counted
 
@@ -419,14 +425,9 @@ def _reason_by_position(model: nn.Module, name: str, module: Any) -> str | None:
         return None
     if isinstance(parents[-1], nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
-    if is_sharded(module.weight) and any(map(_is_fully_sharded, parents)):
+    if is_sharded(module.weight) and any(map(is_fully_sharded, parents)):
         return "fully_shard has cut its weight, and would not cut A and B; apply LoRA before it"
     return None
-
-
-def _is_fully_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` (FSDP2) has sharded ``module``."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 _OF_PEFT = "it is part of a PEFT layer; accelerate_peft runs those"

@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from stablelora_kernels.optim import snapshot
-from stablelora_kernels.optim.snapshot import upload
+from stablelora_kernels.optim import staging
+from stablelora_kernels.optim.staging import upload
 from stablelora_kernels.utils.tensors import is_sharded, local, shard_extent
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Shard(NamedTuple):
@@ -27,15 +31,15 @@ class Shard(NamedTuple):
     columns: int = 0
     pitch: int = 0
 
-    def element_indices(self, count: int, device: torch.device) -> torch.Tensor:
+    def element_indices(self, count: int, device: torch.device) -> Tensor:
         """int32 [count]: the indices of the shard's first ``count`` elements, modulo 2^32."""
-        own = torch.arange(count, dtype=torch.int64, device=device)
+        indices = torch.arange(count, dtype=torch.int64, device=device)
         if self.columns:
-            own = own // self.columns * self.pitch + own % self.columns
-        return (own + self.base).to(torch.int32)
+            indices = indices // self.columns * self.pitch + indices % self.columns
+        return (indices + self.base).to(torch.int32)
 
 
-def check_shards(name: str, p: Any) -> None:
+def check_shards(name: str, p: DTensor) -> None:
     """Raise TypeError or ValueError for a DTensor that the optimizer cannot update shard by shard."""
     if any(placement.is_partial() for placement in p.placements):
         raise TypeError(f"{name} must be sharded or replicated, got the placements {p.placements}")
@@ -46,13 +50,14 @@ def check_shards(name: str, p: Any) -> None:
     shard_of(name, p, 0)
 
 
-def shard_of(name: str, p: Any, base: int) -> Shard:
+def shard_of(name: str, p: Tensor, base: int) -> Shard:
     """This process's shard of ``p``, whose first element has the index ``base``."""
     if not is_sharded(p):
         return Shard(base)
     sizes, offsets = shard_extent(p)
-    pitches = [math.prod(p.shape[dim + 1 :]) for dim in range(p.dim())]
-    base += sum(offset * pitch for offset, pitch in zip(offsets, pitches, strict=True))
+    for dim, offset in enumerate(offsets):
+        base += offset * math.prod(p.shape[dim + 1 :])
+    # Beyond the first dimension, which takes whole rows.
     cut = [dim for dim in range(1, p.dim()) if sizes[dim] != p.shape[dim]]
     if not cut or 0 in sizes:
         return Shard(base)
@@ -64,6 +69,14 @@ def shard_of(name: str, p: Any, base: int) -> Shard:
     return Shard(base, math.prod(sizes[dim:]), math.prod(p.shape[dim:]))
 
 
+class ProcessSum(NamedTuple):
+    """One collective: which values the processes of ``group`` add up."""
+
+    group: torch.distributed.ProcessGroup
+    # On the device; None for all.
+    indices: Tensor | None
+
+
 class ShardSums:
     """All-reduces values, one a parameter, over the processes that share the parameter: one
     collective a process group.
@@ -72,43 +85,51 @@ class ShardSums:
     sharded.
     """
 
-    def __init__(self, owners: Sequence[Any]) -> None:
+    def __init__(self, owners: Sequence[Tensor]) -> None:
         """``owners``: the parameter that each value is a sum over."""
-        device = owners[0].device if owners else torch.device("cpu")
-        groups: dict[str, Any] = {}
-        indices: dict[str, list[int]] = {}
+        groups: dict[str, torch.distributed.ProcessGroup] = {}
+        indices_of: dict[str, list[int]] = {}
         for i, owner in enumerate(owners):
-            for dim, placement in enumerate(owner.placements if is_sharded(owner) else ()):
+            if not is_sharded(owner):
+                continue
+            for dim, placement in enumerate(owner.placements):
                 # Groups that hold replicas do not count.
                 if not placement.is_replicate() and owner.device_mesh.size(dim) > 1:
                     group = owner.device_mesh.get_group(dim)
                     groups[group.group_name] = group
-                    indices.setdefault(group.group_name, []).append(i)
-        self.parts = [
-            (
-                groups[name],
-                None if len(index) == len(owners) else upload(index, torch.int64, device),
-            )
-            for name, index in indices.items()
-        ]
+                    indices_of.setdefault(group.group_name, []).append(i)
+        self.sums: list[ProcessSum] = []
+        for name, indices in indices_of.items():
+            is_of_all = len(indices) == len(owners)
+            on_device = None if is_of_all else upload(indices, torch.int64, owners[0].device)
+            self.sums.append(ProcessSum(groups[name], on_device))
 
     def __bool__(self) -> bool:
-        return bool(self.parts)
+        return bool(self.sums)
 
-    def all_reduce_sum_(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Make ``values``, one an owner, the sums over all processes, in place."""
-        for group, index in self.parts:
-            mine = values if index is None else values[index]
-            torch.distributed.all_reduce(mine, group=group)
-            if index is not None:
-                values[index] = mine
+        for group, indices in self.sums:
+            shared = values if indices is None else values[indices]
+            torch.distributed.all_reduce(shared, group=group)
+            if indices is not None:
+                values[indices] = shared
         return values
 
-    def all_reduce_max_(self, value: torch.Tensor) -> torch.Tensor:
+    def all_reduce_max_(self, value: Tensor) -> Tensor:
         """Make ``value`` the largest of all processes, in place."""
-        for group, _ in self.parts:
-            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=group)
+        for reduction in self.sums:
+            torch.distributed.all_reduce(
+                value, torch.distributed.ReduceOp.MAX, group=reduction.group
+            )
         return value
+
+
+class Recorded(NamedTuple):
+    """A number of unlatched pairs on its way to the host, and the event that says it has arrived."""
+
+    unlatched: Tensor
+    arrival: torch.cuda.Event | None
 
 
 class LatchMonitor:
@@ -120,18 +141,19 @@ class LatchMonitor:
 
     LAG = 4
 
-    def __init__(self, latched: torch.Tensor, indices: Sequence[int]) -> None:
+    def __init__(self, latched: Tensor, indices: Sequence[int]) -> None:
         """``latched``: int32 counters; those at ``indices`` belong to the pairs."""
-        self.latched, self.indices = latched, upload(list(indices), torch.int64, latched.device)
+        self.latched = latched
+        self.indices = upload(list(indices), torch.int64, latched.device)
         self.unlatched = bool(indices)
-        self.pending: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
+        self.pending: list[Recorded] = []
 
     def any_unlatched(self) -> bool:
         """Whether some pair had not latched in the last record that has to be known by now."""
-        if self.unlatched and len(self.pending) >= self.LAG and not snapshot.capturing():
-            count, event = self.pending.pop(0)
-            if event is not None:
-                event.synchronize()
+        if self.unlatched and len(self.pending) >= self.LAG and not staging.capturing():
+            count, arrival = self.pending.pop(0)
+            if arrival is not None:
+                arrival.synchronize()
             self.unlatched = bool(count.item())
         return self.unlatched
 
@@ -139,14 +161,14 @@ class LatchMonitor:
         """Record the count after a step. A step that a CUDA graph captures records nothing: it
         repeats its collectives.
         """
-        if not self.unlatched or snapshot.capturing():
+        if not self.unlatched or staging.capturing():
             return
-        count, event = (self.latched[self.indices] == 0).sum(), None
-        if count.device.type == "cuda":
-            host, event = (
-                torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True),
-                torch.cuda.Event(),
-            )
-            count = host.copy_(count, non_blocking=True)
-            event.record(torch.cuda.current_stream(self.latched.device))
-        self.pending.append((count, event))
+        count = (self.latched[self.indices] == 0).sum()
+        if count.device.type != "cuda":
+            self.pending.append(Recorded(count, None))
+            return
+        host = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
+        host.copy_(count, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record(torch.cuda.current_stream(self.latched.device))
+        self.pending.append(Recorded(host, arrival))

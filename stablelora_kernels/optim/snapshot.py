@@ -1,10 +1,8 @@
-"""What a step finds in Python, what of it has changed since the last step, and copies of it for the
-device.
-"""
+"""What a step finds in Python, and what of it has changed since the last step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -14,10 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from stablelora_kernels.dispatch.settings import get_backend
+from stablelora_kernels.optim.groups import ParamGroup
+from stablelora_kernels.optim.options import LIVE, Number, reads_from_memory
+from stablelora_kernels.optim.state import Entry, with_strides_of
 from stablelora_kernels.utils.validation import shown
 
-# What engines are built from, or checked against as they are built. The seed keys the random
-# rounding.
+# Options that engines are built from, or checked against as they are built. The seed keys the
+# random rounding.
 _BUILT = (
     "amsgrad",
     "stop_condition",
@@ -27,15 +28,15 @@ _BUILT = (
     "master_weights",
     "seed",
 )
-# Hyperparameters that may be tensors. Schedulers change their numbers between replays of a CUDA
-# graph, too.
-LIVE = ("lr", "weight_decay", "shrink_ratio")
-_NAMES = (*LIVE, *_BUILT, "betas", "eps", "maximize", "shrink_pattern", "capturable")
-_values_of = itemgetter(*_NAMES)
-_live, _built = slice(0, len(LIVE)), slice(len(LIVE), len(LIVE) + len(_BUILT))
+# Hyperparameters that a step uploads once they have changed.
+_UPLOADED = (*LIVE, "betas", "eps", "maximize", "shrink_pattern", "capturable")
+_live_values = itemgetter(*LIVE)
+_built_values = itemgetter(*_BUILT)
+_uploaded_values = itemgetter(*_UPLOADED)
+# Of a snapshot: what engines stand for, and what they have uploaded.
+_engine_inputs = attrgetter("memory", "backend", "built", "state")
+_hyperparameters = attrgetter("uploaded", "tensors")
 _version = attrgetter("_version")
-# Of a snapshot. A schedule changes the first, so that a comparison ends there.
-_facts = attrgetter("groups", "tensors", "memory", "backend", "state")
 
 
 class _NoTensorsAreEqual(TorchFunctionMode):
@@ -43,41 +44,54 @@ class _NoTensorsAreEqual(TorchFunctionMode):
     both hold.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: object = (),
+        kwargs: object = None,
+    ) -> bool:
         return False
 
 
 _NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
 
 
-def same_objects(found: Any, known: Any) -> bool:
+def same_objects(now: object, before: object) -> bool:
     """Whether two lists or nested dicts hold the very same tensors in the same places.
 
     Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a
     microsecond a tensor.
     """
     with _NO_TENSORS_ARE_EQUAL:
-        return bool(found == known)
+        return now == before
 
 
-def difference(label: str, old: Any, new: Any) -> str | None:
-    """Says in words that ``label`` has another value; None if it has not. An empty dict, left of
-    hooks, is as good as None.
+def difference(label: str, before: object, now: object) -> str | None:
+    """Says in words that ``label`` has another value; None if it has not. An empty dict, which
+    removed hooks leave behind, is as good as None.
     """
-    old, new = (None if isinstance(v, dict) and not v else v for v in (old, new))
-    if old is new or same_objects([old], [new]):
+    before, now = _none_if_empty(before), _none_if_empty(now)
+    if before is now or same_objects([before], [now]):
         return None
-    words = (
-        f"a tensor of shape {list(v.shape)}" if isinstance(v, Tensor) else shown(repr(v))
-        for v in (old, new)
-    )
-    return "{} was {} and is {}".format(label, *words)
+    return f"{label} was {_described(before)} and is {_described(now)}"
 
 
-def first_difference(known: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """Says in words which value by its label was another in ``known``; None if all are the same."""
-    for label in {**known, **found}:
-        if words := difference(label, known.get(label, "absent"), found.get(label, "absent")):
+def _none_if_empty(value: object) -> object:
+    return None if isinstance(value, dict) and not value else value
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return shown(repr(value))
+
+
+def first_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str | None:
+    """Says in words which value by its label was another in ``before``; None if all are the same."""
+    for label in {**before, **now}:
+        words = difference(label, before.get(label, "absent"), now.get(label, "absent"))
+        if words is not None:
             return words
     return None
 
@@ -91,24 +105,24 @@ class GradientLayout(NamedTuple):
     present: list[bool] | None = None
 
 
-def layout_of(tensors: Sequence[Any]) -> GradientLayout | None:
+def layout_of(tensors: Sequence[Tensor | None]) -> GradientLayout | None:
     """The layout of the tensors that are not None; None if one is not contiguous or has no storage
     of its own.
 
     Passes over every tensor take most of a step's host time, so this makes as few as possible.
     """
+    all_present: Sequence[Any] = tensors
     try:
-        addresses = list(map(Tensor.data_ptr, tensors))
+        addresses = list(map(Tensor.data_ptr, all_present))
     except TypeError:
-        found = layout_of([t for t in tensors if t is not None])
-        return found and found._replace(present=[t is not None for t in tensors])
+        # One is None.
+        layout = layout_of([t for t in tensors if t is not None])
+        return layout and layout._replace(present=[t is not None for t in tensors])
     except RuntimeError:
         return None
-    return (
-        GradientLayout(addresses, [t.dtype for t in tensors])
-        if all(map(Tensor.is_contiguous, tensors))
-        else None
-    )
+    if not all(map(Tensor.is_contiguous, all_present)):
+        return None
+    return GradientLayout(addresses, [t.dtype for t in all_present])
 
 
 class Gradients(NamedTuple):
@@ -136,24 +150,22 @@ class Gradients(NamedTuple):
                 raise RuntimeError(f"gradients must be dense tensors, got {g.layout}")
         return True
 
-    def converted(self, like: Sequence[Tensor]) -> tuple[list[Tensor | None], bool]:
-        """The gradients in the dtypes and strides of the dense tensors ``like``, and whether none
-        is a copy.
-        """
-        made = [
-            g if g is None else with_strides_of(t, g if g.dtype is t.dtype else g.to(t.dtype))
-            for t, g in zip(like, self.tensors, strict=True)
-        ]
-        return made, all(map(is_, made, self.tensors))
+    def converted(self, like: Sequence[Tensor]) -> Converted:
+        """The gradients in the dtypes and strides of the dense tensors ``like``."""
+        tensors: list[Tensor | None] = []
+        for t, g in zip(like, self.tensors, strict=True):
+            if g is None:
+                tensors.append(None)
+            else:
+                tensors.append(with_strides_of(t, g if g.dtype is t.dtype else g.to(t.dtype)))
+        return Converted(tensors, direct=all(map(is_, tensors, self.tensors)))
 
 
-def with_strides_of(p: Tensor, grad: Tensor) -> Tensor:
-    """``grad`` with the strides of the dense ``p``, so that flat memory holds both in the same
-    order.
-    """
-    if grad.stride() == p.stride():
-        return grad
-    return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+class Converted(NamedTuple):
+    """Gradients as an engine reads them. ``direct``: none of them is a copy."""
+
+    tensors: list[Tensor | None]
+    direct: bool
 
 
 class Change(NamedTuple):
@@ -178,13 +190,14 @@ class Snapshot:
     params: list[list[Tensor]]
     memory: list[int] | None = None
     backend: str = ""
-    # Of each group, the values of _NAMES.
-    groups: Any = None
+    # Of each group, the values of _BUILT and those of _UPLOADED.
+    built: list[tuple[object, ...]] | None = None
+    uploaded: list[tuple[object, ...]] | None = None
     # Of tensors among the live hyperparameters their address, or their number if an engine
     # elsewhere reads it on the host.
-    tensors: list[Any] | None = None
+    tensors: list[float] | None = None
     # The optimizer's own; a snapshot that is kept has a copy.
-    state: Any = None
+    state: Mapping[Tensor, Entry] | None = None
     gradients: GradientLayout | None = None
     # Of the parameters that engines watch.
     versions: int | None = None
@@ -192,9 +205,9 @@ class Snapshot:
     @classmethod
     def take(
         cls,
-        groups: Sequence[dict[str, Any]],
+        groups: Sequence[ParamGroup],
         params: Sequence[Tensor],
-        state: Any,
+        state: Mapping[Tensor, Entry],
         watched: Sequence[Tensor],
         on_cpu: bool,
     ) -> Snapshot:
@@ -205,38 +218,40 @@ class Snapshot:
             watched: those whose versions tell that someone else wrote to them.
             on_cpu: whether all engines are on the CPU.
         """
-        rows = [_values_of(group) for group in groups]
-        live = [value for row in rows for value in row[_live] if isinstance(value, Tensor)]
-        tensors = [
-            v.item() if v.device.type == "cpu" and not on_cpu else v.data_ptr() for v in live
-        ]
-        lists, memory = (
-            [list(group["params"]) for group in groups],
-            list(map(Tensor.data_ptr, params)),
-        )
         return cls(
-            lists, memory, get_backend(), rows, tensors, state, versions=versions_of(watched)
+            params=[list(group["params"]) for group in groups],
+            memory=list(map(Tensor.data_ptr, params)),
+            backend=get_backend(),
+            built=list(map(_built_values, groups)),
+            uploaded=list(map(_uploaded_values, groups)),
+            tensors=_live_tensors(groups, on_cpu),
+            state=state,
+            versions=versions_of(watched),
         )
 
     def kept(self) -> Snapshot:
         """This one with a copy of the state."""
+        assert self.state is not None
         self.state = {p: dict(entry) for p, entry in self.state.items()}
         return self
 
     def since(self, last: Snapshot) -> Change:
         """What has changed since ``last``, of which the parameters are the same."""
-        unchanged = same_objects(_facts(self), _facts(last))
-        if not unchanged:
-            found, known = (
-                (each.memory, each.backend, [row[_built] for row in each.groups or ()], each.state)
-                for each in (self, last)
-            )
-            if not same_objects(found, known):
-                return Change()
-        moved = self.gradients is None or self.gradients != last.gradients
-        return Change(False, not unchanged, moved, self.versions != last.versions)
+        # Twice what same_objects does, in one block: every step comes here.
+        with _NO_TENSORS_ARE_EQUAL:
+            other_engines = _engine_inputs(self) != _engine_inputs(last)
+            other_hyper = _hyperparameters(self) != _hyperparameters(last)
+        if other_engines:
+            # New engines know nothing of the last step: all has changed.
+            return Change()
+        return Change(
+            build=False,
+            hyper=other_hyper,
+            gradients=self.gradients is None or self.gradients != last.gradients,
+            written=self.versions != last.versions,
+        )
 
-    def words(self, last: Snapshot, device: torch.device) -> str | None:
+    def change_for_graph(self, last: Snapshot, device: torch.device) -> str | None:
         """What has changed since ``last`` of all that a CUDA graph on ``device`` repeats, in words,
         or None.
         """
@@ -244,113 +259,42 @@ class Snapshot:
             (self.params, self.memory, self.state), (last.params, last.memory, last.state)
         ):
             return "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
-        for index, rows in enumerate(zip(self.groups, last.groups, strict=True)):
-            for name, *both in zip(_NAMES, *rows, strict=True):
-                if name in LIVE:
-                    both = [
-                        value if reads_from_memory(value, device) else "a number" for value in both
-                    ]
-                if words := difference(
-                    f"optimizer.param_groups[{index}][{name!r}]", *reversed(both)
-                ):
-                    return words
+        for index in range(len(self.params)):
+            before = last._values_for_graph(index, device)
+            now = self._values_for_graph(index, device)
+            if words := first_difference(before, now):
+                return words
         return None
+
+    def _values_for_graph(self, index: int, device: torch.device) -> dict[str, object]:
+        """The hyperparameters of a group that a CUDA graph on ``device`` repeats, by their names in
+        a message. Live numbers may change.
+        """
+        assert self.built is not None and self.uploaded is not None
+        values = dict(zip(_UPLOADED, self.uploaded[index], strict=True))
+        values |= zip(_BUILT, self.built[index], strict=True)
+        for name in LIVE:
+            if not reads_from_memory(values[name], device):
+                values[name] = "a number"
+        return {
+            f"optimizer.param_groups[{index}][{name!r}]": value for name, value in values.items()
+        }
+
+
+def _live_tensors(groups: Sequence[ParamGroup], on_cpu: bool) -> list[float]:
+    """Of every tensor among the live hyperparameters its address, or its number if an engine on a
+    GPU reads it on the host.
+    """
+    values: list[Number] = []
+    for group in groups:
+        values += _live_values(group)
+    return [
+        value.item() if value.device.type == "cpu" and not on_cpu else value.data_ptr()
+        for value in values
+        if isinstance(value, Tensor)
+    ]
 
 
 def versions_of(params: Iterable[Tensor]) -> int:
     """The sum of the versions of ``params``, each of which only rises."""
     return sum(map(_version, params))
-
-
-def reads_from_memory(value: Any, device: torch.device) -> bool:
-    """Whether an engine on ``device`` reads a live hyperparameter from the tensor that its group
-    holds.
-    """
-    return isinstance(value, Tensor) and value.device == device
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` as a new tensor on ``device``. A GPU copies from fresh pinned memory, so the host
-    does not wait for it.
-    """
-    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
-    return (
-        host.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else host.to(device, copy=True)
-    )
-
-
-def stream_of(device: torch.device) -> int:
-    """The handle of the device's current stream; 0 on a CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def keep_for_stream(tensors: Iterable[Tensor]) -> None:
-    """Once a tensor is freed, let the allocator wait with its memory for what its device's current
-    stream does until then.
-    """
-    for tensor in tensors:
-        # Recording a stream is no part of a graph. The engine keeps what captured launches read.
-        if tensor.device.type == "cuda" and not capturing():
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
-
-
-class Staging:
-    """Uploads tables; during a capture, from host memory reserved beforehand.
-
-    A graph repeats its copies at each replay from the same host memory, so that memory may be
-    neither freed nor rewritten. Pinned memory cannot be allocated during a capture. So some is
-    reserved, and a capture keeps the part that it uses.
-    """
-
-    # A step uploads at most four tables, so this is enough for four captures without a step between
-    # them.
-    SPARES = 16
-
-    def __init__(self, device: torch.device, size: int, capturable: bool) -> None:
-        """``size``: the bytes of the largest table."""
-        self.device, self.size = device, max(size, 1)
-        self.wanted = self.SPARES if capturable else 0
-        self.spares: list[Tensor] = []
-        self.captured: list[Tensor] = []
-        self.refill()
-
-    def refill(self) -> None:
-        """Replace the reserved memory that captures have used. Call it outside of a capture."""
-        while len(self.spares) < self.wanted:
-            pinned = self.device.type == "cuda"
-            self.spares.append(
-                torch.empty(self.size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-            )
-
-    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """``values`` as a tensor on the device. RuntimeError during a capture, if no reserved
-        memory is left.
-        """
-        if not capturing():
-            return upload(values, dtype, self.device)
-        if not self.spares:
-            raise RuntimeError(
-                "this step cannot be captured in a CUDA graph: its gradients or hyperparameters differ from the last step's, and "
-                "no memory is reserved for their table. "
-                + (
-                    "Run a step between captures"
-                    if self.wanted
-                    else "Pass capturable=True to the optimizer"
-                )
-            )
-        table = (
-            values
-            if isinstance(values, Tensor)
-            else torch.tensor(values, dtype=dtype, device="cpu")
-        )
-        host = self.spares.pop()
-        self.captured.append(host)
-        staged = host[: table.nbytes].view(dtype).view(table.shape).copy_(table)
-        return torch.empty_like(staged, device=self.device).copy_(staged, non_blocking=True)

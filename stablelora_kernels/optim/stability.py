@@ -1,5 +1,5 @@
-"""How stable each pair is: its norms over its widths, and whether it has latched. A log of that,
-and its plot.
+"""The stability of each pair: its norms over its widths, whether they are stable now, and when the
+pair latched. A log of that, and its plot.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 import torch
+from torch import Tensor
 
 from stablelora_kernels.optim.sharding import ShardSums
-from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.optim.state import Entry
+from stablelora_kernels.pairs import LoRAPair, is_stable
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.tensors import local
 from stablelora_kernels.utils.validation import check_int
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -36,44 +39,60 @@ class PairStability:
         name: the name of its :class:`~stablelora_kernels.LoRAPair`.
         a_norm: ``||A||_F / n``.
         b_norm: ``||B||_F / m``.
-        latched: whether the pair has latched, so that A shrinks no more.
+        stable: whether ``a_norm <= b_norm`` now. The command ``inspect`` and the column of the log
+            mean the same.
         latched_at: A's step, counted from one, at which the pair latched, or None.
         experts: how many experts' pairs PEFT has stacked in it, for which one latch stands, if the
-            optimizer was made :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.
+            optimizer was made by :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.
     """
 
     name: str
     a_norm: float
     b_norm: float
-    latched: bool
+    stable: bool
     latched_at: int | None
     experts: int = 1
 
     @property
-    def stable(self) -> bool:
-        """Another name of ``latched``. The command ``inspect``, which sees no latch, calls a pair
-        stable by its norms alone.
+    def latched(self) -> bool:
+        """Whether the pair has latched, so that A shrinks no more. That is permanent, even if A
+        grows until the pair is no longer ``stable``.
         """
-        return self.latched
+        return self.latched_at is not None
+
+
+class PairNorms(NamedTuple):
+    """||A||_F and ||B||_F of a pair."""
+
+    a: float
+    b: float
 
 
 def stability_of(
     pairs: Sequence[LoRAPair],
-    norms: Sequence[tuple[float, float]],
-    state: Mapping[Any, Any],
+    norms: Sequence[PairNorms],
+    state: Mapping[Tensor, Entry],
     experts: Mapping[str, int],
 ) -> list[PairStability]:
-    """The stability of each pair, from ||A||_F and ||B||_F, the optimizer's state, and by name how
-    many experts it stacks.
+    """The stability of each pair, from its norms, the optimizer's state, and by name how many
+    experts it stacks.
     """
-    found = []
+    stability = []
     for pair, (a, b) in zip(pairs, norms, strict=True):
-        step = int(state.get(pair.A, {}).get("latched_at", 0))
-        per_width = a / max(pair.A.shape[1], 1), b / max(pair.B.shape[0], 1)
-        found.append(
-            PairStability(pair.name, *per_width, step > 0, step or None, experts.get(pair.name, 1))
+        a_norm = a / max(pair.A.shape[1], 1)
+        b_norm = b / max(pair.B.shape[0], 1)
+        latched_at = int(state.get(pair.A, {}).get("latched_at", 0))
+        stability.append(
+            PairStability(
+                name=pair.name,
+                a_norm=a_norm,
+                b_norm=b_norm,
+                stable=is_stable(a_norm, b_norm),
+                latched_at=latched_at or None,
+                experts=experts.get(pair.name, 1),
+            )
         )
-    return found
+    return stability
 
 
 # Where float32 holds the squares that make a norm: a GPU decides the latch by sums of squares in
@@ -83,7 +102,7 @@ SMALLEST_NORM, LARGEST_NORM = 1e-15, 1e19
 
 def finite_norms(
     pairs: Sequence[LoRAPair], float32_squares: bool, local_only: bool = False
-) -> list[tuple[float, float]]:
+) -> list[PairNorms]:
     """||A||_F and ||B||_F of every pair, computed in float64.
 
     The norms of sharded pairs take a collective, so all ranks must call this together;
@@ -97,7 +116,8 @@ def finite_norms(
     norms_on_device = [local(p.detach()).norm(dtype=torch.float64) for p in halves]
     if sums := ShardSums([] if local_only else halves):
         norms_on_device = list(sums.all_reduce_sum_(torch.stack(norms_on_device).square_()).sqrt_())
-    norms = torch.stack([norm.cpu() for norm in norms_on_device]).view(-1, 2).tolist()
+    values = torch.stack([norm.cpu() for norm in norms_on_device]).view(-1, 2).tolist()
+    norms = [PairNorms(a, b) for a, b in values]
     for pair, (a, b) in zip(pairs, norms, strict=True):
         if not (math.isfinite(a) and math.isfinite(b)):
             raise RuntimeError(
@@ -113,6 +133,23 @@ def finite_norms(
                 stacklevel=5,
             )
     return norms
+
+
+def warn_of_skipped(count: int) -> None:
+    """Warn of ``count`` steps that clipping has skipped since the last warning."""
+    skipped = "1 step was" if count == 1 else f"{count} steps were"
+    their = "its" if count == 1 else "their"
+    warnings.warn(
+        f"{skipped} skipped because the norm of {their} gradients was not finite",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+class ScalarWriter(Protocol):
+    """What the log needs of a TensorBoard ``SummaryWriter``, whose package has no types."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> object: ...
 
 
 class StabilityLogger:
@@ -131,9 +168,9 @@ class StabilityLogger:
         target: one of:
 
             - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm
-              (``||B||_F/m``), stable (1 once the pair has latched, else 0) and latched_at (a step,
-              or empty). Missing directories are made, and records are appended to an existing file,
-              as after a resume;
+              (``||B||_F/m``), stable (1 if ``a_norm <= b_norm`` in this record, else 0) and
+              latched_at (the step of the latch, which is permanent, or empty). Missing directories
+              are made, and records are appended to an existing file, as after a resume;
             - a TensorBoard ``SummaryWriter`` or any object with ``add_scalar(tag, value, step)``;
               the tags are ``stability/<pair>/a_norm``, ``stability/<pair>/b_norm`` and
               ``stability/latched``, the number of latched pairs.
@@ -149,16 +186,25 @@ class StabilityLogger:
         if not callable(getattr(optimizer, "stability", None)):
             raise TypeError(f"optimizer must be a StableLoRAAdamW, got {type(optimizer).__name__}")
         check_int("every", every, minimum=1)
-        if not (isinstance(target, (str, Path)) or callable(getattr(target, "add_scalar", None))):
+        self.optimizer = optimizer
+        self.every = every
+        self._calls = 0
+        self._writer: ScalarWriter | None = None
+        self._file: TextIO | None = None
+        if isinstance(target, (str, Path)):
+            self._file = _open(Path(target))
+        elif callable(getattr(target, "add_scalar", None)):
+            self._writer = target
+        else:
             raise TypeError(
                 f"target must be a path or have add_scalar, got {type(target).__name__}"
             )
-        self.optimizer, self.every, self._calls = optimizer, every, 0
-        self._writer = None if isinstance(target, (str, Path)) else target
-        self._file = None if self._writer is not None else _open(Path(target))
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
+        """Count a step; log every ``every``-th. The arguments are those of a step's hook."""
         self._calls += 1
         if self._calls % self.every == 0:
             self.log()
@@ -169,23 +215,22 @@ class StabilityLogger:
         Raises:
             ValueError: the logger is closed.
         """
-        found = self.optimizer.stability()
+        stability = self.optimizer.stability()
         steps = [
             int(self.optimizer.state.get(pair.A, {}).get("step", 0))
             for pair in self.optimizer.pairs
         ]
         if self._writer is not None:
-            for step, pair in zip(steps, found, strict=True):
+            for step, pair in zip(steps, stability, strict=True):
                 self._writer.add_scalar(f"stability/{pair.name}/a_norm", pair.a_norm, step)
                 self._writer.add_scalar(f"stability/{pair.name}/b_norm", pair.b_norm, step)
-            self._writer.add_scalar(
-                "stability/latched", sum(pair.latched for pair in found), max(steps)
-            )
+            count = sum(pair.latched for pair in stability)
+            self._writer.add_scalar("stability/latched", count, max(steps))
         elif self._file is not None:
             writer = csv.writer(self._file, lineterminator="\n")
-            for step, pair in zip(steps, found, strict=True):
+            for step, pair in zip(steps, stability, strict=True):
                 norms = f"{pair.a_norm:.9g}", f"{pair.b_norm:.9g}"
-                writer.writerow([step, pair.name, *norms, int(pair.latched), pair.latched_at])
+                writer.writerow([step, pair.name, *norms, int(pair.stable), pair.latched_at])
             self._file.flush()
         else:
             raise ValueError("this StabilityLogger is closed")
@@ -205,7 +250,7 @@ class StabilityLogger:
         self.close()
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> TextIO:
     """Open the CSV file to append to; a new one gets its header."""
     header = ",".join(COLUMNS)
     exists = path.exists() and path.stat().st_size > 0
@@ -254,32 +299,15 @@ def plot_stability(
                 f"{path} has no pair {missing[0]!r}; it has {', '.join(map(repr, series))}"
             )
         series = {name: series[name] for name in wanted}
-    np = import_extra("numpy", "plot", "plot_stability")
-    figure = import_extra("matplotlib.figure", "plot", "plot_stability").Figure(
+    figure: Figure = import_extra("matplotlib.figure", "plot", "plot_stability").Figure(
         figsize=(9, 4), layout="constrained"
     )
     plane, ratio = figure.subplots(1, 2)
-    few = len(series) <= 8
     for name, records in series.items():
-        steps = sorted(records)
-        a, b = [records[step][0] for step in steps], [records[step][1] for step in steps]
-        style = {"linewidth": 1.4, "label": name} if few else {"linewidth": 0.8, "alpha": 0.5}
-        (line,) = plane.plot(b, a, marker="." if few else None, markersize=4, **style)
-        over = [y / x if x else float("nan") for x, y in zip(a, b, strict=True)]
-        ratio.plot(steps, over, color=line.get_color(), **style)
-        latched = next(
-            (records[step][2] for step in reversed(steps) if records[step][2] is not None), None
-        )
-        if latched is not None:
-            # No record need fall on the latch's step: put the mark on the drawn line.
-            ratio.plot(
-                [latched],
-                [np.interp(latched, steps, over)],
-                "v",
-                color=line.get_color(),
-                markersize=6,
-            )
-    top = max(max(record[:2]) for records in series.values() for record in records.values())
+        _draw(plane, ratio, name, records, is_one_of_few=len(series) <= 8)
+    top = max(
+        max(record.a_norm, record.b_norm) for records in series.values() for record in records
+    )
     plane.plot([0, top], [0, top], color="#444444", linewidth=0.8, linestyle="--")
     plane.set_xlabel("||B|| / m")
     plane.set_ylabel("||A|| / n")
@@ -287,11 +315,9 @@ def plot_stability(
     ratio.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
     ratio.set_xlabel("step")
     ratio.set_ylabel("(||B|| / m) / (||A|| / n)")
-    count = sum(
-        any(record[2] is not None for record in records.values()) for records in series.values()
-    )
+    count = sum(_latch_of(records) is not None for records in series.values())
     ratio.set_title(f"{count} of {len(series)} pairs have latched (triangles)", fontsize=10)
-    if few:
+    if len(series) <= 8:
         plane.legend(fontsize=7)
     for axes in (plane, ratio):
         axes.grid(alpha=0.25)
@@ -300,14 +326,58 @@ def plot_stability(
     return figure
 
 
-def _read(path: Path) -> dict[str, dict[int, tuple[float, float, int | None]]]:
-    """Of every pair, by step: ||A||_F / n, ||B||_F / m and the latch."""
-    series: dict[str, dict[int, tuple[float, float, int | None]]] = {}
+class _Record(NamedTuple):
+    """What the log has of a pair at one step."""
+
+    step: int
+    a_norm: float
+    b_norm: float
+    latched_at: int | None
+
+
+def _draw(
+    plane: Axes, ratio: Axes, name: str, records: Sequence[_Record], is_one_of_few: bool
+) -> None:
+    """Draw a pair's line in both panels, and the mark of its latch."""
+    np = import_extra("numpy", "plot", "plot_stability")
+    steps = [record.step for record in records]
+    a = [record.a_norm for record in records]
+    b = [record.b_norm for record in records]
+    (line,) = plane.plot(b, a)
+    b_over_a = [y / x if x else math.nan for x, y in zip(a, b, strict=True)]
+    (ratio_line,) = ratio.plot(steps, b_over_a, color=line.get_color())
+    if is_one_of_few:
+        line.set(marker=".", markersize=4)
+    for drawn in (line, ratio_line):
+        if is_one_of_few:
+            drawn.set(linewidth=1.4, label=name)
+        else:
+            drawn.set(linewidth=0.8, alpha=0.5)
+    latched_at = _latch_of(records)
+    if latched_at is not None:
+        # No record need fall on the latch's step: put the mark on the drawn line.
+        height = np.interp(latched_at, steps, b_over_a)
+        ratio.plot([latched_at], [height], "v", color=line.get_color(), markersize=6)
+
+
+def _latch_of(records: Iterable[_Record]) -> int | None:
+    """The step of the latch by the latest record that has one."""
+    latches = [record.latched_at for record in records if record.latched_at is not None]
+    return latches[-1] if latches else None
+
+
+def _read(path: Path) -> dict[str, list[_Record]]:
+    """The records of every pair, by step; of two of one step the later."""
+    series: dict[str, dict[int, _Record]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            latched = int(row["latched_at"]) if row["latched_at"] else None
-            record = float(row["a_norm"]), float(row["b_norm"]), latched
-            series.setdefault(row["pair"], {})[int(row["step"])] = record
+            record = _Record(
+                step=int(row["step"]),
+                a_norm=float(row["a_norm"]),
+                b_norm=float(row["b_norm"]),
+                latched_at=int(row["latched_at"]) if row["latched_at"] else None,
+            )
+            series.setdefault(row["pair"], {})[record.step] = record
     if not series:
         raise ValueError(f"{path} holds no records")
-    return series
+    return {name: [records[step] for step in sorted(records)] for name, records in series.items()}

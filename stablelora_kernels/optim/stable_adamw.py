@@ -9,26 +9,34 @@ what has changed to the engine of each device.
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.settings import get_backend
-from stablelora_kernels.optim import options, snapshot, state
+from stablelora_kernels.optim import checkpoint, groups, options, staging
+from stablelora_kernels.optim.checkpoint import CopiedSchedule
+from stablelora_kernels.optim.devices import DeviceEngines, make_engines
+from stablelora_kernels.optim.engine import members_of
+from stablelora_kernels.optim.groups import ParamGroup
 from stablelora_kernels.optim.snapshot import Gradients, Snapshot, same_objects
-from stablelora_kernels.optim.stability import PairStability, finite_norms, stability_of
-from stablelora_kernels.optim.state import Member
-from stablelora_kernels.optim.torch_step import TorchStep
-from stablelora_kernels.optim.triton_step import TritonStep
+from stablelora_kernels.optim.stability import (
+    PairNorms,
+    PairStability,
+    finite_norms,
+    stability_of,
+    warn_of_skipped,
+)
+from stablelora_kernels.optim.state import as_owned
 from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
 from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
-from stablelora_kernels.utils.validation import check_float, counted
+from stablelora_kernels.utils.validation import counted
+
+# Named parameters, pairs, or group dicts of either.
+Params = Iterable[tuple[str, Tensor]] | Iterable[LoRAPair] | Iterable[dict[str, Any]]
 
 
 class StableLoRAAdamW(torch.optim.Optimizer):
@@ -113,25 +121,22 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     # GradScaler then passes its scale and found_inf as device tensors instead of reading them.
     _step_supports_amp_scaling = True
-    # Skipped steps: those that were reported, and those counted by the optimizer that this one is a
-    # copy of.
-    _reported = _skipped_before = 0
-    # What a step writes to, and by how much that raises the sum of the versions watched; None as
-    # long as that is not known.
-    _written: list[Tensor]
-    _raised: int | None = None
+    # How many skipped steps a warning has told of, and how many were counted by the optimizer that
+    # this one is a copy of.
+    _reported = 0
+    _skipped_before = 0
     # Of the pairs that are stacks, by name; a model alone knows them.
     _experts: Mapping[str, int] | None = None
 
     def __init__(
         self,
-        params: Iterable[Any],
-        lr: float | torch.Tensor = 1e-4,
+        params: Params,
+        lr: float | Tensor = 1e-4,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        shrink_ratio: float | torch.Tensor = 5e-4,
+        shrink_ratio: float | Tensor = 5e-4,
         shrink_pattern: Mapping[str, float] | None = None,
         shrink_schedule: Callable[[int], float] | None = None,
         stop_condition: str = "norm",
@@ -144,22 +149,31 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         moments_dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "shrink_ratio": shrink_ratio, "shrink_pattern": shrink_pattern, "stop_condition": stop_condition,
-            "lr_ratio_B": lr_ratio_B, "maximize": maximize, "amsgrad": amsgrad, "capturable": capturable,
-            "seed": torch.initial_seed() % 2**63 if seed is None else seed, "max_grad_norm": max_grad_norm,
-        }  # fmt: skip
-        defaults.update(options.check_hyper(defaults, ""))
+        hyper: dict[str, object] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "shrink_ratio": shrink_ratio,
+            "shrink_pattern": shrink_pattern,
+            "stop_condition": stop_condition,
+            "lr_ratio_B": lr_ratio_B,
+            "maximize": maximize,
+            "amsgrad": amsgrad,
+            "capturable": capturable,
+            "seed": torch.initial_seed() % 2**63 if seed is None else seed,
+            "max_grad_norm": max_grad_norm,
+        }
+        hyper = {**options.check_hyper(hyper, "")}
         if shrink_schedule is not None and not callable(shrink_schedule):
             raise TypeError(
                 f"shrink_schedule must be a function of the step, got {shrink_schedule!r}"
             )
         self.storage = options.check_storage(moments_dtype, master_weights)
-        defaults.update(self.storage._asdict())
+        defaults = hyper | self.storage._asdict()
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
-        groups = options.check_groups(options.as_groups(params), [], defaults, self.storage)
-        super().__init__(groups, defaults)
+        checked = groups.check_groups(groups.as_groups(params), [], defaults, self.storage)
+        super().__init__(cast("list[dict[str, Any]]", checked), defaults)
         self.shrink_schedule = shrink_schedule
         self._find_pairs()
 
@@ -201,13 +215,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """The norm that all gradients together are clipped to, or None. Setting it sets it in every
         group.
         """
-        return self.param_groups[0]["max_grad_norm"]
+        return self._groups[0]["max_grad_norm"]
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         value = options.check_max_grad_norm("max_grad_norm", value)
-        for group in self.param_groups:
+        for group in self._groups:
             group["max_grad_norm"] = value
+
+    @property
+    def _groups(self) -> list[ParamGroup]:
+        """``param_groups``, which torch declares as dicts of anything."""
+        return cast("list[ParamGroup]", self.param_groups)
 
     @property
     def pairs(self) -> list[LoRAPair]:
@@ -221,30 +240,26 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             return super().add_param_group(param_group)
         # All groups share this value, which is not the default once another was set or loaded.
         defaults = {**self.defaults, "max_grad_norm": self.max_grad_norm}
-        super().add_param_group(
-            *options.check_groups([param_group], self.param_groups, defaults, self.storage)
-        )
+        (checked,) = groups.check_groups([param_group], self._groups, defaults, self.storage)
+        super().add_param_group(cast("dict[str, Any]", checked))
         self._find_pairs()
 
     def _find_pairs(self) -> None:
         """Find the pairs of ``param_groups`` again, and forget the engines and what the last step
         found.
         """
-        self._pairs = options.find_pairs(self.param_groups)
+        self._pairs = groups.find_pairs(self._groups)
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._any_sharded = any(map(is_sharded, self._params))
         self._skipped_on_device: dict[torch.device, Tensor] = getattr(
             self, "_skipped_on_device", {}
         )
-        # One a device.
-        self._engines: list[TorchStep | TritonStep] = []
-        # The parameters, and their shards, whose versions tell that someone else wrote to them.
-        self._watched: list[Tensor] = []
+        self._devices = DeviceEngines([])
         self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. ``closure``, if given, recomputes the loss and its gradients; its loss is
         returned.
 
@@ -253,8 +268,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             torch.OutOfMemoryError: nothing has changed then, unless parameters are on several
                 devices.
         """
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if not same_objects(
             [list(group["params"]) for group in self.param_groups], self._last.params
         ):
@@ -264,15 +281,27 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         gradients = Gradients.of(list(map(read, self._params)))
         if not gradients.any():
             return loss
-        if not self.state and state.is_state_init_step(
-            self.param_groups, self._params, gradients.tensors
+        if not self.state and checkpoint.is_state_init_step(
+            self._groups, self._params, gradients.tensors
         ):
             self._build_engines()
             return loss
-        if (scheduled := self._follow_schedule()) is not None:
+        scheduled = self._follow_schedule()
+        if scheduled is not None:
             # The schedule is user code, which may have moved the gradients.
             gradients = Gradients.of(gradients.tensors)
-        now, capturing = self._snapshot(gradients), snapshot.capturing()
+        self._run_engines(gradients)
+        # Last: a step that raised counts for nothing.
+        if scheduled is not None:
+            self.param_groups[0]["shrink_step"] = scheduled
+        return loss
+
+    def _run_engines(self, gradients: Gradients) -> None:
+        """Tell each engine what has changed since the last step, let it take its step, and keep
+        what this one found for the next.
+        """
+        now = self._snapshot(gradients)
+        capturing = staging.capturing()
         change = now.since(self._last)
         if change.build:
             if capturing:
@@ -282,49 +311,37 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             self._build_engines()
             now = self._snapshot(gradients).kept()
             self._last = dataclasses.replace(now, versions=None)
-        # If this step raises, the next one uploads everything again.
-        self._last.tensors = self._last.gradients = None
-        if change.gradients and (written := gradients.owners(self._params)) is not self._written:
-            self._written, self._raised = written, None
-        for engine in self._engines:
-            # torch.amp's scale and verdict, if GradScaler has set them.
-            scale, found_inf = (
-                t if t is None else local(t).to(engine.device, torch.float32, non_blocking=True)
-                for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-            )
-            own = gradients
-            if len(self._engines) > 1:
-                own = Gradients.of([gradients.tensors[member.place] for member in engine.members])
-            engine.step(own, change, scale, found_inf)
-        now.state, self._last = self._last.state, now
+        # If an engine raises, the next step uploads everything again.
+        self._last.tensors = None
+        self._last.gradients = None
+        if change.gradients:
+            self._devices.note_written(gradients.owners(self._params))
+        # GradScaler sets its scale and its verdict as attributes.
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        self._devices.step(gradients, change, grad_scale, found_inf)
+        now.state = self._last.state
+        self._last = now
         self._count_write()
         # Copies and measurements of a graph exist only once it is replayed.
         if capturing and (change.hyper or change.gradients):
-            now.tensors = now.gradients = None
+            now.tensors = None
+            now.gradients = None
         if capturing and change.written:
             now.versions = None
-        # Last: a step that raised counts for nothing.
-        if scheduled is not None:
-            self.param_groups[0]["shrink_step"] = scheduled
-        return loss
 
     def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
         """What there is in Python now."""
         params = [local(p) for p in self._params] if self._any_sharded else self._params
-        on_cpu = all(engine.device.type == "cpu" for engine in self._engines)
-        found = Snapshot.take(self.param_groups, params, self.state, self._watched, on_cpu)
-        found.gradients = gradients and gradients.layout
-        return found
+        devices = self._devices
+        now = Snapshot.take(self._groups, params, self.state, devices.watched, devices.on_cpu)
+        if gradients is not None:
+            now.gradients = gradients.layout
+        return now
 
     def _count_write(self) -> None:
-        """Raise the versions of what a step has written, so that a backward pass through
-        overwritten values is noticed.
-        """
-        torch.autograd.graph.increment_version(self._written)
-        assert self._last.versions is not None
-        if self._raised is None:
-            self._raised = snapshot.versions_of(self._watched) - self._last.versions
-        self._last.versions += self._raised
+        """Note that the step has written to the parameters, here and for autograd."""
+        self._devices.count_write(self._last)
 
     def _follow_schedule(self) -> int | None:
         """Write this step's shrink ratio into the groups if there is a schedule, and return the
@@ -332,38 +349,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         if self.shrink_schedule is None:
             return None
-        if snapshot.capturing():
-            raise RuntimeError(
-                "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
-                "write to it between replays"
-            )
-        step = self.param_groups[0].get("shrink_step", 0) + 1
-        ratio = check_float(
-            f"shrink_schedule({step})", self.shrink_schedule(step), low=0.0, high=1.0
-        )
-        for group in self.param_groups:
+        step = self._groups[0].get("shrink_step", 0) + 1
+        ratio = options.scheduled_ratio(self.shrink_schedule, step)
+        for group in self._groups:
             group["shrink_ratio"] = ratio
         return step
 
     def _build_engines(self) -> None:
         """Check and complete the state, then make one engine for each device that holds parameters."""
         self._last = Snapshot(self._last.params)
-        by_device = state.members_of(self.param_groups, self._pairs, self.state, self.storage)
-        classes = [_engine_class(device, members) for device, members in by_device.items()]
-        self._engines = []
-        for engine_class, (device, members) in zip(classes, by_device.items(), strict=True):
-            none = torch.zeros((), dtype=torch.int32, device=device)
-            skipped = self._skipped_on_device.setdefault(device, none)
-            self._engines.append(engine_class(members, self._pairs, self.storage, skipped))
-        members = [member for engine in self._engines for member in engine.members]
-        self.state.update(
-            {member.owner: state.as_owned(member.entry, member.owner) for member in members}
-        )
-        # An operation on a DTensor raises its own version, and one on its shard that of the shard.
-        watched = [engine.members[i] for engine in self._engines for i in engine.watched]
-        shards = [member.param for member in watched if member.param is not member.owner]
-        self._watched = [member.owner for member in watched] + shards
-        self._written = []
+        by_device = members_of(self._groups, self._pairs, self.state, self.storage)
+        # Frees the memory of those before.
+        self._devices = DeviceEngines([])
+        self._devices = make_engines(by_device, self._pairs, self.storage, self._skipped_on_device)
+        for member in self._devices.members():
+            self.state[member.owner] = as_owned(member.entry, member.owner)
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice.
@@ -389,20 +389,15 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             int(skipped) for skipped in self._skipped_on_device.values()
         )
 
-    def _checked_norms(self, local_only: bool = False) -> list[tuple[float, float]]:
+    def _checked_norms(self, local_only: bool = False) -> list[PairNorms]:
         """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's
         float32 does not hold.
         """
-        if (new := self.nonfinite_steps - self._reported) > 0:
-            steps, their = ("1 step was", "its") if new == 1 else (f"{new} steps were", "their")
-            warnings.warn(
-                f"{steps} skipped because the norm of {their} gradients was not finite",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            self._reported += new
-        float32_squares = any(isinstance(engine, TritonStep) for engine in self._engines)
-        return finite_norms(self._pairs, float32_squares, local_only)
+        unreported = self.nonfinite_steps - self._reported
+        if unreported > 0:
+            warn_of_skipped(unreported)
+            self._reported += unreported
+        return finite_norms(self._pairs, self._devices.any_triton, local_only)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -443,44 +438,26 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        saved = options.check_saved(state_dict, self.param_groups)
-        groups = [
-            options.with_saved(own, theirs)
-            for own, theirs in zip(self.param_groups, saved, strict=True)
-        ]
-        options.check_shared(groups, self.storage)
-        loaded = state.load_state(state_dict, saved, self.param_groups, self._pairs, self.storage)
-        options.warn_of_differences(saved[0], self.param_groups[0])
-        for own, group in zip(self.param_groups, groups, strict=True):
-            own.update(group)
+        loaded = checkpoint.read(state_dict, self._groups, self._pairs, self.storage)
+        for group, loaded_group in zip(self._groups, loaded.groups, strict=True):
+            group.update(loaded_group)
         self.state.clear()
-        self.state.update(loaded)
+        self.state.update(loaded.state)
         self._find_pairs()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {
+        return {
+            **super().__getstate__(),
             "storage": self.storage,
             "_reported": self._reported,
             "_skipped_before": self.nonfinite_steps,
-        }
-        own["_experts"] = self._experts
-        return {
-            **super().__getstate__(),
-            **own,
-            "shrink_schedule": options.CopiedSchedule(self.shrink_schedule),
+            "_experts": self._experts,
+            "shrink_schedule": CopiedSchedule(self.shrink_schedule),
         }
 
-    def __setstate__(self, given: dict[str, Any]) -> None:
-        super().__setstate__(given)
-        self.shrink_schedule = given["shrink_schedule"].schedule
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.shrink_schedule = state["shrink_schedule"].schedule
         self._find_pairs()
-
-
-def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:
-    """The class of the engine that takes the step of the ``members`` on ``device``."""
-    has_float64 = any(member.param.dtype is torch.float64 for member in members)
-    if has_float64 and get_backend() == "triton":
-        raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
-    return TorchStep if has_float64 or resolve_backend(device) == "torch" else TritonStep

@@ -7,20 +7,54 @@ from array import array
 from collections.abc import Sequence
 from functools import reduce
 from operator import is_, or_
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.optim import snapshot
-from stablelora_kernels.optim.options import Storage
+from stablelora_kernels.optim import staging
+from stablelora_kernels.optim.engine import Engine, LiveValues, Member, Setting
+from stablelora_kernels.optim.options import LIVE, LiveName, Number, Storage
+from stablelora_kernels.optim.rounding import seed_word
 from stablelora_kernels.optim.sharding import LatchMonitor
-from stablelora_kernels.optim.snapshot import LIVE, Change, Gradients, layout_of, upload
-from stablelora_kernels.optim.state import Engine, Member, moment_names, seed_word
+from stablelora_kernels.optim.snapshot import Change, Gradients, layout_of
+from stablelora_kernels.optim.staging import upload
+from stablelora_kernels.optim.state import moment_names
 from stablelora_kernels.pairs import LoRAPair
 
+if TYPE_CHECKING:
+    from stablelora_kernels.launch.stable_adamw import Memory, Repeated, tables
+
+# An address of zero stands for no gradient. An empty tensor's address is 0 too, yet its step
+# counts: it gets this one.
+_EMPTY = 16
 # Nonzero for an address that is no multiple of 16.
 _misaligned = (15).__and__
+
+
+class _LaunchKey(NamedTuple):
+    """What a step's launches are made of. If all of it is the last step's very objects, its launches
+    repeat.
+    """
+
+    memory: Memory
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    measure: bool
+
+
+class _Held(NamedTuple):
+    """Tensors on the device that captured launches read, also when later steps have others."""
+
+    memory: Memory
+    present: Tensor | None
+
+
+class _CellCopy(NamedTuple):
+    """A live hyperparameter of another dtype or device, and the float32 scalar to copy it to."""
+
+    cell: Tensor
+    value: Tensor
 
 
 class TritonStep(Engine):
@@ -46,8 +80,8 @@ class TritonStep(Engine):
         # Triton is optional, so nothing imports a launcher before it is used.
         from stablelora_kernels.launch import stable_adamw as launcher
 
-        self.launcher, tables = launcher, launcher.tables
-        # Of each member the chunks, each with its own counters. An empty tensor has one too.
+        self.launcher = launcher
+        # How many chunks each member has, each with its own counters. An empty tensor has one too.
         self.counts = [max(1, -(-member.param.numel() // self.CHUNK)) for member in members]
         super().__init__(members, pairs, storage, self.counts)
         self.watched = sorted({*self.halves, *self.watched})
@@ -55,46 +89,71 @@ class TritonStep(Engine):
         self.sharded = bool(self.grad_sums)
         self.settings = list({id(member.setting): member.setting for member in members}.values())
         self.never_latch = {
-            a for a, _ in self.pairs if members[a].setting.group["stop_condition"] == "never"
+            pair.a
+            for pair in self.pairs
+            if members[pair.a].setting.group["stop_condition"] == "never"
         }
+        # The table of tensors holds the addresses of these.
+        self.held: list[list[Tensor]] = []
+        # The variant of each tensor's code, if its gradient is aligned.
+        self.variant_of: list[int] = []
         self.memory = self._make_memory(skipped)
-        self.latch_monitor = LatchMonitor(self.latched, [self.firsts[a] for a, _ in self.pairs])
-        self.flags = tables.FLAG_AMSGRAD * any(
-            setting.group["amsgrad"] for setting in self.settings
+        self.latch_monitor = LatchMonitor(
+            self.latched, [self.firsts[pair.a] for pair in self.pairs]
         )
-        self.flags |= tables.FLAG_NEVER * bool(self.never_latch) | tables.FLAG_MASTER * bool(
-            self.mastered
-        )
-        self.flags |= tables.FLAG_LOW_MOMENTS * (storage.moments_dtype is torch.bfloat16)
-        self.flags |= tables.FLAG_8BIT_MOMENTS * (storage.moments_dtype is torch.uint8)
-        self.flags |= tables.FLAG_SHARDED * self.sharded | tables.FLAG_CUT * any(
-            m.shard.columns for m in members
-        )
+        self.flags = self._static_flags(storage)
         self.seeds = [seed_word(setting.group["seed"]) for setting in self.settings]
-        setting_bytes = max(4 * len(tables.HyperRow._fields), 8 * len(tables.WordRow._fields))
-        size = max(16 * len(members), setting_bytes * len(self.settings))
-        capturable = any(setting.group["capturable"] for setting in self.settings)
-        self.staging = snapshot.Staging(self.device, size, capturable)
-        # Of gradients that the step reads without a copy.
-        self.dtypes = getattr(layout_of(self.params), "dtypes", None)
+        self.staging = self._make_staging()
+        # Of gradients that the step reads without a copy; None if parameters have no plain layout.
+        layout = layout_of(self.params)
+        self.dtypes = None if layout is None else layout.dtypes
         # The indices of parameters with a gradient, on the device, for the sums over processes.
         self.present: Tensor | None = None
         # Hyperparameters in another dtype or on another GPU: by setting and name, a float32 copy;
         # and the copies to make.
-        self.cells: dict[tuple[int, str], Tensor] = {}
-        self.copied: list[tuple[Tensor, Tensor]] = []
+        self.cells: dict[tuple[int, LiveName], Tensor] = {}
+        self.copied: list[_CellCopy] = []
         # The last step's.
         self.stream: int | None = None
-        self.launch_key: tuple[Any, ...] = ()
-        self.launches: tuple[Any, ...] = ()
-        # What captured steps read.
-        self.captured: list[tuple[Any, ...]] = []
+        self.launch_key: _LaunchKey | None = None
+        self.launches: tuple[Repeated, ...] = ()
+        self.captured: list[_Held] = []
 
-    def _make_memory(self, skipped: Tensor) -> Any:
+    def _static_flags(self, storage: Storage) -> int:
+        """The flags that do not change from step to step."""
+        tables = self.launcher.tables
+        flags = 0
+        if any(setting.group["amsgrad"] for setting in self.settings):
+            flags |= tables.FLAG_AMSGRAD
+        if self.never_latch:
+            flags |= tables.FLAG_NEVER
+        if self.mastered:
+            flags |= tables.FLAG_MASTER
+        if storage.moments_dtype is torch.bfloat16:
+            flags |= tables.FLAG_LOW_MOMENTS
+        if storage.moments_dtype is torch.uint8:
+            flags |= tables.FLAG_8BIT_MOMENTS
+        if self.sharded:
+            flags |= tables.FLAG_SHARDED
+        if any(member.shard.columns for member in self.members):
+            flags |= tables.FLAG_CUT
+        return flags
+
+    def _make_staging(self) -> staging.Staging:
+        """Room for the largest table that a step uploads."""
+        rows = self.launcher.tables
+        setting_bytes = max(4 * len(rows.HyperRow._fields), 8 * len(rows.WordRow._fields))
+        address_bytes = 8 * len(rows.AddressRow._fields)
+        size = max(address_bytes * len(self.members), setting_bytes * len(self.settings))
+        capturable = any(setting.group["capturable"] for setting in self.settings)
+        return staging.Staging(self.device, size, capturable)
+
+    def _make_memory(self, skipped: Tensor) -> Memory:
         """What the launches read and write, without the tables that a step uploads."""
         total = sum(self.counts)
         grad_sums = 1 if self.sharded else min(total, self.launcher.tables.MAX_GRAD_SUMS)
-        return self.launcher.Memory(
+        member_of_chunk = [i for i, count in enumerate(self.counts) for _ in range(count)]
+        memory: Memory = self.launcher.Memory(
             steps=self.steps,
             turns=torch.zeros(total, dtype=torch.int8, device=self.device),
             latched=self.latched,
@@ -102,74 +161,60 @@ class TritonStep(Engine):
             grad_squares=torch.zeros(grad_sums, dtype=torch.float32, device=self.device),
             skipped=skipped,
             tensors=upload(self._tensor_rows(), torch.int64, self.device),
-            chunks=upload(
-                [i for i, count in enumerate(self.counts) for _ in range(count)],
-                torch.int32,
-                self.device,
-            ),
+            chunks=upload(member_of_chunk, torch.int32, self.device),
         )
+        return memory
 
-    def _tensor_rows(self) -> list[Any]:
-        """The table of tensors."""
-        tables, members = self.launcher.tables, self.members
+    def _tensor_rows(self) -> list[tables.TensorRow]:
+        """The table of tensors. It fills ``held`` and ``variant_of``."""
+        tables = self.launcher.tables
         setting_rows = {id(setting): i for i, setting in enumerate(self.settings)}
-        pair_columns: dict[int, dict[str, int]] = {}
-        for k, (a, b) in enumerate(self.pairs):
-            columns = {
-                "a_first": self.firsts[a],
-                "a_count": self.counts[a],
-                "b_first": self.firsts[b],
-                "b_count": self.counts[b],
-                "n": max(members[a].owner.shape[1], 1),
-                "m": max(members[b].owner.shape[0], 1),
-            }
-            if self.sharded:
-                # Of 4 bytes each.
-                columns["a_first"] = self.totals.data_ptr() + 4 * k
-                columns["b_first"] = self.totals.data_ptr() + 4 * (len(self.pairs) + k)
-            pair_columns[a] = columns | {
-                "role": tables.ROLE_A_NEVER if a in self.never_latch else tables.ROLE_A
-            }
-            pair_columns[b] = columns | {"role": tables.ROLE_B}
-        # The table holds the addresses of these.
-        self.held: list[list[Tensor]] = []
-        # The variant of each tensor's code, if its gradient is aligned.
-        self.variant_of: list[int] = []
+        pair_columns = self._pair_columns()
         rows = []
-        for i, member in enumerate(members):
-            p, shard = member.param, member.shard
-            names = (
-                *moment_names(member.setting.group["amsgrad"]),
-                "exp_avg_scale",
-                "exp_avg_sq_scale",
-                "master",
-            )
+        for i, member in enumerate(self.members):
+            p = member.param
+            moments = moment_names(member.setting.group["amsgrad"])
+            names = (*moments, "exp_avg_scale", "exp_avg_sq_scale", "master")
             held = {name: member.entry[name] for name in names if name in member.entry}
             self.held.append([*held.values()])
             row = tables.TensorRow(
                 param=p.data_ptr(),
                 numel=p.numel(),
                 setting=setting_rows[id(member.setting)],
-                base=shard.base,
-                shard_columns=shard.columns,
-                shard_pitch=shard.pitch,
+                base=member.shard.base,
+                shard_columns=member.shard.columns,
+                shard_pitch=member.shard.pitch,
                 first_chunk=self.firsts[i],
                 **{name: tensor.data_ptr() for name, tensor in held.items()},
                 **pair_columns.get(i, {}),
             )
             rows.append(row)
-            values = (
-                row.param,
-                row.exp_avg,
-                row.exp_avg_sq,
-                row.numel,
-                row.max_exp_avg_sq,
-                row.master,
-            )
-            self.variant_of.append(
-                2 * tables.KINDS.index(p.dtype) + (not any(map(_misaligned, values)))
-            )
+            addresses = row.param | row.exp_avg | row.exp_avg_sq | row.max_exp_avg_sq | row.master
+            is_aligned = not _misaligned(addresses | row.numel)
+            self.variant_of.append(2 * tables.KINDS.index(p.dtype) + is_aligned)
         return rows
+
+    def _pair_columns(self) -> dict[int, dict[str, int]]:
+        """By a member's index, the columns of TensorRow that describe its pair."""
+        tables = self.launcher.tables
+        columns_of: dict[int, dict[str, int]] = {}
+        for k, (a, b) in enumerate(self.pairs):
+            columns = {
+                "a_first": self.firsts[a],
+                "a_count": self.counts[a],
+                "b_first": self.firsts[b],
+                "b_count": self.counts[b],
+                "n": max(self.members[a].owner.shape[1], 1),
+                "m": max(self.members[b].owner.shape[0], 1),
+            }
+            if self.sharded:
+                # Of 4 bytes each.
+                columns["a_first"] = self.totals.data_ptr() + 4 * k
+                columns["b_first"] = self.totals.data_ptr() + 4 * (len(self.pairs) + k)
+            role_of_a = tables.ROLE_A_NEVER if a in self.never_latch else tables.ROLE_A
+            columns_of[a] = columns | {"role": role_of_a}
+            columns_of[b] = columns | {"role": tables.ROLE_B}
+        return columns_of
 
     def step(
         self,
@@ -196,13 +241,14 @@ class TritonStep(Engine):
             self._sum_over_processes(grads)
         # Not a torch.library operator: its lists of tensors would cost more host time than all else
         # here. Nor could a tracer run it on copies, since the tables hold addresses.
-        if self.stream != (stream := snapshot.stream_of(self.device)):
+        stream = staging.stream_of(self.device)
+        if self.stream != stream:
             # Else the allocator would reuse a table, once a step on another stream replaces it,
             # while this launch reads it.
-            snapshot.keep_for_stream(t for t in (*self.memory, self.present) if t is not None)
+            staging.keep_for_stream(t for t in (*self.memory, self.present) if t is not None)
             self.stream = stream
-        key = (self.memory, grad_scale, found_inf, change.written)
-        if not self.launch_key or not all(map(is_, key, self.launch_key)):
+        key = _LaunchKey(self.memory, grad_scale, found_inf, change.written)
+        if self.launch_key is None or not all(map(is_, key, self.launch_key)):
             self.launches = self.launcher.plan_stable_adamw(
                 self.memory,
                 grad_scale,
@@ -218,10 +264,8 @@ class TritonStep(Engine):
             launch.run(self.device)
         if self.sharded:
             self.latch_monitor.record()
-        if snapshot.capturing():
-            # The graph reads these at each replay, also when later steps of this engine have
-            # others.
-            self.captured.append((self.memory, self.present))
+        if staging.capturing():
+            self.captured.append(_Held(self.memory, self.present))
         else:
             self.staging.refill()
 
@@ -230,13 +274,14 @@ class TritonStep(Engine):
 
         Returns the gradients to read: those given, or copies in the parameters' dtypes and strides.
         """
-        ready, layout = gradients.tensors, gradients.layout
-        # An empty tensor's address is 0 too, yet its step counts: hence 16.
+        grads = gradients.tensors
+        layout = gradients.layout
         if layout is not None and layout.present is None and layout.dtypes == self.dtypes:
-            self.direct, addresses = True, [address or 16 for address in layout.addresses]
+            self.direct = True
+            addresses = [address or _EMPTY for address in layout.addresses]
         else:
-            ready, self.direct = gradients.converted(self.params)
-            addresses = [0 if g is None else g.data_ptr() or 16 for g in ready]
+            grads, self.direct = gradients.converted(self.params)
+            addresses = [0 if g is None else g.data_ptr() or _EMPTY for g in grads]
         variants = self.variant_of
         if _misaligned(reduce(or_, addresses)):
             variants = [
@@ -244,17 +289,17 @@ class TritonStep(Engine):
                 for variant, address in zip(variants, addresses, strict=True)
             ]
         self.variants = sum(1 << variant for variant in set(variants))
+        # The columns of AddressRow. torch.tensor would take ten times as long for lists.
         columns = [
-            torch.frombuffer(array("q", each), dtype=torch.int64) for each in (addresses, variants)
+            torch.frombuffer(array("q", column), dtype=torch.int64)
+            for column in (addresses, variants)
         ]
-        self.memory = self.memory._replace(
-            addresses=self.staging.upload(torch.stack(columns, 1), torch.int64)
-        )
+        table = self.staging.upload(torch.stack(columns, 1), torch.int64)
+        self.memory = self.memory._replace(addresses=table)
         if self.sharded:
-            self.present = self.staging.upload(
-                [i for i, address in enumerate(addresses) if address], torch.int64
-            )
-        return ready
+            present = [i for i, address in enumerate(addresses) if address]
+            self.present = self.staging.upload(present, torch.int64)
+        return grads
 
     def _sum_over_processes(self, grads: Sequence[Tensor | None]) -> None:
         """All-reduce the pairs' sums of squares while some pair may shrink, and the gradients' sum
@@ -276,59 +321,67 @@ class TritonStep(Engine):
         """Upload the hyperparameters of every setting, and work out whether the launch reads some
         through addresses.
         """
-        tables, self.copied = self.launcher.tables, []
+        self.copied = []
         # The words hold the addresses of these.
-        self.hyper_values = [
-            [
-                self._value((i, name), value)
-                for name, value in zip(LIVE, setting.live(), strict=True)
-            ]
-            for i, setting in enumerate(self.settings)
+        self.live_values = [
+            self._live_as_read(i, setting.live()) for i, setting in enumerate(self.settings)
         ]
-        rows, self.dynamic = [], 0
-        for setting, values in zip(self.settings, self.hyper_values, strict=True):
-            lr_is_tensor, *others_are = (isinstance(value, Tensor) for value in values)
-            lr, weight_decay, shrink_ratio = (
-                0.0 if isinstance(value, Tensor) else value for value in values
-            )
-            # The kernel multiplies by the ratio only a learning rate that is a tensor.
-            lr_ratio = setting.lr_ratio if lr_is_tensor else 1.0
-            if any(others_are) or lr_ratio != 1:
-                self.dynamic = tables.FLAG_DYNAMIC
-            beta1, beta2 = setting.group["betas"]
-            row = tables.HyperRow(
-                beta1=beta1,
-                one_minus_beta1=1 - beta1,
-                beta2=beta2,
-                one_minus_beta2=1 - beta2,
-                eps=setting.group["eps"],
-                weight_decay=weight_decay,
-                shrink_ratio=shrink_ratio,
-                sign=-1.0 if setting.group["maximize"] else 1.0,
-                log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
-                log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
-                lr=lr * setting.lr_ratio,
-                lr_ratio=lr_ratio,
-            )
-            rows.append(row)
-        hyper, fields = self.staging.upload(rows, torch.float32), tables.HyperRow._fields
-        words = []
-        for i, (seed, values) in enumerate(zip(self.seeds, self.hyper_values, strict=True)):
-            own = hyper.data_ptr() + 4 * len(fields) * i
-            address = {
-                name: value.data_ptr()
-                if isinstance(value, Tensor)
-                else own + 4 * fields.index(name)
-                for name, value in zip(LIVE, values, strict=True)
-            }
-            words.append(tables.WordRow(seed=seed, **address))
+        self.dynamic = 0
+        if any(map(_is_dynamic, self.settings, self.live_values)):
+            self.dynamic = self.launcher.tables.FLAG_DYNAMIC
+        rows = list(map(self._hyper_row, self.settings, self.live_values))
+        hyper = self.staging.upload(rows, torch.float32)
+        words = [self._word_row(i, hyper) for i in range(len(self.settings))]
         self.memory = self.memory._replace(
             hyper=hyper, words=self.staging.upload(words, torch.int64)
         )
 
-    def _value(self, key: tuple[int, str], value: float | Tensor) -> float | Tensor:
-        """The hyperparameter of a setting as a float, or as a float32 scalar on the device that
-        keeps its address.
+    def _hyper_row(self, setting: Setting, live: LiveValues) -> tables.HyperRow:
+        """The numbers of a setting; 0 for a live one that is a tensor."""
+        group = setting.group
+        beta1, beta2 = group["betas"]
+        row: tables.HyperRow = self.launcher.tables.HyperRow(
+            beta1=beta1,
+            one_minus_beta1=1 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
+            eps=group["eps"],
+            weight_decay=_number_or_zero(live.weight_decay),
+            shrink_ratio=_number_or_zero(live.shrink_ratio),
+            sign=-1.0 if group["maximize"] else 1.0,
+            log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
+            log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
+            lr=_number_or_zero(live.lr) * setting.lr_ratio,
+            # The kernel multiplies by the ratio only a learning rate that is a tensor.
+            lr_ratio=setting.lr_ratio if isinstance(live.lr, Tensor) else 1.0,
+        )
+        return row
+
+    def _word_row(self, i: int, hyper: Tensor) -> tables.WordRow:
+        """The seed of setting ``i``, and where the kernel finds its live values: in a tensor, or in
+        the table ``hyper``.
+        """
+        fields = self.launcher.tables.HyperRow._fields
+        row_address = hyper.data_ptr() + 4 * len(fields) * i
+        addresses: dict[str, int] = {}
+        for name, value in zip(LIVE, self.live_values[i], strict=True):
+            in_table = row_address + 4 * fields.index(name)
+            addresses[name] = value.data_ptr() if isinstance(value, Tensor) else in_table
+        row: tables.WordRow = self.launcher.tables.WordRow(seed=self.seeds[i], **addresses)
+        return row
+
+    def _live_as_read(self, i: int, live: LiveValues) -> LiveValues:
+        """The live values of setting ``i`` as the launch reads them."""
+        return LiveValues(
+            lr=self._as_read((i, "lr"), live.lr),
+            weight_decay=self._as_read((i, "weight_decay"), live.weight_decay),
+            shrink_ratio=self._as_read((i, "shrink_ratio"), live.shrink_ratio),
+        )
+
+    def _as_read(self, key: tuple[int, LiveName], value: Number) -> Number:
+        """A hyperparameter as the launch reads it: a float, or a float32 scalar on the device that
+        keeps its address. Such a scalar is a cell if the owner's tensor has another dtype or GPU;
+        each step then copies to it.
         """
         if not isinstance(value, Tensor):
             return value
@@ -338,5 +391,20 @@ class TritonStep(Engine):
             return value
         if key not in self.cells:
             self.cells[key] = torch.empty((), dtype=torch.float32, device=self.device)
-        self.copied.append((self.cells[key], value))
+        self.copied.append(_CellCopy(self.cells[key], value))
         return self.cells[key]
+
+
+def _is_dynamic(setting: Setting, live: LiveValues) -> bool:
+    """Whether the launch reads some live value of a setting through an address, beyond a plain
+    learning rate.
+    """
+    is_scaled_lr = isinstance(live.lr, Tensor) and setting.lr_ratio != 1
+    others_are_tensors = isinstance(live.weight_decay, Tensor) or isinstance(
+        live.shrink_ratio, Tensor
+    )
+    return is_scaled_lr or others_are_tensors
+
+
+def _number_or_zero(value: Number) -> float:
+    return 0.0 if isinstance(value, Tensor) else value

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stablelora_kernels.launch.prepared import Repeated
-from stablelora_kernels.optim import snapshot
+from stablelora_kernels.optim import staging
 
 _run = Repeated.run
 
@@ -85,7 +85,7 @@ class RecordedGraphs:
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         recording, generator = Recording(), torch.get_rng_state()
         with self.patch.context() as patch:
-            patch.setattr(snapshot, "capturing", lambda: True)
+            patch.setattr(staging, "capturing", lambda: True)
             patch.setattr(Repeated, "run", lambda launch, device: recording.keep(launch, device))
             if "transformers.masking_utils" in sys.modules:
                 # It asks whether a stream captures, and then reads no mask.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stablelora_kernels.dispatch.settings import use_backend
-from stablelora_kernels.optim import state, torch_step
+from stablelora_kernels.optim import rounding
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef, stochastic_round_ref
@@ -106,7 +106,7 @@ def kernel_round(x: torch.Tensor, dtype: torch.dtype, noise: torch.Tensor) -> to
 
 
 by_way = pytest.mark.parametrize(
-    "rounded", [torch_step.stochastic_round, kernel_round], ids=["torch", "kernel"]
+    "rounded", [rounding.stochastic_round, kernel_round], ids=["torch", "kernel"]
 )
 by_dtype = pytest.mark.parametrize("dtype", LOW)
 
@@ -129,13 +129,13 @@ def test_rounding_is_the_reference_to_the_bit(dtype: torch.dtype, rounded) -> No
 
 
 def test_noise_is_uniform_and_new_at_every_step() -> None:
-    seeds = torch.tensor([state.seed_word(3)], dtype=torch.int32)
+    seeds = torch.tensor([rounding.seed_word(3)], dtype=torch.int32)
     index = torch.arange(65536, dtype=torch.int32)
     streams = []
     for step in (1, 2):
-        key = state.mix_(torch.tensor([step], dtype=torch.int32) + seeds)
+        key = rounding.mix_(torch.tensor([step], dtype=torch.int32) + seeds)
         assert key.item() & 0xFFFFFFFF == rounding_key_ref(3, step)
-        noise = state.mix_(index ^ key)
+        noise = rounding.mix_(index ^ key)
         assert [w & 0xFFFFFFFF for w in noise[:50].tolist()] == [
             rounding_noise_ref(3, step, i) for i in range(50)
         ]
@@ -201,7 +201,7 @@ def test_16_bytes_are_read_at_a_time_of_aligned_tensors_alone() -> None:
             first.grad = memory[1:].view_as(first)
         with use_backend("triton"):
             optimizer.step()
-        (engine,) = optimizer._engines
+        (engine,) = optimizer._devices.engines
         variants = dict(zip(engine.params, engine.memory.addresses[:, 1].tolist(), strict=True))
         assert variants[first] & 1 == is_aligned
         for p, variant in variants.items():

@@ -21,7 +21,7 @@ from stablelora_kernels.launch import base
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
-from stablelora_kernels.optim import snapshot as snapshot_module
+from stablelora_kernels.optim import staging
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
@@ -143,12 +143,12 @@ def test_memory_is_set_aside_for_some_captures(graphs):
 
 def test_no_two_copies_of_captures_share_host_memory(monkeypatch):
     """A replay copies from it again."""
-    staging = snapshot_module.Staging(torch.device(DEVICE), 64, True)
-    monkeypatch.setattr(snapshot_module, "capturing", lambda: True)
+    tables = staging.Staging(torch.device(DEVICE), 64, True)
+    monkeypatch.setattr(staging, "capturing", lambda: True)
     for n in range(8):
-        staging.upload([n], torch.int64)
-        staging.refill()
-    assert [host.view(torch.int64)[0].item() for host in staging.captured] == [*range(8)]
+        tables.upload([n], torch.int64)
+        tables.refill()
+    assert [host.view(torch.int64)[0].item() for host in tables.captured] == [*range(8)]
 
 
 NOT_CAPTURED: dict[str, tuple[int, dict[str, Any], str]] = {
@@ -201,7 +201,7 @@ def test_tables_are_kept(monkeypatch, sharded):
         monkeypatch.setattr(ShardSums, "__bool__", lambda sums: True)
     optimizer, _ = optimizers(max_grad_norm=1.0)
     with monkeypatch.context() as patch, Reads() as reads:
-        patch.setattr(snapshot_module, "capturing", lambda: True)
+        patch.setattr(staging, "capturing", lambda: True)
         patch.setattr(base.Launch, "run", lambda launch, device: reads.launch(launch, device))
         optimizer.step()
     params_of(optimizer)[0].grad = None
@@ -213,9 +213,9 @@ def test_tables_are_kept(monkeypatch, sharded):
 def test_tables_wait_for_every_stream_that_read_them(monkeypatch):
     optimizer, _ = optimizers(steps=0)
     stream, kept = [7], []
-    monkeypatch.setattr(snapshot_module, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(staging, "stream_of", lambda device: stream[0])
     monkeypatch.setattr(
-        snapshot_module,
+        staging,
         "keep_for_stream",
         lambda tensors: kept.append((stream[0], bool(list(tensors)))),
     )

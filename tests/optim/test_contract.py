@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from stablelora_kernels.dispatch.settings import use_backend
 from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.optim.snapshot import LIVE
+from stablelora_kernels.optim.options import LIVE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import load_moment
 from stablelora_kernels.pairs import LoRAPair
@@ -128,9 +128,7 @@ def test_a_step_on_triton_is_one_launch(option):
 def test_a_step_on_triton_reads_nothing_from_its_device(monkeypatch):
     """A read would raise on the meta device, and make the host wait for a GPU."""
     seen = []
-    monkeypatch.setattr(
-        "stablelora_kernels.optim.stable_adamw.resolve_backend", lambda device: "triton"
-    )
+    monkeypatch.setattr("stablelora_kernels.optim.devices.resolve_backend", lambda device: "triton")
     monkeypatch.setattr(
         "stablelora_kernels.launch.base.Launch.run",
         lambda launch, device: seen.append(launch.kernel.__name__),

@@ -56,6 +56,10 @@ def test_a_latch_holds_for_good(backend):
     optimizer.step()
     assert torch.equal(latched.A, before[0]) and latches(optimizer) == {"layer0": 1, "live": None}
     torch.testing.assert_close(live.A.detach(), before[1] / 4, rtol=1e-6, atol=0)
+    # "stable" goes by the norms of now, "latched" by what the optimizer has decided.
+    first, second = optimizer.stability()
+    assert (first.stable, first.latched) == (False, True)
+    assert (second.stable, second.latched) == (True, False)
 
 
 def test_equal_norms_latch(backend):

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from stablelora_kernels.optim.rounding import BLOCK, MOMENT_WORD
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.state import BLOCK, MOMENT_WORD, load_moment
+from stablelora_kernels.optim.state import load_moment
 from stablelora_kernels.reference import stochastic_round_ref
 from stablelora_kernels.reference.optimizer import (
     mix32,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.settings import use_backend
-from stablelora_kernels.optim.snapshot import LIVE, Snapshot
+from stablelora_kernels.optim.options import LIVE
+from stablelora_kernels.optim.snapshot import Snapshot
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.launches import count_launches

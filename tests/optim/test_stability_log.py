@@ -42,7 +42,7 @@ def test_records_are_what_stability_says(tmp_path):
             assert float(row["a_norm"]) == pytest.approx(pair.a_norm, rel=1e-8)
             assert float(row["b_norm"]) == pytest.approx(pair.b_norm, rel=1e-8)
             assert (row["stable"], row["latched_at"]) == (
-                str(int(pair.latched)),
+                str(int(pair.stable)),
                 str(pair.latched_at or ""),
             )
     assert any(row["latched_at"] for row in read(path)) and not all(

@@ -27,7 +27,7 @@ from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
-from stablelora_kernels.optim import snapshot
+from stablelora_kernels.optim import staging
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.testing import cases as calls
 from stablelora_kernels.testing.cases import BF16, FP16, FP32
@@ -240,7 +240,7 @@ def optimizer(
             for step in range(steps):
                 _set_gradients(params_of(each), step)
                 capturing = name == "triton" and way == "captured" and step > 0
-                with mock.patch.object(snapshot, "capturing", lambda now=capturing: now):
+                with mock.patch.object(staging, "capturing", lambda now=capturing: now):
                     each.step()
             made.append([_whole(p.detach()) for p in params_of(each)])
             latches.append([int(each.state[pair.A]["latched_at"]) for pair in pairs])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Elements per scale. Must equal optim.state.BLOCK.
+# Elements per scale. Must equal optim.rounding.BLOCK.
 BLOCK = tl.constexpr(256)
 
 

@@ -1,0 +1,213 @@
+"""The parameters of one device as an engine sees them, and what the engines of all backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.config import lookup_pattern
+from stablelora_kernels.optim.groups import (
+    ParamGroup,
+    check_parameter,
+    check_shared,
+    named_parameters,
+    names_for_patterns,
+)
+from stablelora_kernels.optim.options import Number, Storage
+from stablelora_kernels.optim.sharding import Shard, ShardSums, shard_of
+from stablelora_kernels.optim.staging import upload
+from stablelora_kernels.optim.state import Entry, Layout, check_entry, complete, layouts_of
+from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.utils.tensors import local
+
+
+class LiveValues(NamedTuple):
+    """The hyperparameters of ``LIVE``."""
+
+    lr: Number
+    weight_decay: Number
+    shrink_ratio: Number
+
+
+class Setting(NamedTuple):
+    """The hyperparameters that some members share: those of their group, but for two of their own."""
+
+    group: ParamGroup
+    # The factor of the learning rate.
+    lr_ratio: float
+    # From a ``shrink_pattern``, or None.
+    pattern_ratio: float | None
+
+    def live(self) -> LiveValues:
+        """Learning rate, weight decay and shrink ratio, as they are now."""
+        group = self.group
+        ratio = group["shrink_ratio"] if self.pattern_ratio is None else self.pattern_ratio
+        return LiveValues(group["lr"], group["weight_decay"], ratio)
+
+
+class Member(NamedTuple):
+    """One trainable parameter as an engine sees it."""
+
+    # This process's shard of ``owner``, or ``owner`` itself if it is no DTensor.
+    param: Tensor
+    owner: Tensor
+    name: str
+    # Its position among the parameters of all devices.
+    position: int
+    setting: Setting
+    shard: Shard
+    # The state of ``param``.
+    entry: Entry
+
+    def layouts(self, storage: Storage) -> dict[str, Layout]:
+        """The tensors that ``entry`` must have."""
+        return layouts_of(self.param, self.setting.group["amsgrad"], storage)
+
+
+def members_of(
+    groups: Sequence[ParamGroup],
+    pairs: Sequence[LoRAPair],
+    state: Mapping[Tensor, Entry],
+    storage: Storage,
+) -> dict[torch.device, list[Member]]:
+    """The members on each device, which the halves of a pair must share. Raises ValueError if the
+    state does not fit them.
+    """
+    check_shared(groups, storage)
+    halves_b = {id(pair.B) for pair in pairs}
+    pair_of_a = {id(pair.A): pair for pair in pairs}
+    by_device: dict[torch.device, list[Member]] = {}
+    # Elements and parameters that come before.
+    base = position = 0
+    for group in groups:
+        settings: dict[tuple[float, float | None], Setting] = {}
+        for name, p in named_parameters(group):
+            check_parameter(f"parameter {name!r}", p)
+            lr_ratio = group["lr_ratio_B"] if id(p) in halves_b else 1.0
+            pattern_ratio = None
+            if id(p) in pair_of_a:
+                names = names_for_patterns(pair_of_a[id(p)], name)
+                pattern_ratio = lookup_pattern(group["shrink_pattern"], names, None)
+            member = Member(
+                param=local(p),
+                owner=p,
+                name=name,
+                position=position,
+                setting=settings.setdefault(
+                    (lr_ratio, pattern_ratio), Setting(group, lr_ratio, pattern_ratio)
+                ),
+                shard=shard_of(f"parameter {name!r}", p, base),
+                entry=_local_entry(state.get(p, {}), p),
+            )
+            check_entry(member.entry, name, member.param, member.layouts(storage))
+            by_device.setdefault(member.param.device, []).append(member)
+            base += p.numel()
+            position += 1
+    if len(by_device) > 1 and groups[0]["max_grad_norm"] is not None:
+        raise ValueError(
+            f"max_grad_norm needs all parameters on one device, got {', '.join(map(str, by_device))}; "
+            "clip with torch.nn.utils.clip_grad_norm_ instead"
+        )
+    for pair in pairs:
+        if pair.A.device != pair.B.device:
+            raise ValueError(
+                f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
+            )
+    return by_device
+
+
+def _local_entry(entry: Entry, p: Tensor) -> Entry:
+    """The state of this process's shard of ``p``; ``entry`` itself if ``p`` is no DTensor."""
+    if local(p) is p:
+        return entry
+    return {key: local(value) for key, value in entry.items()}
+
+
+class PairIndices(NamedTuple):
+    """Where a pair's A and B are among an engine's members."""
+
+    a: int
+    b: int
+
+
+class Engine:
+    """What the step of all parameters on one device needs on any backend.
+
+    Counters of one kind share a tensor; the optimizer's state holds 0-d views of it.
+
+    Args:
+        members: the parameters. Their state is completed, and their counters become views.
+        pairs: the pairs of all devices.
+        storage: how state is kept.
+        counts: how many equal counters each member has.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        pairs: Sequence[LoRAPair],
+        storage: Storage,
+        counts: Sequence[int],
+    ) -> None:
+        self.members = members
+        self.params = [member.param for member in members]
+        self.device = self.params[0].device
+        self.max_grad_norm = members[0].setting.group["max_grad_norm"]
+        for member in members:
+            complete(member.entry, member.param, member.layouts(storage))
+        index_of = {id(member.owner): i for i, member in enumerate(members)}
+        self.pairs = [
+            PairIndices(index_of[id(pair.A)], index_of[id(pair.B)])
+            for pair in pairs
+            if id(pair.A) in index_of
+        ]
+        # The indices of all A's, then of all B's.
+        self.halves = [pair.a for pair in self.pairs] + [pair.b for pair in self.pairs]
+        # The indices of members with a master, whose versions tell that someone else wrote to the
+        # parameter.
+        self.watched = [i for i, member in enumerate(members) if "master" in member.entry]
+        self.masters = [members[i].entry["master"] for i in self.watched]
+        # By another tensor, so that the copies of a step leave the parameters' versions alone.
+        self.mastered = [self.params[i].data for i in self.watched]
+        # What the arithmetic goes by.
+        self.work = [member.entry.get("master", member.param) for member in members]
+        self.pair_sums = ShardSums([members[i].owner for i in self.halves])
+        self.grad_sums = ShardSums([member.owner for member in members])
+        # Whether the step reads all gradients without a copy.
+        self.direct = False
+        # The index of each member's first counter.
+        self.firsts = list(accumulate(counts, initial=0))[:-1]
+        self.steps = self._counters("step", torch.float32, counts, range(len(members)))
+        self.latched = self._counters(
+            "latched_at", torch.int32, counts, [pair.a for pair in self.pairs]
+        )
+
+    def _counters(
+        self, name: str, dtype: torch.dtype, counts: Sequence[int], owners: Iterable[int]
+    ) -> Tensor:
+        """The counter ``name`` of every member, repeated as often as ``counts`` says, as one new
+        tensor; zero where a member has none. The host reads nothing.
+
+        The entries of the members at ``owners`` become views of their first.
+        """
+        zero = torch.zeros((), dtype=dtype, device=self.device)
+        values = []
+        for member in self.members:
+            value = member.entry.get(name, zero)
+            values.append(torch.as_tensor(value, dtype=dtype, device=self.device))
+        repeats = upload(counts, torch.int64, self.device)
+        counters = torch.repeat_interleave(torch.stack(values), repeats, output_size=sum(counts))
+        for i in owners:
+            self.members[i].entry[name] = counters[self.firsts[i]]
+        return counters
+
+    def refresh_masters(self) -> None:
+        """Set a master to its parameter wherever the parameter is not its rounding: someone else
+        has written to it.
+        """
+        for master, p in zip(self.masters, self.mastered, strict=True):
+            torch.where(master.to(p.dtype) == p, master, p.float(), out=master)

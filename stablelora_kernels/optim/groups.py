@@ -1,0 +1,251 @@
+"""Parameter groups: how the arguments of the optimizer become groups of named, trainable
+parameters, and what groups must have in common. No check changes its argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.config import unmatched_patterns
+from stablelora_kernels.optim.options import HYPER, LOW_PRECISION, Hyper, Storage, check_hyper
+from stablelora_kernels.optim.sharding import check_shards
+from stablelora_kernels.pairs import (
+    LoRAPair,
+    is_named_parameter,
+    layer_name,
+    lora_pairs,
+    other_half,
+    split_lora_name,
+)
+from stablelora_kernels.utils.tensors import is_sharded
+
+DTYPES = (torch.float32, torch.float64, *LOW_PRECISION)
+_NAMES_NEEDED = (
+    "pairs are found by name, so give (name, parameter) tuples, as model.named_parameters() does, or LoRAPairs, or use "
+    "StableLoRAAdamW.from_model(model)"
+)
+Named = tuple[str, Tensor]
+
+
+class ScheduledGroup(Hyper, total=False):
+    """A group's hyperparameters. In the first group, ``shrink_step`` counts the steps of a
+    ``shrink_schedule``.
+    """
+
+    shrink_step: int
+
+
+class ParamGroup(ScheduledGroup):
+    """One of the optimizer's parameter groups. It may have further keys of its owner's."""
+
+    params: list[Tensor]
+    param_names: list[str]
+
+
+def named_parameters(group: ParamGroup) -> Iterable[Named]:
+    """(name, parameter) of every parameter of ``group``."""
+    return zip(group["param_names"], group["params"], strict=True)
+
+
+def as_groups(params: object) -> list[object]:
+    """``params`` as a list of groups, which are not yet checked."""
+    if isinstance(params, Tensor):
+        raise TypeError(f"params must be named parameters, got a single tensor; {_NAMES_NEEDED}")
+    if isinstance(params, dict):
+        raise TypeError(
+            f"params must be an iterable or a list of group dicts, got one dict; {_NAMES_NEEDED}"
+        )
+    items = list(cast("Iterable[object]", params))
+    return items if items and isinstance(items[0], dict) else [{"params": items}]
+
+
+def check_groups(
+    new: Sequence[object],
+    existing: Sequence[ParamGroup],
+    defaults: Mapping[str, object],
+    storage: Storage,
+) -> list[ParamGroup]:
+    """The groups ``new`` as :func:`check_group` returns them, which must also fit together and to
+    those ``existing``.
+    """
+    checked = [check_group(group, defaults) for group in new]
+    find_pairs([*existing, *checked])
+    check_shared([*existing, *checked], storage)
+    return checked
+
+
+def check_group(group: object, defaults: Mapping[str, object]) -> ParamGroup:
+    """A new group with checked hyperparameters, those that it lacks from ``defaults``, and with
+    trainable parameters alone.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
+    if "params" not in group:
+        raise ValueError(f"a parameter group must have 'params', got the keys {sorted(group)}")
+    named = _named(group["params"], group.get("param_names"))
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    for name, p in trainable:
+        check_parameter(f"parameter {name!r}", p)
+        if not (p.is_leaf or p.retains_grad):
+            raise ValueError(
+                f"parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}"
+            )
+    _check_both_halves_train(named)
+    where = "a group's " if set(HYPER) & set(group) else ""
+    checked = {
+        **group,
+        **check_hyper({**defaults, **group}, where),
+        "params": [p for _, p in trainable],
+        "param_names": [name for name, _ in trainable],
+    }
+    return cast("ParamGroup", checked)
+
+
+def _named(params: object, names: Sequence[str] | None) -> list[Named]:
+    """(name, parameter) of everything in a group's ``params``: tuples of these, LoRAPairs, or
+    tensors, whose ``names`` are given beside them.
+    """
+    if isinstance(params, (Tensor, set)):
+        raise TypeError(f"params of a group is a {type(params).__name__}; {_NAMES_NEEDED}")
+    items = list(cast("Iterable[object]", params))
+    if names is not None and all(isinstance(item, Tensor) for item in items):
+        if len(names) != len(items):
+            raise ValueError(f"a group has {len(items)} params and {len(names)} param_names")
+        items = list(zip(names, items, strict=True))
+    named: list[Named] = []
+    for item in items:
+        if isinstance(item, LoRAPair):
+            prefix = f"{item.name}." if item.name else ""
+            named += [(f"{prefix}lora_A", item.A), (f"{prefix}lora_B", item.B)]
+        elif is_named_parameter(item):
+            named.append(item)
+        elif isinstance(item, Tensor):
+            raise TypeError(
+                f"params holds a tensor of shape {list(item.shape)} without a name; {_NAMES_NEEDED}"
+            )
+        else:
+            raise TypeError(f"params holds a {type(item).__name__}; {_NAMES_NEEDED}")
+    return named
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``p`` is of one of DTYPES, and dense or a DTensor of
+    contiguous shards.
+    """
+    if p.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {p.dtype}")
+    if is_sharded(p):
+        check_shards(name, p)
+    elif p.layout is not torch.strided or torch.empty_like(p, device="meta").stride() != p.stride():
+        raise ValueError(
+            f"{name} must be dense in memory, got {p.layout}, shape {list(p.shape)}, strides {p.stride()}"
+        )
+
+
+def _check_both_halves_train(named: Sequence[Named]) -> None:
+    """Raise ValueError for a pair of which one half is trainable and the other frozen."""
+    frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
+    for name, p in named:
+        split = split_lora_name(name)
+        if split is None or p.dim() != 2 or not p.requires_grad:
+            continue
+        pair, half = split
+        missing = other_half(half)
+        if (pair, missing) in frozen:
+            remedy = "set requires_grad=True, or train the other half alone, as LoRA-FA does, with torch.optim.AdamW"
+            raise ValueError(
+                f"pair {pair!r}: lora_{half} is trainable but lora_{missing} is frozen (requires_grad=False), and Stable-LoRA "
+                f"needs both; {remedy}"
+            )
+
+
+def check_shared(groups: Sequence[ParamGroup], storage: Storage) -> None:
+    """Raise ValueError if groups differ in what they share, or ``storage`` cannot hold the state of
+    one of their parameters.
+    """
+    if storage.moments_dtype is not torch.float32 and any(group["amsgrad"] for group in groups):
+        raise ValueError(
+            f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}"
+        )
+    for group in groups:
+        if group["max_grad_norm"] != groups[0]["max_grad_norm"]:
+            raise ValueError(
+                f"max_grad_norm must be one value for all groups, got {groups[0]['max_grad_norm']} and "
+                f"{group['max_grad_norm']}; set optimizer.max_grad_norm to change it in all of them"
+            )
+        for name, value in storage._asdict().items():
+            value_of_group = group.get(name, value)
+            if value_of_group != value:
+                raise ValueError(
+                    f"a group's {name} must be the optimizer's, {value}, got {value_of_group}"
+                )
+        if storage.moments_dtype is torch.uint8:
+            sharded = [name for name, p in named_parameters(group) if is_sharded(p)]
+            if sharded:
+                raise ValueError(
+                    f"parameter {sharded[0]!r} is a DTensor, whose moments cannot be in 8 bits: their blocks would depend on the "
+                    "number of processes; use moments_dtype=torch.bfloat16, got torch.uint8"
+                )
+
+
+def find_pairs(groups: Sequence[ParamGroup]) -> list[LoRAPair]:
+    """The pairs across all groups, whose names and patterns are checked."""
+    for i, group in enumerate(groups):
+        if len(group["params"]) != len(group["param_names"]):
+            raise ValueError(
+                f"group {i} has {len(group['params'])} params and {len(group['param_names'])} param_names: what is added to or "
+                "removed from one must be in the other"
+            )
+    named = [item for group in groups for item in named_parameters(group)]
+    names: set[str] = set()
+    name_of: dict[int, str] = {}
+    for name, p in named:
+        if name in names:
+            raise ValueError(f"two parameters are named {name!r}")
+        if id(p) in name_of:
+            raise ValueError(f"one tensor is given as {name_of[id(p)]!r} and as {name!r}")
+        names.add(name)
+        name_of[id(p)] = name
+    pairs = lora_pairs(named)
+    check_patterns_match(groups, pairs)
+    if not pairs:
+        shown = ", ".join(repr(name) for name, _ in named[:3]) or "none"
+        hint = (
+            ""
+            if named
+            else "; PeftModel.from_pretrained freezes an adapter unless is_trainable=True"
+        )
+        raise ValueError(
+            f"no LoRA pair (lora_A with lora_B) among the {len(named)} trainable parameters ({shown}); "
+            f"without one this would be plain AdamW, for which there is torch.optim.AdamW{hint}"
+        )
+    return pairs
+
+
+def names_for_patterns(pair: LoRAPair, parameter: str) -> tuple[str, str]:
+    """The names that a ``shrink_pattern`` may match: the pair's and its layer's."""
+    return pair.name, layer_name(parameter)
+
+
+def check_patterns_match(groups: Sequence[ParamGroup], pairs: Sequence[LoRAPair]) -> None:
+    """Raise ValueError for a key of a ``shrink_pattern`` that matches no pair of the groups that
+    have the key.
+    """
+    pair_of_a = {id(pair.A): pair for pair in pairs}
+    patterns: set[str] = set()
+    matched: set[str] = set()
+    for group in groups:
+        names: list[str] = []
+        for name, p in named_parameters(group):
+            if id(p) in pair_of_a:
+                names += names_for_patterns(pair_of_a[id(p)], name)
+        keys = group["shrink_pattern"].keys()
+        patterns |= keys
+        matched |= keys - unmatched_patterns(group["shrink_pattern"], names)
+    for key in sorted(patterns - matched):
+        shown = ", ".join(repr(pair.name) for pair in pairs[:3])
+        raise ValueError(f"shrink_pattern {key!r} matches none of the {len(pairs)} pairs ({shown})")
