@@ -84,14 +84,18 @@ def forward_launches(device: Device, call: ForwardCall, choice: Choice | None = 
     if s is None and len(ranks) > 1:
         s = scratch(call.x, call.x.shape[0], sum(ranks))
     every_s = [None] if s is None else s.split_with_sizes(ranks, 1)
-    members = [
-        forward_product(
-            call.x, p, y, s=s_of_p, seed=seed, mask=mask, dropout_p=call.dropout_p
-        )._replace(base=call.base)
-        for p, y, s_of_p, seed, mask in zip(
-            projections, call.ys, every_s, call.seeds, call.masks, strict=True
+    members = []
+    for i, p in enumerate(projections):
+        product = forward_product(
+            call.x,
+            p,
+            call.ys[i],
+            s=every_s[i],
+            seed=call.seeds[i],
+            mask=call.masks[i],
+            dropout_p=call.dropout_p,
         )
-    ]
+        members.append(product._replace(base=call.base))
     return member_launches(device, members, choice)
 
 
