@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.backend import explain_backend
-from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
+from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import get_autotune, get_kernel
 from stablelora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
@@ -54,15 +54,15 @@ class Explanation(NamedTuple):
     Attributes:
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
-        forward_kernel: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch backend.
-            With a quantized weight, "in_loop", or "dequantize, " and one of the others. For fused
-            projections, "together: " or "apart: " and each one's. For the branch alone, "fused" if
-            its launch computes S, or dS, itself, else "split".
-        forward_reason: the reason for that kernel.
+        forward_kernel: the strategy: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch
+            backend. With a quantized weight, "in_loop", or "dequantize, " and one of the others.
+            For fused projections, "together: " or "apart: " and each one's. For the branch alone,
+            "chained" or "split".
+        forward_reason: the reason for that strategy.
         forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the
             PyTorch backend.
         backward_kernel: likewise for dX, dA and dB.
-        backward_reason: the reason for that kernel.
+        backward_reason: the reason for that strategy.
         backward: its launches.
         backend_reason: the reason for the backend. It says so if the installed Triton is not proven
             for the GPU, and names the compute capability that a newer GPU is taken as.
@@ -113,7 +113,7 @@ def explain(
     with all three gradients.
 
     With ``branch_only``, those of ``lora_branch``: onto a product that another layer has computed,
-    whose launches are not listed. Autotuning and forced kernels do not affect these.
+    whose launches are not listed. Autotuning and forced strategies do not affect these.
 
     The op's own planner makes the list, on tensors without memory; nothing runs and no GPU is
     needed. The list holds for contiguous tensors at addresses that are multiples of 16 bytes;
@@ -138,78 +138,118 @@ def explain(
 
     Raises:
         ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown device, a
-            forced kernel that can't do this call, or ``quantized`` together with ``branch_only``.
+            forced strategy that can't do this call, or ``quantized`` together with ``branch_only``.
         TypeError: a size that is no int, or a dtype that the kernels do not compute in.
         RuntimeError: the Triton backend is forced and can't run, or a GPU is named and Triton can't
             be used.
     """
-    several = isinstance(N, Sequence)
     ns = tuple(N) if isinstance(N, Sequence) else (N,)
-    if several and not 2 <= len(ns) <= MAX_GROUP:
-        raise ValueError(f"N must be one size or 2 to {MAX_GROUP}, got {N}")
-    for name, value, low in (("M", M, 0), *(("N", n, 1) for n in ns), ("K", K, 1), ("r", r, 1)):
-        check_int(name, value, minimum=low)
-    check_float("dropout_p", dropout_p, low=0.0, high=1.0)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(
-            f"dtype must be torch.bfloat16, torch.float16 or torch.float32, which the kernels compute in, got {dtype!r}"
-        )
     lora_dtype = torch.float32 if lora_dtype is None else lora_dtype
-    if lora_dtype not in (dtype, torch.float32):
-        raise TypeError(f"lora_dtype must be float32 or dtype {dtype}, got {lora_dtype}")
-    if quantized not in (None, "nf4", "fp8"):
-        raise ValueError(f"quantized must be 'nf4', 'fp8' or None, got {quantized!r}")
-    for name, given in (("quantized", quantized), ("branch_only", branch_only or None)):
-        if several and given is not None:
-            raise ValueError(
-                f"{name} must be {'None' if name == 'quantized' else False} for several N, got {given!r}"
-            )
-    if quantized is not None and branch_only:
-        raise ValueError(
-            f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}"
-        )
+    if isinstance(N, Sequence):
+        _check_several(N, quantized, branch_only)
+    _check_sizes(M, ns, K, r, dropout_p)
+    _check_dtypes(dtype, lora_dtype)
+    _check_weight(quantized, branch_only)
     gpu, backend_reason = _gpu(device)
     if gpu is None:
         why = "the backend is PyTorch's operators; device='sm_90' lists an H100's launches"
         return Explanation("torch", "", "torch", why, (), "torch", why, (), backend_reason)
-    weight: Any = (
-        "none"
-        if branch_only
-        else quantized_weight(quantized, ns[0], K)
-        if quantized is not None
-        else "plain"
+    weight: str | NF4Weight | FP8Weight = "plain"
+    if branch_only:
+        weight = "none"
+    elif quantized is not None:
+        weight = quantized_weight(quantized, ns[0], K)
+    forward, backward = linear_launches(gpu, M, ns, K, r, (dtype, lora_dtype), dropout_p, weight)
+    dropout = dropout_p > 0
+    forwards = [Call("forward", M, n, K, r, dtype, lora_dtype, dropout) for n in ns]
+    backwards = [Call("backward", M, K, n, r, dtype, lora_dtype, dropout) for n in ns]
+    forward_strategy = _strategy(gpu, forwards, weight)
+    backward_strategy = _strategy(gpu, backwards, weight)
+    return Explanation(
+        backend="triton",
+        arch=gpu.arch,
+        forward_kernel=forward_strategy.words,
+        forward_reason=forward_strategy.reason,
+        forward=tuple(map(_step, forward)),
+        backward_kernel=backward_strategy.words,
+        backward_reason=backward_strategy.reason,
+        backward=tuple(map(_step, backward)),
+        backend_reason=backend_reason,
     )
-    ways = linear_launches(gpu, M, ns, K, r, (dtype, lora_dtype), dropout_p, weight)
-    told: list[Any] = []
-    for direction, launches in zip(("forward", "backward"), ways, strict=True):
-        sizes = [(n, K) if direction == "forward" else (K, n) for n in ns]
-        calls = [Call(direction, M, *size, r, dtype, lora_dtype, dropout_p > 0) for size in sizes]
-        told += [*_choice(gpu, calls, weight), tuple(map(_step, launches))]
-    return Explanation("triton", gpu.arch, *told)._replace(backend_reason=backend_reason)
 
 
-def _choice(gpu: Device, calls: Sequence[Call], weight: Any) -> tuple[str, str]:
-    """The kernel, or those of fused projections, and the reason for the forward or the backward."""
+def _check_several(ns: Sequence[int], quantized: str | None, branch_only: bool) -> None:
+    """Raise ValueError unless ``ns`` may be projections of one x."""
+    if not 2 <= len(ns) <= MAX_GROUP:
+        raise ValueError(f"N must be one size or 2 to {MAX_GROUP}, got {ns}")
+    if quantized is not None:
+        raise ValueError(f"quantized must be None for several N, got {quantized!r}")
+    if branch_only:
+        raise ValueError(f"branch_only must be False for several N, got {branch_only!r}")
+
+
+def _check_sizes(m: int, ns: Sequence[int], k: int, r: int, dropout_p: float) -> None:
+    check_int("M", m, minimum=0)
+    for n in ns:
+        check_int("N", n, minimum=1)
+    check_int("K", k, minimum=1)
+    check_int("r", r, minimum=1)
+    check_float("dropout_p", dropout_p, low=0.0, high=1.0)
+
+
+def _check_dtypes(dtype: torch.dtype, lora_dtype: torch.dtype) -> None:
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(
+            f"dtype must be torch.bfloat16, torch.float16 or torch.float32, which the kernels compute in, got {dtype!r}"
+        )
+    if lora_dtype not in (dtype, torch.float32):
+        raise TypeError(f"lora_dtype must be float32 or dtype {dtype}, got {lora_dtype}")
+
+
+def _check_weight(quantized: str | None, branch_only: bool) -> None:
+    if quantized not in (None, "nf4", "fp8"):
+        raise ValueError(f"quantized must be 'nf4', 'fp8' or None, got {quantized!r}")
+    if quantized is not None and branch_only:
+        raise ValueError(
+            f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}"
+        )
+
+
+class _Strategy(NamedTuple):
+    """The strategy of a call in words, and its reason."""
+
+    words: str
+    reason: str
+
+
+def _strategy(gpu: Device, calls: Sequence[Call], weight: str | NF4Weight | FP8Weight) -> _Strategy:
+    """The strategy of a forward or a backward, or those of fused projections; ``weight`` as for
+    :func:`linear_launches`.
+    """
     call = calls[0]
     if weight == "none":
-        return rules.choose_branch(call)[:2]
-    choices = [rules.choose(gpu, each) for each in calls]
+        branch = rules.choose_branch(call)
+        return _Strategy(branch.strategy, branch.reason)
+    choices = [rules.choose(gpu, call) for call in calls]
     if len(calls) > 1:
         sharing = rules.choose_group(calls, choices)
-        kernels = ", ".join(choice.kernel for choice in choices)
-        return f"{'together' if sharing.shared else 'apart'}: {kernels}", sharing.reason
-    kernel, reason, _ = choices[0]
-    if weight == "plain":
-        # A forced kernel is not measured against others.
-        tuned = get_autotune() and get_kernel() == "auto"
-        return kernel, reason + (
-            "; autotuning is on and may replace this by what it measures" if tuned else ""
-        )
+        how = "together" if sharing.shared else "apart"
+        strategies = ", ".join(choice.strategy for choice in choices)
+        return _Strategy(f"{how}: {strategies}", sharing.reason)
+    product = choices[0]
+    if isinstance(weight, str):
+        reason = product.reason
+        # A forced strategy is not measured against others.
+        if get_autotune() and get_kernel() == "auto":
+            reason += "; autotuning is on and may replace this by what it measures"
+        return _Strategy(product.strategy, reason)
     layout = weight.stored.layout
-    choice = rules.choose_quantized(gpu, call, layout.bits, layout.aligned)
-    if choice.kernel == "in_loop":
-        return choice.kernel, choice.reason
-    return f"{choice.kernel}, {kernel}", f"{choice.reason}; then {reason}"
+    reading = rules.choose_quantized(gpu, call, layout.bits, layout.aligned)
+    if reading.strategy == "in_loop":
+        return _Strategy(reading.strategy, reading.reason)
+    return _Strategy(
+        f"{reading.strategy}, {product.strategy}", f"{reading.reason}; then {product.reason}"
+    )
 
 
 def _gpu(device: torch.device | str | None) -> tuple[Device | None, str]:
@@ -224,16 +264,17 @@ def _gpu(device: torch.device | str | None) -> tuple[Device | None, str]:
         gpu = problem.DEVICES[device]
         return gpu, _reason_if_named(gpu)
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        here = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        found = None
-    if found is None or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        here = None
+    if here is None or (here.type == "cuda" and (here.index or 0) >= torch.cuda.device_count()):
         known = ", ".join(f"{arch!r} ({names})" for arch, names in problem.GPU_NAMES.items())
         raise ValueError(
             f"device must be a device of this machine, as 'cpu', or a GPU by its kind, {known}; got {device!r}"
         )
-    answer = explain_backend(found)
-    return (problem.device_of(found) if answer.backend == "triton" else None), answer.reason
+    answer = explain_backend(here)
+    gpu_here = problem.device_of(here) if answer.backend == "triton" else None
+    return gpu_here, answer.reason
 
 
 def _reason_if_named(gpu: Device) -> str:
@@ -263,7 +304,7 @@ def linear_launches(
     several n are a projection group.
 
     ``weight``: "plain", "nf4", "fp8", a quantized weight, or "none" for a branch alone.
-    ``choices``: kernels in place of the table's, forward and backward.
+    ``choices``: strategies in place of the table's, forward and backward.
     """
     ns = (n,) if isinstance(n, int) else tuple(n)
     projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
@@ -287,27 +328,40 @@ def quantized_weight(kind: str, n: int, k: int, where: str = "meta") -> NF4Weigh
     """A weight in "nf4", nested in bitsandbytes' usual blocks, or in "fp8"."""
     if kind == "fp8":
         return FP8Weight(_zeros(where, n, k, of=torch.float8_e4m3fn), _zeros(where, n))
-    blocks = -(-n * k // 64)
-    packed, absmax = (_zeros(where, size, of=torch.uint8) for size in (-(-n * k // 2), blocks))
-    nested = (_zeros(where, -(-blocks // 256)), _zeros(where, 256), _zeros(where), 256)
-    return NF4Weight(packed, absmax, _zeros(where, 16), (n, k), 64, *nested)
+    blocks = cdiv(n * k, 64)
+    return NF4Weight(
+        packed=_zeros(where, cdiv(n * k, 2), of=torch.uint8),
+        absmax=_zeros(where, blocks, of=torch.uint8),
+        code=_zeros(where, 16),
+        shape=(n, k),
+        blocksize=64,
+        nested_absmax=_zeros(where, cdiv(blocks, 256)),
+        nested_code=_zeros(where, 256),
+        offset=_zeros(where),
+        nested_blocksize=256,
+    )
 
 
 def projection_of(
-    n: int, k: int, r: int, dtypes: DTypes, where: str, weight: Any = "plain"
+    n: int,
+    k: int,
+    r: int,
+    dtypes: DTypes,
+    where: str,
+    weight: str | NF4Weight | FP8Weight = "plain",
 ) -> Projection:
     """A projection without values; ``weight`` as for :func:`linear_launches`."""
     dtype, lora_dtype = dtypes
-    lora_A, lora_B = _zeros(where, r, k, of=lora_dtype), _zeros(where, n, r, of=lora_dtype)
+    lora_A = _zeros(where, r, k, of=lora_dtype)
+    lora_B = _zeros(where, n, r, of=lora_dtype)
     if weight == "none":
         return Projection(None, None, lora_A, lora_B, 1.0)
+    bias = _zeros(where, n, of=dtype)
     if weight == "plain":
-        weight = _zeros(where, n, k, of=dtype)
-    else:
-        weight = (
-            quantized_weight(weight, n, k, where) if isinstance(weight, str) else weight
-        ).stored
-    return Projection(weight, _zeros(where, n, of=dtype), lora_A, lora_B, 1.0)
+        return Projection(_zeros(where, n, k, of=dtype), bias, lora_A, lora_B, 1.0)
+    if isinstance(weight, str):
+        weight = quantized_weight(weight, n, k, where)
+    return Projection(weight.stored, bias, lora_A, lora_B, 1.0)
 
 
 def numbers_of(projections: Sequence[Projection], dropout_p: float) -> tuple[Any, ...]:

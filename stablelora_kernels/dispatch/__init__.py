@@ -1,1 +1,1 @@
-"""Every choice of backend, kernel, form and tile, each with its reason. Needs no Triton."""
+"""Every choice of backend, strategy, kernel and tile, each with its reason. Needs no Triton."""

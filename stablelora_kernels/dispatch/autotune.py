@@ -1,5 +1,5 @@
-"""Autotuning, off by default: it measures kernels and tiles for a call of ``lora_linear`` once and
-keeps the answer on disk.
+"""Autotuning, off by default: it measures strategies and tiles for a call of ``lora_linear`` once
+and keeps the answer on disk.
 
 Each candidate runs on the call's own tensors. That is safe: launches overwrite their result, and
 the call runs the winner once more at the end.
@@ -78,21 +78,23 @@ def _tiles(device: Device, call: Call) -> list[Tile]:
 
 
 def candidates(device: Device, call: Call) -> dict[str, Choice]:
-    """By name, the table's choice first, then every kernel that can do ``call``, with the table's
+    """By name, the table's choice first, then every strategy that can do ``call``, with the table's
     tile and with others.
     """
-    found = [rules.choose(device, call)]
-    for kernel in rules.possible_kernels(call):
-        tiles = [] if kernel == "vendor" else _tiles(device, call)
-        found += [Choice(kernel, "", tile) for tile in (None, *tiles)]
-    return {_name(choice): choice for choice in found}
+    choices = [rules.choose(device, call)]
+    for strategy in rules.possible_strategies(call):
+        tiles = [] if strategy == "vendor" else _tiles(device, call)
+        choices += [Choice(strategy, "", tile) for tile in (None, *tiles)]
+    return {_name(choice): choice for choice in choices}
 
 
 def _name(choice: Choice) -> str:
+    """The strategy, and the tile if it is not the table's, in words."""
     if choice.tile is None:
-        return choice.kernel
-    m, n, k, warps, stages = choice.tile
-    return f"{choice.kernel}, {m}x{n}x{k}, {warps} warps, {stages} stages"
+        return choice.strategy
+    tile = choice.tile
+    sizes = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+    return f"{choice.strategy}, {sizes}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def call_key(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> str:
@@ -101,7 +103,7 @@ def call_key(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> str:
     M is rounded up to a power of two, so that batches of any size share few answers. The table's
     limits on M are powers of two as well. The key leaves out what hardly costs time: dropout's
     probability, the strides of A and B, and whether dA, dB and S are wanted. A checkpointed layer
-    thus takes the same kernel when its forward runs again.
+    thus takes the same strategy when its forward runs again.
     """
     call = call._replace(m=1 << (call.m - 1).bit_length())
     tf32 = call.dtype == torch.float32 and tf32_allowed()
@@ -135,11 +137,13 @@ def _made_for(device: Device, torch_device: torch.device) -> str:
 
 
 def _run(launches: list[Any], device: torch.device) -> None:
+    """Run the launches one after another."""
     for launch in launches:
         launch.run(device)
 
 
 def _signature(launches: list[Any]) -> str:
+    """Equal for launches that would run the same code in the same grids."""
     names = ("variant", "grid", "constants", "options")
     return str([[getattr(launch, name, None) for name in names] for launch in launches])
 
@@ -220,6 +224,7 @@ def _read(path: Path, key: str, choices: dict[str, Choice]) -> dict[str, Any] | 
 
 
 def _write(path: Path, key: str, answer: dict[str, Any]) -> None:
+    """Keep the answer in a file, or warn once."""
     scratch = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,6 +243,7 @@ _answers: dict[str, Choice | None] = {}
 
 
 def _capturing(y: Tensor) -> bool:
+    """Whether a CUDA graph records the stream, so that nothing can be measured."""
     return y.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -104,6 +104,7 @@ def judge(capability: Capability, version: str | None) -> Verdict:
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
+    """A version or a compute capability in words, as "3.6.0"."""
     return ".".join(map(str, numbers))
 
 
@@ -245,6 +246,7 @@ def _forced(index: int) -> Answer:
 
 
 def _joined(reason: str, note: str) -> str:
+    """The reason, with the note if there is one."""
     return f"{reason}; {note}" if note else reason
 
 

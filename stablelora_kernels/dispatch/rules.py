@@ -1,4 +1,8 @@
-"""Which kernels a call takes: tables, each row with its reason. Needs no Triton.
+"""Which strategy a call takes, and which kernel: tables, each row with its reason. Needs no Triton.
+
+A strategy says in which launches a call computes S and the product: "fused", "chained", "split" or
+"vendor". A kernel is a function on the GPU. The kernel of a fused, chained or split product is
+"split_k", "tma" or "pointers".
 
 No row has been timed on a GPU yet. The rows follow from counts of bytes and operations, and from
 the compiled code.
@@ -14,12 +18,12 @@ import torch
 
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, Call, Device, Rule, first
-from stablelora_kernels.dispatch.settings import KERNELS, get_kernel, tf32_allowed
+from stablelora_kernels.dispatch.settings import STRATEGIES, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import MAX_CHAINED_M, Tile, filled
 
 
 class Choice(NamedTuple):
-    kernel: str
+    strategy: str
     reason: str
     # A measured tile, or None for the table's.
     tile: Tile | None = None
@@ -29,6 +33,7 @@ FORCED = "forced by set_kernel, use_kernel or STABLELORA_KERNEL"
 
 
 def _fusible(c: Call) -> bool:
+    """Whether the table may take "fused": a forward without dropout whose ranks fit in registers."""
     return c.direction == "forward" and not c.dropout and c.r <= problem.MAX_FUSED_R
 
 
@@ -63,8 +68,8 @@ RULES = (
          "split", "a high rank: the low-rank product has a launch of its own, with more programs at a time"),
 )  # fmt: skip
 
-# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the kernels
-# above. The rows also take the bits of an element of W, and whether W is aligned.
+# W in 4 or 8 bits: dequantized in the product's own loop, or by a launch before one of the
+# strategies above. The rows also take the bits of an element of W, and whether W is aligned.
 QUANTIZED_RULES = (
     Rule(lambda d, c, bits, aligned: not aligned,
          "dequantize", "unaligned rows of W: loading single bytes and scales would exceed shared memory"),
@@ -79,9 +84,9 @@ QUANTIZED_RULES = (
     Rule(lambda d, c, bits, aligned: True, "in_loop", "few rows: the kernel reads W as it is stored"),
 )  # fmt: skip
 
-# The kernel behind "fused" and "split". The rows also take whether tensor descriptors can hold X, W
-# and Y.
-FORM_RULES = (
+# The product's kernel, where the vendor's library does not compute it. The rows also take whether
+# tensor descriptors can hold X, W and Y.
+KERNEL_RULES = (
     Rule(lambda d, c, described: c.m <= problem.SMALL_M,
          "split_k", "few rows: reading W takes the time, so programs split each tile's K until the whole GPU reads"),
     # A shorter sum is over before programs could share it.
@@ -94,9 +99,9 @@ FORM_RULES = (
 
 
 def choose(device: Device, call: Call) -> Choice:
-    """The kernel for ``call``: the table's, or the one that :func:`use_kernel` forces.
+    """The strategy for ``call``: the table's, or the one that :func:`use_kernel` forces.
 
-    A forced kernel that can't do this call raises ValueError.
+    A forced strategy that can't do this call raises ValueError.
     """
     forced = get_kernel()
     if forced == "auto":
@@ -106,22 +111,22 @@ def choose(device: Device, call: Call) -> Choice:
 
 
 def choose_quantized(device: Device, call: Call, bits: int, aligned: bool = True) -> Choice:
-    """``"in_loop"`` or ``"dequantize"`` for a call with a W of 4 or 8 bits; a forced kernel takes W
-    in full.
+    """``"in_loop"`` or ``"dequantize"`` for a call with a W of 4 or 8 bits; a forced strategy takes
+    W in full.
 
     ``aligned``: rows of W begin at multiples of 16 bytes, and no block of W lies across two rows.
     """
     forced = get_kernel()
     if forced != "auto":
-        return Choice("dequantize", f"kernel {forced!r} is forced and needs a dequantized W")
+        return Choice("dequantize", f"strategy {forced!r} is forced and needs a dequantized W")
     return Choice(*first(QUANTIZED_RULES, device, call, bits, aligned))
 
 
-def choose_form(device: Device, call: Call, described: bool) -> str:
-    """``"split_k"``, ``"tma"`` or ``"pointers"``; ``described``: tensor descriptors can hold X, W
-    and Y.
+def choose_kernel(device: Device, call: Call, described: bool) -> str:
+    """The product's kernel: ``"split_k"``, ``"tma"`` or ``"pointers"``. ``described``: tensor
+    descriptors can hold X, W and Y.
     """
-    return first(FORM_RULES, device, call, described)[0]
+    return first(KERNEL_RULES, device, call, described)[0]
 
 
 # A branch without a product: one launch, or S (backward dS) has one of its own.
@@ -149,7 +154,7 @@ def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sha
     """
     if not all(call.r for call in calls):
         return Sharing(False, "a projection has no LoRA branch")
-    if any(choice is not None and choice.kernel == "fused" for choice in choices):
+    if any(choice is not None and choice.strategy == "fused" for choice in choices):
         return Sharing(False, "each product recomputes x @ A.T in its tiles, which saves a launch")
     if calls[0].m <= problem.SMALL_M:
         return Sharing(
@@ -164,31 +169,31 @@ def choose_group(calls: Sequence[Call], choices: Sequence[Choice | None]) -> Sha
     return Sharing(True, "one read of x serves all projections")
 
 
-def check_possible(call: Call, kernel: str) -> None:
-    """Raise ValueError if ``kernel`` can't do ``call``."""
-    if kernel == "fused" and call.direction == "forward" and call.dropout:
+def check_possible(call: Call, strategy: str) -> None:
+    """Raise ValueError if ``strategy`` can't do ``call``."""
+    if strategy == "fused" and call.direction == "forward" and call.dropout:
         raise ValueError(
-            "kernel 'fused' was asked for, but it has no dropout; 'chained', 'split' and 'vendor' have"
+            "strategy 'fused' was asked for, but it has no dropout; 'chained', 'split' and 'vendor' have"
         )
-    limit = {"fused": problem.MAX_FUSED_R, "chained": problem.MAX_CHAINED_R}.get(kernel)
+    limit = {"fused": problem.MAX_FUSED_R, "chained": problem.MAX_CHAINED_R}.get(strategy)
     if limit is not None and call.r > limit:
         raise ValueError(
-            f"kernel {kernel!r} was asked for, but it takes ranks up to {limit}, got {call.r}"
+            f"strategy {strategy!r} was asked for, but it takes ranks up to {limit}, got {call.r}"
         )
-    if kernel == "chained" and call.m > MAX_CHAINED_M:
+    if strategy == "chained" and call.m > MAX_CHAINED_M:
         raise ValueError(
-            f"kernel 'chained' was asked for, but it takes up to {MAX_CHAINED_M} rows, got {call.m}"
+            f"strategy 'chained' was asked for, but it takes up to {MAX_CHAINED_M} rows, got {call.m}"
         )
 
 
-def possible_kernels(call: Call) -> list[str]:
-    """Every kernel that can do ``call``."""
-    found = []
-    for kernel in KERNELS[1:]:
+def possible_strategies(call: Call) -> list[str]:
+    """Every strategy that can do ``call``."""
+    possible = []
+    for strategy in STRATEGIES[1:]:
         with suppress(ValueError):
-            check_possible(call, kernel)
-            found.append(kernel)
-    return found
+            check_possible(call, strategy)
+            possible.append(strategy)
+    return possible
 
 
 def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False) -> str:
@@ -204,18 +209,18 @@ def input_precision(device: Device, dtype: torch.dtype, transposed: bool = False
     return "tf32"
 
 
-# Gate and up with the activation: in one kernel, or each in a kernel of its own and the activation
-# in a third one. The rows take gate's and up's call, and whether tensor descriptors can hold all
-# matrices.
-MLP_RULES = (
+# The kernel that computes gate, up and the activation together; SEPARATE: each has a launch of its
+# own. The rows take gate's and up's call, and whether tensor descriptors can hold all matrices.
+SEPARATE = "separate"
+GATE_UP_RULES = (
     Rule(lambda d, c, described: c.dtype == torch.float32,
-         "separate", "float32: gate and up together do not fit in registers, or the vendor's library computes the product"),
+         SEPARATE, "float32: gate and up together do not fit in registers, or the vendor's library computes the product"),
     Rule(lambda d, c, described: c.m <= problem.SMALL_M,
-         "separate", f"up to {problem.SMALL_M} rows: reading W takes the time, so programs split each tile's K"),
+         SEPARATE, f"up to {problem.SMALL_M} rows: reading W takes the time, so programs split each tile's K"),
     Rule(lambda d, c, described: is_idle(d, c),
-         "separate", "128 x 128 tiles would leave two fifths of the GPU idle; separate products split each tile's K"),
+         SEPARATE, "128 x 128 tiles would leave two fifths of the GPU idle; separate products split each tile's K"),
     Rule(lambda d, c, described: d.generation >= 100 and d.tma and c.m >= 1024,
-         "separate", "data-center Blackwell: the vendor's library computes gate and up, as it does a single projection"),
+         SEPARATE, "data-center Blackwell: the vendor's library computes gate and up, as it does a single projection"),
     Rule(lambda d, c, described: described and d.tma,
          "tma", "one kernel for gate and up: x is read once, and the activation needs no launch of its own"),
     Rule(lambda d, c, described: True,
@@ -223,12 +228,18 @@ MLP_RULES = (
 )  # fmt: skip
 
 
-def choose_gate_up(device: Device, call: Call, described: bool) -> Choice:
-    """``"tma"``, ``"pointers"`` or ``"separate"`` for gate's and up's ``call``; "split" forces one
-    of the first two.
-    """
+class GateUp(NamedTuple):
+    """How gate, up and the activation of a gated MLP are computed."""
+
+    # "tma" or "pointers": by one kernel. SEPARATE: by launches of their own.
+    kernel: str
+    reason: str
+
+
+def choose_gate_up(device: Device, call: Call, described: bool) -> GateUp:
+    """The kernel for gate's and up's ``call``; the forced strategy "split" takes one for both."""
     forced = get_kernel()
     if forced not in ("auto", "split"):
-        return Choice("separate", f"kernel {forced!r} is forced and computes one projection")
-    rows = [rule for rule in MLP_RULES if forced == "auto" or rule.choice != "separate"]
-    return Choice(*first(rows, device, call, described))
+        return GateUp(SEPARATE, f"strategy {forced!r} is forced and computes one projection")
+    rows = [rule for rule in GATE_UP_RULES if forced == "auto" or rule.choice != SEPARATE]
+    return GateUp(*first(rows, device, call, described))

@@ -1,4 +1,8 @@
-"""The process-wide settings: backend, kernel and autotune.
+"""The process-wide settings: backend, strategy and autotune.
+
+The public names say "kernel" for the strategy (``use_kernel``, ``STABLELORA_KERNEL``, and in an
+``Explanation`` ``forward_kernel``). Inside the package a kernel is a function on the GPU, and a
+strategy says which launches compute a call (``dispatch/rules.py``).
 
 An environment variable gives each its start value. It is read at first use, so that importing the
 package never raises.
@@ -18,12 +22,12 @@ from stablelora_kernels.utils.validation import check_bool, check_choice
 
 BACKENDS = ("auto", "triton", "torch")
 # "auto" asks the table of rules.
-KERNELS = ("auto", "fused", "chained", "split", "vendor")
+STRATEGIES = ("auto", "fused", "chained", "split", "vendor")
 # By setting, what its environment variable may say and the value that this stands for; the default
 # comes first.
 _VALUES: dict[str, dict[str, Any]] = {
     "backend": {name: name for name in BACKENDS},
-    "kernel": {name: name for name in KERNELS},
+    "kernel": {name: name for name in STRATEGIES},
     "autotune": {"0": False, "1": True},
 }
 
@@ -63,7 +67,9 @@ class _Setting:
                 self.value = self._values[max(self._values)]
 
 
-_backend, _kernel, _autotune = map(_Setting, _VALUES)
+_backend = _Setting("backend")
+_kernel = _Setting("kernel")
+_autotune = _Setting("autotune")
 _start_values: dict[str, Any] = {}
 
 
@@ -85,7 +91,7 @@ _start_value._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_environment() -> None:
-    """Read the environment variables now. A value that its setting does not take raises ValueError."""
+    """Read the environment variables now. ValueError: a setting does not take its value."""
     for name in _VALUES:
         _start_value(name)
 
@@ -127,28 +133,29 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 def get_kernel() -> str:
-    """The kernel in force: ``"auto"`` or the one that was forced."""
+    """The strategy in force: ``"auto"`` or the one that was forced."""
     return _kernel.get()
 
 
 def set_kernel(name: str) -> None:
-    """Force one kernel on every call that runs on Triton, process-wide, or give the choice back
+    """Force one strategy on every call that runs on Triton, process-wide, or give the choice back
     with ``"auto"``.
 
     ``"fused"``: every program of the product computes the S that it needs. ``"chained"``: one
     launch, whose first programs compute S, and whose others wait for it before they add the branch.
     ``"split"``: the same in two launches. ``"vendor"``: the product by the vendor's library, then
     the branch onto it. The start value is the environment variable ``STABLELORA_KERNEL``, or
-    ``"auto"``. Another name raises ValueError, and so does a call that the forced kernel can't do.
+    ``"auto"``. Another name raises ValueError, and so does a call that the forced strategy can't
+    do.
     """
-    _kernel.set(check_choice("kernel", name, KERNELS))
+    _kernel.set(check_choice("kernel", name, STRATEGIES))
 
 
 def use_kernel(name: str) -> AbstractContextManager[None]:
     """Like :func:`set_kernel`, for the body of a ``with`` statement, in all threads. The last block
     entered is in force.
     """
-    return _kernel.use(check_choice("kernel", name, KERNELS))
+    return _kernel.use(check_choice("kernel", name, STRATEGIES))
 
 
 def get_autotune() -> bool:
@@ -160,14 +167,14 @@ def set_autotune(on: bool) -> None:
     """Tune every later call that runs on Triton, process-wide, or leave the choice to the table
     again.
 
-    The first call of a size measures every kernel that can do it. That takes seconds, most of them
-    in the compiler. The answer is kept under ``~/.cache/stablelora-kernels`` (or the environment's
+    The first call of a size measures every strategy that can do it. That takes seconds, most of
+    them in the compiler. The answer is kept under ``~/.cache/stablelora-kernels`` (or the environment's
     ``STABLELORA_CACHE``) for this GPU and these versions. The start value is the environment
     variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off. A value that is no bool raises
     TypeError.
 
     The table still decides where results must not depend on a clock
-    (``torch.use_deterministic_algorithms``), where a kernel is forced, and while a CUDA graph
+    (``torch.use_deterministic_algorithms``), where a strategy is forced, and while a CUDA graph
     captures a size that was not measured before.
     """
     _autotune.set(check_bool("autotune", on))

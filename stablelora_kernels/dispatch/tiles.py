@@ -178,6 +178,8 @@ class Plan(NamedTuple):
     tiles: int
     # Programs that share a tile: the split-K factor.
     splits: int = 1
+    # Parts of a tile's columns that a program finishes one after another.
+    column_parts: int = 1
 
     @property
     def programs(self) -> int:
@@ -195,7 +197,9 @@ def pick_tile(
     """The tile of the first rule that applies, or the ``measured`` one, and its reason. :func:`fit`
     comes next.
     """
-    return first(rules, device, call) if measured is None else (measured, "measured: the fastest")
+    if measured is not None:
+        return measured, "measured: the fastest"
+    return first(rules, device, call)
 
 
 def fit(tile: Tile, device: Device, bytes_a_stage: int, other_bytes: int = 0) -> Tile:
@@ -223,9 +227,8 @@ def plan_split_k(device: Device, tiles: int, steps: int, programs: int = 2, sums
     """
     if tiles * sums > MAX_SHARED_SUMS:
         return 1
-    return without_empty_parts(
-        steps, max(1, min(programs * device.processors // max(tiles, 1), steps // 4, 16))
-    )
+    splits = min(programs * device.processors // max(tiles, 1), steps // 4, 16)
+    return without_empty_parts(steps, max(1, splits))
 
 
 def fill_split_k(device: Device, tiles: int, steps: int) -> int:
@@ -236,11 +239,12 @@ def fill_split_k(device: Device, tiles: int, steps: int) -> int:
     """
     if tiles > MAX_SHARED_SUMS:
         return 1
-    found = [
-        without_empty_parts(steps, splits) for splits in range(1, max(1, min(steps // 4, 16)) + 1)
-    ]
-    enough = (splits for splits in found if filled(device, tiles * splits) >= 0.7)
-    return next(enough, max(found, key=lambda splits: filled(device, tiles * splits)))
+    most = max(1, min(steps // 4, 16))
+    candidates = [without_empty_parts(steps, splits) for splits in range(1, most + 1)]
+    for splits in candidates:
+        if filled(device, tiles * splits) >= 0.7:
+            return splits
+    return max(candidates, key=lambda splits: filled(device, tiles * splits))
 
 
 def without_empty_parts(steps: int, splits: int) -> int:
@@ -281,82 +285,81 @@ MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 def linear_plan(
     device: Device, call: Call, load_s: bool, measured: Tile | None = None, has_w: bool = True
 ) -> Plan:
-    tile, reason = pick_tile(
-        S_READ_TILES if load_s and has_w else LINEAR_TILES, device, call, measured
-    )
+    """For Y through pointers. ``load_s``: S is read; without ``has_w`` the branch is alone."""
+    table = S_READ_TILES if load_s and has_w else LINEAR_TILES
+    tile, reason = pick_tile(table, device, call, measured)
     # A wider block of ranks would spill registers beside the widest accumulator, or beside a mask
     # without Hopper's units.
-    narrow = load_s and (
-        tile.BLOCK_M * tile.BLOCK_N > 128 * 128 or (call.masked and not device.tma)
-    )
+    widest = tile.BLOCK_M * tile.BLOCK_N > 128 * 128
+    narrow = load_s and (widest or (call.masked and not device.tma))
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # The branch's operands need shared memory too.
     branch = block_r * bytes_of(call, tile.BLOCK_M, tile.BLOCK_N)
     tile = fit(tile, device, linear_stage(call, tile, block_r, load_s), branch)
-    return Plan(tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N))
+    return Plan(tile, reason, block_r, tiles_of(call, tile))
+
+
+def tiles_of(call: Call, tile: Tile) -> int:
+    """Tiles of Y."""
+    return cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
 
 
 def linear_split_k_plan(
     device: Device, call: Call, load_s: bool, measured: Tile | None = None
 ) -> Plan:
+    """For Y of few rows or columns, whose tiles programs share."""
     tile, reason = pick_tile(SPLIT_K_TILES, device, call, measured)
     few = call.m <= problem.SMALL_M
     if few:
         # All rows are in one tile.
         tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
-    block_r = rank_block(
-        call.r, 32 if load_s and call.masked and not (few or device.tma) else problem.MAX_FUSED_R
-    )
-    tiles, steps = (
-        cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N),
-        cdiv(call.k, tile.BLOCK_K),
-    )
-    # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one program
-    # a processor is enough.
-    programs = 2 if tile.BLOCK_M == 16 else 1
-    splits = (
-        plan_split_k(device, tiles, steps, programs=programs)
-        if few
-        else fill_split_k(device, tiles, steps)
-    )
-    return Plan(
-        fit(tile, device, linear_stage(call, tile, block_r, load_s)), reason, block_r, tiles, splits
-    )
+    # A wider block of ranks beside a mask would spill registers.
+    narrow = load_s and call.masked and not (few or device.tma)
+    block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
+    tiles = tiles_of(call, tile)
+    steps = cdiv(call.k, tile.BLOCK_K)
+    if few:
+        # Partial sums of 64 rows are as large as what a program reads of W in a few steps: one
+        # program a processor is enough.
+        programs = 2 if tile.BLOCK_M == 16 else 1
+        splits = plan_split_k(device, tiles, steps, programs=programs)
+    else:
+        splits = fill_split_k(device, tiles, steps)
+    tile = fit(tile, device, linear_stage(call, tile, block_r, load_s))
+    return Plan(tile, reason, block_r, tiles, splits)
 
 
-def linear_tma_plan(
-    device: Device, call: Call, load_s: bool, measured: Tile | None = None
-) -> tuple[Plan, int]:
-    """For programs that take tile after tile, and the parts of a tile's columns that they finish
-    one after another.
-    """
+def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
+    """For Y through descriptors, by programs that take tile after tile."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
     if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
-        tile, reason = (
-            Tile(128, 128, 64, 8, 4),
-            "rank above 32: the widest tile would not fit in registers",
-        )
+        tile = Tile(128, 128, 64, 8, 4)
+        reason = "rank above 32: the widest tile would not fit in registers"
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts
     # or a mask.
     narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
     block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
     # A mask is read by words of 32 columns. Beside it, a gated MLP's gradients or 32 ranks would
     # spill in wider parts.
-    parts = 4 if call.gated or (call.masked and block_r > 16) else 2
-    parts = min(2 * parts if call.gated and call.masked else parts, tile.BLOCK_N // 32)
-    part = tile.BLOCK_N // parts
+    parts = 2
+    if call.gated or (call.masked and block_r > 16):
+        parts = 8 if call.gated and call.masked else 4
+    parts = min(parts, tile.BLOCK_N // 32)
+    columns = tile.BLOCK_N // parts
     # The stored part of Y, or the parts of G, U, dG and dU, and the branch's operands need shared
     # memory too.
-    kept = 4 if call.gated else 1
-    finish = bytes_of(call, kept * tile.BLOCK_M * part + block_r * (tile.BLOCK_M + part))
+    stored = 4 if call.gated else 1
+    finish = bytes_of(call, stored * tile.BLOCK_M * columns + block_r * (tile.BLOCK_M + columns))
     tile = fit(tile, device, linear_stage(call, tile, block_r, load_s), finish)
-    tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
-    return Plan(tile, reason, block_r, tiles), parts
+    return Plan(tile, reason, block_r, tiles_of(call, tile), column_parts=parts)
 
 
 def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
+    """For Y from a W of ``bits`` bits an element, which the product's loop dequantizes."""
     tile, reason = pick_tile(QUANTIZED_TILES, device, call)
-    rows = 16 if call.m <= 16 else 64 if call.m <= problem.SMALL_M else 128
+    rows = 128
+    if call.m <= problem.SMALL_M:
+        rows = 16 if call.m <= 16 else 64
     tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, rows))
     block_r = rank_block(call.r, problem.MAX_FUSED_R)
     # In shared memory: every stage's X and stored W; W once in float32 and once in X's dtype; the
@@ -364,34 +367,45 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     stage = tile.BLOCK_K * (bytes_of(call, tile.BLOCK_M) + tile.BLOCK_N * bits // 8)
     weight = tile.BLOCK_K * tile.BLOCK_N * (4 + call.dtype.itemsize)
     tile = fit(tile, device, stage, weight + block_r * bytes_of(call, tile.BLOCK_M, tile.BLOCK_N))
-    tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
-    return Plan(
-        tile, reason, block_r, tiles, plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K))
-    )
+    tiles = tiles_of(call, tile)
+    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K))
+    return Plan(tile, reason, block_r, tiles, splits)
+
+
+class WeightGradsPlan(NamedTuple):
+    """The plan for a launch of dA and dB, and for the tiles of each."""
+
+    both: Plan
+    da: Plan
+    db: Plan
 
 
 def weight_grads_plan(
     device: Device, call: Call, need_a: bool, need_b: bool, projections: int = 1
-) -> tuple[Plan, int]:
-    """The plan for dA and dB in a launch of their own, and how many of its tiles are dA's.
+) -> WeightGradsPlan:
+    """For dA and dB in a launch of their own.
 
     For dA of several ``projections``, ``call`` has the largest rank.
     """
-    tile, reason = pick_tile(
-        WEIGHT_GRADS_GROUP_TILES if projections > 1 else WEIGHT_GRADS_TILES, device, call
-    )
+    table = WEIGHT_GRADS_GROUP_TILES if projections > 1 else WEIGHT_GRADS_TILES
+    tile, reason = pick_tile(table, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
     # The backward's n is K, and its k is N.
-    of_a, of_b = (cdiv(size, tile.BLOCK_M) * cdiv(call.r, block_r) for size in (call.n, call.k))
-    tiles_a, tiles = need_a * of_a, need_a * of_a + need_b * of_b
-    splits = plan_split_k(device, tiles, cdiv(call.m, tile.BLOCK_K), sums=projections)
+    tiles_a = _grad_tiles(call.n, tile.BLOCK_M, call.r, block_r) if need_a else 0
+    tiles_b = _grad_tiles(call.k, tile.BLOCK_M, call.r, block_r) if need_b else 0
+    steps = cdiv(call.m, tile.BLOCK_K)
+    splits = plan_split_k(device, tiles_a + tiles_b, steps, sums=projections)
     # A gated MLP's G and U are two operands in place of one.
-    tile = fit(
-        tile,
-        device,
-        tile.BLOCK_K * bytes_of(call, (1 + call.gated) * tile.BLOCK_M + projections * block_r),
-    )
-    return Plan(tile, reason, block_r, tiles, splits), tiles_a
+    operands = 2 if call.gated else 1
+    elements = operands * tile.BLOCK_M + projections * block_r
+    tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, elements))
+    both = Plan(tile, reason, block_r, tiles_a + tiles_b, splits)
+    return WeightGradsPlan(both, both._replace(tiles=tiles_a), both._replace(tiles=tiles_b))
+
+
+def _grad_tiles(columns: int, block_c: int, r: int, block_r: int) -> int:
+    """Tiles of a gradient [columns, r]."""
+    return cdiv(columns, block_c) * cdiv(r, block_r)
 
 
 def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -> Plan:
@@ -404,20 +418,19 @@ def co_scheduled_grad_plan(device: Device, call: Call, of_b: bool, warps: int) -
     gated = call.gated and not of_b
     # A matrix instruction has 64 rows for each four warps.
     columns = max(tile.BLOCK_M, 16 * warps)
-    tile = tile._replace(
-        BLOCK_M=columns, BLOCK_K=min(32 if gated and not device.tma else 64, tile.BLOCK_K)
-    )
-    tiles = cdiv(call.k if of_b else call.n, columns) * cdiv(call.r, block_r)
+    depth = 32 if gated and not device.tma else 64
+    tile = tile._replace(BLOCK_M=columns, BLOCK_K=min(depth, tile.BLOCK_K))
+    tiles = _grad_tiles(call.k if of_b else call.n, columns, call.r, block_r)
     steps = cdiv(call.m, tile.BLOCK_K)
     splits = plan_split_k(device, tiles, steps, programs=1)
     if of_b and tiles <= MAX_SHARED_SUMS:
         # Chunks of rows, so that what dS's programs or dB's have read is still in L2 for the
         # others. A chunk's part of dB, stored and read again in float32, is an eighth of the chunk
         # of dY that it sums up.
-        splits = without_empty_parts(
-            steps, max(splits, min(cdiv(call.m, 32 * block_r), steps // 4))
-        )
-    tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, (1 + gated) * columns + block_r))
+        chunks = min(cdiv(call.m, 32 * block_r), steps // 4)
+        splits = without_empty_parts(steps, max(splits, chunks))
+    operands = 2 if gated else 1
+    tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, operands * columns + block_r))
     return Plan(tile, reason, block_r, tiles, splits)
 
 
@@ -439,23 +452,24 @@ GATE_UP_TILES = (
 )
 
 
-def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> tuple[Plan, int]:
-    """For gate and up in one kernel, and the parts of a tile's columns that it finishes one after
-    another.
-
-    ``call`` has the larger rank. The TMA kernel's programs stay and take tile after tile.
+def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> Plan:
+    """For gate and up in one kernel; ``call`` has the larger rank. The TMA kernel's programs stay
+    and take tile after tile.
     """
     tile, reason = pick_tile(GATE_UP_TMA_TILES if tma else GATE_UP_TILES, device, call)
     item = call.dtype.itemsize
     # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's
     # erf takes most of them.
     erf = activation == "gelu"
-    block_r = rank_block(call.r, (16 if erf else 32) if tma else problem.MAX_FUSED_R)
-    parts = (8 if erf else 4) if tma else 1
-    # After the main loop, its memory serves the branches. A part of a result is stored from memory
-    # of its own.
-    stored = tile.BLOCK_M * tile.BLOCK_N // parts * item if tma else 0
+    block_limit = problem.MAX_FUSED_R
+    parts = 1
+    stored = 0
+    if tma:
+        block_limit = 16 if erf else 32
+        parts = 8 if erf else 4
+        # After the main loop, its memory serves the branches. A part of a result is stored from
+        # memory of its own.
+        stored = tile.BLOCK_M * tile.BLOCK_N // parts * item
+    block_r = rank_block(call.r, block_limit)
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item, stored)
-    return Plan(
-        tile, reason, block_r, cdiv(call.m, tile.BLOCK_M) * cdiv(call.n, tile.BLOCK_N)
-    ), parts
+    return Plan(tile, reason, block_r, tiles_of(call, tile), column_parts=parts)

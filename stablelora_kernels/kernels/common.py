@@ -158,7 +158,7 @@ def load_keep(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def load_words(mask_ptr, rows, col0, M, n_cols, BLOCK_C: tl.constexpr):
-    """The stored mask's words for rows × [col0, col0 + BLOCK_C): for each 32 columns, int32 [ROWS]."""
+    """The stored mask's words for rows × [col0, col0 + BLOCK_C): one [ROWS] a 32 columns."""
     tl.static_assert(BLOCK_C % 32 == 0)
     words = ()
     for i in tl.static_range(BLOCK_C // 32):
@@ -256,14 +256,15 @@ def arrives_last(counter_ptr, n):
 
 
 @triton.jit
-def shared_sum(part, parts_ptr, counter_ptr, place, split, n):
-    """The sum of n programs' ``part``, and whether this program has it: the last to arrive adds up
-    all parts in order.
+def shared_sum(partial, parts_ptr, counter_ptr, place, split, n):
+    """The sum of n programs' ``partial``, and whether this program has it.
+
+    The last program to arrive adds up all parts in order.
 
     ``place``: the sum's number among those of the launch's job.
     """
-    ROWS: tl.constexpr = part.shape[0]
-    COLUMNS: tl.constexpr = part.shape[1]
+    ROWS: tl.constexpr = partial.shape[0]
+    COLUMNS: tl.constexpr = partial.shape[1]
     PART: tl.constexpr = ROWS * COLUMNS
     # To the pointer, not to a tile of them, which took registers through the main loop of quantized
     # products.
@@ -271,10 +272,10 @@ def shared_sum(part, parts_ptr, counter_ptr, place, split, n):
     ptrs = parts_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     last = n == 1
     if n > 1:
-        tl.store(ptrs + split * PART, part)
+        tl.store(ptrs + split * PART, partial)
         last = arrives_last(counter_ptr + place, n)
         if last:
-            part = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            partial = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             for i in range(n):
-                part += tl.load(ptrs + i * PART, cache_modifier=".cg")
-    return part, last
+                partial += tl.load(ptrs + i * PART, cache_modifier=".cg")
+    return partial, last

@@ -7,9 +7,9 @@ takes over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -22,27 +22,36 @@ from stablelora_kernels.kernels.lora.gate_up import (
     _lora_gate_up_kernel,
     _lora_gate_up_tma_kernel,
 )
-from stablelora_kernels.launch.base import Launch, Launches, flag_words, tile_options
-from stablelora_kernels.launch.jobs import (
-    Product,
-    Random,
-    backward_product,
-    branch_job,
-    forward_product,
-    matrix,
-)
-from stablelora_kernels.launch.lora_linear import (
-    GROUP_M,
-    backward_launches,
-    dequantize,
+from stablelora_kernels.launch.base import (
+    Arguments,
+    Launch,
+    Launches,
     described,
     descriptor,
-    lora_down,
+    flag_words,
+    planned,
+    rows_contiguous,
+    tile_words,
+)
+from stablelora_kernels.launch.fill_jobs import (
+    Product,
+    backward_product,
+    branch_job,
+    described_tile,
+    forward_product,
+    matrix,
+    product_tile,
+)
+from stablelora_kernels.launch.lora_linear import (
+    BackwardCall,
+    Gradients,
+    Plain,
+    backward_launches,
     member_launches,
     product_launches,
-    product_tile,
-    rows_contiguous,
 )
+from stablelora_kernels.launch.quantized import dequantize
+from stablelora_kernels.launch.thin_products import lora_down
 from stablelora_kernels.launch.workspace import scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
@@ -50,165 +59,291 @@ from stablelora_kernels.quantized import Stored
 _ACTIVATION_BLOCK = 2048
 
 
-def _dequantizer(
-    like: Tensor, projections: Sequence[Projection], slots: int
-) -> Callable[[Projection], tuple[Launches, Projection]]:
-    """A function that returns the dequantizing launch (or none) and a projection with a plain
-    weight.
-
-    There is memory for ``slots`` weights at a time: it is reused after that many more.
+class _Dequantizer:
+    """Makes projections with plain weights. It has memory for ``slots`` weights at a time, which is
+    reused after that many more.
     """
-    sizes = [
-        p.weight.layout.n * p.weight.layout.k for p in projections if isinstance(p.weight, Stored)
-    ]
-    memory = cycle([scratch(like, max(sizes)) for _ in sizes[:slots]])
 
-    def plain(p: Projection) -> tuple[Launches, Projection]:
-        if not isinstance(p.weight, Stored):
-            return [], p
-        n, k = p.weight.layout.n, p.weight.layout.k
-        w = next(memory)[: n * k].view(n, k)
-        return [dequantize(w, p.weight)], p._replace(weight=w)
+    def __init__(self, like: Tensor, projections: Sequence[Projection], slots: int) -> None:
+        weights = [p.weight for p in projections if isinstance(p.weight, Stored)]
+        sizes = [weight.layout.n * weight.layout.k for weight in weights]
+        self._memory = cycle([scratch(like, max(sizes)) for _ in sizes[:slots]])
 
-    return plain
+    def plain(self, p: Projection) -> Plain:
+        """``p`` with a plain weight, and the launch that dequantizes it, or none."""
+        weight = p.weight
+        if not isinstance(weight, Stored):
+            return Plain(p, [])
+        n, k = weight.layout.n, weight.layout.k
+        w = next(self._memory)[: n * k].view(n, k)
+        return Plain(p._replace(weight=w), [dequantize(w, weight)])
 
 
-def mlp_forward_launches(
-    device: Device, x: Tensor, projections: Sequence[Projection], random: Sequence[Random], dropout_p: float,
-    activation: str, results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-) -> Launches:  # fmt: skip
-    """The launches of a forward. A projection without a branch has an A and a B of rank 0; its
-    scaling is s' = scaling / (1 - p).
+class MLPForwardCall(NamedTuple):
+    """What a forward computes. There are three of each sequence: gate's, up's and down's."""
 
-    ``results``: Y; G, U, gate's and up's S side by side and down's S, which are None if they are
-    not requested.
-    """
-    y, g, u, s, s_down = results
-    (m, _), lora_B, plain = x.shape, projections[0].lora_B, _dequantizer(x, projections, slots=2)
+    x: Tensor
+    # Without a branch, A and B have rank 0. The scaling is s' = scaling / (1 - p).
+    projections: Sequence[Projection]
+    seeds: Sequence[Tensor | None]
+    # Memory that keeps dropout's masks for backward, None where nothing reads one.
+    masks: Sequence[Tensor | None]
+    dropout_p: float
+    activation: str
+    y: Tensor
+    # G, U, gate's and up's S side by side, down's S. None: not requested.
+    g: Tensor | None
+    u: Tensor | None
+    s: Tensor | None
+    s_down: Tensor | None
+
+
+def mlp_forward_launches(device: Device, call: MLPForwardCall) -> Launches:
+    """The launches of a forward."""
+    x = call.x
+    dequantizer = _Dequantizer(x, call.projections, slots=2)
+    lora_B = call.projections[0].lora_B
     assert lora_B is not None
-    f = lora_B.shape[0]
-    h, ranks = scratch(x, m, f), [p.rank for p in projections[:2]]
-    s = scratch(x, m, sum(ranks)) if s is None else s
+    h = scratch(x, x.shape[0], lora_B.shape[0])
+    ranks = [p.rank for p in call.projections[:2]]
+    s = scratch(x, x.shape[0], sum(ranks)) if call.s is None else call.s
+    outputs = (call.g, call.u)
     launches: Launches = []
     members = []
-    for p, part, out, each in zip(projections, s.split(ranks, 1), (g, u), random, strict=False):
-        first, p = plain(p)
-        launches += first
+    for i, s_of_p in enumerate(s.split_with_sizes(ranks, 1)):
+        plain = dequantizer.plain(call.projections[i])
+        launches += plain.launches
         # An output that is not requested is left out below, or needs memory.
-        members.append(forward_product(x, p, part, h if out is None else out, each, dropout_p))
-    by_rows = [rows_contiguous(p.w) for p in members if isinstance(p.w, Tensor)]
-    alike = len({trans for _, trans in by_rows}) == 1 and all(
-        described(t) for t in (x, h, *(w for w, _ in by_rows))
+        output = outputs[i]
+        members.append(
+            _product(call, i, plain.projection, x, h if output is None else output, s_of_p)
+        )
+    launches += _gate_and_up(device, call, members, h)
+    plain = dequantizer.plain(call.projections[2])
+    down = _product(call, 2, plain.projection, h, call.y, call.s_down)
+    launches += plain.launches
+    launches += product_launches(device, down, rules.choose(device, down.call))
+    return launches
+
+
+def _product(
+    call: MLPForwardCall, index: int, p: Projection, x: Tensor, y: Tensor, s: Tensor | None
+) -> Product:
+    """Y of the projection of this index, with its seed and mask."""
+    return forward_product(
+        x,
+        p,
+        y,
+        s=s,
+        seed=call.seeds[index],
+        mask=call.masks[index],
+        dropout_p=call.dropout_p,
     )
-    choice = rules.choose_gate_up(device, members[0].call._replace(r=max(ranks)), alike)
-    if choice.kernel == "separate":
-        members = [p._replace(y=scratch(x, m, f) if p.y is h else p.y) for p in members]
-        launches += [
-            *member_launches(device, members),
-            _activation(members, h, activation, choice.reason),
-        ]
+
+
+def _gate_and_up(
+    device: Device, call: MLPForwardCall, members: Sequence[Product], h: Tensor
+) -> Launches:
+    """The launches from X to H, of the products ``members`` with plain weights."""
+    largest = members[0].call._replace(r=max(p.call.r for p in members))
+    choice = rules.choose_gate_up(device, largest, described=_all_described(call.x, h, members))
+    if choice.kernel == rules.SEPARATE:
+        members = [p._replace(y=scratch(call.x, *h.shape)) if p.y is h else p for p in members]
+        launches = member_launches(device, members)
+        launches.append(_activation(members, h, call.activation, choice.reason))
+        return launches
+    if rules.choose_group([p.call for p in members], [None, None]).shared:
+        launches = [lora_down(device, members)]
     else:
-        shared = rules.choose_group([p.call for p in members], [None, None]).shared
-        launches += (
-            [lora_down(device, members)]
-            if shared
-            else [lora_down(device, [p]) for p in members if p.call.r]
-        )
-        launches.append(
-            _gate_up(device, members, h, activation, choice.kernel == "tma", keep=g is not None)
-        )
-    first, p = plain(projections[2])
-    down = forward_product(h, p, s_down, y, random[2], dropout_p)
-    return [*launches, *first, *product_launches(device, down, rules.choose(device, down.call))]
+        launches = [lora_down(device, [p]) for p in members if p.call.r]
+    keep = call.g is not None
+    if choice.kernel == "tma":
+        launches.append(_gate_up_by_descriptors(device, members, h, call.activation, keep))
+    else:
+        launches.append(_gate_up_by_pointers(device, members, h, call.activation, keep))
+    return launches
 
 
-def mlp_backward_launches(
-    device: Device, x: Tensor | None, grad: Tensor, kept: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    projections: Sequence[Projection], masks: Sequence[Tensor | None], dropout_p: float, activation: str,
-    results: tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]],
-) -> Launches:  # fmt: skip
-    """The launches of a backward, for those of dX, the dA's and the dB's that are not None.
+def _all_described(x: Tensor, h: Tensor, members: Sequence[Product]) -> bool:
+    """Whether descriptors can hold X, H and the weights, both of which lie the same way."""
+    weights = [rows_contiguous(p.w) for p in members if isinstance(p.w, Tensor)]
+    ways = {w.transposed for w in weights}
+    return len(ways) == 1 and all(described(t) for t in (x, h, *(w.matrix for w in weights)))
 
-    ``kept``: G, U, gate's and up's S side by side, and down's S.
-    """
-    g, u, s, s_down = kept
-    dx, das, dbs = results
-    need_h = dx is not None or any(t is not None for t in (*das[:2], *dbs[:2]))
-    plain = _dequantizer(grad, projections, slots=1)
-    g, u = g.contiguous(), u.contiguous()
-    dg, du = (scratch(g, *g.shape), scratch(u, *u.shape)) if need_h else (None, g)
-    first, down = plain(projections[2])
-    p = backward_product(g, grad, down, s_down, masks[2], dropout_p, (dg, das[2], dbs[2]))
-    p = p._replace(
-        call=p.call._replace(gated=True), activation=activation, gate=jobs.Gate(g, u, du)
+
+class MLPBackwardCall(NamedTuple):
+    """What a backward computes. There are three of each sequence: gate's, up's and down's."""
+
+    x: Tensor | None
+    grad: Tensor
+    # What the forward kept: G, U, gate's and up's S side by side, down's S.
+    g: Tensor
+    u: Tensor
+    s: Tensor | None
+    s_down: Tensor | None
+    projections: Sequence[Projection]
+    masks: Sequence[Tensor | None]
+    dropout_p: float
+    activation: str
+    results: Gradients
+
+
+def mlp_backward_launches(device: Device, call: MLPBackwardCall) -> Launches:
+    """The launches of a backward: down's, with dG and dU in place of dH, then gate's and up's."""
+    results = call.results
+    wanted = Gradients(results.dx, results.das[:2], results.dbs[:2])
+    need_h = any(t is not None for t in (wanted.dx, *wanted.das, *wanted.dbs))
+    dequantizer = _Dequantizer(call.grad, call.projections, slots=1)
+    g = call.g.contiguous()
+    u = call.u.contiguous()
+    dg = scratch(g, *g.shape) if need_h else None
+    # Without dG nothing writes it, and any tensor stands for it.
+    du = scratch(u, *u.shape) if need_h else g
+    plain = dequantizer.plain(call.projections[2])
+    down = backward_product(
+        # H is computed again, from G and U.
+        g,
+        call.grad,
+        plain.projection,
+        s=call.s_down,
+        mask=call.masks[2],
+        dropout_p=call.dropout_p,
+        dx=dg,
+        da=results.das[2],
+        db=results.dbs[2],
     )
-    launches = [*first, *product_launches(device, p, rules.choose(device, p.call))]
+    down = down._replace(
+        call=down.call._replace(gated=True),
+        activation=call.activation,
+        gate=jobs.Gate(g, u, du),
+    )
+    launches = [*plain.launches]
+    launches += product_launches(device, down, rules.choose(device, down.call))
     if dg is None:
         return launches
-    parts = [None, None] if s is None else s.split([p.rank for p in projections[:2]], 1)
-    wanted = (dx, das[:2], dbs[:2])
-    return launches + backward_launches(
-        device, x, [dg, du], projections[:2], parts, masks[:2], dropout_p, wanted, plain=plain
+    projections = call.projections[:2]
+    every_s: Sequence[Tensor | None] = [None, None]
+    if call.s is not None:
+        every_s = call.s.split_with_sizes([p.rank for p in projections], 1)
+    gate_and_up = BackwardCall(
+        x=call.x,
+        grads=[dg, du],
+        projections=projections,
+        s=every_s,
+        masks=call.masks[:2],
+        dropout_p=call.dropout_p,
+        results=wanted,
     )
+    launches += backward_launches(device, gate_and_up, dequantized=dequantizer.plain)
+    return launches
 
 
 def _activation(members: Sequence[Product], h: Tensor, activation: str, reason: str) -> Launch:
     """H = act(G) ∘ U in a launch of its own."""
+    gate, up = members
     return Launch(
-        _gated_activation_kernel,
-        activation,
-        reason,
-        (cdiv(h.numel(), _ACTIVATION_BLOCK),),
-        (*(p.y for p in members), h, h.numel()),
-        {"GATE": activation, "BLOCK": _ACTIVATION_BLOCK},
-        {"num_warps": 8, "num_stages": 1},
+        kernel=_gated_activation_kernel,
+        variant=activation,
+        reason=reason,
+        grid=(cdiv(h.numel(), _ACTIVATION_BLOCK),),
+        args=(gate.y, up.y, h, h.numel()),
+        constants={"GATE": activation, "BLOCK": _ACTIVATION_BLOCK},
+        options={"num_warps": 8, "num_stages": 1},
     )
 
 
-def _gate_up(
-    device: Device, members: Sequence[Product], h: Tensor, activation: str, tma: bool, keep: bool
+def _gate_up_by_descriptors(
+    device: Device, members: Sequence[Product], h: Tensor, activation: str, keep: bool
 ) -> Launch:
-    """Gate, up and the activation in one launch; ``keep``: store G and U too. S is read."""
+    """Gate, up and the activation in one launch, with operands read through tensor descriptors.
+
+    S is read. ``keep``: store G and U too.
+    """
     gate, up = members
     assert isinstance(gate.w, Tensor) and isinstance(up.w, Tensor)
-    c = gate.call._replace(r=max(gate.call.r, up.call.r))
-    plan, parts = tiles.gate_up_plan(device, c, tma, activation)
-    tile, precision = plan.tile, input_precision(device, c.dtype)
-    words = f"r{plan.block_r} {activation}{flag_words(alone=not keep)} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
-    branches, (tile_g, tile_u) = zip(
-        *[branch_job(p, plan.block_r, True, precision) for p in members], strict=True
+    plan = _gate_up_plan(device, members, True, activation)
+    tile = plan.tile
+    columns = tile.BLOCK_N // plan.column_parts
+    gate_w = rows_contiguous(gate.w)
+    up_w = rows_contiguous(up.w)
+    programs = min(plan.tiles, device.processors)
+    arguments: Arguments = {
+        "x_desc": descriptor(gate.x, tile.BLOCK_M, tile.BLOCK_K),
+        "wg_desc": descriptor(gate_w.matrix, tile.BLOCK_N, tile.BLOCK_K, gate_w.transposed),
+        "wu_desc": descriptor(up_w.matrix, tile.BLOCK_N, tile.BLOCK_K, gate_w.transposed),
+        "g_desc": descriptor(gate.y, tile.BLOCK_M, columns) if keep else None,
+        "u_desc": descriptor(up.y, tile.BLOCK_M, columns) if keep else None,
+        "h_desc": descriptor(h, tile.BLOCK_M, columns),
+        "PRODUCTS": programs,
+    }
+    precision = input_precision(device, gate.call.dtype)
+    constants = described_tile(plan, gate_w.transposed, precision, activation)
+    branches = _Branches(members, plan.block_r, precision)
+    return planned(
+        _lora_gate_up_tma_kernel,
+        _gate_up_words(plan, activation, keep),
+        plan,
+        programs,
+        arguments | branches.arguments,
+        {"TILE": constants, **branches.constants},
     )
-    outputs = (gate.y, up.y, h) if keep else (None, None, h)
-    args: tuple[Any, ...] = (*branches, gate.bias, up.bias, c.m, c.n, c.k)
-    sizes: Any
-    if tma:
-        kernel, programs = _lora_gate_up_tma_kernel, min(plan.tiles, device.processors)
-        (wg, trans_w), (wu, _) = rows_contiguous(gate.w), rows_contiguous(up.w)
-        args = (
-            descriptor(gate.x, tile.BLOCK_M, tile.BLOCK_K),
-            *(descriptor(w, tile.BLOCK_N, tile.BLOCK_K, trans_w) for w in (wg, wu)),
-            *(
-                None if t is None else descriptor(t, tile.BLOCK_M, tile.BLOCK_N // parts)
-                for t in outputs
-            ),
-            *args,
-            programs,
-        )
-        sizes = jobs.DescribedTile(
-            tile.BLOCK_M,
-            tile.BLOCK_N,
-            tile.BLOCK_K,
-            GROUP_M,
-            parts,
-            trans_w,
-            False,
-            False,
-            activation,
-            precision,
-        )
-    else:
-        kernel, programs = _lora_gate_up_kernel, plan.tiles
-        args = (matrix(gate.x), matrix(gate.w), matrix(up.w), *outputs, *args)
-        sizes = product_tile(gate, tile, precision, activation)
-    constants = {"TILE": sizes, "BRANCH_G": tile_g, "BRANCH_U": tile_u}
-    return Launch(kernel, words, plan.reason, (programs,), args, constants, tile_options(tile))
+
+
+def _gate_up_by_pointers(
+    device: Device, members: Sequence[Product], h: Tensor, activation: str, keep: bool
+) -> Launch:
+    """The same launch with operands read through pointers."""
+    gate, up = members
+    assert isinstance(gate.w, Tensor) and isinstance(up.w, Tensor)
+    plan = _gate_up_plan(device, members, False, activation)
+    arguments: Arguments = {
+        "x": matrix(gate.x),
+        "wg": matrix(gate.w),
+        "wu": matrix(up.w),
+        "g_ptr": gate.y if keep else None,
+        "u_ptr": up.y if keep else None,
+        "h_ptr": h,
+    }
+    precision = input_precision(device, gate.call.dtype)
+    branches = _Branches(members, plan.block_r, precision)
+    return planned(
+        _lora_gate_up_kernel,
+        _gate_up_words(plan, activation, keep),
+        plan,
+        plan.tiles,
+        arguments | branches.arguments,
+        {"TILE": product_tile(gate, plan.tile, precision, activation), **branches.constants},
+    )
+
+
+def _gate_up_plan(
+    device: Device, members: Sequence[Product], tma: bool, activation: str
+) -> tiles.Plan:
+    largest = members[0].call._replace(r=max(p.call.r for p in members))
+    return tiles.gate_up_plan(device, largest, tma, activation)
+
+
+def _gate_up_words(plan: tiles.Plan, activation: str, keep: bool) -> str:
+    return f"r{plan.block_r} {activation}{flag_words(alone=not keep)} {tile_words(plan.tile)}"
+
+
+class _Branches:
+    """What kernels of gate and up take for both branches, beside their products' operands."""
+
+    def __init__(self, members: Sequence[Product], block_r: int, precision: str) -> None:
+        gate, up = members
+        gate_branch = branch_job(gate, block_r, True, precision)
+        up_branch = branch_job(up, block_r, True, precision)
+        self.arguments: Arguments = {
+            "branch_g": gate_branch.branch,
+            "branch_u": up_branch.branch,
+            "bias_g": gate.bias,
+            "bias_u": up.bias,
+            "M": gate.call.m,
+            "N": gate.call.n,
+            "K": gate.call.k,
+        }
+        self.constants: Arguments = {
+            "BRANCH_G": gate_branch.tile,
+            "BRANCH_U": up_branch.tile,
+        }

@@ -4,18 +4,17 @@ Planning a launch, and Triton's binding and specialization of its arguments, tak
 host time. They depend on the layouts of the tensors alone. A prepared launch keeps the compiled
 kernel and its list of arguments; a run sets the addresses.
 
-It runs in one of two ways: by Triton's C launcher itself, where its version and the GPU have one
-that takes a list of arguments, else by the call of Triton's compiled kernel. The latter makes a
-CUDA tensor map for each descriptor of each launch, in Python; the former makes one for each
-address.
+It runs in one of two ways. :class:`Direct`, the usual one, calls Triton's C launcher, where its
+version and the GPU have one that takes a list of arguments; it makes a CUDA tensor map for each
+address. :class:`ByTriton` calls Triton's compiled kernel, which makes a tensor map for each
+descriptor of each launch, in Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, count
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,12 +25,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import (
+    Argument,
     Launch,
+    Launches,
     VendorProduct,
     launch_counts,
     leaves,
     on_device,
-    with_leaves,
 )
 from stablelora_kernels.launch.workspace import Workspace, all_counters
 
@@ -39,6 +39,9 @@ from stablelora_kernels.launch.workspace import Workspace, all_counters
 _ALIGNMENT = 256
 # Most tensor maps, of 128 bytes, that one argument of a kernel keeps.
 MAPS = 1024
+
+# An op's result: a tensor or a list of tensors.
+Result = Tensor | Sequence[Tensor]
 
 
 class NotPreparable(Exception):
@@ -49,7 +52,7 @@ class NotPreparable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """In place of a launch's tensor, or of a descriptor of it: a view of one of the call's tensors."""
+    """A view of one of the call's tensors, in place of a launch's tensor or of its descriptor."""
 
     # That tensor's place among operands, results and workspace. -1: the view is empty, and of none.
     tensor: int
@@ -61,12 +64,16 @@ class View:
     # A descriptor's fields, which were checked when it was made, but for its tensor.
     descriptor: dict[str, Any] | None
 
-    def of(self, tensors: Sequence[Any], device: torch.device | None = None) -> Any:
+    def of(
+        self, tensors: Sequence[Tensor | None], device: torch.device | None = None
+    ) -> Tensor | TensorDescriptor:
         """The view, or a descriptor of it; ``device`` is where an empty one is."""
         if self.tensor < 0:
             return torch.empty(self.shape, dtype=self.dtype, device=device)
-        whole: Tensor = tensors[self.tensor]
-        whole = whole if whole.dtype == self.dtype else whole.view(self.dtype)
+        whole = tensors[self.tensor]
+        assert whole is not None
+        if whole.dtype != self.dtype:
+            whole = whole.view(self.dtype)
         offset = whole.storage_offset() + self.offset // self.dtype.itemsize
         view = whole.as_strided(self.shape, self.stride, offset)
         if self.descriptor is None:
@@ -76,105 +83,167 @@ class View:
         return descriptor
 
 
-class _Tensors:
-    """A call's operands, results and workspace, with a lookup from launch argument to tensor."""
+class _Place(NamedTuple):
+    """Which of a call's tensors, and bytes from its address."""
+
+    tensor: int
+    offset: int
+
+
+class _Placed(NamedTuple):
+    """Memory and its place."""
+
+    memory: Tensor
+    place: _Place
+
+
+class _CallTensors:
+    """A call's operands, results and workspace, in this order: finds the place of a launch's
+    argument among them.
+    """
 
     def __init__(
-        self, given: Sequence[Tensor | None], results: Sequence[Tensor], taken: Workspace
+        self, operands: Sequence[Tensor | None], results: Sequence[Tensor], taken: Workspace
     ) -> None:
-        self._at: dict[int, tuple[int, int]] = {}
+        self._by_address: dict[int, _Place] = {}
         # Launchers may take parts of a tensor. None: several tensors share the storage.
-        self._in: dict[int, tuple[Tensor, int, int] | None] = {}
-        for index, tensor in enumerate((*given, *results)):
+        self._by_storage: dict[int, _Placed | None] = {}
+        for index, tensor in enumerate((*operands, *results)):
             if tensor is not None:
-                self._add(tensor, index, 0)
+                self._add(tensor, _Place(index, 0))
+        index = len(operands) + len(results)
         # All scratch is one allocation in later calls.
-        index, self.scratch_bytes = len(given) + len(results), 0
+        self.scratch_bytes = 0
         for memory in taken.scratch:
-            self._add(memory, index, self.scratch_bytes)
+            self._add(memory, _Place(index, self.scratch_bytes))
             self.scratch_bytes += -(-memory.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self.scratch_bytes:
+            index += 1
         if taken.counters is not None:
-            self._add(taken.counters, index + (self.scratch_bytes > 0), 0)
+            self._add(taken.counters, _Place(index, 0))
 
-    def _add(self, tensor: Tensor, index: int, offset: int) -> None:
+    def _add(self, tensor: Tensor, place: _Place) -> None:
+        """Let arguments that lie in ``tensor`` be found at ``place``."""
         if not tensor.numel():
             return
-        if self._at.setdefault(tensor.data_ptr(), (index, offset)) != (index, offset):
+        if self._by_address.setdefault(tensor.data_ptr(), place) != place:
             raise NotPreparable("two of the call's tensors have one address")
         storage = tensor.untyped_storage().data_ptr()
-        self._in[storage] = None if storage in self._in else (tensor, index, offset)
+        alone = storage not in self._by_storage
+        self._by_storage[storage] = _Placed(tensor, place) if alone else None
 
-    def view(self, value: Any) -> Any:
+    def view(self, value: Argument) -> Argument:
         """The view that stands for a tensor or a descriptor; another value itself."""
-        descriptor = {**vars(value), "base": None} if isinstance(value, TensorDescriptor) else None
-        tensor = value if descriptor is None else value.base
-        if not isinstance(tensor, Tensor):
-            return value
+        if isinstance(value, TensorDescriptor):
+            return self._view(value.base, {**vars(value), "base": None})
+        if isinstance(value, Tensor):
+            return self._view(value, None)
+        return value
+
+    def _view(self, tensor: Tensor, descriptor: dict[str, Any] | None) -> View:
+        place = self._place_of(tensor)
         return View(
-            *self._find(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), descriptor
+            tensor=place.tensor,
+            offset=place.offset,
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            stride=tensor.stride(),
+            descriptor=descriptor,
         )
 
-    def _find(self, tensor: Tensor) -> tuple[int, int]:
+    def _place_of(self, tensor: Tensor) -> _Place:
         if not tensor.numel():
-            return -1, 0
-        if (found := self._at.get(tensor.data_ptr())) is not None:
-            return found
-        whole = self._in.get(tensor.untyped_storage().data_ptr())
+            return _Place(-1, 0)
+        address = tensor.data_ptr()
+        if address in self._by_address:
+            return self._by_address[address]
+        whole = self._by_storage.get(tensor.untyped_storage().data_ptr())
         if whole is None:
             raise NotPreparable(
                 f"a tensor of shape {list(tensor.shape)} is no part of one of the call's"
             )
-        return whole[1], whole[2] + tensor.data_ptr() - whole[0].data_ptr()
+        behind = address - whole.memory.data_ptr()
+        return _Place(whole.place.tensor, whole.place.offset + behind)
 
 
-def _flat(launch: Launch) -> list[Any]:
-    """The leaves of the arguments, addresses in place of tensors."""
-    return [
-        value.data_ptr() if isinstance(value, Tensor) else value for value in leaves(launch.args)
-    ]
+def _replaced(values: Argument, replace: Callable[[Argument], Argument]) -> Argument:
+    """``values``, a leaf or tuples in tuples, with ``replace`` of each leaf in its place."""
+    if not isinstance(values, tuple):
+        return replace(values)
+    items = [_replaced(value, replace) for value in values]
+    return tuple(items) if type(values) is tuple else type(values)(*items)
+
+
+def _address_of(value: Argument) -> Argument:
+    """A tensor's address; another value itself."""
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _grid_of(launch: Launch) -> tuple[int, int, int]:
+    """The grid's three sizes, as launchers take them."""
+    x, y, z = (*launch.grid, 1, 1)[:3]
+    return x, y, z
+
+
+class Launcher(Protocol):
+    """Launches a compiled kernel on the current device, for other tensors each time."""
+
+    def run(
+        self, tensors: Sequence[Tensor | None], addresses: Sequence[int], stream: int
+    ) -> None: ...
 
 
 class ByTriton:
-    """Launches by the call of Triton's compiled kernel. ``changing``: the arguments' leaves, views
-    for those that change.
+    """Launches by the call of Triton's compiled kernel. ``changing``: the launch's arguments, with
+    views in place of tensors and descriptors that change.
     """
 
-    def __init__(self, compiled: Any, launch: Launch, changing: Sequence[Any]) -> None:
+    def __init__(self, compiled: Any, launch: Launch, changing: tuple[Argument, ...]) -> None:
         # The kernel leaves the GPU with this object.
         self._compiled = compiled
-        self._run, self._grid = compiled.run, (*launch.grid, 1, 1)[:3]
+        self._run = compiled.run
+        self._grid = _grid_of(launch)
         self._head = (compiled.function, compiled.packed_metadata, None, None, None)
-        self._flat, views = (
-            _flat(launch),
-            [(at, view) for at, view in enumerate(changing) if isinstance(view, View)],
-        )
-        self._constants = [
+        # Addresses stand for tensors. Constants follow.
+        self._arguments = [_replaced(argument, _address_of) for argument in launch.args]
+        self._arguments += [
             launch.constants[name] for name in launch.kernel.arg_names if name in launch.constants
         ]
-        self._pointers = [
-            (at, v.tensor, v.offset) for at, v in views if v.descriptor is None and v.tensor >= 0
-        ]
-        self._descriptors = [(at, view) for at, view in views if view.descriptor is not None]
-        for at, _ in self._descriptors:
-            self._flat[at] = None
-        # The arguments' tuples from a list of all leaves, in one expression: a loop would take most
-        # of the launch's time.
-        self._nested = eval(f"lambda v: {_display(launch.args, count())}")
+        # Arguments with views, by their places.
+        self._changing: dict[int, Argument] = {}
+        for place, argument in enumerate(changing):
+            if any(isinstance(leaf, View) and leaf.tensor >= 0 for leaf in leaves((argument,))):
+                self._changing[place] = argument
 
-    def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
-        flat = self._flat.copy()
-        for at, tensor, offset in self._pointers:
-            flat[at] = addresses[tensor] + offset
-        for at, view in self._descriptors:
-            flat[at] = view.of(tensors)
-        self._run(*self._grid, stream, *self._head, *self._nested(flat), *self._constants)
+    def run(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], stream: int) -> None:
+        def at_its_address(leaf: Argument) -> Argument:
+            if not isinstance(leaf, View):
+                return leaf
+            if leaf.descriptor is not None:
+                return leaf.of(tensors)
+            return addresses[leaf.tensor] + leaf.offset if leaf.tensor >= 0 else 0
+
+        arguments = self._arguments.copy()
+        for place, argument in self._changing.items():
+            arguments[place] = _replaced(argument, at_its_address)
+        self._run(*self._grid, stream, *self._head, *arguments)
 
 
-def _display(values: Any, places: Iterator[int]) -> str:
-    """Python's text for tuples in tuples, whose leaves are the items of a list ``v``."""
-    if isinstance(values, tuple):
-        return f"({''.join(f'{_display(value, places)}, ' for value in values)})"
-    return f"v[{next(places)}]"
+# An argument that is an address: its place in the launcher's list, one of the call's tensors, and
+# bytes from that tensor's address. A plain tuple, which every launch unpacks in less time than a
+# record.
+_Pointer = tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class _MapArgument:
+    """An argument that is a CUDA tensor map, and the maps that were made for it, by address."""
+
+    pointer: _Pointer
+    view: View
+    # What Triton's compiler says of the descriptor.
+    layout: Any
+    maps: dict[int, Any]
 
 
 class Direct:
@@ -184,60 +253,94 @@ class Direct:
         AttributeError, ImportError, StopIteration, TypeError: Triton has none like it.
     """
 
-    def __init__(self, compiled: Any, launch: Launch, changing: Sequence[Any]) -> None:
+    def __init__(self, compiled: Any, launch: Launch, changing: tuple[Argument, ...]) -> None:
         from triton.backends.nvidia import driver as nvidia
 
-        launcher = compiled.run
-        if type(launcher) is not nvidia.CudaLauncher or launcher.gsan_enabled:
-            raise TypeError("another launcher")
-        if launcher.global_scratch_size or launcher.profile_scratch_size:
-            raise TypeError("a launch allocates memory")
-        self._compiled, self._make = compiled, nvidia.make_tensordesc_arg
-        self._run, self._grid = driver.active.utils.launch, (*launch.grid, 1, 1)[:3]
-        layouts = iter(compiled.metadata.tensordesc_meta or ())
+        launcher = _plain_launcher(compiled, nvidia.CudaLauncher)
+        self._compiled = compiled
+        self._run = driver.active.utils.launch
+        self._grid = _grid_of(launch)
+        self._make_map = nvidia.make_tensordesc_arg
         # The launcher's arguments, which leave out constants.
         self._arguments: list[Any] = []
-        self._pointers: list[tuple[int, int, int]] = []
-        self._maps: list[tuple[int, int, int, View, Any, dict[int, Any]]] = []
-        kinds = leaves(tuple(compiled.src.signature.values()))
-        for kind, value, view in zip(kinds, _flat(launch), changing, strict=False):
-            at = len(self._arguments)
-            if isinstance(value, TensorDescriptor):
-                # A map, then sizes and strides, which stay.
-                layout = next(layouts)
-                self._arguments += self._make(value, layout, None)
-                if isinstance(view, View):
-                    self._maps.append((at, view.tensor, view.offset, view, layout, {}))
-            elif kind != "constexpr":
-                self._arguments.append(value)
-                if isinstance(view, View) and view.tensor >= 0:
-                    self._pointers.append((at, view.tensor, view.offset))
-        marks = [nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)] * len(
-            self._arguments
-        )
+        self._pointers: list[_Pointer] = []
+        self._maps: list[_MapArgument] = []
+        self._add_arguments(launch, changing)
+        mark = nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)
         self._head = (
-            compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, compiled.packed_metadata,
-            None, None, None, None, None, marks, launcher.kernel_signature,
-        )  # fmt: skip
+            compiled.function,
+            launcher.launch_cooperative_grid,
+            launcher.launch_pdl,
+            compiled.packed_metadata,
+            # Metadata for hooks, two hooks and two kinds of scratch.
+            None,
+            None,
+            None,
+            None,
+            None,
+            [mark] * len(self._arguments),
+            launcher.kernel_signature,
+        )
 
-    def run(self, tensors: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
+    def _add_arguments(self, launch: Launch, changing: tuple[Argument, ...]) -> None:
+        """Fill the launcher's list, and note which of its places change."""
+        layouts = iter(self._compiled.metadata.tensordesc_meta or ())
+        kinds = leaves(tuple(self._compiled.src.signature.values()))
+        # The signature also has the constants, which come last.
+        for kind, value, view in zip(kinds, leaves(launch.args), leaves(changing), strict=False):
+            if isinstance(value, TensorDescriptor):
+                self._add_map(value, next(layouts), view)
+            elif kind != "constexpr":
+                if isinstance(view, View) and view.tensor >= 0:
+                    place = len(self._arguments)
+                    self._pointers.append((place, view.tensor, view.offset))
+                self._arguments.append(_address_of(value))
+
+    def _add_map(self, descriptor: TensorDescriptor, layout: Any, view: Argument) -> None:
+        if isinstance(view, View):
+            pointer = (len(self._arguments), view.tensor, view.offset)
+            self._maps.append(_MapArgument(pointer, view, layout, maps={}))
+        # A map, then sizes and strides, which stay.
+        self._arguments += self._make_map(descriptor, layout, None)
+
+    def run(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], stream: int) -> None:
         arguments = self._arguments.copy()
-        for at, tensor, offset in self._pointers:
-            arguments[at] = addresses[tensor] + offset
-        for at, tensor, offset, view, layout, maps in self._maps:
+        for place, tensor, offset in self._pointers:
+            arguments[place] = addresses[tensor] + offset
+        for argument in self._maps:
+            place, tensor, offset = argument.pointer
             address = addresses[tensor] + offset
-            found = maps.get(address)
-            if found is None:
-                if len(maps) >= MAPS:
-                    maps.clear()
-                found = maps[address] = self._make(view.of(tensors), layout, None)[0]
-            arguments[at] = found
+            tensor_map = argument.maps.get(address)
+            if tensor_map is None:
+                tensor_map = self._new_map(argument, address, tensors)
+            arguments[place] = tensor_map
         self._run(*self._grid, stream, *self._head, arguments)
 
+    def _new_map(
+        self, argument: _MapArgument, address: int, tensors: Sequence[Tensor | None]
+    ) -> Any:
+        """Make and keep the tensor map for ``address``."""
+        if len(argument.maps) >= MAPS:
+            argument.maps.clear()
+        tensor_map = self._make_map(argument.view.of(tensors), argument.layout, None)[0]
+        argument.maps[address] = tensor_map
+        return tensor_map
 
-def _launcher_of(
-    launch: Launch, device: torch.device, changing: Sequence[Any]
-) -> Direct | ByTriton:
+
+def _plain_launcher(compiled: Any, kind: type) -> Any:
+    """Triton's launcher of ``compiled``; TypeError if it is not of this ``kind``, or does more than
+    launch.
+    """
+    launcher = compiled.run
+    is_known: bool = type(launcher) is kind
+    if not is_known or launcher.gsan_enabled:
+        raise TypeError("another launcher")
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        raise TypeError("a launch allocates memory")
+    return launcher
+
+
+def launcher_of(launch: Launch, device: torch.device, changing: tuple[Argument, ...]) -> Launcher:
     """Repeats ``launch`` on ``device``. Launches nothing, and compiles nothing that is compiled
     already.
     """
@@ -249,57 +352,64 @@ def _launcher_of(
             return ByTriton(compiled, launch, changing)
 
 
-def _needs_triton() -> bool:
+def needs_triton() -> bool:
     """Whether launch hooks or debugging of Triton are on."""
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or runtime.debug)
 
 
-class Repeated:
-    """A :class:`Launch` of the same tensors again and again. From the second run on it is prepared."""
-
-    def __init__(self, launch: Launch) -> None:
-        self._launch, self._seen = launch, False
-        self._launcher: Any = None
-
-    def run(self, device: torch.device) -> None:
-        elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
-        if (
-            not self._seen
-            or elsewhere
-            or not isinstance(self._launch.kernel, JITFunction)
-            or _needs_triton()
-        ):
-            self._launch.run(device)
-            self._seen = True
-            return
-        if self._launcher is None:
-            self._launcher = _launcher_of(self._launch, device, [*leaves(self._launch.args)])
-        launch_counts[self._launch.kernel.__name__] += 1
-        self._launcher.run((), (), driver.active.get_current_stream(device.index or 0))
-
-
 class _Step:
-    """A :class:`Launch` or a :class:`VendorProduct` of any tensors."""
+    """A :class:`Launch` or a :class:`VendorProduct` of any tensors. It keeps no tensors."""
 
     def __init__(
-        self, launch: Launch | VendorProduct, tensors: _Tensors, device: torch.device
+        self, launch: Launch | VendorProduct, tensors: _CallTensors, device: torch.device
     ) -> None:
-        # It keeps no tensors.
-        self._with_views = with_leaves(launch, map(tensors.view, leaves(launch)))
-        self._leaves = [*leaves(self._with_views)]
+        # The launch, with views in place of tensors.
+        self._template = _replaced(launch, tensors.view)
         # None for a vendor's product, and under the interpreter.
-        self.launcher: Any = None
+        self.launcher: Launcher | None = None
+        self.name = ""
         if isinstance(launch, Launch) and isinstance(launch.kernel, JITFunction):
-            self.launcher = _launcher_of(launch, device, [*leaves(self._with_views.args)])
+            self.launcher = launcher_of(launch, device, self._template.args)
             self.name = launch.kernel.__name__
 
-    def again(self, tensors: Sequence[Any], device: torch.device) -> Any:
+    def launch_of(
+        self, tensors: Sequence[Tensor | None], device: torch.device
+    ) -> Launch | VendorProduct:
         """The launch or the product of ``tensors``."""
-        found = [
-            leaf.of(tensors, device) if isinstance(leaf, View) else leaf for leaf in self._leaves
-        ]
-        return with_leaves(self._with_views, iter(found))
+
+        def of_tensors(leaf: Argument) -> Argument:
+            return leaf.of(tensors, device) if isinstance(leaf, View) else leaf
+
+        launch: Launch | VendorProduct = _replaced(self._template, of_tensors)
+        return launch
+
+
+# A tensor that each run allocates: shape, strides and dtype. A plain tuple, as a pointer.
+_Allocation = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def _tensors_in(results: Sequence[Result]) -> Iterator[Tensor]:
+    for result in results:
+        if isinstance(result, Tensor):
+            yield result
+        else:
+            yield from result
+
+
+def _places_of(results: Sequence[Result]) -> list[int | slice]:
+    """Of each result its place among all of their tensors, or a list's slice of them."""
+    places: list[int | slice] = []
+    end = 0
+    for result in results:
+        start = end
+        if isinstance(result, Tensor):
+            end += 1
+            places.append(start)
+        else:
+            end += len(result)
+            places.append(slice(start, end))
+    return places
 
 
 class Prepared:
@@ -307,71 +417,72 @@ class Prepared:
 
     def __init__(
         self,
-        given: Sequence[Tensor | None],
-        results: Sequence[Any],
-        launches: Sequence[Any],
+        operands: Sequence[Tensor | None],
+        results: Sequence[Result],
+        launches: Launches,
         taken: Workspace,
     ) -> None:
-        # Of each result its place among all tensors, or a list's slice of them.
-        self._places: list[int | slice] = []
-        for each, end in zip(
-            results,
-            accumulate(1 if isinstance(t, Tensor) else len(t) for t in results),
-            strict=True,
-        ):
-            self._places.append(
-                end - 1 if isinstance(each, Tensor) else slice(end - len(each), end)
-            )
-        results = [t for each in results for t in ([each] if isinstance(each, Tensor) else each)]
-        if not all(result.is_contiguous() for result in results):
+        self._places = _places_of(results)
+        outputs = [*_tensors_in(results)]
+        if not all(output.is_contiguous() for output in outputs):
             raise NotPreparable("a result is not contiguous")
-        tensors = _Tensors(given, results, taken)
-        self._allocations = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
+        tensors = _CallTensors(operands, outputs, taken)
+        # Results, then one piece of scratch.
+        self._allocations: list[_Allocation] = [
+            (tuple(t.shape), t.stride(), t.dtype) for t in outputs
+        ]
         if tensors.scratch_bytes:
             self._allocations.append(((tensors.scratch_bytes,), (1,), torch.uint8))
-        self._counts, self._device = taken.counters is not None, results[0].device
+        self._counts = taken.counters is not None
+        self._device = outputs[0].device
         self._on_gpu = self._device.type == "cuda"
         self._steps = [_Step(launch, tensors, self._device) for launch in launches]
         self._compiled = any(step.launcher is not None for step in self._steps)
 
-    def run(self, given: Sequence[Tensor | None]) -> list[Any]:
-        """Run the launches on ``given`` and return the results, tensors and lists of tensors.
+    def run(self, operands: Sequence[Tensor | None]) -> list[Any]:
+        """Run the launches on ``operands`` and return the results, tensors and lists of tensors.
 
         It trusts that the layouts are those of the preparation, and that no capture records the
         stream.
         """
-        device, empty = self._device, torch.empty_strided
-        own = [
+        device = self._device
+        empty = torch.empty_strided
+        allocated = [
             empty(shape, stride, dtype=dtype, device=device)
             for shape, stride, dtype in self._allocations
         ]
+        tensors = [*operands, *allocated]
         if self._counts:
-            own.append(all_counters(device))
+            tensors.append(all_counters(device))
         if self._on_gpu and torch.cuda.current_device() != device.index:
             with on_device(device):
-                self._launch([*given, *own])
+                self._launch(tensors)
         else:
-            self._launch([*given, *own])
-        return [own[place] for place in self._places]
+            self._launch(tensors)
+        return [allocated[place] for place in self._places]
 
     def _launch(self, tensors: Sequence[Tensor | None]) -> None:
         """Run the launches on operands, results and workspace, on the current device."""
-        device, addresses, stream = self._device, [], 0
-        if compiled := self._compiled and not _needs_triton():
+        device = self._device
+        addresses: list[int] = []
+        stream = 0
+        by_launchers = self._compiled and not needs_triton()
+        if by_launchers:
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
             stream = driver.active.get_current_stream(device.index or 0)
         for step in self._steps:
-            if compiled and step.launcher is not None:
+            launcher = step.launcher
+            if by_launchers and launcher is not None:
                 launch_counts[step.name] += 1
-                step.launcher.run(tensors, addresses, stream)
+                launcher.run(tensors, addresses, stream)
             else:
-                step.again(tensors, device).run(device)
+                step.launch_of(tensors, device).run(device)
 
 
 def prepare(
-    given: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+    operands: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Result], Launches]]
 ) -> Prepared | None:
-    """Prepare the launches of ``call``, of which ``given`` are the operands, without running them;
+    """Prepare the launches of ``call``, of which these are the ``operands``, without running them;
     None if that can't be.
 
     ``call`` returns results, tensors and lists of tensors, and the launches that fill them.
@@ -379,6 +490,6 @@ def prepare(
     with workspace.noted() as taken:
         results, launches = call()
     try:
-        return Prepared(given, results, launches, taken)
+        return Prepared(operands, results, launches, taken)
     except NotPreparable:
         return None

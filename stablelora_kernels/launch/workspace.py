@@ -13,13 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 
+# Sums that may run at the same time, in one launch or in two that overlap, count in different
+# lanes.
+S_LANE = 0
+Y_LANE = 1
+DB_LANE = 2
+DA_LANE = 3
+CHAIN_LANE = 4
 LANES = 5
 # Buffers of zeros that every GPU keeps ready: for further streams, and for captures, which cannot
 # make their own.
@@ -33,7 +40,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self.scratch: list[Tensor] = []
-        # Those of all lanes.
+        # Of all lanes.
         self.counters: Tensor | None = None
 
 
@@ -43,7 +50,8 @@ _taken: ContextVar[Workspace | None] = ContextVar("taken", default=None)
 @contextmanager
 def noted() -> Iterator[Workspace]:
     """Note what this thread's launchers take in the block."""
-    token = _taken.set(taken := Workspace())
+    taken = Workspace()
+    token = _taken.set(taken)
     try:
         yield taken
     finally:
@@ -78,11 +86,8 @@ _ready: dict[int, list[Tensor]] = {}
 
 
 def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
-    """``n`` counters on ``device``'s current stream, n <= MAX_SHARED_SUMS, at an address that is a
-    multiple of 16.
-
-    Sums that may run at the same time, in one launch or in two that overlap, take different lanes
-    below LANES.
+    """``n`` counters of a lane on ``device``'s current stream, n <= MAX_SHARED_SUMS, at an address
+    that is a multiple of 16.
     """
     if device.type == "meta":
         return torch.empty(n, dtype=torch.int32, device=device)
@@ -96,28 +101,31 @@ def counters(n: int, device: torch.device, lane: int = 0) -> Tensor:
             # at each replay.
             return torch.zeros(n, dtype=torch.int32, device=device)
         _in_use[stream] = ready.pop() if ready else _zeros(1, device)[0]
-    whole = _in_use[stream]
+    every_lane = _in_use[stream]
     if (taken := _taken.get()) is not None:
-        taken.counters = whole
-    return whole[lane * MAX_SHARED_SUMS : lane * MAX_SHARED_SUMS + n]
+        taken.counters = every_lane
+    return every_lane.view(LANES, MAX_SHARED_SUMS)[lane, :n]
 
 
 def all_counters(device: torch.device) -> Tensor:
     """The counters of every lane on ``device``'s current stream, which no capture records."""
     handle = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    found = _in_use.get((device.type, -1 if device.index is None else device.index, handle, 0))  # type: ignore[call-overload]
-    if found is None:
+    index = -1 if device.index is None else device.index
+    # A plain tuple equals a _Stream, and is made in half the time.
+    stream: Any = (device.type, index, handle, 0)
+    every_lane = _in_use.get(stream)
+    if every_lane is None:
         counters(0, device)
-        found = _in_use[_current_stream(device)]
-    return found
+        every_lane = _in_use[_current_stream(device)]
+    return every_lane
 
 
 def _zeros(count: int, device: torch.device) -> list[Tensor]:
     """``count`` buffers, zero for every stream."""
-    made = torch.zeros(count, LANES * MAX_SHARED_SUMS, dtype=torch.int32, device=device)
+    buffers = torch.zeros(count, LANES * MAX_SHARED_SUMS, dtype=torch.int32, device=device)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-    return list(made)
+    return list(buffers)
 
 
 def _keep_ready(index: int) -> None:
@@ -145,8 +153,7 @@ def _current_stream(device: torch.device) -> _Stream:
 
 
 # The drivers' functions that tell about a capture, the newest first, and how many results behind
-# status and number each of them has. A symbol's name fixes its signature, in every driver that has
-# the symbol.
+# status and number each of them has. A symbol's name fixes its signature in every driver.
 _CAPTURE_INFO = {
     "cuStreamGetCaptureInfo_v3": 4,
     "cuStreamGetCaptureInfo_v2": 3,
@@ -161,10 +168,12 @@ def _capture_info() -> Callable[..., int]:
     """
     library = "libamdhip64.so" if torch.version.hip else "libcuda.so.1"
     loaded = ctypes.CDLL(library)
-    for name, others in _CAPTURE_INFO.items():
-        if (function := getattr(loaded, name, None)) is not None:
-            function.argtypes = [ctypes.c_void_p] * (3 + others)
-            return lambda *args: function(*args, *[None] * others)
+    for name, more_results in _CAPTURE_INFO.items():
+        function = getattr(loaded, name, None)
+        if function is not None:
+            function.argtypes = [ctypes.c_void_p] * (3 + more_results)
+            # Those results are not asked for.
+            return lambda *args: function(*args, *[None] * more_results)
     raise RuntimeError(
         f"captures of CUDA graphs cannot be told apart: {library} has none of {', '.join(_CAPTURE_INFO)}"
     )
@@ -172,8 +181,10 @@ def _capture_info() -> Callable[..., int]:
 
 def _capture_number(handle: int) -> int:
     """The number of the capture that records a stream, which no other capture has, or 0."""
-    status, number = ctypes.c_int(), ctypes.c_ulonglong()
-    if error := _capture_info()(handle, ctypes.byref(status), ctypes.byref(number)):
+    status = ctypes.c_int()
+    number = ctypes.c_ulonglong()
+    error = _capture_info()(handle, ctypes.byref(status), ctypes.byref(number))
+    if error:
         raise RuntimeError(
             f"the driver cannot tell about the capture of stream {handle:#x}: error {error}"
         )

@@ -97,15 +97,13 @@ def lora_linear_fwd(
     ``projection.flat`` makes the operands; the scalings are :func:`scalings_of`. With ``base``
     [..., N] there is one projection, a lone branch, and Y has base's dtype.
     """
-    from stablelora_kernels.launch.lora_linear import forward_launches
+    from stablelora_kernels.launch.lora_linear import ForwardCall, forward_launches
 
     ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
     x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
     masks: Sequence[Tensor | None] = results[2] or [None] * len(ys)
-    random = [*zip(call.seeds, masks, strict=True)]
-    return forward_launches(
-        device, x, projections_in(call), random, s, ys, call.dropout_p, base, choice
-    )
+    forward = ForwardCall(x, projections_in(call), call.seeds, masks, s, ys, call.dropout_p, base)
+    return forward_launches(device, forward, choice)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -137,7 +135,7 @@ def lora_linear_bwd(
     ``s``: each projection's S, or one matrix that has all of them side by side. Biases are None,
     and so is the data of a weight that dX does not read, or that a lone branch does not have.
     """
-    from stablelora_kernels.launch.lora_linear import backward_launches
+    from stablelora_kernels.launch.lora_linear import BackwardCall, Gradients, backward_launches
 
     dx, das, dbs = results
     x, grads = (
@@ -145,12 +143,11 @@ def lora_linear_bwd(
         [as_matrix(grad) for grad in call.grads],
     )
     nothing = [None] * len(grads)
-    wanted = as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing
+    wanted = Gradients(as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing)
     s = _each_s(call.s, call.operands[LORA_AS]) or nothing
     projections = projections_in(call)
-    return backward_launches(
-        device, x, grads, projections, s, call.masks, call.dropout_p, wanted, choice
-    )
+    backward = BackwardCall(x, grads, projections, s, call.masks, call.dropout_p, wanted)
+    return backward_launches(device, backward, choice)
 
 
 def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:

@@ -132,20 +132,18 @@ def lora_mlp_fwd(
     ``projection.flat`` makes the operands; the scalings are ``scalings_of``. ``masks``: whether
     gate's, up's and down's mask is stored.
     """
-    from stablelora_kernels.launch.lora_mlp import mlp_forward_launches
+    from stablelora_kernels.launch.lora_mlp import MLPForwardCall, mlp_forward_launches
 
     *matrices, masks = results
     y, *kept = [as_matrix(matrix) for matrix in matrices]
     outputs = (y, *(kept if call.save else [None] * 4))
     x, left = as_matrix(call.x), iter(masks)
     projections = _with_branches(projections_in(call), x)
-    random = [
-        (seed, next(left) if is_stored else None)
-        for seed, is_stored in zip(call.seeds, call.masks, strict=True)
-    ]
-    return mlp_forward_launches(
-        device, x, projections, random, call.dropout_p, call.activation, outputs
+    kept_masks = [next(left) if is_stored else None for is_stored in call.masks]
+    forward = MLPForwardCall(
+        x, projections, call.seeds, kept_masks, call.dropout_p, call.activation, *outputs
     )
+    return mlp_forward_launches(device, forward)
 
 
 def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -187,21 +185,26 @@ def lora_mlp_bwd(
 
     Biases are None, and so is the data of a weight that no wanted gradient reads.
     """
-    from stablelora_kernels.launch.lora_mlp import mlp_backward_launches
+    from stablelora_kernels.launch.lora_linear import Gradients
+    from stablelora_kernels.launch.lora_mlp import MLPBackwardCall, mlp_backward_launches
 
     dx, *of_branches = results
     das, dbs = ([t if t.numel() else None for t in tensors] for tensors in of_branches)  # type: ignore[attr-defined]
     grad, g, u = (as_matrix(t) for t in (call.grad, call.g, call.u))
-    x, kept = None if call.x is None else as_matrix(call.x), (g, u, call.s, call.s_down)
-    rest = (
-        call.masks,
-        call.dropout_p,
-        call.activation,
-        (as_matrix(dx) if call.need_x else None, das, dbs),
+    backward = MLPBackwardCall(
+        x=None if call.x is None else as_matrix(call.x),
+        grad=grad,
+        g=g,
+        u=u,
+        s=call.s,
+        s_down=call.s_down,
+        projections=_with_branches(projections_in(call), grad),
+        masks=call.masks,
+        dropout_p=call.dropout_p,
+        activation=call.activation,
+        results=Gradients(as_matrix(dx) if call.need_x else None, das, dbs),
     )
-    return mlp_backward_launches(
-        device, x, grad, kept, _with_branches(projections_in(call), grad), *rest
-    )
+    return mlp_backward_launches(device, backward)
 
 
 class Needs(NamedTuple):

@@ -170,8 +170,8 @@ def test_candidates():
         ):
             call = Call(direction, m, 512, 512, r, dtype, FP32, p)
             found = [*autotune.candidates(device, call).values()]
-            assert (found[0].kernel, found[0].tile) == (rules.choose(device, call).kernel, None)
-            kernels = {choice.kernel for choice in found}
+            assert (found[0].strategy, found[0].tile) == (rules.choose(device, call).strategy, None)
+            kernels = {choice.strategy for choice in found}
             assert kernels == {"chained", "split", "vendor"} | (
                 {"fused"} if r == 8 and not p else set()
             )
@@ -365,7 +365,7 @@ slk.set_backend("triton")
 for rows in (70, 5):
     inputs = make_inputs((rows, 64), 80, 8, dtype=torch.bfloat16, device=device)
     lora_linear(*(inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), 1.7)
-    print([choice.kernel for choice in autotune._answers.values()], len(measured) > 0)
+    print([choice.strategy for choice in autotune._answers.values()], len(measured) > 0)
 """
     env = {"STABLELORA_CACHE": str(tmp_path), "STABLELORA_AUTOTUNE": "1"}
     found = printed(code, TRITON_INTERPRET="0" if DEVICE == "cuda" else "1", **env)
@@ -436,7 +436,7 @@ def test_where_nothing_can_be_written_tuning_goes_on_in_memory(timer, few, monke
         check_all(inputs_of())
     (warning,) = runtime_warnings(caught)
     assert str(tmp_path / "file" / "tuning") in warning
-    assert [choice.kernel for choice in autotune._answers.values()] == ["vendor", "vendor"]
+    assert [choice.strategy for choice in autotune._answers.values()] == ["vendor", "vendor"]
     measured = len(timer.measured)
     check_all(inputs_of())
     assert len(timer.measured) == measured

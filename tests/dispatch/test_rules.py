@@ -1,4 +1,4 @@
-"""Which kernel, form and tiles a call takes on each GPU."""
+"""Which strategy, kernel and tiles a call takes on each GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch import chained, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
-from stablelora_kernels.dispatch.rules import KERNELS, choose, choose_form
+from stablelora_kernels.dispatch.rules import STRATEGIES, choose, choose_kernel
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H100 = DEVICES["sm_90"]
@@ -34,24 +34,24 @@ def test_what_is_chosen_may_be_asked_for(device):
     for (m, n, k, r), (direction, dtype, dropout) in itertools.product(sizes, kinds):
         given = call(direction, m, n, k, r, dtype, dropout)
         chosen = choose(device, given)
-        with slk.use_kernel(chosen.kernel):
-            assert choose(device, given).kernel == chosen.kernel, given
+        with slk.use_kernel(chosen.strategy):
+            assert choose(device, given).strategy == chosen.strategy, given
     # Any that can do a call may be forced on it; what it cannot do is refused:
     # tests/ops/test_errors.py.
-    for kernel in KERNELS[1:]:
+    for kernel in STRATEGIES[1:]:
         with slk.use_kernel(kernel):
-            assert choose(device, call(r=8)).kernel == kernel
+            assert choose(device, call(r=8)).strategy == kernel
             with slk.use_kernel("auto"):
-                assert choose(device, call(m=1)).kernel == "fused"
+                assert choose(device, call(m=1)).strategy == "fused"
 
 
 @on_every_gpu
 def test_forms(device):
     for described in (False, True):
-        assert choose_form(device, call(m=64), described) == "split_k"
-    assert choose_form(device, call(), described=False) == "pointers"
-    assert choose_form(device, call(), described=True) == ("tma" if device.tma else "pointers")
-    assert choose_form(device, call(dtype=FP32), described=True) == "pointers"
+        assert choose_kernel(device, call(m=64), described) == "split_k"
+    assert choose_kernel(device, call(), described=False) == "pointers"
+    assert choose_kernel(device, call(), described=True) == ("tma" if device.tma else "pointers")
+    assert choose_kernel(device, call(dtype=FP32), described=True) == "pointers"
 
 
 @on_every_gpu
@@ -62,7 +62,7 @@ def test_weights_whose_rows_are_not_aligned_are_dequantized(device):
     for bits, direction in itertools.product((4, 8), ("forward", "backward")):
         few = call(direction, m=8, n=96, k=70, r=8)
         chosen = [
-            rules.choose_quantized(device, few, bits, aligned).kernel for aligned in (True, False)
+            rules.choose_quantized(device, few, bits, aligned).strategy for aligned in (True, False)
         ]
         assert chosen == ["in_loop", "dequantize"]
 
@@ -76,11 +76,11 @@ def test_65_to_400_rows_fill_the_gpu(arch, direction):
     device = DEVICES[arch]
     for m in range(65, 401):
         given = call(direction, m)
-        if choose_form(device, given, described=True) == "split_k":
+        if choose_kernel(device, given, described=True) == "split_k":
             plan = tiles.linear_split_k_plan(device, given, load_s=True)
             assert plan.splits > 1 and tiles.filled(device, plan.tiles * plan.splits) >= 0.7
         elif device.tma:
-            assert tiles.linear_tma_plan(device, given, True)[0].tiles >= 0.7 * device.processors
+            assert tiles.linear_tma_plan(device, given, True).tiles >= 0.7 * device.processors
         else:
             assert tiles.filled(device, tiles.linear_plan(device, given, True).tiles) >= 0.7
     if arch == "sm_90":
@@ -165,7 +165,7 @@ def test_programs_share_no_more_sums_than_there_are_counters(device):
         plans += chained.chained_plans(device, given, tiles.Tile(128, 128, 64, 8, 4), True)[:2]
         plans += [
             tiles.down_plan(device, given),
-            tiles.weight_grads_plan(device, given, True, True)[0],
+            tiles.weight_grads_plan(device, given, True, True).both,
         ]
         assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans), given
         assert n > 4096 or plans[2].splits > 1, given

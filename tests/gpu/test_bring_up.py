@@ -17,8 +17,8 @@ from stablelora_kernels import StableLoRAAdamW
 from stablelora_kernels.cli.self_test import run_checks
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
-from stablelora_kernels.launch.jobs import forward_product
-from stablelora_kernels.launch.lora_linear import lora_down
+from stablelora_kernels.launch.fill_jobs import forward_product
+from stablelora_kernels.launch.thin_products import lora_down
 from stablelora_kernels.ops.lora_linear import new_mask
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
@@ -87,8 +87,10 @@ def test_down(splits, p, monkeypatch):
     s = torch.full((m, r), float("nan"), dtype=BF16, device=DEVICE)
     y = torch.empty(m, n, dtype=BF16, device=DEVICE)
     projection = Projection(given["weight0"], None, a, given["lora_B0"], scaling)
-    random = (number, new_mask(x, k)) if p else (None, None)
-    lora_down(GPU, [forward_product(x, projection, s, y, random, p)]).run(DEVICE)
+    seed = number if p else None
+    mask = new_mask(x, k) if p else None
+    product = forward_product(x, projection, y, s=s, seed=seed, mask=mask, dropout_p=p)
+    lora_down(GPU, [product]).run(DEVICE)
     dropped = x * keep_rows(case, torch.arange(m, device=DEVICE), 5) if p else x
     exact = scaling * dropped.double() @ a.double().t()
     assert_no_worse(s, exact, scaling * (dropped @ a.to(BF16).t()), name="S")

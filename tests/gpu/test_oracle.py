@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 
-from stablelora_kernels.dispatch.rules import KERNELS
+from stablelora_kernels.dispatch.rules import STRATEGIES
 from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case
 from stablelora_kernels.testing.expectations import ACTIVATIONS
@@ -50,7 +50,7 @@ if SMALL:
 def by_every_kernel(made: list[Case]) -> list[Case]:
     return [
         forced
-        for case, kernel in product(made, KERNELS)
+        for case, kernel in product(made, STRATEGIES)
         if (forced := by_kernel(case, kernel)) is not None
     ]
 
@@ -108,7 +108,7 @@ def test_an_mlp_matches_float64(mlp, activation, kernel, p):
 
 # The last row's offset must exceed this.
 SPAN = 2**14 if SMALL else 2**31
-by_every_forced_kernel = pytest.mark.parametrize("kernel", ("auto",) if SMALL else KERNELS[1:])
+by_every_forced_kernel = pytest.mark.parametrize("kernel", ("auto",) if SMALL else STRATEGIES[1:])
 
 
 def skip_if_short_of_memory(elements: int) -> None:

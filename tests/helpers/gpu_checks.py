@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.dispatch.rules import possible_kernels
+from stablelora_kernels.dispatch.rules import possible_strategies
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, FP32, Case, Operands, Results
@@ -72,7 +72,9 @@ def by_kernel(case: Case, kernel: str) -> Case | None:
         Call(direction, m, *sizes, r, case.dtype, case.lora_dtype, case.p > 0)
         for direction, sizes in (("forward", (n, k)), ("backward", (k, n)))
     ]
-    kernels = [kernel if kernel in ("auto", *possible_kernels(call)) else "auto" for call in calls]
+    kernels = [
+        kernel if kernel in ("auto", *possible_strategies(call)) else "auto" for call in calls
+    ]
     return case.but(kernel=kernels[0], backward_kernel=kernels[1]) if kernel in kernels else None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stablelora_kernels.launch.prepared import Repeated
+from stablelora_kernels.launch.stable_adamw import Repeated
 from stablelora_kernels.optim import staging
 
 _run = Repeated.run

@@ -21,7 +21,13 @@ from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import draw_keep, keep_of
 from stablelora_kernels.launch import workspace
-from stablelora_kernels.launch.lora_linear import backward_launches, forward_launches
+from stablelora_kernels.launch.lora_linear import (
+    BackwardCall,
+    ForwardCall,
+    Gradients,
+    backward_launches,
+    forward_launches,
+)
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -94,9 +100,8 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     x, w, a, b, dy = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"))
     projection, s = Projection(w, None, a, b, 1.0), x.new_empty(rows, 80)
     chained = Choice("chained", "")
-    (launch,) = backward_launches(
-        DEVICES["sm_90"], x, [dy], [projection], [s], [None], 0.0, (x, [a], [b]), chained
-    )
+    backward = BackwardCall(x, [dy], [projection], [s], [None], 0.0, Gradients(x, [a], [b]))
+    (launch,) = backward_launches(DEVICES["sm_90"], backward, chained)
     counts = {
         name: t for name, t in launch.named.items() if name == "chain" or name.endswith("counter")
     }
@@ -124,7 +129,7 @@ def test_flags_fit_into_a_lane(device, dtype):
 
 # Offsets beyond 32 bits.
 
-KERNELS = [*itertools.product(rules.KERNELS[1:], (40, 72), ("sm_80", "sm_90"))]
+KERNELS = [*itertools.product(rules.STRATEGIES[1:], (40, 72), ("sm_80", "sm_90"))]
 
 
 @pytest.mark.covering(1)
@@ -156,9 +161,8 @@ def test_results_beyond_2_to_the_31(kernel, rows, arch):
     y, s = (far(torch.full((rows, size), float("nan"), dtype=BF16), 2**26) for size in (40, 24))
     assert (rows - 1) * y.stride(0) > 2**31
     projection, choice = Projection(w, bias, a, b, 1.7), Choice(kernel, "")
-    for launch in forward_launches(
-        DEVICES[arch], x, [projection], [(None, None)], s, [y], 0.0, choice=choice
-    ):
+    forward = ForwardCall(x, [projection], [None], [None], s, [y], 0.0)
+    for launch in forward_launches(DEVICES[arch], forward, choice):
         launch.run(x.device)
     assert_no_worse(y, *(by(case, given, [None], 0.0)["Y0"] for by in (oracle, eager)), name="Y")
     assert_no_worse(s, 1.7 * x.double() @ a.double().T, 1.7 * x @ a.T, name="S")

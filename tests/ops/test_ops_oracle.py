@@ -12,7 +12,7 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.dispatch.rules import KERNELS, check_possible
+from stablelora_kernels.dispatch.rules import STRATEGIES, check_possible
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
@@ -132,7 +132,7 @@ def build(op, shape, dtypes, p, layout, kernel, arch, tile, **options):
 def rows(op, **axes):
     default = {
         "op": [op], "shape": SHAPES, "dtypes": [*DTYPES, (FP64, FP64)], "p": [0.0, 0.1, 0.75], "layout": list(LAYOUTS),
-        "kernel": ["torch", "auto", *KERNELS[1:]], "arch": ARCHES, "tile": TILES,
+        "kernel": ["torch", "auto", *STRATEGIES[1:]], "arch": ARCHES, "tile": TILES,
     }  # fmt: skip
     return table(build, **default | axes)
 

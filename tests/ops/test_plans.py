@@ -278,7 +278,7 @@ def test_parts_of_the_scratch_memory_begin_at_aligned_addresses():
     """
     taken = Workspace()
     taken.scratch = [torch.empty(3), torch.empty(5, dtype=BF16), torch.empty(64)]
-    tensors = prepared_launches._Tensors([torch.empty(4)], [torch.empty(4)], taken)
+    tensors = prepared_launches._CallTensors([torch.empty(4)], [torch.empty(4)], taken)
     offsets = [tensors.view(memory).offset for memory in taken.scratch]
     assert offsets == [0, 256, 512] and tensors.scratch_bytes == 768
 

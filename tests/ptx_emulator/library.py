@@ -14,7 +14,7 @@ from stablelora_kernels import functional, use_backend
 from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.kernels import common
 from stablelora_kernels.launch.base import Launch
-from stablelora_kernels.launch.prepared import Repeated
+from stablelora_kernels.launch.stable_adamw import Repeated
 from stablelora_kernels.ops import plans
 from tests.ptx_emulator.machine import Schedule
 from tests.ptx_emulator.memory import Faults

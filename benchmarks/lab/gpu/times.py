@@ -34,8 +34,8 @@ from benchmarks.lab.predict.rivals import Shape
 from benchmarks.suite.layers import EAGER as BY_HAND
 from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, ProjectionsCase
 from stablelora_kernels.dispatch.problem import Call, device_of
-from stablelora_kernels.dispatch.rules import possible_kernels
-from stablelora_kernels.dispatch.settings import KERNELS
+from stablelora_kernels.dispatch.rules import possible_strategies
+from stablelora_kernels.dispatch.settings import STRATEGIES
 
 # One whole call of each phase; and how to build it for each arm, which may fail.
 Phases = dict[str, Run]
@@ -49,7 +49,7 @@ EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
 # products.
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
 # Arms that are timed in one mode alone. These optimizers wait for the host.
-ONLY_GRAPH = (*KERNELS[1:], *FORCED)
+ONLY_GRAPH = (*STRATEGIES[1:], *FORCED)
 ROLES = dict.fromkeys(
     (BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival"
 ) | dict.fromkeys(ONLY_GRAPH, "")
@@ -99,7 +99,7 @@ def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
     """Return the suite's arms, and ours by each kernel that can compute it."""
     more = r, BF16, BF16, dropout > 0
     forward, backward = (
-        possible_kernels(call)
+        possible_strategies(call)
         for call in (Call("forward", m, n_out, k, *more), Call("backward", m, k, n_out, *more))
     )
     # A kernel that can compute backward alone runs behind dispatch's forward.

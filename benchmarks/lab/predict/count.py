@@ -32,7 +32,7 @@ from benchmarks.lab.predict.instructions import TABLE, Part, jobs_of, key_of, pa
 from benchmarks.lab.predict.launch_time import load_gpu
 from benchmarks.lab.predict.rivals import MLP
 from stablelora_kernels.dispatch.problem import Device
-from stablelora_kernels.dispatch.settings import KERNELS
+from stablelora_kernels.dispatch.settings import STRATEGIES
 
 COLUMNS = ["arch", "launch", "kernel", "variant", "residents", "part", *Part._fields]
 
@@ -49,7 +49,7 @@ def launches(device: Device) -> dict[str, Any]:
 
 def _of_layers(device: Device) -> Iterator[list[Any]]:
     shapes = chain(layer_time.layers(False), layer_time.layers(True), quantized.shapes())
-    for shape, wide, kernel in product(shapes, (False, True), KERNELS[1:]):
+    for shape, wide, kernel in product(shapes, (False, True), STRATEGIES[1:]):
         yield from layer_time.by_kernel(device, shape._replace(wide_adapters=wide), kernel)
 
 

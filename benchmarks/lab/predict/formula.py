@@ -172,7 +172,7 @@ def weights(arguments: dict[str, Any]) -> list[Any]:
 
 def branches(arguments: dict[str, Any]) -> list[tuple[Any, Any]]:
     """A product's branches, with their constants."""
-    names = {"BRANCH": "branch", "BRANCH_G": "gate", "BRANCH_U": "up"}
+    names = {"BRANCH": "branch", "BRANCH_G": "branch_g", "BRANCH_U": "branch_u"}
     return [
         (arguments[name], arguments[constants])
         for constants, name in names.items()
@@ -213,7 +213,7 @@ def _add_s(t: _Account, m: int, x: Any, job: Any, tile: Any, splits: int) -> Non
     tiles_m, tiles_r = cdiv(m, tile.BLOCK_M), cdiv(job.members[0].R, tile.BLOCK_R)
     t.read(x, times=tiles_r)
     for member in job.members:
-        t.read(member.a, times=tiles_m)
+        t.read(member.down, times=tiles_m)
         t.read(member.seed, times=tiles_m * tiles_r * splits)
         if member.mask is not None:
             t.add(member.mask, written=member.mask.numel() * tiles_r)
@@ -271,13 +271,13 @@ def _add_product(t: _Account, a: dict[str, Any]) -> None:
         # The descriptors' kernel finishes a tile in parts. With a mask, each part reads S, also
         # beyond N.
         parts = 1 if branch.mask is None or "y_desc" not in a else tile.PARTS
-        t.read(branch.b, times=tiles_m)
+        t.read(branch.up, times=tiles_m)
         t.read(branch.mask)
         if constants.LOAD_S:
             # With rank 0 any tensor stands for S.
             t.read(branch.s if branch.R else None, times=tiles_n * parts)
         else:
-            t.read(operand(a, "a"), times=tiles_m * tiles_n)
+            t.read(operand(a, "down"), times=tiles_m * tiles_n)
             t.write(branch.s)
     if "parts" in a:
         used = 1.0

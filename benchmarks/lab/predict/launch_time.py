@@ -306,7 +306,7 @@ def _thin(
         # A step of few rows loads more of A than of X.
         rows = min(tile.BLOCK_M, m)
         loaded = tile.BLOCK_K * (
-            2.0 * rows + sum(min(each.R, tile.BLOCK_R) * each.a.itemsize for each in job.members)
+            2.0 * rows + sum(min(each.R, tile.BLOCK_R) * each.down.itemsize for each in job.members)
         )
     else:
         rows, loaded = tile.BLOCK_C, 2.0 * tile.BLOCK_M * tile.BLOCK_C

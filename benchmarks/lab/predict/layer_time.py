@@ -26,7 +26,7 @@ from benchmarks.lab.predict.rivals import (
     rival,
 )
 from stablelora_kernels.dispatch.problem import DEVICES, Call, Device
-from stablelora_kernels.dispatch.rules import Choice, choose, possible_kernels
+from stablelora_kernels.dispatch.rules import Choice, choose, possible_strategies
 from stablelora_kernels.explanation import linear_launches
 
 # (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
@@ -57,7 +57,7 @@ def by_kernel(device: Device, s: Shape, kernel: str) -> tuple[list[Any], list[An
     such kernel.
     """
     choices = [
-        Choice(kernel if kernel in possible_kernels(call_of(s, way)) else "split", "")
+        Choice(kernel if kernel in possible_strategies(call_of(s, way)) else "split", "")
         for way in DIRECTIONS
     ]
     return layer_launches(device, s, *choices)
@@ -103,7 +103,7 @@ def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
     """
     if isinstance(case, Shape) and arm == OURS:
         kernels = {
-            direction: choose(gpu.device, call_of(case, direction)).kernel
+            direction: choose(gpu.device, call_of(case, direction)).strategy
             for direction in DIRECTIONS
         }
         return [kernel_seconds(gpu, case, *pair) for pair in kernels.items()]
@@ -116,7 +116,7 @@ def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
 
 def regret(gpu: Gpu, s: Shape, direction: str) -> pd.DataFrame:
     """How much longer each possible kernel takes than the fastest one, at each end of the band."""
-    kernels, ends = possible_kernels(call_of(s, direction)), band_ends(gpu).items()
+    kernels, ends = possible_strategies(call_of(s, direction)), band_ends(gpu).items()
     times = {
         end: {kernel: kernel_seconds(at, s, direction, kernel) for kernel in kernels}
         for end, at in ends
@@ -149,7 +149,7 @@ def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
             }
         for direction in DIRECTIONS if isinstance(case, Shape) else ():
             kernel, worst = (
-                choose(gpu.device, call_of(case, direction)).kernel,
+                choose(gpu.device, call_of(case, direction)).strategy,
                 regret(gpu, case, direction).max(axis=1),
             )
             row[f"{direction} kernel"] = kernel

@@ -17,8 +17,9 @@ from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
 from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.launch.jobs import backward_product, forward_product
-from stablelora_kernels.launch.lora_linear import linear, lora_down, product_launches, weight_grads
+from stablelora_kernels.launch.fill_jobs import backward_product, forward_product
+from stablelora_kernels.launch.lora_linear import linear, product_launches
+from stablelora_kernels.launch.thin_products import lora_down, weight_grads
 from stablelora_kernels.projection import Projection
 
 SHAPES = [
@@ -50,9 +51,11 @@ def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str,
     seed = make(1, dtype=torch.int64) if s.dropout else None
     mask = make(s.m, cdiv(s.k, 32), dtype=torch.int32) if s.dropout else None
     projection, bare = Projection(w, None, a, b, 1.0), Projection(w, None, a[:0], b[:, :0], 1.0)
-    forward = forward_product(x, projection, low, y, (seed, mask), s.p)
-    backward = backward_product(x, dy, projection, low, mask, s.p, (dx, da, db), ds)
-    of_product = forward_product(x, bare, None, y, (None, None), 0.0)
+    forward = forward_product(x, projection, y, s=low, seed=seed, mask=mask, dropout_p=s.p)
+    backward = backward_product(
+        x, dy, projection, s=low, mask=mask, dropout_p=s.p, dx=dx, da=da, db=db, ds=ds
+    )
+    of_product = forward_product(x, bare, y, s=None, seed=None, mask=None, dropout_p=0.0)
     without_db = backward._replace(db=None)
     found = {
         "product": linear(device, of_product, None, load_s=True),

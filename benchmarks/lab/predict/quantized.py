@@ -65,6 +65,6 @@ def table(gpu: Gpu, kind: str) -> pd.DataFrame:
             row |= {f"{result} {name}": round(1e6 * both[place], 1) for name, both in arms.items()}
             row[f"{result} by"] = choose_quantized(
                 gpu.device, call_of(s, direction), BITS[kind]
-            ).kernel
+            ).strategy
         rows.append(row)
     return pd.DataFrame(rows)

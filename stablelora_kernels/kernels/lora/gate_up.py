@@ -1,5 +1,5 @@
-"""Gate and up of a gated MLP with its activation: H = act(G) ∘ U; ``linear`` explains the
-arguments, ``gated`` the activation.
+"""Gate and up of a gated MLP with its activation: H = act(G) ∘ U; this directory's
+``__init__`` explains the arguments, ``gated`` the activation.
 
     G = X W_g^T + bias_g + S_g B_g^T      U = X W_u^T + bias_u + S_u B_u^T
 
@@ -14,12 +14,12 @@ import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
 from stablelora_kernels.kernels.lora.gated import gated
-from stablelora_kernels.kernels.lora.linear import add_branch
+from stablelora_kernels.kernels.lora.product import add_branch
 
 
 @triton.jit
 def _with_branch(acc, branch, bias, rows, cols, M, N, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
-    """acc + S B^T + bias."""
+    """acc + S UP^T + bias."""
     acc = add_branch(acc, None, branch, rows, cols, 0, False, M, N, BLOCK_N, BRANCH)
     if bias is not None:
         acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -28,10 +28,25 @@ def _with_branch(acc, branch, bias, rows, cols, M, N, BLOCK_N: tl.constexpr, BRA
 
 @triton.jit(do_not_specialize=["M", "PRODUCTS"])
 def _lora_gate_up_tma_kernel(
-    x_desc, wg_desc, wu_desc, g_desc, u_desc, h_desc, gate, up, bias_g, bias_u, M, N, K, PRODUCTS, TILE: tl.constexpr,
-    BRANCH_G: tl.constexpr, BRANCH_U: tl.constexpr,
-):  # fmt: skip
-    """H, and where they have descriptors G and U, [M, N];  X [M, K], W_g and W_u [N, K]; ``gate`` and ``up`` are branches.
+    x_desc,
+    wg_desc,
+    wu_desc,
+    g_desc,
+    u_desc,
+    h_desc,
+    branch_g,
+    branch_u,
+    bias_g,
+    bias_u,
+    M,
+    N,
+    K,
+    PRODUCTS,
+    TILE: tl.constexpr,
+    BRANCH_G: tl.constexpr,
+    BRANCH_U: tl.constexpr,
+):
+    """H, and where they have descriptors G and U, [M, N];  X [M, K], W_g and W_u [N, K].
 
     Persistent, through tensor descriptors, as ``_lora_linear_tma_kernel``.
     """
@@ -56,8 +71,8 @@ def _lora_gate_up_tma_kernel(
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
         # Onto the whole accumulators, see ``_lora_linear_tma_kernel``.
-        g = _with_branch(g, gate, bias_g, rows, cols, M, N, BLOCK_N, BRANCH_G)
-        u = _with_branch(u, up, bias_u, rows, cols, M, N, BLOCK_N, BRANCH_U)
+        g = _with_branch(g, branch_g, bias_g, rows, cols, M, N, BLOCK_N, BRANCH_G)
+        u = _with_branch(u, branch_u, bias_u, rows, cols, M, N, BLOCK_N, BRANCH_U)
         # One part at a time: the activation takes fewer registers, and the stores less shared
         # memory.
         g_parts, u_parts = column_parts(g, PARTS), column_parts(u, PARTS)
@@ -72,9 +87,23 @@ def _lora_gate_up_tma_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _lora_gate_up_kernel(
-    x, wg, wu, g_ptr, u_ptr, h_ptr, gate, up, bias_g, bias_u, M, N, K, TILE: tl.constexpr, BRANCH_G: tl.constexpr,
+    x,
+    wg,
+    wu,
+    g_ptr,
+    u_ptr,
+    h_ptr,
+    branch_g,
+    branch_u,
+    bias_g,
+    bias_u,
+    M,
+    N,
+    K,
+    TILE: tl.constexpr,
+    BRANCH_G: tl.constexpr,
     BRANCH_U: tl.constexpr,
-):  # fmt: skip
+):
     """As ``_lora_gate_up_tma_kernel``, through pointers. G, U and H are contiguous."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -104,8 +133,8 @@ def _lora_gate_up_kernel(
         g = dot(x_tile, wg_tile, g, TILE.PRECISION)
         u = dot(x_tile, wu_tile, u, TILE.PRECISION)
 
-    g = _with_branch(g, gate, bias_g, rows, cols, M, N, BLOCK_N, BRANCH_G)
-    u = _with_branch(u, up, bias_u, rows, cols, M, N, BLOCK_N, BRANCH_U)
+    g = _with_branch(g, branch_g, bias_g, rows, cols, M, N, BLOCK_N, BRANCH_G)
+    u = _with_branch(u, branch_u, bias_u, rows, cols, M, N, BLOCK_N, BRANCH_U)
     g_low, u_low = cast(g, h_ptr.dtype.element_ty), cast(u, h_ptr.dtype.element_ty)
     offsets, mask = rows[:, None] * N + cols[None, :], row_mask[:, None] & col_mask[None, :]
     if g_ptr is not None:

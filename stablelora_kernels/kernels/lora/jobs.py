@@ -34,8 +34,8 @@ class Rows(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What members share: the distance of rows of S or T, the strides of A or OUT, and of programs
-    that share a tile's sum the partial sums in float32 and int32 counters.
+    """What members share: the distance of rows of S or T, the strides of DOWN or OUT, and for
+    programs that share a tile's sum the partial sums in float32 and int32 counters.
     """
 
     stride: Any
@@ -46,13 +46,15 @@ class Shared(NamedTuple):
 
 
 class SMember(NamedTuple):
-    """One projection's S [M, R] = s' (X ∘ keep) A^T, A[r, k] at ``a + r * row + k * col``.
+    """One projection's S [M, R] = s' (X ∘ keep) DOWN^T.
+
+    DOWN[r, k] is at ``down + r * row + k * col``.
 
     The seed is None without dropout. The mask that it gives is stored where ``mask`` is not None, a
     bit an element.
     """
 
-    a: Any
+    down: Any
     s: Any
     seed: Any
     mask: Any
@@ -68,7 +70,7 @@ class SJob(NamedTuple):
 
 
 class STile(NamedTuple):
-    """FLAG_M: rows of S that share a flag of the chain, 0 where no program of the launch reads S."""
+    """FLAG_M: rows of S that share a flag of the chain; 0 if no program of the launch reads S."""
 
     MEMBERS: int
     BLOCK_M: int
@@ -112,17 +114,17 @@ class GradTile(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """(S B^T) ∘ keep: S [M, R] with rows of ``stride_s``, B [N, R] like a ``Matrix``; keep is all
-    ones or stored.
+    """(S UP^T) ∘ keep: S [M, R] with rows of ``stride_s``, UP [N, R] like a ``Matrix``; keep is
+    all ones or stored.
 
     A launch that computes S beside its product scales it and, if s is not None, stores it.
     """
 
     s: Any
     stride_s: Any
-    b: Any
-    b_row: Any
-    b_col: Any
+    up: Any
+    up_row: Any
+    up_col: Any
     mask: Any
     scaling: Any
     R: Any
@@ -138,7 +140,7 @@ class BranchTile(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """Y is dH of a gated MLP, see ``gated``: G, U and dU, contiguous [M, N]; Y's memory takes dG."""
+    """Y is dH of a gated MLP, see ``gated``: G, U and dU, contiguous [M, N]. Y takes dG."""
 
     g: Any
     u: Any
@@ -160,7 +162,7 @@ class Tile(NamedTuple):
 
 
 class DescribedTile(NamedTuple):
-    """A product's through tensor descriptors, which hold W^T with TRANS_W and A^T with TRANS_A.
+    """A product's through tensor descriptors. TRANS_W: they hold W^T; TRANS_DOWN: DOWN^T.
 
     PARTS of a tile's columns are finished one after another. ADD: add to Y's earlier values.
     """
@@ -171,7 +173,7 @@ class DescribedTile(NamedTuple):
     GROUP_M: int
     PARTS: int
     TRANS_W: bool
-    TRANS_A: bool
+    TRANS_DOWN: bool
     ADD: bool
     GATE: str
     PRECISION: str

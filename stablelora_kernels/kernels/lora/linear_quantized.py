@@ -1,5 +1,6 @@
-"""Y and dX from a quantized W, which the main loop dequantizes; formulas and arguments are in
-``linear``.
+"""Y and dX from a quantized W, which the main loop dequantizes.
+
+Formulas and arguments are in this directory's ``__init__``.
 
 ``reference.nf4_ref`` and ``reference.fp8_ref`` define what a stored W means. The loop rounds a
 dequantized element to X's dtype before it multiplies, so results equal those of a W that was
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from stablelora_kernels.kernels.common import cast, dot, shared_sum, tile_of
-from stablelora_kernels.kernels.lora.linear import add_branch
+from stablelora_kernels.kernels.lora.product import add_branch
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def _fp8_tile(w, rows, col0, N, K, COLS: tl.constexpr):
 
 @triton.jit
 def _weight_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
-    """W[rows, col0 : col0 + COLS] in float32; W is [N, K]. Elements beyond its edges are undefined."""
+    """W[rows, col0 : col0 + COLS] in float32; W is [N, K]. Elements beyond are undefined."""
     if PACKED.NF4:
         return _nf4_tile(w, rows, col0, N, K, PACKED, COLS)
     else:
@@ -99,13 +100,26 @@ def _weight_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "SPLITS"])
 def _lora_linear_quantized_kernel(
-    x, w, bias, y, branch, parts, counter, M, N, K, SPLITS, TILE: tl.constexpr, BRANCH: tl.constexpr, PACKED: tl.constexpr,
+    x,
+    w,
+    bias,
+    y,
+    branch,
+    parts,
+    counter,
+    M,
+    N,
+    K,
+    SPLITS,
+    TILE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    PACKED: tl.constexpr,
     TRANS_W: tl.constexpr,
-):  # fmt: skip
-    """Y = X W^T + bias + (S B^T) ∘ keep;  X [M, K], W [N, K] (stored as [K, N] with TRANS_W), Y [M, N].
+):
+    """Y = X W^T + bias + (S UP^T) ∘ keep;  X [M, K], W [N, K], Y [M, N].
 
-    No block of W lies across two stored rows. SPLITS programs share a tile's K; the last one to
-    finish adds up all parts in order.
+    With TRANS_W, W is stored as [K, N]. No block of W lies across two stored rows. SPLITS
+    programs share a tile's K; the last one to finish adds up all parts in order.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N

@@ -1,5 +1,6 @@
-"""Y for few rows or columns, whose tiles alone would leave processors idle; formulas and arguments
-are in ``linear``.
+"""Y for few rows or columns, whose tiles alone would leave processors idle.
+
+Formulas and arguments are in this directory's ``__init__``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import arrives_last, cast, dot, finished
 from stablelora_kernels.kernels.lora.chain import leave
 from stablelora_kernels.kernels.lora.gated import store_gated_grads
-from stablelora_kernels.kernels.lora.linear import (
+from stablelora_kernels.kernels.lora.product import (
     NOT_SPECIALIZED,
     add_branch,
     product_program,
@@ -20,11 +21,39 @@ from stablelora_kernels.kernels.lora.linear import (
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "SPLITS"])
 def _lora_linear_split_k_kernel(
-    x, w, a, bias, y, base, branch, gate, parts, counter, s_job, db, z, da, chain, M, N, SPLITS, PRODUCTS, S_PROGRAMS,
-    S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr, S: tl.constexpr,
-    DB: tl.constexpr, DA: tl.constexpr,
-):  # fmt: skip
-    """Y = X W^T + bias + BASE + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], BASE and Y [M, N].
+    x,
+    w,
+    down,
+    bias,
+    y,
+    base,
+    branch,
+    gate,
+    parts,
+    counter,
+    s_job,
+    db,
+    z,
+    da,
+    chain,
+    M,
+    N,
+    SPLITS,
+    PRODUCTS,
+    S_PROGRAMS,
+    S_SPLITS,
+    DB_SPLITS,
+    DA_SPLITS,
+    threshold,
+    TILE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    S: tl.constexpr,
+    DB: tl.constexpr,
+    DA: tl.constexpr,
+):
+    """Y = X W^T + bias + BASE + (S UP^T) ∘ keep,  S = s' X DOWN^T.
+
+    X [M, K], W [N, K], DOWN [R, K], BASE and Y [M, N].
 
     As ``_lora_linear_kernel``, with two differences that keep all of the GPU reading W. A program
     computes W X^T, so that W's rows are the long side of the matrix instruction and the few rows of
@@ -36,9 +65,24 @@ def _lora_linear_split_k_kernel(
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     program = product_program(
-        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA,
+        x,
+        s_job,
+        db,
+        z,
+        da,
+        chain,
+        M,
+        PRODUCTS,
+        S_PROGRAMS,
+        S_SPLITS,
+        DB_SPLITS,
+        DA_SPLITS,
+        threshold,
+        S,
+        DB,
+        DA,
         LOOPS=False,
-    )  # fmt: skip
+    )
     if program < 0:
         return
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -59,19 +103,21 @@ def _lora_linear_split_k_kernel(
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k0 in range(start, stop, BLOCK_K):
         k = k0 + ks[None, :]
-        x_mask, w_mask, a_mask = row_mask[:, None], col_mask[:, None], rs[None, :] < branch.R
+        x_mask, w_mask, down_mask = row_mask[:, None], col_mask[:, None], rs[None, :] < branch.R
         if not TILE.EVEN_K:
             x_mask &= k < x.width
             w_mask &= k < x.width
-            a_mask &= k0 + ks[:, None] < x.width
+            down_mask &= k0 + ks[:, None] < x.width
         x_tile = tl.load(x.ptr + rows[:, None] * x.row + k * x.col, mask=x_mask, other=0.0)
         w_tile = tl.load(w.ptr + cols[:, None] * w.row + k * w.col, mask=w_mask, other=0.0)
         acc = dot(w_tile, tl.trans(x_tile), acc, TILE.PRECISION)
         if not BRANCH.LOAD_S:
-            a_tile = tl.load(
-                a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col, mask=a_mask, other=0.0
+            down_tile = tl.load(
+                down.ptr + rs[None, :] * down.row + (k0 + ks[:, None]) * down.col,
+                mask=down_mask,
+                other=0.0,
             )
-            s = dot(x_tile, cast(a_tile, x_tile.dtype), s, TILE.PRECISION)
+            s = dot(x_tile, cast(down_tile, x_tile.dtype), s, TILE.PRECISION)
             if BLOCK_M < 64:
                 # Hopper's asynchronous products have at least 64 rows, so S's is none, and reads X
                 # in another way.

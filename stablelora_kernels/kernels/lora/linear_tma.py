@@ -1,5 +1,6 @@
-"""Y on Hopper and data-center Blackwell, through tensor descriptors; formulas and arguments are in
-``linear``.
+"""Y on Hopper and data-center Blackwell, through tensor descriptors.
+
+Formulas and arguments are in this directory's ``__init__``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
 from stablelora_kernels.kernels.lora.chain import leave
 from stablelora_kernels.kernels.lora.gated import gated_grads, prefetch
-from stablelora_kernels.kernels.lora.linear import (
+from stablelora_kernels.kernels.lora.product import (
     NOT_SPECIALIZED,
     add_branch,
     product_program,
@@ -20,24 +21,68 @@ from stablelora_kernels.kernels.lora.linear import (
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_linear_tma_kernel(
-    x, x_desc, w_desc, a_desc, y_desc, g_desc, u_desc, du_desc, a, bias, branch, gate, s_job, db, z, da, chain, M, N, PRODUCTS,
-    S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, TILE: tl.constexpr, BRANCH: tl.constexpr,
-    S: tl.constexpr, DB: tl.constexpr, DA: tl.constexpr,
-):  # fmt: skip
-    """Y = X W^T + bias + (S B^T) ∘ keep,  S = s' X A^T;  X [M, K], W [N, K], A [R, K], Y [M, N].
+    x,
+    x_desc,
+    w_desc,
+    down_desc,
+    y_desc,
+    g_desc,
+    u_desc,
+    du_desc,
+    down,
+    bias,
+    branch,
+    gate,
+    s_job,
+    db,
+    z,
+    da,
+    chain,
+    M,
+    N,
+    PRODUCTS,
+    S_PROGRAMS,
+    S_SPLITS,
+    DB_SPLITS,
+    DA_SPLITS,
+    threshold,
+    TILE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    S: tl.constexpr,
+    DB: tl.constexpr,
+    DA: tl.constexpr,
+):
+    """Y = X W^T + bias + (S UP^T) ∘ keep,  S = s' X DOWN^T.
+
+    X [M, K], W [N, K], DOWN [R, K], Y [M, N].
 
     As ``_lora_linear_kernel``, but persistent: each program takes tile after tile and finishes it
-    in PARTS parts of its columns. A without a descriptor is read through pointers. The programs of
-    dA run as those of the product free a processor.
+    in PARTS parts of its columns. DOWN without a descriptor is read through pointers. The programs
+    of dA run as those of the product free a processor.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     program = product_program(
-        x, s_job, db, z, da, chain, M, PRODUCTS, S_PROGRAMS, S_SPLITS, DB_SPLITS, DA_SPLITS, threshold, S, DB, DA,
+        x,
+        s_job,
+        db,
+        z,
+        da,
+        chain,
+        M,
+        PRODUCTS,
+        S_PROGRAMS,
+        S_SPLITS,
+        DB_SPLITS,
+        DA_SPLITS,
+        threshold,
+        S,
+        DB,
+        DA,
         LOOPS=True,
-    )  # fmt: skip
+    )
     if program < 0:
         return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -61,18 +106,18 @@ def _lora_linear_tma_kernel(
                 w_tile = tl.trans(w_desc.load([col0, k0]))
             acc = dot(x_tile, w_tile, acc, TILE.PRECISION)
             if not BRANCH.LOAD_S:
-                if a_desc is None:
-                    a_ptrs = a.ptr + rs[None, :] * a.row + (k0 + ks[:, None]) * a.col
-                    a_tile = tl.load(
-                        a_ptrs,
+                if down_desc is None:
+                    down_ptrs = down.ptr + rs[None, :] * down.row + (k0 + ks[:, None]) * down.col
+                    down_tile = tl.load(
+                        down_ptrs,
                         mask=(k0 + ks[:, None] < x.width) & (rs[None, :] < branch.R),
                         other=0.0,
                     )
-                elif TILE.TRANS_A:
-                    a_tile = a_desc.load([k0, 0])
+                elif TILE.TRANS_DOWN:
+                    down_tile = down_desc.load([k0, 0])
                 else:
-                    a_tile = tl.trans(a_desc.load([0, k0]))
-                s = dot(x_tile, cast(a_tile, x_tile.dtype), s, TILE.PRECISION)
+                    down_tile = tl.trans(down_desc.load([0, k0]))
+                s = dot(x_tile, cast(down_tile, x_tile.dtype), s, TILE.PRECISION)
 
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         wait_for_s(chain, row0, branch, M, S)

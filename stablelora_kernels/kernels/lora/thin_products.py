@@ -1,7 +1,7 @@
 """The thin products of a branch, S or dS, dA and dB, in launches of their own or by programs of
 another one.
 
-Formulas and arguments are in ``linear``.
+Formulas and arguments are in this directory's ``__init__``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stablelora_kernels.kernels.lora.gated import gated
 def _lora_down_kernel(
     x, s, db, M, S_SPLITS, DB_PROGRAMS, DB_SPLITS, threshold, S: tl.constexpr, DB: tl.constexpr
 ):
-    """S = s' (X ∘ keep) A^T, and with DB dB = X^T T, for which X is dY.
+    """S = s' (X ∘ keep) DOWN^T, and with DB dB = X^T T, for which X is dY.
 
     The DB_PROGRAMS programs of dB are spread evenly among those of S: both walk down the rows of X
     at one pace, so the second to read a row finds it in L2.
@@ -51,19 +51,19 @@ def s_parts(M, job, SPLITS, TILE: tl.constexpr):
 
 
 @triton.jit
-def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
-    """The ``part``-th of ``s_parts``, for each member of an ``SJob``.
+def down_part(index, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
+    """Part ``index`` of ``s_parts``, for each member of an ``SJob``.
 
     The last part of K to finish adds up all parts in order. Members of several projections have one
-    block of ranks: X is read once for all. Each has its own mask, so their A can't be one A of a
-    higher rank. Every block of ranks stores the same mask.
+    block of ranks: X is read once for all. Each has its own mask, so their DOWN can't be one
+    matrix of a higher rank. Every block of ranks stores the same mask.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BLOCK_R: tl.constexpr = TILE.BLOCK_R
     MEMBERS: tl.constexpr = TILE.MEMBERS
     tiles_r = tl.cdiv(job.members[0].R, BLOCK_R)
-    tile, split = part // SPLITS, part % SPLITS
+    tile, split = index // SPLITS, index % SPLITS
     row0 = tile // tiles_r * BLOCK_M
     rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -92,9 +92,11 @@ def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
         added = ()
         for i in tl.static_range(MEMBERS):
             member = job.members[i]
-            a_mask = (rs[None, :] < member.R) & k_mask
-            a_ptrs = member.a + rs[None, :] * job.shared.row + (k0 + ks[:, None]) * job.shared.col
-            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+            down_mask = (rs[None, :] < member.R) & k_mask
+            down_ptrs = (
+                member.down + rs[None, :] * job.shared.row + (k0 + ks[:, None]) * job.shared.col
+            )
+            down = tl.load(down_ptrs, mask=down_mask, other=0.0)
             kept = x_tile
             if member.seed is not None:
                 # After the load, so that the load itself stays asynchronous.
@@ -102,11 +104,11 @@ def down_part(part, x, job, chain, M, SPLITS, threshold, TILE: tl.constexpr):
                 if member.mask is not None:
                     store_mask(member.mask, pack_keep(drawn), rows, k0, M, x.width)
                 kept = tl.where(keep_of(drawn), x_tile, 0.0)
-            a = cast(a, x_tile.dtype)
+            down = cast(down, x_tile.dtype)
             if member.seed is not None or TILE.PRECISION == "tf32":
-                total = register_dot(kept, a, sums[i], TILE.PRECISION)
+                total = register_dot(kept, down, sums[i], TILE.PRECISION)
             else:
-                total = dot(kept, a, sums[i], TILE.PRECISION)
+                total = dot(kept, down, sums[i], TILE.PRECISION)
             added += (total,)  # type: ignore[assignment]
         sums = added
 
@@ -143,16 +145,16 @@ def grad_parts(z, job, SPLITS, TILE: tl.constexpr):
 
 
 @triton.jit
-def part_of_rows(part, z, job, M, SPLITS, TILE: tl.constexpr):
-    """The rows that the ``part``-th of ``grad_parts`` sums up: from the first to before the second."""
-    split = part // grad_parts(z, job, 1, TILE)
+def part_of_rows(index, z, job, M, SPLITS, TILE: tl.constexpr):
+    """The first row that part ``index`` of ``grad_parts`` sums up, and the row behind its last."""
+    split = index // grad_parts(z, job, 1, TILE)
     share = tl.cdiv(tl.cdiv(M, TILE.BLOCK_M), SPLITS) * TILE.BLOCK_M
     return split * share, tl.minimum(split * share + share, M)
 
 
 @triton.jit
-def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
-    """OUT[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r] for each member of a ``GradJob``; the ``part``-th
+def weight_grad(index, z, job, M, SPLITS, TILE: tl.constexpr):
+    """OUT[c, r] = sum_m (Z ∘ keep)[m, c] T[m, r] for each member of a ``GradJob``; the ``index``-th
     of ``grad_parts``.
 
     The last part of a tile to finish adds up the tile's parts in order. No float is added
@@ -164,8 +166,8 @@ def weight_grad(part, z, job, M, SPLITS, TILE: tl.constexpr):
     MEMBERS: tl.constexpr = TILE.MEMBERS
     tiles_r = tl.cdiv(job.members[0].R, BLOCK_R)
     tiles = grad_parts(z, job, 1, TILE)
-    tile, split = part % tiles, part // tiles
-    start, stop = part_of_rows(part, z, job, M, SPLITS, TILE)
+    tile, split = index % tiles, index // tiles
+    start, stop = part_of_rows(index, z, job, M, SPLITS, TILE)
     c0 = tile // tiles_r * BLOCK_C
     cs = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     rs = tile % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)

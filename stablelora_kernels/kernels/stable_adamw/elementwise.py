@@ -71,11 +71,11 @@ def element_pointers(address, start, offsets, KIND: tl.constexpr, ALIGNED: tl.co
 @triton.jit
 def element_mask(start, numel, offsets, ALIGNED: tl.constexpr):
     """Whether elements ``start + offsets`` lie below ``numel``."""
-    left = numel - start
+    remaining = numel - start
     # A mask that could change inside a vector would split the vector.
     if ALIGNED:
-        left = tl.multiple_of(left, 16)
-    return offsets < left
+        remaining = tl.multiple_of(remaining, 16)
+    return offsets < remaining
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def load8(
     codes,
     scales,
     start,
-    left,
+    remaining,
     offsets,
     mask,
     SIGNED: tl.constexpr,
@@ -166,11 +166,11 @@ def load8(
 ):
     """Load the chunk of a moment that begins at element ``start``, as float32.
 
-    ``codes`` and ``scales`` are addresses; ``left`` is the number of elements from ``start`` on.
+    ``codes`` and ``scales`` are addresses; ``remaining``: how many elements begin at ``start``.
     """
     code_ptrs, scale_ptrs = _pointers(codes, scales, start, offsets, ALIGNED, CHUNK)
     values = tl.load(code_ptrs, mask=mask, other=0).to(tl.int32)
-    scale = tl.load(scale_ptrs, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left, other=0.0)
+    scale = tl.load(scale_ptrs, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < remaining, other=0.0)
     return decode8(values, SIGNED) * tl.reshape(
         tl.broadcast_to(scale[:, None], (CHUNK // BLOCK, BLOCK)), (CHUNK,)
     )
@@ -183,7 +183,7 @@ def store8(
     codes,
     scales,
     start,
-    left,
+    remaining,
     offsets,
     mask,
     SIGNED: tl.constexpr,
@@ -201,4 +201,4 @@ def store8(
     y = tl.minimum(tl.maximum(y, -1.875), 1.875)
     values = encode8(tl.reshape(y, (CHUNK,)), noise, SIGNED)
     tl.store(code_ptrs, values.to(tl.uint8), mask=mask)
-    tl.store(scale_ptrs, scale, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < left)
+    tl.store(scale_ptrs, scale, mask=tl.arange(0, CHUNK // BLOCK) * BLOCK < remaining)

@@ -75,9 +75,23 @@ def _shrink_ratio(row, hyper, words, before_ptr, latched_ptr, step, FLAGS: tl.co
 
 @triton.jit
 def _update(
-    row, grad, start, hyper, words, lr, decay_ptr, step, may_shrink, before_ptr, latched_ptr, scale,
-    KIND: tl.constexpr, ALIGNED: tl.constexpr, FLAGS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    row,
+    grad,
+    start,
+    hyper,
+    words,
+    lr,
+    decay_ptr,
+    step,
+    may_shrink,
+    before_ptr,
+    latched_ptr,
+    scale,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FLAGS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """AdamW on one chunk, A's shrink included; returns the sum of squares of the stored values.
 
     Args:
@@ -111,20 +125,36 @@ def _update(
             )
     p = tl.load(from_ptrs, mask=mask, other=0.0)
     if EIGHT_BITS & FLAGS:
-        left = tl.load(row + TENSOR.value.numel) - start
+        remaining = tl.load(row + TENSOR.value.numel) - start
         codes, scales = (
             tl.load(row + TENSOR.value.exp_avg),
             tl.load(row + TENSOR.value.exp_avg_scale),
         )
         m = load8(
-            codes, scales, start, left, offsets, mask, SIGNED=True, ALIGNED=ALIGNED, CHUNK=CHUNK
+            codes,
+            scales,
+            start,
+            remaining,
+            offsets,
+            mask,
+            SIGNED=True,
+            ALIGNED=ALIGNED,
+            CHUNK=CHUNK,
         )
         codes, scales = (
             tl.load(row + TENSOR.value.exp_avg_sq),
             tl.load(row + TENSOR.value.exp_avg_sq_scale),
         )
         v = load8(
-            codes, scales, start, left, offsets, mask, SIGNED=False, ALIGNED=ALIGNED, CHUNK=CHUNK
+            codes,
+            scales,
+            start,
+            remaining,
+            offsets,
+            mask,
+            SIGNED=False,
+            ALIGNED=ALIGNED,
+            CHUNK=CHUNK,
         )
     else:
         m, v = tl.load(m_ptrs, mask=mask, other=0.0), tl.load(v_ptrs, mask=mask, other=0.0)
@@ -165,11 +195,11 @@ def _update(
         if CUT & FLAGS:
             columns = tl.load(row + TENSOR.value.shard_columns).to(tl.uint32)
             if columns != 0:
-                own = start.to(tl.uint32) + offsets.to(tl.uint32)
+                element = start.to(tl.uint32) + offsets.to(tl.uint32)
                 index = (
                     base.to(tl.uint32)
-                    + own // columns * tl.load(row + TENSOR.value.shard_pitch).to(tl.uint32)
-                    + own % columns
+                    + element // columns * tl.load(row + TENSOR.value.shard_pitch).to(tl.uint32)
+                    + element % columns
                 )
         noise = mix(index ^ key)
     if LOW_MOMENTS & FLAGS:
@@ -196,7 +226,7 @@ def _update(
             codes,
             scales,
             start,
-            left,
+            remaining,
             offsets,
             mask,
             SIGNED=True,
@@ -214,7 +244,7 @@ def _update(
             codes,
             scales,
             start,
-            left,
+            remaining,
             offsets,
             mask,
             SIGNED=False,
@@ -229,12 +259,30 @@ def _update(
 
 @triton.jit(do_not_specialize=["n_chunks", "n_grad_squares", "max_grad_norm"])
 def _stable_adamw_kernel(
-    tensors_ptr, addresses_ptr, chunks_ptr, hyper_ptr, words_ptr,
-    steps_ptr, turns_ptr, latched_ptr, squares_ptr, skipped_ptr, grad_scale_ptr, found_inf_ptr, grad_squares_ptr,
-    n_chunks, n_grad_squares, max_grad_norm,
-    HAS_SCALE: tl.constexpr, HAS_INF: tl.constexpr, CLIP: tl.constexpr,
-    FLAGS: tl.constexpr, VARIANTS: tl.constexpr, CHUNK: tl.constexpr, GRAD_SUMS: tl.constexpr,
-):  # fmt: skip
+    tensors_ptr,
+    addresses_ptr,
+    chunks_ptr,
+    hyper_ptr,
+    words_ptr,
+    steps_ptr,
+    turns_ptr,
+    latched_ptr,
+    squares_ptr,
+    skipped_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    grad_squares_ptr,
+    n_chunks,
+    n_grad_squares,
+    max_grad_norm,
+    HAS_SCALE: tl.constexpr,
+    HAS_INF: tl.constexpr,
+    CLIP: tl.constexpr,
+    FLAGS: tl.constexpr,
+    VARIANTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GRAD_SUMS: tl.constexpr,
+):
     """A <- (1 - lambda) A unless latched, then AdamW, for every parameter; one program a chunk of
     CHUNK elements.
 
@@ -318,19 +366,41 @@ def _stable_adamw_kernel(
             if (VARIANTS >> code) & 1:
                 if variant == code:
                     square = _update(
-                        row=row, grad=grad, start=start, hyper=hyper, words=words, lr=lr, decay_ptr=decay_ptr, step=step,
-                        may_shrink=may_shrink, before_ptr=before_ptr, latched_ptr=latched_ptr + chunk, scale=scale,
-                        KIND=code // 2, ALIGNED=code % 2 == 1, FLAGS=FLAGS, CHUNK=CHUNK,
-                    )  # fmt: skip
+                        row=row,
+                        grad=grad,
+                        start=start,
+                        hyper=hyper,
+                        words=words,
+                        lr=lr,
+                        decay_ptr=decay_ptr,
+                        step=step,
+                        may_shrink=may_shrink,
+                        before_ptr=before_ptr,
+                        latched_ptr=latched_ptr + chunk,
+                        scale=scale,
+                        KIND=code // 2,
+                        ALIGNED=code % 2 == 1,
+                        FLAGS=FLAGS,
+                        CHUNK=CHUNK,
+                    )
         tl.store(after_ptr + chunk, square)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_squares"])
 def _square_sums_kernel(
-    tensors_ptr, addresses_ptr, chunks_ptr, squares_ptr, grad_squares_ptr, n_chunks, n_squares,
-    FLAGS: tl.constexpr, VARIANTS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """squares[i] = the sum of squares of the parameters' chunk i;  grad_squares[j] = that of the gradients' chunks j, j + J, ...
+    tensors_ptr,
+    addresses_ptr,
+    chunks_ptr,
+    squares_ptr,
+    grad_squares_ptr,
+    n_chunks,
+    n_squares,
+    FLAGS: tl.constexpr,
+    VARIANTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """squares[i] = the sum of squares of the parameters' chunk i, grad_squares[j] = that of the
+    gradients' chunks j, j + J, ...
 
     The first ``n_squares`` programs (all of the chunks or none) write squares, the other J programs
     write grad_squares. The tables and constants are those of :func:`_stable_adamw_kernel`.

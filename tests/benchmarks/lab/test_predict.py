@@ -43,7 +43,7 @@ def test_the_tables_regret_over_the_band_is_bounded(dropout, wide_adapters):
     for s, way in itertools.product(layer_time.layers(dropout), DIRECTIONS):
         s = s._replace(wide_adapters=wide_adapters)
         worst = layer_time.regret(H100, s, way).max(axis=1)
-        chosen = worst[choose(H100.device, call_of(s, way)).kernel]
+        chosen = worst[choose(H100.device, call_of(s, way)).strategy]
         assert 0 <= worst.min() <= chosen < 0.26, (s, way)
         excess.append(chosen - worst.min())
     # Beyond what no table can avoid, because the ends of the band disagree.
@@ -63,7 +63,7 @@ def test_the_quantized_tables_crossovers_are_the_models(kind):
             quantized.seconds(H100, s, kind, "in_loop", overlap)[place] for overlap in (True, False)
         )
         if (
-            choose_quantized(H100.device, call_of(s, way), quantized.BITS[kind]).kernel
+            choose_quantized(H100.device, call_of(s, way), quantized.BITS[kind]).strategy
             == "dequantize"
         ):
             assert slow > first, (s, way)
