@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from stablelora_kernels.model.reports import list_some
-from stablelora_kernels.utils.extras import from_hub, import_extra, is_hub_id, locked
+from stablelora_kernels.utils.extras import import_extra
+from stablelora_kernels.utils.hub import from_hub, is_hub_id
+from stablelora_kernels.utils.lock import locked
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
