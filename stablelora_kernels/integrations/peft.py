@@ -94,13 +94,13 @@ def accelerate_peft(
     for name, module in tuner_layers:
         if name in wrappers:
             continue
-        reason = _reason_to_skip(model, name, module, layers)
+        reason = _reason_layer_stays_pefts(model, name, module, layers)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
             continue
         rows = []
         for adapter in module.lora_A:
-            if (reason := layers.reason_against(module, adapter)) is not None:
+            if (reason := layers.reason_adapter_stays_pefts(module, adapter)) is not None:
                 skipped.append(SkippedModule(name, reason))
             else:
                 rows.append(_row(name, module, adapter))
@@ -141,12 +141,7 @@ def accelerate_peft(
             for name, module in model.named_modules()
             if type(module) in layers.ORIGINAL
         }
-        of_groups = (
-            layers.projection_group_key,
-            layers.compute_projection_group,
-            layers.reason_to_compute_alone,
-        )
-        notes += make_projection_groups(model, named, *of_groups)
+        notes += make_projection_groups(model, named, layers.PEFT_LAYERS)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
@@ -272,7 +267,9 @@ def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]
     return tuner_layers
 
 
-def _reason_to_skip(model: nn.Module, name: str, module: Any, layers: ModuleType) -> str | None:
+def _reason_layer_stays_pefts(
+    model: nn.Module, name: str, module: Any, layers: ModuleType
+) -> str | None:
     """Why no adapter of a PEFT layer can run on the ops, or None if some can."""
     kind = type(module).__name__
     if not isinstance(module, layers.lora.LoraLayer):

@@ -38,18 +38,9 @@ from stablelora_kernels.model.reports import (
 )
 from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack, StackedWeight, reason_to_skip
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
-from stablelora_kernels.nn.fused_mlp import (
-    OWN_LAYERS,
-    GatedMLP,
-    compute_projection_group,
-    fuse_mlps,
-)
-from stablelora_kernels.nn.linear import (
-    LoRABranchLinear,
-    LoRALinear,
-    make_layer,
-    projection_group_key,
-)
+from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
+from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer
+from stablelora_kernels.nn.operands import OWN_LAYERS
 from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
 from stablelora_kernels.utils.modules import HOOKS, check_module, check_not_in_ddp, clean
@@ -173,9 +164,7 @@ def apply_plan(
         module.requires_grad_(True)
     if fuse_projections:
         plain = {name: layer for name, layer in layers.items() if type(layer) is LoRALinear}
-        notes += make_projection_groups(
-            model, plain, projection_group_key, compute_projection_group
-        )
+        notes += make_projection_groups(model, plain, OWN_LAYERS)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
         mlps = fuse_mlps(model, OWN_LAYERS)
