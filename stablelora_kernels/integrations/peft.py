@@ -109,11 +109,14 @@ def accelerate_peft(
             replaced += rows
             if layers.is_dora_beside(module):
                 beside.append(name)
-    stacks, reasons = experts.read_wrappers(wrappers) if wrappers else ({}, [])
-    skipped += reasons
-    for name, wrapper in stacks.items():
-        for parameter, each in experts.wrapped_parameters(wrapper).items():
-            replaced += [_row(f"{name}.{parameter}", each, adapter) for adapter in each.lora_A]
+    stacks: dict[str, Any] = {}
+    if wrappers:
+        stacks, skipped_stacks = experts.read_wrappers(wrappers)
+        skipped += skipped_stacks
+    for name, outermost in stacks.items():
+        for parameter, wrapper in experts.wrapped_parameters(outermost).items():
+            for adapter in wrapper.lora_A:
+                replaced.append(_row(f"{name}.{parameter}", wrapper, adapter))
     faults = _faults(model, wrappers)
     if strict and faults:
         raise ValueError(f"strict=True, but {faults[0]}")

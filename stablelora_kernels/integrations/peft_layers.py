@@ -221,22 +221,12 @@ def projection_group_key(layer: Any) -> Hashable:
     return (layer.in_features, base.weight.dtype) if type(base) is nn.Linear else id(layer)
 
 
-def read_peft_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
+def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
     """:data:`~stablelora_kernels.nn.operands.Read` of PEFT's layers, and of frozen ones beside
     them.
     """
-    if type(layer) in ORIGINAL:
-        return _read_accelerated(layer, x)
-    if isinstance(layer, BaseTunerLayer):
-        return f"runs PEFT's own forward: {_reason_not_accelerated(layer)}"
-    base = _base_of_op(layer, x)
-    if isinstance(base, str):
-        return base
-    return _frozen(base)
-
-
-def _read_accelerated(layer: Any, x: Tensor | None) -> Operand | str:
-    """:func:`read_peft_layer` of an accelerated layer."""
+    if type(layer) not in ORIGINAL:
+        return _read_other_layer(layer, x)
     if layer.merged:
         return "is merged"
     if layer.disable_adapters:
@@ -271,6 +261,14 @@ def _read_accelerated(layer: Any, x: Tensor | None) -> Operand | str:
         bias = first.bias_with(base)
     weights = LoRAWeights(base.weight, bias, first.lora_A, first.lora_B, first.scaling)
     return Operand(weights, dropout_p, base.dtype, tuple(others), against_mlp)
+
+
+def _read_other_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
+    """:func:`read_peft_layer` of a layer that is not accelerated: of a frozen one without PEFT's."""
+    if isinstance(layer, BaseTunerLayer):
+        return f"runs PEFT's own forward: {_reason_not_accelerated(layer)}"
+    base = _base_of_op(layer, x)
+    return base if isinstance(base, str) else _frozen(base)
 
 
 def _reason_against_mlp(branches: dict[str, Branch]) -> str:

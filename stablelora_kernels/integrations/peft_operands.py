@@ -77,15 +77,17 @@ class Branch(NamedTuple):
         ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
         """
         lora_A = self.lora_A
-        if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
+        dtype = lora_A.dtype
+        x_dtype = x.dtype
+        if x_dtype not in FLOAT_DTYPES or x.device != lora_A.device:
             return False
         # Not part of read_adapter: in a sharded model, parameters have other shapes between calls.
         in_features = x.shape[-1:] if features is None else (features,)
         if in_features != lora_A.shape[1:] or lora_A.shape[:1] != self.lora_B.shape[1:]:
             return False
-        if torch.float64 in (x.dtype, lora_A.dtype):
-            return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
-        return lora_A.dtype in (torch.float32, x.dtype) or autocast_dtype(x.device.type) is not None
+        if torch.float64 in (x_dtype, dtype):
+            return x_dtype == dtype and resolve_backend(x.device) == "torch"
+        return dtype in (torch.float32, x_dtype) or autocast_dtype(x.device.type) is not None
 
     def output(self, base: nn.Module, x: Tensor) -> Tensor:
         """The base layer's output and the branch, in one op if the base layer can be read."""

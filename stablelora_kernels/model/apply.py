@@ -36,7 +36,12 @@ from stablelora_kernels.model.reports import (
     rows_of,
     stacks_without_adapter,
 )
-from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack, StackedWeight, reason_to_skip
+from stablelora_kernels.nn.experts import (
+    LoRAExperts,
+    LoRAStack,
+    StackedWeight,
+    reason_parameter_gets_no_lora,
+)
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
 from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer
@@ -354,9 +359,9 @@ def _add_stacks(
             if prefix and config.targets_parameter(f"{prefix}.{name}")
         ]
         for depth, name in zip(reversed(range(len(names))), names, strict=True):
-            if (
-                reason := config.reason_to_train_whole(prefix) or reason_to_skip(module, name)
-            ) is None:
+            reason = config.reason_to_train_whole(prefix)
+            reason = reason or reason_parameter_gets_no_lora(module, name)
+            if reason is None:
                 targets[f"{prefix}.{name}"] = StackedWeight(module, name, depth), LoRAStack
             else:
                 skipped.append(SkippedModule(prefix, reason))

@@ -85,11 +85,13 @@ class LayerKind(NamedTuple):
         if len(settings) > 1:
             return None
         # Weights, biases, A's, B's and scalings.
-        columns = zip(*(operand.weights for operand in operands), strict=True)
-        results = list(lora_linear_group(x, *columns, operands[0].dropout_p))  # type: ignore[arg-type]
-        for place, operand in enumerate(operands):
+        columns = zip(*[operand.weights for operand in operands], strict=True)
+        outputs = lora_linear_group(x, *columns, operands[0].dropout_p)  # type: ignore[arg-type, call-arg]
+        results = []
+        for output, operand in zip(outputs, operands, strict=True):
             for branch in operand.added:
-                results[place] = branch.add_to(results[place], x)
+                output = branch.add_to(output, x)
+            results.append(output)
         return results
 
     def reason_against_group(self, layer: nn.Module) -> str | None:

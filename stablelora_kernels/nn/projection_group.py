@@ -53,12 +53,9 @@ class GroupedKind(Protocol):
     def reason_against_group(self, layer: nn.Module) -> str | None: ...
 
 
-class _CallState(NamedTuple):
-    """The state that must be the same in all calls of a round."""
-
-    version: int
-    gradients: bool
-    autocast: torch.dtype | None
+# The state that must be the same in all calls of a round: the version of x, whether gradients are
+# enabled, and autocast's dtype. It is compared as a whole.
+_CallState = tuple[int, bool, torch.dtype | None]
 
 
 class _Pending(NamedTuple):
@@ -225,4 +222,4 @@ def _find_projection_groups(
 def _call_state(x: Tensor) -> _CallState:
     # Tensors of inference mode and of torch.compile's tracing have no version.
     version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return _CallState(version, torch.is_grad_enabled(), autocast_dtype(x.device.type))
+    return version, torch.is_grad_enabled(), autocast_dtype(x.device.type)
