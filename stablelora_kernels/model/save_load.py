@@ -90,7 +90,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     import_safetensors()
     # safetensors writes PyTorch's tensors through NumPy.
     import_extra("numpy", "adapters", "save_adapter")
-    given, model = model, unwrap(model)
+    wrapped = model
+    model = unwrap(wrapped)
     reshard(model)
     require_lora_layers(
         model, not_alone="has no name in a file", of_peft="model.save_pretrained(path)"
@@ -110,7 +111,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 stacklevel=2,
             )
 
-    if (in_ddp(given) or any(map(is_sharded, tensors.values()))) and not is_first_rank():
+    if (in_ddp(wrapped) or any(map(is_sharded, tensors.values()))) and not is_first_rank():
         for tensor in tensors.values():
             whole(tensor)
         return
@@ -164,7 +165,8 @@ def load_adapter(
             id.
     """
     import_safetensors()
-    given, model = model, unwrap(model)
+    wrapped = model
+    model = unwrap(wrapped)
     reshard(model)
     check_not_pefts(
         model,
@@ -184,7 +186,7 @@ def load_adapter(
             _check_fits(model, config, layers, config_file)
             report = LoRAReport(rows_of(layers), (), *count_parameters(model))
         else:
-            check_not_in_ddp(given)
+            check_not_in_ddp(wrapped)
             if parts := wrapped_parts(model):
                 raise ValueError(
                     f"model must be given LoRA before parts of it are compiled or wrapped, got {list_some(parts)} wrapped in a "
@@ -205,10 +207,10 @@ def load_adapter(
         _check_not_meta(targets)
         # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
         inner = ("original_module", "modules_to_save")
-        wrapped = tuple(
-            f"{name}.{part}." for name in saved_modules(model, config) for part in inner
+        prefixes = tuple(
+            f"{name}.{child}." for name in saved_modules(model, config) for child in inner
         )
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(wrapped)}
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
         _check_tensors(tensors, targets, report.skipped, weights_file)
         _copy_all(targets, tensors)
     save_merged_layers_plain(model)
@@ -358,14 +360,14 @@ def _check_fits(
             f"model must not be merged while an adapter is loaded, got {list_some(merged)} merged; unmerge_lora it"
         )
     for name, layer in layers.items():
-        for field, have, found in (
+        for field, in_model, in_file in (
             ("r", layer.r, config.rank_of(name)),
             ("lora_alpha", layer.lora_alpha, config.alpha_of(name)),
             ("use_rslora", layer.use_rslora, config.use_rslora),
         ):
-            if have != found:
+            if in_model != in_file:
                 raise ValueError(
-                    f"{field} of {name!r} is {have} in the model, got {found} in {file}"
+                    f"{field} of {name!r} is {in_model} in the model, got {in_file} in {file}"
                 )
     have_config = getattr(model, CONFIG_ATTRIBUTE, None)
     bias = have_config.bias if have_config else "none"
