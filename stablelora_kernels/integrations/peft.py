@@ -200,6 +200,7 @@ def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> 
 
 
 def _unfuse(model: nn.Module) -> None:
+    """Take all layers out of projection groups and fused MLPs."""
     remove_projection_groups(model.modules())
     unfuse_mlps(model.modules())
 
@@ -247,6 +248,7 @@ def restore_peft(model: nn.Module) -> None:
 
 
 def _layers() -> ModuleType:
+    """``peft_layers``; raises ImportError without a PEFT that it fits."""
     peft = import_extra("peft", "peft", "accelerate_peft")
     if release(peft.__version__) < (0, 16):
         raise ImportError(

@@ -72,6 +72,7 @@ class Dora(NamedTuple):
         return scale_columns(z, self.magnitude / norms, self.bias).to(dtype)
 
     def without_bias(self, base_out: Tensor) -> Tensor:
+        """The base layer's product, from its output."""
         return base_out if self.bias is None else base_out - self.bias
 
 
@@ -95,6 +96,7 @@ _known_sums: MutableMapping[Tensor, _KnownSums] = WeakTensorKeyDictionary()
 
 
 def _row_norms(dora: Dora, base: nn.Module) -> Tensor:
+    """n [N]: the norms of the rows of W + s B A, without that sum."""
     branch = dora.branch
     weight = dora.weight
     if not is_quantized(weight):
@@ -135,6 +137,7 @@ def _sums_of_quantized(dora: Dora, base: nn.Module) -> Tensor:
 
 
 def _compute_sums(dora: Dora, base: nn.Module) -> Tensor:
+    """|W_n|^2 of a quantized weight: by its layer's products if only that can read it."""
     if is_packed_for_cpu(dora.weight):
         return square_sums_by_products(
             lambda x: _product(dora, base, x), dora.weight.quant_state.shape, dora.magnitude
@@ -160,6 +163,7 @@ def _state_of(tensor: Tensor) -> _MemoryState:
 
 
 def is_dora(layer: PeftLayer, adapter: str) -> bool:
+    """Whether an adapter is DoRA of a linear layer."""
     return type(layer.lora_variant.get(adapter)) is DoraLinearVariant
 
 

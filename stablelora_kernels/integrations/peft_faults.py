@@ -109,6 +109,7 @@ def faults_of_parametrized(names: tuple[str, ...], computed: frozenset[str]) -> 
 
 
 def _try(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults:
+    """The faults that PEFT shows on two small experts."""
     experts = _adapted(names, computed)
     plain = _adapted(names, frozenset())
     wrappers = wrapped_parameters(experts)
@@ -126,6 +127,7 @@ def _try(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults
 
 
 def _pair(wrapper: ParamWrapper) -> list[Tensor]:
+    """A and B of a wrapper's only adapter."""
     (adapter,) = wrapper.lora_A
     return [wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight]  # type: ignore[list-item]
 

@@ -279,6 +279,7 @@ def _reason_against_mlp(branches: dict[str, Branch]) -> str:
 
 
 def _dropout_in_training(layer: PeftLayer, adapter: str) -> float:
+    """The probability of an adapter's dropout, in whatever mode the layer is; 0 without one."""
     return getattr(layer.lora_dropout[adapter], "p", 0.0)
 
 

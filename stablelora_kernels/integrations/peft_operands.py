@@ -99,6 +99,7 @@ class Branch(NamedTuple):
         return result if isinstance(operand.weight, Tensor) else result.to(x.dtype)
 
     def add_to(self, base_out: Tensor, x: Tensor) -> Tensor:
+        """``base_out`` with the branch of ``x``, in a tensor of its own."""
         if self.bias is not None:
             base_out = base_out + (self.scaling * self.bias).to(base_out.dtype)
         return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
@@ -120,11 +121,12 @@ class Branch(NamedTuple):
         return bias.to(base.dtype)
 
 
-# Tensors whose type has no operations of its own.
+# The types without operations of their own.
 _PLAIN = (nn.Parameter, Tensor)
 
 
 def are_plain(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the types of both have no operations of their own."""
     return type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
 
 
@@ -175,6 +177,7 @@ def is_observed(layer: object) -> bool:
 
 
 def _calls(base: nn.Module, weight: str = "") -> str:
+    """The reason that a base layer must compute its own product."""
     return f"calls its base layer, a {type(base).__name__}{weight}, for its product"
 
 

@@ -231,6 +231,7 @@ def write_adapter(
 
 
 def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's two files, with one stamp, to ``directory``."""
     # The same for the same adapter, another for another scaling.
     stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     content = dict(config) | {

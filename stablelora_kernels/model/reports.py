@@ -280,6 +280,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _elements(parameter: nn.Parameter) -> int:
+    """The elements of the weight that ``parameter`` stands for."""
     # ZeRO-3 leaves an empty placeholder for a sharded parameter.
     if (whole := getattr(parameter, "ds_numel", None)) is not None and not parameter.numel():
         return whole

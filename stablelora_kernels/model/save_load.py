@@ -21,7 +21,7 @@ from stablelora_kernels.model.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from stablelora_kernels.model.apply import LoRAPlan, apply_plan, plan_lora
+from stablelora_kernels.model.apply import apply_plan
 from stablelora_kernels.model.merge import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
@@ -39,6 +39,7 @@ from stablelora_kernels.model.peft_format import (
     file_name,
     read_config,
 )
+from stablelora_kernels.model.plan import LoRAPlan, plan_lora
 from stablelora_kernels.model.reports import (
     LoRAReport,
     SkippedModule,
@@ -197,7 +198,7 @@ def load_adapter(
             except ValueError as error:
                 raise ValueError(f"{config_file}: {error}") from None
             _check_not_meta(
-                {f"{name}.weight": layer.weight for name, (layer, _) in plan.targets.items()}
+                {f"{name}.weight": target.base.weight for name, target in plan.targets.items()}
             )
             _check_new_layers(plan, tensors, config_file, weights_file)
             report = apply_plan(
@@ -227,7 +228,8 @@ def _check_new_layers(
     """
     ranks: dict[str, int] = {}
     shapes: dict[str, list[int]] = {}
-    for name, (base, _) in plan.targets.items():
+    for name, target in plan.targets.items():
+        base = target.base
         a, b = (f"{file_name(name, base)}.lora_{role}.weight" for role in "AB")
         r = plan.config.rank_of(name)
         rows = r * base.count if isinstance(base, StackedWeight) else r
@@ -246,7 +248,8 @@ def _lora_dtypes(plan: LoRAPlan, tensors: Mapping[str, Tensor]) -> dict[str, tor
     too.
     """
     dtypes = {}
-    for name, (layer, _) in plan.targets.items():
+    for name, target in plan.targets.items():
+        layer = target.base
         keys = [f"{file_name(name, layer)}.lora_{role}.weight" for role in "AB"]
         saved = {tensors[key].dtype for key in keys if key in tensors}
         is_kept = saved == {layer.weight.dtype} and layer.weight.dtype in FLOAT_DTYPES
@@ -255,6 +258,7 @@ def _lora_dtypes(plan: LoRAPlan, tensors: Mapping[str, Tensor]) -> dict[str, tor
 
 
 def _check_not_meta(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor of the model has no values."""
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model must hold values, got {list_some(empty)} on the meta device")
 
@@ -303,6 +307,7 @@ def _wrong_shape(key: str, shape: list[int], tensors: Mapping[str, Tensor], file
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+    """What a file's dtype must have in common with the model's."""
     return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 

@@ -213,6 +213,7 @@ class LoRAStack(LoRALinear):
 
     @property
     def holder(self) -> nn.Module:
+        """The module of experts."""
         return self.__dict__["_base"].experts  # type: ignore[no-any-return]
 
     @property
@@ -260,6 +261,7 @@ class LoRAStack(LoRALinear):
         return delta.transpose(1, 2) if is_taken_transposed(base.experts) else delta
 
     def _weight_key(self, prefix: str) -> str:
+        """The experts' own name of the weight, in ``LoRAExperts.base_layer``."""
         name = self.__dict__["_base"].name
         return f"{prefix.removesuffix(f'{name}.')}base_layer.{name}"
 

@@ -63,6 +63,7 @@ def class_for(base: nn.Module) -> type[Any]:
 
 
 def _check_gradient(base: nn.Module) -> None:
+    """Raise ValueError if LoRA on the layers before ``base`` would get no gradient through it."""
     reason = reason_input_gets_no_gradient(base)
     if reason is not None:
         raise ValueError(f"linear must give its input a gradient, but {reason}")

@@ -66,6 +66,7 @@ class FusedMLP:
     """A mixin in front of an MLP's class. Calls that the op does not fit run that class's forward."""
 
     def forward(self: Any, *args: object, **kwargs: object) -> Any:
+        """The op's output; of a call that it does not fit, that of the module's own forward."""
         state: State | None = self.__dict__.get(ATTRIBUTE)
         if state is not None:
             if len(args) + len(kwargs) == 1:
@@ -151,8 +152,10 @@ def _operands(
         if child.name in operands:
             continue
         operand = read(module._modules[child.name], x)  # type: ignore[arg-type]
-        reason = operand if isinstance(operand, str) else _reason_against(operand, child)
-        if isinstance(operand, str) or reason is not None:
+        if isinstance(operand, str):
+            return f"{child.name!r} {operand}"
+        reason = _reason_against(operand, child)
+        if reason is not None:
             return f"{child.name!r} {reason}"
         operands[child.name] = operand
     if all(operand.dropout_p is None for operand in operands.values()):

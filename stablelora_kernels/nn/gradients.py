@@ -65,6 +65,7 @@ def _scheme_of_inputs(layer: nn.Linear) -> object:
 
 
 def _gives_gradient(layer: nn.Linear) -> bool:
+    """Whether ``layer`` gives its input a gradient: one call is tried for all layers of its kind."""
     kind = _kind(layer)
     if kind not in _tried:
         try:

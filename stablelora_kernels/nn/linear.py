@@ -141,6 +141,7 @@ class LoRALinear(Mergeable):
         init_lora_weights: bool | str,
         lora_dtype: torch.dtype,
     ) -> None:
+        """The constructor's work, over a frozen layer that is there already."""
         check_int("r", r, minimum=1)
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
@@ -285,6 +286,7 @@ class LoRAConv1D(LoRALinear):
         return self.weight.t()
 
     def _stored_delta(self) -> Tensor:
+        # A Conv1D's weight is [in_features, out_features].
         return self.delta_weight().t()
 
 
@@ -411,4 +413,5 @@ class GroupKey(NamedTuple):
 
 
 def projection_group_key(layer: LoRALinear) -> GroupKey:
+    """Layers of one key can form a projection group."""
     return GroupKey(layer.in_features, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout)

@@ -49,6 +49,7 @@ class Mergeable(nn.Module):
     scaling: float
 
     def _start_unmerged(self) -> None:
+        """Set the attributes of a layer that is not merged."""
         self.merged = False
         # While merged, the Parameter that merge() replaced. It is not registered: state_dict and
         # parameters() must not list it.
@@ -185,6 +186,7 @@ class Mergeable(nn.Module):
             )
 
     def _weight_key(self, prefix: str) -> str:
+        """The weight's key in ``state_dict``."""
         return prefix + "weight"
 
     def _load_from_state_dict(

@@ -91,6 +91,7 @@ def reason_form_changed(module: nn.Module, form: Form) -> str | None:
 
 
 def _attribute(value: object, name: str) -> Any:
+    """An attribute of a module or a configuration, or ``_ABSENT``."""
     if not isinstance(value, nn.Module):
         return getattr(value, name, _ABSENT)
     # Attributes of the instance only. This is faster than nn.Module.__getattr__.
@@ -202,6 +203,7 @@ class _Run(TorchFunctionMode):
         return self.reason or form or _OTHER
 
     def _formula_of_output(self, function: Callable[..., object], module: nn.Module) -> object:
+        """Run the forward, and return its output's formula."""
         with self:
             stand_in = _Attributes(self, (), module).stand_in
             # No variable may hold x or the output: form() looks whether the forward keeps a tensor.
@@ -226,6 +228,7 @@ class _Run(TorchFunctionMode):
         return None
 
     def refuse(self, reason: str) -> NoReturn:
+        """End the run: the module is no gated MLP."""
         # The forward may catch the exception and go on, so the first reason counts.
         self.reason = self.reason or reason
         raise RuntimeError(reason)
@@ -310,6 +313,7 @@ class _Attributes(dict[str, Any]):
             self._read_attributes_of_class(kind)
 
     def _class_of_stand_in(self) -> type:
+        """A module's own class; for a configuration one whose attributes all come by here."""
         kind = type(self.value)
         if isinstance(self.value, nn.Module):
             return kind

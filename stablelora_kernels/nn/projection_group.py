@@ -134,6 +134,7 @@ class ProjectionGroup:
         return output
 
     def _turn_off(self, reason: str) -> None:
+        """Compute the layers one by one from here on, and warn why."""
         self.on = False
         self._pending = None
         warnings.warn(

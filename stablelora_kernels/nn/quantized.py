@@ -4,7 +4,7 @@ weight.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,24 +67,22 @@ class LoRAQuantizedLinear(LoRALinear):
         return y if autocast else y.to(x.dtype)
 
     def _base_output(self, x: Tensor) -> Tensor:
-        base = self.__dict__["_base"]
+        """The output of the original layer, which the call leaves as it was."""
+        base: Any = self.__dict__["_base"]
         # Moving this layer to another device gave it another weight or bias.
         base = base if base.weight is self.weight and base.bias is self.bias else self.to_linear()
         # bitsandbytes' layer casts its bias in place, and keeps its first input's dtype
         # permanently.
-        data = None if base.bias is None else base.bias.data
-        kept = {
-            name: getattr(base, name)
-            for name in ("compute_dtype", "compute_type_is_set")
-            if hasattr(base, name)
-        }
+        bias_data = None if base.bias is None else base.bias.data
+        names = ("compute_dtype", "compute_type_is_set")
+        settings = {name: getattr(base, name) for name in names if hasattr(base, name)}
         try:
             return base(x)
         finally:
-            for name, value in kept.items():
+            for name, value in settings.items():
                 setattr(base, name, value)
-            if data is not None and base.bias.dtype != data.dtype:
-                base.bias.data = data
+            if bias_data is not None and base.bias.dtype != bias_data.dtype:
+                base.bias.data = bias_data
 
     def merge(self) -> NoReturn:
         """Not possible.

@@ -38,6 +38,7 @@ def shard_pair(
     placement = weight.placements[0]
 
     def shard_along(whole: Tensor, dim: int) -> DTensor:
+        """Shard ``whole`` along ``dim`` if the weight is, otherwise replicate it."""
         placements = [placement if placement.is_shard(dim) else Replicate()]
         return distribute_tensor(whole.detach(), weight.device_mesh, placements, **source)
 
