@@ -99,7 +99,10 @@ class ProjectionGroup:
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The layer's output for ``x``, computed together with the other layers', or None."""
         # By identity: a replica of a layer (DataParallel makes them) is not in the group.
-        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
+        index = None
+        for place, member in enumerate(self.layers):
+            if member is layer:
+                index = place
         if index is None or not self.on:
             return None
         state = _call_state(x)
