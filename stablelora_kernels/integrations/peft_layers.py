@@ -141,13 +141,13 @@ def _output_in_one_op(branch: Branch, base: nn.Module, x: Tensor) -> Tensor | No
 
 
 def output_with_arguments(
-    layer: PeftLayer, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    layer: PeftLayer, x: Tensor, args: tuple[object, ...], base_kwargs: dict[str, object]
 ) -> Tensor | None:
     """As :func:`output_of` for a call with more arguments, which the base layer takes."""
     branches = _branches_for(layer, layer.active_adapters, x)
     if not branches:
         return None
-    result = layer._modules["base_layer"](x, *args, **_for_base(kwargs))
+    result = layer._modules["base_layer"](x, *args, **base_kwargs)
     for branch in branches.values():
         result = branch.add_to(result, x)
     return result  # type: ignore[no-any-return]
@@ -164,7 +164,7 @@ def _branches_for(layer: PeftLayer, names: Iterable[str], x: Tensor) -> dict[str
 
 
 def _for_base(kwargs: dict[str, object]) -> dict[str, object]:
-    """The keyword arguments that PEFT's layers hand to their base layer."""
+    """Those keyword arguments that PEFT's layers hand to their base layer."""
     return {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
 
 
@@ -177,8 +177,9 @@ class Accelerated:
         """
         y: Tensor | None = None
         if not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None:
-            if args or kwargs:
-                y = output_with_arguments(self, x, args, kwargs)
+            base_kwargs = _for_base(kwargs) if kwargs else kwargs
+            if args or base_kwargs:
+                y = output_with_arguments(self, x, args, base_kwargs)
             else:
                 group: ProjectionGroup | None = self.__dict__.get(ATTRIBUTE)
                 if group is not None:
