@@ -242,9 +242,11 @@ def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
         if reason is not None:
             return f"runs PEFT's own forward: {reason}"
         return f"computes adapter {adapters.name!r}, which is DoRA, by itself"
-    base = _base_of_op(layer._modules["base_layer"], x)
+    base = base_operand(layer._modules["base_layer"], x)
     if isinstance(base, str):
         return base
+    if not isinstance(base.weight, Tensor) and (reason := _reason_to_cast(base, x)) is not None:
+        return reason
     if not adapters:
         return _frozen(base)
     first, *others = adapters.values()
@@ -268,8 +270,10 @@ def _read_other_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
     """:func:`read_peft_layer` of a layer that is not accelerated: of a frozen one without PEFT's."""
     if isinstance(layer, BaseTunerLayer):
         return f"runs PEFT's own forward: {_reason_not_accelerated(layer)}"
-    base = _base_of_op(layer, x)
-    return base if isinstance(base, str) else _frozen(base)
+    base = base_operand(layer, x)
+    if isinstance(base, str):
+        return base
+    return _reason_to_cast(base, x) or _frozen(base)
 
 
 def _reason_against_mlp(branches: dict[str, Branch]) -> str:
@@ -284,14 +288,11 @@ def _dropout_in_training(layer: PeftLayer, adapter: str) -> float:
     return getattr(layer.lora_dropout[adapter], "p", 0.0)
 
 
-def _base_of_op(base: nn.Module, x: Tensor | None) -> Base | str:
-    """:func:`base_operand` for an op that returns x's dtype."""
-    operand = base_operand(base, x)
-    if isinstance(operand, str) or isinstance(operand.weight, Tensor) or x is None:
-        return operand
-    if operand.dtype != x.dtype:
-        return f"would cast its result from {operand.dtype} to {x.dtype}"
-    return operand
+def _reason_to_cast(base: Base, x: Tensor | None) -> str | None:
+    """Why a quantized base layer must return its product by itself, or None: it casts it."""
+    if x is None or isinstance(base.weight, Tensor) or base.dtype == x.dtype:
+        return None
+    return f"would cast its result from {base.dtype} to {x.dtype}"
 
 
 def _frozen(base: Base) -> Operand:

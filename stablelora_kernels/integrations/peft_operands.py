@@ -137,7 +137,10 @@ def plain_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if type(linear) is not nn.Linear or is_hooked(linear):
         return None
     weight, bias = weight_and_bias(linear)
-    return (weight, bias) if are_plain(weight, bias) else None
+    # Not by are_plain(): this runs three times in each call of a layer.
+    if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
+        return weight, bias
+    return None
 
 
 def read_branch(layer: PeftLayer, adapter: str) -> Branch | str:
