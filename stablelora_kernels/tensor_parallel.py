@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,11 +62,12 @@ class LoRARowwiseParallel(RowwiseParallel):
 
 
 def _parallelize(
-    style: Any,
+    style: ColwiseParallel | RowwiseParallel,
     apply: Callable[[nn.Module, DeviceMesh], nn.Module],
     module: nn.Module,
     mesh: DeviceMesh,
 ) -> nn.Module:
+    """Shard ``module`` as torch's style does by ``apply``; a LoRALinear with its A and B."""
     if not isinstance(module, LoRALinear):
         return apply(module, mesh)
     style_name = type(style).__name__
@@ -89,7 +90,9 @@ def _parallelize(
     # LoRA layer.
     linear = module.to_linear()
     apply(linear, mesh)
-    source = {} if (rank := getattr(style, "src_data_rank", 0)) == 0 else {"src_data_rank": rank}
+    rank: int | None = getattr(style, "src_data_rank", 0)
+    # Older torch knows no src_data_rank.
+    source = {} if rank == 0 else {"src_data_rank": rank}
     pair = shard_pair(cast(DTensor, linear.weight), module.lora_A, module.lora_B, **source)
     module.weight = cast(nn.Parameter, linear.weight)
     module.register_parameter("bias", cast("nn.Parameter | None", linear.bias))

@@ -26,7 +26,7 @@ from stablelora_kernels.model.adapter_files import (
     read_pair,
 )
 from stablelora_kernels.testing import torch_device
-from stablelora_kernels.utils import extras
+from stablelora_kernels.utils import hub
 
 
 class CommandError(Exception):
@@ -80,11 +80,11 @@ def find(argument: str, place: str, patterns: Sequence[str]) -> Path:
     with failing(ImportError, OSError, ValueError):
         if (path := Path(place)).exists():
             return path
-        if not extras.is_hub_id(place):
+        if not hub.is_hub_id(place):
             raise CommandError(
                 f"{argument} must be a path or a hub id like 'owner/name', got {place!r} (nothing there)"
             )
-        return extras.from_hub(argument, place, patterns)
+        return hub.from_hub(argument, place, patterns)
 
 
 def load_files(place: str, convert: Callable[[Tensor], Any]) -> Adapter:

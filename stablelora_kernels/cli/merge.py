@@ -31,7 +31,8 @@ from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import MergeReport, list_some
 from stablelora_kernels.model.save_load import load_adapter
 from stablelora_kernels.testing import DTYPES
-from stablelora_kernels.utils.extras import import_extra, locked
+from stablelora_kernels.utils.extras import import_extra
+from stablelora_kernels.utils.lock import locked
 from stablelora_kernels.utils.validation import counted
 
 HELP = "fold an adapter into its model, with the rounding error stated"

@@ -9,13 +9,16 @@ import functools
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import clean, innermost
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 # The optimizer's keywords for which TrainingArguments has values.
 _OF_ARGS = ("lr", "weight_decay", "betas", "eps")
@@ -39,7 +42,7 @@ class StableLoRAAdamWFactory:
             ``optimizers=(slk.StableLoRAAdamW.from_model(model, ...), None)``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         if args or kwargs:
             raise TypeError(
                 "StableLoRAAdamWFactory takes no arguments until it is called with the model: this trainer took it for an "
@@ -49,7 +52,7 @@ class StableLoRAAdamWFactory:
 
     @classmethod
     def from_args(
-        cls, args: Any, **kwargs: Any
+        cls, args: TrainingArguments, **kwargs: object
     ) -> tuple[type[StableLoRAAdamWFactory], dict[str, Any]]:
         """``optimizer_cls_and_kwargs`` with all that the Trainer's own AdamW takes of ``args``, the
         ``TrainingArguments``.
@@ -72,13 +75,14 @@ class StableLoRAAdamWFactory:
                     else f", which takes {', '.join(known)}"
                 )
                 raise TypeError(f"StableLoRAAdamW has no argument {name!r}{hint}")
-        read = (
-            args.learning_rate,
-            args.weight_decay,
-            (args.adam_beta1, args.adam_beta2),
-            args.adam_epsilon,
-        )
-        return cls, {**dict(zip(_OF_ARGS, read, strict=True)), "trainer_groups": True, **kwargs}
+        settings: dict[str, Any] = {
+            "lr": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "trainer_groups": True,
+        }
+        return cls, settings | kwargs
 
     def __call__(
         self, model: nn.Module, *, trainer_groups: bool = False, **kwargs: Any
@@ -103,9 +107,15 @@ class StableLoRAAdamWFactory:
         inner = innermost(model)
         trainer = import_extra("transformers", "peft", "StableLoRAAdamWFactory.from_args").Trainer
         decaying = set(trainer.get_decay_parameter_names(None, inner))
-        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+        with_decay: list[tuple[str, nn.Parameter]] = []
+        without_decay: list[tuple[str, nn.Parameter]] = []
         for name, parameter in inner.named_parameters():
-            groups[name not in decaying]["params"].append((clean(name), parameter))
+            members = with_decay if name in decaying else without_decay
+            members.append((clean(name), parameter))
+        groups: list[dict[str, Any]] = [
+            {"params": with_decay},
+            {"params": without_decay, "weight_decay": 0.0},
+        ]
         return StableLoRAAdamW(groups, **kwargs)
 
 
@@ -143,18 +153,24 @@ class StabilityCallback:
         ImportError: transformers is not installed.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:
+    def __new__(cls, *args: object, **kwargs: object) -> StabilityCallback:
         kind: Any = cls
         return object.__new__(_as_transformers_callback(kind))
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         if not callable(getattr(trainer, "log", None)) or not hasattr(trainer, "optimizer"):
             raise TypeError(
                 f"trainer must be a Trainer of transformers, got {type(trainer).__name__}"
             )
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         """Check the optimizer, and go before all callbacks that report, since a user's come after
         them.
 
@@ -179,7 +195,12 @@ class StabilityCallback:
         callbacks.insert(0, self)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: object,
     ) -> None:
         """Add the values to a training entry: to what the next callbacks report, and to its copy in
         the history.
@@ -191,7 +212,7 @@ class StabilityCallback:
 
 
 @functools.cache
-def _as_transformers_callback(cls: type[Any]) -> type[Any]:
+def _as_transformers_callback(cls: type) -> type:
     """``cls``, derived from transformers' ``TrainerCallback`` too, whose other events do nothing."""
     transformers = import_extra("transformers", "peft", "StabilityCallback")
     return type(
@@ -201,7 +222,7 @@ def _as_transformers_callback(cls: type[Any]) -> type[Any]:
     )
 
 
-def _stable_optimizer(optimizer: Any) -> StableLoRAAdamW:
+def _stable_optimizer(optimizer: object) -> StableLoRAAdamW:
     """The optimizer inside a trainer's or accelerate's wrapper of it."""
     inner = optimizer
     while not isinstance(inner, StableLoRAAdamW) and hasattr(inner, "optimizer"):

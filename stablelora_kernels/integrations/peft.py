@@ -7,7 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -28,6 +28,11 @@ from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.modules import check_module
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 def accelerate_peft(
@@ -82,38 +87,42 @@ def accelerate_peft(
         ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be
             skipped. Nothing is changed then.
     """
-    layers, experts = _layers(), _experts()
-    accelerated, replaced, skipped = [], [], []
+    layers = _layers()
+    experts = _experts()
+    accelerated: list[nn.Module] = []
+    replaced: list[ReplacedModule] = []
+    skipped: list[SkippedModule] = []
+    # Layers of which PEFT's own forward computes DoRA beside another active adapter.
     beside: list[str] = []
-    tuner_layers = _tuner_layers(model, layers)
-    wrappers = {
-        name: module
-        for name, module in tuner_layers
-        if experts and isinstance(module, experts.ParamWrapper)
-    }
-    for name, module in tuner_layers:
-        if name in wrappers:
+    wrappers: dict[str, ParamWrapper] = {}
+    for name, module in _tuner_layers(model, layers):
+        if experts is not None and isinstance(module, experts.ParamWrapper):
+            wrappers[name] = module
             continue
-        reason = _reason_to_skip(model, name, module, layers)
+        reason = _reason_layer_stays_pefts(model, name, module, layers)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
             continue
         rows = []
         for adapter in module.lora_A:
-            if (reason := layers.reason_against(module, adapter)) is not None:
-                skipped.append(SkippedModule(name, reason))
-            else:
+            reason = layers.reason_adapter_stays_pefts(module, adapter)
+            if reason is None:
                 rows.append(_row(name, module, adapter))
+            else:
+                skipped.append(SkippedModule(name, reason))
+        replaced += rows
         if rows or any(layers.is_only_evaluated(module, adapter) for adapter in module.lora_A):
             accelerated.append(module)
-            replaced += rows
             if layers.is_dora_beside(module):
                 beside.append(name)
-    stacks, reasons = experts.read_wrappers(wrappers) if wrappers else ({}, [])
-    skipped += reasons
-    for name, wrapper in stacks.items():
-        for parameter, each in experts.wrapped_parameters(wrapper).items():
-            replaced += [_row(f"{name}.{parameter}", each, adapter) for adapter in each.lora_A]
+    stacks: dict[str, ParamWrapper] = {}
+    if experts is not None and wrappers:
+        stacks, skipped_stacks = experts.read_wrappers(wrappers)
+        skipped += skipped_stacks
+        for name, outermost in stacks.items():
+            for parameter, wrapper in experts.wrapped_parameters(outermost).items():
+                for adapter in wrapper.lora_A:
+                    replaced.append(_row(f"{name}.{parameter}", wrapper, adapter))
     faults = _faults(model, wrappers)
     if strict and faults:
         raise ValueError(f"strict=True, but {faults[0]}")
@@ -124,8 +133,8 @@ def accelerate_peft(
         warnings.warn(fault, UserWarning, stacklevel=2)
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
-    for wrapper in stacks.values():
-        wrapper.__class__ = experts.AcceleratedExperts
+    for outermost in stacks.values():
+        outermost.__class__ = experts.AcceleratedExperts  # type: ignore[union-attr]
     _unfuse(model)
     notes = faults + _unmatched(model)
     if any(parameter.requires_grad for parameter in model.parameters()):
@@ -141,12 +150,7 @@ def accelerate_peft(
             for name, module in model.named_modules()
             if type(module) in layers.ORIGINAL
         }
-        of_groups = (
-            layers.projection_group_key,
-            layers.compute_projection_group,
-            layers.reason_to_compute_alone,
-        )
-        notes += make_projection_groups(model, named, *of_groups)
+        notes += make_projection_groups(model, named, layers.PEFT_LAYERS)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
@@ -154,15 +158,21 @@ def accelerate_peft(
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
 
 
-def _row(name: str, layer: Any, adapter: str) -> ReplacedModule:
-    sizes = layer.in_features, layer.out_features, layer.r[adapter]
-    experts = getattr(layer, "num_experts", 1)
+def _row(name: str, layer: LoraLayer, adapter: str) -> ReplacedModule:
+    """The report's row on an adapter of a layer."""
     return ReplacedModule(
-        name, *sizes, layer.lora_alpha[adapter], layer.scaling[adapter], adapter, experts
+        name,
+        layer.in_features,  # type: ignore[arg-type]
+        layer.out_features,  # type: ignore[arg-type]
+        layer.r[adapter],
+        layer.lora_alpha[adapter],
+        layer.scaling[adapter],
+        adapter,
+        getattr(layer, "num_experts", 1),
     )
 
 
-def _faults(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
+def _faults(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> list[str]:
     """What trains wrongly or not at all without PEFT's saying so, whoever computes the branch."""
     faults = []
     if wrappers:
@@ -174,7 +184,7 @@ def _faults(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]:
+def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> list[str]:
     """Notes on the experts that have no adapter: PEFT's "all-linear" reaches those of some families
     alone.
     """
@@ -190,6 +200,7 @@ def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, Any]) -> list[str]
 
 
 def _unfuse(model: nn.Module) -> None:
+    """Take all layers out of projection groups and fused MLPs."""
     remove_projection_groups(model.modules())
     unfuse_mlps(model.modules())
 
@@ -201,16 +212,19 @@ def _unmatched(model: nn.Module) -> list[str]:
     Under "all-linear" PEFT lists every linear layer there, also those that ``exclude_modules`` or
     ``modules_to_save`` keep out.
     """
-    names, configs = [], {}
+    names = []
+    configs: dict[str, object] = {}
     for name, module in model.named_modules():
         names.append(name)
-        found = module.__dict__.get("peft_config")
-        configs.update(found if isinstance(found, dict) else {})
-    notes = {
-        key: unmatched_names(getattr(config, "target_modules", None), names)
-        for key, config in configs.items()
-    }
-    return [f"{note} (adapter {adapter!r})" for adapter, note in notes.items() if note]
+        configs_of_module = module.__dict__.get("peft_config")
+        if isinstance(configs_of_module, dict):
+            configs |= configs_of_module
+    notes = []
+    for adapter, config in configs.items():
+        note = unmatched_names(getattr(config, "target_modules", None), names)
+        if note:
+            notes.append(f"{note} (adapter {adapter!r})")
+    return notes
 
 
 def restore_peft(model: nn.Module) -> None:
@@ -223,7 +237,8 @@ def restore_peft(model: nn.Module) -> None:
         ImportError, TypeError: as :func:`accelerate_peft`.
     """
     original = dict(_layers().ORIGINAL)
-    if experts := _experts():
+    experts = _experts()
+    if experts is not None:
         original[experts.AcceleratedExperts] = experts.ParamWrapper
     check_module(model)
     _unfuse(model)
@@ -233,6 +248,7 @@ def restore_peft(model: nn.Module) -> None:
 
 
 def _layers() -> ModuleType:
+    """``peft_layers``; raises ImportError without a PEFT that it fits."""
     peft = import_extra("peft", "peft", "accelerate_peft")
     if release(peft.__version__) < (0, 16):
         raise ImportError(
@@ -244,7 +260,7 @@ def _layers() -> ModuleType:
     return peft_layers
 
 
-def _experts() -> Any:
+def _experts() -> ModuleType | None:
     """``peft_experts``, or None with a PEFT before 0.17, which wraps no parameters."""
     from peft.tuners import lora
 
@@ -272,7 +288,9 @@ def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]
     return tuner_layers
 
 
-def _reason_to_skip(model: nn.Module, name: str, module: Any, layers: ModuleType) -> str | None:
+def _reason_layer_stays_pefts(
+    model: nn.Module, name: str, module: BaseTunerLayer, layers: ModuleType
+) -> str | None:
     """Why no adapter of a PEFT layer can run on the ops, or None if some can."""
     kind = type(module).__name__
     if not isinstance(module, layers.lora.LoraLayer):

@@ -17,11 +17,10 @@ from stablelora_kernels.integrations.peft_operands import (
     READABLE,
     Base,
     Branch,
+    PeftLayer,
+    are_plain,
     base_operand,
-    fits,
-    is_observed,
-    is_plain,
-    read_matrices,
+    read_branch,
 )
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.ops.dora import (
@@ -42,12 +41,19 @@ _LARGEST = 64.0
 class Dora(NamedTuple):
     """A DoRA adapter: its branch and its magnitude [N], and the base layer's weight and bias."""
 
+    name: str
     branch: Branch
     magnitude: Tensor
     weight: Any
     bias: Tensor | None
 
-    def output(self, base: Any, x: Tensor) -> Tensor:
+    def fits(self, x: Tensor) -> bool:
+        """Whether the ops compute a call with ``x``: with dropout, DoRA needs the base product of
+        two inputs.
+        """
+        return not self.branch.dropout_p and self.branch.fits(x)
+
+    def output(self, base: nn.Module, x: Tensor) -> Tensor:
         """(m / n) Z + bias in the dtype of the base layer's output, for its product and the branch,
         Z, without a bias.
         """
@@ -66,13 +72,22 @@ class Dora(NamedTuple):
         return scale_columns(z, self.magnitude / norms, self.bias).to(dtype)
 
     def without_bias(self, base_out: Tensor) -> Tensor:
+        """The base layer's product, from its output."""
         return base_out if self.bias is None else base_out - self.bias
+
+
+class _MemoryState(NamedTuple):
+    """What differs once a tensor is moved or written."""
+
+    device: torch.device
+    address: int
+    version: int
 
 
 class _KnownSums(NamedTuple):
     """|W_n|^2 of a quantized weight, and the state of its memory that they were computed from."""
 
-    state: list[tuple[Any, ...]]
+    state: list[_MemoryState]
     sums: Tensor
 
 
@@ -80,8 +95,10 @@ class _KnownSums(NamedTuple):
 _known_sums: MutableMapping[Tensor, _KnownSums] = WeakTensorKeyDictionary()
 
 
-def _row_norms(dora: Dora, base: Any) -> Tensor:
-    branch, weight = dora.branch, dora.weight
+def _row_norms(dora: Dora, base: nn.Module) -> Tensor:
+    """n [N]: the norms of the rows of W + s B A, without that sum."""
+    branch = dora.branch
+    weight = dora.weight
     if not is_quantized(weight):
         products = nn.functional.linear(branch.lora_A.to(weight.dtype), weight)
         return row_norms(
@@ -93,7 +110,7 @@ def _row_norms(dora: Dora, base: Any) -> Tensor:
     )
 
 
-def _product(dora: Dora, base: Any, x: Tensor) -> Tensor:
+def _product(dora: Dora, base: nn.Module, x: Tensor) -> Tensor:
     """X W^T of a quantized weight, by its layer."""
     # bitsandbytes' layers cast their input themselves.
     x = x.to(torch.float32 if hasattr(base, "compute_dtype") else dora.weight.dtype)
@@ -104,14 +121,14 @@ def _product(dora: Dora, base: Any, x: Tensor) -> Tensor:
     return dora.without_bias(base(x * factor)) / factor
 
 
-def _sums_of_quantized(dora: Dora, base: Any) -> Tensor:
+def _sums_of_quantized(dora: Dora, base: nn.Module) -> Tensor:
     """|W_n|^2, kept until the weight or one of its scales is moved or written: dequantizing takes a
     while.
     """
     weight = dora.weight
     if torch.compiler.is_compiling():
         return square_sums(read(weight).dequantize(torch.float32))
-    state = [_state_of(t) for t in _tensors_of(weight)]
+    state = [_state_of(tensor) for tensor in _tensors_of(weight)]
     known = _known_sums.get(weight)
     if known is None or known.state != state:
         known = _KnownSums(state, _compute_sums(dora, base))
@@ -119,7 +136,8 @@ def _sums_of_quantized(dora: Dora, base: Any) -> Tensor:
     return known.sums
 
 
-def _compute_sums(dora: Dora, base: Any) -> Tensor:
+def _compute_sums(dora: Dora, base: nn.Module) -> Tensor:
+    """|W_n|^2 of a quantized weight: by its layer's products if only that can read it."""
     if is_packed_for_cpu(dora.weight):
         return square_sums_by_products(
             lambda x: _product(dora, base, x), dora.weight.quant_state.shape, dora.magnitude
@@ -138,18 +156,20 @@ def _tensors_of(weight: Any) -> list[Tensor]:
     return [weight, *read(weight).stored.scales]
 
 
-def _state_of(t: Tensor) -> tuple[Any, ...]:
+def _state_of(tensor: Tensor) -> _MemoryState:
     # A model that is made in inference mode has no versions either.
-    return t.device, t.data_ptr(), 0 if t.is_inference() else t._version
+    version = 0 if tensor.is_inference() else tensor._version
+    return _MemoryState(tensor.device, tensor.data_ptr(), version)
 
 
-def is_dora(layer: Any, adapter: str) -> bool:
+def is_dora(layer: PeftLayer, adapter: str) -> bool:
+    """Whether an adapter is DoRA of a linear layer."""
     return type(layer.lora_variant.get(adapter)) is DoraLinearVariant
 
 
-def read_dora(layer: Any, adapter: str) -> Dora | str:
+def read_dora(layer: PeftLayer, adapter: str) -> Dora | str:
     """A DoRA adapter, or why PEFT's own forward must compute it."""
-    branch, base = read_matrices(layer, adapter), layer._modules["base_layer"]
+    branch = read_branch(layer, adapter)
     if isinstance(branch, str):
         return branch
     magnitude = layer.lora_magnitude_vector[adapter]
@@ -159,28 +179,10 @@ def read_dora(layer: Any, adapter: str) -> Dora | str:
         or layer.ephemeral_gpu_offload
     ):
         return f"adapter {adapter!r} is DoRA with hooks, or with a weight on another device"
+    base = layer._modules["base_layer"]
     if type(base) not in READABLE or is_hooked(base):
         return f"adapter {adapter!r} is DoRA on a {type(base).__name__}, or on a layer with hooks"
     weight, bias = weight_and_bias(base)
-    if not is_quantized(weight) and not is_sharded(weight) and not is_plain(weight, bias):
+    if not is_quantized(weight) and not is_sharded(weight) and not are_plain(weight, bias):
         return f"adapter {adapter!r} is DoRA on a {type(weight).__name__}"
-    return Dora(branch, magnitude.weight, weight, bias)
-
-
-def dora_output(layer: Any, x: Tensor) -> Tensor | None:
-    """The output with a single adapter, if that is DoRA and drops nothing; None if PEFT's own
-    forward must compute it.
-    """
-    adapters = [
-        adapter for adapter in layer.active_adapters if adapter in layer._modules["lora_A"]._modules
-    ]
-    if len(adapters) != 1 or not is_dora(layer, adapters[0]) or is_observed(layer):
-        return None
-    dora = read_dora(layer, adapters[0])
-    if (
-        isinstance(dora, str)
-        or dora.branch.dropout_p
-        or not fits(x, dora.branch.lora_A, dora.branch.lora_B)
-    ):
-        return None
-    return dora.output(layer._modules["base_layer"], x)
+    return Dora(adapter, branch, magnitude.weight, weight, bias)

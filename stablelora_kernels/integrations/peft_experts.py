@@ -10,7 +10,7 @@ PEFT has nested one for each parameter, and each call reads what it needs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -24,12 +24,27 @@ from stablelora_kernels.nn.experts import (
     is_llama4,
     product_of,
     projections_of,
-    reason_against,
-    reason_against_stack,
+    reason_experts_do_not_fit,
+    reason_stack_does_not_fit,
 )
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype
+
+
+class Stacks(NamedTuple):
+    """A model's outermost wrappers, by name, and those that PEFT's own forward computes."""
+
+    accelerated: dict[str, ParamWrapper]
+    skipped: list[SkippedModule]
+
+
+class Pair(NamedTuple):
+    """A and B of a stack, as PEFT stores them, and their scaling."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
 
 
 class AcceleratedExperts(ParamWrapper):
@@ -39,106 +54,126 @@ class AcceleratedExperts(ParamWrapper):
         """The experts' output for x [tokens, H], the experts of each token [tokens, k], and their
         weights [tokens, k].
         """
-        base = self.get_base_layer()
-        fits = not kwargs and len(args) == (0 if is_llama4(base) else 2) and not is_observed(self)
-        products = read_products(self, x) if fits else ""
-        if isinstance(products, str):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        return compute_experts(base, products, x, *args)
+        base: Any = self.get_base_layer()
+        has_routing = len(args) == (0 if is_llama4(base) else 2)
+        if has_routing and not kwargs and not is_observed(self):
+            products = read_products(self, x)
+            if not isinstance(products, str):
+                return compute_experts(base, products, x, *args)
+        return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 # PEFT knows its wrappers by this name, and a printed model must look the same.
 AcceleratedExperts.__name__ = ParamWrapper.__name__
 
 
-def read_wrappers(
-    wrappers: Mapping[str, ParamWrapper],
-) -> tuple[dict[str, ParamWrapper], list[SkippedModule]]:
-    """The outermost of a model's ``wrappers``: those that ``lora_experts`` can compute, and the
-    others with the reason.
+def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> Stacks:
+    """Those of a model's ``wrappers`` that no other one wraps: which ``lora_experts`` can compute,
+    and why not.
     """
     nested = {id(wrapper.base_layer) for wrapper in wrappers.values()}
-    found = {
-        name: read_products(each, None) for name, each in wrappers.items() if id(each) not in nested
-    }
-    skipped = [
-        SkippedModule(name, reason) for name, reason in found.items() if isinstance(reason, str)
-    ]
-    return {
-        name: wrappers[name] for name, each in found.items() if not isinstance(each, str)
-    }, skipped
+    stacks = Stacks({}, [])
+    for name, wrapper in wrappers.items():
+        if id(wrapper) in nested:
+            continue
+        products = read_products(wrapper, None)
+        if isinstance(products, str):
+            stacks.skipped.append(SkippedModule(name, products))
+        else:
+            stacks.accelerated[name] = wrapper
+    return stacks
 
 
-def wrapped_parameters(wrapper: Any) -> dict[str, Any]:
+def wrapped_parameters(wrapper: nn.Module) -> dict[str, ParamWrapper]:
     """A wrapper and those nested in it, by the name of the parameter that each adapts."""
-    found = {}
+    wrappers = {}
     while isinstance(wrapper, ParamWrapper):
-        found[wrapper.parameter_name] = wrapper
+        wrappers[wrapper.parameter_name] = wrapper
         wrapper = wrapper.base_layer
-    return found
+    return wrappers
 
 
-def read_products(wrapper: Any, x: Tensor | None) -> dict[str, Product] | str:
+def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product] | str:
     """The products of the adapted parameters for an input like ``x``, or why PEFT must compute
     them.
 
     Without ``x``, whether there is an input that they are computed for; there are no products then.
     """
-    wrappers, base = wrapped_parameters(wrapper), wrapper.get_base_layer()
-    if (reason := reason_against(base)) is not None:
+    wrappers = wrapped_parameters(wrapper)
+    base: Any = wrapper.get_base_layer()
+    reason = reason_experts_do_not_fit(base)
+    if reason is not None:
         return reason
     if x is None and "forward" in wrapper.__dict__:
         return "its forward was replaced"
-    if any(is_hooked(each) for each in (*wrappers.values(), base) if each is not wrapper):
+    inner = [module for module in (*wrappers.values(), base) if module is not wrapper]
+    if any(is_hooked(module) for module in inner):
         return "it holds a module with hooks"
     names = projections_of(base)
-    if other := [name for name in wrappers if name not in names]:
-        return f"PEFT adapts its {other[0]}"
+    unknown = [name for name in wrappers if name not in names]
+    if unknown:
+        return f"PEFT adapts its {unknown[0]}"
     products: dict[str, Product] = {}
     for name in names:
-        if (reason := reason_against_stack(base, name, x is not None)) is not None:
+        reason = reason_stack_does_not_fit(base, name, x is not None)
+        reason = reason or _reason_against_tensors(base, name, x)
+        if reason is not None:
             return reason
-        weight, bias = getattr(base, name), getattr(base, f"{name}_bias", None)
-        if any(t is not None and t.requires_grad for t in (weight, bias)):
-            return f"its {name} trains"
-        dtype = None if x is None else autocast_dtype(x.device.type) or x.dtype
-        if x is not None and (weight.device != x.device or weight.dtype != dtype):
-            return f"its {name} is {weight.dtype} on {weight.device}"
         if name in wrappers:
-            pair = _read_pair(name, wrappers[name], weight.dtype, x)
+            pair = _read_pair(name, wrappers[name], getattr(base, name).dtype, x)
             if isinstance(pair, str):
                 return pair
             if x is not None:
-                products[name] = product_of(base, name, *pair)
+                products[name] = product_of(base, name, pair.lora_A, pair.lora_B, pair.scaling)
     return products
 
 
+def _reason_against_tensors(experts: nn.Module, name: str, x: Tensor | None) -> str | None:
+    """Why the op cannot read a projection's weight and bias beside ``x``, or None."""
+    weight: Tensor = getattr(experts, name)
+    bias: Tensor | None = getattr(experts, f"{name}_bias", None)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return f"its {name} trains"
+    if x is None:
+        return None
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    if weight.device != x.device or weight.dtype != dtype:
+        return f"its {name} is {weight.dtype} on {weight.device}"
+    return None
+
+
 def _read_pair(
-    name: str, wrapper: Any, dtype: torch.dtype, x: Tensor | None
-) -> tuple[Tensor, Tensor, float] | str:
-    """A, B and the scaling of a wrapper for an input like ``x``, or why PEFT must compute them;
-    ``dtype`` is the weight's.
+    name: str, wrapper: ParamWrapper, dtype: torch.dtype, x: Tensor | None
+) -> Pair | str:
+    """The pair of a wrapper for an input like ``x``, or why PEFT must compute it; ``dtype`` is the
+    weight's. Without ``x``, that of any adapter.
     """
     if wrapper.num_experts < 2:
         return f"its {name} is of one expert"
-    if x is None:
-        adapters = [*wrapper.lora_A]
-    else:
-        if wrapper.merged or wrapper.disable_adapters:
-            return f"its {name} is {'merged' if wrapper.merged else 'disabled'}"
+    adapters = list(wrapper.lora_A)
+    if x is not None:
+        if wrapper.merged:
+            return f"its {name} is merged"
+        if wrapper.disable_adapters:
+            return f"its {name} is disabled"
         adapters = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
         if len(adapters) != 1:
             return f"its {name} has {len(adapters)} active adapters"
     for adapter in adapters:
-        a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
-        if any(
-            type(t) is not nn.Linear or is_hooked(t) or weight_and_bias(t)[1] is not None
-            for t in (a, b)
-        ):
+        if not all(map(_is_matrix, (wrapper.lora_A[adapter], wrapper.lora_B[adapter]))):
             return f"adapter {adapter!r} of its {name} is not of plain nn.Linears, or has hooks"
-    a, b = a.weight, b.weight
-    if x is not None and (
-        a.device != x.device or a.dtype != b.dtype or a.dtype not in (torch.float32, dtype)
-    ):
-        return f"adapter {adapter!r} of its {name} is {a.dtype} on {a.device}"
-    return a, b, wrapper.scaling[adapter]
+    adapter = adapters[-1]
+    lora_A = weight_and_bias(wrapper.lora_A[adapter])[0]
+    lora_B = weight_and_bias(wrapper.lora_B[adapter])[0]
+    if x is not None:
+        is_allowed = lora_A.dtype == lora_B.dtype and lora_A.dtype in (torch.float32, dtype)
+        if lora_A.device != x.device or not is_allowed:
+            return f"adapter {adapter!r} of its {name} is {lora_A.dtype} on {lora_A.device}"
+    return Pair(lora_A, lora_B, wrapper.scaling[adapter])
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain ``nn.Linear`` without a bias, and without hooks."""
+    if type(module) is not nn.Linear or is_hooked(module):
+        return False
+    return weight_and_bias(module)[1] is None

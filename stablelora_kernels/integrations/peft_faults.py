@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import peft
 import torch
@@ -42,11 +42,10 @@ class ParametrizedFaults(NamedTuple):
         return bool(self.lost) or self.repeats or self.remains
 
     def __str__(self) -> str:
-        texts = (
-            [f"the adapter of {' and '.join(self.lost)} has no effect and gets no gradient"]
-            if self.lost
-            else []
-        )
+        texts = []
+        if self.lost:
+            lost = " and ".join(self.lost)
+            texts.append(f"the adapter of {lost} has no effect and gets no gradient")
         if self.repeats:
             texts.append("each call without gradients adds the delta once more")
         if self.remains:
@@ -58,7 +57,7 @@ class ParametrizedFaults(NamedTuple):
         return "; ".join(texts)
 
 
-def faults_of_wrappers(wrappers: Iterable[tuple[str, Any]]) -> list[str]:
+def faults_of_wrappers(wrappers: Iterable[tuple[str, ParamWrapper]]) -> list[str]:
     """A sentence on each fault of PEFT's ``wrappers`` of parameters, which come by name, the
     outermost first.
     """
@@ -66,30 +65,29 @@ def faults_of_wrappers(wrappers: Iterable[tuple[str, Any]]) -> list[str]:
     nested = set()
     for name, wrapper in wrappers:
         nested.add(id(wrapper.base_layer))
-        parameter, computed = (
-            wrapper.parameter_name,
-            getattr(wrapper.get_base_layer(), "parametrizations", ()),
-        )
+        parameter = wrapper.parameter_name
+        computed = getattr(wrapper.get_base_layer(), "parametrizations", ())
         if parameter not in computed and (dtype := wrapper.get_param().dtype) not in FLOAT_DTYPES:
             reason = f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
             names.setdefault(reason, []).append(name)
         if id(wrapper) in nested:
             continue
-        if (faults := faults_of_parametrized(*_parameters(wrapper))).trains_wrongly:
+        faults = faults_of_parametrized(*_parameters(wrapper))
+        if faults.trains_wrongly:
             reason = f"PEFT {peft.__version__} trains experts wrongly whose weights another parametrization computes: {faults}"
             names.setdefault(reason, []).append(name)
     return [f"{reason}: {list_some(of_reason)}" for reason, of_reason in names.items()]
 
 
-def _parameters(wrapper: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+def _parameters(wrapper: ParamWrapper) -> tuple[tuple[str, ...], frozenset[str]]:
     """The adapted parameters of a module, in the order of their definition, and those that a
     parametrization computes.
     """
-    base, adapted = wrapper.get_base_layer(), wrapped_parameters(wrapper)
-    computed = [*getattr(base, "parametrizations", ())]
-    return tuple(name for name in [*base._parameters, *computed] if name in adapted), frozenset(
-        computed
-    ) & {*adapted}
+    base = wrapper.get_base_layer()
+    adapted = wrapped_parameters(wrapper)
+    computed = list(getattr(base, "parametrizations", ()))
+    names = tuple(name for name in [*base._parameters, *computed] if name in adapted)
+    return names, frozenset(computed) & frozenset(adapted)
 
 
 @lru_cache
@@ -111,8 +109,11 @@ def faults_of_parametrized(names: tuple[str, ...], computed: frozenset[str]) -> 
 
 
 def _try(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults:
-    experts, plain = _adapted(names, computed), _adapted(names, frozenset())
-    wrappers, x = wrapped_parameters(experts), torch.ones(1, _TwoExperts.SIZE)
+    """The faults that PEFT shows on two small experts."""
+    experts = _adapted(names, computed)
+    plain = _adapted(names, frozenset())
+    wrappers = wrapped_parameters(experts)
+    x = torch.ones(1, _TwoExperts.SIZE)
     frozen = experts.get_base_layer()(x)
     experts(x).sum().backward()
     lost = [name for name in names if all(p.grad is None for p in _pair(wrappers[name]))]
@@ -121,14 +122,14 @@ def _try(names: tuple[str, ...], computed: frozenset[str]) -> ParametrizedFaults
         for wrapper in wrappers.values():
             wrapper.enable_adapters(False)
         remains = not torch.equal(experts(x), frozen)
-    return ParametrizedFaults(
-        tuple(lost), repeats, remains, [*wrappers] != [*wrapped_parameters(plain)]
-    )
+    reorders = list(wrappers) != list(wrapped_parameters(plain))
+    return ParametrizedFaults(tuple(lost), repeats, remains, reorders)
 
 
-def _pair(wrapper: Any) -> list[Tensor]:
+def _pair(wrapper: ParamWrapper) -> list[Tensor]:
+    """A and B of a wrapper's only adapter."""
     (adapter,) = wrapper.lora_A
-    return [wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight]
+    return [wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight]  # type: ignore[list-item]
 
 
 class _Integers(nn.Module):

@@ -6,7 +6,7 @@ This code runs at every call of every layer, so it avoids nn.Module's slow ``__g
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners import lora
@@ -28,6 +28,31 @@ if hasattr(lora, "Linear4bit"):
     READABLE = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
 
 
+class PeftLayer(Protocol):
+    """What this library reads of PEFT's LoRA layers."""
+
+    # With "base_layer", "lora_A", "lora_B" and "lora_dropout"; the latter three hold a module an
+    # adapter.
+    _modules: dict[str, Any]
+    in_features: int
+    out_features: int
+    scaling: dict[str, float]
+    lora_dropout: nn.ModuleDict
+    # The kind of each adapter that is not plain LoRA.
+    lora_variant: dict[str, object]
+    lora_magnitude_vector: nn.ModuleDict
+    ephemeral_gpu_offload: bool
+
+    @property
+    def active_adapters(self) -> list[str]: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    @property
+    def disable_adapters(self) -> bool: ...
+
+
 class Base(NamedTuple):
     """The base layer's operands of ``lora_linear``, which computes the base product in ``dtype``."""
 
@@ -45,75 +70,105 @@ class Branch(NamedTuple):
     scaling: float
     dropout_p: float
 
+    def fits(self, x: Tensor, features: int | None = None) -> bool:
+        """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's
+        dtype, or raises its own error.
+
+        ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
+        """
+        lora_A = self.lora_A
+        dtype = lora_A.dtype
+        x_dtype = x.dtype
+        if x_dtype not in FLOAT_DTYPES or x.device != lora_A.device:
+            return False
+        # Not part of read_adapter: in a sharded model, parameters have other shapes between calls.
+        in_features = x.shape[-1:] if features is None else (features,)
+        if in_features != lora_A.shape[1:] or lora_A.shape[:1] != self.lora_B.shape[1:]:
+            return False
+        if torch.float64 in (x_dtype, dtype):
+            return x_dtype == dtype and resolve_backend(x.device) == "torch"
+        return dtype in (torch.float32, x_dtype) or autocast_dtype(x.device.type) is not None
+
+    def output(self, base: nn.Module, x: Tensor) -> Tensor:
+        """The base layer's output and the branch, in one op if the base layer can be read."""
+        operand = base_operand(base, x)
+        if isinstance(operand, str):
+            return self.add_to(base(x), x)
+        result = self.with_base(operand, x)
+        # Quantized base layers return x's dtype, even under autocast.
+        return result if isinstance(operand.weight, Tensor) else result.to(x.dtype)
+
     def add_to(self, base_out: Tensor, x: Tensor) -> Tensor:
+        """``base_out`` with the branch of ``x``, in a tensor of its own."""
         if self.bias is not None:
             base_out = base_out + (self.scaling * self.bias).to(base_out.dtype)
         return lora_branch(base_out, x, self.lora_A, self.lora_B, self.scaling, self.dropout_p)
 
     def with_base(self, base: Base, x: Tensor) -> Tensor:
         """The base product and the branch, in one op."""
-        return lora_linear(x, *self.tensors_with(base), self.scaling, self.dropout_p)
+        bias = self.bias_with(base)
+        return lora_linear(
+            x, base.weight, bias, self.lora_A, self.lora_B, self.scaling, self.dropout_p
+        )
 
-    def tensors_with(self, base: Base) -> tuple[Any, Tensor | None, Tensor, Tensor]:
-        """Weight, combined bias, A and B."""
-        bias = base.bias
-        if self.bias is not None:
-            bias = self.scaling * self.bias if bias is None else bias + self.scaling * self.bias
-            bias = bias.to(base.dtype)
-        return base.weight, bias, self.lora_A, self.lora_B
-
-
-def is_plain(weight: Tensor, bias: Tensor | None) -> bool:
-    return type(weight) in (nn.Parameter, Tensor) and (
-        bias is None or type(bias) in (nn.Parameter, Tensor)
-    )
+    def bias_with(self, base: Base) -> Tensor | None:
+        """The biases of the base layer and of lora_B in one."""
+        if self.bias is None:
+            return base.bias
+        bias = self.scaling * self.bias
+        if base.bias is not None:
+            bias = base.bias + bias
+        return bias.to(base.dtype)
 
 
-def plain_tensors(linear: Any) -> tuple[Any, Any]:
-    """The weight and the bias of an ``nn.Linear`` that nothing watches; Nones for another module."""
-    if type(linear) is nn.Linear and not is_hooked(linear):
-        weight, bias = weight_and_bias(linear)
-        if is_plain(weight, bias):
-            return weight, bias
-    return None, None
+# The types without operations of their own.
+_PLAIN = (nn.Parameter, Tensor)
 
 
-def read_branch(layer: Any, adapter: str) -> Branch | str:
+def are_plain(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the types of both have no operations of their own."""
+    return type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+
+
+def plain_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and the bias of a plain ``nn.Linear`` that nothing watches; None for another
+    module.
+    """
+    if type(linear) is not nn.Linear or is_hooked(linear):
+        return None
+    weight, bias = weight_and_bias(linear)
+    # Not by are_plain(): this runs three times in each call of a layer.
+    if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
+        return weight, bias
+    return None
+
+
+def read_branch(layer: PeftLayer, adapter: str) -> Branch | str:
     """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it."""
-    if adapter in layer.lora_variant:
-        return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
-    return read_matrices(layer, adapter)
-
-
-def read_matrices(layer: Any, adapter: str) -> Branch | str:
-    """:func:`read_branch` for a variant too."""
     modules = layer._modules
-    a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
-    dropout, scaling = modules["lora_dropout"]._modules[adapter], layer.scaling[adapter]
-    a_weight, a_bias = plain_tensors(a)
-    b_weight, b_bias = plain_tensors(b)
-    if a_weight is None or b_weight is None:
-        name = "lora_A" if a_weight is None else "lora_B"
+    tensors_of_A = plain_tensors(modules["lora_A"]._modules[adapter])
+    tensors_of_B = plain_tensors(modules["lora_B"]._modules[adapter])
+    if tensors_of_A is None or tensors_of_B is None:
+        name = "lora_A" if tensors_of_A is None else "lora_B"
         return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"
-    if a_bias is not None or a_weight.dtype != b_weight.dtype:
+    lora_A, bias_of_A = tensors_of_A
+    lora_B, bias = tensors_of_B
+    if bias_of_A is not None or lora_A.dtype != lora_B.dtype:
         return f"lora_A of adapter {adapter!r} has a bias, or another dtype than lora_B"
+    dropout = modules["lora_dropout"]._modules[adapter]
     kind = type(dropout)
     if (kind is not nn.Identity and kind is not nn.Dropout) or is_hooked(dropout):
         return f"the dropout of adapter {adapter!r} is a {kind.__name__}, or has hooks"
     if kind is nn.Dropout and dropout.p >= 1:
         return f"the dropout of adapter {adapter!r} drops everything"
+    scaling = layer.scaling[adapter]
     if not isinstance(scaling, (int, float)):
         return f"the scaling of adapter {adapter!r} is a {type(scaling).__name__}, not a number"
-    return Branch(
-        a_weight,
-        b_weight,
-        b_bias,
-        scaling,
-        dropout.p if kind is nn.Dropout and dropout.training else 0.0,
-    )
+    dropout_p = dropout.p if kind is nn.Dropout and dropout.training else 0.0
+    return Branch(lora_A, lora_B, bias, scaling, dropout_p)
 
 
-def is_observed(layer: Any) -> bool:
+def is_observed(layer: object) -> bool:
     """Whether global hooks or tracing must see every module's call. PEFT can also be told not to
     cast the input.
     """
@@ -124,29 +179,12 @@ def is_observed(layer: Any) -> bool:
     )
 
 
-def fits(x: Tensor, lora_A: Tensor, lora_B: Tensor, features: int | None = None) -> bool:
-    """Whether the ops accept ``x`` with the adapter. Otherwise PEFT casts x to the adapter's dtype,
-    or raises its own error.
-
-    ``features`` are those of the layer's input if that is not ``x`` but a tensor like it.
-    """
-    if x.dtype not in FLOAT_DTYPES or x.device != lora_A.device:
-        return False
-    # Not part of reason_against: in a sharded model, parameters have other shapes between calls.
-    if (x.shape[-1:] if features is None else (features,)) != lora_A.shape[1:] or lora_A.shape[
-        :1
-    ] != lora_B.shape[1:]:
-        return False
-    if torch.float64 in (x.dtype, lora_A.dtype):
-        return x.dtype == lora_A.dtype and resolve_backend(x.device) == "torch"
-    return lora_A.dtype in (torch.float32, x.dtype) or autocast_dtype(x.device.type) is not None
-
-
-def _calls(base: Any, weight: str = "") -> str:
+def _calls(base: nn.Module, weight: str = "") -> str:
+    """The reason that a base layer must compute its own product."""
     return f"calls its base layer, a {type(base).__name__}{weight}, for its product"
 
 
-def base_operand(base: Any, x: Tensor | None) -> Base | str:
+def base_operand(base: nn.Module, x: Tensor | None) -> Base | str:
     """The base layer's operands, or why its product cannot be in one op with a branch.
 
     For an input like ``x``; without one, for any that the layer may get once its parameters are on
@@ -158,17 +196,18 @@ def base_operand(base: Any, x: Tensor | None) -> Base | str:
     # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by
     # plain tensors.
     if is_quantized(weight):
-        return _quantized_operand(base, weight, bias, x) or _calls(base)
+        return _quantized_operand(base, weight, bias, x)
     if x is None and is_sharded(weight):
         return Base(weight, bias, weight.dtype)
-    if type(base) is not nn.Linear or not is_plain(weight, bias):
+    if type(base) is not nn.Linear or not are_plain(weight, bias):
         return _calls(base, f" with a {type(weight).__name__}")
-    other = weight if bias is None else bias
     if x is None:
         return Base(weight, bias, weight.dtype)
-    if weight.device != x.device or other.device != x.device:
+    # Without a bias, the weight is compared twice.
+    bias_or_weight = weight if bias is None else bias
+    if weight.device != x.device or bias_or_weight.device != x.device:
         return _calls(base)
-    if weight.dtype == other.dtype == x.dtype:
+    if weight.dtype == bias_or_weight.dtype == x.dtype:
         return Base(weight, bias, x.dtype)
     if x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None:
         return Base(weight, bias, weight.dtype)
@@ -176,32 +215,32 @@ def base_operand(base: Any, x: Tensor | None) -> Base | str:
 
 
 def _quantized_operand(
-    base: Any, weight: Any, bias: Tensor | None, x: Tensor | None
-) -> Base | str | None:
+    base: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor | None
+) -> Base | str:
     """As :func:`base_operand` for a 4-bit or float8 base layer, if the kernels compute the same
     product as the layer.
     """
     # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
     if resolve_backend((weight if x is None else x).device) != "triton":
         return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
+    compute_dtype = getattr(base, "compute_dtype", weight.dtype)
+    if x is None:
+        return Base(weight, bias, compute_dtype)
+    dtype = autocast_dtype(x.device.type) or x.dtype
     # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and
     # cast the bias in place.
-    casts, computed = type(base) is not nn.Linear, getattr(base, "compute_dtype", weight.dtype)
-    if x is None:
-        return Base(weight, bias, computed)
-    dtype = autocast_dtype(x.device.type) or x.dtype
-    if computed != dtype or not (base.compute_type_is_set if casts else x.dtype == dtype):
-        return None
+    casts = type(base) is not nn.Linear
+    is_settled = base.compute_type_is_set if casts else x.dtype == dtype
+    if compute_dtype != dtype or not is_settled:
+        return _calls(base)
     if bias is not None and (bias.dtype != dtype or bias.device != x.device):
-        return None
+        return _calls(base)
     try:
         stored = read(weight)
     except (TypeError, ValueError):
-        return None
+        return _calls(base)
     # bitsandbytes may have quantized the weight as [K, N].
-    if (
-        stored.shape != (base.out_features, base.in_features)
-        or stored.stored.data.device != x.device
-    ):
-        return None
+    has_layout = stored.shape == (base.out_features, base.in_features)
+    if not has_layout or stored.stored.data.device != x.device:
+        return _calls(base)
     return Base(stored, bias, dtype)

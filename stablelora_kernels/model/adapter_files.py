@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from stablelora_kernels.model.reports import list_some
-from stablelora_kernels.utils.extras import from_hub, import_extra, is_hub_id, locked
+from stablelora_kernels.utils.extras import import_extra
+from stablelora_kernels.utils.hub import from_hub, is_hub_id
+from stablelora_kernels.utils.lock import locked
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -84,15 +86,13 @@ def find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """
     directory = Path(path)
     if not directory.is_dir():
-        found = "a file" if directory.exists() else "nothing there"
+        what = "a file" if directory.exists() else "nothing there"
         raise ValueError(
-            f"path must be a directory on this machine with {CONFIG_NAME}, got {str(path)!r} ({found})"
+            f"path must be a directory on this machine with {CONFIG_NAME}, got {str(path)!r} ({what})"
         )
-    config, weights, pending = (
-        directory / CONFIG_NAME,
-        directory / WEIGHTS_NAME,
-        directory / PENDING,
-    )
+    config = directory / CONFIG_NAME
+    weights = directory / WEIGHTS_NAME
+    pending = directory / PENDING
     if not config.is_file():
         if _is_save(pending):
             config = pending / CONFIG_NAME
@@ -138,7 +138,8 @@ def read_adapter(path: str | os.PathLike[str], convert: Callable[[Tensor], T]) -
     missing: OSError | None = None
     for _ in range(_ATTEMPTS):
         config_file, weights_file = find_files(path)
-        before, damaged = _identity(config_file), None
+        before = _identity(config_file)
+        damaged: ValueError | None = None
         try:
             adapter = read_pair(config_file, weights_file, convert)
         except FileNotFoundError as error:
@@ -164,11 +165,11 @@ def read_pair(config_file: Path, weights_file: Path, convert: Callable[[Tensor],
     tensors, stamp = _read_tensors(weights_file, convert)
     mapping = (config or {}).get("auto_mapping")
     # A config that was edited keeps its stamp.
-    own = mapping.get(STAMP) if isinstance(mapping, dict) else None
-    if own is not None and stamp is not None and own != stamp:
+    config_stamp = mapping.get(STAMP) if isinstance(mapping, dict) else None
+    if config_stamp is not None and stamp is not None and config_stamp != stamp:
         raise ValueError(
-            f"{config_file} and {weights_file} must be of one save, got a config of {own!r} and weights of {stamp!r}; save the "
-            f"adapter again, or, if they do belong together, remove {STAMP!r} from auto_mapping in the config"
+            f"{config_file} and {weights_file} must be of one save, got a config of {config_stamp!r} and weights of "
+            f"{stamp!r}; save the adapter again, or, if they do belong together, remove {STAMP!r} from auto_mapping in the config"
         )
     return Adapter(config_file, weights_file, config, tensors)
 
@@ -203,7 +204,7 @@ def _identity(file: Path) -> tuple[int, ...] | None:
 
 
 def write_adapter(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    directory: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write both files to ``directory``; see the module's docstring. One process writes at a time,
     the others wait.
@@ -230,13 +231,15 @@ def write_adapter(
 
 
 def _write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's two files, with one stamp, to ``directory``."""
     # The same for the same adapter, another for another scaling.
     stamp = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     content = dict(config) | {
         "auto_mapping": dict(config.get("auto_mapping") or {}) | {STAMP: stamp}
     }
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    weights, safetensors = directory / WEIGHTS_NAME, import_safetensors()
+    weights = directory / WEIGHTS_NAME
+    safetensors = import_safetensors()
     metadata = {"format": "pt", STAMP: stamp}
     try:
         safetensors.save_file(tensors, weights, metadata=metadata)

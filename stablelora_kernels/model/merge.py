@@ -237,16 +237,18 @@ class _SaveMerged:
         method = getattr(type(module), _METHOD)
         self.__doc__ = method.__doc__
         # Others look it up: diffusers' pipelines pass a part only the options that its method has.
-        own = inspect.signature(method)
-        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+        signature = inspect.signature(method)
+        without_self = list(signature.parameters.values())[1:]
+        self.__signature__ = signature.replace(parameters=without_self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         module: Any = self.module()
         if module is None:
             raise ReferenceError(
                 f"the model that this {_METHOD} saves is gone; call the method of a model that is there"
             )
-        save, layers = getattr(type(module), _METHOD), lora_layers(module)
+        save = getattr(type(module), _METHOD)
+        layers = lora_layers(module)
         merged = [name for name, layer in layers.items() if layer.merged]
         if not merged:
             return save(module, *args, **kwargs)
@@ -255,17 +257,18 @@ class _SaveMerged:
                 f"model must be merged whole or not at all to be saved, got {list_some(merged)} merged and "
                 f"{list_some(unmerged)} not merged; merge_lora or unmerge_lora it"
             )
-        given = inspect.signature(save).bind(module, *args, **kwargs)
+        call = inspect.signature(save).bind(module, *args, **kwargs)
         # A caller such as the Trainer passes the model's state_dict(), whose frozen weights are not
         # to be written.
-        given.arguments.pop("state_dict", None)
+        call.arguments.pop("state_dict", None)
         plain = plain_modules(module)
-        places, untied = registrations(module, plain), []
+        places = registrations(module, plain)
+        untied = []
         try:
             for parent, key, layer in places:
                 parent._modules[key] = plain[layer]
             untied = untie_in_config(module)
-            return save(*given.args, **given.kwargs)
+            return save(*call.args, **call.kwargs)
         finally:
             for parent, key, layer in places:
                 parent._modules[key] = layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,28 +22,36 @@ _HOOK_ATTRIBUTES = (
 )  # fmt: skip
 
 
+class _Snapshot(NamedTuple):
+    """A module's class, and its dicts (attributes, parameters, modules, hooks), each with a copy."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    contents: list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def _snapshot_of(module: nn.Module) -> _Snapshot:
+    dicts = [vars(module)]
+    dicts += [value for value in vars(module).values() if type(value) in (dict, OrderedDict)]
+    return _Snapshot(module, type(module), [(entries, dict(entries)) for entries in dicts])
+
+
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Put modules' classes, attributes and hooks and parameters' flags back if the body raises.
     Values are not kept.
     """
-    modules = []
-    for module in model.modules():
-        own = [
-            vars(module),
-            *(value for value in vars(module).values() if type(value) in (dict, OrderedDict)),
-        ]
-        modules.append((module, type(module), [(each, dict(each)) for each in own]))
+    snapshots = [_snapshot_of(module) for module in model.modules()]
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
     except BaseException:
-        for module, kind, contents in modules:
-            module.__class__ = kind
+        for snapshot in snapshots:
+            snapshot.module.__class__ = snapshot.kind
             # In place, which keeps their order and who else refers to them.
-            for each, content in contents:
-                each.clear()
-                each.update(content)
+            for attributes, content in snapshot.contents:
+                attributes.clear()
+                attributes.update(content)
         for parameter, flag in flags.items():
             parameter.requires_grad = flag
         raise
@@ -112,7 +120,7 @@ def registrations(
     ]
 
 
-def replace_modules(model: nn.Module, new: Mapping[Any, nn.Module]) -> Counter[nn.Module]:
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Counter[nn.Module]:
     """Replace each key of ``new`` by its value wherever it is registered, and move its hooks. Count
     its registrations.
     """
@@ -160,7 +168,8 @@ def untie(model: nn.Module, module: nn.Module) -> list[str]:
     Training a tied weight would also train the frozen module. PEFT, too, trains, saves and loads a
     copy.
     """
-    inside, untied = set(module.modules()), []
+    inside = set(module.modules())
+    untied = []
     for parameter, owners in parameter_owners(model).items():
         if len({owner in inside for owner, _ in owners}) > 1:
             copy = nn.Parameter(parameter.detach().clone())

@@ -33,7 +33,7 @@ _HARMLESS = {
 _INITS_OF_AB_ONLY = ("eva", "orthogonal")
 
 
-def beyond_plain_lora(content: Mapping[str, Any]) -> list[str]:
+def beyond_plain_lora(content: Mapping[str, object]) -> list[str]:
     """The fields of a PEFT config, such as "use_dora=True", that plain LoRA does not have."""
     return [
         f"{key}={value!r}"
@@ -110,10 +110,10 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
         if any(
             lookup_pattern(patterns, (name,), default) != value for name, value in values.items()
         ):
-            own = {
+            exceptions = {
                 f"^{re.escape(name)}": value for name, value in values.items() if value != default
             }
-            config = replace(config, **{pattern: own})  # type: ignore[arg-type]
+            config = replace(config, **{pattern: exceptions})  # type: ignore[arg-type]
 
     # Take the first list of target names that fits: other programs read a short one best. The
     # regular expression always fits.
@@ -140,18 +140,16 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
 def _parameters_of(config: LoRAConfig, model: nn.Module, stacks: list[str]) -> list[str]:
     """``target_parameters`` for these stacks: those of ``config`` if they match no other parameter."""
     names = {clean(name).replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-    return (
-        (config.target_parameters or [])
-        if {*filter(config.targets_parameter, names)} == {*stacks}
-        else stacks
-    )
+    matched = set(filter(config.targets_parameter, names))
+    return (config.target_parameters or []) if matched == set(stacks) else stacks
 
 
-def file_name(name: str, layer: Any) -> str:
+def file_name(name: str, layer: object) -> str:
     """The name in PEFT's files of a layer, or of what is to become one. A parameter's is a place
     among PEFT's nested modules.
     """
-    if (depth := getattr(layer, "depth", None)) is None:
+    depth: int | None = getattr(layer, "depth", None)
+    if depth is None:
         return name
     return name.rpartition(".")[0] + ".base_layer" * depth
 
@@ -160,12 +158,12 @@ def content_of(config: LoRAConfig, model: nn.Module) -> dict[str, Any]:
     """The fields of PEFT's config: those of ``config``, and which model the adapter is for."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     # fully_shard makes a class of its own.
-    own = (
+    kinds = (
         kind
         for kind in type(model).__mro__
         if kind.__module__.partition(".")[0] not in ("torch", "builtins")
     )
-    kind = next(own, type(model))
+    kind = next(kinds, type(model))
     return asdict(config) | {
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": name if isinstance(name, str) and name else None,
@@ -188,10 +186,8 @@ def _task_of(model: nn.Module) -> str | None:
         return None
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         return "CAUSAL_LM"
-    if any(kind.endswith("ForConditionalGeneration") for kind in kinds):
-        return (
-            "SEQ_2_SEQ_LM"
-            if getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-            else None
-        )
+    is_conditional = any(kind.endswith("ForConditionalGeneration") for kind in kinds)
+    config = getattr(model, "config", None)
+    if is_conditional and getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
     return None

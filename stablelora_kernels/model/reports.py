@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -69,7 +69,7 @@ class _Report:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise TypeError(f"{type(self).__name__!r} object is not callable: {self._NO_MODEL}")
 
     # Type checkers would accept every name.
@@ -254,11 +254,11 @@ def notes_on_heads(model: nn.Module) -> list[str]:
     return []
 
 
-def by_reason(found: Iterable[SkippedModule | GatedMLP]) -> list[str]:
+def by_reason(modules: Iterable[SkippedModule | GatedMLP]) -> list[str]:
     """The names of each reason, and the reason."""
     names: dict[str | None, list[str]] = {}
-    for each in found:
-        names.setdefault(each.reason, []).append(each.name)
+    for module in modules:
+        names.setdefault(module.reason, []).append(module.name)
     return [f"{list_some(some)}: {reason}" for reason, some in names.items()]
 
 
@@ -280,6 +280,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _elements(parameter: nn.Parameter) -> int:
+    """The elements of the weight that ``parameter`` stands for."""
     # ZeRO-3 leaves an empty placeholder for a sharded parameter.
     if (whole := getattr(parameter, "ds_numel", None)) is not None and not parameter.numel():
         return whole

@@ -21,7 +21,7 @@ from stablelora_kernels.model.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from stablelora_kernels.model.apply import LoRAPlan, apply_plan, plan_lora
+from stablelora_kernels.model.apply import apply_plan
 from stablelora_kernels.model.merge import save_merged_layers_plain
 from stablelora_kernels.model.modules import (
     CONFIG_ATTRIBUTE,
@@ -39,6 +39,7 @@ from stablelora_kernels.model.peft_format import (
     file_name,
     read_config,
 )
+from stablelora_kernels.model.plan import LoRAPlan, plan_lora
 from stablelora_kernels.model.reports import (
     LoRAReport,
     SkippedModule,
@@ -90,7 +91,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     import_safetensors()
     # safetensors writes PyTorch's tensors through NumPy.
     import_extra("numpy", "adapters", "save_adapter")
-    given, model = model, unwrap(model)
+    wrapped = model
+    model = unwrap(wrapped)
     reshard(model)
     require_lora_layers(
         model, not_alone="has no name in a file", of_peft="model.save_pretrained(path)"
@@ -110,7 +112,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 stacklevel=2,
             )
 
-    if (in_ddp(given) or any(map(is_sharded, tensors.values()))) and not is_first_rank():
+    if (in_ddp(wrapped) or any(map(is_sharded, tensors.values()))) and not is_first_rank():
         for tensor in tensors.values():
             whole(tensor)
         return
@@ -164,7 +166,8 @@ def load_adapter(
             id.
     """
     import_safetensors()
-    given, model = model, unwrap(model)
+    wrapped = model
+    model = unwrap(wrapped)
     reshard(model)
     check_not_pefts(
         model,
@@ -184,7 +187,7 @@ def load_adapter(
             _check_fits(model, config, layers, config_file)
             report = LoRAReport(rows_of(layers), (), *count_parameters(model))
         else:
-            check_not_in_ddp(given)
+            check_not_in_ddp(wrapped)
             if parts := wrapped_parts(model):
                 raise ValueError(
                     f"model must be given LoRA before parts of it are compiled or wrapped, got {list_some(parts)} wrapped in a "
@@ -195,7 +198,7 @@ def load_adapter(
             except ValueError as error:
                 raise ValueError(f"{config_file}: {error}") from None
             _check_not_meta(
-                {f"{name}.weight": layer.weight for name, (layer, _) in plan.targets.items()}
+                {f"{name}.weight": target.base.weight for name, target in plan.targets.items()}
             )
             _check_new_layers(plan, tensors, config_file, weights_file)
             report = apply_plan(
@@ -205,10 +208,10 @@ def load_adapter(
         _check_not_meta(targets)
         # With bias="all", PEFT also saves the biases of its wrappers around modules_to_save.
         inner = ("original_module", "modules_to_save")
-        wrapped = tuple(
-            f"{name}.{part}." for name in saved_modules(model, config) for part in inner
+        prefixes = tuple(
+            f"{name}.{child}." for name in saved_modules(model, config) for child in inner
         )
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(wrapped)}
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
         _check_tensors(tensors, targets, report.skipped, weights_file)
         _copy_all(targets, tensors)
     save_merged_layers_plain(model)
@@ -225,7 +228,8 @@ def _check_new_layers(
     """
     ranks: dict[str, int] = {}
     shapes: dict[str, list[int]] = {}
-    for name, (base, _) in plan.targets.items():
+    for name, target in plan.targets.items():
+        base = target.base
         a, b = (f"{file_name(name, base)}.lora_{role}.weight" for role in "AB")
         r = plan.config.rank_of(name)
         rows = r * base.count if isinstance(base, StackedWeight) else r
@@ -244,7 +248,8 @@ def _lora_dtypes(plan: LoRAPlan, tensors: Mapping[str, Tensor]) -> dict[str, tor
     too.
     """
     dtypes = {}
-    for name, (layer, _) in plan.targets.items():
+    for name, target in plan.targets.items():
+        layer = target.base
         keys = [f"{file_name(name, layer)}.lora_{role}.weight" for role in "AB"]
         saved = {tensors[key].dtype for key in keys if key in tensors}
         is_kept = saved == {layer.weight.dtype} and layer.weight.dtype in FLOAT_DTYPES
@@ -253,6 +258,7 @@ def _lora_dtypes(plan: LoRAPlan, tensors: Mapping[str, Tensor]) -> dict[str, tor
 
 
 def _check_not_meta(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor of the model has no values."""
     if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"model must hold values, got {list_some(empty)} on the meta device")
 
@@ -301,6 +307,7 @@ def _wrong_shape(key: str, shape: list[int], tensors: Mapping[str, Tensor], file
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+    """What a file's dtype must have in common with the model's."""
     return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 
@@ -358,14 +365,14 @@ def _check_fits(
             f"model must not be merged while an adapter is loaded, got {list_some(merged)} merged; unmerge_lora it"
         )
     for name, layer in layers.items():
-        for field, have, found in (
+        for field, in_model, in_file in (
             ("r", layer.r, config.rank_of(name)),
             ("lora_alpha", layer.lora_alpha, config.alpha_of(name)),
             ("use_rslora", layer.use_rslora, config.use_rslora),
         ):
-            if have != found:
+            if in_model != in_file:
                 raise ValueError(
-                    f"{field} of {name!r} is {have} in the model, got {found} in {file}"
+                    f"{field} of {name!r} is {in_model} in the model, got {in_file} in {file}"
                 )
     have_config = getattr(model, CONFIG_ATTRIBUTE, None)
     bias = have_config.bias if have_config else "none"

@@ -11,7 +11,12 @@ from typing import Any
 
 from stablelora_kernels.nn.experts import LoRAExperts, LoRAStack
 from stablelora_kernels.nn.factory import is_conv1d, register
-from stablelora_kernels.nn.linear import LoRABranchLinear, LoRAConv1D, LoRALinear, is_plain
+from stablelora_kernels.nn.linear import (
+    LoRABranchLinear,
+    LoRAConv1D,
+    LoRALinear,
+    has_plain_parameters,
+)
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.nn.quantized import LoRAQuantizedLinear, is_kernel_format
 from stablelora_kernels.utils.tensors import is_sharded
@@ -43,6 +48,6 @@ def __getattr__(name: str) -> Any:
 register(is_conv1d, lambda: LoRAConv1D)
 register(lambda base: is_sharded(base.weight), _load_sharded)
 register(lambda base: is_kernel_format(base.weight), lambda: LoRAQuantizedLinear)
-register(is_plain, lambda: LoRALinear)
+register(has_plain_parameters, lambda: LoRALinear)
 # Any other layer computes its own product.
 register(lambda base: True, lambda: LoRABranchLinear)

@@ -9,13 +9,13 @@ stores them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_experts
-from stablelora_kernels.nn.linear import LoRALinear, trained_and_bias
+from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.utils.tensors import is_sharded
 
 # The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
@@ -24,46 +24,63 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def is_llama4(experts: Any) -> bool:
+class Experts(Protocol):
+    """What is read of transformers' modules of experts. Llama 4's has neither has_gate nor
+    is_transposed, nor a norm.
+    """
+
+    num_experts: int
+    has_gate: bool
+    is_transposed: bool
+    has_post_expert_norm: bool
+
+    def act_fn(self, gate: Tensor, /) -> Tensor: ...
+
+    def _apply_gate(self, gate_up: Tensor, /) -> Tensor: ...
+
+    def post_expert_norm(self, h: Tensor, /) -> Tensor: ...
+
+
+def is_llama4(experts: object) -> bool:
     """Whether it is Llama 4's module, which is called without routing: its x has the rows of each
     expert.
     """
     return type(experts).__name__ == "Llama4TextExperts"
 
 
-def reason_against(experts: Any) -> str | None:
+def reason_experts_do_not_fit(experts: nn.Module) -> str | None:
     """Why :func:`compute_experts` cannot compute a module of experts, or None."""
     kind = type(experts)
     if not is_llama4(experts):
         if not hasattr(kind, "_apply_gate"):
             return f"{kind.__name__} is not a stack of experts that lora_experts is known to fit"
-        if (way := getattr(experts.config, "_experts_implementation", None)) not in IMPLEMENTATIONS:
+        way = getattr(experts.config, "_experts_implementation", None)
+        if way not in IMPLEMENTATIONS:
             return f"its experts are computed by {way!r}"
-    return (
-        "another parametrization changes its weights"
-        if hasattr(experts, "parametrizations")
-        else None
-    )
-
-
-def reason_against_stack(experts: Any, name: str, gathered: bool) -> str | None:
-    """Why one of :func:`projections_of` cannot be computed, or None. ``gathered``: shards have been
-    put together.
-    """
-    for t in (getattr(experts, name), getattr(experts, f"{name}_bias", None)):
-        if t is None or (not gathered and is_sharded(t)):
-            continue
-        if type(t) not in (nn.Parameter, Tensor) or t.dtype not in FLOAT_DTYPES:
-            return f"its {name} is a {type(t).__name__} of {t.dtype}"
+    if hasattr(experts, "parametrizations"):
+        return "another parametrization changes its weights"
     return None
 
 
-def projections_of(experts: Any) -> list[str]:
+def reason_stack_does_not_fit(experts: nn.Module, name: str, gathered: bool) -> str | None:
+    """Why one of :func:`projections_of` cannot be computed, or None. ``gathered``: shards have been
+    put together.
+    """
+    for tensor in (getattr(experts, name), getattr(experts, f"{name}_bias", None)):
+        if tensor is None or (not gathered and is_sharded(tensor)):
+            continue
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype not in FLOAT_DTYPES:
+            return f"its {name} is a {type(tensor).__name__} of {tensor.dtype}"
+    return None
+
+
+def projections_of(experts: Experts) -> list[str]:
     """The names of the parameters that stack the projections up (or gate and up) and down."""
-    return ["gate_up_proj" if is_llama4(experts) or experts.has_gate else "up_proj", "down_proj"]
+    has_gate = is_llama4(experts) or experts.has_gate
+    return ["gate_up_proj" if has_gate else "up_proj", "down_proj"]
 
 
-def is_taken_transposed(experts: Any) -> bool:
+def is_taken_transposed(experts: object) -> bool:
     """Whether PEFT takes the weights for [E, in, out]. It is wrong about Llama 4's, so that their A
     is on the output's side.
     """
@@ -71,47 +88,53 @@ def is_taken_transposed(experts: Any) -> bool:
 
 
 def product_of(
-    experts: Any, name: str, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0,
-    dropout_p: float = 0.0, weight: Tensor | None = None,
-) -> Product:  # fmt: skip
+    experts: Experts,
+    name: str,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    weight: Tensor | None = None,
+) -> Product:
     """The product with the parameter ``name`` of a module of experts, or with ``weight`` in its
     place, and its branch.
 
     As PEFT stores them: A [E r, in], the expert slowest, and B [out, r E], the expert fastest.
     """
-    weight, bias = (
-        getattr(experts, name) if weight is None else weight,
-        getattr(experts, f"{name}_bias", None),
-    )
-    count, transposed = weight.shape[0], is_llama4(experts) or experts.is_transposed
+    stacked: Tensor = getattr(experts, name) if weight is None else weight
+    bias: Tensor | None = getattr(experts, f"{name}_bias", None)
+    transposed = is_llama4(experts) or experts.is_transposed
     if lora_A is None or lora_B is None:
-        k, n = weight.shape[1:] if transposed else weight.shape[:0:-1]
-        a, b = weight.new_empty(count, 0, k), weight.new_empty(count, n, 0)
+        count, rows, columns = stacked.shape
+        in_features, out_features = (rows, columns) if transposed else (columns, rows)
+        a = stacked.new_empty(count, 0, in_features)
+        b = stacked.new_empty(count, out_features, 0)
     else:
-        a, b = each_expert(lora_A, lora_B, count)
+        a, b = pairs_by_expert(lora_A, lora_B, stacked.shape[0])
         if transposed != is_taken_transposed(experts):
             a, b = b.transpose(1, 2), a.transpose(1, 2)
     return lambda x, offsets: lora_experts(
-        x, weight, bias, a, b, scaling, offsets, transposed=transposed, dropout_p=dropout_p
+        x, stacked, bias, a, b, scaling, offsets, transposed=transposed, dropout_p=dropout_p
     )
 
 
-def each_expert(lora_A: Tensor, lora_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def pairs_by_expert(lora_A: Tensor, lora_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """[E, r, in] and [E, out, r] of a stack's A and B."""
-    return lora_A.reshape(count, -1, lora_A.shape[1]), lora_B.reshape(
-        lora_B.shape[0], -1, count
-    ).permute(2, 0, 1)
+    a = lora_A.reshape(count, -1, lora_A.shape[1])
+    b = lora_B.reshape(lora_B.shape[0], -1, count)
+    return a, b.permute(2, 0, 1)
 
 
 def compute_experts(
-    experts: Any, products: Mapping[str, Product], x: Tensor, *routing: Tensor
+    experts: Experts, products: Mapping[str, Product], x: Tensor, *routing: Tensor
 ) -> Tensor:
     """The output of a module of experts for x [tokens, H], with ``products`` in place of those with
     its parameters.
 
     ``routing``: the experts of each token [tokens, k], and their weights [tokens, k].
     """
-    up, down = (products.get(name) or product_of(experts, name) for name in projections_of(experts))
+    names = projections_of(experts)
+    up, down = (products.get(name) or product_of(experts, name) for name in names)
     if not is_llama4(experts):
         return _compute_routed(experts, up, down, x, *routing)
     # Each expert has as many rows, and they are sorted.
@@ -122,16 +145,16 @@ def compute_experts(
 
 
 def _compute_routed(
-    experts: Any, up: Product, down: Product, x: Tensor, index: Tensor, weights: Tensor
+    experts: Experts, up: Product, down: Product, x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
     """The experts' outputs, summed for each token with its weights. A slot of no expert here adds
     nothing.
     """
     tokens, top_k = index.shape
     # Experts of other processes have numbers behind the last one here, and so the last rows.
-    each, order = torch.sort(index.reshape(-1), stable=True)
-    numbers = torch.arange(experts.num_experts, device=x.device, dtype=each.dtype)
-    offsets = torch.searchsorted(each, numbers, right=True, out_int32=True)
+    expert_of_row, order = torch.sort(index.reshape(-1), stable=True)
+    numbers = torch.arange(experts.num_experts, device=x.device, dtype=expert_of_row.dtype)
+    offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
     h = up(x[order // top_k], offsets)
     h = down(experts._apply_gate(h) if experts.has_gate else experts.act_fn(h), offsets)
     if experts.has_post_expert_norm:
@@ -148,12 +171,14 @@ def _compute_routed(
 class StackedWeight:
     """A parameter of a module of experts, with what :class:`LoRALinear` reads of its ``nn.Linear``."""
 
-    def __init__(self, experts: Any, name: str, depth: int) -> None:
-        self.experts, self.name = experts, name
+    def __init__(self, experts: nn.Module, name: str, depth: int) -> None:
+        self.experts: Any = experts
+        self.name = name
         # PEFT nests a module for each adapted parameter. So many come behind this one's.
         self.depth = depth
-        self.count, *sizes = self.weight.shape
-        self.out_features, self.in_features = sizes[::-1] if is_taken_transposed(experts) else sizes
+        self.count, rows, columns = self.weight.shape
+        transposed = is_taken_transposed(self.experts)
+        self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
         self.training = experts.training
 
     @property
@@ -188,6 +213,7 @@ class LoRAStack(LoRALinear):
 
     @property
     def holder(self) -> nn.Module:
+        """The module of experts."""
         return self.__dict__["_base"].experts  # type: ignore[no-any-return]
 
     @property
@@ -216,24 +242,26 @@ class LoRAStack(LoRALinear):
         if self.merged:
             self._check_trains()
             return product_of(base.experts, base.name)(x, offsets)
-        _, lora_A, lora_B = trained_and_bias(self)
         dropout_p = self.lora_dropout if self.training else 0.0
-        return product_of(base.experts, base.name, lora_A, lora_B, self.scaling, dropout_p)(
-            x, offsets
+        product = product_of(
+            base.experts, base.name, self.lora_A, self.lora_B, self.scaling, dropout_p
         )
+        return product(x, offsets)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """``scaling · B A`` of each expert, in the weight's layout, in float32 (float64 for float64
         weights).
         """
-        base, dtype = self.__dict__["_base"], torch.promote_types(self.lora_A.dtype, torch.float32)
-        a, b = each_expert(self.lora_A.to(dtype), self.lora_B.to(dtype), base.count)
+        base: StackedWeight = self.__dict__["_base"]
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        a, b = pairs_by_expert(self.lora_A.to(dtype), self.lora_B.to(dtype), base.count)
         with torch.autocast(a.device.type, enabled=False):
             delta = self.scaling * (b @ a)
         return delta.transpose(1, 2) if is_taken_transposed(base.experts) else delta
 
     def _weight_key(self, prefix: str) -> str:
+        """The experts' own name of the weight, in ``LoRAExperts.base_layer``."""
         name = self.__dict__["_base"].name
         return f"{prefix.removesuffix(f'{name}.')}base_layer.{name}"
 
@@ -257,12 +285,12 @@ class LoRAExperts(nn.Module):
         """The experts' output, for the arguments of ``base_layer``: x [tokens, H], each token's
         experts and their weights.
         """
-        stacks: dict[str, Any] = {
-            name: m for name, m in self._modules.items() if isinstance(m, LoRAStack)
+        stacks = {
+            name: module for name, module in self._modules.items() if isinstance(module, LoRAStack)
         }
         if not all(stack._disabled or stack.merged for stack in stacks.values()):
-            return compute_experts(self.base_layer, stacks, x, *routing)
-        frozen = {}
+            return compute_experts(self.base_layer, stacks, x, *routing)  # type: ignore[arg-type]
+        frozen: dict[str, Tensor] = {}
         for name, stack in stacks.items():
             if not stack._disabled:
                 stack._check_trains()
@@ -273,12 +301,12 @@ class LoRAExperts(nn.Module):
         return self.base_layer(x, *routing)
 
 
-def reason_to_skip(experts: Any, name: str) -> str | None:
+def reason_parameter_gets_no_lora(experts: Any, name: str) -> str | None:
     """Why the parameter ``name`` of a module cannot get a :class:`LoRAStack`, or None."""
-    if (reason := reason_against(experts)) is not None:
+    if (reason := reason_experts_do_not_fit(experts)) is not None:
         return reason
     if name not in projections_of(experts):
         return f"its {name} is none of {', '.join(projections_of(experts))}"
     if "forward" in experts.__dict__:
         return "its module's forward was replaced (as accelerate's hooks do)"
-    return reason_against_stack(experts, name, gathered=True)
+    return reason_stack_does_not_fit(experts, name, gathered=True)

@@ -5,14 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.nn.gradients import reason_input_gets_no_gradient
 from stablelora_kernels.quantized import is_quantized
+
+
+class BaseLayer(Protocol):
+    """What a LoRA layer reads of the frozen layer that it goes over."""
+
+    training: bool
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
 
 _STATE_DICT_HOOKS = (
     "_state_dict_hooks",
@@ -20,17 +32,19 @@ _STATE_DICT_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_registry: list[tuple[Callable[[Any], bool], Callable[[], type[Any]]]] = []
+# Loads a class of LoRA layers, a subclass of LoRALinear.
+Load = Callable[[], type[Any]]
+_registry: list[tuple[Callable[[Any], bool], Load]] = []
 
 
-def register(fits: Callable[[Any], bool], load: Callable[[], type[Any]]) -> None:
+def register(fits: Callable[[nn.Linear], bool], load: Load) -> None:
     """Use the class that ``load()`` returns for every layer that ``fits`` accepts. The first
     registration that fits wins.
     """
     _registry.append((fits, load))
 
 
-def class_for(base: Any) -> type[Any]:
+def class_for(base: nn.Module) -> type[Any]:
     """The class of the LoRA layer over ``base``.
 
     Raises:
@@ -48,8 +62,10 @@ def class_for(base: Any) -> type[Any]:
     return layer_class
 
 
-def _check_gradient(base: Any) -> None:
-    if (reason := reason_input_gets_no_gradient(base)) is not None:
+def _check_gradient(base: nn.Module) -> None:
+    """Raise ValueError if LoRA on the layers before ``base`` would get no gradient through it."""
+    reason = reason_input_gets_no_gradient(base)
+    if reason is not None:
         raise ValueError(f"linear must give its input a gradient, but {reason}")
 
 
@@ -81,10 +97,10 @@ def replacement_class(module: Any) -> type[Any]:
         raise ValueError("it holds other parameters or modules than weight and bias")
     layer_class = class_for(module)
     if not layer_class.calls_base:
-        for part in (None if is_quantized(module.weight) else module.weight, module.bias):
-            if part is not None and part.dtype not in FLOAT_DTYPES:
+        for tensor in (None if is_quantized(module.weight) else module.weight, module.bias):
+            if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
                 raise TypeError(
-                    f"it holds a {type(part).__name__} of {part.dtype}, not a plain floating-point Parameter"
+                    f"it holds a {type(tensor).__name__} of {tensor.dtype}, not a plain floating-point Parameter"
                 )
         if any(getattr(module, attribute, None) for attribute in _STATE_DICT_HOOKS):
             raise ValueError("it has state_dict hooks")
@@ -93,7 +109,7 @@ def replacement_class(module: Any) -> type[Any]:
     return layer_class
 
 
-def is_conv1d(module: Any) -> bool:
+def is_conv1d(module: object) -> bool:
     """Whether ``module`` is transformers' ``Conv1D``. The check needs no transformers."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"

@@ -8,7 +8,7 @@ the format.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ _ATTRIBUTES = ("act_quant_kwargs", "activation_quantization")
 # Products of integers on a GPU need more than 16 rows.
 _ROWS = 32
 # Whether layers of a kind give their input a gradient.
-_tried: dict[tuple[Any, ...], bool] = {}
+_tried: dict[Hashable, bool] = {}
 
 
 def reason_input_gets_no_gradient(layer: nn.Module) -> str | None:
@@ -30,11 +30,9 @@ def reason_input_gets_no_gradient(layer: nn.Module) -> str | None:
     if not isinstance(layer, nn.Linear):
         return None
     if _scheme_of_inputs(layer) is not None:
-        return (
-            None
-            if _gives_gradient(layer)
-            else "compressed-tensors quantizes the input without a gradient"
-        )
+        if _gives_gradient(layer):
+            return None
+        return "compressed-tensors quantizes the input without a gradient"
     # Subclasses have products of their own, and a parametrized one computes its weight at each
     # access.
     if type(layer) is not nn.Linear or not _is_of_a_library(layer.weight) or _gives_gradient(layer):
@@ -44,14 +42,12 @@ def reason_input_gets_no_gradient(layer: nn.Module) -> str | None:
 
 def layers_without_gradient(model: nn.Module) -> dict[str, str]:
     """The layers of ``model`` that give their input no gradient, by name, with the reason."""
-    reasons = {
-        name: reason_input_gets_no_gradient(module) for name, module in model.named_modules()
-    }
-    return {
-        name.removesuffix(".base_layer"): reason
-        for name, reason in reasons.items()
-        if reason is not None
-    }
+    reasons = {}
+    for name, module in model.named_modules():
+        reason = reason_input_gets_no_gradient(module)
+        if reason is not None:
+            reasons[name.removesuffix(".base_layer")] = reason
+    return reasons
 
 
 def _is_of_a_library(weight: Tensor) -> bool:
@@ -63,12 +59,13 @@ def _is_of_a_library(weight: Tensor) -> bool:
     )
 
 
-def _scheme_of_inputs(layer: nn.Linear) -> Any:
+def _scheme_of_inputs(layer: nn.Linear) -> object:
     """What compressed-tensors has stored of how it quantizes the layer's input, or None."""
     return getattr(getattr(layer, "quantization_scheme", None), "input_activations", None)
 
 
 def _gives_gradient(layer: nn.Linear) -> bool:
+    """Whether ``layer`` gives its input a gradient: one call is tried for all layers of its kind."""
     kind = _kind(layer)
     if kind not in _tried:
         try:
@@ -80,7 +77,7 @@ def _gives_gradient(layer: nn.Linear) -> bool:
     return _tried[kind]
 
 
-def _kind(layer: nn.Linear) -> tuple[Any, ...]:
+def _kind(layer: nn.Linear) -> Hashable:
     """What layers have in common that compute alike: the type of the weight and its settings."""
     weight = layer.weight
     settings = {

@@ -5,22 +5,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.config import check_init
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear
-from stablelora_kernels.nn.factory import class_for
+from stablelora_kernels.nn.factory import BaseLayer, class_for
 from stablelora_kernels.nn.merging import Mergeable
-from stablelora_kernels.nn.projection_group import ATTRIBUTE
+from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
 from stablelora_kernels.utils.validation import check_float, check_int
 
 
 def sizes_of(base: Any) -> tuple[int, int]:
     """The input and output features of an ``nn.Linear`` or a ``Conv1D``."""
-    return (base.nx, base.nf) if hasattr(base, "nf") else (base.in_features, base.out_features)
+    if hasattr(base, "nf"):
+        return base.nx, base.nf
+    return base.in_features, base.out_features
 
 
 class LoRALinear(Mergeable):
@@ -118,12 +120,20 @@ class LoRALinear(Mergeable):
             ValueError: ``linear`` gives its input no gradient.
             ValueError, TypeError: as the constructor. The layer is not frozen then.
         """
-        settings = (r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
-        return make_layer(class_for(linear), linear, *settings)
+        return make_layer(
+            class_for(linear),
+            cast(BaseLayer, linear),
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights,
+            lora_dtype,
+        )
 
     def _setup(
         self,
-        base: Any,
+        base: BaseLayer,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
@@ -131,6 +141,7 @@ class LoRALinear(Mergeable):
         init_lora_weights: bool | str,
         lora_dtype: torch.dtype,
     ) -> None:
+        """The constructor's work, over a frozen layer that is there already."""
         check_int("r", r, minimum=1)
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
@@ -147,29 +158,31 @@ class LoRALinear(Mergeable):
             lora_dtype = torch.float64
         super().__init__()
         self.in_features, self.out_features = sizes_of(base)
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self._start_unmerged()
         self._disabled = False
         for frozen in base.parameters():
             frozen.requires_grad_(False)
-        self._attach(base)
+        self._attach(base)  # type: ignore[arg-type]
         factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty(r * self.num_experts, self.in_features, **factory))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r * self.num_experts, **factory))
         self.reset_lora_parameters(init_lora_weights)
 
     @staticmethod
-    def check_base(base: Any) -> None:
+    def check_base(base: BaseLayer) -> None:
         """Raise ValueError or TypeError if this class cannot use the weight of ``base``."""
 
     @staticmethod
-    def _compute_dtype(base: Any) -> torch.dtype:
+    def _compute_dtype(base: BaseLayer) -> torch.dtype:
         """The dtype that ``base`` computes in."""
         return base.weight.dtype
 
-    def _attach(self, base: Any) -> None:
+    def _attach(self, base: nn.Linear) -> None:
         """Share the frozen parameters of ``base``."""
         self.weight = cast(nn.Parameter, base.weight)
         self.register_parameter("bias", base.bias)
@@ -213,9 +226,8 @@ class LoRALinear(Mergeable):
         """
         if self._disabled:
             return self._base_output(x)
-        if (group := self.__dict__.get(ATTRIBUTE)) is not None and (
-            y := group.output(self, x)
-        ) is not None:
+        group: ProjectionGroup | None = self.__dict__.get(ATTRIBUTE)
+        if group is not None and (y := group.output(self, x)) is not None:
             return y
         if self.merged:
             self._check_trains()
@@ -242,7 +254,7 @@ class LoRALinear(Mergeable):
         weight = self._parameters.get("weight")
         return self.weight if weight is None else weight
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         # A copy is not in the block of disable_lora that its original is in.
         super().__setstate__({**state, "_disabled": False})
 
@@ -274,6 +286,7 @@ class LoRAConv1D(LoRALinear):
         return self.weight.t()
 
     def _stored_delta(self) -> Tensor:
+        # A Conv1D's weight is [in_features, out_features].
         return self.delta_weight().t()
 
 
@@ -293,11 +306,11 @@ class LoRABranchLinear(LoRALinear):
     base_layer: nn.Linear
     calls_base = True
 
-    def _attach(self, base: Any) -> None:
+    def _attach(self, base: nn.Linear) -> None:
         self.base_layer = base
 
     @staticmethod
-    def _compute_dtype(base: Any) -> torch.dtype:
+    def _compute_dtype(base: BaseLayer) -> torch.dtype:
         return base.weight.dtype if base.weight.dtype in FLOAT_DTYPES else torch.float32
 
     @property
@@ -344,47 +357,61 @@ class LoRABranchLinear(LoRALinear):
 
 
 def make_layer(
-    layer_class: type[LoRALinear], base: nn.Module, *args: Any, **kwargs: Any
+    layer_class: type[LoRALinear],
+    base: BaseLayer,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    use_rslora: bool,
+    init_lora_weights: bool | str,
+    lora_dtype: torch.dtype,
 ) -> LoRALinear:
     """A layer of the class that the factory chose for ``base``. The other arguments are those of
     ``from_linear``.
     """
     layer = layer_class.__new__(layer_class)
-    layer._setup(base, *args, **kwargs)
+    layer._setup(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
     return layer.train(base.training)
 
 
-def is_plain(base: Any) -> bool:
+def has_plain_parameters(base: nn.Linear) -> bool:
     """Whether ``base`` computes its product from plain parameters, so :class:`LoRALinear` can read
     them.
     """
-    parameters = [parameter for parameter in (base.weight, base.bias) if parameter is not None]
-    return (
-        all(type(parameter) is nn.Parameter for parameter in parameters)
-        and type(base).__name__ != "Linear8bitLt"
-    )
+    if type(base).__name__ == "Linear8bitLt" or type(base.weight) is not nn.Parameter:
+        return False
+    return base.bias is None or type(base.bias) is nn.Parameter
 
 
-def trained_and_bias(layer: LoRALinear) -> tuple[Any, Any, Any]:
+def trained_and_bias(layer: LoRALinear) -> tuple[Tensor | None, Tensor, Tensor]:
     """The bias, A and B of a layer."""
-    own = layer._parameters
+    parameters = layer._parameters
     try:
         # nn.Module's __getattr__ takes longer than the rest of a call's Python.
-        return own["bias"], own["lora_A"], own["lora_B"]
+        return parameters["bias"], parameters["lora_A"], parameters["lora_B"]  # type: ignore[return-value]
     except KeyError:
         # FSDP and parametrizations replace them by plain attributes.
         return layer.bias, layer.lora_A, layer.lora_B
 
 
-def weight_and_bias(linear: Any) -> tuple[Any, Any]:
+def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight and the bias of an ``nn.Linear``; as :func:`trained_and_bias`."""
-    own = linear._parameters
+    parameters = linear._parameters
     try:
-        return own["weight"], own["bias"]
+        return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
     except KeyError:
-        return linear.weight, linear.bias
+        return linear.weight, linear.bias  # type: ignore[return-value]
 
 
-def projection_group_key(layer: LoRALinear) -> tuple[Any, ...]:
+class GroupKey(NamedTuple):
     """Layers can form a projection group if their keys are equal."""
-    return (layer.in_features, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout)
+
+    in_features: int
+    dtype: torch.dtype
+    lora_dtype: torch.dtype
+    dropout_p: float
+
+
+def projection_group_key(layer: LoRALinear) -> GroupKey:
+    """Layers of one key can form a projection group."""
+    return GroupKey(layer.in_features, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout)

@@ -5,9 +5,8 @@ for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +49,7 @@ class Mergeable(nn.Module):
     scaling: float
 
     def _start_unmerged(self) -> None:
+        """Set the attributes of a layer that is not merged."""
         self.merged = False
         # While merged, the Parameter that merge() replaced. It is not registered: state_dict and
         # parameters() must not list it.
@@ -84,7 +84,8 @@ class Mergeable(nn.Module):
         """
         if self.merged:
             raise RuntimeError("this LoRALinear is merged already")
-        merged, delta = torch.empty_like(self.weight), self._stored_delta()
+        merged = torch.empty_like(self.weight)
+        delta = self._stored_delta()
         for out, weight, change in self._merge_rows(merged, self.weight, delta):
             out.copy_(weight.to(delta.dtype) + change)
         if not self._all_finite(merged):
@@ -122,7 +123,8 @@ class Mergeable(nn.Module):
         """The largest error and the largest change, as device scalars."""
         largest_error = delta.new_zeros(())
         for stored, weight, change in self._merge_rows(self.weight, self.frozen_weight, delta):
-            stored, weight = stored.to(delta.dtype), weight.to(delta.dtype)
+            stored = stored.to(delta.dtype)
+            weight = weight.to(delta.dtype)
             # The exact rounding error of the addition itself (Knuth's TwoSum).
             total = weight + change
             back = total - weight
@@ -165,7 +167,7 @@ class Mergeable(nn.Module):
         self.__dict__["_unmerged_weight"] = None
         self.merged = False
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Mergeable:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mergeable:
         # .to(), .half() and the like must also move the weight that unmerge() will restore.
         super()._apply(fn, recurse)
         if self.merged:
@@ -173,7 +175,9 @@ class Mergeable(nn.Module):
                 self.frozen_weight.data = fn(self.frozen_weight.data)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
         # Loading a merged weight together with A and B would apply the branch twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
@@ -182,10 +186,19 @@ class Mergeable(nn.Module):
             )
 
     def _weight_key(self, prefix: str) -> str:
+        """The weight's key in ``state_dict``."""
         return prefix + "weight"
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any,
-                              unexpected: Any, errors: list[str]) -> None:  # fmt: skip
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local: dict[str, object],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         if self.merged:
             errors.append(
                 f"{prefix.rstrip('.') or 'this LoRALinear'} is merged; unmerge() before loading into it"

@@ -4,7 +4,7 @@ tensor.
 A ``TorchFunctionMode`` sees every operation on tensors and refuses those that a gated MLP does not
 have. Nothing is computed, since values can mislead: a clamp at 7 changes no small number. The
 forward runs on a stand-in for the module, which notes each attribute that the forward reads.
-:func:`reason_to_skip` compares these attributes in each later call.
+:func:`reason_form_changed` compares these attributes in each later call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import enum
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -41,9 +41,11 @@ _CONSTANTS = {
 }
 # Stands for a missing attribute. It is a class, so that copies and pickles of a Form have the same.
 _ABSENT = inspect.Parameter.empty
+# The names of attributes that lead from a module to a value.
+Path = tuple[str, ...]
 _OPERATIONS = {silu, gelu, torch.mul, Tensor.mul, torch.chunk, Tensor.chunk}
 # Formulas of activations without their input, and their names in the op. True means in place.
-_ACTIVATIONS: dict[tuple[Any, ...], str] = {
+_ACTIVATIONS: dict[tuple[object, ...], str] = {
     ("silu", False): "silu", ("silu", True): "silu", ("gelu",): "gelu", ("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh",
 }  # fmt: skip
 _OTHER = "it computes something else than down(act(gate(x)) * up(x))"
@@ -70,12 +72,12 @@ class Form(NamedTuple):
     down: Child
     activation: str
     argument: str = ""
-    reads: tuple[tuple[tuple[str, ...], Any], ...] = ()
+    reads: tuple[tuple[Path, object], ...] = ()
 
 
-def reason_to_skip(module: nn.Module, form: Form) -> str | None:
-    """Why the op does not stand for the forward: an attribute that it reads is another, or a child
-    has hooks. None if it does.
+def reason_form_changed(module: nn.Module, form: Form) -> str | None:
+    """Why ``module`` may not compute its form any more, or None: an attribute that its forward reads
+    is another, or a child has hooks.
     """
     for path, known in form.reads:
         value = reduce(_attribute, path, module)
@@ -88,28 +90,32 @@ def reason_to_skip(module: nn.Module, form: Form) -> str | None:
     return None
 
 
-def _attribute(value: Any, name: str) -> Any:
+def _attribute(value: object, name: str) -> Any:
+    """An attribute of a module or a configuration, or ``_ABSENT``."""
     if not isinstance(value, nn.Module):
         return getattr(value, name, _ABSENT)
     # Attributes of the instance only. This is faster than nn.Module.__getattr__.
-    own = value.__dict__
-    plain = own.get(name, own["_buffers"].get(name, _ABSENT))
-    return own["_modules"].get(name, own["_parameters"].get(name, plain))
+    attributes = value.__dict__
+    for kind in ("_modules", "_parameters"):
+        if name in attributes[kind]:
+            return attributes[kind][name]
+    if name in attributes:
+        return attributes[name]
+    return attributes["_buffers"].get(name, _ABSENT)
 
 
-def _key(value: Any) -> tuple[Any, ...]:
+def _key(value: object) -> tuple[object, ...]:
     """A value's type, and the value if it is constant. Its copies and pickles have an equal key."""
     kind = type(value)
-    if kind is partial:
+    if isinstance(value, partial) and kind is partial:
         return kind, value.func, value.args, tuple(value.keywords.items())
-    if (kind in _CONSTANTS or isinstance(value, enum.Enum)) and getattr(
-        value, "__closure__", None
-    ) is None:
+    is_constant = kind in _CONSTANTS or isinstance(value, enum.Enum)
+    if is_constant and getattr(value, "__closure__", None) is None:
         return kind, value
     return (Tensor if isinstance(value, Tensor) else kind,)
 
 
-def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | str:
+def form_of(module: nn.Module, is_projection: Callable[[object], bool]) -> Form | str:
     """The form of ``module``, or why it is no gated MLP. ``is_projection`` says which children
     compute a projection of x.
     """
@@ -121,38 +127,48 @@ def form_of(module: nn.Module, is_projection: Callable[[Any], bool]) -> Form | s
         (argument,) = inspect.signature(forward).bind(None).arguments
     except (TypeError, ValueError):
         return "its forward takes more than one tensor"
-    function: Any = forward.__func__
-    if str(function.__module__).startswith("liger_kernel."):
-        variables = function.__globals__ | _LIGER
-        function = FunctionType(
-            function.__code__, variables, None, function.__defaults__, function.__closure__
-        )
+    function = _without_liger(forward.__func__)
     forms: set[Form] = set()
-    reads: dict[tuple[str, ...], Any] = {}
+    reads: dict[Path, object] = {}
+    cuda = torch.cuda.is_available()
     # A forward may do something else in each of these modes.
-    gradients, cuda = (
-        (torch.enable_grad, torch.no_grad, torch.inference_mode),
-        torch.cuda.is_available(),
-    )
-    for autocast, gradient in itertools.product((False, True), gradients):
+    gradient_modes = (torch.enable_grad, torch.no_grad, torch.inference_mode)
+    for autocast, gradient_mode in itertools.product((False, True), gradient_modes):
         with (
             torch.autocast("cpu", enabled=autocast),
             torch.autocast("cuda", enabled=autocast and cuda),
-            gradient(),
+            gradient_mode(),
         ):
             form = _Run(is_projection, reads).form(function, module)
         if isinstance(form, str):
             return form
         forms.add(form)
+    if len(forms) > 1:
+        return _OTHER
     # Children in the module's order: reasons name the first one.
-    order: dict[tuple[str, ...], int] = {(name,): i for i, name in enumerate(module._modules)}
-    ordered = tuple(sorted(reads.items(), key=lambda read: order.get(read[0], -1)))
-    return _OTHER if len(forms) > 1 else forms.pop()._replace(argument=argument, reads=ordered)
+    places: dict[Path, int] = {(name,): place for place, name in enumerate(module._modules)}
+    ordered = sorted(reads.items(), key=lambda read: places.get(read[0], -1))
+    return forms.pop()._replace(argument=argument, reads=tuple(ordered))
+
+
+def _without_liger(function: Any) -> Callable[..., object]:
+    """A forward of Liger's with PyTorch's operations in place of Liger's; any other as it is."""
+    if not str(function.__module__).startswith("liger_kernel."):
+        return function  # type: ignore[no-any-return]
+    variables = function.__globals__ | _LIGER
+    return FunctionType(
+        function.__code__, variables, None, function.__defaults__, function.__closure__
+    )
 
 
 def _mode() -> tuple[bool, ...]:
-    autocast = map(torch.is_autocast_enabled, ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    """The modes of gradients and autocast."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
 
 
 class _Run(TorchFunctionMode):
@@ -163,80 +179,115 @@ class _Run(TorchFunctionMode):
     formula of its input.
     """
 
-    def __init__(
-        self, is_projection: Callable[[Any], bool], reads: dict[tuple[str, ...], Any]
-    ) -> None:
-        self.is_projection, self.reads, self.mode, self.reason = is_projection, reads, _mode(), ""
+    def __init__(self, is_projection: Callable[[object], bool], reads: dict[Path, object]) -> None:
+        self.is_projection = is_projection
+        # What the forward has read; see Form.
+        self.reads = reads
+        self.mode = _mode()
+        # The first reason against the form.
+        self.reason = ""
         self.tensors: list[weakref.ref[Tensor]] = []
         self.attributes: list[_Attributes] = []
 
-    def form(self, function: Callable[..., Any], module: nn.Module) -> Form | str:
+    def form(self, function: Callable[..., object], module: nn.Module) -> Form | str:
         """The form without its argument and reads, or the first reason against it."""
         try:
-            with self:
-                formula = getattr(
-                    function(_Attributes(self, (), module).stand_in, self.tensor("x")),
-                    "formula",
-                    None,
-                )
+            formula = self._formula_of_output(function, module)
             if any(tensor() is not None for tensor in self.tensors):
                 self.refuse("its forward keeps a tensor")
-            if any(attributes != attributes.given for attributes in self.attributes):
+            if any(attributes != attributes.as_read for attributes in self.attributes):
                 self.refuse("its forward changes its attributes")
-            match formula:
-                case (Child() as down, ("mul", (*operation, Child() as gate), Child() as up)):
-                    activation, halves = _ACTIVATIONS.get(tuple(operation)), {gate.half, up.half}
-                    is_stacked = halves == {0, 1}
-                    # Autograd refuses to change a half in place.
-                    is_allowed = halves == {None} or (is_stacked and True not in operation)
-                    is_distinct = gate != up and down.name not in (gate.name, up.name)
-                    # Six tensors are x, gate, up, activation, product and output. A stacked
-                    # projection and its halves make seven. Another operation may draw a second mask
-                    # of dropout, or change one of these in place.
-                    is_exact = len(self.tensors) == 6 + is_stacked and _mode() == self.mode
-                    if activation and is_allowed and is_distinct and is_exact:
-                        return self.reason or Form(gate, up, down, activation)
+            form = self._form_of(formula)
         except Exception as error:
             return self.reason or f"its forward can't be followed ({type(error).__name__})"
-        return self.reason or _OTHER
+        return self.reason or form or _OTHER
+
+    def _formula_of_output(self, function: Callable[..., object], module: nn.Module) -> object:
+        """Run the forward, and return its output's formula."""
+        with self:
+            stand_in = _Attributes(self, (), module).stand_in
+            # No variable may hold x or the output: form() looks whether the forward keeps a tensor.
+            return _formula(function(stand_in, self.tensor("x")))
+
+    def _form_of(self, formula: object) -> Form | None:
+        """The form of a gated MLP if ``formula`` is one's and the forward did nothing else."""
+        match formula:
+            case (Child() as down, ("mul", (*operation, Child() as gate), Child() as up)):
+                activation = _ACTIVATIONS.get(tuple(operation))
+                halves = {gate.half, up.half}
+                is_stacked = halves == {0, 1}
+                # Autograd refuses to change a half in place.
+                is_allowed = halves == {None} or (is_stacked and True not in operation)
+                is_distinct = gate != up and down.name not in (gate.name, up.name)
+                # Six tensors are x, gate, up, activation, product and output. A stacked projection
+                # and its halves make seven. Another operation may draw a second mask of dropout, or
+                # change one of these in place.
+                is_exact = len(self.tensors) == 6 + is_stacked and _mode() == self.mode
+                if activation and is_allowed and is_distinct and is_exact:
+                    return Form(gate, up, down, activation)
+        return None
 
     def refuse(self, reason: str) -> NoReturn:
+        """End the run: the module is no gated MLP."""
         # The forward may catch the exception and go on, so the first reason counts.
         self.reason = self.reason or reason
         raise RuntimeError(reason)
 
-    def tensor(self, formula: Any) -> Any:
+    def tensor(self, formula: object) -> Tensor:
         """The result of an operation, which must run in the mode of the call."""
         if _mode() != self.mode:
             self.refuse("its forward changes the gradient or the autocast mode")
         with torch._C.DisableTorchFunction():
-            tensor: Any = torch.empty(0, device="meta")
-        tensor.formula = formula
+            tensor = torch.empty(0, device="meta")
+        tensor.formula = formula  # type: ignore[attr-defined]
         self.tensors.append(weakref.ref(tensor))
         return tensor
 
     def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        function: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Instead of an operation: its result as an empty tensor with its formula. It refuses
+        operations that a gated MLP does not have.
+        """
         if function is torch._C._set_grad_enabled:
             return function(*args)
-        name = function.__name__
+        name: str = function.__name__
         if name == "__get__":
             self.refuse(f"it reads {function.__self__.__name__!r} of a tensor")
         if function not in _OPERATIONS:
             self.refuse(f"it calls {name}")
-        operands = (getattr(value, "formula", value) for value in (*args, *(kwargs or {}).values()))
-        formula = (name, *sorted(operands, key=lambda operand: isinstance(operand, Child)))
-        match formula:
-            case ("chunk", 2, -1, Child(stacked, None)):
-                return [self.tensor(Child(stacked, half)) for half in range(2)]
-            case ("chunk", *_):
-                self.refuse(_OTHER)
-            case ("silu", True, _) if hasattr(args[0], "formula"):
-                # The forward may use the input instead of the result.
-                args[0].formula = self.tensor(formula).formula
-                return args[0]
+        arguments = [*args, *(kwargs or {}).values()]
+        operands = _children_last(getattr(value, "formula", value) for value in arguments)
+        if name == "chunk":
+            return self._halves(operands)
+        formula = (name, *operands)
+        if name == "silu" and operands[0] is True and hasattr(args[0], "formula"):
+            # In place: the forward may use the input instead of the result.
+            self.tensor(formula)
+            args[0].formula = formula
+            return args[0]
         return self.tensor(formula)
+
+    def _halves(self, operands: list[object]) -> list[Tensor]:
+        """Gate and up of a projection that computes both stacked, which the forward cuts in two."""
+        match operands:
+            case [2, -1, Child(stacked, None)]:
+                return [self.tensor(Child(stacked, half)) for half in range(2)]
+        self.refuse(_OTHER)
+
+
+def _formula(value: object) -> object:
+    """The formula of a tensor of a run; None for anything else."""
+    return getattr(value, "formula", None)
+
+
+def _children_last(operands: Iterable[object]) -> list[object]:
+    """The order of operands in a formula, in which a * b and b * a are one."""
+    return sorted(operands, key=lambda operand: isinstance(operand, Child))
 
 
 class _Attributes(dict[str, Any]):
@@ -244,93 +295,111 @@ class _Attributes(dict[str, Any]):
     forward asks for it.
 
     ``nn.Module.__getattr__`` looks in ``__dict__["_parameters"]`` first, which is this dict itself.
-    ``given`` is a copy of this dict until the forward sets an attribute.
+    ``as_read`` is a copy of this dict until the forward sets an attribute.
     """
 
-    def __init__(self, run: _Run, path: tuple[str, ...], value: Any) -> None:
-        self.run, self.path, self.value = run, path, value
+    def __init__(self, run: _Run, path: Path, value: object) -> None:
+        self.run = run
+        self.path = path
+        self.value = value
         # nn.Module.__call__ calls this attribute instead of the forward.
-        self.given: dict[str, Any] = {"_compiled_call_impl": self.call}
-        super().__init__(self.given)
+        self.as_read: dict[str, object] = {"_compiled_call_impl": self.call}
+        super().__init__(self.as_read)
         run.attributes.append(self)
-        # The stand-in has the class of a module. A configuration's class may find attributes in
-        # other ways.
-        members = {
-            "__getattr__": nn.Module.__getattr__,
-            "__class__": property(lambda _: type(value)),
-        }
-        kind: Any = type(value) if isinstance(value, nn.Module) else type("StandIn", (), members)
-        self.stand_in: Any = object.__new__(kind)
+        kind = self._class_of_stand_in()
+        self.stand_in: object = object.__new__(kind)
         object.__setattr__(self.stand_in, "__dict__", self)
         if not run.is_projection(value):
-            # Python finds a class's attribute without asking here. The instance may have its own
-            # instead, now or later.
-            classes = set(kind.__mro__) - set(nn.Module.__mro__)
-            names = (vars(value).keys() & dir(kind)).union(*map(vars, classes)) - {
-                "forward",
-                *_FOR_PRINTING,
-            }
-            for name in names:
-                if not name.startswith("__"):
-                    with contextlib.suppress(AttributeError):
-                        self[name]
+            self._read_attributes_of_class(kind)
 
-    def __missing__(self, name: str) -> Any:
+    def _class_of_stand_in(self) -> type:
+        """A module's own class; for a configuration one whose attributes all come by here."""
+        kind = type(self.value)
+        if isinstance(self.value, nn.Module):
+            return kind
+        # A configuration's class may find attributes in other ways.
+        members = {"__getattr__": nn.Module.__getattr__, "__class__": property(lambda _: kind)}
+        return type("StandIn", (), members)
+
+    def _read_attributes_of_class(self, kind: type) -> None:
+        """Read the attributes that Python finds in the class without asking here. The instance may
+        have its own instead, now or later.
+        """
+        names = vars(self.value).keys() & set(dir(kind))
+        for base in set(kind.__mro__) - set(nn.Module.__mro__):
+            names |= vars(base).keys()
+        for name in names - {"forward", *_FOR_PRINTING}:
+            if not name.startswith("__"):
+                with contextlib.suppress(AttributeError):
+                    self[name]
+
+    def __missing__(self, name: str) -> object:
+        """Read an attribute and note it. It refuses one whose change no later call would notice."""
         if name == "_parameters":
             return self
-        path, value = (*self.path, name), _attribute(self.value, name)
+        path = (*self.path, name)
+        value = _attribute(self.value, name)
         self.run.reads[path] = _key(value)
         if value is _ABSENT:
             raise AttributeError(name)
-        parts = (
-            (value.func, *value.args, *value.keywords.values())
-            if isinstance(value, partial)
-            else (value,)
-        )
-        is_value = isinstance(value, Tensor) or all(len(_key(part)) > 1 for part in parts)
         is_child = isinstance(value, nn.Module) and not self.path
-        is_plain = (
-            hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "__len__")
-        )
         # Calls do not compare the training mode, nor a projection's attributes.
         is_compared = name != "training" and not self.run.is_projection(self.value)
-        if not is_compared or not (is_value or is_child or is_plain):
+        if not is_compared or not (_is_constant(value) or is_child or _is_record(value)):
             self.run.refuse(
                 f"it reads {'.'.join(path)!r}, a {type(value).__name__}, which may change unseen"
             )
-        self[name] = self.given[name] = (
-            value if is_value else _Attributes(self.run, path, value).stand_in
-        )
-        return self[name]
+        if not _is_constant(value):
+            value = _Attributes(self.run, path, value).stand_in
+        self.as_read[name] = value
+        self[name] = value
+        return value
 
     def __contains__(self, name: Any) -> bool:
         return self[name] is not _ABSENT
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> object:  # type: ignore[override]
         # nn.Module.__setattr__ finds none of these, so it sets a plain attribute.
         return default if name in ("_parameters", "_buffers", "_modules") else self[name]
 
-    def __iter__(self, *_: Any) -> NoReturn:
+    def __iter__(self, *args: object) -> NoReturn:
         self.run.refuse("its forward lists its attributes")
 
     __len__ = keys = values = items = __iter__  # type: ignore[assignment]
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: object, **kwargs: object) -> object:
         """The output of a child."""
         (name,) = self.path
-        if len(args) != 1 or kwargs or (formula := getattr(args[0], "formula", None)) is None:
+        formula = _formula(args[0]) if len(args) == 1 and not kwargs else None
+        if formula is None:
             self.run.refuse(f"it calls {name!r} with more than one tensor")
         if self.run.is_projection(self.value):
             return self.run.tensor(Child(name) if formula == "x" else (Child(name), formula))
-        kind = type(self.value)
+        kind: Any = type(self.value)
         with contextlib.suppress(Exception):
-            output: Any = kind.forward(self.stand_in, args[0])
+            output = kind.forward(self.stand_in, args[0])
+            # An activation's formula without its input.
             if output.formula[:-1] in _ACTIVATIONS:
-                return output
+                return output  # type: ignore[no-any-return]
         self.run.reason = (
             f"it calls {name!r}, a {kind.__name__}; only SiLU and GELU (exact or tanh) are fused"
         )
         raise RuntimeError(self.run.reason)
+
+
+def _is_constant(value: object) -> bool:
+    """Whether :func:`_key` tells a change of ``value``, or ``value`` is a tensor."""
+    if isinstance(value, Tensor):
+        return True
+    parts: tuple[object, ...] = (value,)
+    if isinstance(value, partial):
+        parts = (value.func, *value.args, *value.keywords.values())
+    return all(len(_key(component)) > 1 for component in parts)
+
+
+def _is_record(value: object) -> bool:
+    """Whether ``value`` has attributes of its own to read, as a configuration has."""
+    return hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "__len__")
 
 
 # Methods that print a module. Liger binds them to an instance together with its forward.

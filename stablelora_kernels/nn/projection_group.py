@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stablelora_kernels.utils.tensors import autocast_dtype
 
@@ -38,35 +39,50 @@ CROSS_ATTENTION_WORDS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
 ATTRIBUTE = "_stablelora_group"
 
 
+# Computes the output of each layer for x, or returns None if each layer must compute its own.
+Compute = Callable[[Sequence[nn.Module], Tensor], Sequence[Tensor] | None]
+
+
+class GroupedKind(Protocol):
+    """What groups need to know of one library's layers: ``LayerKind`` in ``nn/operands.py``."""
+
+    def group_key(self, layer: nn.Module, /) -> Hashable: ...
+
+    def compute_group(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None: ...
+
+    def reason_against_group(self, layer: nn.Module) -> str | None: ...
+
+
+# The state that must be the same in all calls of a round: the version of x, whether gradients are
+# enabled, and autocast's dtype. It is compared as a whole.
+_CallState = tuple[int, bool, torch.dtype | None]
+
+
 class _Pending(NamedTuple):
     """The outputs for ``x``, by the layer's index, that their layers have not asked for yet."""
 
     x: Tensor
-    state: tuple[Any, ...]
-    outputs: dict[int, Any]
+    state: _CallState
+    outputs: dict[int, Tensor]
 
 
 class ProjectionGroup:
     """Layers that share an input.
 
-    ``compute(layers, x)`` returns the output of each layer, or None if each layer must compute its
-    own. A layer's forward calls :meth:`output` and computes by itself if that returns None.
+    A layer's forward calls :meth:`output` and computes by itself if that returns None.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        layers: Sequence[nn.Module],
-        compute: Callable[[Sequence[Any], Tensor], Any],
-    ):
-        self.names, self.layers, self.compute = tuple(names), list(layers), compute
+    def __init__(self, names: Sequence[str], layers: Sequence[nn.Module], compute: Compute) -> None:
+        self.names = tuple(names)
+        self.layers = list(layers)
+        self.compute = compute
         self.on = True
-        self.hook: Any = None
+        self.hook: RemovableHandle | None = None
         # The number of consecutive rounds with outputs that no layer asked for.
         self._wasted = 0
         self._pending: _Pending | None = None
 
-    def after_forward(self, parent: nn.Module, args: Any, output: Any) -> None:
+    def after_forward(self, parent: nn.Module, args: object, output: object) -> None:
         """A forward hook of the module that calls the layers. A forward that raised has no output,
         and wasted nothing.
         """
@@ -76,17 +92,21 @@ class ProjectionGroup:
     # So a CUDA graph need not call it again.
     after_forward.only_after_errors = True  # type: ignore[attr-defined]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Copies and pickles must not hold pending outputs.
         return self.__dict__ | {"_pending": None}
 
-    def output(self, layer: nn.Module, x: Tensor) -> Any:
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The layer's output for ``x``, computed together with the other layers', or None."""
         # By identity: a replica of a layer (DataParallel makes them) is not in the group.
-        index = next((i for i, other in enumerate(self.layers) if other is layer), None)
+        index = None
+        for place, member in enumerate(self.layers):
+            if member is layer:
+                index = place
         if index is None or not self.on:
             return None
-        state, pending = _call_state(x), self._pending
+        state = _call_state(x)
+        pending = self._pending
         if pending is not None:
             if pending.x is x and pending.state == state:
                 if index in pending.outputs:
@@ -94,27 +114,32 @@ class ProjectionGroup:
                     # outputs.
                     output = pending.outputs.pop(index, None)
                     if not pending.outputs:
-                        self._pending, self._wasted = None, 0
+                        self._pending = None
+                        self._wasted = 0
                     return output
             elif index in pending.outputs and pending.x is not x:
-                return self._turn_off(
+                self._turn_off(
                     f"{self.names[index]!r} was called with another tensor than those before it"
                 )
+                return None
             self._wasted += 1
             if self._wasted > 1:
-                return self._turn_off("not all of them are called")
+                self._turn_off("not all of them are called")
+                return None
         # Before the next ones need their memory.
         self._pending = pending = None
         outputs = self.compute(self.layers, x)
         if outputs is None:
             return None
-        others = dict(enumerate(outputs))
-        output = others.pop(index)
-        self._pending = _Pending(x, state, others)
+        pending_outputs = dict(enumerate(outputs))
+        output = pending_outputs.pop(index)
+        self._pending = _Pending(x, state, pending_outputs)
         return output
 
     def _turn_off(self, reason: str) -> None:
-        self.on, self._pending = False, None
+        """Compute the layers one by one from here on, and warn why."""
+        self.on = False
+        self._pending = None
         warnings.warn(
             f"fuse_projections: {reason}, so {', '.join(map(repr, self.names))} are computed one by one from here on.",
             RuntimeWarning,
@@ -123,61 +148,57 @@ class ProjectionGroup:
 
 
 def make_projection_groups(
-    model: nn.Module,
-    layers: Mapping[str, Any],
-    key: Callable[[Any], tuple[Any, ...]],
-    compute: Callable[[Sequence[Any], Tensor], Any],
-    reason_to_compute_alone: Callable[[Any], str | None] = lambda layer: None,
+    model: nn.Module, layers: Mapping[str, nn.Module], kind: GroupedKind
 ) -> list[str]:
     """Put those of ``layers`` that share an input into groups, replace existing groups, and return
     notes for the report.
-
-    ``reason_to_compute_alone(layer)``: why ``compute`` leaves a layer and its group to themselves
-    as the layer is now, or None.
     """
-    groups = _find_projection_groups(model, layers, key)
+    groups = _find_projection_groups(model, layers, kind.group_key)
     remove_projection_groups(layers.values())
     for names in groups:
-        group = ProjectionGroup(names, [layers[name] for name in names], compute)
+        group = ProjectionGroup(names, [layers[name] for name in names], kind.compute_group)
         parent = model.get_submodule(names[0].rpartition(".")[0])
         group.hook = parent.register_forward_hook(group.after_forward, always_call=True)
         for layer in group.layers:
             layer.__dict__[ATTRIBUTE] = group
     if not groups:
         return ["fuse_projections found no layers that share an input"]
-    kinds: dict[str | None, Counter[str]] = {}
+    # Groups of the same children, counted by the reason why they are not fused.
+    counts_by_reason: dict[str | None, Counter[str]] = {}
     for names in groups:
-        children = [name.rpartition(".")[2] for name in names]
-        reasons = {
-            child: reason_to_compute_alone(layers[name])
-            for child, name in zip(children, names, strict=True)
-        }
-        first = next(
-            (f"{child!r} {reason}" for child, reason in reasons.items() if reason is not None), None
-        )
-        kinds.setdefault(first, Counter())[", ".join(children)] += 1
-    return [_note(counts, reason) for reason, counts in kinds.items()]
+        children = {name.rpartition(".")[2]: layers[name] for name in names}
+        reason = _first_reason(children, kind)
+        counts_by_reason.setdefault(reason, Counter())[", ".join(children)] += 1
+    return [_note(counts, reason) for reason, counts in counts_by_reason.items()]
+
+
+def _first_reason(children: Mapping[str, nn.Module], kind: GroupedKind) -> str | None:
+    """Why the first of a group's layers that must compute alone does so, or None."""
+    for name, layer in children.items():
+        reason = kind.reason_against_group(layer)
+        if reason is not None:
+            return f"{name!r} {reason}"
+    return None
 
 
 def _note(counts: Counter[str], reason: str | None) -> str:
     """A note on groups of one outcome, by their layers' names."""
     listed = "; ".join(f"{count} x ({names})" for names, count in counts.items())
-    return (
-        f"fused projections: {listed}"
-        if reason is None
-        else f"projections that are not fused: {listed}: {reason}"
-    )
+    if reason is None:
+        return f"fused projections: {listed}"
+    return f"projections that are not fused: {listed}: {reason}"
 
 
-def remove_projection_groups(layers: Iterable[Any]) -> None:
+def remove_projection_groups(layers: Iterable[nn.Module]) -> None:
     """Take layers out of their groups."""
     for layer in layers:
-        if (group := layer.__dict__.pop(ATTRIBUTE, None)) is not None:
+        group: ProjectionGroup | None = layer.__dict__.pop(ATTRIBUTE, None)
+        if group is not None and group.hook is not None:
             group.hook.remove()
 
 
 def _find_projection_groups(
-    model: nn.Module, layers: Mapping[str, Any], key: Callable[[Any], tuple[Any, ...]]
+    model: nn.Module, layers: Mapping[str, nn.Module], key: Callable[[nn.Module], Hashable]
 ) -> list[tuple[str, ...]]:
     """Find two or three names of ``layers`` under one parent that share an input and whose layers
     have equal keys.
@@ -202,8 +223,7 @@ def _find_projection_groups(
     return groups
 
 
-def _call_state(x: Tensor) -> tuple[Any, ...]:
-    """The state that must be the same in all calls of a round."""
+def _call_state(x: Tensor) -> _CallState:
     # Tensors of inference mode and of torch.compile's tracing have no version.
     version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-    return (version, torch.is_grad_enabled(), autocast_dtype(x.device.type))
+    return version, torch.is_grad_enabled(), autocast_dtype(x.device.type)

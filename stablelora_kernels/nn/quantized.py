@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.nn.factory import BaseLayer
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.quantized import NF4Weight, is_quantized, read
 from stablelora_kernels.utils.tensors import autocast_dtype
@@ -33,11 +34,11 @@ class LoRAQuantizedLinear(LoRALinear):
     keeps_base = True
 
     @staticmethod
-    def check_base(base: Any) -> None:
+    def check_base(base: BaseLayer) -> None:
         read(base.weight)
 
     @staticmethod
-    def _compute_dtype(base: Any) -> torch.dtype:
+    def _compute_dtype(base: BaseLayer) -> torch.dtype:
         if isinstance(read(base.weight), NF4Weight):
             return getattr(base, "compute_dtype", None) or torch.float32
         return base.weight.dtype
@@ -49,11 +50,9 @@ class LoRAQuantizedLinear(LoRALinear):
         if self._disabled:
             return self._base_output(x)
         autocast = autocast_dtype(x.device.type) is not None
-        dtype = (
-            x.dtype
-            if autocast
-            else getattr(self.__dict__["_base"], "compute_dtype", None) or x.dtype
-        )
+        dtype = x.dtype
+        if not autocast:
+            dtype = getattr(self.__dict__["_base"], "compute_dtype", None) or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         y = lora_linear(
             x.to(dtype),
@@ -68,24 +67,22 @@ class LoRAQuantizedLinear(LoRALinear):
         return y if autocast else y.to(x.dtype)
 
     def _base_output(self, x: Tensor) -> Tensor:
-        base = self.__dict__["_base"]
+        """The output of the original layer, which the call leaves as it was."""
+        base: Any = self.__dict__["_base"]
         # Moving this layer to another device gave it another weight or bias.
         base = base if base.weight is self.weight and base.bias is self.bias else self.to_linear()
         # bitsandbytes' layer casts its bias in place, and keeps its first input's dtype
         # permanently.
-        data = None if base.bias is None else base.bias.data
-        kept = {
-            name: getattr(base, name)
-            for name in ("compute_dtype", "compute_type_is_set")
-            if hasattr(base, name)
-        }
+        bias_data = None if base.bias is None else base.bias.data
+        names = ("compute_dtype", "compute_type_is_set")
+        settings = {name: getattr(base, name) for name in names if hasattr(base, name)}
         try:
             return base(x)
         finally:
-            for name, value in kept.items():
+            for name, value in settings.items():
                 setattr(base, name, value)
-            if data is not None and base.bias.dtype != data.dtype:
-                base.bias.data = data
+            if bias_data is not None and base.bias.dtype != bias_data.dtype:
+                base.bias.data = bias_data
 
     def merge(self) -> NoReturn:
         """Not possible.
@@ -98,7 +95,9 @@ class LoRAQuantizedLinear(LoRALinear):
             "merged, which loses more than most branches add; dequantize the layer first, or remove_lora(model, merge=False)"
         )
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = getattr(self.weight, "quant_state", None)
         if state is not None:
@@ -110,7 +109,7 @@ class LoRAQuantizedLinear(LoRALinear):
         return f"{super().extra_repr()}, {type(self.weight).__name__}"
 
 
-def is_kernel_format(weight: Any) -> bool:
+def is_kernel_format(weight: Tensor) -> bool:
     """Whether ``weight`` is bitsandbytes' 4-bit parameter, or torchao's float8 tensor with one
     scale a row.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,14 @@ from torch.distributed.tensor import (
 )
 
 from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.nn.factory import BaseLayer
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.utils.tensors import from_local
 
 
 def shard_pair(
-    weight: DTensor, lora_A: Tensor, lora_B: Tensor, **source: Any
+    weight: DTensor, lora_A: Tensor, lora_B: Tensor, **source: int | None
 ) -> tuple[DTensor, DTensor]:
     """Shard A [r, K] like the columns of the weight [N, K], and B [N, r] like its rows.
 
@@ -37,6 +38,7 @@ def shard_pair(
     placement = weight.placements[0]
 
     def shard_along(whole: Tensor, dim: int) -> DTensor:
+        """Shard ``whole`` along ``dim`` if the weight is, otherwise replicate it."""
         placements = [placement if placement.is_shard(dim) else Replicate()]
         return distribute_tensor(whole.detach(), weight.device_mesh, placements, **source)
 
@@ -64,8 +66,8 @@ class LoRAShardedLinear(LoRALinear):
     """
 
     @staticmethod
-    def check_base(base: Any) -> None:
-        weight = base.weight
+    def check_base(base: BaseLayer) -> None:
+        weight = cast(DTensor, base.weight)
         placement = weight.placements[0]
         if weight.device_mesh.ndim != 1 or not (
             placement.is_replicate() or type(placement) is Shard
@@ -85,7 +87,8 @@ class LoRAShardedLinear(LoRALinear):
         """Initialize the whole A and B again, then shard them; ``init_lora_weights`` is as in the
         constructor.
         """
-        old_A, old_B = self.lora_A, self.lora_B
+        old_A = self.lora_A
+        old_B = self.lora_B
         device = torch.device(cast(DTensor, self.weight).device_mesh.device_type)
         self.lora_A, self.lora_B = (
             nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)) for p in (old_A, old_B)
@@ -113,20 +116,19 @@ class LoRAShardedLinear(LoRALinear):
             )
         if self._disabled or self.merged:
             return super().forward(x)
-        placement = self._placement
-        rows_sharded, columns_sharded = placement.is_shard(0), placement.is_shard(1)
-        last = Shard(x.ndim - 1)
-        in_placement: Placement
-        out_placement: Placement
+        rows_sharded = self._placement.is_shard(0)
+        columns_sharded = self._placement.is_shard(1)
+        features = Shard(x.ndim - 1)
+        in_placement: Placement = Replicate()
+        out_placement: Placement = Replicate()
         if columns_sharded:
-            in_placement, out_placement = last, Partial()
+            in_placement = features
+            out_placement = Partial()
         elif rows_sharded:
-            in_placement, out_placement = Replicate(), last
-        else:
-            given = x.placements[0]
-            in_placement = out_placement = (
-                given if given.is_shard() and not given.is_shard(last.dim) else Replicate()
-            )
+            out_placement = features
+        elif x.placements[0].is_shard() and not x.placements[0].is_shard(features.dim):
+            # Each process has some rows of x.
+            in_placement = out_placement = x.placements[0]
         x = x.redistribute(placements=[in_placement])
         # Each process computes a part of a replicated tensor's gradient if it holds only some rows
         # of x, or computes only some columns of the result.
@@ -158,21 +160,24 @@ class LoRAShardedLinear(LoRALinear):
         """This process's part of the bias. If results are summed over processes, only the first
         process adds it.
         """
-        if (bias := self.bias) is None:
+        bias = self.bias
+        if bias is None:
             return None
         placement = self._placement
         if not isinstance(bias, DTensor):
             raise TypeError(
                 f"bias must be a DTensor beside a sharded weight, got a {type(bias).__name__}"
             )
-        part = bias.redistribute(placements=[Shard(0) if placement.is_shard(0) else Replicate()])
+        placed = bias.redistribute(placements=[Shard(0) if placement.is_shard(0) else Replicate()])
         if not placement.is_shard(1):
-            return part.to_local(grad_placements=[Partial()] if batch_sharded else part.placements)
-        is_first = part.device_mesh.get_local_rank() == 0
-        if not part.requires_grad:
-            return part.to_local() if is_first else None
+            return placed.to_local(
+                grad_placements=[Partial()] if batch_sharded else placed.placements
+            )
+        is_first = placed.device_mesh.get_local_rank() == 0
+        if not placed.requires_grad:
+            return placed.to_local() if is_first else None
         # Every process must take part in the all-reduce of the bias's gradient.
-        return part.to_local(grad_placements=[Partial()]) * float(is_first)
+        return placed.to_local(grad_placements=[Partial()]) * float(is_first)
 
     # Merging adds each shard of B A to the same shard of the weight; errors are maxima over all
     # shards.

@@ -1,1 +1,3 @@
-"""Helpers without LoRA kernels: validation, timing, threads, DTensors and model wrappers."""
+"""Helpers without LoRA kernels: validation, timing, threads, DTensors, model wrappers, optional
+packages, the hub and lock files.
+"""

@@ -4,8 +4,6 @@ and ``fully_shard``.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,17 +17,17 @@ _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` may do more than run its class's forward."""
     # Runs at every call of a layer: nn.Module's __getattr__ would take longer.
-    own = module.__dict__
+    attributes = module.__dict__
     hooks = (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
     )
-    return bool(hooks) or "forward" in own
+    return bool(hooks) or "forward" in attributes
 
 
-def check_module(model: Any) -> None:
+def check_module(model: object) -> None:
     """Raise TypeError unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -81,14 +79,16 @@ def check_not_in_ddp(model: nn.Module) -> None:
 def _inner(module: nn.Module) -> nn.Module | None:
     """The module that ``module`` wraps, or None."""
     names = ("module",) if isinstance(module, DATA_PARALLEL) else _INNER
-    return next(
-        (module._modules[name] for name in names if module._modules.get(name) is not None), None
-    )
+    for name in names:
+        wrapped = module._modules.get(name)
+        if wrapped is not None:
+            return wrapped
+    return None
 
 
 def clean(name: str) -> str:
     """A dotted name without the parts that wrappers inside the model add."""
-    return ".".join(part for part in name.split(".") if part not in _INNER)
+    return ".".join(word for word in name.split(".") if word not in _INNER)
 
 
 def same_anywhere(name: str) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -28,27 +30,29 @@ def is_first_rank() -> bool:
     return not available or torch.distributed.get_rank() == 0
 
 
-def local(t: Any) -> Tensor:
-    """This process's shard of ``t``, sharing its memory; ``t`` itself if it is no DTensor."""
-    if not is_sharded(t):
-        return t
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of ``tensor``, sharing its memory; ``tensor`` itself if it is no
+    DTensor.
+    """
+    if not is_sharded(tensor):
+        return tensor
     # Not to_local(): it makes a new view at every call.
-    shard = t._local_tensor
+    shard = tensor._local_tensor
     # A collective in flight gives a tensor that must be waited for.
     return shard.wait() if hasattr(shard, "wait") else shard
 
 
-def local_grad(p: Any) -> Tensor | None:
+def local_grad(p: Tensor) -> Tensor | None:
     """This process's shard of the gradient of ``p``, redistributed to the placements of ``p`` if it
     has others.
     """
-    grad = p.grad
+    grad: Any = p.grad
     if grad is None or not is_sharded(p):
-        return grad
+        return grad  # type: ignore[no-any-return]
     return _local_placed_as(grad, p)
 
 
-def local_like(value: Any, p: Any) -> Tensor:
+def local_like(value: Tensor, p: Tensor) -> Tensor:
     """The part of ``value`` that corresponds to this process's shard of ``p``; ``value`` has the
     full shape of ``p``.
 
@@ -67,14 +71,14 @@ def local_like(value: Any, p: Any) -> Tensor:
     return value
 
 
-def _local_placed_as(t: Any, p: Any) -> Tensor:
+def _local_placed_as(t: DTensor, p: DTensor) -> Tensor:
     """This process's shard of the DTensor ``t``, which is redistributed if its placements are not
     those of ``p``.
     """
     return local(t if t.placements == p.placements else t.redistribute(placements=p.placements))
 
 
-def from_local(shard: Tensor, p: Any) -> Tensor:
+def from_local(shard: Tensor, p: Tensor) -> Tensor:
     """``shard``, in the shape of this process's shard of ``p``, as a tensor placed as ``p``; it
     shares the memory.
     """
@@ -87,7 +91,7 @@ def from_local(shard: Tensor, p: Any) -> Tensor:
     )
 
 
-def shard_extent(p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shard_extent(p: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes of this process's shard of the DTensor ``p``, and its offset in each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -95,13 +99,13 @@ def shard_extent(p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(sizes), tuple(offsets)
 
 
-def whole(tensor: Any) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor, gathered by all ranks of its mesh; any other tensor, detached."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def copy(tensor: Any, value: Tensor) -> None:
+def copy(tensor: Tensor, value: Tensor) -> None:
     """Write the full ``value`` to ``tensor``; of a DTensor, each rank writes its shard, scattered
     from rank 0.
     """
@@ -112,11 +116,11 @@ def copy(tensor: Any, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def cast(t: Any, dtype: torch.dtype) -> Any:
+def cast(t: T, dtype: torch.dtype) -> T:
     """``t`` in ``dtype``; None and quantized weights as they are. A call of ``to`` that casts
     nothing takes its time too.
     """
-    return t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype is not dtype else t  # type: ignore[return-value]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -129,13 +133,13 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+def outside_autocast(backward: Callable[..., T]) -> Callable[..., T]:
     """Run an autograd function's ``backward`` in the dtypes of its forward, even if it is called
     inside ``torch.autocast``.
     """
 
     @functools.wraps(backward)
-    def run(ctx: Any, *grads: Any) -> Any:
+    def run(ctx: object, *grads: Tensor | None) -> T:
         # A compiled backward is traced outside autocast.
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)

@@ -7,19 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def check_bool(name: str, value: Any) -> bool:
+def check_bool(name: str, value: object) -> bool:
     """``value`` as a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
     return value
 
 
-def check_int(name: str, value: Any, *, minimum: int) -> int:
+def check_int(name: str, value: object, *, minimum: int) -> int:
     """``value`` as an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
@@ -30,7 +30,7 @@ def check_int(name: str, value: Any, *, minimum: int) -> int:
 
 def check_float(
     name: str,
-    value: Any,
+    value: object,
     *,
     low: float = -math.inf,
     high: float = math.inf,
@@ -49,9 +49,9 @@ def check_float(
     above = number > low if low_open else number >= low
     # Not math.isfinite: torch.compile cannot trace it for a number that it has made symbolic.
     if not (-math.inf < number < math.inf and above and number < high):
-        left = "(" if low_open or low == -math.inf else "["
+        bracket = "(" if low_open or low == -math.inf else "["
         raise ValueError(
-            f"{name} must be a finite number in {left}{low:g}, {high:g}), got {shown(value)}"
+            f"{name} must be a finite number in {bracket}{low:g}, {high:g}), got {shown(value)}"
         )
     return number
 
@@ -63,7 +63,7 @@ def check_choice(name: str, value: T, choices: Sequence[T]) -> T:
     return value
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """``value`` for a message; of a number with hundreds of digits the first."""
     try:
         text = str(value)

@@ -78,7 +78,7 @@ SETTINGS = {
     "on q alone": Setting({}, "'k_proj' has no active adapter", NO_ADAPTER, adds("more", target_modules=["q_proj"])),
     "DoRA": Setting({"use_dora": True}, NOT_FUSED + BY_ITSELF, NOT_IN_ONE_OP + BY_ITSELF),
     "DoRA with dropout": Setting({"use_dora": True, "lora_dropout": 0.3}, NOT_FUSED + DROPS, NOT_IN_ONE_OP + DROPS),
-    "DoRA beside LoRA": Setting({"use_dora": True}, NOT_FUSED + BESIDE, "has 2 active", adds("default", "more")),
+    "DoRA beside LoRA": Setting({"use_dora": True}, NOT_FUSED + BESIDE, NOT_IN_ONE_OP + BESIDE, adds("default", "more")),
     "LoRA on a layer of DoRA": Setting({"use_dora": True}, FUSED, ONE_OP, adds("more")),
     "merged": Setting({}, f"{NOT_FUSED}is merged", f"{NOT_IN_ONE_OP}is merged", lambda model: model.merge_adapter()),
     "disabled": Setting({}, f"{NOT_FUSED}is disabled", f"{NOT_IN_ONE_OP}is disabled", disables),

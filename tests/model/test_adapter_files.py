@@ -23,8 +23,8 @@ import torch
 from stablelora_kernels.cli import main
 from stablelora_kernels.model import adapter_files
 from stablelora_kernels.model.save_load import load_adapter, save_adapter
-from stablelora_kernels.utils import extras
-from stablelora_kernels.utils.extras import locked
+from stablelora_kernels.utils import lock
+from stablelora_kernels.utils.lock import locked
 from tests.helpers.adapters import CONFIG_NAME, WEIGHTS_NAME, adapted, fresh, loaded
 from tests.helpers.dying import NOBODY, as_nobody, in_child, kills, needs_fork, with_room
 from tests.helpers.peft_models import make as make_peft
@@ -439,7 +439,7 @@ def test_a_save_that_fails_leaves_a_new_directory_to_those_that_wait(
             assert place == "at its lock" or gone.wait(60)
         return function(*arguments)
 
-    owner, name = (fcntl, "flock") if place == "at its lock" else (extras, "_open_without_links")
+    owner, name = (fcntl, "flock") if place == "at its lock" else (lock, "_open_without_links")
     monkeypatch.setattr(owner, name, partial(reach, getattr(owner, name)))
     monkeypatch.setattr(adapter_files, "_write_files", fail_once)
     with ThreadPoolExecutor() as pool:
@@ -473,7 +473,7 @@ def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch, number)
     def fail(path, flags):
         raise OSError(number, os.strerror(number), path)
 
-    monkeypatch.setattr(extras, "_open_without_links", fail)
+    monkeypatch.setattr(lock, "_open_without_links", fail)
     with (
         pytest.raises(OSError, match=f"{os.strerror(number)}: .*/new/lock"),
         locked(tmp_path / "new" / "lock"),

@@ -17,7 +17,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.cli import main
 from stablelora_kernels.integrations.peft_experts import AcceleratedExperts
 from stablelora_kernels.nn import LoRAExperts
-from stablelora_kernels.nn.experts import each_expert
+from stablelora_kernels.nn.experts import pairs_by_expert
 from stablelora_kernels.ops.torch_path import draw_keep
 from stablelora_kernels.reference.lora import lora_experts_ref
 from stablelora_kernels.testing.cases import BF16, FP32, FP64
@@ -142,7 +142,7 @@ def test_dropout_against_the_formulas(family):
     for name in ("gate_up_proj", "down_proj"):
         stack, weight = getattr(module, name).train(), getattr(base, name)
         w = weight.transpose(1, 2) if base.is_transposed else weight
-        a, b = each_expert(stack.lora_A, stack.lora_B, E)
+        a, b = pairs_by_expert(stack.lora_A, stack.lora_B, E)
         x, offsets = torch.randn(23, w.shape[2], dtype=FP64), torch.tensor([4, 4, 17, 23])
         grad, bias = torch.randn(23, w.shape[1], dtype=FP64), getattr(base, f"{name}_bias", None)
         torch.manual_seed(5)
