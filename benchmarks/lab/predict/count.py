@@ -28,8 +28,8 @@ from benchmarks.lab.compile_report.occupancy import PROCESSORS, occupancy
 from benchmarks.lab.compile_report.report import TRITON
 from benchmarks.lab.predict import layer_time, quantized
 from benchmarks.lab.predict import parts as taken_apart
+from benchmarks.lab.predict.ceilings import load_gpu
 from benchmarks.lab.predict.instructions import TABLE, Part, jobs_of, key_of, parts
-from benchmarks.lab.predict.launch_time import load_gpu
 from benchmarks.lab.predict.rivals import MLP
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.settings import KERNELS
@@ -38,19 +38,24 @@ COLUMNS = ["arch", "launch", "kernel", "variant", "residents", "part", *Part._fi
 
 
 def launches(device: Device) -> dict[str, Any]:
-    """By key."""
-    found: dict[str, Any] = {}
-    for way in chain(
-        _of_layers(device), _of_mlps(device), _of_quantized(device), _of_parts(device)
-    ):
-        found |= {key_of(launch): launch for launch in way if hasattr(launch, "kernel")}
-    return found
+    """By key: the launches of all tables that the command prints.
+
+    The H100's rules are also tested with adapters in 16 bits, and its layers are taken apart.
+    """
+    ways = [_of_layers(device, True), _of_mlps(device), _of_quantized(device)]
+    if device.generation == 90:
+        ways += [_of_layers(device, False), _of_parts(device)]
+    by_key: dict[str, Any] = {}
+    for way in chain.from_iterable(ways):
+        by_key |= {key_of(launch): launch for launch in way if hasattr(launch, "kernel")}
+    return by_key
 
 
-def _of_layers(device: Device) -> Iterator[list[Any]]:
+def _of_layers(device: Device, wide_adapters: bool) -> Iterator[list[Any]]:
     shapes = chain(layer_time.layers(False), layer_time.layers(True), quantized.shapes())
-    for shape, wide, kernel in product(shapes, (False, True), KERNELS[1:]):
-        yield from layer_time.by_kernel(device, shape._replace(wide_adapters=wide), kernel)
+    for shape, kernel in product(shapes, KERNELS[1:]):
+        shape = shape._replace(wide_adapters=wide_adapters)
+        yield from layer_time.by_kernel(device, shape, kernel)
 
 
 def _of_mlps(device: Device) -> Iterator[list[Any]]:
