@@ -12,6 +12,7 @@ kernel takes than the fastest one at the worst point; least regret is that of th
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def ranges_of(rows: pd.DataFrame, arm: str) -> list[Range]:
     microseconds.
     """
     return [Range(*ends) for ends in rows[[f"{arm} {end}" for end in Range._fields]].to_numpy()]
+
+
+def whole_range(rows: pd.DataFrame, arm: str) -> Range:
+    """Of all rows together: the lowest, the mean of their middles, and the highest."""
+    lows, middles, highs = zip(*ranges_of(rows, arm), strict=True)
+    return Range(min(lows), statistics.mean(middles), max(highs))
 
 
 def shown(rows: pd.DataFrame) -> str:
@@ -115,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.weights:
         print(quantized.table(gpu, options.weights).to_string(index=False))
         return
-    layers = table(gpu, layer_time.layers(options.dropout > 0))
+    layers = table(gpu, layer_time.layers(gpu.device, options.dropout > 0))
     mlps = table(gpu, [MLP(*sizes, options.dropout > 0) for sizes in MLPS])
     for (n, k), rows in layers.groupby(["n", "k"], sort=False):
         title = (

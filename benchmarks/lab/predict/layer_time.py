@@ -37,6 +37,8 @@ from stablelora_kernels.explanation import linear_launches
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
 RANKS = (8, 16, 64, 128)
+# Of GPUs other than an H100: each rank has launches of its own, which take seconds to count.
+FEW_RANKS = (16, 64)
 # Rows, K, F and ranks of gated MLPs in Llama 3.1 8B.
 MLPS = tuple((m, 4096, 14336, r) for r in (16, 64) for m in (2048, 8192, 16384))
 DIRECTIONS = ("forward", "backward")
@@ -195,8 +197,10 @@ def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
             row[f"{direction} regret at most"] = worst[kernel]
             row[f"{direction} least regret"] = worst.min()
         rows.append(row)
-    return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(3)
+    return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(4)
 
 
-def layers(dropout: bool) -> list[Shape]:
-    return [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)]
+def layers(device: Device, dropout: bool) -> list[Shape]:
+    """The layers whose instructions are counted for a GPU."""
+    ranks = RANKS if device.generation == 90 else FEW_RANKS
+    return [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, ranks)]
