@@ -39,7 +39,7 @@ def draw(results: Path, path: Path = FIGURE) -> list[Path]:
         return []
     row = pd.read_csv(file).query(SHAPE).iloc[0]
     # What each arm adds to the frozen layer's time, in percent.
-    added = [Range(*(100 * (row[f"{arm} {end}"] - 1) for end in Range._fields)) for arm in TIME]
+    added = [Range(*(100 * row[f"{arm} {end}"] - 100 for end in Range._fields)) for arm in TIME]
     saved = [saved_mib(arm, 0.0) for arm in MEMORY]
     # Large type: a README shows the figure at about 830 pixels.
     with plt.rc_context(STYLE | {"axes.grid": False, "font.size": 13}):
@@ -57,8 +57,8 @@ def draw(results: Path, path: Path = FIGURE) -> list[Path]:
         }
         _finish(left, "Saved for backward (counted)", text, words, 1500)
         text = (
-            "One 4096 x 4096 layer, 8,192 rows, bfloat16, r 16, dropout 0.1, H100: "
-            "a model's range, and its middle"
+            "One 4096 x 4096 layer, 8,192 rows, bfloat16, r 16, dropout 0.1, H100. "
+            "Pale: a model's range; line: its middle"
         )
         words = {
             label: (known.high, f" {known.middle:.0f} % ({known.low:.0f} to {known.high:.0f})")

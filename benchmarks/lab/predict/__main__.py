@@ -119,25 +119,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"All times are PREDICTED for the {gpu.name} in bf16: low, middle, high. None is measured.\n"
     )
+    whole = layer_time.is_counted_in_full(gpu.device)
+    if options.weights and not whole:
+        parser.error(f"--weights is counted for the H100 alone, not for the {gpu.name}")
     if options.weights:
         print(quantized.table(gpu, options.weights).to_string(index=False))
         return
     layers = table(gpu, layer_time.layers(gpu.device, options.dropout > 0))
-    mlps = table(gpu, [MLP(*sizes, options.dropout > 0) for sizes in MLPS])
+    tables = {"predicted": layers}
+    if whole:
+        tables["predicted_mlp"] = table(gpu, [MLP(*sizes, options.dropout > 0) for sizes in MLPS])
     for (n, k), rows in layers.groupby(["n", "k"], sort=False):
         title = (
             f"N {n}, K {k}, dropout {options.dropout:g}: forward + backward over the frozen layer's"
         )
         print(f"{title}\n{shown(rows)}\n")
-    print(
-        f"A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's\n{shown(mlps)}\n"
-    )
+    if whole:
+        title = "A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's"
+        print(f"{title}\n{shown(tables['predicted_mlp'])}\n")
     for name in ("regret at most", "least regret"):
         regrets = layers[[f"{way} {name}" for way in DIRECTIONS]].stack()
-        whole = f"{regrets.mean():.1%} on average, {regrets.max():.1%} at most"
-        print(f"{name.capitalize()}, at the worst point of {len(regrets)} calls: {whole}")
+        figures = f"{regrets.mean():.1%} on average, {regrets.max():.1%} at most"
+        print(f"{name.capitalize()}, at the worst point of {len(regrets)} calls: {figures}")
     print(against_measured(gpu, options.gpu))
-    for name, rows in {"predicted": layers, "predicted_mlp": mlps}.items() if options.out else ():
+    for name, rows in tables.items() if options.out else ():
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{name}_dropout_{options.dropout:g}.csv"
         rows.to_csv(path, index=False, lineterminator="\n")

@@ -5,7 +5,7 @@ GPU that need not be present.
 
 renews the GPU's rows in benchmarks/results/instructions.csv, or with ``--check`` exits with 1 if
 they differ. A launch takes 2 to 6 s of one core, 0.5 s once Triton has it in its cache; an H100 has
-508 launches, each other GPU about 170.
+508 launches, each other GPU about 65.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ COLUMNS = ["arch", "launch", "kernel", "variant", "residents", "part", *Part._fi
 
 
 def launches(device: Device) -> dict[str, Any]:
-    """By key: the launches of all tables that the command prints.
-
-    The H100's rules are also tested with adapters in 16 bits, and its layers are taken apart.
+    """By key: the launches of all tables that the commands print. The H100's rules are also tested
+    with adapters in 16 bits, and its layers are taken apart.
     """
-    ways = [_of_layers(device, True), _of_mlps(device), _of_quantized(device)]
-    if device.generation == 90:
-        ways += [_of_layers(device, False), _of_parts(device)]
+    ways = [_of_layers(device, wide_adapters=True)]
+    if layer_time.is_counted_in_full(device):
+        ways += [_of_layers(device, wide_adapters=False), _of_mlps(device)]
+        ways += [_of_quantized(device), _of_parts(device)]
     by_key: dict[str, Any] = {}
     for way in chain.from_iterable(ways):
         by_key |= {key_of(launch): launch for launch in way if hasattr(launch, "kernel")}
@@ -53,8 +53,9 @@ def launches(device: Device) -> dict[str, Any]:
 
 
 def _of_layers(device: Device, wide_adapters: bool) -> Iterator[list[Any]]:
-    of_layers = [layer_time.layers(device, dropout) for dropout in (False, True)]
-    shapes = chain(*of_layers, quantized.shapes())
+    shapes = layer_time.layers(device, False) + layer_time.layers(device, True)
+    if layer_time.is_counted_in_full(device):
+        shapes += quantized.shapes()
     for shape, kernel in product(shapes, KERNELS[1:]):
         shape = shape._replace(wide_adapters=wide_adapters)
         yield from layer_time.by_kernel(device, shape, kernel)

@@ -37,8 +37,6 @@ from stablelora_kernels.explanation import linear_launches
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
 RANKS = (8, 16, 64, 128)
-# Of GPUs other than an H100: each rank has launches of its own, which take seconds to count.
-FEW_RANKS = (16, 64)
 # Rows, K, F and ranks of gated MLPs in Llama 3.1 8B.
 MLPS = tuple((m, 4096, 14336, r) for r in (16, 64) for m in (2048, 8192, 16384))
 DIRECTIONS = ("forward", "backward")
@@ -200,7 +198,14 @@ def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
     return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(4)
 
 
+def is_counted_in_full(device: Device) -> bool:
+    """Whether all tables have this GPU: the H100, for which dispatch's rules were made. Others have
+    layers of rank 16 alone, because each further launch takes seconds to count.
+    """
+    return device.generation == 90
+
+
 def layers(device: Device, dropout: bool) -> list[Shape]:
     """The layers whose instructions are counted for a GPU."""
-    ranks = RANKS if device.generation == 90 else FEW_RANKS
+    ranks = RANKS if is_counted_in_full(device) else (16,)
     return [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, ranks)]

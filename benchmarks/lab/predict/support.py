@@ -65,7 +65,7 @@ def _decision(
 def of_layers(gpu: Gpu) -> list[Decision]:
     """``RULES``: by each of the kernels. An H100's layers have adapters in 16 bits, too."""
     decisions = []
-    widths = (True, False) if gpu.device.generation == 90 else (True,)
+    widths = (True, False) if layer_time.is_counted_in_full(gpu.device) else (True,)
     for dropout, wide_adapters in product((False, True), widths):
         for shape in layer_time.layers(gpu.device, dropout):
             shape = shape._replace(wide_adapters=wide_adapters)
@@ -161,7 +161,10 @@ def summary(decisions: Sequence[Decision]) -> list[Line]:
 
 
 def lines_of(gpu: Gpu) -> list[Line]:
-    return summary([*of_layers(gpu), *of_quantized(gpu), *of_mlps(gpu)])
+    decisions = of_layers(gpu)
+    if layer_time.is_counted_in_full(gpu.device):
+        decisions += of_quantized(gpu) + of_mlps(gpu)
+    return summary(decisions)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
