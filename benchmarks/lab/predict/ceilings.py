@@ -120,7 +120,9 @@ def points(gpu: Gpu) -> list[Gpu]:
     A time over the frozen layer's need not be worst where all ceilings are lowest: a slow clock
     slows the frozen layer, too.
     """
-    middle = [known.middle for known in gpu.ranges]
-    ends = product(*((known.low, known.high) for known in gpu.ranges))
-    values = dict.fromkeys([tuple(middle), *ends])
-    return [gpu._replace(**dict(zip(Ranges._fields, value, strict=True))) for value in values]
+    middles = tuple(known.middle for known in gpu.ranges)
+    corners = product(*((known.low, known.high) for known in gpu.ranges))
+    return [
+        gpu._replace(l2_bandwidth=l2_bandwidth, clock=clock, triton_share=share)
+        for l2_bandwidth, clock, share in [middles, *corners]
+    ]

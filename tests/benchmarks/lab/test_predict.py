@@ -319,7 +319,7 @@ def test_each_row_of_dispatchs_tables_names_its_prediction():
     }
     for name, rules in tables.items():
         for row in range(len(rules)):
-            assert PAGE.count(f"| {name} {row + 1} |") == 1, (name, row)
+            assert PAGE.count(f"\n| {name} {row + 1} |") == 1, (name, row)
 
 
 # The page's GPUs beside the H100, and the layers that it has of them.
@@ -335,6 +335,8 @@ def test_other_gpus_have_tables(name):
         kernels = [choose(gpu.device, call_of(s, way)).kernel for way in DIRECTIONS]
         p = "0.1" if dropout else "0"
         assert f"| {gpu.name} | {p} | {m:,} | {' | '.join(cells)} | {', '.join(kernels)} |" in PAGE
+    for line in support.lines_of(gpu):
+        assert f"| {gpu.name} | {line.text()} |" in PAGE
 
 
 def test_pages_have_the_counted_bytes():
