@@ -93,10 +93,10 @@ def count(launch: Any, arch: str) -> list[dict[str, Any]]:
     label = dict(
         zip(COLUMNS, (arch, key_of(launch), kernel, launch.variant, residents), strict=False)
     )
-    found = parts(
+    counted = parts(
         machine_code.nvdisasm(machine), jobs_of(launch), persistent="x_desc" in launch.arguments
     )
-    return [{**label, "part": name, **part._asdict()} for name, part in found.items()]
+    return [{**label, "part": name, **numbers._asdict()} for name, numbers in counted.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,17 +125,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = load_gpu(options.gpu).device
     # The compiler runs without Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [
-            each for each in launches(device).values() if options.variant in ("", each.variant)
+        asked = [
+            launch
+            for launch in launches(device).values()
+            if options.variant in ("", launch.variant)
         ]
-        made = pool.map(partial(count, arch=device.arch), found)
-        rows = pd.DataFrame(chain.from_iterable(made), columns=COLUMNS)
+        counted = pool.map(partial(count, arch=device.arch), asked)
+        rows = pd.DataFrame(chain.from_iterable(counted), columns=COLUMNS)
     rows = rows.sort_values([*COLUMNS[2:4], "launch"], kind="stable", ignore_index=True)
     old = pd.read_csv(TABLE, dtype={"launch": str}) if TABLE.exists() else rows[:0]
     if options.check or options.variant:
         known = old[
             (old["arch"] == device.arch)
-            & old["variant"].isin([options.variant or each for each in old["variant"]])
+            & old["variant"].isin([options.variant or variant for variant in old["variant"]])
         ]
         differ = rows.merge(known, how="outer", indicator=True).query("_merge != 'both'")
         print(differ.to_string(index=False) if len(differ) else f"{len(rows)} rows as in the table")

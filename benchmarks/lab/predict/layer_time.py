@@ -83,18 +83,18 @@ def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
 WaysFacts = list[list[Facts | Work]]
 
 
-def _facts_of(ways: Ways, device: Device, narrow_columns: int) -> WaysFacts:
+def facts_of(ways: Ways, device: Device, narrow_columns: int) -> WaysFacts:
     return [[facts(launch, device.arch, narrow_columns) for launch in way] for way in ways]
 
 
 @cache
 def _kernel_facts(device: Device, narrow_columns: int, s: Shape, kernel: str) -> WaysFacts:
-    return _facts_of(by_kernel(device, s, kernel), device, narrow_columns)
+    return facts_of(by_kernel(device, s, kernel), device, narrow_columns)
 
 
 @cache
 def _mlp_facts(device: Device, narrow_columns: int, mlp: MLP, arm: str) -> WaysFacts:
-    return _facts_of(mlp_launches_of(device, mlp, arm), device, narrow_columns)
+    return facts_of(mlp_launches_of(device, mlp, arm), device, narrow_columns)
 
 
 def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
@@ -188,14 +188,21 @@ def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
             if arm == FROZEN:
                 whole = range_over(both_ways(gpu, case, arm)).times(1e6)
             row |= {f"{arm} {end}": value for end, value in whole._asdict().items()}
-        for direction in DIRECTIONS if isinstance(case, Shape) else ():
-            kernel = choose(gpu.device, call_of(case, direction)).kernel
-            worst = regret(gpu, case, direction).max(axis=1)
-            row[f"{direction} kernel"] = kernel
-            row[f"{direction} regret at most"] = worst[kernel]
-            row[f"{direction} least regret"] = worst.min()
+        if isinstance(case, Shape):
+            row |= _kernels_of(gpu, case)
         rows.append(row)
     return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(4)
+
+
+def _kernels_of(gpu: Gpu, s: Shape) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for direction in DIRECTIONS:
+        kernel = choose(gpu.device, call_of(s, direction)).kernel
+        worst = regret(gpu, s, direction).max(axis=1)
+        row[f"{direction} kernel"] = kernel
+        row[f"{direction} regret at most"] = worst[kernel]
+        row[f"{direction} least regret"] = worst.min()
+    return row
 
 
 def is_counted_in_full(device: Device) -> bool:

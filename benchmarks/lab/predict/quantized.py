@@ -15,7 +15,7 @@ import pandas as pd
 
 from benchmarks.lab.predict import layer_time
 from benchmarks.lab.predict.ceilings import Gpu, points, range_over
-from benchmarks.lab.predict.launch_time import Facts, facts
+from benchmarks.lab.predict.launch_time import Facts, Work
 from benchmarks.lab.predict.layer_time import DIRECTIONS, call_of
 from benchmarks.lab.predict.rivals import BF16, Shape, Ways
 from stablelora_kernels.dispatch.problem import Device
@@ -40,21 +40,24 @@ def shapes() -> list[Shape]:
 
 
 @cache
-def _facts_of(
+def _kernel_facts(
     device: Device, narrow_columns: int, s: Shape, kind: str, kernel: str
-) -> list[list[Facts]]:
-    ways = by_kernel(device, s, kind, kernel)
-    return [[facts(launch, device.arch, narrow_columns) for launch in way] for way in ways]
+) -> layer_time.WaysFacts:
+    return layer_time.facts_of(by_kernel(device, s, kind, kernel), device, narrow_columns)
 
 
 def seconds(gpu: Gpu, s: Shape, kind: str, kernel: str, overlap: bool = True) -> list[float]:
     """Forward and backward by ``kernel``. Dequantizing in the loop overlaps with the products or
     takes turns with them.
     """
-    ways = _facts_of(gpu.device, gpu.narrow_columns, s, kind, kernel)
-    if not overlap:
-        ways = [[launch.in_turns(gpu) for launch in way] for way in ways]
-    return [sum(launch.seconds(gpu) for launch in way) for way in ways]
+    ways = _kernel_facts(gpu.device, gpu.narrow_columns, s, kind, kernel)
+    return [sum(_launch_seconds(gpu, launch, overlap) for launch in way) for way in ways]
+
+
+def _launch_seconds(gpu: Gpu, launch: Facts | Work, overlap: bool) -> float:
+    if isinstance(launch, Facts) and not overlap:
+        launch = launch.in_turns(gpu)
+    return launch.seconds(gpu)
 
 
 def arms(gpu: Gpu, s: Shape, kind: str) -> dict[str, list[float]]:
