@@ -26,6 +26,7 @@ from benchmarks.lab.predict import (
     support,
 )
 from benchmarks.lab.predict.ceilings import GPUS, load_gpu, points, range_over, ratios
+from benchmarks.lab.predict.instructions import counts_of
 from benchmarks.lab.predict.launch_time import vendor_seconds
 from benchmarks.lab.predict.layer_time import (
     DIRECTIONS,
@@ -39,6 +40,7 @@ from benchmarks.lab.predict.layer_time import (
     table,
 )
 from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, PEFT, Shape
+from stablelora_kernels.dispatch import chained
 from stablelora_kernels.dispatch.rules import (
     BRANCH_RULES,
     FORM_RULES,
@@ -147,11 +149,30 @@ def counted(args):
     reason="runs under Triton 3.9, whose code was counted",
 )
 @pytest.mark.parametrize(
-    "kernel", ["r16 64x64 dropout", pytest.param("", marks=pytest.mark.nightly)]
+    ("gpu", "kernel"),
+    [
+        ("h100", "r16 64x64 dropout"),
+        *(
+            pytest.param(gpu, "", marks=pytest.mark.nightly)
+            for gpu in ("h100", "a100", "b200", "4090", "5090")
+        ),
+    ],
 )
-def test_the_instructions_are_those_of_the_machine_code(kernel):
-    found = counted(["--check", "--variant", kernel])
-    assert found.splitlines()[-1] == "0" and "as in the table" in found
+def test_the_instructions_are_those_of_the_machine_code(gpu, kernel):
+    output = counted(["--check", "--gpu", gpu, "--variant", kernel])
+    assert output.splitlines()[-1] == "0" and "as in the table" in output
+
+
+def test_the_clocks_of_chained_plans_are_counted():
+    """A step of S that draws a mask, and one that does not; a product's step, for each column."""
+    for dropout, clocks in ((True, chained.DRAWN_CLOCKS), (False, chained.STEP_CLOCKS)):
+        shape = Shape(8192, 4096, 4096, 16, dropout)
+        launch = layer_time.by_kernel(H100.device, shape, "chained")[0][0]
+        counts = counts_of(launch, H100.arch)
+        assert counts.cycles("S", launch.options["num_warps"]) == pytest.approx(clocks, rel=0.02)
+    assert 2 * 128 * 64 / H100.matrix_operations == chained.COLUMN_CLOCKS
+    slow, fast = (launch_time.LATENCY * clock for clock in (1.3e9, 1.7e9))
+    assert slow <= chained.MEMORY_CLOCKS <= 1.05 * fast
 
 
 # gpu-review.md, P5, after P1 to P3: rows, dropout, and ours over the frozen layer's forward and
@@ -275,7 +296,7 @@ def test_pages_have_the_models_figures():
 
 
 def test_the_page_says_what_would_refute_the_model():
-    """The bounds of three measurements, as ``benchmarks.lab.gpu`` makes them."""
+    """The bounds of what ``benchmarks.lab.gpu`` measures."""
     shape = Shape(8192, 4096, 4096, 16, True)
     assert cell(over_frozen(H100, shape, OURS)) in PAGE
     launches = parts.launches(H100.device, shape._replace(wide_adapters=False), parts.on_meta)
@@ -290,6 +311,11 @@ def test_the_page_says_what_would_refute_the_model():
     rates = range_over(2e-12 * 8192 * 4096 * 4096 / time for time in times[parts.VENDOR])
     assert f"| outside {bare.low:.2f} to {bare.high:.2f} |" in PAGE
     assert f"| outside {rates.low:.0f} to {rates.high:.0f} TFLOP/s |" in PAGE
+    apart = parts.predicted(H100, shape._replace(wide_adapters=False))
+    assert f"| outside {apart['S'].low:.0f} to {apart['S'].high:.0f} us |" in PAGE
+    assert {f"{tail:.0f}" for tail in apart["dA's tail"]} == {"22"}
+    clock = H100.ranges.clock.times(1e-6)
+    assert f"| outside {clock.low:,.0f} to {clock.high:,.0f} MHz |" in PAGE
 
 
 def test_pages_have_the_models_figures_of_quantized_weights():
