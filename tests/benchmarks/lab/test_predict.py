@@ -39,7 +39,7 @@ from benchmarks.lab.predict.layer_time import (
     seconds,
     table,
 )
-from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, PEFT, Shape
+from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, PEFT, UNSLOTH, Shape, rival
 from stablelora_kernels.dispatch import chained
 from stablelora_kernels.dispatch.rules import (
     BRANCH_RULES,
@@ -259,6 +259,37 @@ def test_command_and_stored_tables(tmp_path, capsys, monkeypatch):
     known = "4090, 5090, a100, b200, h100"
     with pytest.raises(SystemExit, match=f"--gpu must be one of {known}, got 'h1000'"):
         __main__.main(["--gpu", "h1000"])
+
+
+def moved(ways):
+    return sum(work.bytes for way in ways for work in way)
+
+
+# Of [M, K] or [M, N] beyond the frozen layer's, by arm and dropout.
+PASSES = {(PEFT, True): 21, (UNSLOTH, False): 10, ("Axolotl", False): 9, (LORAFUSION, True): 6}
+
+
+@pytest.mark.parametrize(("arm", "dropout"), PASSES)
+def test_rivals_passes_are_those_of_their_code(arm, dropout):
+    s = Shape(8192, 4096, 4096, 16, dropout)
+    extra = moved(rival(arm, s, "sm_90")) - moved(rival(FROZEN, s, "sm_90"))
+    assert extra / (2 * s.m * s.k) == pytest.approx(PASSES[arm, dropout], abs=0.1)
+
+
+# LoRAFusion's paper: GiB of DRAM traffic at 8,192 rows, by features of a square layer.
+PUBLISHED_GIB = {4096: (2.008, 1.258), 5120: (2.771, 1.836), 8192: (5.289, 4.044)}
+
+
+@pytest.mark.parametrize("features", PUBLISHED_GIB)
+def test_rivals_move_no_more_than_was_measured(features):
+    """The model counts each operand once. Its LoRAFusion saves more than the real one did."""
+    s = Shape(8192, features, features, 16, True)
+    eager, fused = (moved(rival(arm, s, "sm_90")) / 2**30 for arm in (PEFT, LORAFUSION))
+    measured_eager, measured_fused = PUBLISHED_GIB[features]
+    assert eager < measured_eager and fused < measured_fused
+    if features == 4096:
+        ratios_of_4096 = f"{measured_eager / eager:.2f} and {measured_fused / fused:.2f} times"
+        assert ratios_of_4096 in PAGE
 
 
 def test_lorafusions_gain_over_eager_lora_is_near_the_published_one():
