@@ -116,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, help="where to write the tables as CSV files (default: nowhere)")
     options = parser.parse_args(arguments)
     gpu = load_gpu(options.gpu)
-    print(
-        f"All times are PREDICTED for the {gpu.name} in bf16: low, middle, high. None is measured.\n"
-    )
+    print(f"PREDICTED for the {gpu.name} in bf16, none measured: low, middle, high.\n")
     whole = layer_time.is_counted_in_full(gpu.device)
     if options.weights and not whole:
         parser.error(f"--weights is counted for the H100 alone, not for the {gpu.name}")

@@ -109,7 +109,8 @@ def axolotl(s: Shape) -> Ways:
 
 # Rows and columns of a tile of LoRAFusion's products, by architecture: lorafusion/ops/triton_ops/
 # config.py at commit 561bce5 has an H100's, an A100's and an RTX 3090's, and knows no other GPU.
-# Consumer GPUs get the RTX 3090's here, a B200 the H100's. They are the same for any number of rows.
+# Consumer GPUs get the RTX 3090's here, a B200 the H100's. They are the same for any number of
+# rows.
 LORAFUSION_TILES = {
     "sm_80": (128, 128),
     "sm_89": (64, 128),
