@@ -22,6 +22,7 @@ from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.predict import layer_time, quantized
 from benchmarks.lab.predict.ceilings import Gpu, Range, load_gpu, points, range_over
+from benchmarks.lab.predict.instructions import counted_archs
 from benchmarks.lab.predict.layer_time import DIRECTIONS, MLPS, OURS, seconds, table
 from benchmarks.lab.predict.rivals import FROZEN, MLP, PEFT, Shape
 
@@ -116,10 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, help="where to write the tables as CSV files (default: nowhere)")
     options = parser.parse_args(arguments)
     gpu = load_gpu(options.gpu)
-    print(f"PREDICTED for the {gpu.name} in bf16, none measured: low, middle, high.\n")
+    if gpu.arch not in counted_archs():
+        command = f"python -m benchmarks.lab.predict.count --gpu {options.gpu}"
+        parser.error(f"no launch is counted for the {gpu.name} yet: {command}")
     whole = layer_time.is_counted_in_full(gpu.device)
     if options.weights and not whole:
         parser.error(f"--weights is counted for the H100 alone, not for the {gpu.name}")
+    print(f"PREDICTED for the {gpu.name} in bf16, none measured: low, middle, high.\n")
     if options.weights:
         print(quantized.table(gpu, options.weights).to_string(index=False))
         return

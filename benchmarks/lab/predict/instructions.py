@@ -263,6 +263,11 @@ class Counts(NamedTuple):
         return self.parts[part].round_trips if part in self.parts else 0
 
 
+def counted_archs() -> set[str]:
+    """The architectures of the table."""
+    return set(pd.read_csv(TABLE, usecols=["arch"])["arch"])
+
+
 @cache
 def _table(arch: str) -> dict[str, Counts]:
     rows = pd.read_csv(TABLE, dtype={"launch": str})
