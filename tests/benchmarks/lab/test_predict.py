@@ -154,7 +154,7 @@ def counted(args):
         ("h100", "r16 64x64 dropout"),
         *(
             pytest.param(gpu, "", marks=pytest.mark.nightly)
-            for gpu in ("h100", "a100", "b200", "4090")
+            for gpu in ("h100", "a100", "b200", "4090", "5090")
         ),
     ],
 )
@@ -394,7 +394,7 @@ def test_each_row_of_dispatchs_tables_names_its_prediction():
 
 
 # The page's GPUs beside the H100, and the layers that it has of them.
-OTHERS = ("a100", "b200", "4090")
+OTHERS = ("a100", "b200", "4090", "5090")
 
 
 @pytest.mark.parametrize("name", OTHERS)
