@@ -9,7 +9,7 @@ import pandas as pd
 from benchmarks.common.records import COLUMNS
 from benchmarks.lab.gpu.rows import FAILED, INTERRUPTED, OK, Row
 from benchmarks.lab.predict import parts
-from benchmarks.lab.predict.launch_time import load_gpu
+from benchmarks.lab.predict.ceilings import load_gpu
 from benchmarks.lab.predict.rivals import Shape
 
 # The sections of the first tests, in order.
@@ -140,8 +140,8 @@ def regrets(times: pd.DataFrame) -> pd.DataFrame:
 
 def estimates(times: pd.DataFrame) -> pd.DataFrame:
     """Return the launches of layers that are taken apart, and differences of two: what an H100 was
-    predicted to take, from the fast end of the band to the slow one, and what was measured; us.
-    ``off``: how far outside the band.
+    predicted to take at least, at the middle and at most, and what was measured; us. ``off``: how
+    far outside that range.
     """
     rows, gpu = [], load_gpu("h100")
     for (m, n, k, r, p), timed in times[times.section == "apart"].groupby(
@@ -153,20 +153,18 @@ def estimates(times: pd.DataFrame) -> pd.DataFrame:
             for name, each in zip(measured.index, measured.to_numpy(), strict=True)
         }
         found |= parts.differences(found)
-        for name, band in parts.predicted(
-            gpu, Shape(int(m), int(n), int(k), int(r), p > 0, wide_adapters=False)
-        ).items():
+        shape = Shape(int(m), int(n), int(k), int(r), p > 0, wide_adapters=False)
+        for name, known in parts.predicted(gpu, shape).items():
             if name in found:
                 of = dict(zip(measured.columns, found[name], strict=True))
-                low, high, took = min(band), max(band), of.get(MANY_LAUNCHES, float("nan"))
-                off = took / high - 1 if took > high else min(0.0, took / low - 1)
+                took = of.get(MANY_LAUNCHES, float("nan"))
+                off = took / known.high - 1 if took > known.high else min(0.0, took / known.low - 1)
                 rows.append(
                     {
                         "m": int(m),
                         "dropout": p,
                         "launch": name,
-                        "fast": low,
-                        "slow": high,
+                        **known._asdict(),
                         **of,
                         "off": off,
                     }

@@ -5,13 +5,14 @@ operations. Nothing is measured.
     python -m benchmarks.lab.predict --weights nf4
 
 docs/internals/predictions.md explains the model, and gpus/ has the ceilings with their sources.
-Ratios are bands, see ``launch_time.band_ends``. Regret is how much longer dispatch's kernel takes
-than the fastest one at the worse end; least regret is that of the best kernel.
+Figures are ranges with a middle, see ``ceilings.points``. Regret is how much longer dispatch's
+kernel takes than the fastest one at the worst point; least regret is that of the best kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,44 +21,36 @@ import pandas as pd
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.predict import layer_time, quantized
-from benchmarks.lab.predict.launch_time import SLOW, Gpu, load_gpu
+from benchmarks.lab.predict.ceilings import Gpu, Range, load_gpu, points, range_over
+from benchmarks.lab.predict.instructions import counted_archs
 from benchmarks.lab.predict.layer_time import DIRECTIONS, MLPS, OURS, seconds, table
 from benchmarks.lab.predict.rivals import FROZEN, MLP, PEFT, Shape
 
 
-def over_frozen(table: pd.DataFrame, arm: str, end: str = "") -> pd.Series:
-    """Forward and backward together, over the frozen layer's or MLP's."""
-    ours, frozen = (
-        sum(table[f"{name} {way}{end}"] for way in DIRECTIONS) for name in (arm, FROZEN)
-    )
-    return ours / frozen
+def ranges_of(rows: pd.DataFrame, arm: str) -> list[Range]:
+    """Of each row of a table: over the frozen layer's or MLP's; the frozen one's in
+    microseconds.
+    """
+    return [Range(*ends) for ends in rows[[f"{arm} {end}" for end in Range._fields]].to_numpy()]
 
 
-def band(table: pd.DataFrame, arm: str, form: str = "{:.2f}-{:.2f}") -> pd.Series:
-    """:func:`over_frozen` at both ends, as text."""
-    ends = pd.concat([over_frozen(table, arm, end) for end in ("", SLOW)], axis=1)
-    return pd.Series([form.format(*sorted(each)) for each in ends.to_numpy()], table.index)
+def whole_range(rows: pd.DataFrame, arm: str) -> Range:
+    """Of all rows together: the lowest, the mean of their middles, and the highest."""
+    lows, middles, highs = zip(*ranges_of(rows, arm), strict=True)
+    return Range(min(lows), statistics.mean(middles), max(highs))
 
 
-def shown(table: pd.DataFrame) -> str:
-    """Rows as times over the frozen layer's or MLP's."""
-    text = table[["m", "r"]].copy()
-    text["frozen, us"] = [
-        f"{min(each):.1f}-{max(each):.1f}"
-        for each in zip(
-            *(sum(table[f"{FROZEN} {way}{end}"] for way in DIRECTIONS) for end in ("", SLOW)),
-            strict=True,
-        )
-    ]
-    for arm in dict.fromkeys(
-        name.removesuffix(" forward") for name in table if name.endswith(" forward")
-    ):
+def shown(rows: pd.DataFrame) -> str:
+    """A table as text, with times over the frozen layer's or MLP's: low, middle, high."""
+    text = rows[["m", "r"]].copy()
+    text["frozen, us"] = [known.text("{:.1f}") for known in ranges_of(rows, FROZEN)]
+    arms = [name.removesuffix(" middle") for name in rows if name.endswith(" middle")]
+    for arm in arms:
         if arm != FROZEN:
-            text[f"{arm}, x"] = band(table, arm)
-    for way in DIRECTIONS if "forward kernel" in table else ():
-        text[f"{way} by (regret)"] = table[f"{way} kernel"] + table[f"{way} regret at most"].map(
-            " ({:.0%})".format
-        )
+            text[f"{arm}, x"] = [known.text() for known in ranges_of(rows, arm)]
+    for direction in DIRECTIONS if "forward kernel" in rows else ():
+        regrets = rows[f"{direction} regret at most"].map(" ({:.0%})".format)
+        text[f"{direction} by (regret)"] = rows[f"{direction} kernel"] + regrets
     return text.to_string(index=False)
 
 
@@ -68,27 +61,39 @@ def against_measured(gpu: Gpu, name: str, results: Path = RESULTS) -> str:
     paths = [
         path for path in sorted(results.glob("*/layer.csv")) if name in path.parent.name.split("-")
     ]
-    names = {"frozen nn.Linear": FROZEN, "eager LoRA": PEFT, "PEFT": PEFT, OURS: OURS}
+    arms = {"frozen nn.Linear": FROZEN, "eager LoRA": PEFT, "PEFT": PEFT, OURS: OURS}
     if not paths:
-        return f"No measurements of an {gpu.name} to compare with: python -m benchmarks.lab.gpu makes them."
+        none = f"No measurements of an {gpu.name} to compare with"
+        return f"{none}: python -m benchmarks.lab.gpu makes them."
     rows = pd.concat(map(read_records, paths))
-    rows, off = (
-        rows[(rows["metric"] == "us") & (rows["mode"] == "graph") & rows["arm"].isin(names)],
-        [],
-    )
+    rows = rows[(rows["metric"] == "us") & (rows["mode"] == "graph") & rows["arm"].isin(arms)]
+    off = []
+    inside = []
     for row in rows.itertuples():
-        times = seconds(
-            gpu, Shape(row.m, row.n_out, row.k, row.r, row.dropout > 0, False), names[row.arm]
-        )
-        predicted = sum(times) if row.phase == "both" else times[DIRECTIONS.index(row.phase)]
-        off.append(1e6 * predicted / row.median - 1)
-    arms = rows.assign(off=off).set_index("case").groupby(["arm", "phase"])["off"]
-    table = (
-        arms.describe()[["count", "min", "50%", "max"]]
+        shape = Shape(row.m, row.n_out, row.k, row.r, row.dropout > 0, False)
+        ways = [seconds(point, shape, arms[row.arm]) for point in points(gpu)]
+        if row.phase == "both":
+            times = [1e6 * sum(way) for way in ways]
+        else:
+            times = [1e6 * way[DIRECTIONS.index(row.phase)] for way in ways]
+        known = range_over(times)
+        off.append(known.middle / row.median - 1)
+        inside.append(known.low <= row.median <= known.high)
+    groups = rows.assign(off=off, inside=inside).set_index("case").groupby(["arm", "phase"])
+    compared = (
+        groups["off"]
+        .describe()[["count", "min", "50%", "max"]]
         .astype({"count": int})
-        .assign(farthest=arms.apply(lambda each: each.abs().idxmax()))
+        .assign(inside=groups["inside"].mean(), farthest=groups["off"].apply(_farthest))
     )
-    return f"Predicted over measured, less 1, the device alone:\n{table.to_string(float_format='{:+.0%}'.format)}"
+    text = compared.to_string(float_format="{:+.0%}".format)
+    return (
+        f"Predicted middle over measured, less 1, the device alone; inside: in the range:\n{text}"
+    )
+
+
+def _farthest(off: pd.Series) -> str:
+    return str(off.abs().idxmax())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,26 +117,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, help="where to write the tables as CSV files (default: nowhere)")
     options = parser.parse_args(arguments)
     gpu = load_gpu(options.gpu)
-    print(f"All times are PREDICTED for an {gpu.name} in bf16; none is measured.\n")
+    if gpu.arch not in counted_archs():
+        command = f"python -m benchmarks.lab.predict.count --gpu {options.gpu}"
+        parser.error(f"no launch is counted for the {gpu.name} yet: {command}")
+    whole = layer_time.is_counted_in_full(gpu.device)
+    if options.weights and not whole:
+        parser.error(f"--weights is counted for the H100 alone, not for the {gpu.name}")
+    print(f"PREDICTED for the {gpu.name} in bf16, none measured: low, middle, high.\n")
     if options.weights:
         print(quantized.table(gpu, options.weights).to_string(index=False))
         return
-    layers = table(gpu, layer_time.layers(options.dropout > 0))
-    mlps = table(gpu, [MLP(*sizes, options.dropout > 0) for sizes in MLPS])
+    layers = table(gpu, layer_time.layers(gpu.device, options.dropout > 0))
+    tables = {"predicted": layers}
+    if whole:
+        tables["predicted_mlp"] = table(gpu, [MLP(*sizes, options.dropout > 0) for sizes in MLPS])
     for (n, k), rows in layers.groupby(["n", "k"], sort=False):
-        print(
-            f"N {n}, K {k}, dropout {options.dropout:g}: forward + backward over the frozen layer's\n{shown(rows)}\n"
+        title = (
+            f"N {n}, K {k}, dropout {options.dropout:g}: forward + backward over the frozen layer's"
         )
-    print(
-        f"A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's\n{shown(mlps)}\n"
-    )
+        print(f"{title}\n{shown(rows)}\n")
+    if whole:
+        title = "A gated MLP, K 4096, F 14336: forward + backward over the frozen MLP's"
+        print(f"{title}\n{shown(tables['predicted_mlp'])}\n")
     for name in ("regret at most", "least regret"):
-        found = layers[[f"{way} {name}" for way in DIRECTIONS]].stack()
-        print(
-            f"{name.capitalize()}, the worse end of {len(found)} calls: {found.mean():.1%} on average, {found.max():.1%} at most"
-        )
+        regrets = layers[[f"{way} {name}" for way in DIRECTIONS]].stack()
+        figures = f"{regrets.mean():.1%} on average, {regrets.max():.1%} at most"
+        print(f"{name.capitalize()}, at the worst point of {len(regrets)} calls: {figures}")
     print(against_measured(gpu, options.gpu))
-    for name, rows in {"predicted": layers, "predicted_mlp": mlps}.items() if options.out else ():
+    for name, rows in tables.items() if options.out else ():
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{name}_dropout_{options.dropout:g}.csv"
         rows.to_csv(path, index=False, lineterminator="\n")

@@ -4,7 +4,8 @@ GPU that need not be present.
     python -m benchmarks.lab.predict.count [--gpu h100] [--check]
 
 renews the GPU's rows in benchmarks/results/instructions.csv, or with ``--check`` exits with 1 if
-they differ. A launch takes 2 to 6 s of one core, 0.5 s once Triton has it in its cache.
+they differ. A launch takes 2 to 6 s of one core, 0.5 s once Triton has it in its cache; an H100 has
+508 launches, each other GPU about 65.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from benchmarks.lab.compile_report.occupancy import PROCESSORS, occupancy
 from benchmarks.lab.compile_report.report import TRITON
 from benchmarks.lab.predict import layer_time, quantized
 from benchmarks.lab.predict import parts as taken_apart
+from benchmarks.lab.predict.ceilings import load_gpu
 from benchmarks.lab.predict.instructions import TABLE, Part, jobs_of, key_of, parts
-from benchmarks.lab.predict.launch_time import load_gpu
 from benchmarks.lab.predict.rivals import MLP
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.settings import STRATEGIES
@@ -38,19 +39,26 @@ COLUMNS = ["arch", "launch", "kernel", "variant", "residents", "part", *Part._fi
 
 
 def launches(device: Device) -> dict[str, Any]:
-    """By key."""
-    found: dict[str, Any] = {}
-    for way in chain(
-        _of_layers(device), _of_mlps(device), _of_quantized(device), _of_parts(device)
-    ):
-        found |= {key_of(launch): launch for launch in way if hasattr(launch, "kernel")}
-    return found
+    """By key: the launches of all tables that the commands print. The H100's rules are also tested
+    with adapters in 16 bits, and its layers are taken apart.
+    """
+    ways = [_of_layers(device, wide_adapters=True)]
+    if layer_time.is_counted_in_full(device):
+        ways += [_of_layers(device, wide_adapters=False), _of_mlps(device)]
+        ways += [_of_quantized(device), _of_parts(device)]
+    by_key: dict[str, Any] = {}
+    for way in chain.from_iterable(ways):
+        by_key |= {key_of(launch): launch for launch in way if hasattr(launch, "kernel")}
+    return by_key
 
 
-def _of_layers(device: Device) -> Iterator[list[Any]]:
-    shapes = chain(layer_time.layers(False), layer_time.layers(True), quantized.shapes())
-    for shape, wide, kernel in product(shapes, (False, True), STRATEGIES[1:]):
-        yield from layer_time.by_kernel(device, shape._replace(wide_adapters=wide), kernel)
+def _of_layers(device: Device, wide_adapters: bool) -> Iterator[list[Any]]:
+    shapes = layer_time.layers(device, False) + layer_time.layers(device, True)
+    if layer_time.is_counted_in_full(device):
+        shapes += quantized.shapes()
+    for shape, kernel in product(shapes, STRATEGIES[1:]):
+        shape = shape._replace(wide_adapters=wide_adapters)
+        yield from layer_time.by_kernel(device, shape, kernel)
 
 
 def _of_mlps(device: Device) -> Iterator[list[Any]]:
@@ -85,10 +93,10 @@ def count(launch: Any, arch: str) -> list[dict[str, Any]]:
     label = dict(
         zip(COLUMNS, (arch, key_of(launch), kernel, launch.variant, residents), strict=False)
     )
-    found = parts(
+    counted = parts(
         machine_code.nvdisasm(machine), jobs_of(launch), persistent="x_desc" in launch.arguments
     )
-    return [{**label, "part": name, **part._asdict()} for name, part in found.items()]
+    return [{**label, "part": name, **numbers._asdict()} for name, numbers in counted.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,17 +125,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = load_gpu(options.gpu).device
     # The compiler runs without Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [
-            each for each in launches(device).values() if options.variant in ("", each.variant)
+        asked = [
+            launch
+            for launch in launches(device).values()
+            if options.variant in ("", launch.variant)
         ]
-        made = pool.map(partial(count, arch=device.arch), found)
-        rows = pd.DataFrame(chain.from_iterable(made), columns=COLUMNS)
+        counted = pool.map(partial(count, arch=device.arch), asked)
+        rows = pd.DataFrame(chain.from_iterable(counted), columns=COLUMNS)
     rows = rows.sort_values([*COLUMNS[2:4], "launch"], kind="stable", ignore_index=True)
     old = pd.read_csv(TABLE, dtype={"launch": str}) if TABLE.exists() else rows[:0]
     if options.check or options.variant:
         known = old[
             (old["arch"] == device.arch)
-            & old["variant"].isin([options.variant or each for each in old["variant"]])
+            & old["variant"].isin([options.variant or variant for variant in old["variant"]])
         ]
         differ = rows.merge(known, how="outer", indicator=True).query("_merge != 'both'")
         print(differ.to_string(index=False) if len(differ) else f"{len(rows)} rows as in the table")

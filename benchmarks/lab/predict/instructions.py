@@ -78,19 +78,19 @@ class Code(NamedTuple):
 
     def loops(self) -> list[range]:
         """With matrix instructions, but without other such loops inside."""
-        found = [
+        loops = [
             range(first, last + 1)
             for last, firsts in enumerate(self.follows)
             for first in firsts
             if first <= last
         ]
         # A wait's second try lies behind the end of the code, and jumps back.
-        found = [loop for loop in found if not any(i.op == "EXIT" for i in self.at(loop))]
-        found = [loop for loop in found if any("MMA" in i.op for i in self.at(loop))]
+        loops = [loop for loop in loops if not any(i.op == "EXIT" for i in self.at(loop))]
+        loops = [loop for loop in loops if any("MMA" in i.op for i in self.at(loop))]
         return [
             a
-            for a in found
-            if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in found)
+            for a in loops
+            if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in loops)
         ]
 
     def reached(self, start: int, backward: bool = False) -> set[int]:
@@ -99,14 +99,15 @@ class Code(NamedTuple):
         if backward:
             follows = [[] for _ in self.instructions]
             for place, after in enumerate(self.follows):
-                for each in after:
-                    follows[each].append(place)
-        found, todo = {start}, [start]
+                for next_place in after:
+                    follows[next_place].append(place)
+        reached = {start}
+        todo = [start]
         while todo:
-            new = set(follows[todo.pop()]) - found
-            found |= new
+            new = set(follows[todo.pop()]) - reached
+            reached |= new
             todo += new
-        return found
+        return reached
 
 
 def read(text: str) -> Code:
@@ -130,7 +131,7 @@ def read(text: str) -> Code:
         target = re.search(r"\.L\w+", i.operands) if i.op.startswith("BRA") else None
         ends = i.op.startswith(("BRA", "EXIT")) and not i.guarded
         after = [*([labels[target[0]]] if target else []), *([] if ends else [place + 1])]
-        follows.append([each for each in after if each < len(code)])
+        follows.append([next_place for next_place in after if next_place < len(code)])
     return Code(code, follows)
 
 
@@ -198,7 +199,7 @@ def parts(text: str, jobs: Collection[str], persistent: bool) -> dict[str, Part]
     tile after tile.
     """
     code = read(text)
-    found: dict[str, range] = {}
+    job_loops: dict[str, range] = {}
     ranks: list[range] = []
     for loop in sorted(code.loops(), key=lambda loop: loop.start):
         function = Counter(i.function for i in code.at(loop) if i.function).most_common(1)[0][0]
@@ -207,35 +208,37 @@ def parts(text: str, jobs: Collection[str], persistent: bool) -> dict[str, Part]
             continue
         # dB's code comes before dA's.
         names = {"down_part": ["S"], "weight_grad": ["DB", "DA"]}.get(function, ["Y"])
-        found |= {
-            job: loop for job in [job for job in names if job in jobs and job not in found][:1]
-        }
-    if {*jobs} - {*found} > {"Y"}:
-        raise ValueError(f"loops of {jobs} were expected, those of {[*found]} were found")
-    result = {job: _part(code.at(loop)) for job, loop in found.items()}
+        job = next((job for job in names if job in jobs and job not in job_loops), None)
+        if job:
+            job_loops[job] = loop
+    if {*jobs} - {*job_loops} > {"Y"}:
+        raise ValueError(f"loops of {jobs} were expected, those of {[*job_loops]} were found")
+    result = {job: _part(code.at(loop)) for job, loop in job_loops.items()}
     if ranks:
-        each = [code.at(loop) for loop in ranks]
+        bodies = [code.at(loop) for loop in ranks]
         result[RANKS] = _part(
-            [i for one in each for i in one], sum(_round_trips(one, False) for one in each)
+            [i for body in bodies for i in body],
+            sum(_round_trips(body, False) for body in bodies),
         )
     if "Y" in jobs:
-        main = found.get("Y", ranks[0] if ranks else range(0))
-        behind, before = code.reached(main.start), code.reached(main.start, backward=True)
-        places = sorted(
-            (behind & before if persistent else behind | before) - {*(main if "Y" in found else ())}
-        )
-        first = [place for place in places if place < main.start]
-        trips = _round_trips(code.at(first), "Y" in found) + _round_trips(
-            code.at(places[len(first) :]), False
-        )
-        result[TILE] = _part(code.at(places), trips)
+        main = job_loops.get("Y", ranks[0] if ranks else range(0))
+        behind = code.reached(main.start)
+        before = code.reached(main.start, backward=True)
+        beside = behind & before if persistent else behind | before
+        if "Y" in job_loops:
+            beside -= {*main}
+        prologue = [place for place in sorted(beside) if place < main.start]
+        epilogue = [place for place in sorted(beside) if place >= main.start]
+        trips = _round_trips(code.at(prologue), "Y" in job_loops)
+        trips += _round_trips(code.at(epilogue), False)
+        result[TILE] = _part(code.at(prologue + epilogue), trips)
     return result
 
 
 def key_of(launch: Any) -> str:
     """Launches of one key have the same code, which does not depend on integers beside tuples."""
-    given = [value for value in launch.args if not isinstance(value, int)]
-    words = [launch.kernel.__name__, launch.constants, launch.options, *map(_kind, leaves(given))]
+    values = [value for value in launch.args if not isinstance(value, int)]
+    words = [launch.kernel.__name__, launch.constants, launch.options, *map(_kind, leaves(values))]
     return hashlib.sha256(str(words).encode()).hexdigest()[:10]
 
 
@@ -260,16 +263,21 @@ class Counts(NamedTuple):
         return self.parts[part].round_trips if part in self.parts else 0
 
 
+def counted_archs() -> set[str]:
+    """The architectures of the table."""
+    return set(pd.read_csv(TABLE, usecols=["arch"])["arch"])
+
+
 @cache
 def _table(arch: str) -> dict[str, Counts]:
     rows = pd.read_csv(TABLE, dtype={"launch": str})
     rows = rows[rows["arch"] == arch]
     return {
         launch: Counts(
-            int(each["residents"].iloc[0]),
-            {row.part: Part(*row[6:]) for row in each.itertuples(index=False)},
+            int(of_launch["residents"].iloc[0]),
+            {row.part: Part(*row[6:]) for row in of_launch.itertuples(index=False)},
         )
-        for launch, each in rows.groupby("launch")
+        for launch, of_launch in rows.groupby("launch")
     }
 
 

@@ -1,16 +1,15 @@
-"""A GPU's ceilings, and by them the predicted seconds of one launch, ours or the vendor's."""
+"""The predicted seconds of one launch, ours or another library's, by a GPU's ceilings."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import cache
 from heapq import heappop, heappush
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.lab.predict.ceilings import Gpu
 from benchmarks.lab.predict.formula import (
     Traffic,
     branches,
@@ -22,15 +21,7 @@ from benchmarks.lab.predict.formula import (
     weights,
 )
 from benchmarks.lab.predict.instructions import RANKS, TILE, Counts, counts_of
-from stablelora_kernels.dispatch.problem import DEVICES, Device, cdiv
-
-GPUS = Path(__file__).parent / "gpus"
-# The slow end of the band: the least share of the vendor's rate that the main loops of Triton's
-# products are taken to reach.
-SLOWEST = 0.92
-# The suffixes of columns at the band's ends.
-FAST, SLOW = "", " (slow)"
-
+from stablelora_kernels.dispatch.problem import cdiv
 
 # Memory latency: it determines how many bytes must be in flight.
 LATENCY = 0.8e-6
@@ -44,73 +35,6 @@ VENDOR_TILES = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256
 VENDOR_SPLITS = (1, 2, 4, 8, 16)
 
 
-class Gpu(NamedTuple):
-    """Ceilings of a GPU: bytes a second, clocks a second, seconds a launch."""
-
-    name: str
-    arch: str
-    bandwidth: float
-    l2_bytes: float
-    # What L2 delivers: the figure that the sources suggest, and the lowest and the highest that
-    # they allow.
-    l2_bandwidth: float
-    l2_range: tuple[float, float]
-    # Under products in 16 bits, likewise: the power limit lowers it.
-    clock: float
-    clock_range: tuple[float, float]
-    # Of a processor in 16 bits, a clock, and the share of them that the vendor's main loops reach.
-    matrix_operations: int
-    matrix_share: float
-    # A matrix instruction of fewer columns takes as long as one of these.
-    narrow_columns: int
-    launch: float
-    # The share of the vendor's matrix rate that Triton's main loops reach.
-    efficiency: float = 1.0
-
-    @property
-    def device(self) -> Device:
-        return DEVICES[self.arch]
-
-    @property
-    def clocks(self) -> float:
-        """Of all processors together, a second."""
-        return self.device.processors * self.clock
-
-    @property
-    def matrix_rate(self) -> float:
-        """Operations a second of the vendor's main loops."""
-        return self.clocks * self.matrix_operations * self.matrix_share
-
-    def share(self, units: int) -> float:
-        """How much longer the busiest processor works than the average one, for ``units`` equal
-        pieces of work.
-        """
-        processors = self.device.processors
-        return cdiv(units, processors) * processors / units if units else 1.0
-
-
-def load_gpu(name: str) -> Gpu:
-    """The GPU in benchmarks/lab/predict/gpus/<name>.json."""
-    path = GPUS / f"{name}.json"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in GPUS.glob("*.json")))
-        raise SystemExit(f"--gpu must be one of {known}, got {name!r}")
-    content = json.loads(path.read_text())
-    del content["sources"]
-    return Gpu(**content | {name: tuple(content[name]) for name in ("l2_range", "clock_range")})
-
-
-def band_ends(gpu: Gpu) -> dict[str, Gpu]:
-    """The ends of our time over the frozen layer's. What only a GPU can tell is at its best at one
-    and at its worst at the other.
-
-    At the lowest clock, processors ask L2 for the fewest bytes a second.
-    """
-    (l2_low, l2_high), (clock_low, clock_high) = gpu.l2_range, gpu.clock_range
-    slow = gpu._replace(l2_bandwidth=l2_low, clock=clock_high, efficiency=SLOWEST)
-    return {FAST: gpu._replace(l2_bandwidth=l2_high, clock=clock_low), SLOW: slow}
-
-
 class Work(NamedTuple):
     """A launch that is not ours: bytes from and to memory, matrix operations, sizes of a wide
     product [m, k] by [k, n].
@@ -121,16 +45,17 @@ class Work(NamedTuple):
     flops: float = 0.0
     # m, n and k
     sizes: tuple[int, int, int] | None = None
-    # Whether it is Triton's, whose programs do not share reads. Its prologue and epilogue are not
-    # counted.
-    triton: bool = False
+    # Rows and columns of a tile of Triton's product; None for the vendor's, which has several.
+    tile: tuple[int, int] | None = None
 
     def seconds(self, gpu: Gpu) -> float:
         if self.sizes is None:
             return gpu.launch + max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
         # The epilogue's operations take as long as those of a longer sum.
-        seconds = vendor_seconds(gpu, *self.sizes, self.bytes, self.triton)
-        return gpu.launch + self.flops / (2.0 * math.prod(self.sizes)) * seconds
+        longer = self.flops / (2.0 * math.prod(self.sizes))
+        if self.tile is None:
+            return gpu.launch + longer * vendor_seconds(gpu, *self.sizes, self.bytes)
+        return gpu.launch + longer * triton_seconds(gpu, self.sizes, self.bytes, self.tile)
 
 
 class Facts(NamedTuple):
@@ -178,18 +103,18 @@ class Facts(NamedTuple):
 
     def busy(self, gpu: Gpu) -> float:
         """Seconds from the first program to the last, alone."""
-        flight = min(self.programs, self.residents * gpu.device.processors) * self.flight
+        flight = min(self.programs, self.residents * gpu.processors) * self.flight
         share = gpu.share(self.units)
         busy = max(
             self.moved.unique / gpu.bandwidth,
             self.moved.issued / gpu.l2_bandwidth,
             self.moved.issued * share / (gpu.clocks * PORT),
-            self.operations * share / (gpu.matrix_rate * gpu.efficiency),
+            self.operations * share / gpu.triton_rate,
             self.turns * share / gpu.clocks,
             self.moved.read_unique * LATENCY / flight,
         )
         # Of programs that share a processor, one finishes while another computes.
-        waves = cdiv(self.units, gpu.device.processors * self.residents)
+        waves = cdiv(self.units, gpu.processors * self.residents)
         return busy + waves * self.finish(gpu) + _shared_sum(gpu, self.splits, self.part)
 
     def finish(self, gpu: Gpu) -> float:
@@ -200,7 +125,7 @@ class Facts(NamedTuple):
         """Programs, or units where each has a program, and the seconds of each; those that begin
         first at the front.
         """
-        rounds = cdiv(self.units, gpu.device.processors)
+        rounds = cdiv(self.units, gpu.processors)
         each = self.busy(gpu) / max(rounds, 1)
         if self.programs >= self.units:
             return [(self.units, each)]
@@ -209,14 +134,12 @@ class Facts(NamedTuple):
 
     def in_turns(self, gpu: Gpu) -> Facts:
         """The same if matrix operations wait while other instructions of the loop run."""
-        return self._replace(
-            turns=self.turns + self.operations / (gpu.matrix_rate * gpu.efficiency) * gpu.clocks
-        )
+        return self._replace(turns=self.turns + self.operations / gpu.triton_rate * gpu.clocks)
 
 
 def _last_end(gpu: Gpu, jobs: Sequence[Facts]) -> float:
     """When the last program of ``jobs`` ends, if each begins on the processor that is free first."""
-    free = [(0.0, gpu.device.processors)]
+    free = [(0.0, gpu.processors)]
     for count, seconds in (piece for job in jobs for piece in job.pieces(gpu)):
         while count:
             begin, processors = heappop(free)
@@ -384,29 +307,60 @@ def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
 
 
 @cache
-def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float, triton: bool = False) -> float:
-    """[m, k] by [k, n] by the vendor's library, or likewise by Triton: the best of its tiles,
-    without the launch.
+def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float) -> float:
+    """[m, k] by [k, n] by the vendor's library, with the best of its tiles, without the launch.
 
-    ``unique``: bytes from and to memory. From Hopper on, two of the vendor's programs share the
+    ``unique``: bytes from and to memory. On data-center GPUs from Hopper on, two programs share the
     reads of a tile's columns (multicast).
     """
-    pair = 2 if gpu.device.generation >= 90 and not triton else 1
-    rate = gpu.matrix_rate * (gpu.efficiency if triton else 1.0)
-    found = []
+    sharing = 2 if gpu.device.tma else 1
+    times = []
     for (rows, columns), splits in product(VENDOR_TILES, VENDOR_SPLITS):
         if splits > 1 and k < 256 * splits:
             continue
         rows = min(rows, _up(m, 16))
-        tiles_m, tiles_n = cdiv(m, rows), cdiv(n, columns)
-        parts = 4.0 * m * n * splits * (splits > 1)
-        issued = 2.0 * (m * k * tiles_n + n * k * max(1, tiles_m / pair) + m * n) + 2 * parts
-        share = gpu.share(tiles_m * tiles_n * splits)
-        busy = max(
-            unique / gpu.bandwidth,
-            issued / gpu.l2_bandwidth,
-            issued * share / (gpu.clocks * PORT),
-            2.0 * tiles_m * rows * tiles_n * columns * k * share / rate,
+        busy = _product_seconds(
+            gpu, (m, n, k), unique, (rows, columns), splits, sharing, gpu.matrix_rate
         )
-        found.append(busy + _shared_sum(gpu, splits, 4.0 * min(rows, m) * columns))
-    return min(found)
+        times.append(busy + _shared_sum(gpu, splits, 4.0 * min(rows, m) * columns))
+    return min(times)
+
+
+@cache
+def triton_seconds(
+    gpu: Gpu, sizes: tuple[int, int, int], unique: float, tile: tuple[int, int]
+) -> float:
+    """The same by a product of Triton's with this one tile: its programs share neither reads nor
+    sums. Its tiles' ends are in ``gpu.triton_share``, which comes from whole products.
+    """
+    return _product_seconds(gpu, sizes, unique, tile, 1, 1, gpu.triton_rate)
+
+
+def _product_seconds(
+    gpu: Gpu,
+    sizes: tuple[int, int, int],
+    unique: float,
+    tile: tuple[int, int],
+    splits: int,
+    sharing: int,
+    rate: float,
+) -> float:
+    """The longest of a product's demands on memory, L2, the processors' ports and their matrix
+    units.
+
+    ``splits`` programs share a tile's sum, ``sharing`` programs the reads of a tile's columns.
+    """
+    m, n, k = sizes
+    rows, columns = tile
+    tiles_m = cdiv(m, rows)
+    tiles_n = cdiv(n, columns)
+    parts = 4.0 * m * n * splits * (splits > 1)
+    elements = m * k * tiles_n + n * k * max(1, tiles_m / sharing) + m * n
+    issued = 2.0 * elements + 2 * parts
+    share = gpu.share(tiles_m * tiles_n * splits)
+    return max(
+        unique / gpu.bandwidth,
+        issued / gpu.l2_bandwidth,
+        issued * share / (gpu.clocks * PORT),
+        2.0 * tiles_m * rows * tiles_n * columns * k * share / rate,
+    )

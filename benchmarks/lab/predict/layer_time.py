@@ -12,20 +12,24 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.lab.mlp_launches import mlp_launches
-from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
+from benchmarks.lab.predict.ceilings import Gpu, Range, points, range_over, ratios
+from benchmarks.lab.predict.launch_time import Facts, Work, facts
 from benchmarks.lab.predict.rivals import (
     ACTIVATION,
     BF16,
     FROZEN,
+    LORAFUSION,
     MLP,
+    PEFT,
     RIVALS,
     UNSLOTH,
     Shape,
     Ways,
     join,
+    published_ratio,
     rival,
 )
-from stablelora_kernels.dispatch.problem import DEVICES, Call, Device
+from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_strategies
 from stablelora_kernels.explanation import linear_launches
 
@@ -63,20 +67,6 @@ def by_kernel(device: Device, s: Shape, kernel: str) -> tuple[list[Any], list[An
     return layer_launches(device, s, *choices)
 
 
-@cache
-def _layer_facts(arch: str, narrow_columns: int, s: Shape, kernel: str) -> list[list[Any]]:
-    return [
-        [facts(launch, arch, narrow_columns) for launch in way]
-        for way in by_kernel(DEVICES[arch], s, kernel)
-    ]
-
-
-def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
-    """Predicted seconds of one direction by ``kernel``."""
-    found = _layer_facts(gpu.arch, gpu.narrow_columns, s, kernel)[DIRECTIONS.index(direction)]
-    return sum(launch.seconds(gpu) for launch in found)
-
-
 def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
     """Forward and backward, as ``ONE_OP``, or as ``SEPARATE`` with a bias each and a fused
     activation, one launch each way.
@@ -87,6 +77,30 @@ def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
     return mlp_launches(
         device, mlp.m, (mlp.k, mlp.f, mlp.k), mlp.r, (BF16, gate.lora_dtype), gate.p
     )
+
+
+# What the times of the launches of forward and of backward depend on.
+WaysFacts = list[list[Facts | Work]]
+
+
+def facts_of(ways: Ways, device: Device, narrow_columns: int) -> WaysFacts:
+    return [[facts(launch, device.arch, narrow_columns) for launch in way] for way in ways]
+
+
+@cache
+def _kernel_facts(device: Device, narrow_columns: int, s: Shape, kernel: str) -> WaysFacts:
+    return facts_of(by_kernel(device, s, kernel), device, narrow_columns)
+
+
+@cache
+def _mlp_facts(device: Device, narrow_columns: int, mlp: MLP, arm: str) -> WaysFacts:
+    return facts_of(mlp_launches_of(device, mlp, arm), device, narrow_columns)
+
+
+def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
+    """Predicted seconds of one direction by ``kernel``."""
+    ways = _kernel_facts(gpu.device, gpu.narrow_columns, s, kernel)
+    return sum(launch.seconds(gpu) for launch in ways[DIRECTIONS.index(direction)])
 
 
 def arms_of(case: Shape | MLP) -> list[str]:
@@ -107,29 +121,58 @@ def seconds(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
             for direction in DIRECTIONS
         }
         return [kernel_seconds(gpu, case, *pair) for pair in kernels.items()]
-    ways = mlp_launches_of(gpu.device, case, arm) if arm in (SEPARATE, ONE_OP) else rival(arm, case)
-    return [
-        sum(facts(launch, gpu.arch, gpu.narrow_columns).seconds(gpu) for launch in way)
-        for way in ways
-    ]
+    if isinstance(case, MLP) and arm in (SEPARATE, ONE_OP):
+        ways = _mlp_facts(gpu.device, gpu.narrow_columns, case, arm)
+    else:
+        ways = [list(way) for way in rival(arm, case, gpu.arch)]
+    return [sum(launch.seconds(gpu) for launch in way) for way in ways]
+
+
+def both_ways(gpu: Gpu, case: Shape | MLP, arm: str) -> list[float]:
+    """Predicted seconds of forward and backward together at each of ``points(gpu)``."""
+    return [sum(seconds(point, case, arm)) for point in points(gpu)]
+
+
+def over_frozen(gpu: Gpu, case: Shape | MLP, arm: str) -> Range:
+    """Forward and backward of an arm over the frozen layer's or MLP's.
+
+    LoRAFusion has two estimates: by its tiles, and by its published gain over eager LoRA. Its range
+    holds both, and its middle is half way between theirs.
+    """
+    frozen = both_ways(gpu, case, FROZEN)
+    by_launches = ratios(both_ways(gpu, case, arm), frozen)
+    gain = published_ratio(gpu.arch, case) if arm == LORAFUSION else None
+    if gain is None:
+        return by_launches
+    eager = ratios(both_ways(gpu, case, PEFT), frozen)
+    by_gain = Range(eager.low / gain.best, eager.middle / gain.mean, eager.high / gain.mean)
+    return Range(
+        min(by_launches.low, by_gain.low),
+        (by_launches.middle + by_gain.middle) / 2,
+        max(by_launches.high, by_gain.high),
+    )
 
 
 def regret(gpu: Gpu, s: Shape, direction: str) -> pd.DataFrame:
-    """How much longer each possible kernel takes than the fastest one, at each end of the band."""
-    kernels, ends = possible_strategies(call_of(s, direction)), band_ends(gpu).items()
-    times = {
-        end: {kernel: kernel_seconds(at, s, direction, kernel) for kernel in kernels}
-        for end, at in ends
-    }
-    return pd.DataFrame(times) / pd.DataFrame(times).min() - 1
+    """How much longer each possible kernel takes than the fastest one, at each of
+    ``points(gpu)``.
+    """
+    kernels = possible_strategies(call_of(s, direction))
+    times = pd.DataFrame(
+        {
+            place: {kernel: kernel_seconds(point, s, direction, kernel) for kernel in kernels}
+            for place, point in enumerate(points(gpu))
+        }
+    )
+    return times / times.min() - 1
 
 
 def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
-    """A row for each case: predicted microseconds of its arms, forward and backward, at both ends
-    of the band.
+    """A row for each case: predicted microseconds of its arms at the middle of all ranges, forward
+    and backward; and the low, middle and high of both together over the frozen layer's, which has
+    its microseconds there.
 
-    For a layer also dispatch's kernels, their regret at the worse end, and the least that a kernel
-    has there.
+    For a layer also dispatch's kernels, their largest regret, and the least that a kernel can have.
     """
     rows = []
     for case in cases:
@@ -138,28 +181,38 @@ def table(gpu: Gpu, cases: Sequence[Shape | MLP]) -> pd.DataFrame:
             **case._asdict(),
             "dropout": 0.1 if case.dropout else 0.0,
         }
-        for arm, (end, at) in product(arms_of(case), band_ends(gpu).items()):
-            found = (
-                round(1e6 * each, 2 if isinstance(case, Shape) else 1)
-                for each in seconds(at, case, arm)
-            )
-            row |= {
-                f"{arm} {direction}{end}": us
-                for direction, us in zip(DIRECTIONS, found, strict=True)
-            }
-        for direction in DIRECTIONS if isinstance(case, Shape) else ():
-            kernel, worst = (
-                choose(gpu.device, call_of(case, direction)).strategy,
-                regret(gpu, case, direction).max(axis=1),
-            )
-            row[f"{direction} kernel"] = kernel
-            row |= {
-                f"{direction} regret at most": worst[kernel],
-                f"{direction} least regret": worst.min(),
-            }
+        for arm in arms_of(case):
+            for direction, time in zip(DIRECTIONS, seconds(gpu, case, arm), strict=True):
+                row[f"{arm} {direction}"] = round(1e6 * time, 2)
+            whole = over_frozen(gpu, case, arm)
+            if arm == FROZEN:
+                whole = range_over(both_ways(gpu, case, arm)).times(1e6)
+            row |= {f"{arm} {end}": value for end, value in whole._asdict().items()}
+        if isinstance(case, Shape):
+            row |= _kernels_of(gpu, case)
         rows.append(row)
-    return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(3)
+    return pd.DataFrame(rows).drop(columns="wide_adapters", errors="ignore").round(4)
 
 
-def layers(dropout: bool) -> list[Shape]:
-    return [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, RANKS)]
+def _kernels_of(gpu: Gpu, s: Shape) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for direction in DIRECTIONS:
+        kernel = choose(gpu.device, call_of(s, direction)).strategy
+        worst = regret(gpu, s, direction).max(axis=1)
+        row[f"{direction} kernel"] = kernel
+        row[f"{direction} regret at most"] = worst[kernel]
+        row[f"{direction} least regret"] = worst.min()
+    return row
+
+
+def is_counted_in_full(device: Device) -> bool:
+    """Whether all tables have this GPU: the H100, for which dispatch's rules were made. Others have
+    layers of rank 16 alone, because each further launch takes seconds to count.
+    """
+    return device.generation == 90
+
+
+def layers(device: Device, dropout: bool) -> list[Shape]:
+    """The layers whose instructions are counted for a GPU."""
+    ranks = RANKS if is_counted_in_full(device) else (16,)
+    return [Shape(m, n, k, r, dropout) for (n, k), m, r in product(SIZES, ROWS, ranks)]

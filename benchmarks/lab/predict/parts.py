@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lab.predict.launch_time import Gpu, band_ends, facts
+from benchmarks.lab.predict.ceilings import Gpu, Range, points, range_over
+from benchmarks.lab.predict.launch_time import facts
 from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
@@ -81,22 +82,20 @@ def on_meta(*size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*size, dtype=dtype, device="meta")
 
 
-def predicted(gpu: Gpu, s: Shape) -> dict[str, tuple[float, ...]]:
-    """Microseconds at both ends of the band, of parts and of their differences."""
-    found = {
-        name: tuple(
-            1e6 * facts(launch, gpu.arch, gpu.narrow_columns).seconds(at)
-            for at in band_ends(gpu).values()
-        )
-        for name, launch in launches(gpu.device, s, on_meta).items()
-    }
-    return found | differences(found)
+def predicted(gpu: Gpu, s: Shape) -> dict[str, Range]:
+    """Microseconds of parts and of their differences."""
+    at_points: dict[str, tuple[float, ...]] = {}
+    for name, launch in launches(gpu.device, s, on_meta).items():
+        known = facts(launch, gpu.arch, gpu.narrow_columns)
+        at_points[name] = tuple(1e6 * known.seconds(point) for point in points(gpu))
+    at_points |= differences(at_points)
+    return {name: range_over(times) for name, times in at_points.items()}
 
 
-def differences(found: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
-    """Of ``DIFFERENCES``, those whose two parts are in ``found``."""
+def differences(times: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    """Of ``DIFFERENCES``, those whose two parts are in ``times``."""
     return {
-        name: tuple(x - y for x, y in zip(found[more], found[less], strict=True))
+        name: tuple(x - y for x, y in zip(times[more], times[less], strict=True))
         for name, (more, less) in DIFFERENCES.items()
-        if more in found and less in found
+        if more in times and less in times
     }

@@ -21,7 +21,7 @@ from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import __main__ as command
 from benchmarks.lab.gpu import report, stages
 from benchmarks.lab.predict import parts
-from benchmarks.lab.predict.launch_time import load_gpu
+from benchmarks.lab.predict.ceilings import load_gpu
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.gpu.test_nvidia_tools import WATCHED
@@ -282,15 +282,15 @@ def results(
 
 
 def test_what_was_predicted_stands_beside_what_was_measured():
-    """S measured as at the slow end; dX alone within the band and dX with dA 30 us above it, so
+    """S measured as at the high end; dX alone within its range and dX with dA 30 us above it, so
     dA's tail is what was wrong.
     """
     shape = parts.Shape(2048, 4096, 4096, 16, True, wide_adapters=False)
-    band = parts.predicted(load_gpu("h100"), shape)
+    known = parts.predicted(load_gpu("h100"), shape)
     took = {
-        "S": max(band["S"]),
-        "dX": sum(band["dX"]) / 2,
-        "dX and dA": max(band["dX and dA"]) + 30,
+        "S": known["S"].high,
+        "dX": known["dX"].middle,
+        "dX and dA": known["dX and dA"].high + 30,
     }
     rows = [
         timed(arm, us, 2048, phase, section="apart")
@@ -299,7 +299,7 @@ def test_what_was_predicted_stands_beside_what_was_measured():
     ]
     found = report.estimates(pd.DataFrame(rows)).set_index("launch")
     assert [*found.index] == ["S", "dX", "dX and dA", "dA's tail"] and (
-        found.fast <= found.slow
+        found.low <= found.high
     ).all()
     assert found.off["S"] == found.off["dX"] == 0 < found.off["dX and dA"] < found.off["dA's tail"]
     assert "dA's tail" in report.page(pd.DataFrame(rows), {"gpu": "x"}, dry=False)
