@@ -43,8 +43,8 @@ from benchmarks.lab.predict.rivals import FROZEN, LORAFUSION, PEFT, UNSLOTH, Sha
 from stablelora_kernels.dispatch import chained
 from stablelora_kernels.dispatch.rules import (
     BRANCH_RULES,
-    KERNEL_RULES,
     GATE_UP_RULES,
+    KERNEL_RULES,
     QUANTIZED_RULES,
     RULES,
     choose,
