@@ -17,8 +17,16 @@ from stablelora_kernels.dispatch.backend import explain_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import get_autotune, get_kernel
-from stablelora_kernels.ops.lora_linear import lora_linear_bwd, lora_linear_fwd
-from stablelora_kernels.projection import BIASES, Projection, flat, layouts_of, scales_of
+from stablelora_kernels.ops.autograd import read_by_backward
+from stablelora_kernels.ops.lora_linear_triton import (
+    LinearBackwardCall,
+    LinearBackwardSettings,
+    LinearForwardCall,
+    LinearForwardSettings,
+    lora_linear_bwd,
+    lora_linear_fwd,
+)
+from stablelora_kernels.projection import Projection, layouts_of, operands_of, scales_of
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.validation import check_float, check_int
 
@@ -308,19 +316,34 @@ def linear_launches(
     """
     ns = (n,) if isinstance(n, int) else tuple(n)
     projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
-    x, seeds = _zeros(where, m, k, of=dtypes[0]), [seed_of(where, dropout_p) for _ in ns]
-    base = _zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None
-    operands, numbers = flat(projections), numbers_of(projections, dropout_p)
-    scales = scales_of(projections, layouts_of(projections))
-    results, forward = lora_linear_fwd.plan(
-        device, (x, base, operands, scales, seeds, *numbers, True, dropout_p > 0), choices[0]
+    layouts = layouts_of(projections)
+    scalings = tuple([p.scaling for p in projections])
+    x = _zeros(where, m, k, of=dtypes[0])
+    operands = operands_of(projections)
+    scales = scales_of(projections, layouts)
+    call = LinearForwardCall(
+        x=x,
+        base=_zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None,
+        operands=operands,
+        scales=scales,
+        seeds=[seed_of(where, dropout_p) for _ in ns],
+        settings=LinearForwardSettings(
+            layouts, scalings, dropout_p, save_s=True, save_mask=dropout_p > 0
+        ),
     )
-    ys, s, masks = results
-    operands[BIASES] = [None] * len(ns)
-    saved = (operands, scales, [s], masks or [None] * len(ns))
-    backward = lora_linear_bwd.plan(
-        device, (x, ys, *saved, *numbers, True, True, True), choices[1]
-    )[1]
+    results, forward = lora_linear_fwd.plan(device, call, choices[0])
+    backward_call = LinearBackwardCall(
+        x=x,
+        grads=results.ys,
+        operands=read_by_backward(operands, weights=True),
+        scales=scales,
+        s=results.s,
+        masks=results.masks or [None] * len(ns),
+        settings=LinearBackwardSettings(
+            layouts, scalings, dropout_p, need_x=True, need_a=True, need_b=True
+        ),
+    )
+    backward = lora_linear_bwd.plan(device, backward_call, choices[1])[1]
     return forward, backward
 
 
@@ -362,11 +385,6 @@ def projection_of(
     if isinstance(weight, str):
         weight = quantized_weight(weight, n, k, where)
     return Projection(weight.stored, bias, lora_A, lora_B, 1.0)
-
-
-def numbers_of(projections: Sequence[Projection], dropout_p: float) -> tuple[Any, ...]:
-    """What ops take behind lists of tensors: layouts, scalings, and the probability."""
-    return layouts_of(projections), [p.scaling for p in projections], dropout_p
 
 
 def seed_of(where: str, dropout_p: float) -> Tensor | None:

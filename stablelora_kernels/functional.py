@@ -15,7 +15,8 @@ from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
 from stablelora_kernels.ops.lora_experts import lora_experts_op
 from stablelora_kernels.ops.lora_linear import lora_linear_op
-from stablelora_kernels.ops.lora_mlp import Options, lora_mlp_op
+from stablelora_kernels.ops.lora_mlp import lora_mlp_op
+from stablelora_kernels.ops.lora_mlp_facts import Options
 from stablelora_kernels.ops.plans import find, key_of, remember
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
@@ -73,8 +74,7 @@ def lora_linear(
         TypeError: dtypes do not fit.
         RuntimeError: the Triton backend is forced but can't run.
     """
-    weight = weight if isinstance(weight, Tensor) else weight.stored  # type: ignore[assignment]
-    return _run(x, (Projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, training)[0]  # type: ignore[index]
+    return _run(x, (_projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, training)[0]
 
 
 def lora_linear_if(
@@ -91,7 +91,7 @@ def lora_linear_if(
     ``fits``.
     """
     ys = _run(x, (_projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, True, fits=fits)
-    return None if ys is None else ys[0]
+    return ys[0] if ys else None
 
 
 def lora_linear_group(
@@ -130,14 +130,14 @@ def lora_linear_group(
         ValueError: the sequences do not have one length of 1 to 3.
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
-    lengths = [len(given) for given in (weights, biases, lora_As, lora_Bs, scalings)]
+    lengths = [len(values) for values in (weights, biases, lora_As, lora_Bs, scalings)]
     if len({*lengths}) != 1 or not 1 <= lengths[0] <= MAX_GROUP:
         raise ValueError(
             "weights, biases, lora_As, lora_Bs and scalings must have one length, of 1 to "
             f"{MAX_GROUP}, got {', '.join(map(str, lengths))}"
         )
     projections = [*map(_projection, weights, biases, lora_As, lora_Bs, scalings)]
-    return tuple(_run(x, projections, dropout_p, training))  # type: ignore[arg-type]
+    return tuple(_run(x, projections, dropout_p, training))
 
 
 LoRAWeights = Projection
@@ -186,7 +186,7 @@ def lora_mlp(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
     projections = [_projection(*p) for p in (gate, up, down)]
-    return _run(x, projections, dropout_p, training, activation=activation)[0]  # type: ignore[index]
+    return _run(x, projections, dropout_p, training, activation=activation)[0]
 
 
 def lora_branch(
@@ -222,9 +222,8 @@ def lora_branch(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
-    return _run(
-        x, (Projection(None, None, lora_A, lora_B, scaling),), dropout_p, training, base_out
-    )[0]  # type: ignore[index]
+    branch = Projection(None, None, lora_A, lora_B, scaling)
+    return _run(x, (branch,), dropout_p, training, base_out)[0]
 
 
 def lora_experts(
@@ -271,10 +270,14 @@ def lora_experts(
             also if offsets descend or exceed T.
         TypeError: dtypes do not fit.
     """
-    autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
-    if autocast and (dtype := _autocast_dtype(x)) is not None:
-        given = _autocast_projection(Projection(weight, bias, lora_A, lora_B, scaling), dtype)
-        x, (weight, bias, lora_A, lora_B, _) = cast(x, dtype), given  # type: ignore[assignment]
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x = cast(x, dtype)
+        weight = cast(weight, dtype)
+        bias = cast(bias, dtype)
+        if lora_A.dtype != torch.float32:
+            lora_A = cast(lora_A, dtype)
+            lora_B = cast(lora_B, dtype)
     check_experts(x, weight, bias, lora_A, lora_B, scaling, offsets, transposed)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
     return lora_experts_op(
@@ -290,89 +293,116 @@ def lora_experts(
     )
 
 
-def _projection(weight: Any, bias: Any, lora_A: Any, lora_B: Any, scaling: float) -> Projection:
-    return Projection(
-        weight if isinstance(weight, Tensor) else weight.stored, bias, lora_A, lora_B, scaling
-    )
+def _projection(
+    weight: Any,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Projection:
+    """A projection as the ops take it: a quantized weight in its stored parts."""
+    if not isinstance(weight, Tensor):
+        weight = weight.stored
+    return Projection(weight, bias, lora_A, lora_B, scaling)
 
 
 def _run(
-    x: Tensor, projections: Sequence[Projection], dropout_p: float, training: bool, base: Tensor | None = None,
-    activation: str = "", fits: Callable[[], bool] | None = None,
-) -> Sequence[Tensor] | None:  # fmt: skip
+    x: Tensor,
+    projections: Sequence[Projection],
+    dropout_p: float,
+    training: bool,
+    base: Tensor | None = None,
+    activation: str = "",
+    fits: Callable[[], bool] | None = None,
+) -> Sequence[Tensor]:
     """The outputs of projections of x, of a lone branch onto ``base``, or with ``activation`` of a
     gated MLP.
 
-    None if it is a call of a new kind that does not satisfy ``fits``.
+    No output if it is a call of a new kind that does not satisfy ``fits``.
     """
-    # Autocast does not know custom ops, so the caller has to cast.
-    autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
-    if autocast and (dtype := _autocast_dtype(x)) is not None:
-        x, projections = cast(x, dtype), [_autocast_projection(p, dtype) for p in projections]
-    shared_mask = (
-        activation != ""
-        and projections[0].lora_A is not None
-        and projections[0].lora_A is projections[1].lora_A
-    )
-    facts: list[Any] = [
-        x,
-        base,
-        dropout_p,
-        training,
-        activation,
-        shared_mask,
-        torch.is_grad_enabled(),
-    ]
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        # Autocast does not know custom ops, so the caller has to cast.
+        x = cast(x, dtype)
+        projections = [_autocast_projection(p, dtype) for p in projections]
+    shared_mask = activation != "" and _share_lora_A(projections)
+    # What decides on the checks' answers, on the backend and on the launches.
+    kind = ("projections", activation, shared_mask, torch.is_grad_enabled())
+    values: list[Any] = [x, base, dropout_p, training]
     for p in projections:
-        facts += p
-    key = key_of("projections", facts)
-    if (entry := find(key)) is None:
-        if fits is not None and not fits():
-            return None
-        check(x, projections, base, activation != "")
-        backend = _backend(x, projections, base, dropout_p)
-        entry = remember(key, backend)
-    else:
+        values += p
+    key = key_of(kind, values)
+    entry = find(key)
+    if entry is not None:
         backend = entry.backend
+    elif fits is not None and not fits():
+        return ()
+    else:
+        check(x, projections, base, activation != "")
+        _check_dropout(dropout_p)
+        backend = _backend_of(x, projections, base)
+        entry = remember(key, backend)
     dropout_p = dropout_p if training else 0.0
     if activation:
-        return (
-            lora_mlp_op(
-                x, projections, Options(activation, dropout_p, backend, shared_mask), entry
-            ),
-        )
+        options = Options(activation, dropout_p, backend, shared_mask)
+        return (lora_mlp_op(x, projections, options, entry),)
     return lora_linear_op(x, projections, base, dropout_p, backend, entry)
+
+
+def _share_lora_A(projections: Sequence[Projection]) -> bool:
+    """Whether gate and up are given one A, as halves of one stacked projection."""
+    gate = projections[0]
+    up = projections[1]
+    return gate.lora_A is not None and gate.lora_A is up.lora_A
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to cast x to, or None."""
-    return (
-        autocast_dtype(x.device.type)
-        if x.is_floating_point() and x.dtype != torch.float64
-        else None
-    )
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return None
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    return autocast_dtype(x.device.type)
 
 
 def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:
-    lora_A, lora_B = p.lora_A, p.lora_B
+    lora_A = p.lora_A
+    lora_B = p.lora_B
     # The op casts float32 A and B on the fly.
     if lora_A is not None and lora_A.dtype != torch.float32:
-        lora_A, lora_B = cast(lora_A, dtype), cast(lora_B, dtype)
+        lora_A = cast(lora_A, dtype)
+        lora_B = cast(lora_B, dtype)
     return Projection(cast(p.weight, dtype), cast(p.bias, dtype), lora_A, lora_B, p.scaling)
 
 
-def _backend(
-    x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float
-) -> str:
+def _check_dropout(dropout_p: float) -> None:
     if dropout_p != 0.0:
         check_float("dropout_p", dropout_p, low=0.0, high=1.0)
+
+
+def _backend_of(x: Tensor, projections: Sequence[Projection], base: Tensor | None) -> str:
+    """The backend of a call with checked operands: the one in force for x's device, unless an
+    operand is empty.
+    """
     backend = resolve_backend(x.device)
-    for name, tensor in (("x", x), ("base_out", base)):
-        if backend == "triton" and tensor is not None and tensor.dtype == torch.float64:
-            raise TypeError(
-                f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
-            )
-    adapters = [t for p in projections for t in (p.lora_A, p.lora_B) if t is not None] or [x]
+    if backend != "triton":
+        return backend
+    _refuse_float64("x", x)
+    if base is not None:
+        _refuse_float64("base_out", base)
     # Kernels need something to multiply: with K or N of 0, PyTorch's operators return the bias, or
     # nothing.
-    return "torch" if backend == "triton" and not all(t.numel() for t in adapters) else backend
+    return "torch" if _has_empty_adapter(x, projections) else backend
+
+
+def _refuse_float64(name: str, tensor: Tensor) -> None:
+    if tensor.dtype == torch.float64:
+        raise TypeError(
+            f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
+        )
+
+
+def _has_empty_adapter(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether an A or a B has no elements; without any of them, whether x has none."""
+    adapters = [t for p in projections for t in (p.lora_A, p.lora_B) if t is not None]
+    return not all(t.numel() for t in adapters or [x])

@@ -37,22 +37,35 @@ class Projection(NamedTuple):
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
 
-# Where each kind of tensor is among the operands that :func:`flat` makes of projections.
-WEIGHTS, BIASES, LORA_AS, LORA_BS = (slice(first, None, 4) for first in range(4))
+class Operands(NamedTuple):
+    """What ops and autograd functions take of a projection; or its gradients."""
+
+    # The weight itself, or a quantized weight's bytes.
+    data: Tensor | None
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
 
 
-def flat(projections: Sequence[Projection]) -> list[Any]:
-    """The operands of ``projections``, as ops and autograd functions take them: of each its data,
-    bias, A and B.
+# Of a projection.
+OPERANDS = len(Operands._fields)
+# Where each kind of tensor is in the list that :func:`operands_of` makes of projections.
+WEIGHTS = slice(0, None, 4)
+BIASES = slice(1, None, 4)
+LORA_AS = slice(2, None, 4)
+LORA_BS = slice(3, None, 4)
 
-    A weight's data is the weight itself, or a quantized weight's bytes, whose scales are no
-    operands: see :func:`scales_of`.
+
+def operands_of(projections: Sequence[Projection]) -> list[Tensor | None]:
+    """The :class:`Operands` of the projections, one after another.
+
+    A quantized weight's scales are not among them: see :func:`scales_of`.
     """
-    operands: list[Any] = []
+    operands: list[Tensor | None] = []
     for p in projections:
-        operands += p[:4]
-        if isinstance(p.weight, Stored):
-            operands[-4] = p.weight.data
+        weight: Any = p.weight
+        data = weight.data if isinstance(weight, Stored) else weight
+        operands += (data, p.bias, p.lora_A, p.lora_B)
     return operands
 
 
@@ -63,29 +76,14 @@ def scales_of(projections: Sequence[Projection], layouts: Sequence[int]) -> Sequ
     return [scale for p in projections if isinstance(p.weight, Stored) for scale in p.weight.scales]
 
 
-def in_fours(operands: Sequence[Any]) -> list[Sequence[Any]]:
-    """The operands of each projection."""
-    return [operands[at : at + 4] for at in range(0, len(operands), 4)]
+def by_projection(values: Iterable[Any]) -> list[Operands]:
+    """The values of each projection, of those for all :func:`operands_of` projections."""
+    return [Operands(*four) for four in in_groups(values, OPERANDS)]
 
 
-def projections_of(
-    operands: Sequence[Any],
-    scales: Iterable[Tensor],
-    layouts: Sequence[int],
-    scalings: Sequence[float],
-) -> list[Projection]:
-    """The projections that :func:`flat`, :func:`scales_of` and :func:`layouts_of` have taken apart."""
-    left, projections = iter(scales), []
-    for i, (of_one, scaling) in enumerate(zip(in_fours(operands), scalings, strict=True)):
-        p = Projection(*of_one, scaling)  # type: ignore[call-arg]
-        layout = Layout(*layouts[5 * i : 5 * i + 5]) if layouts else _PLAIN
-        if layout != _PLAIN:
-            scales_of_it = tuple(islice(left, layout.scale_count))
-            # A weight that nothing reads has no data.
-            data: Any = p.weight
-            p = p._replace(weight=None if data is None else Stored(data, scales_of_it, layout))
-        projections.append(p)
-    return projections
+def in_groups(values: Iterable[Any], size: int) -> Iterable[Any]:
+    """``values`` in groups of ``size``, in order."""
+    return zip(*[iter(values)] * size, strict=True)
 
 
 def layouts_of(projections: Iterable[Projection]) -> tuple[int, ...]:
@@ -93,17 +91,44 @@ def layouts_of(projections: Iterable[Projection]) -> tuple[int, ...]:
     weight is quantized.
     """
     layouts = [p.weight.layout if isinstance(p.weight, Stored) else _PLAIN for p in projections]
-    return (
-        tuple(chain.from_iterable(layouts)) if any(layout != _PLAIN for layout in layouts) else ()
-    )
+    if all(layout == _PLAIN for layout in layouts):
+        return ()
+    return tuple(chain.from_iterable(layouts))
 
 
-def projections_in(call: Any) -> list[Projection]:
-    """The projections among an op's arguments."""
-    return projections_of(call.operands, call.scales, call.layouts, call.scalings)
+def projections_of(
+    operands: Sequence[Tensor | None],
+    scales: Iterable[Tensor],
+    layouts: Sequence[int],
+    scalings: Sequence[float],
+) -> list[Projection]:
+    """The projections that :func:`operands_of`, :func:`scales_of` and :func:`layouts_of` have taken
+    apart.
+    """
+    each_layout = [_PLAIN] * len(scalings)
+    if layouts:
+        each_layout = [Layout(*fields) for fields in in_groups(layouts, len(Layout._fields))]
+    remaining = iter(scales)
+    projections = []
+    fours = in_groups(operands, OPERANDS)
+    for four, layout, scaling in zip(fours, each_layout, scalings, strict=True):
+        p = Projection(*four, scaling)  # type: ignore[call-arg]
+        if layout != _PLAIN:
+            stored_scales = tuple(islice(remaining, layout.scale_count))
+            # A weight that nothing reads has no data.
+            if isinstance(p.weight, Tensor):
+                p = p._replace(weight=Stored(p.weight, stored_scales, layout))
+        projections.append(p)
+    return projections
+
+
+def scale_count_of(layouts: Sequence[int]) -> int:
+    """How many scales :func:`scales_of` has found for these layouts."""
+    each_layout = [Layout(*fields) for fields in in_groups(layouts, len(Layout._fields))]
+    return sum(layout.scale_count for layout in each_layout if layout != _PLAIN)
 
 
 def split(tensors: Iterable[Any], lengths: Sequence[int]) -> list[list[Any]]:
     """``tensors`` as lists of these ``lengths``."""
-    left = iter(tensors)
-    return [[*islice(left, length)] for length in lengths]
+    remaining = iter(tensors)
+    return [[*islice(remaining, length)] for length in lengths]

@@ -218,7 +218,7 @@ class NF4Weight:
             (self.nested_absmax, self.nested_code, self.offset) if self.nested_blocksize else ()
         )
         layout = Layout(4, *self.shape, self.blocksize, self.nested_blocksize)
-        return Stored(self.packed, (self.absmax, self.code, *nested), layout)  # type: ignore[arg-type]
+        return Stored(self.packed, (self.absmax, self.code, *nested), layout)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""

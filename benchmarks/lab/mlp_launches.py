@@ -9,9 +9,17 @@ from collections.abc import Sequence
 import torch
 
 from stablelora_kernels.dispatch.problem import Device
-from stablelora_kernels.explanation import DTypes, Ways, numbers_of, projection_of, seed_of
-from stablelora_kernels.ops.lora_mlp import lora_mlp_bwd, lora_mlp_fwd
-from stablelora_kernels.projection import flat, layouts_of, scales_of
+from stablelora_kernels.explanation import DTypes, Ways, projection_of, seed_of
+from stablelora_kernels.ops.lora_mlp_triton import (
+    MLPBackwardCall,
+    MLPBackwardSettings,
+    MLPForwardCall,
+    MLPForwardSettings,
+    each_mask,
+    lora_mlp_bwd,
+    lora_mlp_fwd,
+)
+from stablelora_kernels.projection import layouts_of, operands_of, scales_of
 
 
 def mlp_launches(
@@ -29,29 +37,33 @@ def mlp_launches(
     for size, rank in zip(((f, k), (f, k), (n, f)), ranks, strict=True):
         p = projection_of(*size, rank, dtypes, "meta")._replace(bias=None)
         projections.append(p if rank else p._replace(lora_A=None, lora_B=None))
+    layouts = layouts_of(projections)
+    scalings = tuple([p.scaling for p in projections])
+    operands = operands_of(projections)
+    scales = scales_of(projections, layouts)
     x = torch.zeros(m, k, dtype=dtypes[0], device="meta")
     seeds = [seed_of("meta", dropout_p if rank else 0.0) for rank in ranks]
-    operands, scales = flat(projections), scales_of(projections, layouts_of(projections))
-    numbers = (*numbers_of(projections, dropout_p), activation)
-    stored = [seed is not None for seed in seeds]
-    results, forward = lora_mlp_fwd.plan(
-        device, (x, operands, scales, seeds, *numbers, True, stored)
+    stores_gate, stores_up, stores_down = [seed is not None for seed in seeds]
+    stores_mask = (stores_gate, stores_up, stores_down)
+    settings = MLPForwardSettings(
+        layouts, scalings, dropout_p, activation, save=True, stores_mask=stores_mask
     )
-    y, *kept, stored_masks = results
-    left = iter(stored_masks)
-    masks = [next(left) if is_stored else None for is_stored in stored]
-    every = (True,) * 3
-    arguments = (
-        torch.zeros_like(y),
-        x,
-        *kept,
-        operands,
-        scales,
-        masks,
-        *numbers,
-        True,
-        every,
-        every,
+    call = MLPForwardCall(x, operands, scales, seeds, settings)
+    results, forward = lora_mlp_fwd.plan(device, call)
+    every = (True, True, True)
+    backward_call = MLPBackwardCall(
+        grad=torch.zeros_like(results.y),
+        x=x,
+        g=results.g,
+        u=results.u,
+        s=results.s,
+        s_down=results.s_down,
+        operands=operands,
+        scales=scales,
+        masks=each_mask(results.masks, stores_mask),
+        settings=MLPBackwardSettings(
+            layouts, scalings, dropout_p, activation, need_x=True, need_a=every, need_b=every
+        ),
     )
-    backward = lora_mlp_bwd.plan(device, arguments)[1]
+    backward = lora_mlp_bwd.plan(device, backward_call)[1]
     return forward, backward

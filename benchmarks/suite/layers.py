@@ -27,7 +27,7 @@ from benchmarks.common.models import linear_names, share
 from benchmarks.common.optimizers import Unavailable, optional
 from benchmarks.suite.rivals import Case, Parts
 from stablelora_kernels.dispatch import backend, settings
-from stablelora_kernels.ops import torch_path
+from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.testing import EagerLoRA
 
 AUTOCAST = "bf16-autocast"
@@ -143,7 +143,7 @@ class FrozenByOneDNN(nn.Module):
 
     def __init__(self, ours: slk.LoRALinear, dropout: float) -> None:
         super().__init__()
-        if not torch_path.by_onednn(ours.weight.dtype, ours.weight.device):
+        if not cpu_products.by_onednn(ours.weight.dtype, ours.weight.device):
             raise Unavailable(
                 "our base product is PyTorch's own here: the same as the frozen nn.Linear's"
             )
@@ -157,11 +157,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch_path.wide_product(x, weight.t())
+        return cpu_products.wide_product(x, weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return torch_path.wide_product(grad, *ctx.saved_tensors), None
+        return cpu_products.wide_product(grad, *ctx.saved_tensors), None
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:

@@ -23,13 +23,13 @@ from stablelora_kernels.integrations.peft_operands import (
     read_branch,
 )
 from stablelora_kernels.nn.linear import weight_and_bias
+from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.dora import (
     row_norms,
     scale_columns,
     square_sums,
     square_sums_by_products,
 )
-from stablelora_kernels.ops.torch_path import without_autocast
 from stablelora_kernels.quantized import is_packed_for_cpu, is_quantized, read
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import is_sharded

@@ -9,15 +9,15 @@ W A^T is the base layer's product for the r rows of A, so W itself may be stored
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.lora_linear import first_derivative
+from stablelora_kernels.ops.autograd import Context, first_derivative
 
 # Elements of W, and rows of dY ∘ Z, at a time, which bounds the float32 copies.
-_ELEMENTS, _ROWS = 1 << 18, 256
+_ELEMENTS = 1 << 18
+_ROWS = 256
 
 
 def row_norms(
@@ -36,22 +36,21 @@ def row_norms(
         scaling: s.
     """
     dtype = square_sums.dtype
-    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    a = lora_A.to(dtype)
+    b = lora_B.to(dtype)
     both = (products.to(dtype).t() * (2 * scaling)).addmm_(b, a @ a.t(), alpha=scaling**2)
     return both.mul_(b).sum(1).add_(square_sums).clamp_min_(0).sqrt_()
 
 
 def square_sums(weight: Tensor) -> Tensor:
     """|W_n|^2 for each row of W [N, K], in float32 or, for a float64 W, in float64."""
-    dtype, rows = (
-        torch.promote_types(weight.dtype, torch.float32),
-        max(1, _ELEMENTS // max(1, weight.shape[1])),
-    )
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rows = max(1, _ELEMENTS // max(1, weight.shape[1]))
     # vector_norm's own conversion would copy the whole weight.
-    parts = [
-        torch.linalg.vector_norm(part.to(dtype), dim=1) for part in weight.detach().split(rows)
+    norms = [
+        torch.linalg.vector_norm(block.to(dtype), dim=1) for block in weight.detach().split(rows)
     ]
-    return torch.cat(parts).square_()
+    return torch.cat(norms).square_()
 
 
 def square_sums_by_products(
@@ -77,22 +76,24 @@ def square_sums_by_products(
 
 class _ScaleColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Context, z: Tensor, factor: Tensor) -> Tensor:
         # Saved for dm alone.
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, factor)
         return torch.mul(z, factor, out=torch.empty_like(z))
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         z, factor = ctx.saved_tensors
-        dz = (
-            torch.mul(grad, factor, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
-        )
+        assert factor is not None
+        dz = None
+        if ctx.needs_input_grad[0]:
+            dz = torch.mul(grad, factor, out=torch.empty_like(grad))
         if z is None:
             return dz, None
         total = torch.zeros_like(factor)
-        grad_blocks, z_blocks = (t.reshape(-1, t.shape[-1]).split(_ROWS) for t in (grad, z))
+        grad_blocks = grad.reshape(-1, grad.shape[-1]).split(_ROWS)
+        z_blocks = z.reshape(-1, z.shape[-1]).split(_ROWS)
         for grad_rows, z_rows in zip(grad_blocks, z_blocks, strict=True):
             total += (grad_rows.to(factor.dtype) * z_rows).sum(0)
         return dz, total
@@ -104,5 +105,5 @@ def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
 
     A bias in another dtype is cast to z's, as in a linear layer under autocast.
     """
-    y: Tensor = _ScaleColumns.apply(z, factor)
+    y: Tensor = _ScaleColumns.apply(z, factor)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias.to(y.dtype)

@@ -15,24 +15,42 @@ Autograd saves X, S, the offsets and dropout's mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.lora_linear import first_derivative
+from stablelora_kernels.ops.autograd import Context, first_derivative
+from stablelora_kernels.ops.dropout import draw_dropout, masked
+from stablelora_kernels.ops.formulas import Wanted, torch_bwd, torch_fwd
+from stablelora_kernels.ops.matrices import with_own_memory
 from stablelora_kernels.ops.plans import define_op
-from stablelora_kernels.ops.torch_path import draw_dropout, expanded, masked, torch_bwd, torch_fwd
 from stablelora_kernels.projection import Projection
 
 # A grouped product takes rows that begin at multiples of so many bytes.
 ALIGNMENT = 16
 
 
-def _forward_fake(x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, save_s):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], lora_B.shape[1]), x.new_empty(
-        x.shape[0] if save_s else 0, lora_A.shape[1]
-    )
+class _Forward(NamedTuple):
+    """The arguments of ``lora_experts_fwd``. The scaling is s'."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    offsets: Tensor
+    keep: Tensor | None
+    scaling: float
+    transposed: bool
+    save_s: bool
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _Forward(*args)
+    rows = call.x.shape[0]
+    y = call.x.new_empty(rows, call.lora_B.shape[1])
+    return y, call.x.new_empty(rows if call.save_s else 0, call.lora_A.shape[1])
 
 
 @define_op(
@@ -41,34 +59,29 @@ def _forward_fake(x, weight, bias, lora_A, lora_B, offsets, keep, scaling, trans
     "bool transposed, bool save_s) -> (Tensor, Tensor)",
     _forward_fake,
 )
-def lora_experts_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, keep: Tensor | None,
-    scaling: float, transposed: bool, save_s: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Y [T, N] and with ``save_s`` S [T, r], for x [T, K]; the scaling is s'."""
-    w, (lora_A, lora_B) = _each_kn(weight, transposed), _cast(x.dtype, lora_A, lora_B)
-    if can_group(x, weight):
-        return _grouped_forward(x, w, bias, lora_A, lora_B, offsets, keep, scaling, save_s)
-    y, s = _forward_fake(
-        x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, save_s
-    )
+def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    """Y [T, N] and with ``save_s`` S [T, r], for x [T, K]. The arguments are :class:`_Forward`'s."""
+    stored = _Forward(*args)
+    call = _to_multiply(stored, stored.x.dtype)
+    if can_group(stored.x, stored.weight):
+        return _grouped_forward(call)
+    y, s = _forward_fake(*stored)
     end = 0
-    for e, start, end in _parts(offsets):
-        expert = Projection(
-            w[e].t(), None if bias is None else bias[e], lora_A[e], lora_B[e], scaling
-        )
-        (y[start:end],), (s_e,) = torch_fwd(
-            x[start:end], [expert], [None if keep is None else keep[start:end]]
-        )
-        if save_s:
-            s[start:end] = s_e
+    for expert in _experts_with_rows(call.offsets):
+        rows = slice(expert.start, expert.end)
+        keep = None if call.keep is None else call.keep[rows]
+        outputs, expert_s = torch_fwd(call.x[rows], [_projection_of(call, expert.place)], [keep])
+        y[rows] = outputs[0]
+        if call.save_s:
+            s[rows] = expert_s[0]
+        end = expert.end
     y[end:] = 0
     s[end:] = 0
     return y, s
 
 
 class _Backward(NamedTuple):
-    """The arguments of ``lora_experts_bwd``."""
+    """The arguments of ``lora_experts_bwd``. The scaling is s'."""
 
     x: Tensor | None
     grad: Tensor
@@ -85,14 +98,25 @@ class _Backward(NamedTuple):
     need_b: bool
 
 
-def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Backward(*args)
-    dx = call.grad.new_empty(
-        call.grad.shape[0] if call.need_x else 0, call.weight.shape[1 if call.transposed else 2]
+class _Gradients(NamedTuple):
+    """dX [T, K], dA [E, r, K] and dB [E, N, r]; those that are not needed are empty."""
+
+    dx: Tensor
+    da: Tensor
+    db: Tensor
+
+
+def _allocate_gradients(call: _Backward) -> _Gradients:
+    k = call.weight.shape[1 if call.transposed else 2]
+    return _Gradients(
+        call.grad.new_empty(call.grad.shape[0] if call.need_x else 0, k),
+        call.lora_A.new_empty(call.lora_A.shape if call.need_a else 0),
+        call.lora_B.new_empty(call.lora_B.shape if call.need_b else 0),
     )
-    wanted = ((call.lora_A, call.need_a), (call.lora_B, call.need_b))
-    da, db = (t.new_empty(t.shape if needed else 0) for t, needed in wanted)
-    return dx, da, db
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_gradients(_Backward(*args))
 
 
 @define_op(
@@ -102,49 +126,75 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _backward_fake,
 )
 def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """dX [T, K], dA [E, r, K] and dB [E, N, r], for dY [T, N]; those that are not needed are empty."""
-    call, (dx, da, db) = _Backward(*args), _backward_fake(*args)
-    x, keep, w = call.x, call.keep, _each_kn(call.weight, call.transposed)
-    lora_A, lora_B = _cast(call.grad.dtype, call.lora_A, call.lora_B)
-    if can_group(call.grad, call.weight):
-        return _grouped_backward(call, w, lora_A, lora_B, (dx, da, db))
-    # An expert without rows has no part in the result.
-    da, db = da.zero_(), db.zero_()
-    end = 0
-    for e, start, end in _parts(call.offsets):
-        expert = Projection(w[e].t(), None, lora_A[e], lora_B[e], call.scaling)
-        dx_e, da_e, db_e = torch_bwd(
-            None if x is None else x[start:end], [call.grad[start:end]], [expert],
-            [call.s[start:end] if call.need_b else None], [None if keep is None else keep[start:end]],
-            call.lora_A.dtype, call.need_x, call.need_a, call.need_b,
-        )  # fmt: skip
-        if dx_e is not None:
-            dx[start:end] = dx_e
-        for stack, part in ((da, da_e), (db, db_e)):
-            if part:
-                stack[e] = part[0]
-    dx[end:] = 0
-    return dx, da, db
-
-
-def _each_kn(weight: Tensor, transposed: bool) -> Tensor:
-    """The weights as [E, K, N]."""
-    return weight if transposed else weight.transpose(1, 2)
-
-
-def _cast(dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B in ``dtype``; B, which PEFT packs with the expert fastest, in an order that a product
-    can read.
+    """dX, dA and dB for dY [T, N]; those that are not needed are empty. The arguments are
+    :class:`_Backward`'s.
     """
-    return lora_A.to(dtype), lora_B.to(dtype).contiguous()
+    stored = _Backward(*args)
+    results = _allocate_gradients(stored)
+    call = _to_multiply(stored, stored.grad.dtype)
+    if can_group(stored.grad, stored.weight):
+        return _grouped_backward(call, results)
+    # An expert without rows has no part in the result.
+    results.da.zero_()
+    results.db.zero_()
+    wanted = Wanted(call.need_x, call.need_a, call.need_b)
+    end = 0
+    for expert in _experts_with_rows(call.offsets):
+        rows = slice(expert.start, expert.end)
+        gradients = torch_bwd(
+            None if call.x is None else call.x[rows],
+            [call.grad[rows]],
+            [_projection_of(call, expert.place)],
+            [call.s[rows] if call.need_b else None],
+            [None if call.keep is None else call.keep[rows]],
+            stored.lora_A.dtype,
+            wanted,
+        )
+        if gradients.dx is not None:
+            results.dx[rows] = gradients.dx
+        if gradients.das:
+            results.da[expert.place] = gradients.das[0]
+        if gradients.dbs:
+            results.db[expert.place] = gradients.dbs[0]
+        end = expert.end
+    results.dx[end:] = 0
+    return results
 
 
-def _parts(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Each expert that has rows, with its first row and the one behind its last."""
+def _projection_of(call: _Forward | _Backward, place: int) -> Projection:
+    """One expert of a call whose weights are [E, K, N]."""
+    bias = call.bias[place] if isinstance(call, _Forward) and call.bias is not None else None
+    weight = call.weight[place].t()
+    return Projection(weight, bias, call.lora_A[place], call.lora_B[place], call.scaling)
+
+
+CallT = TypeVar("CallT", _Forward, _Backward)
+
+
+def _to_multiply(call: CallT, dtype: torch.dtype) -> CallT:
+    """``call`` with weights [E, K, N], and with A and B in ``dtype``."""
+    return call._replace(
+        weight=call.weight if call.transposed else call.weight.transpose(1, 2),
+        transposed=True,
+        lora_A=call.lora_A.to(dtype),
+        # PEFT packs B with the expert fastest; a product cannot read that order.
+        lora_B=call.lora_B.to(dtype).contiguous(),
+    )
+
+
+class _Rows(NamedTuple):
+    """The rows of the expert at a place of the stack: the first, and the one behind the last."""
+
+    place: int
+    start: int
+    end: int
+
+
+def _experts_with_rows(offsets: Tensor) -> Iterator[_Rows]:
     start = 0
-    for e, end in enumerate(offsets.tolist()):
+    for place, end in enumerate(offsets.tolist()):
         if end > start:
-            yield e, start, end
+            yield _Rows(place, start, end)
             start = end
 
 
@@ -172,56 +222,51 @@ def can_group(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _grouped_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, keep: Tensor | None,
-    scaling: float, save_s: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As :func:`lora_experts_fwd`, for weights [E, K, N]."""
-    product, r = _products(offsets), lora_A.shape[1]
-    y = product(x, w)
-    s = product(masked(x, keep), _padded(lora_A, 1).transpose(1, 2))
-    if r:
-        y.add_(product(s, _padded(lora_B, 2).transpose(1, 2)), alpha=scaling)
-    if bias is not None:
-        expert = torch.searchsorted(
-            offsets, torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype), right=True
-        )
-        y.add_(bias[expert.clamp_(max=bias.shape[0] - 1)])
-    unused = _unused(offsets, x.shape[0])
-    return y.masked_fill_(unused, 0), s[:, :r].masked_fill(unused, 0) if save_s else s.new_empty(
-        0, r
-    )
+def _grouped_forward(call: _Forward) -> tuple[Tensor, Tensor]:
+    """As :func:`lora_experts_fwd`, for what :func:`_to_multiply` returns."""
+    product = _products(call.offsets)
+    rank = call.lora_A.shape[1]
+    rows = call.x.shape[0]
+    y = product(call.x, call.weight)
+    s = product(masked(call.x, call.keep), _padded(call.lora_A, 1).transpose(1, 2))
+    if rank:
+        y.add_(product(s, _padded(call.lora_B, 2).transpose(1, 2)), alpha=call.scaling)
+    if call.bias is not None:
+        numbers = torch.arange(rows, device=call.x.device, dtype=call.offsets.dtype)
+        expert_of_row = torch.searchsorted(call.offsets, numbers, right=True)
+        y.add_(call.bias[expert_of_row.clamp_(max=call.bias.shape[0] - 1)])
+    unused = _unused(call.offsets, rows)
+    saved = s.new_empty(0, rank)
+    if call.save_s:
+        saved = s[:, :rank].masked_fill(unused, 0)
+    return y.masked_fill_(unused, 0), saved
 
 
-def _grouped_backward(
-    call: _Backward,
-    w: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    results: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`lora_experts_bwd`, for weights [E, K, N] and A and B in x's dtype."""
-    grad, keep, r, (dx, da, db) = call.grad, call.keep, lora_A.shape[1], results
-    product, empty = _products(call.offsets), _counts(call.offsets)[:, None, None] == 0
+def _grouped_backward(call: _Backward, results: _Gradients) -> _Gradients:
+    """As :func:`lora_experts_bwd`, for what :func:`_to_multiply` returns.
+
+    ``results`` have the dtypes of the gradients, and stand for those that are not needed.
+    """
+    product = _products(call.offsets)
+    rank = call.lora_A.shape[1]
+    has_no_rows = _counts(call.offsets)[:, None, None] == 0
     if call.need_x or call.need_a:
-        ds = product(grad, _padded(lora_B, 2)).mul_(call.scaling)
+        ds = product(call.grad, _padded(call.lora_B, 2)).mul_(call.scaling)
     if call.need_x:
-        dx = product(grad, w.transpose(1, 2))
-        if r:
-            through = product(ds, _padded(lora_A, 1))
-            dx.add_(through if keep is None else through * keep)
-        dx.masked_fill_(_unused(call.offsets, grad.shape[0]), 0)
+        dx = product(call.grad, call.weight.transpose(1, 2))
+        if rank:
+            of_branch = product(ds, _padded(call.lora_A, 1))
+            dx.add_(of_branch if call.keep is None else of_branch * call.keep)
+        dx.masked_fill_(_unused(call.offsets, call.grad.shape[0]), 0)
+        results = results._replace(dx=dx)
     if call.need_a:
         assert call.x is not None
-        da = product(ds.t(), masked(call.x, keep))[:, :r].masked_fill(empty, 0).to(da.dtype)
+        da = product(ds.t(), masked(call.x, call.keep))[:, :rank].masked_fill(has_no_rows, 0)
+        results = results._replace(da=da.to(results.da.dtype))
     if call.need_b:
-        db = (
-            product(grad.t(), _padded(call.s, 1))[:, :, :r]
-            .masked_fill(empty, 0)
-            .to(db.dtype)
-            .mul_(call.scaling)
-        )
-    return dx, da, db
+        db = product(call.grad.t(), _padded(call.s, 1))[:, :, :rank].masked_fill(has_no_rows, 0)
+        results = results._replace(db=db.to(results.db.dtype).mul_(call.scaling))
+    return results
 
 
 def _products(offsets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -229,14 +274,19 @@ def _products(offsets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     Unused rows are not written.
     """
     ends = offsets.to(torch.int32)
-    return lambda a, b: torch._grouped_mm(a, b, offs=ends)  # type: ignore[attr-defined]
+    return lambda a, b: torch._grouped_mm(a, b, offs=ends)
 
 
 def _padded(t: Tensor, dim: int) -> Tensor:
     """``t`` with zeros behind its ranks, up to a size that the grouped product takes."""
     step = ALIGNMENT // t.element_size()
-    missing = -t.shape[dim] % step or (step if t.shape[dim] == 0 else 0)
-    return torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1 - dim) + (0, missing)) if missing else t
+    size = max(step, -(-t.shape[dim] // step) * step)
+    missing = size - t.shape[dim]
+    if not missing:
+        return t
+    # Pairs of zeros before and behind, from the last dimension on.
+    later_dims = t.dim() - 1 - dim
+    return torch.nn.functional.pad(t, (*(0, 0) * later_dims, 0, missing))
 
 
 def _counts(offsets: Tensor) -> Tensor:
@@ -251,47 +301,76 @@ def _unused(offsets: Tensor, rows: int) -> Tensor:
 # Autograd
 
 
+class _ExpertsContext(Context, Protocol):
+    scaling: float
+    transposed: bool
+
+
 class _LoRAExperts(torch.autograd.Function):
     """Gradients of x, A and B."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, offsets: Tensor,
-        keep: Tensor | None, scaling: float, transposed: bool,
-    ) -> Tensor:  # fmt: skip
-        _, _, _, need_a, need_b, *_ = ctx.needs_input_grad
-        y, s = lora_experts_fwd(
-            x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, need_b
+    def forward(ctx: _ExpertsContext, *args: Any) -> Tensor:
+        """The arguments are those of :class:`_Forward`."""
+        call = _Forward(*args)
+        wanted = _wanted(ctx)
+        y, s = lora_experts_fwd(*call._replace(save_s=wanted.b))
+        ctx.save_for_backward(
+            call.x if wanted.a else None,
+            call.weight,
+            call.lora_A,
+            call.lora_B,
+            s,
+            call.offsets,
+            call.keep,
         )
-        ctx.save_for_backward(x if need_a else None, weight, lora_A, lora_B, s, offsets, keep)
-        ctx.call = scaling, transposed
+        ctx.scaling = call.scaling
+        ctx.transposed = call.transposed
         return y
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: _ExpertsContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        need_x, _, _, need_a, need_b, *_ = ctx.needs_input_grad
-        grads = lora_experts_bwd(x, expanded(grad), *saved, *ctx.call, need_x, need_a, need_b)
-        dx, da, db = (
-            each if needed else None
-            for each, needed in zip(grads, (need_x, need_a, need_b), strict=True)
+        wanted = _wanted(ctx)
+        dx, da, db = lora_experts_bwd(
+            x, with_own_memory(grad), *saved, ctx.scaling, ctx.transposed, *wanted
         )
-        return dx, None, None, da, db, None, None, None, None
+        return (
+            dx if wanted.x else None,
+            None,
+            None,
+            da if wanted.a else None,
+            db if wanted.b else None,
+            *[None] * 5,
+        )
+
+
+def _wanted(ctx: _ExpertsContext) -> Wanted:
+    """By the places of x, A and B among the fields of :class:`_Forward`."""
+    return Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
 
 
 def lora_experts_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor,
-    transposed: bool, dropout_p: float,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    offsets: Tensor,
+    transposed: bool,
+    dropout_p: float,
+) -> Tensor:
     """:func:`~stablelora_kernels.functional.lora_experts` for checked arguments; A [E, 0, K] and B
     [E, N, 0] are no branch.
     """
-    keep, scaling = draw_dropout(x, dropout_p if lora_A.shape[1] else 0.0, scaling)
+    has_branch = lora_A.shape[1] > 0
+    keep, scaling = draw_dropout(x, dropout_p if has_branch else 0.0, scaling)
+    call = _Forward(
+        x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, save_s=False
+    )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_A, lora_B)):
-        return _LoRAExperts.apply(
-            x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed
-        )  # type: ignore[no-any-return]
-    return lora_experts_fwd(
-        x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, False
-    )[0]  # type: ignore[no-any-return]
+        y: Tensor = _LoRAExperts.apply(*call)  # type: ignore[no-untyped-call]
+        return y
+    return lora_experts_fwd(*call)[0]

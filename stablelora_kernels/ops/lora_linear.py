@@ -1,5 +1,5 @@
-"""``lora_linear`` with its gradients: the Triton kernels as torch.library ops, the PyTorch path,
-and autograd around both.
+"""``lora_linear`` with its gradients: autograd around the ops of ``lora_linear_triton`` and around
+the PyTorch path.
 
     forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
     backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
@@ -20,194 +20,69 @@ stored form, never the whole W; the PyTorch path dequantizes it again in backwar
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from stablelora_kernels.dispatch.problem import Device
-from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.ops.plans import Entry, define_launches
-from stablelora_kernels.ops.torch_path import (
-    as_matrix,
-    draw_dropout,
-    expanded,
-    few_rows,
-    is_few,
-    like_rows_of,
-    masked,
+from stablelora_kernels.ops.autograd import (
+    Context,
+    apply_of_known_calls,
+    first_derivative,
+    read_by_backward,
+)
+from stablelora_kernels.ops.cpu_products import few_rows, is_few
+from stablelora_kernels.ops.dropout import draw_dropout, draw_seed, scalings_after_dropout
+from stablelora_kernels.ops.formulas import (
+    Gradients,
+    Wanted,
+    plain_operators,
     torch_bwd,
     torch_fwd,
-    with_branch,
-    without_autocast,
 )
+from stablelora_kernels.ops.lora_linear_triton import (
+    LinearBackwardCall,
+    LinearBackwardResults,
+    LinearBackwardSettings,
+    LinearForwardCall,
+    LinearForwardResults,
+    LinearForwardSettings,
+    branches_in,
+    lora_linear_bwd,
+    lora_linear_fwd,
+    split_s,
+)
+from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
+from stablelora_kernels.ops.plans import Entry, tensors_of
 from stablelora_kernels.projection import (
     BIASES,
     LORA_AS,
     LORA_BS,
     WEIGHTS,
     Projection,
-    flat,
-    in_fours,
+    by_projection,
     layouts_of,
-    projections_in,
+    operands_of,
     projections_of,
     scales_of,
-    split,
 )
-from stablelora_kernels.quantized import Stored, as_plain
-from stablelora_kernels.utils.tensors import cast, drop_share, outside_autocast
+from stablelora_kernels.quantized import Stored
+from stablelora_kernels.utils.tensors import cast
 
-
-def new_mask(x: Tensor, columns: int) -> Tensor:
-    """Memory for the dropout mask of x's rows: int32 [M, ceil(columns / 32)], see
-    ``reference.unpack_mask``.
-    """
-    return x.new_empty((math.prod(x.shape[:-1]), -(-columns // 32)), dtype=torch.int32)
-
-
-def _allocate_forward(call: Any) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    x, like = call.x, call.x if call.base is None else call.base
-    lora_As, lora_Bs = call.operands[LORA_AS], call.operands[LORA_BS]
-    ys = [like.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_Bs]
-    s = x.new_empty(math.prod(x.shape[:-1]) if call.save_s else 0, sum(a.shape[0] for a in lora_As))
-    return ys, s, [new_mask(x, x.shape[-1]) for _ in call.seeds if call.save_mask]
-
-
-@define_launches(
-    "lora_linear_fwd",
-    "(Tensor x, Tensor? base, Tensor?[] operands, Tensor[] scales, Tensor?[] seeds, int[] layouts, float[] scalings, "
-    "float dropout_p, bool save_s, bool save_mask) -> (Tensor[], Tensor, Tensor[])",
-    _allocate_forward,
-)
-def lora_linear_fwd(
-    device: Device,
-    call: Any,
-    results: tuple[list[Tensor], Tensor, list[Tensor]],
-    choice: Choice | None,
-) -> list[Any]:
-    """The Y's [..., N], with ``save_s`` the S's [M, r] side by side, and with ``save_mask`` each
-    mask, for x [..., K].
-
-    ``projection.flat`` makes the operands; the scalings are :func:`scalings_of`. With ``base``
-    [..., N] there is one projection, a lone branch, and Y has base's dtype.
-    """
-    from stablelora_kernels.launch.lora_linear import ForwardCall, forward_launches
-
-    ys, s = [as_matrix(y) for y in results[0]], results[1] if call.save_s else None
-    x, base = as_matrix(call.x), None if call.base is None else as_matrix(call.base).contiguous()
-    masks: Sequence[Tensor | None] = results[2] or [None] * len(ys)
-    forward = ForwardCall(x, projections_in(call), call.seeds, masks, s, ys, call.dropout_p, base)
-    return forward_launches(device, forward, choice)
-
-
-def _allocate_backward(call: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    lora_As, lora_Bs = call.operands[LORA_AS], call.operands[LORA_BS]
-    grad, k = call.grads[0], lora_As[0].shape[1]
-    dx = grad.new_empty((*grad.shape[:-1], k) if call.need_x else (0, k))
-    return dx, _like(lora_As) if call.need_a else [], _like(lora_Bs) if call.need_b else []
-
-
-def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
-
-
-@define_launches(
-    "lora_linear_bwd",
-    "(Tensor? x, Tensor[] grads, Tensor?[] operands, Tensor[] scales, Tensor[] s, Tensor?[] masks, int[] layouts, "
-    "float[] scalings, float dropout_p, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor[], Tensor[])",
-    _allocate_backward,
-)
-def lora_linear_bwd(
-    device: Device,
-    call: Any,
-    results: tuple[Tensor, list[Tensor], list[Tensor]],
-    choice: Choice | None,
-) -> list[Any]:
-    """dX [..., K], the dA's and the dB's, for x [..., K] and each dY [..., N]; those that are not
-    needed are empty.
-
-    ``s``: each projection's S, or one matrix that has all of them side by side. Biases are None,
-    and so is the data of a weight that dX does not read, or that a lone branch does not have.
-    """
-    from stablelora_kernels.launch.lora_linear import BackwardCall, Gradients, backward_launches
-
-    dx, das, dbs = results
-    x, grads = (
-        None if call.x is None else as_matrix(call.x),
-        [as_matrix(grad) for grad in call.grads],
-    )
-    nothing = [None] * len(grads)
-    wanted = Gradients(as_matrix(dx) if call.need_x else None, das or nothing, dbs or nothing)
-    s = _each_s(call.s, call.operands[LORA_AS]) or nothing
-    projections = projections_in(call)
-    backward = BackwardCall(x, grads, projections, s, call.masks, call.dropout_p, wanted)
-    return backward_launches(device, backward, choice)
-
-
-def _each_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
-    """Each projection's S, if one matrix has all of them or they are separate already."""
-    return [*s[0].split([a.shape[0] for a in lora_As], 1)] if len(s) == 1 < len(lora_As) else [*s]
-
-
-def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """The seed of dropout's mask, None without dropout."""
-    # It stays on the device: there is no synchronization, and a CUDA graph draws a new one at each
-    # replay.
-    return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p else None
-
-
-def scalings_of(scalings: Sequence[float], dropout_p: float) -> tuple[float, ...]:
-    """s' = scaling / (1 - p) of each projection, with the probability that the kernels drop by."""
-    return tuple([scaling / (1 - drop_share(dropout_p)) for scaling in scalings])
+_NO_GRADIENTS = Gradients(None, (), ())
 
 
 class Needs(NamedTuple):
-    """Whether gradients are required: of x, of the A's and the B's (of all or none), of any weight
-    and of any bias.
+    """Whether gradients are required: of x, of the A's and the B's (of all or none), of each weight
+    and of each bias.
     """
 
     x: bool
     a: bool
     b: bool
-    weight: bool
-    bias: bool
-
-
-class Saved(NamedTuple):
-    """How many tensors forward saves behind x, of each kind in this order."""
-
-    operands: int
-    scales: int
-    s: int
-    masks: int
-
-
-class ForwardNumbers(NamedTuple):
-    """The last arguments of ``lora_linear_fwd``."""
-
-    layouts: tuple[int, ...]
-    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
-    scalings: tuple[float, ...]
-    dropout_p: float
-    save_s: bool
-    save_mask: bool
-
-
-class BackwardNumbers(NamedTuple):
-    """The last arguments of ``lora_linear_bwd``."""
-
-    layouts: tuple[int, ...]
-    scalings: tuple[float, ...]
-    dropout_p: float
-    need_x: bool
-    need_a: bool
-    need_b: bool
+    weights: tuple[bool, ...]
+    biases: tuple[bool, ...]
 
 
 class LinearFacts(NamedTuple):
@@ -216,30 +91,22 @@ class LinearFacts(NamedTuple):
     # "one by one", by "plain operators", "with gradients" or "without gradients".
     strategy: str
     backend: str
+    x_dtype: torch.dtype
     # Of A and B.
     lora_dtype: torch.dtype
     needs: Needs
     # Whether there is a base product in place of a weight.
     is_branch: bool
-    saved: Saved
-    forward: ForwardNumbers
-    backward: BackwardNumbers
+    operand_count: int
+    scale_count: int
+    forward: LinearForwardSettings
+    backward: LinearBackwardSettings
     # "one by one": the projections' own entries.
     members: tuple[Entry, ...]
 
 
-class Forward(NamedTuple):
-    """The Y's [..., N], S, dropout's masks, each s', and the operands that it computed with.
-
-    On Triton one matrix has every S, side by side; it is empty if no gradient needs it, and no mask
-    is there then.
-    """
-
-    ys: Sequence[Tensor]
-    s: Sequence[Tensor]
-    masks: Sequence[Tensor | None]
-    scalings: Sequence[float]
-    operands: Sequence[Any]
+# The results of a forward, the operands and scales that were multiplied, and each s'.
+Forward = tuple[LinearForwardResults, Sequence[Tensor | None], tuple[float, ...]]
 
 
 def _forward(
@@ -247,225 +114,238 @@ def _forward(
     entry: Entry | None,
     x: Tensor,
     base: Tensor | None,
-    operands: Sequence[Any],
-    scales: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
 ) -> Forward:
-    """For x [..., K], and the projections that ``projection.flat`` has taken apart."""
-    numbers = facts.forward
-    scalings, dropout_p = numbers.scalings, numbers.dropout_p
-    if facts.backend == "triton":
+    """For x [..., K]. ``tensors``: what ``operands_of`` makes of the projections, then all scales."""
+    settings = facts.forward
+    if facts.backend == "torch":
+        nothing = [None] * len(settings.scalings)
+        return _torch_forward(LinearForwardCall.of([x, base, *tensors, *nothing], settings))
+    seeds: list[Tensor | None] = [None] * len(settings.scalings)
+    if settings.dropout_p:
         # One by one, in the order in which separate projections draw theirs.
-        seeds = [draw_seed(x, dropout_p) for _ in scalings] if dropout_p else [None] * len(scalings)
-        ys, s, masks = lora_linear_fwd(entry, (x, base), (operands, scales, seeds), numbers)
-        return Forward(ys, [s], masks or [None] * len(ys), scalings, operands)
-    rows = as_matrix(x)
-    keeps, scalings = zip(
-        *[draw_dropout(rows, dropout_p, scaling) for scaling in scalings], strict=True
-    )
+        seeds = [draw_seed(x.device, settings.dropout_p) for _ in settings.scalings]
+    results = lora_linear_fwd(entry, [x, base, *tensors, *seeds], settings)
+    return results, tensors, settings.scalings
+
+
+def _torch_forward(call: LinearForwardCall) -> Forward:
+    """The PyTorch path draws its own masks, without seeds."""
+    settings = call.settings
+    rows = as_matrix(call.x)
+    keeps: list[Tensor | None] = []
+    scalings: list[float] = []
+    for scaling in settings.scalings:
+        keep, scaling_after_dropout = draw_dropout(rows, settings.dropout_p, scaling)
+        keeps.append(keep)
+        scalings.append(scaling_after_dropout)
     # Cast once for forward and backward. The kernels cast in registers.
-    operands = with_branches_in(operands, x.dtype)
-    projections = projections_of(operands, scales, numbers.layouts, scalings)
-    ys, each_s = torch_fwd(rows, projections, keeps, None if base is None else as_matrix(base))
-    like = x if base is None else base
-    return Forward([like_rows_of(y, like) for y in ys], each_s, keeps, scalings, operands)
+    operands = _with_branches_in(call.x.dtype, call.operands)
+    projections = projections_of(operands, call.scales, settings.layouts, scalings)
+    matrices, every_s = torch_fwd(
+        rows, projections, keeps, None if call.base is None else as_matrix(call.base)
+    )
+    like = call.x if call.base is None else call.base
+    ys = [like_rows_of(y, like) for y in matrices]
+    return LinearForwardResults(ys, every_s, keeps), [*operands, *call.scales], tuple(scalings)
 
 
-def with_branches_in(operands: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+def _with_branches_in(dtype: torch.dtype, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
     """``operands`` with each A and B in ``dtype``."""
     cast_operands = [*operands]
-    for kind in (LORA_AS, LORA_BS):
-        cast_operands[kind] = [cast(t, dtype) for t in operands[kind]]
+    cast_operands[LORA_AS] = [cast(lora_A, dtype) for lora_A in operands[LORA_AS]]
+    cast_operands[LORA_BS] = [cast(lora_B, dtype) for lora_B in operands[LORA_BS]]
     return cast_operands
 
 
-def read_by_backward(operands: Sequence[Any], weights: bool) -> list[Any]:
-    """``operands`` without those that backward does not read: biases, and unless ``weights``,
-    weights.
-    """
-    nothing = [None] * (len(operands) // 4)
-    kept = [*operands]
-    kept[BIASES] = nothing
-    if not weights:
-        kept[WEIGHTS] = nothing
-    return kept
-
-
-def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward,
-    autocast or not.
-    """
-    careful = once_differentiable(outside_autocast(backward))
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Any) -> Any:
-        # The usual backward pass needs no care, which would take longer than the rest of this
-        # function's Python.
-        usual = not (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or torch._C._is_any_autocast_enabled()
-        )
-        return backward(ctx, *grads) if usual else careful(ctx, *grads)
-
-    return run
-
-
-def apply(function: type[torch.autograd.Function], entry: Any, *args: Any) -> Any:
-    """``function.apply(entry, *args)``. ``entry``: that of the call's key, or None."""
-    if entry is None:
-        return function.apply(entry, *args)
-    # A call with a key is neither traced nor transformed. Function.apply would ask about every
-    # argument, then calls this.
-    return super(torch.autograd.Function, function).apply(entry, *args)  # type: ignore[misc]
+class _LinearContext(Context, Protocol):
+    facts: LinearFacts
+    settings: LinearBackwardSettings
 
 
 class _LoRALinear(torch.autograd.Function):
     """Gradients of x, the A's and the B's by the formulas; those of weights and biases, if
     required, by plain products.
 
-    ``tensors``: what ``projection.flat`` makes of the projections, and then all scales. Either all
-    A's require gradients or none; so do the B's.
+    ``tensors``: what ``operands_of`` makes of the projections, and then all scales. Either all A's
+    require gradients or none; so do the B's.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def forward(
+        ctx: _LinearContext,
         entry: Entry | None,
         facts: LinearFacts,
         x: Tensor,
         base: Tensor | None,
-        *tensors: Any,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        needs, count = facts.needs, facts.saved.operands
-        operands, scales = tensors[:count], tensors[count:]
-        done = _forward(facts, entry, x, base, operands, scales)
-        # Save only what backward reads. Save x itself, not its rows: the surrounding graph already
-        # holds it.
+        needs = facts.needs
+        results, multiplied, scalings = _forward(facts, entry, x, base, tensors)
+        masks = results.masks
+        if not (masks and (needs.x or needs.a)):
+            masks = [None] * len(results.ys)
+        # Save only what backward reads, as LinearBackwardCall's tensors. Save x itself, not its
+        # rows: the surrounding graph already holds it.
         ctx.save_for_backward(
-            x if needs.weight or needs.a else None,
-            *read_by_backward(done.operands, weights=needs.x),
-            *(scales if needs.x else ()),
-            *(done.s if needs.b else ()),
-            *(done.masks if needs.x or needs.a else [None] * len(done.masks)),
+            x if needs.a or True in needs.weights else None,
+            *read_by_backward(multiplied[: facts.operand_count], weights=needs.x),
+            *(multiplied[facts.operand_count :] if needs.x else ()),
+            *(results.s if needs.b else ()),
+            *masks,
         )
-        if len(done.ys) > 1:
+        if len(results.ys) > 1:
             ctx.set_materialize_grads(False)
-        ctx.call = (facts, x.dtype, done.scalings)
-        return tuple(done.ys)
+        ctx.facts = facts
+        ctx.settings = facts.backward
+        if scalings != facts.backward.scalings:
+            # Dropout's, of the PyTorch path.
+            ctx.settings = facts.backward._replace(scalings=scalings)
+        return tuple(results.ys)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        facts, dtype, scalings = ctx.call
+    def backward(ctx: _LinearContext, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        facts = ctx.facts
         needs = facts.needs
         x, *tensors = ctx.saved_tensors
-        saved = split(tensors, facts.saved)
-        # A lone branch computes in x's dtype.
-        grads = [dys[0].to(dtype)] if facts.is_branch else [*dys]
-        used = [i for i, grad in enumerate(grads) if grad is not None]
-        if len(used) < len(grads):
+        grads: Sequence[Tensor | None] = dys
+        if facts.is_branch:
+            # A lone branch computes in x's dtype.
+            grads = [dy.to(facts.x_dtype) for dy in dys if dy is not None]
+        saved_call = [x, *grads, *tensors]
+        settings = ctx.settings
+        used: Sequence[int] = range(len(dys))
+        if len(dys) > 1:
+            used = [place for place, dy in enumerate(dys) if dy is not None]
+        if len(used) < len(dys):
             # The outputs of a group's other projections were not used.
-            grads, scalings, saved = _of_used(used, grads, scalings, saved)
-        dx: Tensor | None = None
-        das: Sequence[Any] = ()
-        dbs: Sequence[Any] = ()
+            call = _of_used(used, LinearBackwardCall.of(saved_call, settings))
+            saved_call = tensors_of(call)
+            settings = call.settings
+        gradients: Gradients | LinearBackwardResults = _NO_GRADIENTS
         if used and (needs.x or needs.a or needs.b):
-            dx, das, dbs = _gradients(facts, x, grads, saved, scalings)
-        # Of each projection, as its operands: of the weight, the bias, A and B.
-        of_each: list[Sequence[Tensor | None]] = [(None,) * 4] * len(dys)
-        for place, i in enumerate(used):
-            dw = dbias = None
-            if needs.weight or needs.bias:
-                # Behind entry, facts, x and base.
-                wants_weight, wants_bias = in_fours(ctx.needs_input_grad[4:])[i][:2]
-                dw = as_matrix(grads[place]).t() @ as_matrix(x) if wants_weight else None
-                dbias = as_matrix(grads[place]).sum(0) if wants_bias else None
-            of_each[i] = (
-                dw,
-                dbias,
-                das[place] if needs.a else None,
-                dbs[place] if needs.b else None,
-            )
-        of_operands = chain.from_iterable(of_each)
-        of_scales = [None] * (len(ctx.needs_input_grad) - 4 - 4 * len(dys))
-        return (
-            None,
-            None,
-            dx if needs.x else None,
-            dys[0] if facts.is_branch else None,
-            *of_operands,
-            *of_scales,
-        )
+            gradients = _gradients(facts, saved_call, settings)
+        count = len(dys)
+        of_operands: list[Tensor | None] = [None] * facts.operand_count
+        if needs.a:
+            of_operands[LORA_AS] = _at_places(used, gradients.das, count)
+        if needs.b:
+            of_operands[LORA_BS] = _at_places(used, gradients.dbs, count)
+        if True in needs.weights:
+            of_operands[WEIGHTS] = _weight_gradients(x, dys, needs.weights)
+        if True in needs.biases:
+            of_operands[BIASES] = _bias_gradients(dys, needs.biases)
+        dx = gradients.dx if needs.x else None
+        dbase = dys[0] if facts.is_branch else None
+        return (None, None, dx, dbase, *of_operands, *[None] * facts.scale_count)
+
+
+_apply_known = apply_of_known_calls(_LoRALinear)
+
+
+def _at_places(
+    places: Sequence[int], values: Sequence[Tensor | None], count: int
+) -> Sequence[Tensor | None]:
+    """A list of ``count`` with ``values`` at ``places``, and None elsewhere."""
+    if len(values) == count:
+        return values
+    filled: list[Tensor | None] = [None] * count
+    for place, value in zip(places, values, strict=False):
+        filled[place] = value
+    return filled
+
+
+def _weight_gradients(
+    x: Tensor | None, dys: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """dW = dY^T X for each dY, if it is wanted."""
+    assert x is not None
+    rows = as_matrix(x)
+    return [
+        as_matrix(dy).t() @ rows if is_wanted and dy is not None else None
+        for dy, is_wanted in zip(dys, wanted, strict=True)
+    ]
+
+
+def _bias_gradients(dys: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The sum of each dY over its rows, if it is wanted."""
+    return [
+        as_matrix(dy).sum(0) if is_wanted and dy is not None else None
+        for dy, is_wanted in zip(dys, wanted, strict=True)
+    ]
+
+
+def _of_used(used: Sequence[int], call: LinearBackwardCall) -> LinearBackwardCall:
+    """``call`` for those projections of a group alone whose outputs were ``used``."""
+    operands = by_projection(call.operands)
+    every_s = split_s(call.s, branches_in(call.operands, LORA_AS))
+    scalings = tuple([call.settings.scalings[place] for place in used])
+    # The weights of a group are not quantized: there are no scales.
+    return call._replace(
+        grads=[call.grads[place] for place in used],
+        operands=[t for place in used for t in operands[place]],
+        s=[every_s[place] for place in used] if every_s else [],
+        masks=[call.masks[place] for place in used],
+        settings=call.settings._replace(scalings=scalings),
+    )
 
 
 def _gradients(
-    facts: LinearFacts,
-    x: Tensor | None,
-    grads: Sequence[Tensor],
-    saved: Sequence[Any],
-    scalings: tuple[float, ...],
-) -> tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
-    """dX, the dA's and the dB's, for each dY and the lists that forward saved behind x."""
-    needs = facts.needs
-    numbers = facts.backward
+    facts: LinearFacts, tensors: Sequence[Tensor | None], settings: LinearBackwardSettings
+) -> Gradients | LinearBackwardResults:
+    """dX, the dA's and the dB's. ``tensors``: those of the call, one after another."""
     if facts.backend == "triton":
-        if len(scalings) < len(numbers.scalings):
-            numbers = numbers._replace(scalings=scalings)
-        return lora_linear_bwd(None, (x,), (grads, *saved), numbers)  # type: ignore[no-any-return]
-    operands, scales, s, keeps = saved
-    rows = None if x is None else as_matrix(x)
-    matrices = [expanded(as_matrix(grad)) for grad in grads]
-    projections = projections_of(operands, scales, numbers.layouts, scalings)
-    dx, das, dbs = torch_bwd(
-        rows, matrices, projections, s, keeps, facts.lora_dtype, needs.x, needs.a, needs.b
+        return lora_linear_bwd(None, tensors, settings)
+    call = LinearBackwardCall.of(tensors, settings)
+    gradients = torch_bwd(
+        None if call.x is None else as_matrix(call.x),
+        [with_own_memory(as_matrix(grad)) for grad in call.grads],
+        projections_of(call.operands, call.scales, settings.layouts, settings.scalings),
+        call.s or [None] * len(call.grads),
+        call.masks,
+        facts.lora_dtype,
+        Wanted(settings.need_x, settings.need_a, settings.need_b),
     )
-    return None if dx is None else dx.view(*grads[0].shape[:-1], dx.shape[1]), das, dbs
-
-
-def _of_used(
-    used: Sequence[int], grads: Sequence[Any], scalings: Sequence[float], saved: Sequence[Any]
-) -> tuple[list[Any], tuple[float, ...], list[Any]]:
-    """A group's gradients, s' and saved lists of those projections alone whose outputs were
-    ``used``.
-    """
-    operands, scales, s, masks = saved
-    each_s = _each_s(s, operands[LORA_AS])
-    fours = in_fours(operands)
-    # The weights of a group are not quantized, so there are no scales.
-    saved = [
-        [t for i in used for t in fours[i]],
-        scales,
-        [each_s[i] for i in used if each_s],
-        [masks[i] for i in used],
-    ]
-    return [grads[i] for i in used], tuple([scalings[i] for i in used]), saved
+    dx = gradients.dx
+    if dx is not None:
+        dx = dx.view(*call.grads[0].shape[:-1], dx.shape[1])
+    return Gradients(dx, gradients.das, gradients.dbs)
 
 
 def lora_linear_op(
-    x: Tensor, projections: Sequence[Projection], base: Tensor | None, dropout_p: float, backend: str,
+    x: Tensor,
+    projections: Sequence[Projection],
+    base: Tensor | None,
+    dropout_p: float,
+    backend: str,
     entry: Entry | None = None,
-) -> Sequence[Tensor]:  # fmt: skip
+) -> Sequence[Tensor]:
     """The projections' outputs, for checked arguments and a chosen backend; with ``base``, that of
     a lone branch.
 
     ``entry``: that of the call's key.
     """
-    facts = None if entry is None else entry.facts
+    facts: LinearFacts | None = None if entry is None else entry.facts
     if facts is None:
         facts = _facts_of(x, projections, base, dropout_p, backend)
         if entry is not None:
             entry.facts = facts
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
-        members = facts.members if entry is not None else [None] * len(projections)
-        pairs = zip(projections, members, strict=True)
-        return [lora_linear_op(x, (p,), None, dropout_p, backend, member)[0] for p, member in pairs]
+        members = [None] * len(projections) if entry is None else facts.members
+        return [
+            lora_linear_op(x, (p,), None, dropout_p, backend, member)[0]
+            for p, member in zip(projections, members, strict=True)
+        ]
     if facts.strategy == "plain operators":
-        return (_plain_operators(x, projections[0], base, dropout_p),)
-    operands, scales = flat(projections), scales_of(projections, facts.forward.layouts)
+        return (plain_operators(x, projections[0], base, dropout_p),)
+    tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
     if facts.strategy == "with gradients":
-        return apply(_LoRALinear, entry, facts, x, base, *operands, *scales)
-    return _forward(facts, entry, x, base, operands, scales).ys
+        apply: Callable[..., Any] = _LoRALinear.apply if entry is None else _apply_known
+        ys: tuple[Tensor, ...] = apply(entry, facts, x, base, *tensors)
+        return ys
+    return _forward(facts, entry, x, base, tensors)[0].ys
 
 
 def _facts_of(
@@ -475,66 +355,90 @@ def _facts_of(
     dropout_p: float,
     backend: str,
 ) -> LinearFacts:
-    weights, biases, lora_As, lora_Bs, scalings = zip(*projections, strict=True)
-    plain: list[Any] = [weight for weight in weights if not isinstance(weight, Stored)]
-    *needs, of_base = (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in each)
-        for each in ((x,), lora_As, lora_Bs, plain, biases, (base,))
+    needs = _needs_of(x, projections)
+    strategy = _strategy_of(x, projections, base, dropout_p, backend, needs)
+    members: tuple[Entry, ...] = ()
+    if strategy == "one by one":
+        members = tuple([Entry(backend) for _ in projections])
+    scalings = tuple([p.scaling for p in projections])
+    if backend == "triton":
+        scalings = scalings_after_dropout(scalings, dropout_p)
+    layouts = layouts_of(projections)
+    lora_A = projections[0].lora_A
+    assert lora_A is not None
+    return LinearFacts(
+        strategy=strategy,
+        backend=backend,
+        x_dtype=x.dtype,
+        lora_dtype=lora_A.dtype,
+        needs=needs,
+        is_branch=base is not None,
+        operand_count=len(operands_of(projections)),
+        scale_count=len(scales_of(projections, layouts)),
+        forward=LinearForwardSettings(
+            layouts,
+            scalings,
+            dropout_p,
+            save_s=needs.b,
+            save_mask=dropout_p > 0 and (needs.x or needs.a),
+        ),
+        backward=LinearBackwardSettings(
+            layouts if needs.x else (), scalings, dropout_p, needs.x, needs.a, needs.b
+        ),
+        members=members,
     )
-    trains = any((*needs, of_base))
-    strategy = "with gradients" if trains else "without gradients"
+
+
+def _needs_gradient(*tensors: object) -> bool:
+    """Whether a gradient of one of ``tensors`` is required. Quantized weights have none."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _needs_of(x: Tensor, projections: Sequence[Projection]) -> Needs:
+    return Needs(
+        x=_needs_gradient(x),
+        a=_needs_gradient(*[p.lora_A for p in projections]),
+        b=_needs_gradient(*[p.lora_B for p in projections]),
+        weights=tuple([_needs_gradient(p.weight) for p in projections]),
+        biases=tuple([_needs_gradient(p.bias) for p in projections]),
+    )
+
+
+def _strategy_of(
+    x: Tensor,
+    projections: Sequence[Projection],
+    base: Tensor | None,
+    dropout_p: float,
+    backend: str,
+    needs: Needs,
+) -> str:
+    """See :class:`LinearFacts`."""
+    operands_train = needs.x or needs.a or needs.b or True in needs.weights or True in needs.biases
+    trains = operands_train or _needs_gradient(base)
+    usual = "with gradients" if trains else "without gradients"
+    plain: list[Any] = [p.weight for p in projections if not isinstance(p.weight, Stored)]
     if len(projections) > 1:
-        uniform = all(len({t.requires_grad for t in each}) == 1 for each in (lora_As, lora_Bs))
-        if not uniform or len(plain) < len(weights) or (backend == "torch" and is_few(x, *plain)):
-            strategy = "one by one"
+        by_function = (
+            _is_uniform([p.lora_A for p in projections])
+            and _is_uniform([p.lora_B for p in projections])
+            and len(plain) == len(projections)
+            and not (backend == "torch" and is_few(x, *plain))
+        )
+        return usual if by_function else "one by one"
     # Ordinary autograd would save a dequantized weight, and plain operators would round a branch to
     # x's dtype.
-    elif (
-        (plain or not trains)
+    if (
+        backend == "torch"
+        and (plain or not trains)
         and (base is None or base.dtype == x.dtype)
-        and backend == "torch"
-        and is_few(x, *plain, limit=few_rows(x, dropout_p, any(needs)))
+        and is_few(x, *plain, limit=few_rows(x, dropout_p, operands_train))
     ):
-        strategy = "plain operators"
-    if backend == "triton":
-        scalings = scalings_of(scalings, dropout_p)
-    members = tuple([Entry(backend) for _ in projections]) if strategy == "one by one" else ()
-    dtype, layouts = lora_As[0].dtype, layouts_of(projections)
-    needed, n = Needs(*needs), len(projections)
-    each_s = 1 if backend == "triton" else n
-    saved = Saved(
-        operands=4 * n,
-        scales=len(scales_of(projections, layouts)) if needed.x else 0,
-        s=each_s if needed.b else 0,
-        masks=n,
-    )
-    save_mask = dropout_p > 0 and (needed.x or needed.a)
-    forward = ForwardNumbers(layouts, scalings, dropout_p, needed.b, save_mask)
-    read_layouts = layouts if needed.x else ()
-    backward = BackwardNumbers(read_layouts, scalings, dropout_p, needed.x, needed.a, needed.b)
-    return LinearFacts(
-        strategy, backend, dtype, needed, base is not None, saved, forward, backward, members
-    )
+        return "plain operators"
+    return usual
 
 
-def _plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: float) -> Tensor:
-    """The output of one projection or of a lone branch by PyTorch's operators under ordinary
-    autograd.
-    """
-    assert p.lora_A is not None and p.lora_B is not None
-    rows, like = as_matrix(x), x if base is None else base
-    if base is not None:
-        matrix = as_matrix(base)
-    else:
-        assert p.weight is not None
-        matrix = torch.nn.functional.linear(rows, as_plain(p.weight, x.dtype), p.bias)
-    keep, scaling = draw_dropout(rows, dropout_p, p.scaling)
-    if p.lora_A.dtype is x.dtype or rows.shape[0] > p.rank or isinstance(p.weight, Stored):
-        s = torch.nn.functional.linear(masked(rows, keep), cast(p.lora_A, x.dtype))
-        y = with_branch(matrix, s, cast(p.lora_B, x.dtype), scaling)
-    else:
-        # The rows are smaller than A and B, and cast instead.
-        with without_autocast(x):
-            s = torch.nn.functional.linear(masked(rows.to(p.lora_A.dtype), keep), p.lora_A)
-            y = matrix.add(torch.mm(s, p.lora_B.t()), alpha=scaling).to(matrix.dtype)
-    return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])
+def _is_uniform(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all of ``tensors`` require gradients, or none."""
+    return len({t.requires_grad for t in tensors if t is not None}) < 2

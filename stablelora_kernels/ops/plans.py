@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,19 +37,27 @@ NAMESPACE = "stablelora_kernels"
 LIMIT = 4096
 
 
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+
+
 def define_op(
-    name: str, schema: str, fake: Callable[..., Any], device_types: Sequence[str] = ("cpu", "cuda")
-) -> Callable[[Callable[..., Any]], Any]:
+    name: str,
+    schema: str,
+    fake: Callable[Arguments, Returned],
+    device_types: Sequence[str] = ("cpu", "cuda"),
+) -> Callable[[Callable[Arguments, Returned]], Callable[Arguments, Returned]]:
     """Turn the decorated function into the op ``name``. ``fake`` takes its arguments and returns
     outputs without values.
     """
 
-    def decorate(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
         qualified = f"{NAMESPACE}::{name}"
         torch.library.define(qualified, schema)
-        torch.library.impl(qualified, device_types, function)  # type: ignore[call-overload]
+        torch.library.impl(qualified, device_types, function)
         torch.library.register_fake(qualified, fake)
-        return getattr(getattr(torch.ops, NAMESPACE), name)
+        op: Callable[Arguments, Returned] = getattr(getattr(torch.ops, NAMESPACE), name)
+        return op
 
     return decorate
 
@@ -61,7 +67,7 @@ class Entry:
     """What is known of the calls with one key."""
 
     backend: str
-    # What autograd's side of the op knows of these calls, once one has run.
+    # The op's LinearFacts or MLPFacts, once a call has run.
     facts: Any = None
     # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes
     # all the time.
@@ -115,7 +121,7 @@ def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
     # A tensor's facts have its device's number, not its type.
     key.append(first.is_cuda)
     # Autotuning leaves the choice to the table where results must not depend on a clock.
-    key.append(torch.are_deterministic_algorithms_enabled())
+    key.append(torch._C._get_deterministic_algorithms())
     return tuple(key)
 
 
@@ -178,117 +184,180 @@ def _add(key: tuple[Any, ...], entry: Entry) -> Entry:
     return entry
 
 
-class PlannedOp:
+def _prepared_for(key: tuple[Any, ...] | None) -> Any:
+    """What is prepared for the calls with ``key``."""
+    entry = find(key)
+    return None if entry is None else entry.prepared
+
+
+class OpSettings(Protocol):
+    """An op's arguments that are no tensors, in a named tuple that can be hashed."""
+
+    @property
+    def scalings(self) -> Sequence[float]: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class OpCall(Protocol):
+    """An op's arguments in a named tuple: first tensors, then lists of tensors, last ``settings``."""
+
+    @property
+    def settings(self) -> OpSettings: ...
+
+    def __getitem__(self, places: slice, /) -> tuple[Any, ...]: ...
+
+
+def tensors_of(call: OpCall) -> list[Tensor | None]:
+    """The tensors of ``call``, those of lists by themselves."""
+    tensors: list[Tensor | None] = []
+    for value in call[:-1]:
+        if isinstance(value, (list, tuple)):
+            tensors += value
+        else:
+            tensors.append(value)
+    return tensors
+
+
+CallT = TypeVar("CallT", bound=OpCall)
+ResultsT = TypeVar("ResultsT", bound=tuple[Any, ...])
+# Launches of Triton, which is optional: launch/ has their types.
+Launches = list[Any]
+
+
+@dataclass(frozen=True)
+class OpTypes(Generic[CallT, ResultsT]):
+    """The named tuples of an op's arguments, of those that are no tensors, and of its results."""
+
+    call: Callable[..., CallT]
+    # Makes a call of what :func:`tensors_of` returns, and of its settings.
+    call_of: Callable[[Sequence[Any], Any], CallT]
+    settings: Callable[..., OpSettings]
+    results: Callable[..., ResultsT]
+
+
+class PlannedOp(Generic[CallT, ResultsT]):
     """A torch.library op that runs launches, which are prepared once calls repeat."""
 
     def __init__(
         self,
         name: str,
         schema: str,
-        allocate: Callable[[Any], Any],
-        build: Callable[..., list[Any]],
+        types: OpTypes[CallT, ResultsT],
+        allocate: Callable[[CallT], ResultsT],
+        build: Callable[[Device, CallT, ResultsT, Choice | None], Launches],
     ) -> None:
-        kinds, names = zip(*map(str.split, schema[1 : schema.index(")")].split(", ")), strict=True)
-        self._name, self._call = f"{NAMESPACE}::{name}", namedtuple(name, names)
-        self._allocate, self._build = allocate, build
-        self._op = define_op(name, schema, lambda *args: allocate(self._call(*args)))(self._run)
-        # Where the lists of tensors and the numbers begin.
-        self._lists = sum(kind in ("Tensor", "Tensor?") for kind in kinds)
-        self._numbers = self._lists + sum(kind in ("Tensor[]", "Tensor?[]") for kind in kinds)
+        arguments = schema[1 : schema.index(")")].split(", ")
+        kinds = [argument.split()[0] for argument in arguments]
+        self._name = f"{NAMESPACE}::{name}"
+        self._types = types
+        self._allocate = allocate
+        self._build = build
+        # How many arguments come before the settings.
+        self._settings_from = sum(kind.startswith("Tensor") for kind in kinds)
+        self._op = define_op(name, schema, self._fake)(self._run)
 
     def __call__(
-        self,
-        entry: Entry | None,
-        tensors: Sequence[Tensor | None],
-        lists: Sequence[Sequence[Tensor | None]],
-        numbers: tuple[Any, ...],
-    ) -> Any:
-        """Run the op and return the schema's results.
+        self, entry: Entry | None, tensors: Sequence[Tensor | None], settings: OpSettings
+    ) -> ResultsT:
+        """Run the op.
 
-        ``tensors``, ``lists`` and ``numbers`` are the schema's arguments, those of the last one
-        hashable. ``entry``: that of the caller's key, from which all but the tensors' addresses
-        follow, or None.
+        ``entry``: that of the caller's key, from which all but the tensors' addresses follow, or
+        None. ``tensors``: those of the call one after another, see :func:`tensors_of`. A prepared
+        launch reads them so, and a record of a call would take a tenth of its time.
         """
-        operands = [*tensors, *chain.from_iterable(lists)]
-        known = entry or find(self._key_of(operands, lists, numbers))
-        prepared = None if known is None else known.prepared
+        prepared = None if entry is None else entry.prepared
+        key = None
+        if prepared is None:
+            # The op prepares under a key of its own.
+            key = self._key_of(settings, tensors)
+            prepared = _prepared_for(key)
         if not prepared:
-            results = self._op(*tensors, *lists, *numbers)
-            if entry is not None and prepared is None:
-                own = find(self._key_of(operands, lists, numbers))
-                entry.prepared = None if own is None else own.prepared
-            return results
-        if torch.autograd._profiler_enabled():
+            call = self._types.call_of(tensors, settings)
+            results = self._op(*call[:-1], *settings)
+            prepared = _prepared_for(key)
+        elif torch.autograd._profiler_enabled():
             # A trace shows the op by its name.
             with torch.profiler.record_function(self._name):
-                return prepared.run(operands)
-        return prepared.run(operands)
+                results = prepared.run(tensors)
+        else:
+            results = prepared.run(tensors)
+        if key is not None and entry is not None:
+            entry.prepared = prepared
+        return self._types.results(*results)
 
     def plan(
-        self, device: Device, args: Sequence[Any], choice: Choice | None = None
-    ) -> tuple[Any, list[Any]]:
-        """The op's results, without values, and the launches on ``device`` that fill them. ``args``
+        self, device: Device, call: CallT, choice: Choice | None = None
+    ) -> tuple[ResultsT, Launches]:
+        """The op's results, without values, and the launches on ``device`` that fill them. Tensors
         may be on the meta device.
 
-        ``choice``: a kernel in place of the table's.
+        ``choice``: a strategy in place of the table's.
         """
         # The first tensor of each op has a row for each of X.
-        first, call = next(t for t in self._operands(args) if t is not None), self._call(*args)
+        first = next(t for t in tensors_of(call) if t is not None)
         results = self._allocate(call)
         if not first.numel():
-            tree_map_only(Tensor, Tensor.zero_, results)
+            tree_map_only(Tensor, Tensor.zero_, tuple(results))
             return results, []
         return results, self._build(device, call, results, choice)
 
-    def _run(self, *args: Any) -> Any:
+    def _run(self, *args: Any) -> tuple[Any, ...]:
         """What the op does. Compiled graphs come here without :meth:`__call__`, so this has the
         plans too.
         """
-        operands, lists = self._operands(args), args[self._lists : self._numbers]
-        numbers = tuple(
-            [tuple(each) if type(each) is list else each for each in args[self._numbers :]]
-        )
-        if (key := self._key_of(operands, lists, numbers)) is None:
+        call = self._call_of(args)
+        tensors = tensors_of(call)
+        key = self._key_of(call.settings, tensors)
+        if key is None:
             # PyTorch has resolved negated views in arguments of all kinds but "Tensor?[]".
-            args = tree_map_only(Tensor, Tensor.resolve_neg, args)
-        device = next(t.device for t in operands if t is not None)
+            call = self._call_of(tree_map_only(Tensor, Tensor.resolve_neg, args))
+        device = next(t.device for t in tensors if t is not None)
         entry = find(key) or remember(key, "triton")
-        if entry is not None and (entry.prepared or self._prepare(entry, device, args)):
-            return tuple(entry.prepared.run(operands))
-        results, launches = self.plan(problem.device_of(device), args)
+        if entry is not None and (entry.prepared or self._prepare(entry, device, call)):
+            return tuple(entry.prepared.run(tensors))
+        results, launches = self.plan(problem.device_of(device), call)
         for launch in launches:
             launch.run(device)
-        return results
+        return tuple(results)
 
-    def _operands(self, args: Sequence[Any]) -> list[Tensor | None]:
-        """The tensors among ``args``, those of lists by themselves."""
-        return [*args[: self._lists], *chain.from_iterable(args[self._lists : self._numbers])]
+    def _fake(self, *args: Any) -> tuple[Any, ...]:
+        return tuple(self._allocate(self._call_of(args)))
+
+    def _call_of(self, args: Sequence[Any]) -> CallT:
+        """The op's call, of the arguments in its schema's order."""
+        # The op gets a list for what has to be a tuple in a key.
+        settings = [
+            tuple(value) if type(value) is list else value for value in args[self._settings_from :]
+        ]
+        return self._types.call(*args[: self._settings_from], self._types.settings(*settings))
 
     def _key_of(
-        self, operands: Sequence[Any], lists: Sequence[Any], numbers: tuple[Any, ...]
+        self, settings: OpSettings, tensors: Sequence[Tensor | None]
     ) -> tuple[Any, ...] | None:
-        lengths = tuple(map(len, lists))
-        # Keys compare 0.0 and -0.0 as equal.
-        signs = (
-            tuple([math.copysign(1.0, scaling) for scaling in numbers[1]])
-            if 0.0 in numbers[1]
-            else None
-        )
-        return key_of((self._name, lengths, numbers, signs), operands)
+        """The key of a call. The lengths of its lists follow from its settings and from the number of
+        its tensors.
+        """
+        signs = None
+        if 0.0 in settings.scalings:
+            # Keys compare 0.0 and -0.0 as equal.
+            signs = tuple([math.copysign(1.0, scaling) for scaling in settings.scalings])
+        return key_of((self._name, settings, signs), tensors)
 
-    def _prepare(self, entry: Entry, device: torch.device, args: Sequence[Any]) -> Any:
+    def _prepare(self, entry: Entry, device: torch.device, call: CallT) -> Any:
+        """The prepared launches of ``call``, from the second call of ``entry`` on."""
         if entry.seen and entry.prepared is None:
             from stablelora_kernels.launch.prepared import prepare
 
-            args = _with_distinct_addresses(args)
-            call = functools.partial(self.plan, problem.device_of(device), args)
-            entry.prepared = prepare(self._operands(args), call) or False
+            call = _with_distinct_addresses(call)
+            plan = functools.partial(self.plan, problem.device_of(device), call)
+            entry.prepared = prepare(tensors_of(call), plan) or False
         entry.seen = True
         return entry.prepared
 
 
-def _with_distinct_addresses(args: Any) -> Any:
-    """``args`` with a stand-in of the same layout for each tensor that shares its address with an
+def _with_distinct_addresses(call: CallT) -> CallT:
+    """``call`` with a stand-in of the same layout for each tensor that shares its address with an
     earlier one.
 
     Operands are told apart by their addresses, and later calls need not give the same tensor twice.
@@ -297,29 +366,38 @@ def _with_distinct_addresses(args: Any) -> Any:
 
     def distinct(t: Tensor) -> Tensor:
         if t.data_ptr() in addresses:
-            before = t.data_ptr() % 16 // t.itemsize
-            size = 1 + sum(
-                (length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True)
-            )
-            t = t.new_empty(before + size).as_strided(t.shape, t.stride(), before)
+            t = _stand_in(t)
         addresses.add(t.data_ptr())
         return t
 
-    return tree_map_only(Tensor, distinct, args)
+    replaced: CallT = tree_map_only(Tensor, distinct, call)
+    return replaced
+
+
+def _stand_in(t: Tensor) -> Tensor:
+    """New memory without values, of the shape, strides and alignment of ``t``."""
+    before = t.data_ptr() % 16 // t.itemsize
+    last = sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
+    return t.new_empty(before + last + 1).as_strided(t.shape, t.stride(), before)
 
 
 def define_launches(
-    name: str, schema: str, allocate: Callable[[Any], Any]
-) -> Callable[[Callable[..., Any]], PlannedOp]:
+    name: str,
+    schema: str,
+    types: OpTypes[CallT, ResultsT],
+    allocate: Callable[[CallT], ResultsT],
+) -> Callable[
+    [Callable[[Device, CallT, ResultsT, Choice | None], Launches]], PlannedOp[CallT, ResultsT]
+]:
     """Turn the decorated function into the op ``name``.
 
-    The schema has tensors first, then lists of tensors, then numbers, of which the first two are
-    layouts and scalings. The first tensor has a row for each of X.
+    The schema has the arguments of ``types.call`` but the last, and then those of
+    ``types.settings``. The first tensor has a row for each of X.
 
-    ``allocate(call)`` returns the op's results without values, a tuple of tensors and lists of
-    tensors; ``call`` has the schema's arguments by name. The function takes a
-    :class:`~.dispatch.problem.Device`, the call, the results and a :class:`~.dispatch.rules.Choice`
-    or None, and returns the launches that fill the results. There is at least one row.
+    ``allocate`` returns the op's results without values, tensors and lists of tensors. The function
+    takes a :class:`~.dispatch.problem.Device`, the call, the results and a
+    :class:`~.dispatch.rules.Choice` or None, and returns the launches that fill the results. There is
+    at least one row.
     """
 
-    return lambda function: PlannedOp(name, schema, allocate, function)
+    return lambda build: PlannedOp(name, schema, types, allocate, build)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.torch_path import draw_keep
+from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref, lora_branch_ref, lora_linear_ref
 from stablelora_kernels.reference.lora import lora_mlp_ref
 from stablelora_kernels.reference.rounding import (

@@ -35,7 +35,7 @@ from benchmarks.suite.layers import (
 from benchmarks.suite.rivals import WARMUP, Case, Parts, Race
 from benchmarks.suite.test_optimizer_step import OptimizerCase, StorageCase
 from benchmarks.suite.test_training_step import PretrainedCase, TrainingCase
-from stablelora_kernels.ops import torch_path
+from stablelora_kernels.ops import cpu_products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_arms_compute_the_same_over_shared_weights(
     missing = dict.fromkeys(COMPILED, r"torch\.compile failed: no C\+\+ compiler$") | {
         OURS_TRITON: "need a GPU"
     }
-    if not torch_path.by_onednn(STORED[dtype], CPU):
+    if not cpu_products.by_onednn(STORED[dtype], CPU):
         missing[FROZEN_ONEDNN] = "PyTorch's own"
     for arm in case.arms:
         if arm in missing:

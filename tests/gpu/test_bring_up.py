@@ -19,7 +19,7 @@ from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.launch.fill_jobs import forward_product
 from stablelora_kernels.launch.thin_products import lora_down
-from stablelora_kernels.ops.lora_linear import new_mask
+from stablelora_kernels.ops.dropout import new_mask
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import assert_no_worse, cases

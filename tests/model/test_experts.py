@@ -18,7 +18,7 @@ from stablelora_kernels.cli import main
 from stablelora_kernels.integrations.peft_experts import AcceleratedExperts
 from stablelora_kernels.nn import LoRAExperts
 from stablelora_kernels.nn.experts import pairs_by_expert
-from stablelora_kernels.ops.torch_path import draw_keep
+from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.reference.lora import lora_experts_ref
 from stablelora_kernels.testing.cases import BF16, FP32, FP64
 from tests.helpers.distributed_training import gather

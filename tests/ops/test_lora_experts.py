@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from stablelora_kernels.functional import lora_experts, lora_linear
+from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.ops import lora_experts as op
-from stablelora_kernels.ops import torch_path
-from stablelora_kernels.ops.torch_path import draw_keep
+from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
@@ -187,7 +187,9 @@ def test_what_pytorch_groups(x, weight, grouped, capability, monkeypatch):
 
 @pytest.mark.parametrize("multiplied", [True, False])
 def test_each_expert_is_a_lora_linear_to_the_bit(multiplied, monkeypatch):
-    monkeypatch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied))
+    monkeypatch.setattr(
+        cpu_products, "MULTIPLIED", dict.fromkeys(cpu_products.MULTIPLIED, multiplied)
+    )
     # For float32 adapters, few rows would be cast in place of A and B. Fewer than FLOAT32_ROWS of
     # lora_linear are not computed in float32 where the processor does not multiply bfloat16.
     case = Experts(BF16, BF16, bias=True, ends=(10, 10, 32, 40))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.ops import torch_path
+from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, Case, make, run
 from stablelora_kernels.testing.expectations import plain
@@ -25,9 +25,9 @@ MKL = {"aten.mm.default", "aten.addmm.default"}
 def onednn(monkeypatch):
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("runs with builds of PyTorch that have oneDNN: PyPI's for x86")
-    monkeypatch.setattr(torch_path, "ONEDNN_HELPS", True)
-    monkeypatch.setattr(torch_path, "ONEDNN_FROM", 1)
-    monkeypatch.setattr(torch_path, "FUNCTION_FROM", 1)
+    monkeypatch.setattr(cpu_products, "ONEDNN_HELPS", True)
+    monkeypatch.setattr(cpu_products, "ONEDNN_FROM", 1)
+    monkeypatch.setattr(cpu_products, "FUNCTION_FROM", 1)
     with torch.backends.mkldnn.flags(enabled=True):
         yield
 
@@ -53,9 +53,9 @@ def test_any_strides_are_no_worse_than_mkls(size, bias, onednn):
         ):
             expected = a.double() @ b.double() + (0 if added is None else added.double())
             baseline = a @ b + (0 if added is None else added)
-            assert_no_worse(torch_path.wide_product(left, right, added), expected, baseline)
+            assert_no_worse(cpu_products.wide_product(left, right, added), expected, baseline)
     to = torch.ones(m, n)
-    found = torch_path.add_wide_product(to, a, b)
+    found = cpu_products.add_wide_product(to, a, b)
     assert found is to
     assert_no_worse(found, a.double() @ b.double() + 1, a @ b + 1)
 
@@ -87,11 +87,11 @@ def test_which_library(onednn, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(
-                torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, multiplied)
+                cpu_products, "MULTIPLIED", dict.fromkeys(cpu_products.MULTIPLIED, multiplied)
             )
             assert products_of(case.but(dtype=dtype, lora_dtype=dtype)) == products
     with monkeypatch.context() as patch:
-        patch.setattr(torch_path, "ONEDNN_HELPS", False)
+        patch.setattr(cpu_products, "ONEDNN_HELPS", False)
         with Operators() as operators:
             run(case)
         # Under autograd's own functions, nothing is added in place.
@@ -103,7 +103,7 @@ def test_which_library(onednn, monkeypatch):
         ("ONEDNN_HELPS", False, case),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(torch_path, name, value)
+            patch.setattr(cpu_products, name, value)
             assert products_of(one) == MKL
 
 
@@ -142,7 +142,7 @@ def test_the_op_passes_opcheck(onednn):
 @pytest.fixture
 def without_instructions(monkeypatch):
     """As on a processor that multiplies neither bfloat16 nor float16."""
-    monkeypatch.setattr(torch_path, "MULTIPLIED", dict.fromkeys(torch_path.MULTIPLIED, False))
+    monkeypatch.setattr(cpu_products, "MULTIPLIED", dict.fromkeys(cpu_products.MULTIPLIED, False))
 
 
 def multiplied_dtypes(case):
@@ -209,8 +209,8 @@ ANSWERS = {"neither": (), "bf16": (BF16,), "fp16": (FP16,), "both": (BF16, FP16)
 def processor(request, monkeypatch):
     """Each answer of the query in turn, with oneDNN on and off."""
     answer, onednn = request.param
-    multiplied = {dtype: dtype in ANSWERS[answer] for dtype in torch_path.MULTIPLIED}
-    monkeypatch.setattr(torch_path, "MULTIPLIED", multiplied)
+    multiplied = {dtype: dtype in ANSWERS[answer] for dtype in cpu_products.MULTIPLIED}
+    monkeypatch.setattr(cpu_products, "MULTIPLIED", multiplied)
     with torch.backends.mkldnn.flags(enabled=onednn == "on"):
         yield
 
@@ -239,14 +239,14 @@ def test_every_processor_keeps_the_ends_of_float16(rows, processor):
 
 def test_who_decides_on_float32(monkeypatch):
     x = torch.zeros(1, dtype=BF16)
-    assert not torch_path._is_multiplied("a dtype that no PyTorch knows")
+    assert not cpu_products._is_multiplied("a dtype that no PyTorch knows")
     for multiplied in (True, False):
-        monkeypatch.setattr(torch_path, "MULTIPLIED", {BF16: multiplied})
+        monkeypatch.setattr(cpu_products, "MULTIPLIED", {BF16: multiplied})
         with torch.backends.mkldnn.flags(enabled=True):
-            assert torch_path.by_float32(x) == (not multiplied)
-        assert not torch_path.by_float32(x.to("meta")) and not torch_path.by_float32(x.float())
+            assert cpu_products.by_float32(x) == (not multiplied)
+        assert not cpu_products.by_float32(x.to("meta")) and not cpu_products.by_float32(x.float())
         with torch.backends.mkldnn.flags(enabled=False):
-            assert torch_path.by_float32(x)
+            assert cpu_products.by_float32(x)
 
 
 def test_compiled_layers_run_in_float32_too(without_instructions):

@@ -14,7 +14,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import STRATEGIES, check_possible
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.ops.torch_path import draw_keep
+from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing.cases import (
     BF16,

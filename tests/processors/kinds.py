@@ -80,15 +80,15 @@ def set_up(kind: Kind) -> None:
     """Give this process what no environment variable gives it."""
     import torch
 
-    from stablelora_kernels.ops import torch_path
+    from stablelora_kernels.ops import cpu_products
 
     if kind.onednn is not None:
         torch._C._set_mkldnn_enabled(kind.onednn)
     if kind.threads is not None:
         torch.set_num_threads(kind.threads)
     if kind.is_amd is not None:
-        torch_path.IS_AMD = kind.is_amd
-        torch_path.ONEDNN_HELPS = torch_path.onednn_helps(kind.is_amd)
+        cpu_products.IS_AMD = kind.is_amd
+        cpu_products.ONEDNN_HELPS = cpu_products.onednn_helps(kind.is_amd)
 
 
 class Property(NamedTuple):
@@ -101,16 +101,16 @@ def properties(kind: Kind) -> list[Property]:
     """Every property that a kind may fix, with what this process has."""
     import torch
 
-    from stablelora_kernels.ops import torch_path
+    from stablelora_kernels.ops import cpu_products
 
-    low_precision = any(torch_path.MULTIPLIED.values())
+    low_precision = any(cpu_products.MULTIPLIED.values())
     return [
         Property("ATen's capability", kind.capability, torch.backends.cpu.get_cpu_capability()),
         Property(
             "oneDNN multiplies bfloat16 or float16", kind.multiplies_low_precision, low_precision
         ),
         Property("oneDNN is on", kind.onednn, torch.backends.mkldnn.enabled),
-        Property("the vendor is AMD", kind.is_amd, torch_path.IS_AMD),
+        Property("the vendor is AMD", kind.is_amd, cpu_products.IS_AMD),
         Property("PyTorch's threads", kind.threads, torch.get_num_threads()),
     ]
 

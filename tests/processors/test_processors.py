@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablelora_kernels.ops import torch_path
+from stablelora_kernels.ops import cpu_products
 from tests.processors import __main__ as command
 from tests.processors.kinds import KINDS, SSE41, Kind, differences, set_up
 from tests.processors.plugin import OUTCOMES, spread
@@ -71,7 +71,7 @@ def test_a_sample_of_the_oracles_cases_as_other_processors(
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process gets its own kind back."""
     for name in ("IS_AMD", "ONEDNN_HELPS"):
-        monkeypatch.setattr(torch_path, name, getattr(torch_path, name))
+        monkeypatch.setattr(cpu_products, name, getattr(cpu_products, name))
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     yield
     torch.set_num_threads(threads)
@@ -86,14 +86,14 @@ def test_a_process_becomes_what_needs_no_instructions(name: str, settings: None)
     set_up(KINDS[name])
     assert not [*differences(KINDS[name])]
     if name == "amd":
-        assert torch_path.onednn_helps(
+        assert cpu_products.onednn_helps(
             True
-        ) == torch_path.ONEDNN_HELPS and not torch_path.onednn_helps(False)
+        ) == cpu_products.ONEDNN_HELPS and not cpu_products.onednn_helps(False)
 
 
 def test_a_process_of_another_kind_is_noticed() -> None:
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
-    low_precision = any(torch_path.MULTIPLIED.values())
+    low_precision = any(cpu_products.MULTIPLIED.values())
     for kind, difference in (
         (
             Kind("", "", capability="AVX1024"),
@@ -105,8 +105,8 @@ def test_a_process_of_another_kind_is_noticed() -> None:
         ),
         (Kind("", "", onednn=not onednn), f"oneDNN is on: {onednn}, not {not onednn}"),
         (
-            Kind("", "", is_amd=not torch_path.IS_AMD),
-            f"AMD: {torch_path.IS_AMD}, not {not torch_path.IS_AMD}",
+            Kind("", "", is_amd=not cpu_products.IS_AMD),
+            f"AMD: {cpu_products.IS_AMD}, not {not cpu_products.IS_AMD}",
         ),
         (Kind("", "", threads=threads + 1), f"PyTorch's threads: {threads}, not {threads + 1}"),
     ):

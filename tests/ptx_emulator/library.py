@@ -65,8 +65,8 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
     device = problem.DEVICES[schedule.arch]
     device = device._replace(processors=processors or device.processors)
 
-    def call(op: plans.PlannedOp, entry: Any, tensors: Any, lists: Any, numbers: Any) -> Any:
-        results, launches = op.plan(device, (*tensors, *lists, *numbers))
+    def run_op(op: Any, entry: Any, tensors: Any, settings: plans.OpSettings) -> Any:
+        results, launches = op.plan(device, op._types.call_of(tensors, settings))
         log.run(launches)
         return results
 
@@ -75,7 +75,7 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
             (backend, "INTERPRETING", True),
             (problem, "device_of", lambda given: device),
             (functional, "key_of", lambda kind, args: None),
-            (plans.PlannedOp, "__call__", call),
+            (plans.PlannedOp, "__call__", run_op),
             (Repeated, "run", lambda repeated, device: log.run([repeated._launch], tables=True)),
             (Launch, "run", lambda launch, device: log.run([launch])),
         ):

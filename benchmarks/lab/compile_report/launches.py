@@ -16,7 +16,11 @@ from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
-from stablelora_kernels.ops.lora_linear import lora_linear_fwd
+from stablelora_kernels.ops.lora_linear_triton import (
+    LinearForwardCall,
+    LinearForwardSettings,
+    lora_linear_fwd,
+)
 from stablelora_kernels.optim.triton_step import TritonStep
 
 # One of each kind that the tables tell apart, in M and (N, K).
@@ -137,9 +141,15 @@ def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, ke
             torch.empty(4096, 4096, dtype=dtype),
         )
         a, b = torch.empty(r, 4096, dtype=lora), torch.empty(4096, r, dtype=lora)
-    operands, no_scales, no_layouts = [w, None, a, b], (), ()
-    args = (x, None, operands, no_scales, [None], no_layouts, [1.0], 0.0, False, False)
-    *_, launch = lora_linear_fwd.plan(device, args, Choice(kernel, ""))[1]
+    call = LinearForwardCall(
+        x=x,
+        base=None,
+        operands=[w, None, a, b],
+        scales=(),
+        seeds=[None],
+        settings=LinearForwardSettings((), (1.0,), 0.0, save_s=False, save_mask=False),
+    )
+    launch = lora_linear_fwd.plan(device, call, Choice(kernel, ""))[1][-1]
     return launch._replace(variant=f"{launch.variant} broadcast")
 
 

@@ -1,0 +1,67 @@
+"""What the package's autograd functions share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stablelora_kernels.projection import BIASES, WEIGHTS
+from stablelora_kernels.utils.tensors import outside_autocast
+
+Returned = TypeVar("Returned")
+
+
+class Context(Protocol):
+    """What an autograd function's ``ctx`` has."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def first_derivative(backward: Callable[..., Returned]) -> Callable[..., Returned]:
+    """``backward`` of an autograd function, once differentiable and in the dtypes of its forward,
+    autocast or not.
+    """
+    careful: Callable[..., Returned] = once_differentiable(outside_autocast(backward))
+
+    @functools.wraps(backward)
+    def run(ctx: Context, *grads: Tensor | None) -> Returned:
+        # The usual backward pass needs no care, which would take longer than the rest of this
+        # function's Python.
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return careful(ctx, *grads)
+        return backward(ctx, *grads)
+
+    return run
+
+
+def apply_of_known_calls(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls with a key, which are neither traced nor transformed."""
+    # Function.apply would ask about every argument, then calls this.
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
+def read_by_backward(operands: Sequence[Tensor | None], weights: bool) -> list[Tensor | None]:
+    """``operands`` without those that backward does not read: biases, and unless ``weights``,
+    weights.
+    """
+    nothing = [None] * (len(operands) // 4)
+    read = [*operands]
+    read[BIASES] = nothing
+    if not weights:
+        read[WEIGHTS] = nothing
+    return read
