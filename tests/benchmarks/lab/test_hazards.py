@@ -1,0 +1,390 @@
+"""Faults in machine code, in PTX and in AMD's assembly: found in small texts and in planted ones, and in
+no kernel that any Triton compiles.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+
+import triton
+
+from benchmarks.common.tritons import PINNED
+from benchmarks.lab.compile_report import hazards_amd, machine_code, report
+from benchmarks.lab.compile_report.hazards import reloaded_scalars, short_buffers, store_round_trips
+from benchmarks.lab.compile_report.hazards_amd import early_counts
+from benchmarks.lab.compile_report.hazards_fences import unfenced_copies, unfenced_stores
+from benchmarks.lab.compile_report.hazards_sass import early_uses, overwritten_operands
+from benchmarks.lab.compile_report.sass import Program
+from stablelora_kernels.dispatch.backend import judge
+from tests.helpers.processes import python
+
+SCALAR = """
+    mov.u32 %r1, %tid.x;
+    ld.global.b32 { %r2 }, [ %rd1 + 0 ];
+    @%p1 st.global.b32 [ %rd1 + 0 ], { %r4 };
+"""
+WAIT = "cp.async.bulk.wait_group \t0;\n cp.async.bulk.wait_group.read \t0;\n"
+BUFFERS = """
+    %x_1 = ttg.local_alloc : () -> !ttg.memdesc<2x16x128xbf16, #shared>
+    %v_1 = ttg.memdesc_index %x_1[%c0] : !ttg.memdesc<3x16x128xbf16>
+    %t_1 = ttg.async_copy_global_to_local %p, %v_1 mask %m : tensor<16x128>
+    %t_2 = ttg.async_copy_global_to_local %p, %v_1 mask %m : tensor<16x128>
+    %r = scf.for %i = %c0 to %n step %c1
+      %v_3 = ttg.memdesc_index %x_1[%i] : !ttg.memdesc<3x16x128xbf16>
+      %xt = ttg.memdesc_trans %v_3 {order = array<i32: 1, 0>} : !ttg.memdesc<16x128xbf16>
+      %acc_2 = ttng.warp_group_dot %w, %xt, %acc {isAsync = true} : !ttg.memdesc<64x128xbf16>
+      %acc_3:2 = ttng.warp_group_dot_wait %acc_2, %xt {pendings = 1 : i32} : tensor<64x16xf32>
+      %t_4 = ttg.async_copy_global_to_local %p, %v_1 mask %m : tensor<16x128>
+"""
+PUBLISHED = """
+    buffer_store_dwordx4 v[6:9], v10, s[52:55], 0 offen
+    s_waitcnt lgkmcnt(0)
+    s_barrier
+    s_waitcnt vmcnt(0)
+    global_atomic_add v11, v11, v13, s[14:15] sc0
+"""
+# A fence that one of two paths goes around, and a wait of inline assembly.
+COPIED = """
+$L__BB0_1:
+	.loc	1 40 32
+	cp.async.wait_group 	6;
+	@%p2 bra 	$L__BB0_2;
+	// begin inline asm
+	fence.proxy.async.shared::cta;
+$L__BB0_2:
+	{
+	.reg .pred complete;
+	waitLoop:
+	mbarrier.try_wait.parity.shared.b64 complete, [%r9], %r8;
+	@!complete bra.uni waitLoop;
+	}
+	wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1,%r2}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd5 + 0 ], 0x10;
+	@%p3 bra 	$L__BB0_1;
+	ret;
+"""
+TENSOR_MEMORY = COPIED.replace(
+    "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16", "tcgen05.mma.cta_group::1.kind::f16"
+)
+# A store at the end of a round, and a fence at the start of the next one, on one of two paths.
+STORED = """
+    %v = ttg.local_alloc : () -> !ttg.memdesc<2x64x16xbf16, #shared, #smem, mutable> loc(#loc1)
+    %u = ttg.local_alloc : () -> !ttg.memdesc<2x64x16xbf16, #shared, #smem, mutable> loc(#loc1)
+    cf.cond_br %p, ^bb2, ^bb1 loc(#loc1)
+  ^bb1:  // pred: ^bb0
+    %r:2 = scf.for %i = %c0 to %n step %c1 iter_args(%acc = %cst) -> (tensor<64x16xf32>)  : i32 {
+      scf.if %p {
+        ttng.fence_async_shared {bCluster = false} loc(#loc1)
+      } else {
+        %t = tt.load %ptr loc(#loc1)
+      } loc(#loc1)
+      %b = ttg.memdesc_index %v[%i] : !ttg.memdesc<2x64x16xbf16, #shared> -> !ttg.memdesc<64x16xbf16, #shared> loc("b"(#loc1))
+      %d = ttng.warp_group_dot %a, %b, %acc {isAsync = true} : tensor<64x64xbf16> * !ttg.memdesc<64x16xbf16, #shared> loc(#loc1)
+      ttg.local_store %x, %v : tensor<64x16xbf16> -> !ttg.memdesc<64x16xbf16, #shared> loc(#loc1)
+      scf.yield %d : tensor<64x16xf32> loc(#loc1)
+    } loc(#loc1)
+    cf.br ^bb2 loc(#loc1)
+  ^bb2:  // 2 preds: ^bb0, ^bb1
+    tt.return loc(#loc1)
+"""
+INLINE_FENCE = (
+    '%t = tt.elementwise_inline_asm "fence.proxy.async.shared::cta; mov.b32 $0, 0;" {pure = false}'
+)
+ALLOCATED = STORED.replace("%b = ttg.memdesc_index %v[%i]", "%b = ttg.local_alloc %x").replace(
+    "local_store %x, %v", "local_store %x, %u"
+)
+
+
+@pytest.mark.parametrize(
+    ("find", "text", "of_fault", "mended"),
+    [
+        (unfenced_copies, COPIED, "@%p2 bra 	$L__BB0_2;", ""),
+        (unfenced_copies, TENSOR_MEMORY, "waitLoop;", "waitLoop; fence.proxy.async;"),
+        (unfenced_copies, COPIED, "cp.async.wait_group 	6;", "cp.async.commit_group;"),
+        (unfenced_stores, STORED, "%t = tt.load %ptr", INLINE_FENCE),
+        (unfenced_stores, STORED, "local_store %x, %v", "local_store %x, %u"),
+        (unfenced_stores, STORED, "scf.yield", "ttng.fence_async_shared\n      scf.yield"),
+        (unfenced_stores, ALLOCATED, "%d = ttng", "ttng.fence_async_shared\n      %d = ttng"),
+        (reloaded_scalars, SCALAR, "@%p1", "bar.sync 0;\n @%p1"),
+        (reloaded_scalars, SCALAR, "st.global.b32 [ %rd1 + 0", "st.global.b32 [ %rd1 + 8"),
+        (reloaded_scalars, SCALAR, "ld", "add.s64 %rd1, %rd2, %r1;\n ld"),
+        (store_round_trips, 2 * WAIT, 2 * WAIT, WAIT),
+        (short_buffers, BUFFERS, "memdesc<2x", "memdesc<3x"),
+        (short_buffers, BUFFERS, "pendings = 1", "pendings = 0"),
+        (early_counts, PUBLISHED, "lgkmcnt(0)", "vmcnt(0) lgkmcnt(0)"),
+    ],
+)
+def test_a_fault_is_found_and_the_mended_text_has_none(
+    find, text: str, of_fault: str, mended: str
+) -> None:
+    assert len([*find(text)]) == 1
+    assert [*find(text.replace(of_fault, mended, 1))] == []
+
+
+def sass(
+    code: str, scoreboards: dict[int, int] | None = None, waits: dict[int, int] | None = None
+) -> str:
+    """Instructions as cuobjdump prints them, one for each line and 0x10 apart.
+
+    By address: ``scoreboards`` that instructions keep busy until their results are written, and
+    those that instructions wait for.
+    """
+    lines = []
+    for place, instruction in enumerate(code.strip().splitlines()):
+        address = 16 * place
+        upper_word = (scoreboards or {}).get(address, 7) << 46
+        if waits and address in waits:
+            upper_word |= 1 << 52 + waits[address]
+        lines.append(
+            f"  /*{address:04x}*/  {instruction.strip()} ;  /* {0:#018x} */\n  /* {upper_word:#018x} */"
+        )
+    return "\n".join(lines)
+
+
+# From dX chained, masked, dA, whose loop has 400 instructions more.
+IN_FLIGHT = """
+    LDSM.16.MT88.4 R32, [R60+0xe000]
+    LDSM.16.MT88.4 R36, [R60+0xf000]
+    WARPGROUP.ARRIVE
+    HGMMA.64x16x16.F32.BF16 R24, R36, gdesc[UR20].tnspB, R24{group}
+    HGMMA.64x16x16.F32.BF16 R24, R32, gdesc[UR24].tnspB, R24, gsb0
+    {wait}
+    BSSY B0, 0xa0
+    @P1 BRA 0x90
+    STG.E.128 desc[UR4][R36.64], R32
+    BSYNC B0
+    @!P0 BRA 0x0
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
+    IMAD.MOV.U32 R36, RZ, RZ, R24
+    EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "wait", "overwritten"),
+    [
+        ("", "WARPGROUP.DEPBAR.LE gsb0, 0x0", []),
+        ("", "WARPGROUP.DEPBAR.LE gsb0, 0x1", ["R36 to R39", "R32 to R35"]),
+        # The second product is a group of its own, which this wait leaves in flight.
+        (", gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1", ["R32 to R35"]),
+        # A wait that does not run on every path.
+        ("", "@P3 WARPGROUP.DEPBAR.LE gsb0, 0x0", ["R36 to R39", "R32 to R35"]),
+        ("", "@P3 BRA 0xa0", ["R36 to R39", "R32 to R35"]),
+    ],
+)
+def test_operands_in_flight(group: str, wait: str, overwritten: list[str]) -> None:
+    lines = [*overwritten_operands(Program(sass(IN_FLIGHT.format(group=group, wait=wait))))]
+    assert [line.partition(" of the HGMMA")[0] for line in lines] == overwritten
+    assert all(
+        re.search(r"at 0x[34]0 are overwritten before a wait, first at 0x1?0 \(LDSM", line)
+        for line in lines
+    )
+
+
+# From Y of sm_100: one load of two parts, of which the second keeps a scoreboard busy.
+LOADED = """
+    LDTM.16dp32bit_t0_t15.x8 R4, tmem[UR9]
+    LDTM.16dp32bit_t16_t31.x8 R4, tmem[UR9+0x8]
+    @P1 BRA 0x50
+    IMAD.MOV.U32 R20, RZ, RZ, R21
+    FADD R20, R20, R5
+    STS.128 [R30], R8
+    EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("waits", "registers", "first"),
+    [
+        ({0x30: 3, 0x50: 3}, "", ""),
+        ({0x20: 3}, "", ""),
+        ({0x30: 3}, "R8 to R11", "0x50 (STS.128 [R30], R8)"),
+        ({0x30: 2, 0x50: 3}, "R5", "0x40 (FADD R20, R20, R5)"),
+        ({}, "R5, R8 to R11", "0x50 (STS.128 [R30], R8)"),
+    ],
+)
+def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: str) -> None:
+    lines = [*early_uses(Program(sass(LOADED, {0x10: 3}, waits)))]
+    be = "is" if registers == "R5" else "are"
+    expected = [
+        f"{registers} of the LDTM at {load} {be} used before a wait, first at {first}"
+        for load in ("0x0", "0x10")
+    ]
+    assert lines == (expected if registers else [])
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "words"),
+    [
+        ("ptx", SCALAR, "a late warp may load"),
+        ("ptx", 2 * WAIT, "2 waits for the end"),
+        ("ptx", COPIED, "of the PTX"),
+        ("ttgir", BUFFERS, "2 copies run ahead"),
+        ("ttgir", STORED, "of the TTGIR"),
+        ("sass", sass(IN_FLIGHT.format(group="", wait="NOP")), "R32 to R35 of the HGMMA"),
+        ("sass", sass(LOADED), "R5, R8 to R11 of the LDTM"),
+    ],
+)
+def test_no_row_has_a_fault(code: str, text: str, words: str, monkeypatch) -> None:
+    codes = {"ptx": "", "ttgir": "", "sass": ""} | {code: text}
+    monkeypatch.setattr(
+        machine_code, "cuobjdump", lambda cubin: f"REG:168 STACK:0 LOCAL:0\n{codes['sass']}"
+    )
+    monkeypatch.setattr(machine_code, "serialized", lambda ptx: "")
+    asm = {"cubin": b"", "ptx": codes["ptx"], "ttgir": codes["ttgir"], "ttir": ""}
+    with pytest.raises(machine_code.HazardError, match=words):
+        machine_code.read(SimpleNamespace(asm=asm))
+
+
+def test_only_faults_are_printed(monkeypatch, capsys) -> None:
+    variants = {
+        "r16": {"serialized": ""},
+        "r32": "R4 is lost",
+        "r64": {"serialized": "C7511 X"},
+        "r128": "not compiled: Y",
+    }
+    rows = {("lora_down", variant, "sm_90", "bf16"): row for variant, row in variants.items()}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(report, "make_row", rows.__getitem__)
+    monkeypatch.setattr(report, "jobs", lambda arch: rows)
+    assert report.main(["--hazards", "--arch", "sm_90"]) == 1
+    *faults, summary = capsys.readouterr().out.splitlines()
+    assert faults == [
+        "lora_down | r32 | sm_90 | bf16: R4 is lost",
+        "lora_down | r64 | sm_90 | bf16: serialized: C7511 X",
+        "lora_down | r128 | sm_90 | bf16: not compiled: Y",
+    ]
+    assert summary == f"Triton {triton.__version__}: 3 of 4 rows have a fault"
+    monkeypatch.setattr(report, "jobs", lambda arch: [*rows][:1])
+    assert report.main(["--hazards", "--arch", "sm_90"]) == 0
+    with pytest.raises(SystemExit):
+        report.main(["--hazards", "--check"])
+
+
+def test_a_jump_that_cannot_be_followed() -> None:
+    text = IN_FLIGHT.format(group="", wait="BRX R4 -0x40")
+    with pytest.raises(ValueError, match="cannot follow BRX R4 -0x40 at 0x50"):
+        list(overwritten_operands(Program(sass(text))))
+
+
+@pytest.mark.parametrize(
+    ("code", "writes", "reads"),
+    [
+        ("IMAD.WIDE.U32 R4, P0, R7, R8.reuse, R10", [4, 5], [7, 8, 10, 11]),
+        ("LDSM.16.MT88.4 R4, [R9+0x20]", [4, 5, 6, 7], [9]),
+        ("@P1 LDG.E.128 R4, desc[UR4][R12.64+0x10]", [4, 5, 6, 7], [12, 13]),
+        ("STS.64 [R9+UR4], R4", [], [4, 5, 9]),
+        ("SHFL.IDX PT, R4, R5, R6, 0x1f", [4], [5, 6]),
+        ("ISETP.GE.AND.EX P3, PT, R80, R67, PT, P4", [], [67, 80]),
+        ("LOP3.LUT P1, RZ, R3, 0x1f, R20, 0xf8, !PT", [], [3, 20]),
+        ("SHF.L.U64.HI R4, R8, 0x1, R9", [4], [8, 9]),
+        ("R2UR UR36, R8", [], [8]),
+        ("FADD2 R4, R8.F32x2.HI_LO, R10.F32x2.HI_LO", [4, 5], [8, 9, 10, 11]),
+        ("FADD R4, -RZ, |R8|", [4], [8]),
+        ("LDTM.x8 R4, tmem[UR9+0x80]", [*range(4, 12)], []),
+        ("HGMMA.64x8x8.F32.TF32 R4, R32, gdesc[UR20], !UPT", [4, 5, 6, 7], [32, 33, 34, 35]),
+        ("HGMMA.64x8x8.F32.TF32 R4, gdesc[UR20], R4", [4, 5, 6, 7], [4, 5, 6, 7]),
+    ],
+)
+def test_registers_of_an_instruction(code: str, writes: list[int], reads: list[int]) -> None:
+    (instruction,) = Program(sass(code)).instructions
+    assert (sorted(instruction.writes), sorted(instruction.reads)) == (writes, reads)
+
+
+# A chained forward has a ticket, partial sums, flags and the chain's reset.
+COMPILED_FOR_AMD = """
+import sys, torch
+from benchmarks.lab.compile_report.machine_code import compile_launch
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.explanation import linear_launches
+for arch in ("gfx90a", "gfx942"):
+    forward, _ = linear_launches(DEVICES[arch], 2048, 4096, 4096, 16, (torch.bfloat16, torch.float32), 0.0)
+    assert "chained" in forward[-1].variant
+    open(f"{sys.argv[1]}/{arch}", "w").write(compile_launch(forward[-1], arch).asm["amdgcn"])
+"""
+# What Triton 3.6 to 3.8 make of a loop around a volatile load.
+ENDLESS = ".L:\n\ts_mov_b64 vcc, vcc\n\ts_cbranch_vccz .L\n"
+STORE = "\tglobal_store_dword v1, v2, s[4:5]\n"
+INVALIDATE = r"\tbuffer_(?:inv sc1|wbinvl1_vol)\n"
+DONE = r"\ts_waitcnt vmcnt\(0\)[^\n]*\n"
+LOOK = r"global_atomic_\w+ (v\d+), .* offset:16 (?:sc0|glc)"
+
+
+@pytest.fixture(scope="module")
+def compiled_for_amd(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("amd")
+    done = python(COMPILED_FOR_AMD.replace("sys.argv[1]", repr(str(directory))))
+    assert done.returncode == 0, done.stderr[-8000:]
+    return directory
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
+@pytest.mark.parametrize(
+    ("find", "there", "instead"),
+    [
+        pytest.param("early_counts", rf"#ASMSTART\n{DONE}", "#ASMSTART\n", id="the program does not wait for its stores"),
+        pytest.param("late_releases", rf"(\tbuffer_wbl2 sc1\n){DONE}", r"\1", id="a release does not wait"),
+        pytest.param("late_releases", rf"{DONE}(?=\tglobal_atomic_add)", STORE, id="a release does not wait for a store"),
+        pytest.param("late_releases", r"\tbuffer_wbl2 sc1\n", "", id="a release does not write back"),
+        pytest.param("late_releases", r"buffer_wbl2 sc1", "buffer_wbl2 sc0", id="a release writes back for fewer"),
+        pytest.param("late_releases", rf"(\tbuffer_wbl2 sc1\n)({DONE})", r"\2\1", id="a release writes back too late"),
+        pytest.param("early_acquires", INVALIDATE, "", id="an acquire does not invalidate"),
+        pytest.param("early_acquires", r"buffer_inv sc1", "buffer_inv sc0", id="an acquire invalidates for fewer"),
+        pytest.param("early_acquires", f"({DONE})({INVALIDATE})", r"\2\1", id="an acquire invalidates too early"),
+        pytest.param("early_acquires", f"({DONE})({INVALIDATE})", r"\2", id="an acquire does not wait"),
+        pytest.param("early_acquires", f"({INVALIDATE})", r"\tbuffer_load_dword v1, v2, s[4:7], 0\n\1", id="a load is early"),
+        pytest.param("early_acquires", f"({INVALIDATE})", r"\1\tbuffer_load_dword v1, v2, s[4:7], 0\n", id="a load is unordered"),
+        pytest.param("cached_polls", LOOK, r"global_load_dword \1, v2, s[4:5] offset:16", id="a flag is read from a cache"),
+        pytest.param("endless_loops", rf"(?=\t{LOOK})", ENDLESS, id="a flag is read once"),
+    ],
+)  # fmt: skip
+def test_faults_planted_in_amds_code_are_found(
+    arch: str, find: str, there: str, instead: str, compiled_for_amd: Path
+) -> None:
+    text = (compiled_for_amd / arch).read_text()
+    assert [*hazards_amd.faults(text)] == []
+    places = len(re.findall(there, text))
+    # gfx90a has one L2 cache, and so nothing to write back.
+    assert places > 0 or (arch == "gfx90a" and "sc1" in there)
+    for place in range(places):
+        planted = _replaced(text, there, instead, place)
+        assert [*getattr(hazards_amd, find)(planted)], f"not found at match {place}"
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
+def test_code_for_amd_may_come_from_a_clone_that_is_gone(arch: str, compiled_for_amd: Path) -> None:
+    """Triton's cache does not ask where a kernel's file is, but its text names the file."""
+    directory = r'"[^"]*(?=/stablelora_kernels/)'
+    text, places = re.subn(directory, '"/gone', (compiled_for_amd / arch).read_text())
+    assert places and [*hazards_amd.faults(text)] == []
+
+
+def _replaced(text: str, there: str, instead: str, place: int) -> str:
+    """``text`` with ``instead`` at the ``place``-th match alone."""
+    match = [*re.finditer(there, text)][place]
+    return text[: match.start()] + match.expand(instead) + text[match.end() :]
+
+
+HAZARDS = """
+import runpy, sys
+sys.argv = ["-m", "--triton", {!r}, "--hazards", "--arch", {!r}]
+runpy.run_module("benchmarks.lab.compile_report", run_name="__main__")
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("arch", report.ARCHS)
+@pytest.mark.parametrize("version", PINNED)
+def test_no_triton_compiles_a_hazard(version: str, arch: str) -> None:
+    if arch.startswith("sm_") and (
+        problem := judge((int(arch[3:-1]), int(arch[-1])), version).problem
+    ):
+        pytest.skip(f"runs under the Tritons by which the kernels run on this GPU: {problem}")
+    done = python(HAZARDS.format(version, arch))
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
