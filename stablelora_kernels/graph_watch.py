@@ -100,7 +100,7 @@ class Watch:
         )
 
     def _labelled(self) -> dict[str, object]:
-        """The same, but addresses, by its name in a message."""
+        """What :meth:`_compared` holds but for addresses, each value by its name in a message."""
         values: dict[str, object] = {}
         for label, container in self.containers.items():
             items = container.items() if isinstance(container, dict) else enumerate(container)

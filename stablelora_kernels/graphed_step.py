@@ -278,8 +278,8 @@ class GraphedStep:
         return leaves_of(argument, batch)
 
     def _check_unchanged(self, bucket: _Bucket, now: Snapshot) -> None:
-        """Raise RuntimeError if something has changed that the bucket's graph does not know. Without
-        a graph, the warm-up begins anew.
+        """Raise RuntimeError if something has changed that the bucket's graph does not know.
+        Without a graph, the warm-up begins anew.
         """
         change = None if bucket.watch is None else bucket.watch.change(now)
         if change is None:
@@ -291,6 +291,7 @@ class GraphedStep:
         bucket.warmups = 0
 
     def _check_call(self) -> None:
+        """Raise unless the step may run: autocast is off around it, and there are no gradients."""
         if torch.is_autocast_enabled(self._device.type):
             raise RuntimeError(
                 "autocast must be inside of loss_fn, since it is for the forward alone, got it around the step"
@@ -348,6 +349,7 @@ class GraphedStep:
         return loss
 
     def _capture(self, bucket: _Bucket) -> tuple[Callable[[], None], Tensor]:
+        """Capture a step of ``bucket`` in a graph."""
         check_capturable(self.model, self.optimizer)
         drawn = host_generators()
         try:

@@ -68,10 +68,8 @@ class Stored(NamedTuple):
         n, k = self.layout.n, self.layout.k
         work = torch.promote_types(dtype, torch.float32)
         if self.layout.bits == 8:
-            out, rows = (
-                torch.empty(n, k, dtype=dtype, device=self.data.device),
-                max(1, _ELEMENTS // k),
-            )
+            out = torch.empty(n, k, dtype=dtype, device=self.data.device)
+            rows = max(1, _ELEMENTS // k)
             values = self.data.view(torch.float8_e4m3fn).split(rows)
             for part, stored, scale in zip(
                 out.split(rows), values, self.scales[0].split(rows), strict=True
@@ -195,20 +193,16 @@ class NF4Weight:
             else (None, None, None, 0)
         )
         values = (packed, state.absmax, state.code, tuple(state.shape), state.blocksize, *nested)
-        tensors, sizes = (
-            (*values[1:3], *values[5:8]),
-            (packed.numel(), packed.device, *values[3:5], values[8]),
-        )
+        tensors = (*values[1:3], *values[5:8])
+        sizes = (packed.numel(), packed.device, *values[3:5], values[8])
         if _has_passed(state, tensors, sizes):
             self = object.__new__(cls)
             self.__dict__.update(zip(_NF4_FIELDS, values, strict=True))
             return self
         self = cls(*values)
         if not torch.compiler.is_compiling():
-            key, refs = (
-                id(state),
-                [None if tensor is None else weakref.ref(tensor) for tensor in tensors],
-            )
+            key = id(state)
+            refs = [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
             _passed[key] = weakref.ref(state, lambda _: _passed.pop(key, None)), refs, sizes
         return self
 

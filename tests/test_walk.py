@@ -71,10 +71,8 @@ def test_x_enters_few_files_and_comes_back_to_none_more_than_twice() -> None:
     pytest.importorskip(
         "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
     )
-    layer, x = (
-        slk.LoRALinear(64, 48, r=8, dtype=BF16),
-        torch.randn(70, 64, dtype=BF16, requires_grad=True),
-    )
+    layer = slk.LoRALinear(64, 48, r=8, dtype=BF16)
+    x = torch.randn(70, 64, dtype=BF16, requires_grad=True)
     plans.clear()
     with slk.use_backend("triton"):
         cold, _, warm = (walk(lambda: layer(x), x) for _ in range(3))

@@ -29,11 +29,9 @@ LORA_PLUS_RATIO = 16.0
 
 ADAMW_LOOP, ADAMW_FOREACH, ADAMW_FUSED = "AdamW loop", "AdamW foreach", "AdamW fused"
 NAIVE, NAIVE_FOREACH = "Algorithm 1 by hand, AdamW loop", "Algorithm 1 by hand, AdamW foreach"
-LORA_PLUS, RIEMANNIAN, RITE = (
-    "LoRA+ (PEFT), AdamW fused",
-    "Riemannian (PEFT), AdamW fused",
-    "LoRA-RITE",
-)
+LORA_PLUS = "LoRA+ (PEFT), AdamW fused"
+RIEMANNIAN = "Riemannian (PEFT), AdamW fused"
+RITE = "LoRA-RITE"
 TORCHAO, BITSANDBYTES = "AdamW 8-bit (torchao)", "AdamW 8-bit (bitsandbytes)"
 OURS = "StableLoRAAdamW"
 

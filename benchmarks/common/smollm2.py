@@ -74,10 +74,8 @@ def load_smollm2(path: Path, causal: bool) -> tuple[Any, Any]:
 def _weights(reader: Any, config: Any) -> dict[str, torch.Tensor]:
     from gguf.quants import dequantize
 
-    heads, weights = (
-        {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads},
-        {},
-    )
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    weights = {}
     for tensor in reader.tensors:
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         name = _TOP_NAMES.get(tensor.name)

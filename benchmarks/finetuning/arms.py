@@ -211,10 +211,8 @@ def footprint(
     torch.set_num_threads(threads)
     device, dtype = torch.device(recipe.device), getattr(torch, recipe.dtype)
     backbone, _ = load_model(recipe.model, causal=classes is None)
-    arm, batch = (
-        build_arm(name, backbone.to(device, dtype), classes, recipe, 0, device),
-        to_device(batch, device),
-    )
+    arm = build_arm(name, backbone.to(device, dtype), classes, recipe, 0, device)
+    batch = to_device(batch, device)
     arm.model.train()
     for _, run in phases(arm, batch, dtype):
         run()

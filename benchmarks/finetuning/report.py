@@ -132,11 +132,9 @@ def verdicts(header: Header, found: Figures) -> list[str]:
 
 
 def _speed(arm: str, found: Figures) -> str:
-    faster, mine, peft = (
-        found[arm, "step", SPEEDUP],
-        found[arm, "step", "ms"],
-        found[PEFT, "step", "ms"],
-    )
+    faster = found[arm, "step", SPEEDUP]
+    mine = found[arm, "step", "ms"]
+    peft = found[PEFT, "step", "ms"]
     times = f"{LABELS[arm]}: {mine.value:,.0f} ms a step, PEFT {peft.value:,.0f} ms"
     if math.isnan(faster.half):
         return f"{times} (one step: shows nothing)"
@@ -159,11 +157,9 @@ def _memory(arm: str, found: Figures) -> str:
 
 
 def _levels(header: Header, found: Figures) -> str:
-    metric, majority, seeds = (
-        header["task"]["metric"],
-        header["task"]["majority"],
-        header["seeds_done"],
-    )
+    metric = header["task"]["metric"]
+    majority = header["task"]["majority"]
+    seeds = header["seeds_done"]
     means = {LABELS[arm]: found[arm, "held-out", metric].value for arm in (FROZEN, PEFT)} | {
         "largest class": majority
     }

@@ -243,10 +243,8 @@ def fit_table() -> str:
     for name, shape in SHAPES.items():
         model = count(shape, 16, "all-linear")
         both = [per_token(arm, shape, model) for arm in (PEFT, FUSED)]
-        elements, largest = (
-            model.layers * model.layer.frozen,
-            shape["hidden_size"] * shape["intermediate_size"],
-        )
+        elements = model.layers * model.layer.frozen
+        largest = shape["hidden_size"] * shape["intermediate_size"]
         # Beside NF4 weights the largest one is dequantized for its product.
         frozen = {"bf16": BF16 * elements, "NF4": NF4 * elements + BF16 * largest}
         for weights, checkpointing in product(frozen, (False, True)):

@@ -289,11 +289,9 @@ def write_stability(source: Path, out: Path) -> str:
                 out / f"{name}.csv", summary(records).to_csv(index=False, float_format="%.6g")
             )
         source = out
-    found, text, look = (
-        [pd.read_csv(source / f"{name}.csv") for name in SUMMARIES],
-        "",
-        {"colormap": "viridis"},
-    )
+    found = [pd.read_csv(source / f"{name}.csv") for name in SUMMARIES]
+    text = ""
+    look = {"colormap": "viridis"}
     for (task, steps), cells in found[1].groupby(KEYS):
         text += f"{task}: widths {cells.width.min()} to {cells.width.max()}, {cells.seeds.max()} seeds, {steps} steps, r 8\n\n"
         for title, rows in tables(

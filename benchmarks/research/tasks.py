@@ -36,10 +36,8 @@ def classes(name: str, tokenizer: Any) -> Task:
     parts = [dataset.test[TEST:], dataset.test[:TEST]]
     if not parts[0]:
         # The official split is train and test only.
-        parts[0], dataset = (
-            dataset.train[:VALIDATION],
-            replace(dataset, train=dataset.train[VALIDATION:]),
-        )
+        parts[0] = dataset.train[:VALIDATION]
+        dataset = replace(dataset, train=dataset.train[VALIDATION:])
     return Task(
         lambda backbone, seed: Classifier(
             backbone, backbone.config.hidden_size, len(dataset.classes), seed

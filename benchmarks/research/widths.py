@@ -81,10 +81,8 @@ def plant(width: int, seed: int) -> Planted:
     u = readout @ normal(OUTPUTS, PLANTED_RANK, std=OUTPUTS**-0.5)
     v = w_in @ normal(INPUTS, PLANTED_RANK)
     readout = readout / width
-    before, target = (
-        torch.relu(base) @ readout,
-        torch.relu(base + (z @ v / width) @ u.t()) @ readout,
-    )
+    before = torch.relu(base) @ readout
+    target = torch.relu(base + (z @ v / width) @ u.t()) @ readout
     return Planted(z, base, target, readout, (target - before).square().mean().item())
 
 

@@ -34,11 +34,9 @@ from stablelora_kernels.utils.timing import interleave, machine, summarize
 
 HELP = "time the fused layer and the optimizer's step on this machine"
 FROZEN, EAGER, FUSED_LAYER = "frozen nn.Linear", "eager LoRA", "this library"
-ADAMW, SHRINKING, LATCHED = (
-    "AdamW fused, no Algorithm 1",
-    "StableLoRAAdamW, shrinking",
-    "StableLoRAAdamW, latched",
-)
+ADAMW = "AdamW fused, no Algorithm 1"
+SHRINKING = "StableLoRAAdamW, shrinking"
+LATCHED = "StableLoRAAdamW, latched"
 # Options that are whole numbers: the default and the help.
 SIZES = {
     "M": (512, "rows of the layer's input"),
@@ -74,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
+    """Time the layer and the optimizer against their baselines, and print verdicts."""
     device = device_of(args)
     with use_backend(args.backend):
         with failing(RuntimeError):
@@ -129,6 +128,7 @@ def run(args: argparse.Namespace, report: Report) -> int:
 
 
 def _layer_samples(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of forward and backward of each arm, round by round."""
     dtype = DTYPES[args.dtype]
     arms = layer_arms(args.K, args.N, args.r, args.dropout, dtype, device)
     x = torch.randn(args.M, args.K, device=device, dtype=dtype, requires_grad=True)
@@ -142,6 +142,8 @@ def _layer_samples(args: argparse.Namespace, device: torch.device) -> dict[str, 
 
 
 def _step_samples(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of an optimizer step of each arm, round by round."""
+
     def new_pairs(latched: bool) -> list[LoRAPair]:
         return make_pairs(args.pairs, args.r, args.K, device, latched, m=args.N)
 

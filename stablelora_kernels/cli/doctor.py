@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
+    """Print what is installed, which backend runs and why, and what the checks measured."""
     device = device_of(args)
     if args.interpret and (problem := backend.TRITON_PROBLEM or backend.interpreter_problem()):
         raise CommandError(f"--interpret runs the kernels in Triton's interpreter, but {problem}")
@@ -136,6 +137,7 @@ def _report_findings(device: torch.device, report: Report) -> str | None:
 
 
 def _versions() -> dict[str, str]:
+    """What is installed, and which GPUs there are, by their names in the report."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     facts = {
         "stablelora-kernels": __version__,

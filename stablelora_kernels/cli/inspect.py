@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
+    """List the adapter's pairs and other tensors, and what is wrong with them."""
     adapter = load_files(args.adapter, _figures)
     tensors, config = adapter.tensors, adapter.config or {}
     problems = [
@@ -180,6 +181,7 @@ def _print(report: Report, pairs: list[Row], others: list[Row], limit: int | Non
 
 
 def _figures(tensor: Tensor) -> Figures:
+    """The norm of a tensor, its bytes, and how many of its values are not finite."""
     squares, non_finite = 0.0, 0
     if tensor.is_floating_point():
         for part in tensor.reshape(-1).split(_ELEMENTS):

@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
+    """Merge an adapter into its base model and write the model to ``--out``."""
     out, shown_path = args.out.resolve(), repr(str(args.out))
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out must be a directory, got the file {shown_path}")

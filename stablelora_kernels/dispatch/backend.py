@@ -227,6 +227,7 @@ def _on_gpu(name: str, device: torch.device) -> Answer:
 
 
 def _automatic(index: int) -> Answer:
+    """The backend of ``"auto"`` on a device, and the reason."""
     verdict = verdict_of(index)
     problem = TRITON_PROBLEM or verdict.problem
     if problem:

@@ -168,10 +168,10 @@ def set_autotune(on: bool) -> None:
     again.
 
     The first call of a size measures every strategy that can do it. That takes seconds, most of
-    them in the compiler. The answer is kept under ``~/.cache/stablelora-kernels`` (or the environment's
-    ``STABLELORA_CACHE``) for this GPU and these versions. The start value is the environment
-    variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off. A value that is no bool raises
-    TypeError.
+    them in the compiler. The answer is kept under ``~/.cache/stablelora-kernels`` (or the
+    environment's ``STABLELORA_CACHE``) for this GPU and these versions. The start value is the
+    environment variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off. A value that is no bool
+    raises TypeError.
 
     The table still decides where results must not depend on a clock
     (``torch.use_deterministic_algorithms``), where a strategy is forced, and while a CUDA graph

@@ -112,6 +112,7 @@ def draw_keep(seed, rows, col0, n_cols, threshold, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _compare(word, threshold):
+    """Set bits 15 and 31 of ``word`` where the 15 bits below them are at least ``threshold``."""
     # Both halves at once: 15 bits that reach the threshold carry into the half's highest bit.
     return (word.to(tl.uint32) & 0x7FFF7FFF) + (0x8000 - threshold).to(tl.uint32) * 0x10001
 

@@ -203,14 +203,16 @@ def shared_sums(plan: Plan, elements: int, like: Tensor, lane: int, sums: int = 
 
 
 def matrix(t: Tensor | None) -> Matrix:
-    """A tensor's, or that of None, which is not read."""
+    """The kernels' record of a matrix: its memory and strides. None is a matrix that is not read."""
     if t is None:
         return Matrix(None, 0, 0)
     return Matrix(t, row=t.stride(0), col=t.stride(1))
 
 
 def rows(t: Tensor | None, width: int, u: Tensor | None = None) -> jobs.Rows:
-    """Of X, or of dA's Z."""
+    """The kernels' record of rows of ``width`` elements that a sum runs over: X, or the Z of dA,
+    which a gate ``u`` may multiply.
+    """
     assert t is not None
     return jobs.Rows(t, u, row=t.stride(0), col=t.stride(1), width=width)
 

@@ -398,6 +398,7 @@ def _pointer_arguments(p: Product, load_s: bool) -> Arguments:
 
 
 def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _ProductKernel:
+    """The product by the kernel that reads every matrix through pointers."""
     plan = tiles.linear_plan(device, p.call, load_s, tile, has_w=p.w is not None)
     precision = input_precision(device, p.call.dtype)
     return _ProductKernel(
@@ -411,6 +412,7 @@ def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool) ->
 
 
 def _by_split_k(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _ProductKernel:
+    """The product by the kernel in which several programs share a tile's sum over K."""
     plan = tiles.linear_split_k_plan(device, p.call, load_s, tile)
     transposed = p.call.direction == "backward"
     precision = input_precision(device, p.call.dtype, transposed)
@@ -429,6 +431,7 @@ def _by_split_k(device: Device, p: Product, tile: Tile | None, load_s: bool) -> 
 
 
 def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _ProductKernel:
+    """The product by the kernel that reads X, W and A through tensor descriptors."""
     call = p.call
     assert isinstance(p.w, Tensor)
     plan = tiles.linear_tma_plan(device, call, load_s, tile)

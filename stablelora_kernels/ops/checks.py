@@ -78,6 +78,7 @@ def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | Non
 
 
 def _check_dtypes(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, of: str = "") -> None:
+    """Raise TypeError unless the dtypes of the operands fit each other."""
     _check_float("x", x)
     if lora_A is None or lora_B is None:
         return
@@ -109,6 +110,7 @@ def _check_devices(x: Tensor, **tensors: Any) -> None:
 
 
 def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> None:
+    """Raise ValueError unless gate, up and down fit each other."""
     _check_projection(x, gate, "gate.")
     wanted, up_shape, down_shape = (list(p.weight.shape) for p in (gate, up, down))  # type: ignore[union-attr]
     if up_shape != wanted:
@@ -161,6 +163,7 @@ def check_experts(
 
 
 def _check_offsets(offsets: Tensor, count: int, rows: int) -> None:
+    """Raise unless the offsets are those of E experts and, on a CPU, ascend to at most T."""
     if offsets.shape != (count,):
         raise ValueError(f"offsets must be {[count]}, each expert's end, got {list(offsets.shape)}")
     if offsets.dtype not in (torch.int32, torch.int64):

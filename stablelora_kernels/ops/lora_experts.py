@@ -290,6 +290,7 @@ def _padded(t: Tensor, dim: int) -> Tensor:
 
 
 def _counts(offsets: Tensor) -> Tensor:
+    """How many rows each expert has, [E], of behind which row it ends."""
     return torch.diff(offsets, prepend=offsets.new_zeros(1))
 
 

@@ -355,6 +355,7 @@ def _facts_of(
     dropout_p: float,
     backend: str,
 ) -> LinearFacts:
+    """What follows from the layouts and settings of a call, computed once for each key."""
     needs = _needs_of(x, projections)
     strategy = _strategy_of(x, projections, base, dropout_p, backend, needs)
     members: tuple[Entry, ...] = ()

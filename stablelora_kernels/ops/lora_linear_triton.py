@@ -133,6 +133,7 @@ def split_s(s: Sequence[Tensor], lora_As: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _allocate_forward(call: LinearForwardCall) -> LinearForwardResults:
+    """Memory for the results of a forward."""
     x = call.x
     like = x if call.base is None else call.base
     lora_As = branches_in(call.operands, LORA_AS)
@@ -180,6 +181,7 @@ def lora_linear_fwd(
 
 
 def _allocate_backward(call: LinearBackwardCall) -> LinearBackwardResults:
+    """Memory for the gradients; empty for those that are not needed."""
     grad = call.grads[0]
     lora_As = branches_in(call.operands, LORA_AS)
     lora_Bs = branches_in(call.operands, LORA_BS)

@@ -67,6 +67,7 @@ def _triton_forward(
     scales: Sequence[Tensor],
     save: bool,
 ) -> Forward:
+    """Y and what is saved, by the op of the kernels, which draw masks from seeds."""
     settings = facts.forward
     if not save:
         settings = settings._replace(save=False, stores_mask=(False, False, False))

@@ -1,4 +1,6 @@
-"""What follows from the key of a call of ``lora_mlp``: how it is computed, and which gradients it needs."""
+"""What follows from the key of a call of ``lora_mlp``: how it is computed, and which gradients it
+needs.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +81,7 @@ class MLPFacts(NamedTuple):
 
 
 def facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> MLPFacts:
+    """What follows from the layouts and settings of a call, computed once for each key."""
     dropout_p = options.dropout_p
     needs = _needs_of(x, projections)
     strategy = _strategy_of(x, projections, options, needs)
@@ -119,6 +122,8 @@ def facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> 
 
 
 def _needs_of(x: Tensor, projections: Sequence[Projection]) -> Needs:
+    """Which gradients the call's backward computes."""
+
     def is_needed(t: Tensor | None) -> bool:
         return torch.is_grad_enabled() and t is not None and t.requires_grad
 

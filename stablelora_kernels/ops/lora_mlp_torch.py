@@ -59,6 +59,7 @@ def torch_forward(
     operands: Sequence[Tensor | None],
     scales: Sequence[Tensor],
 ) -> Forward:
+    """G, U, H and Y by PyTorch's operators, with the masks drawn on the way."""
     options = facts.options
     settings = facts.forward
     rows = as_matrix(x)

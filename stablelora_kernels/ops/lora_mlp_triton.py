@@ -1,5 +1,5 @@
-"""``lora_mlp`` on Triton: its forward and its backward as torch.library ops, and the records of their
-arguments and results.
+"""``lora_mlp`` on Triton: its forward and its backward as torch.library ops, and the records of
+their arguments and results.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def _size_of(p: Projection) -> tuple[int, int]:
 
 
 def _allocate_forward(call: MLPForwardCall) -> MLPForwardResults:
+    """Memory for the results of a forward."""
     x = call.x
     settings = call.settings
     gate, up, down = projections_of(call.operands, call.scales, settings.layouts, settings.scalings)
@@ -207,6 +208,7 @@ def lora_mlp_fwd(
 
 
 def _allocate_backward(call: MLPBackwardCall) -> MLPBackwardResults:
+    """Memory for the gradients; empty for those that are not needed."""
     grad = call.grad
     settings = call.settings
     gate = projections_of(call.operands, call.scales, settings.layouts, settings.scalings)[0]

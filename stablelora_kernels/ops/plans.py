@@ -163,6 +163,7 @@ def _describe(args: Sequence[Any], key: list[Any]) -> bool:
 
 
 def find(key: tuple[Any, ...] | None) -> Entry | None:
+    """The entry of ``key``, which from now on is a young one; None if there is none."""
     if key is None:
         return None
     # Other threads may move entries meanwhile.
@@ -335,8 +336,8 @@ class PlannedOp(Generic[CallT, ResultsT]):
     def _key_of(
         self, settings: OpSettings, tensors: Sequence[Tensor | None]
     ) -> tuple[Any, ...] | None:
-        """The key of a call. The lengths of its lists follow from its settings and from the number of
-        its tensors.
+        """The key of a call. The lengths of its lists follow from its settings and from the number
+        of its tensors.
         """
         signs = None
         if 0.0 in settings.scalings:
@@ -396,8 +397,8 @@ def define_launches(
 
     ``allocate`` returns the op's results without values, tensors and lists of tensors. The function
     takes a :class:`~.dispatch.problem.Device`, the call, the results and a
-    :class:`~.dispatch.rules.Choice` or None, and returns the launches that fill the results. There is
-    at least one row.
+    :class:`~.dispatch.rules.Choice` or None, and returns the launches that fill the results. There
+    is at least one row.
     """
 
     return lambda build: PlannedOp(name, schema, types, allocate, build)

@@ -29,6 +29,7 @@ def upload(values: Table, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _on_host(values: Table, dtype: torch.dtype) -> Tensor:
+    """``values`` as a tensor in the host's memory."""
     if isinstance(values, Tensor):
         return values
     return torch.tensor(values, dtype=dtype, device="cpu")

@@ -256,6 +256,7 @@ def projection(operands: Operands, i: int, scaling: float) -> LoRAWeights:
 
 
 def projections(case: Case, operands: Operands) -> list[LoRAWeights]:
+    """The call's projections, as the ops take them."""
     return [
         projection(operands, i, case.scalings[i % len(case.scalings)]) for i in range(case.count)
     ]

@@ -103,10 +103,8 @@ def by_reference(
     for lora in loras:
         lora_A, lora_B = lora.lora_A, lora.lora_B
         if lora_A is None:
-            lora_A, lora_B = (
-                x.new_zeros(0, lora.weight.shape[1]),
-                x.new_zeros(lora.weight.shape[0], 0),
-            )
+            lora_A = x.new_zeros(0, lora.weight.shape[1])
+            lora_B = x.new_zeros(lora.weight.shape[0], 0)
         layers.append((lora.weight, lora.bias, lora_A, lora_B))
     scalings = [lora.scaling for lora in loras]
     if case.op == "mlp":
@@ -241,10 +239,8 @@ def roundings(
     layers = []
     for lora, keep in zip(loras, keeps, strict=True):
         weight, bias = rounded_operand(lora.weight, storage), rounded_operand(lora.bias, storage)
-        lora_A, lora_B = (
-            rounded_operand(lora.lora_A, storage),
-            rounded_operand(lora.lora_B, storage),
-        )
+        lora_A = rounded_operand(lora.lora_A, storage)
+        lora_B = rounded_operand(lora.lora_B, storage)
         layers.append(RoundedLayer(arithmetic, weight, bias, lora_A, lora_B, lora.scaling, keep, p))
     x = as_rows(operands["x"], storage)
     grads = {i: as_rows(operands[f"grad{i}"], storage) for i in case.outputs()}

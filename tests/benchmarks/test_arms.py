@@ -85,10 +85,8 @@ def test_ratio_zero_trains_as_peft_does(ours):
 def test_adapted_layers_are_linear_layers_of_the_model(tmp_path, monkeypatch):
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    every, model = (
-        ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
-        llama(),
-    )
+    every = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    model = llama()
     assert models.linear_names(model) == every and models.query_value_names(model) == (
         "q_proj",
         "v_proj",

@@ -222,10 +222,8 @@ def test_list_prints_every_command_of_the_readme_and_each_exists(capsys):
 
 
 def test_downloads_are_checked_and_leave_all_or_nothing(tmp_path, monkeypatch, capsys):
-    cache, asset = (
-        tmp_path / "cache",
-        assets.Asset("some-data", "1.0", 1, "0" * 64, "some_data", ("wanted.txt",)),
-    )
+    cache = tmp_path / "cache"
+    asset = assets.Asset("some-data", "1.0", 1, "0" * 64, "some_data", ("wanted.txt",))
     archive = cache / "some_data-1.0-py3-none-any.whl"
     monkeypatch.setenv("STABLELORA_CACHE", str(cache))
 
@@ -343,10 +341,8 @@ def told(metric="loss", seeds=3, held_out=(), majority=None, waited=0.0, **ms):
 
 HELD_OUT = {arm: [0.5] * 3 for arm in ("frozen", *MIB)}
 FLOORS = {"metric": "accuracy", "majority": 0.6, "held_out": HELD_OUT}
-OURS, BROKEN = (
-    "our layers, Stable-LoRA: ",
-    "training broke or was too short, so its quality says nothing.",
-)
+OURS = "our layers, Stable-LoRA: "
+BROKEN = "training broke or was too short, so its quality says nothing."
 ONE_STEP = {arm: [100.0] for arm in ("frozen", *MIB)}
 # What is made, and what a line of its verdicts ends with; what the stored runs have been told is
 # not repeated here.
@@ -397,10 +393,8 @@ def test_ratios_are_of_the_same_steps_and_settling_steps_do_not_count():
 )
 def test_a_stored_runs_text_is_made_of_its_records(file):
     rows = read_records(file)
-    header, text = (
-        rows.attrs["environment"],
-        file.with_name("table.txt").read_text(encoding="utf-8"),
-    )
+    header = rows.attrs["environment"]
+    text = file.with_name("table.txt").read_text(encoding="utf-8")
     assert (
         report.text(header, rows) == text
         and text.splitlines()[: len(header["verdicts"])] == header["verdicts"]

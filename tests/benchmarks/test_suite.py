@@ -45,12 +45,10 @@ CPU = torch.device("cpu")
 class Fake(Case):
     """Arms whose parts only count."""
 
-    base, rival, ours, arms = (
-        "base",
-        "rival",
-        ("mine",),
-        ("base", "rival", "mine", "other", "broken"),
-    )
+    base = "base"
+    rival = "rival"
+    ours = ("mine",)
+    arms = ("base", "rival", "mine", "other", "broken")
     phases: ClassVar = {"one": ("one",), "all": ("one", "two")}
     name: ClassVar = "fake"
     ran: list[tuple[str, str]] = field(default_factory=list)
@@ -178,10 +176,8 @@ def test_arms_compute_the_same_over_shared_weights(
 def test_host_cases_of_each_kind_run_but_for_triton_without_a_null_driver(kind: str) -> None:
     race = Race(HostLayerCase(CPU, 3, kind, 0.1))
     race.close()
-    missing, reason = (
-        (OURS_TRITON, "accelerated PEFT"),
-        f"the null driver can't run: {null_driver_problem()}",
-    )
+    missing = (OURS_TRITON, "accelerated PEFT")
+    reason = f"the null driver can't run: {null_driver_problem()}"
     assert not race.failed and race.skipped == (
         dict.fromkeys(missing, reason) if null_driver_problem() else {}
     )
@@ -252,10 +248,8 @@ def test_a_run_as_a_user_starts_it(tmp_path: Path) -> None:
         ]
         return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300).stdout
 
-    stored, records = (
-        f"--benchmark-json={tmp_path / 'suite.json'}",
-        f"--records={tmp_path / 'suite.csv'}",
-    )
+    stored = f"--benchmark-json={tmp_path / 'suite.json'}"
+    records = f"--records={tmp_path / 'suite.csv'}"
     text = run("-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib", stored, records)
     assert "3 failed" in text and "FAILED: loralib: ZeroDivisionError: division by zero" in text, (
         text

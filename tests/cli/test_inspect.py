@@ -52,10 +52,8 @@ def test_every_figure(tmp_path, capsys, monkeypatch):
     """
     monkeypatch.setattr(inspect, "_ELEMENTS", 7)
     patterns = {"rank_pattern": {"layers.1.v_proj": 3}, "alpha_pattern": {"q_proj": 5}}
-    model, path = (
-        adapted(0, use_rslora=True, modules_to_save=["lm_head"], **patterns),
-        tmp_path / "adapter",
-    )
+    model = adapted(0, use_rslora=True, modules_to_save=["lm_head"], **patterns)
+    path = tmp_path / "adapter"
     slk.save_adapter(model, path)
     report = inspect_json(capsys, path)
     rows = {row["name"]: row for row in report["pairs"]}

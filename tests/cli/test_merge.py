@@ -105,10 +105,8 @@ def test_what_it_writes(tmp_path, capsys, stored, wanted, written):
     """The sum in float64, rounded once, and its error; what else the model's directory has, if it
     is safe to copy.
     """
-    adapted, dtype = (
-        prepare(tmp_path, make_llama().to(getattr(torch, stored))),
-        getattr(torch, written),
-    )
+    adapted = prepare(tmp_path, make_llama().to(getattr(torch, stored)))
+    dtype = getattr(torch, written)
     layer, expected = adapted.get_submodule(WEIGHT), output(adapted)
     exact = layer.weight.double() + layer.delta_weight().double()
     assert main(argv(tmp_path, "--json", *(("--dtype", wanted) if wanted else ()))) == 0
@@ -142,10 +140,8 @@ def test_stacks_of_experts(tmp_path, capsys):
     (name,) = (name for name, m in adapted.named_modules() if isinstance(m, slk.nn.LoRAExperts))
     assert main(argv(tmp_path)) == 0 and "2 layers merged" in capsys.readouterr().out
     slk.merge_lora(adapted)
-    experts, expected = (
-        reload(tmp_path / "out").get_submodule(name),
-        adapted.get_submodule(name).base_layer,
-    )
+    experts = reload(tmp_path / "out").get_submodule(name)
+    expected = adapted.get_submodule(name).base_layer
     assert all(torch.equal(getattr(experts, key), p) for key, p in expected.named_parameters())
 
 

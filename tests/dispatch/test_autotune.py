@@ -446,10 +446,8 @@ def test_writers_lose_nothing(tmp_path):
     """Many at once, each of its own key or all of one; readers meanwhile find whole answers or
     none.
     """
-    answer, choices = (
-        {"choice": "split", "reason": "", "microseconds": {"split": 1.0}},
-        {"split": Choice("split", "")},
-    )
+    answer = {"choice": "split", "reason": "", "microseconds": {"split": 1.0}}
+    choices = {"split": Choice("split", "")}
     path = tmp_path / "tuning" / "one.json"
 
     def write(i):

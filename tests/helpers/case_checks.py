@@ -270,13 +270,11 @@ def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Cas
     dtype, lora_dtype = pick(*DTYPES, (FP64, FP64)) if backend == "torch" else pick(*DTYPES)
     op = pick("linear", "branch", "group", "nf4", "fp8", "mlp")
     count = 3 if op == "mlp" else pick(1, 2, 3) if op == "group" else 1
-    k, sizes, ranks, shared, quantized = (
-        pick(*SIZES),
-        several(*SIZES),
-        several(*RANKS),
-        False,
-        (None,),
-    )
+    k = pick(*SIZES)
+    sizes = several(*SIZES)
+    ranks = several(*RANKS)
+    shared = False
+    quantized = (None,)
     if op == "mlp":
         shared, quantized = pick(False, False, True), several(None, None, None, "nf4", "fp8")
         sizes = (sizes[0], sizes[0], sizes[2])

@@ -31,10 +31,8 @@ class Stacked(nn.Module):
 
     def __init__(self, up_first=False, bias=True) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = (
-            nn.Linear(WIDTH, 2 * INNER, bias),
-            nn.Linear(INNER, WIDTH, bias),
-        )
+        self.gate_up_proj = nn.Linear(WIDTH, 2 * INNER, bias)
+        self.down_proj = nn.Linear(INNER, WIDTH, bias)
         self.activation_fn, self.up_first = nn.GELU("tanh"), up_first
 
     def forward(self, hidden_states):

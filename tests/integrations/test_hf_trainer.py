@@ -115,10 +115,8 @@ def test_from_args_is_the_trainers_adamw(tmp_path, recwarn):
     the Trainer's own AdamW.
     """
     theirs, ours = with_norms_and_biases(), with_norms_and_biases()
-    expected, found = (
-        train(theirs, tmp_path, None),
-        train(ours, tmp_path, by_args(tmp_path, shrink_ratio=0.0)),
-    )
+    expected = train(theirs, tmp_path, None)
+    found = train(ours, tmp_path, by_args(tmp_path, shrink_ratio=0.0))
     assert not [warning for warning in recwarn if "StableLoRAAdamW" in str(warning.message)]
     groups, wanted = inner(found.optimizer).param_groups, expected.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
@@ -189,10 +187,8 @@ def runs(
     """
     for module in ("trl", "datasets"):
         pytest.importorskip(module, reason=f"runs where {module} is installed: pip install .[test]")
-    place, cases = (
-        tmp_path_factory.mktemp("trainers"),
-        CASES if "nightly" in pytestconfig.option.markexpr else DAY,
-    )
+    place = tmp_path_factory.mktemp("trainers")
+    cases = CASES if "nightly" in pytestconfig.option.markexpr else DAY
     whole = {case: trainer_runs.run(place, case) for case in cases}
     command = [
         sys.executable,
@@ -231,10 +227,8 @@ def test_resumes_to_the_bit(runs, case):
     from safetensors.torch import load_file
 
     if case[1] == "ours":
-        keys, layer = (
-            load_file(folder / "model.safetensors").keys(),
-            "model.layers.0.self_attn.q_proj",
-        )
+        keys = load_file(folder / "model.safetensors").keys()
+        layer = "model.layers.0.self_attn.q_proj"
         assert {f"{layer}.weight", f"{layer}.lora_A"} <= keys
     else:
         assert not (folder / "model.safetensors").exists()

@@ -94,11 +94,9 @@ def test_output_and_gradients(dtype, rows, bias, backend, calls):
 def test_row_norms_in_bfloat16_are_closer_than_pefts():
     model = one_layer(nn.Linear(512, 512).to(BF16), BF16)
     layer = model.base_model.model[0]
-    w, a, b = (
-        layer.base_layer.weight,
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-    )
+    w = layer.base_layer.weight
+    a = layer.lora_A["default"].weight
+    b = layer.lora_B["default"].weight
     s = layer.scaling["default"]
     exact = (w.double() + s * b.double() @ a.double()).norm(dim=1)
     own = layer.lora_magnitude_vector["default"].get_weight_norm(w, b @ a, s)
@@ -302,10 +300,8 @@ def test_the_optimizer_shrinks_a_and_treats_the_magnitude_as_any_parameter():
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     a, b, m = (next(p for name, p in named.items() if part in name) for part in TRAINED)
     wide = [p.detach().double() for p in (a, b, m)]
-    optimizer, oracle = (
-        slk.StableLoRAAdamW(named.items(), **options),
-        StableAdamWRef([slk.LoRAPair("0", *wide[:2])], wide[2:], **options),
-    )
+    optimizer = slk.StableLoRAAdamW(named.items(), **options)
+    oracle = StableAdamWRef([slk.LoRAPair("0", *wide[:2])], wide[2:], **options)
     for step in range(5):
         for i, p in enumerate((a, b, m)):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))

@@ -87,10 +87,8 @@ def test_what_the_kernels_read_is_as_exact_as_pefts(
     model, layer = make(quantize, dtype, **options)
     x = torch.randn(37, K).to(autocast or dtype).requires_grad_()
     model(x)
-    grad, pair = (
-        torch.randn(37, N).to(dtype),
-        (layer.lora_A["default"].weight, layer.lora_B["default"].weight),
-    )
+    grad = torch.randn(37, N).to(dtype)
+    pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     # PEFT computes the branch in float32 beside 16 bits; the bound is its error in x's dtype.
     lower = torch.autocast(
         "cpu", dtype if dtype != FP32 else BF16, enabled=dtype != FP32 or autocast is not None

@@ -63,10 +63,8 @@ FUSED = "fused projections: 2 x (q_proj, k_proj, v_proj); 2 x (gate_proj, up_pro
 NOT_FUSED = "projections that are not fused: 2 x (q_proj, k_proj, v_proj): 'q_proj' "
 ONE_OP, NOT_IN_ONE_OP = "computed in one op each: 2 x gated MLP (silu)", "mlp: 'gate_proj' "
 NO_ADAPTER = "mlp: no projection has an active adapter"
-BY_ITSELF, BY_PEFT = (
-    "computes adapter 'default', which is DoRA, by itself",
-    "runs PEFT's own forward: ",
-)
+BY_ITSELF = "computes adapter 'default', which is DoRA, by itself"
+BY_PEFT = "runs PEFT's own forward: "
 DROPS = f"{BY_PEFT}adapter 'default' is DoRA with dropout"
 BESIDE = f"{BY_PEFT}adapter 'default' is DoRA beside another active adapter"
 SCALED = f"{BY_PEFT}the scaling of adapter 'default' is a Tensor"

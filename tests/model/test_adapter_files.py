@@ -92,11 +92,9 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     tmp_path, old, new, was, every
 ):
     """By day at one of three operations, another one for each state of the directory."""
-    directory, template, written = (
-        tmp_path / "adapter",
-        tmp_path / "before",
-        adapted(3, lora_alpha=4),
-    )
+    directory = tmp_path / "adapter"
+    template = tmp_path / "before"
+    written = adapted(3, lora_alpha=4)
     other = tmp_path / "other"
     save_adapter(old, other)
     if was == "PEFT's":
@@ -312,11 +310,9 @@ def test_a_save_between_any_two_operations_of_a_reader(tmp_path, old, new, was):
     """The reader finds what was there or what is there now, whichever file operation of it the save
     comes before.
     """
-    directory, template, written = (
-        tmp_path / "adapter",
-        tmp_path / "before",
-        adapted(3, lora_alpha=4),
-    )
+    directory = tmp_path / "adapter"
+    template = tmp_path / "before"
+    written = adapted(3, lora_alpha=4)
     save_adapter(new, template) if was == "a save" else leave_unfinished(template, old, new)
     expected, limit, count = [loaded(template), output(written)], 0, 0
 
@@ -418,11 +414,9 @@ def test_a_save_that_fails_leaves_a_new_directory_to_those_that_wait(
     """If they fail, too, nothing stays. The one that waits has found the directory, which is gone
     when it goes on.
     """
-    directory, main_thread, write = (
-        tmp_path / "adapter",
-        threading.current_thread(),
-        adapter_files._write_files,
-    )
+    directory = tmp_path / "adapter"
+    main_thread = threading.current_thread()
+    write = adapter_files._write_files
     waiting, reached, gone = [], threading.Event(), threading.Event()
 
     def fail_once(*arguments):

@@ -315,10 +315,8 @@ def test_a_tasks_head_is_trained_saved_and_loaded_as_by_peft(
     config_class, task, name, targets, labels, tmp_path
 ):
     settings = {"r": 2, "lora_alpha": 6, "target_modules": targets, "task_type": task}
-    ours, theirs = (
-        of_task(name),
-        peft.get_peft_model(of_task(name), peft.LoraConfig(**settings)).eval(),
-    )
+    ours = of_task(name)
+    theirs = peft.get_peft_model(of_task(name), peft.LoraConfig(**settings)).eval()
     report = slk.apply_lora(ours, config_class(**settings))
     trained, expected = by_our_names(ours), by_our_names(theirs)
     assert trained.keys() == expected.keys() and not all(".lora_" in key for key in trained)

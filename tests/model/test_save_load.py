@@ -53,10 +53,8 @@ def test_dtype_is_kept(dtype, tmp_path):
     slk.apply_lora(first, lora_config())
     fill_b(first)
     for layer in lora_layers(first).values():
-        layer.lora_A.data, layer.lora_B.data = (
-            layer.lora_A.data.to(dtype),
-            layer.lora_B.data.to(dtype),
-        )
+        layer.lora_A.data = layer.lora_A.data.to(dtype)
+        layer.lora_B.data = layer.lora_B.data.to(dtype)
     slk.save_adapter(first, tmp_path)
     assert {t.dtype for t in safetensors_torch.load_file(tmp_path / WEIGHTS_NAME).values()} == {
         dtype
@@ -127,13 +125,11 @@ def weights_of_another_save(path):
 Q0 = "base_model.model.layers.0.q_proj"
 A0, B0 = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 # Readers: a model without layers, one with this adapter's layers, both, or commands too.
-NEW, OLD, BOTH, READ, ALL = (
-    ("new",),
-    ("old",),
-    ("new", "old"),
-    ("new", "old", "inspect"),
-    ("new", "old", "inspect", "merge"),
-)
+NEW = ("new",)
+OLD = ("old",)
+BOTH = ("new", "old")
+READ = ("new", "old", "inspect")
+ALL = ("new", "old", "inspect", "merge")
 # What is done to the files, what a reader says, and which of them.
 DAMAGED = {
     "a pickle": (

@@ -53,10 +53,8 @@ def another_lora_dtype(mlp):
         setattr(mlp.down_proj, name, nn.Parameter(getattr(mlp.down_proj, name).float()))
 
 
-HOOKS, TRAINS = (
-    "has hooks, which would not run",
-    "that trains; the op would keep activations for its gradient",
-)
+HOOKS = "has hooks, which would not run"
+TRAINS = "that trains; the op would keep activations for its gradient"
 REPLACED = "has a forward that was replaced (as accelerate's hooks do)"
 FUSED = "only SiLU and GELU (exact or tanh) are fused"
 PEFTS_OWN = "runs PEFT's own forward: the"
@@ -244,10 +242,8 @@ def test_the_report_groups_and_lists():
     report = slk.apply_lora(
         nn.Sequential(*modules), slk.LoRAConfig(target_modules=TARGETS), fuse_mlp=True
     )
-    clamp, relu = (
-        "it calls clamp",
-        "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused",
-    )
+    clamp = "it calls clamp"
+    relu = "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
     assert [(mlp.name, mlp.activation, mlp.reason) for mlp in report.mlps[2:4]] == [
         ("2", None, clamp),
         ("3", None, relu),

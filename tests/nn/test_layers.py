@@ -209,10 +209,8 @@ def test_forward_and_gradients_are_the_functions(kind, live, backend):
         bias = None if layer.bias is None else layer.bias.to(compute)
         return lora_linear(x.to(compute), weight, bias, *pair, layer.scaling).to(dtype)
 
-    x, grad = (
-        torch.randn(70, K, dtype=dtype, requires_grad=True),
-        torch.randn(70, layer.out_features, dtype=dtype),
-    )
+    x = torch.randn(70, K, dtype=dtype, requires_grad=True)
+    grad = torch.randn(70, layer.out_features, dtype=dtype)
     found, expected = run_layer(layer, x, pair, grad), run_layer(function, x, pair, grad)
     assert all(torch.equal(value, expected[name]) and value.any() for name, value in found.items())
     assert found["Y0"].dtype == dtype and layer(x[:0]).shape == (0, layer.out_features)

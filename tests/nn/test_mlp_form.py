@@ -60,19 +60,15 @@ class Unknown(MLP):
     def __init__(self, act=None) -> None:
         super().__init__(act)
         self.gate_up_proj = nn.Linear(WIDTH, 2 * INNER, False)
-        self.in_place, self.post, self.gain = (
-            nn.SiLU(inplace=True),
-            None,
-            nn.Parameter(torch.ones(())),
-        )
-        self.limit, self.flag, self.factor, self.count, self.kept, self.type = (
-            None,
-            False,
-            2.0,
-            0,
-            [],
-            "silu",
-        )
+        self.in_place = nn.SiLU(inplace=True)
+        self.post = None
+        self.gain = nn.Parameter(torch.ones(()))
+        self.limit = None
+        self.flag = False
+        self.factor = 2.0
+        self.count = 0
+        self.kept = []
+        self.type = "silu"
         self.config = Config(act="gelu", count=0, scale=1.0)
         self.register_buffer("mean", torch.tensor(3.0))
 

@@ -152,12 +152,10 @@ def test_cross_attention_shares_between_keys_and_values_only(library, name, call
 @each_library
 def test_siblings_that_are_not_called_with_one_tensor_go_apart(library, calls):
     """Right from the first call on, and said."""
-    layer, plain, x, keys = (
-        attention(library)[0],
-        attention(library, fuse=False)[0],
-        rows(),
-        rows(80),
-    )
+    layer = attention(library)[0]
+    plain = attention(library, fuse=False)[0]
+    x = rows()
+    keys = rows(80)
     message = r"'\S*self_attn.k_proj' was called with another tensor .*'\S*self_attn.q_proj'"
     with pytest.warns(RuntimeWarning, match=message) as seen:
         found = layer(x, keys)

@@ -76,10 +76,8 @@ def tuned_deterministically():
     torch.use_deterministic_algorithms(False)
 
 
-tuned, deterministic = (
-    {"within": lambda: slk.use_autotune(True)},
-    {"within": tuned_deterministically},
-)
+tuned = {"within": lambda: slk.use_autotune(True)}
+deterministic = {"within": tuned_deterministically}
 CALL = Case("linear", (70, 64), (48,), (8,), BF16, FP32)
 MLP = {
     "op": "mlp",

@@ -178,10 +178,8 @@ def test_a_second_backward_gives_the_same_gradients(op, p, rows, backend):
     """
     case = small(op, rows, p=p, backend=backend)
     leaf = leaves(case, make(case))
-    wanted, grads = (
-        [leaf[name] for name in case.wanted_names],
-        [leaf[f"grad{i}"] for i in case.outputs()],
-    )
+    wanted = [leaf[name] for name in case.wanted_names]
+    grads = [leaf[f"grad{i}"] for i in case.outputs()]
     with forced(case):
         ys = ours(case, leaf)
         state = torch.get_rng_state()

@@ -67,10 +67,8 @@ def test_resumed_and_copied_it_goes_on_to_the_bit(backend, option):
     with torch.no_grad():
         for p, value in zip(halves(pairs), values, strict=True):
             p.copy_(value)
-    resumed, untouched = (
-        StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept),
-        copy.deepcopy(state),
-    )
+    resumed = StableLoRAAdamW(pairs, lr=1.0, shrink_ratio=0.5, seed=6, **kept)
+    untouched = copy.deepcopy(state)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.load_state_dict(state)
@@ -139,10 +137,8 @@ def test_a_step_on_triton_reads_nothing_from_its_device(monkeypatch):
     ]
     on_device = {name: torch.zeros((), device="meta") for name in LIVE}
     optimizer = StableLoRAAdamW(pairs, **on_device, max_grad_norm=1.0)
-    optimizer.grad_scale, optimizer.found_inf = (
-        torch.ones((), device="meta"),
-        torch.zeros((), device="meta"),
-    )
+    optimizer.grad_scale = torch.ones((), device="meta")
+    optimizer.found_inf = torch.zeros((), device="meta")
     for _ in range(3):
         for p in halves(pairs):
             p.grad = torch.zeros_like(p)
@@ -227,10 +223,8 @@ def test_a_state_is_converted(backend, name, source):
         for key in [
             key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in given.state[q]
         ]:
-            found, expected = (
-                load_moment(optimizer.state[p], key, FP32),
-                load_moment(given.state[q], key, FP32),
-            )
+            found = load_moment(optimizer.state[p], key, FP32)
+            expected = load_moment(given.state[q], key, FP32)
             if row.moments is torch.uint8:
                 # A step of the last fraction bit, rounded to nearest: half of an eighth.
                 assert (
@@ -306,11 +300,9 @@ def test_a_state_that_does_not_fit_changes_nothing(name):
     make, message = UNFIT[name]
     optimizer = StableLoRAAdamW(make_pairs())
     take_step(1, optimizer)
-    before, groups, given = (
-        snapshot(optimizer),
-        copy.deepcopy(optimizer.state_dict()["param_groups"]),
-        make(),
-    )
+    before = snapshot(optimizer)
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    given = make()
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.load_state_dict(given)
     assert (
@@ -329,10 +321,8 @@ def test_wrappers_around_a_model_do_not_matter():
     wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager"))
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
     assert "module._orig_mod.layers.0._orig_mod.q_proj.lora_A" in dict(wrapped.named_parameters())
-    by_model, by_name = (
-        StableLoRAAdamW.from_model(wrapped),
-        StableLoRAAdamW(wrapped.named_parameters()),
-    )
+    by_model = StableLoRAAdamW.from_model(wrapped)
+    by_name = StableLoRAAdamW(wrapped.named_parameters())
     assert [pair.name for pair in by_model.pairs] == [pair.name for pair in plain.pairs]
     for given, optimizer in ((plain, by_model), (plain, by_name), (by_name, plain)):
         optimizer.param_groups[0]["lr"] = 0.5

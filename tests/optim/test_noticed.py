@@ -285,11 +285,9 @@ def test_a_change_that_does_not_fit_is_named_before_anything_changes(backend, na
     storage, change, message = REFUSED[name]
     optimizer = trained(storage)
     p, before = optimizer.pairs[1].B, snapshot(optimizer)
-    entry, grad, groups = (
-        dict(optimizer.state[p]),
-        p.grad,
-        [dict(group) for group in optimizer.param_groups],
-    )
+    entry = dict(optimizer.state[p])
+    grad = p.grad
+    groups = [dict(group) for group in optimizer.param_groups]
     groups[1]["params"] = list(groups[1]["params"])
     change(optimizer, p)
     for _ in range(2):

@@ -120,10 +120,8 @@ def test_every_group_has_its_own_hyperparameters(backend):
 
 
 def test_patterns_match_layers_of_peft_and_whole_names(backend):
-    pairs, kept = (
-        make_pairs([(2, 4, 4)] * 4),
-        {"m.0.q_proj": 0.5, "m.0.k_proj": 0.875, "m.1.q_proj": 0.25, "m.1.k_proj": 0.75},
-    )
+    pairs = make_pairs([(2, 4, 4)] * 4)
+    kept = {"m.0.q_proj": 0.5, "m.0.k_proj": 0.875, "m.1.q_proj": 0.25, "m.1.k_proj": 0.75}
     named = [
         (f"{name}.lora_{role}.default.weight", getattr(pair, role))
         for name, pair in zip(kept, pairs, strict=True)

@@ -100,10 +100,8 @@ def test_hooks_of_state_dicts(backend):
 
 def test_a_compiled_step_runs_as_it_is(backend):
     """torch.compile leaves the step out of its graph: it is one launch already."""
-    optimizer, other = (
-        StableLoRAAdamW(make_pairs(), lr=1e-2),
-        StableLoRAAdamW(make_pairs(), lr=1e-2),
-    )
+    optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2)
+    other = StableLoRAAdamW(make_pairs(), lr=1e-2)
     compiled = torch.compile(optimizer.step, backend="eager")
     for step in range(2):
         set_grads(params_of(optimizer), step)

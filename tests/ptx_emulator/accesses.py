@@ -98,10 +98,8 @@ def _load_parameter(words: Arithmetic, ins: Instruction) -> Action:
     def load(c: CTA, mask: Any) -> None:
         for i, name in enumerate(names):
             place, declared = words.registers[name]
-            data, signed = (
-                c.launch.params[first + i * size : first + (i + 1) * size],
-                ins.kind[0] == "s",
-            )
+            data = c.launch.params[first + i * size : first + (i + 1) * size]
+            signed = ins.kind[0] == "s"
             bits = int.from_bytes(data, "little", signed=signed) % (1 << 8 * SIZES[declared])
             c.set(place, np.full(len(c.lanes(mask)), bits, WORDS[SIZES[declared]]), c.lanes(mask))
 

@@ -64,10 +64,8 @@ class Region:
         self.first = start >> self.shift
         n = ((end - 1) >> self.shift) - self.first + 1
         self.writer, self.write_epoch = np.full(n, -1, np.int32), np.zeros(n, np.int32)
-        self.reader, self.read_epoch = (
-            np.full((slots, n), -1, np.int32),
-            np.zeros((slots, n), np.int32),
-        )
+        self.reader = np.full((slots, n), -1, np.int32)
+        self.read_epoch = np.zeros((slots, n), np.int32)
         # Words that atomics changed: of each address the epochs by warp.
         self.atomics: dict[int, dict[int, int]] = {}
         self.written = False
@@ -179,10 +177,8 @@ class Races:
 
     def __init__(self, warps: int, faults: Faults) -> None:
         self.faults = faults
-        self.clock, self.proxy = (
-            np.eye(warps, warps + 1, dtype=np.int32),
-            np.zeros((warps, warps + 1), np.int32),
-        )
+        self.clock = np.eye(warps, warps + 1, dtype=np.int32)
+        self.proxy = np.zeros((warps, warps + 1), np.int32)
         # Column -1, for accesses by nobody, which all have seen.
         self.clock[:, -1] = self.proxy[:, -1] = np.iinfo(np.int32).max
         self.seen = np.zeros((warps, 256), bool)

@@ -111,10 +111,8 @@ def bit_field(a: Array, start: Array, length: Array) -> Array:
     start, length = (start & U32(255)).astype(I64), (length & U32(255)).astype(I64)
     end = np.minimum(start + length, bits)
     width = np.clip(end - start, 0, bits)
-    up, down = (
-        np.clip(bits - end, 0, bits - 1).astype(a.dtype),
-        np.clip(bits - width, 0, bits - 1).astype(a.dtype),
-    )
+    up = np.clip(bits - end, 0, bits - 1).astype(a.dtype)
+    down = np.clip(bits - width, 0, bits - 1).astype(a.dtype)
     beyond = np.where((a < 0) & (length > 0), ~a.dtype.type(0), a.dtype.type(0))
     return np.where(width > 0, (a << up) >> down, beyond)
 

@@ -13,12 +13,10 @@ from tests.ptx_emulator.machine import Schedule
 
 # GPUs by their kernels: sm_120 has those of Ampere; sm_90 and sm_100 have TMA.
 BOTH, EVERY = ("sm_80", "sm_90"), ("sm_80", "sm_90", "sm_100", "sm_120")
-AMPERE, WITH_TMA, HOPPER, TCGEN05 = (
-    ("sm_80", "sm_120"),
-    ("sm_90", "sm_100"),
-    ("sm_90",),
-    ("sm_100",),
-)
+AMPERE = ("sm_80", "sm_120")
+WITH_TMA = ("sm_90", "sm_100")
+HOPPER = ("sm_90",)
+TCGEN05 = ("sm_100",)
 
 
 class Plant(NamedTuple):
@@ -73,15 +71,11 @@ def _one_more(found: re.Match[str]) -> str:
 
 
 _CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.1"
-_LONG, _OPTIMIZER = (
-    "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
-    "optimizer bf16, masters, clipped",
-)
-_SPLIT_K, _TMA, _DOWN = (
-    "_lora_linear_split_k_kernel",
-    "_lora_linear_tma_kernel",
-    "_lora_down_kernel",
-)
+_LONG = "linear bf16/fp32 M33 K520 r16 p0.1, long sum"
+_OPTIMIZER = "optimizer bf16, masters, clipped"
+_SPLIT_K = "_lora_linear_split_k_kernel"
+_TMA = "_lora_linear_tma_kernel"
+_DOWN = "_lora_down_kernel"
 _BARRIER, _APART = r"bar\.sync\s+0;", Schedule(warps="groups-first")
 _ARRIVAL = r"mbarrier.arrive.expect_tx.shared::cta.b64 _, \1, 0;"
 # By name. One entry serves all GPUs that have the kernel.

@@ -264,10 +264,8 @@ class Fragment:
             self.lanes, self.columns = THREAD + 0 * number, number + 0 * THREAD
         elif shape == "16x32bx2":
             # The upper half of the warp has other columns of the same lanes.
-            self.lanes, self.columns = (
-                THREAD % 16 + 0 * number,
-                number + int(offset[0], 0) * (THREAD // 16),
-            )
+            self.lanes = THREAD % 16 + 0 * number
+            self.columns = number + int(offset[0], 0) * (THREAD // 16)
         else:
             raise ins.unknown()
         if ins.mods[5:] != [f"x{len(self.registers)}", "b32"]:
@@ -385,11 +383,9 @@ def _reads_shared(c: CTA, operand: Operand, number: Any, serial: int, ins: Instr
 def _multiply(words: Arithmetic, ins: Instruction) -> Action:
     if ins.kind not in TYPES or "cta_group::1" not in ins.mods or len(ins.args) != 5:
         raise ins.unknown()
-    to, right, about = (
-        words.address(ins.args[0]),
-        words.reader(ins.args[2], "u64"),
-        words.reader(ins.args[3], "u32"),
-    )
+    to = words.address(ins.args[0])
+    right = words.reader(ins.args[2], "u64")
+    about = words.reader(ins.args[3], "u32")
     in_tensor_memory = ins.args[1][0] == "["
     left = words.address(ins.args[1]) if in_tensor_memory else words.reader(ins.args[1], "u64")
     accumulates = words.reader(ins.args[4], "pred")

@@ -71,10 +71,8 @@ class Mbarrier:
 
     def end(self, c: CTA, serials: list[int]) -> None:
         """Bring the ends of asynchronous operations."""
-        nothing, seen = (
-            np.zeros_like(c.machine.races.clock[0]),
-            np.zeros(max(serials, default=0) + 1, bool),
-        )
+        nothing = np.zeros_like(c.machine.races.clock[0])
+        seen = np.zeros(max(serials, default=0) + 1, bool)
         seen[serials] = True
         self.bring(Snapshot(nothing, nothing, seen))
 
@@ -277,11 +275,9 @@ def _bounded(c: CTA, addresses: Any, size: int, ins: Instruction) -> bool:
 
 
 def _load(words: Arithmetic, ins: Instruction) -> Action:
-    shared, operand, barrier = (
-        words.address(ins.args[0]),
-        _operand(words, ins.args[1]),
-        words.address(ins.args[2]),
-    )
+    shared = words.address(ins.args[0])
+    operand = _operand(words, ins.args[1])
+    barrier = words.address(ins.args[2])
 
     def load(c: CTA, mask: Any) -> None:
         machine, races = c.machine, c.machine.races
@@ -326,11 +322,9 @@ def _store(words: Arithmetic, ins: Instruction) -> Action:
             there, here, inside = tensor.box(*place, int(shared(c)[lane]))
             if not _bounded(c, here, tensor.size, ins):
                 continue
-            reads, writes, (region,) = (
-                races.new_serial(c.first_warp),
-                races.new_serial(c.first_warp),
-                c.shared.regions,
-            )
+            reads = races.new_serial(c.first_warp)
+            writes = races.new_serial(c.first_warp)
+            (region,) = c.shared.regions
             granules = _box_granules(region, here, tensor.size)
             races.read(region, granules, warp, ins, len(region.reader) - 1, behind=reads)
             target = there[inside]

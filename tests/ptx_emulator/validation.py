@@ -117,12 +117,10 @@ def results(arch: str) -> Iterator[Result]:
         False,
     )
     for sem in ("release", "relaxed"):
-        x, s, flag, out = (
-            randn(128),
-            torch.empty(128),
-            torch.zeros(1, dtype=torch.int32),
-            torch.empty(3, 128),
-        )
+        x = randn(128)
+        s = torch.empty(128)
+        flag = torch.zeros(1, dtype=torch.int32)
+        out = torch.empty(3, 128)
         faults = run(
             _launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": sem}), schedule
         )
@@ -146,10 +144,8 @@ def results(arch: str) -> Iterator[Result]:
             constants = {"BM": bm, "BN": bn, "BK": bk, "PRECISION": precision, "STAGES": 3}
             for landing in ("late", "early"):
                 c = torch.full((m, n), torch.nan, dtype=dtype)
-                args, grid = (
-                    (a, b, c, m, n, k, *a.stride(), *b.stride()),
-                    (-(-m // bm), -(-n // bn)),
-                )
+                args = (a, b, c, m, n, k, *a.stride(), *b.stride())
+                grid = (-(-m // bm), -(-n // bn))
                 launch = _launch(
                     _matmul_kernel, grid, args, constants, num_warps=warps, num_stages=3
                 )
@@ -167,12 +163,10 @@ def stuck(arch: str) -> str:
     """What is said of two programs that wait for the last one, which cannot begin before they have
     ended.
     """
-    x, s, flag, out = (
-        torch.ones(128),
-        torch.empty(128),
-        torch.zeros(1, dtype=torch.int32),
-        torch.empty(3, 128),
-    )
+    x = torch.ones(128)
+    s = torch.empty(128)
+    flag = torch.zeros(1, dtype=torch.int32)
+    out = torch.empty(3, 128)
     launch = _launch(_chain_kernel, (4,), (x, s, flag, out), {"N": 128, "RELEASE": "release"})
     try:
         run(launch, Schedule(arch, resident=2))

@@ -136,10 +136,8 @@ def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, ke
     kernel is for on Hopper.
     """
     with torch.device("meta"):
-        x, w = (
-            torch.empty(1, 4096, dtype=dtype).expand(4096, 4096),
-            torch.empty(4096, 4096, dtype=dtype),
-        )
+        x = torch.empty(1, 4096, dtype=dtype).expand(4096, 4096)
+        w = torch.empty(4096, 4096, dtype=dtype)
         a, b = torch.empty(r, 4096, dtype=lora), torch.empty(4096, r, dtype=lora)
     call = LinearForwardCall(
         x=x,

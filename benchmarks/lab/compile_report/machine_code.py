@@ -103,12 +103,10 @@ def code_digest(launch: Any, arch: str) -> str:
     Edits that leave the code of a variant as it was, such as an argument that the variant does not
     have, keep its digest.
     """
-    backend, (built, options), context, stages = (
-        make_backend(target(arch)),
-        source(launch, arch),
-        ir.context(),
-        {},
-    )
+    backend = make_backend(target(arch))
+    (built, options) = source(launch, arch)
+    context = ir.context()
+    stages = {}
     ir.load_dialects(context)
     backend.load_dialects(context)
     implementation = backend.get_codegen_implementation(options)

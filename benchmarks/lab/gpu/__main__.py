@@ -202,12 +202,10 @@ def run_section(name: str, out: Path, seconds: float, machine: Row, dry: bool) -
 
 def run(sections: Sequence[str], out: Path, budget: float, machine: Row, dry: bool) -> pd.DataFrame:
     """Run the sections until one ends the run. Return all rows."""
-    begun, total, passed, found = (
-        time.monotonic(),
-        sum(SECTIONS[name][0] for name in sections),
-        0.0,
-        [],
-    )
+    begun = time.monotonic()
+    total = sum(SECTIONS[name][0] for name in sections)
+    passed = 0.0
+    found = []
     for name in sections:
         # An earlier run's rows must not pass for this one's.
         (out / f"{name}.csv").unlink(missing_ok=True)

@@ -79,10 +79,8 @@ class Device:
     def __init__(self, dry: bool) -> None:
         self.dry, self.device = dry, torch.device("cpu")
         if not dry:
-            self.device, self.stream = (
-                torch.device("cuda", torch.cuda.current_device()),
-                torch.cuda.Stream(),
-            )
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            self.stream = torch.cuda.Stream()
             torch.cuda.set_stream(self.stream)
             # No graph reads what another one wrote, so all may use the same memory.
             self._pool = torch.cuda.graph_pool_handle()
@@ -113,11 +111,9 @@ class Device:
         ``seconds``; in a dry run there is one.
         """
         event: Any = HostEvent if self.dry else lambda: torch.cuda.Event(enable_timing=True)
-        events, found, readings = (
-            {name: (event(), event()) for name in arms},
-            {name: ([], []) for name in arms},
-            [],
-        )
+        events = {name: (event(), event()) for name in arms}
+        found = {name: ([], []) for name in arms}
+        readings = []
         for run, _ in () if self.dry else [*arms.values()] * WARMUP:
             run()
         self.synchronize()

@@ -156,10 +156,8 @@ def step(device: Device, blocks: int, r: int, scale: int, dtype: str, state: str
         pairs = []
         for i, (n, k) in enumerate(BLOCK * blocks):
             # B is zero, or so large that all pairs latch at the first step.
-            a, b = (
-                torch.randn(r, k // scale, **make) / k**0.5,
-                torch.full((n // scale, r), float(latched), **make),
-            )
+            a = torch.randn(r, k // scale, **make) / k**0.5
+            b = torch.full((n // scale, r), float(latched), **make)
             for half in (a, b):
                 half.requires_grad_().grad = torch.randn_like(half) * 1e-3
             pairs.append(slk.LoRAPair(f"layer{i}", a, b))
@@ -192,10 +190,8 @@ def captured(device: Device, rows: int, width: int, layers: int, dropout: float)
         layer = partial(
             slk.LoRALinear, r=16, lora_dropout=dropout, lora_dtype=torch.float32, **make
         )
-        model, x = (
-            nn.Sequential(*(layer(width, width) for _ in range(layers))),
-            torch.randn(rows, width, **make),
-        )
+        model = nn.Sequential(*(layer(width, width) for _ in range(layers)))
+        x = torch.randn(rows, width, **make)
         optimizer = slk.StableLoRAAdamW.from_model(
             model, lr=optimizers.LR, capturable=not device.dry
         )
@@ -241,10 +237,8 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
             for phase, run in built[0].items():
                 run()
                 # A second step in a graph would upload the optimizer's tables again.
-                calls, most = (
-                    [phases[phase] for phases in built],
-                    1 if phase in ("step", ONE_LAUNCH) else MOST_CALLS,
-                )
+                calls = [phases[phase] for phases in built]
+                most = 1 if phase in ("step", ONE_LAUNCH) else MOST_CALLS
                 runs[mode, phase, arm] = device.capture(calls, most) if mode == GRAPH else (run, 0)
         except Exception:
             # Only our own failure fails the check.

@@ -236,10 +236,8 @@ def _files(files: pd.DataFrame) -> str:
 def where(environment: dict[str, Any]) -> str:
     """The day and commit of a run, and whether other programs took time from it."""
     load = environment.get("load_average_at_start", environment.get("load_average")) or 0.0
-    text, waited = (
-        f"{environment['date'][:10]}, {environment.get('commit')}",
-        environment.get("waited_share"),
-    )
+    text = f"{environment['date'][:10]}, {environment.get('commit')}"
+    waited = environment.get("waited_share")
     disturbed = load > environment["cores"] / 2 if waited is None else waited > MOST_WAITING
     # Only paired ratios of such a run mean something.
     return f"{text}, **other programs ran beside it**" if disturbed else text

@@ -118,10 +118,8 @@ def launch_table(device: Device, case: Case) -> pd.DataFrame:
     rows = []
     for direction, way in zip(DIRECTIONS, launches(device, case), strict=True):
         for launch in way:
-            kernel, tensors = (
-                launch.kernel.__name__ if hasattr(launch, "kernel") else "",
-                formula_by_tensor(launch),
-            )
+            kernel = launch.kernel.__name__ if hasattr(launch, "kernel") else ""
+            tensors = formula_by_tensor(launch)
             moved, activations = total(tensors.values())._asdict(), activation_bytes(tensors)
             rows.append(
                 {

@@ -153,10 +153,8 @@ def _round_trips(code: Iterable[Instruction], into_main: bool) -> int:
         if i.op.startswith(_COPIES):
             copying = True
         elif i.op.startswith("LDG") and registers:
-            first, wide = (
-                int(registers[0]),
-                max(1, int(re.search(r"\.(\d+)\b|$", i.op)[1] or 32) // 32),
-            )
+            first = int(registers[0])
+            wide = max(1, int(re.search(r"\.(\d+)\b|$", i.op)[1] or 32) // 32)
             loaded |= {*map(str, range(first, first + wide))}
     return trips + (copying and into_main)
 

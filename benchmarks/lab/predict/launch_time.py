@@ -162,10 +162,8 @@ def facts(launch: Any, arch: str, narrow_columns: int) -> Facts | Work:
     thin = [*thin_jobs(a)]
     if "TILE" not in a and not thin:
         # Elementwise: a program loads its parts at once.
-        turns, flight = (
-            programs * counts.cycles(TILE, launch.options["num_warps"]),
-            _read(launch).read_issued / programs,
-        )
+        turns = programs * counts.cycles(TILE, launch.options["num_warps"])
+        flight = _read(launch).read_issued / programs
         return Facts(
             _read(launch), programs, 0.0, programs, flight, turns, residents=counts.residents
         )

@@ -44,10 +44,8 @@ def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str,
     zeros if it is of integers.
     """
     x, y, dy, dx = (make(s.m, columns, dtype=BF16) for columns in (s.k, s.n, s.n, s.k))
-    (a, b, da, db), w = (
-        (make(*size, dtype=s.lora_dtype) for size in ((s.r, s.k), (s.n, s.r)) * 2),
-        make(s.n, s.k, dtype=BF16),
-    )
+    (a, b, da, db) = (make(*size, dtype=s.lora_dtype) for size in ((s.r, s.k), (s.n, s.r)) * 2)
+    w = make(s.n, s.k, dtype=BF16)
     low, ds = (make(s.m, s.r, dtype=BF16) for _ in "12")
     seed = make(1, dtype=torch.int64) if s.dropout else None
     mask = make(s.m, cdiv(s.k, 32), dtype=torch.int32) if s.dropout else None

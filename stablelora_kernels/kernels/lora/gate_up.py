@@ -148,8 +148,6 @@ def _gated_activation_kernel(g_ptr, u_ptr, h_ptr, SIZE, GATE: tl.constexpr, BLOC
     """H = act(G) ∘ U of SIZE elements, where G and U come from products of their own."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
-    g, u = (
-        tl.load(g_ptr + offsets, mask=mask, other=0.0),
-        tl.load(u_ptr + offsets, mask=mask, other=0.0),
-    )
+    g = tl.load(g_ptr + offsets, mask=mask, other=0.0)
+    u = tl.load(u_ptr + offsets, mask=mask, other=0.0)
     tl.store(h_ptr + offsets, gated(g, u, GATE), mask=mask)

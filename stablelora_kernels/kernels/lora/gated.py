@@ -71,14 +71,10 @@ def store_gated_grads(
     PART: tl.constexpr = dh.shape[1] // PARTS
     for i in tl.static_range(PARTS):
         cols = col0 + i * PART + tl.arange(0, PART)
-        offsets, mask = (
-            rows[:, None] * stride + cols[None, :],
-            (rows[:, None] < M) & (cols[None, :] < N),
-        )
-        g, u = (
-            tl.load(gate.g + offsets, mask=mask, other=0.0),
-            tl.load(gate.u + offsets, mask=mask, other=0.0),
-        )
+        offsets = rows[:, None] * stride + cols[None, :]
+        mask = (rows[:, None] < M) & (cols[None, :] < N)
+        g = tl.load(gate.g + offsets, mask=mask, other=0.0)
+        u = tl.load(gate.u + offsets, mask=mask, other=0.0)
         dg, du = gated_grads(parts[i], g, u, GATE)
         tl.store(dg_ptr + offsets, cast(dg, dg_ptr.dtype.element_ty), mask=mask)
         tl.store(gate.du + offsets, cast(du, gate.du.dtype.element_ty), mask=mask)

@@ -118,10 +118,8 @@ def _lora_linear_kernel(
     acc = add_branch(
         acc, s_low, branch, rows, cols, pid_n * BLOCK_N, pid_n == 0, M, N, BLOCK_N, BRANCH
     )
-    y_ptrs, y_mask = (
-        y.ptr + rows[:, None] * y.row + cols[None, :],
-        row_mask[:, None] & col_mask[None, :],
-    )
+    y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
+    y_mask = row_mask[:, None] & col_mask[None, :]
     if base is not None:
         acc += tl.load(base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0).to(
             tl.float32

@@ -134,10 +134,8 @@ def _lora_linear_split_k_kernel(
         s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
         first, col0 = pid_n == 0, pid_n * BLOCK_N
         y_tile = add_branch(y_tile, s_low, branch, rows, cols, col0, first, M, N, BLOCK_N, BRANCH)
-        y_ptrs, y_mask = (
-            y.ptr + rows[:, None] * y.row + cols[None, :],
-            row_mask[:, None] & col_mask[None, :],
-        )
+        y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
+        y_mask = row_mask[:, None] & col_mask[None, :]
         if base is not None:
             y_tile += tl.load(
                 base + rows[:, None] * y.row + cols[None, :], mask=y_mask, other=0.0

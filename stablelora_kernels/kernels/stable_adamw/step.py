@@ -47,10 +47,8 @@ def _shrink_ratio(row, hyper, words, before_ptr, latched_ptr, step, FLAGS: tl.co
     ratio, 0 for no shrink.
     """
     # Integers of 64 bits would take twice the registers.
-    n, m = (
-        tl.load(row + TENSOR.value.n).to(tl.float32),
-        tl.load(row + TENSOR.value.m).to(tl.float32),
-    )
+    n = tl.load(row + TENSOR.value.n).to(tl.float32)
+    m = tl.load(row + TENSOR.value.m).to(tl.float32)
     a_first, b_first = tl.load(row + TENSOR.value.a_first), tl.load(row + TENSOR.value.b_first)
     if SHARDED & FLAGS:
         a = tl.load(a_first.to(tl.pointer_type(tl.float32)))
@@ -126,10 +124,8 @@ def _update(
     p = tl.load(from_ptrs, mask=mask, other=0.0)
     if EIGHT_BITS & FLAGS:
         remaining = tl.load(row + TENSOR.value.numel) - start
-        codes, scales = (
-            tl.load(row + TENSOR.value.exp_avg),
-            tl.load(row + TENSOR.value.exp_avg_scale),
-        )
+        codes = tl.load(row + TENSOR.value.exp_avg)
+        scales = tl.load(row + TENSOR.value.exp_avg_scale)
         m = load8(
             codes,
             scales,
@@ -141,10 +137,8 @@ def _update(
             ALIGNED=ALIGNED,
             CHUNK=CHUNK,
         )
-        codes, scales = (
-            tl.load(row + TENSOR.value.exp_avg_sq),
-            tl.load(row + TENSOR.value.exp_avg_sq_scale),
-        )
+        codes = tl.load(row + TENSOR.value.exp_avg_sq)
+        scales = tl.load(row + TENSOR.value.exp_avg_sq_scale)
         v = load8(
             codes,
             scales,
@@ -216,10 +210,8 @@ def _update(
         tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty), mask=mask)
     if EIGHT_BITS & FLAGS:
         word = mix(noise + 0x9E3779B9)
-        codes, scales = (
-            tl.load(row + TENSOR.value.exp_avg),
-            tl.load(row + TENSOR.value.exp_avg_scale),
-        )
+        codes = tl.load(row + TENSOR.value.exp_avg)
+        scales = tl.load(row + TENSOR.value.exp_avg_scale)
         store8(
             m,
             word,
@@ -234,10 +226,8 @@ def _update(
             CHUNK=CHUNK,
         )
         word = mix(word + 0x9E3779B9)
-        codes, scales = (
-            tl.load(row + TENSOR.value.exp_avg_sq),
-            tl.load(row + TENSOR.value.exp_avg_sq_scale),
-        )
+        codes = tl.load(row + TENSOR.value.exp_avg_sq)
+        scales = tl.load(row + TENSOR.value.exp_avg_sq_scale)
         store8(
             v,
             word,

@@ -141,11 +141,9 @@ def test_a_worse_row_is_found(column: str, worse: object, as_good: object) -> No
 def test_what_the_report_promises() -> None:
     rows = report.read_report()
     assert [*rows] == report.COLUMNS and not rows[report.LABEL].duplicated().any()
-    lora, nvidia, hopper = (
-        rows.kernel.str.startswith("lora"),
-        rows.arch.str.startswith("sm_"),
-        rows.arch == "sm_90",
-    )
+    lora = rows.kernel.str.startswith("lora")
+    nvidia = rows.arch.str.startswith("sm_")
+    hopper = rows.arch == "sm_90"
     low, small = rows.dtype.str.startswith(("bf16", "fp16")), rows.variant.str.startswith("small")
     assert {*rows.arch} == {*report.ARCHS}
     assert (rows.shared_bytes <= [DEVICES[arch].shared_limit for arch in rows.arch]).all()
