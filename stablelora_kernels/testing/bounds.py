@@ -122,7 +122,7 @@ def assert_no_worse(
     covers a baseline that happens to be exact: one unit in the last place of ref's largest element
     in ``dtype``, the dtype of the arithmetic, which is out's unless given.
 
-    ``rounding`` is this result's by the analysis of :mod:`stablelora_kernels.reference.rounding`.
+    ``rounding`` is this result's by the analysis of ``reference/rounding.py``.
     With it an element may instead be off by DEVIATIONS standard deviations of its rounding, if that
     is more. With ``rounding`` or ``slope``, the scale of all elements together is bounded too: by
     ``slope``, which is that of SLOPES unless given, or by DEVIATIONS standard deviations. Return
