@@ -1,5 +1,15 @@
-"""Dropout's mask, and how it is drawn: a seed for the kernels, which store a bit an element, and a
-bool tensor for the PyTorch path.
+"""Dropout's mask, and how it is drawn.
+
+The kernels draw it from a seed and store a bit an element. On the PyTorch path a mask is a tensor of
+one of two kinds, which differ in their dtype:
+
+    bool, of x's shape     which elements are kept
+    int32, of one size     the positions of the elements that are dropped, in x's rows one behind
+                           another, ascending
+
+Positions are fewer than elements: up to a probability of POSITIONS_UP_TO it takes less time to draw
+them, to keep them for backward and to apply them. Compiled code draws the bool kind alone, because
+the number of positions would be a size that a graph cannot know.
 """
 
 from __future__ import annotations
@@ -16,8 +26,14 @@ from stablelora_kernels.utils.tensors import drop_share
 
 # Up to so many elements of a mask, fewer operators are faster.
 BERNOULLI_UP_TO = 8192
+# Up to this probability, and from so many elements on, a mask is positions.
+POSITIONS_UP_TO = 0.25
+POSITIONS_FROM = 1 << 15
 # A random 64-bit word gives so many elements 16 bits each.
 _ELEMENTS_PER_WORD = 4
+
+# Of a generator's state.
+_STATE_DTYPE = torch.uint8
 
 # On Triton.
 
@@ -55,10 +71,13 @@ def _is_small(size: int) -> bool:
 
 
 def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
-    """Draw a bool keep-mask of x's shape from torch's generator. Return it with its exact dropout
-    probability.
+    """Draw x's mask from torch's generator, as a bool tensor of x's shape in any case. Return it
+    with its exact dropout probability.
     """
-    return _draw(x.shape, x.device, dropout_p)
+    mask, share = _draw(x.shape, x.device, dropout_p)
+    if not is_positions(mask):
+        return mask, share
+    return masked(torch.ones(x.shape, dtype=torch.bool), mask), share
 
 
 def _draw(
@@ -67,9 +86,13 @@ def _draw(
     dropout_p: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, float]:
-    """:func:`draw_keep` for a shape on a device, from ``generator`` or from torch's."""
+    """A mask of either kind for a shape on a device, from ``generator`` or from torch's; and its
+    exact dropout probability.
+    """
     size = math.prod(shape)
     share = drop_share(dropout_p)
+    if _are_positions_drawn(size, device, share):
+        return _draw_positions(size, share, generator), share
     if device.type != "cpu" or _is_small(size):
         keep = torch.empty(shape, dtype=torch.bool, device=device)
         return keep.bernoulli_(1 - share, generator=generator), share
@@ -90,20 +113,54 @@ def _random_words(count: int, generator: torch.Generator | None) -> Tensor:
     return words.random_(-(2**63), None, generator=generator)
 
 
+def _are_positions_drawn(size: int, device: torch.device, share: float) -> bool:
+    """Whether a mask of so many elements is positions."""
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if share == 0 or share > POSITIONS_UP_TO or not POSITIONS_FROM <= size < 2**31:
+        return False
+    # A fake tensor has no values to count.
+    return type(torch.empty(0)) is Tensor
+
+
+def _draw_positions(size: int, share: float, generator: torch.Generator | None) -> Tensor:
+    """Where Bernoulli trials of probability ``share`` succeed among ``size``: int32, ascending.
+
+    The distance from one success to the next is geometric, so it is ceil(log(u) / log(1 - share))
+    for a uniform u.
+    """
+    expected = size * share
+    # More than so many come once in a billion masks.
+    count = int(expected + 6 * math.sqrt(expected)) + 8
+    positions: list[Tensor] = []
+    last = -1.0
+    while True:
+        uniform = torch.empty(count, dtype=torch.float32).uniform_(generator=generator)
+        # A uniform number is a multiple of 2^-24, and 0 among them; the middle between two of them
+        # has a logarithm. In float64 no processor's logarithm gives another distance.
+        distances = uniform.double().add_(2.0**-25).log_().mul_(1 / math.log1p(-share)).ceil_()
+        ends = distances.cumsum(0).add_(last)
+        inside = int(torch.searchsorted(ends, size))
+        positions.append(ends[:inside].int())
+        if inside < count:
+            return positions[0] if len(positions) == 1 else torch.cat(positions)
+        last = float(ends[-1])
+
+
 def draw_dropout(x: Tensor, dropout_p: float, scaling: float) -> tuple[Tensor | None, float]:
-    """The keep-mask, None without dropout, and s' = scaling / (1 - p)."""
+    """The mask, None without dropout, and s' = scaling / (1 - p)."""
     if not dropout_p:
         return None, scaling
-    keep, share = draw_keep(x, dropout_p)
-    return keep, scaling / (1 - share)
+    mask, share = _draw(x.shape, x.device, dropout_p)
+    return mask, scaling / (1 - share)
 
 
 class Drawn(NamedTuple):
-    """A keep-mask, what gives it to backward again, and s' / scaling. Both are None if nothing is
+    """A mask, what gives it to backward again, and s' / scaling. Both are None if nothing is
     dropped.
     """
 
-    keep: Tensor | None
+    mask: Tensor | None
     # The mask itself, or the state of a generator that draws it again.
     recipe: Tensor | None
     scale: float
@@ -113,43 +170,83 @@ NOT_DROPPED = Drawn(None, None, 1.0)
 
 
 def draw_for_backward(x: Tensor, dropout_p: float) -> Drawn:
-    """Draw x's keep-mask so that :func:`drawn_again` gives it to backward with as little memory as
-    can be.
-    """
-    # A compiled graph keeps no state of a generator, and a CUDA graph can't read it.
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        keep, share = draw_keep(x, dropout_p)
-        return Drawn(keep, keep, 1 / (1 - share))
+    """Draw x's mask so that :func:`drawn_again` gives it to backward with little memory."""
+    # Positions are small. A compiled graph keeps no state of a generator, and a CUDA graph can't
+    # read it.
+    share = drop_share(dropout_p)
+    is_kept = _are_positions_drawn(x.numel(), x.device, share)
+    if is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
+        mask, share = _draw(x.shape, x.device, dropout_p)
+        return Drawn(mask, mask, 1 / (1 - share))
     # Other threads draw from torch's generator too. A generator of the mask's own makes the mask
     # follow from the state alone, whatever they draw meanwhile; torch's generator then continues
     # behind it.
     state = torch.get_rng_state()
     generator = torch.Generator()
     generator.set_state(state)
-    keep, share = _draw(x.shape, x.device, dropout_p, generator)
+    mask, share = _draw(x.shape, x.device, dropout_p, generator)
     torch.set_rng_state(generator.get_state())
-    return Drawn(keep, state, 1 / (1 - share))
+    return Drawn(mask, state, 1 / (1 - share))
 
 
 def drawn_again(recipe: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:
-    """The keep-mask that :func:`draw_for_backward` has drawn."""
-    if recipe is None or recipe.dtype == torch.bool:
+    """The mask that :func:`draw_for_backward` has drawn."""
+    if recipe is None or recipe.dtype is not _STATE_DTYPE:
         return recipe
     generator = torch.Generator()
     generator.set_state(recipe)
     return _draw(shape, torch.device("cpu"), dropout_p, generator)[0]
 
 
-def as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as zeros and ones."""
+# A mask applied.
+
+
+def is_positions(mask: Tensor) -> bool:
+    """Whether a mask is the positions of dropped elements."""
+    return mask.dtype is torch.int32 or mask.dtype is torch.int64
+
+
+def applicable(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as :func:`masked` and :func:`mask_` apply it with the least work, for several uses:
+    int64 positions, or zeros and ones in ``dtype``.
+    """
+    if mask is None:
+        return None
+    return mask.long() if is_positions(mask) else _as_float(mask, dtype)
+
+
+def _as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
     # PyTorch vectorizes the conversion from uint8, but not from bool.
     return keep.view(torch.uint8).to(dtype)
 
 
-def masked(x: Tensor, keep: Tensor | None) -> Tensor:
-    """X ∘ keep."""
-    if keep is None:
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """X ∘ keep, for a mask as it was drawn or :func:`applicable`."""
+    if mask is None:
         return x
-    if _is_small(keep.numel()):
-        return x * keep
-    return x * as_float(keep, x.dtype)
+    if is_positions(mask):
+        return x.reshape(-1).index_fill(0, mask.long(), 0).view(x.shape)
+    if mask.dtype is torch.bool and not _is_small(mask.numel()):
+        mask = _as_float(mask, x.dtype)
+    return x * mask
+
+
+def mask_(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x ∘ keep in place of x, which is contiguous. ``mask``: an :func:`applicable` one."""
+    if mask is None:
+        return x
+    if is_positions(mask):
+        x.view(-1).index_fill_(0, mask, 0)
+        return x
+    return x.mul_(mask)
+
+
+def mask_of_rows(mask: Tensor | None, rows: slice, width: int) -> Tensor | None:
+    """The mask of some ``rows`` of an X [M, ``width``]."""
+    if mask is None or not is_positions(mask):
+        return None if mask is None else mask[rows]
+    start = rows.start * width
+    bounds = torch.tensor([start, rows.stop * width], dtype=mask.dtype)
+    first, end = torch.searchsorted(mask, bounds).tolist()
+    in_rows: Tensor = mask[first:end] - start
+    return in_rows

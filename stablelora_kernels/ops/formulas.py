@@ -22,7 +22,7 @@ from stablelora_kernels.ops.cpu_products import (
     wide_product,
     without_autocast,
 )
-from stablelora_kernels.ops.dropout import as_float, draw_dropout, masked
+from stablelora_kernels.ops.dropout import applicable, draw_dropout, mask_, masked
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored, as_plain
@@ -157,7 +157,7 @@ def torch_bwd(
         )
         dx = gradients.dx
         return gradients._replace(dx=None if dx is None else dx.to(dtype))
-    masks = [None if keep is None else as_float(keep, dtype) for keep in keeps]
+    masks = [applicable(keep, dtype) for keep in keeps]
     every_ds: list[Tensor] = []
     dbs: list[Tensor] = []
     dx = None
@@ -183,8 +183,7 @@ def torch_bwd(
     if wanted.a:
         assert x is not None
         for ds, mask in zip(every_ds, masks, strict=True):
-            dropped = x if mask is None else x * mask
-            das.append(product(ds.t(), dropped).to(lora_dtype))
+            das.append(product(ds.t(), masked(x, mask)).to(lora_dtype))
     return Gradients(dx, das, dbs)
 
 
@@ -195,10 +194,9 @@ def _with_masked_branch(
     weight.
     """
     if dx is None:
-        dx = product(ds, lora_A)
-        return dx if mask is None else dx.mul_(mask)
+        return mask_(product(ds, lora_A), mask)
     # In a call with dropout, a projection without a mask has no branch.
-    return dx if mask is None else dx.addcmul_(product(ds, lora_A), mask)
+    return dx if mask is None else dx.add_(mask_(product(ds, lora_A), mask))
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.autograd import Context, first_derivative
-from stablelora_kernels.ops.dropout import draw_dropout, masked
+from stablelora_kernels.ops.dropout import draw_dropout, mask_of_rows, masked
 from stablelora_kernels.ops.formulas import Wanted, torch_bwd, torch_fwd
 from stablelora_kernels.ops.matrices import with_own_memory
 from stablelora_kernels.ops.plans import define_op
@@ -69,7 +69,7 @@ def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     end = 0
     for expert in _experts_with_rows(call.offsets):
         rows = slice(expert.start, expert.end)
-        keep = None if call.keep is None else call.keep[rows]
+        keep = mask_of_rows(call.keep, rows, call.x.shape[1])
         outputs, expert_s = torch_fwd(call.x[rows], [_projection_of(call, expert.place)], [keep])
         y[rows] = outputs[0]
         if call.save_s:
@@ -146,7 +146,7 @@ def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
             [call.grad[rows]],
             [_projection_of(call, expert.place)],
             [call.s[rows] if call.need_b else None],
-            [None if call.keep is None else call.keep[rows]],
+            [mask_of_rows(call.keep, rows, call.lora_A.shape[2])],
             stored.lora_A.dtype,
             wanted,
         )

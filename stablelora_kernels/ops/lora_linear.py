@@ -14,8 +14,9 @@ computed; its dX has no dY W. The op does not write to BASE: another backward ma
 traffic is the same out of place.
 
 Autograd saves X, which the surrounding graph usually holds anyway, and S. For dropout it saves the
-mask, a bit an element on Triton and a byte on the PyTorch path. For a quantized weight it saves the
-stored form, never the whole W; the PyTorch path dequantizes it again in backward.
+mask: a bit an element on Triton; on the PyTorch path a byte an element, or 4 bytes for each element
+that a large mask drops (``ops/dropout.py``). For a quantized weight it saves the stored form, never
+the whole W; the PyTorch path dequantizes it again in backward.
 """
 
 from __future__ import annotations

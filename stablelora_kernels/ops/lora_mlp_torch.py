@@ -70,12 +70,12 @@ def torch_forward(
     of_up = of_gate if options.shared_mask else _draw(rows, up, options.dropout_p)
     gate = gate._replace(scaling=gate.scaling * of_gate.scale)
     up = up._replace(scaling=up.scaling * of_up.scale)
-    outputs, every_s = torch_fwd(rows, [gate, up], [of_gate.keep, of_up.keep])
+    outputs, every_s = torch_fwd(rows, [gate, up], [of_gate.mask, of_up.mask])
     g, u = outputs
     h = ACTIVATIONS[options.activation].forward(g).mul_(u)
     of_down = _draw(h, down, options.dropout_p)
     down = down._replace(scaling=down.scaling * of_down.scale)
-    down_outputs, down_s = torch_fwd(h, [down], [of_down.keep])
+    down_outputs, down_s = torch_fwd(h, [down], [of_down.mask])
     projections = [gate, up, down]
     y = like_rows_of(down_outputs[0], x)
     return Forward(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stablelora_kernels.ops.dropout import masked
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.reference import unpack_mask
 from stablelora_kernels.reference.rounding import Rounded, dequantized, operand
@@ -33,7 +34,7 @@ def as_rows(t: Tensor, dtype: torch.dtype) -> Rounded:
 
 def kept_for_backward(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """The first tensor of ``dtype`` that the node which made ``y`` keeps: dropout's mask is int32
-    on Triton, else bool.
+    on Triton; on the PyTorch path bool, or int32 positions of one dimension.
     """
     node = y.grad_fn
     while node is not None:
@@ -48,8 +49,12 @@ def kept_for_backward(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Non
 def keep_of(y: Tensor, x: Tensor) -> Tensor:
     """The dropout mask that the op of ``y`` saved for backward, bool in x's shape."""
     mask = kept_for_backward(y, torch.bool)
-    if mask is None and (words := kept_for_backward(y, torch.int32)) is not None:
-        mask = unpack_mask(words, x.shape[-1])
+    if mask is None:
+        mask = kept_for_backward(y, torch.int32)
     if mask is None:
         raise LookupError("the op saved no mask for backward")
+    if mask.dim() == 1:
+        return masked(torch.ones(x.shape, dtype=torch.bool), mask)
+    if mask.dtype == torch.int32:
+        mask = unpack_mask(mask, x.shape[-1])
     return mask.view(x.shape)

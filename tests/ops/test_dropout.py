@@ -1,0 +1,247 @@
+"""Dropout's masks on the PyTorch path that are positions: their statistics, and what the ops make of
+them. ``tests/ops/test_ops_oracle.py`` has the statistics of the other kind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from stablelora_kernels.functional import (
+    LoRAWeights,
+    lora_experts,
+    lora_linear,
+    lora_linear_group,
+    lora_mlp,
+)
+from stablelora_kernels.ops import dropout
+from stablelora_kernels.ops.dropout import draw_keep, mask_of_rows
+from stablelora_kernels.reference import lora_experts_ref
+from stablelora_kernels.testing import kept_for_backward
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, ours, run
+from tests.helpers.case_checks import assert_close, check
+from tests.helpers.cases import small
+
+every_op = pytest.mark.parametrize("op", ["linear", "branch", "group", "nf4", "mlp"])
+
+
+@pytest.fixture
+def positions(monkeypatch):
+    """Masks of any size are positions."""
+    monkeypatch.setattr(dropout, "POSITIONS_FROM", 1)
+
+
+SIDE = 4096
+
+
+@pytest.fixture(scope="module", params=[1 / 32, 0.2])
+def drawn(request) -> tuple[torch.Tensor, float]:
+    """Which elements a mask of many drops, in float32, and with which probability each."""
+    torch.manual_seed(0)
+    keep, p = draw_keep(torch.empty(SIDE, SIDE), request.param)
+    return (~keep).float(), p
+
+
+def test_share_and_variance(drawn):
+    """The numbers of dropped elements in blocks of 128 are binomial: a variance 2 % off is seen."""
+    dropped, p = drawn
+    counts = dropped.view(-1, 128).sum(1).double()
+    variance = 128 * p * (1 - p)
+    blocks = len(counts)
+    assert abs(counts.mean() - 128 * p) < 5 * math.sqrt(variance / blocks)
+    # The variance of a variance, with the binomial's fourth moment.
+    fourth = variance * (1 + (3 - 6 / 128) * variance)
+    error = 5 * math.sqrt((fourth - variance**2) / blocks) / variance
+    assert error < 0.021 and abs(counts.var() / variance - 1) < error
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_and_columns(drawn, dim):
+    dropped, p = drawn
+    shares = dropped.mean(dim).double()
+    deviation = math.sqrt(p * (1 - p) / SIDE)
+    assert (shares - p).abs().max() < 6 * deviation
+    assert abs(shares.std() / deviation - 1) < 5 / math.sqrt(2 * SIDE)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 31, SIDE - 1, SIDE, SIDE + 1])
+def test_neighbours_are_independent(drawn, distance):
+    dropped, p = drawn
+    flat = dropped.flatten() - p
+    products = (flat[:-distance] * flat[distance:]).double()
+    assert abs(products.mean()) < 5 * p * (1 - p) / math.sqrt(len(products))
+
+
+@pytest.mark.parametrize("p", [1e-6, 2.0**-15, 1e-3, 0.2, 0.3, 0.99999])
+def test_the_share_of_any_probability(p):
+    torch.manual_seed(0)
+    size = 1 << 21
+    keep, share = draw_keep(torch.empty(size), p)
+    # Both kinds drop with a multiple of 1/32768, which the scale uses.
+    assert abs(share - p) <= 2**-15
+    assert abs((~keep).double().mean() - share) <= 5 * math.sqrt(share * (1 - share) / size)
+
+
+def uniform_of(monkeypatch, change):
+    """Uniform numbers on which ``change`` is done in place."""
+    original = torch.Tensor.uniform_
+
+    def uniform_(self, *args, **kwargs):
+        change(original(self, *args, **kwargs))
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform_)
+
+
+def test_no_mask_ends_early(monkeypatch):
+    """A uniform number of 0 has no logarithm."""
+    uniform_of(monkeypatch, lambda t: t[::10].zero_())
+    torch.manual_seed(0)
+    size, p = 1 << 20, 0.2
+    positions = dropout._draw_positions(size, p, None)
+    # At every tenth of the distances, which have a mean of 1 / p otherwise, it is the longest.
+    longest = math.ceil(math.log(2.0**-25) / math.log1p(-p))
+    expected = size / (0.9 / p + 0.1 * longest)
+    assert abs(len(positions) - expected) < 0.05 * expected
+    assert positions[-1] > size - 3 * longest
+
+
+def test_more_positions_than_a_draw_has(monkeypatch):
+    uniform_of(monkeypatch, lambda t: t.fill_(1 - 2.0**-24))
+    assert torch.equal(dropout._draw_positions(5000, 0.1, None), torch.arange(5000).int())
+
+
+@every_op
+@pytest.mark.parametrize("dtypes", [(FP64, FP64), (FP32, FP32), (BF16, FP32), (FP16, FP32)])
+@pytest.mark.parametrize("few", [False, True])
+def test_matches_the_oracle(op, dtypes, few, positions):
+    dtype, lora_dtype = dtypes
+    rows = 5 if few else 70
+    case = small(op, rows, p=0.1, backend="torch", dtype=dtype, lora_dtype=lora_dtype)
+    check(case, run(case))
+
+
+def test_large_masks_are_positions():
+    """Up to the probability from which they pay, and from so many elements on."""
+    for shape, p in itertools.product([(64, 511), (64, 512)], [0.25, 0.26]):
+        x = torch.randn(shape)
+        pair = torch.randn(4, shape[1]).requires_grad_(), torch.randn(8, 4).requires_grad_()
+        y = lora_linear(x, torch.randn(8, shape[1]), None, *pair, 1.0, p)
+        kept = kept_for_backward(y, torch.int32)
+        assert (kept is not None) == (shape == (64, 512) and p == 0.25)
+        assert kept is None or kept.dim() == 1
+
+
+def test_a_large_mlp_keeps_positions():
+    """It draws them once, and others again in backward."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    sizes = ((512, 256), (512, 256), (256, 512))
+    layers = [
+        LoRAWeights(
+            torch.randn(n, k),
+            None,
+            torch.randn(4, k).requires_grad_(),
+            torch.randn(n, 4).requires_grad_(),
+            1.0,
+        )
+        for n, k in sizes
+    ]
+    for p in (0.1, 0.4):
+        y = lora_mlp(x, *layers, "silu", p)
+        positions = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.int32]
+        assert [t.dim() for t in positions] == ([1, 1, 1] if p == 0.1 else [])
+
+
+@every_op
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_see_the_same_masks(op, reentrant, positions):
+    case = small(op, p=0.1, backend="torch")
+
+    def call(case, leaf):
+        names = [name for name, t in leaf.items() if isinstance(t, torch.Tensor)]
+
+        def layer(*tensors):
+            return ours(case, leaf | dict(zip(names, tensors, strict=True)))
+
+        return checkpoint(layer, *(leaf[name] for name in names), use_reentrant=reentrant)
+
+    assert_close(run(case, call=call), run(case))
+
+
+def test_a_group_has_the_masks_of_its_projections():
+    torch.manual_seed(3)
+    x = torch.randn(300, 256)
+    weights, lora_As, lora_Bs = zip(
+        *[(torch.randn(8, 256), torch.randn(4, 256), torch.randn(8, 4)) for _ in range(3)],
+        strict=True,
+    )
+    for t in (*lora_As, *lora_Bs):
+        t.requires_grad_()
+    torch.manual_seed(4)
+    together = lora_linear_group(x, weights, [None] * 3, lora_As, lora_Bs, [1.0] * 3, 0.1)
+    torch.manual_seed(4)
+    for y, weight, lora_A, lora_B in zip(together, weights, lora_As, lora_Bs, strict=True):
+        torch.testing.assert_close(lora_linear(x, weight, None, lora_A, lora_B, 1.0, 0.1), y)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.4])
+def test_experts_match_the_reference(p, positions):
+    torch.manual_seed(0)
+    rows, k, n, r = 60, 24, 20, 4
+    ends = torch.tensor([23, 23, 50])
+    operands = [
+        torch.randn(shape, dtype=FP64).requires_grad_()
+        for shape in ((rows, k), (3, r, k), (3, n, r))
+    ]
+    x, lora_A, lora_B = operands
+    weight = torch.randn(3, n, k, dtype=FP64)
+    grad = torch.randn(rows, n, dtype=FP64)
+    torch.manual_seed(5)
+    y = lora_experts(x, weight, None, lora_A, lora_B, 1.7, ends, dropout_p=p)
+    torch.manual_seed(5)
+    keep, share = draw_keep(x, p)
+    exact = lora_experts_ref(x, weight, None, lora_A, lora_B, 1.7, ends, keep, share)
+    torch.testing.assert_close(y, exact, rtol=1e-13, atol=1e-13)
+    for ours_, theirs in zip(
+        torch.autograd.grad(y, operands, grad),
+        torch.autograd.grad(exact, operands, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_masks_of_rows():
+    torch.manual_seed(0)
+    mask = dropout._draw_positions(40 * 24, 0.1, None)
+    keep = dropout.masked(torch.ones(40, 24, dtype=torch.bool), mask)
+    for rows in (slice(0, 40), slice(0, 0), slice(7, 19), slice(39, 40)):
+        part = mask_of_rows(mask, rows, 24)
+        ones = torch.ones(rows.stop - rows.start, 24, dtype=torch.bool)
+        assert torch.equal(dropout.masked(ones, part), keep[rows])
+
+
+def test_compiled_code_draws_the_other_kind():
+    """Under one seed it has the masks of eager code where that draws no positions."""
+    x = torch.randn(128, 256)
+    weight, pair = torch.randn(8, 256), (torch.randn(4, 256), torch.randn(8, 4))
+
+    def layer(p):
+        torch.manual_seed(6)
+        return lora_linear(x, weight, None, *pair, 1.0, p)
+
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(0.4), layer(0.4))
+    assert not torch.allclose(compiled(0.1), layer(0.1))
+
+
+def test_any_processor_draws_the_same_mask():
+    """Float64's logarithm may be a unit off in its last place, but no distance depends on it."""
+    numbers = torch.arange(1 << 24, dtype=torch.float32).div_(1 << 24).double().add_(2.0**-25)
+    for p in (0.05, 0.1, 0.2):
+        distances = numbers.log().div_(math.log1p(-p))
+        assert (distances - distances.round()).abs().min() > 1e-12 * distances.max()
