@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import product
 from unittest.mock import patch
 
@@ -243,12 +244,19 @@ def test_where_the_table_cannot_be_measured_it_is_asked(timer, monkeypatch):
 # When it is off.
 
 
+@contextmanager
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 OFF = {
     "not asked for": lambda: slk.use_autotune(False),
     "another kernel": lambda: slk.use_kernel("split"),
-    "deterministic": lambda: patch.object(
-        torch, "are_deterministic_algorithms_enabled", lambda: True
-    ),
+    "deterministic": deterministic_algorithms,
     "captured": lambda: patch.object(autotune, "_capturing", lambda y: True),
 }
 
