@@ -52,6 +52,9 @@ class Operand(NamedTuple):
 # itself. Without an x: for any that the layer may get in training, once its parameters are on their
 # devices.
 Read = Callable[[nn.Module, Tensor | None], Operand | str]
+# What Read finds for any x in a layer with one adapter on a plain weight, if it finds no reason in
+# dtypes, shapes and devices, which the key of an op's call has. None for any other layer.
+ReadUsual = Callable[[nn.Module], Operand | None]
 
 
 class LayerKind(NamedTuple):
@@ -60,6 +63,7 @@ class LayerKind(NamedTuple):
     # The class of those with adapters.
     adapted: type
     read: Read
+    read_usual: ReadUsual
     # Layers can form a projection group if their keys are equal; ``read`` checks the rest.
     group_key: Callable[[Any], Hashable]
 
@@ -146,6 +150,26 @@ def read_own_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
     return _reason_against_tensors(layer, tensors, dtype, x) or operand
 
 
+def read_usual_own_layer(layer: nn.Module) -> Operand | None:
+    """:data:`ReadUsual` of this library's layers."""
+    if not isinstance(layer, LoRALinear) or type(layer) is not LoRALinear:
+        return None
+    if layer.calls_base or layer.merged or layer._disabled:
+        return None
+    weight = layer._matrix()
+    bias, lora_A, lora_B = trained_and_bias(layer)
+    if not (_are_plain(weight, bias) and _are_plain(lora_A, lora_B)):
+        return None
+    weights = LoRAWeights(weight, bias, lora_A, lora_B, layer.scaling)
+    return Operand(weights, layer.lora_dropout if layer.training else 0.0, None)
+
+
+def _are_plain(first: Tensor, second: Tensor | None) -> bool:
+    """Whether the types of two tensors have no operations of their own."""
+    is_plain = type(first) is nn.Parameter or type(first) is Tensor
+    return is_plain and (second is None or type(second) is nn.Parameter or type(second) is Tensor)
+
+
 def _reason_against_tensors(
     layer: nn.Module,
     tensors: Iterable[Tensor | None],
@@ -166,4 +190,4 @@ def _reason_against_tensors(
     return f"computes in {dtype}" if autocast_dtype(x.device.type) is None else None
 
 
-OWN_LAYERS = LayerKind(LoRALinear, read_own_layer, projection_group_key)
+OWN_LAYERS = LayerKind(LoRALinear, read_own_layer, read_usual_own_layer, projection_group_key)

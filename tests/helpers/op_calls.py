@@ -21,6 +21,7 @@ OPS = (
     "lora_branch",
     "lora_linear_group",
     "lora_mlp",
+    "lora_mlp_if",
     "lora_experts",
 )
 
@@ -49,6 +50,8 @@ class Calls:
             self.groups.append(len(args[1]))
         elif op == "lora_mlp":
             self.mlps.append(args[4])
+        elif op == "lora_mlp_if":
+            self.mlps.append(args[3])
         else:
             self.layers[op.removesuffix("_if")] += 1
 
