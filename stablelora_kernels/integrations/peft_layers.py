@@ -133,7 +133,10 @@ def _output_in_one_op(layer: PeftLayer, x: Tensor) -> Tensor | None:
 
     # Once calls of this kind are known to fit, the op's own key says so.
     def fits() -> bool:
-        return not isinstance(read_peft_layer(layer, x), str)  # type: ignore[arg-type]
+        reading = read_peft_layer(layer, x)
+        if isinstance(reading, str) or reading.weights.lora_A is None:
+            return False
+        return x.shape[-1:] == reading.weights.lora_A.shape[1:]
 
     return lora_linear_if(fits, x, operand.weights, operand.dropout_p or 0.0)
 
