@@ -136,6 +136,15 @@ def lora_linear_group(
 LoRAWeights = Projection
 
 
+def lora_linear_group_if(
+    fits: Callable[[], bool], x: Tensor, projections: Sequence[Projection], dropout_p: float
+) -> Sequence[Tensor] | None:
+    """:func:`lora_linear_group` in training with weights that are not quantized, or None if it is a
+    call of a new kind that does not satisfy ``fits``.
+    """
+    return _run(x, projections, dropout_p, True, fits=fits) or None
+
+
 def lora_mlp(
     x: Tensor,
     gate: LoRAWeights,

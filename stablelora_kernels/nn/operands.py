@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.functional import LoRAWeights, lora_linear_group
+from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_linear_group_if
 from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.linear import (
     LoRAConv1D,
@@ -71,10 +71,34 @@ class LayerKind(NamedTuple):
         """Whether ``module`` computes a projection, with adapters or without."""
         return isinstance(module, (nn.Linear, self.adapted)) or is_conv1d(module)
 
-    def compute_group(self, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+    def compute_group(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
         """The outputs of layers that share the input ``x``, from one op; None if each layer must
         compute, or raise, by itself.
         """
+        usual = [self.read_usual(layer) for layer in layers]
+        projections = [operand.weights for operand in usual if operand is not None]
+        dropouts = {operand.dropout_p for operand in usual if operand is not None}
+        if len(projections) == len(layers) and len(dropouts) == 1:
+            # Once calls of this kind are known to fit, the op's own key says so.
+            def fits() -> bool:
+                return self._read_group(layers, x) is not None
+
+            return lora_linear_group_if(fits, x, projections, dropouts.pop() or 0.0)
+        operands = self._read_group(layers, x)
+        if operands is None:
+            return None
+        # Weights, biases, A's, B's and scalings.
+        columns = zip(*[operand.weights for operand in operands], strict=True)
+        outputs = lora_linear_group(x, *columns, operands[0].dropout_p)  # type: ignore[arg-type, call-arg]
+        results = []
+        for output, operand in zip(outputs, operands, strict=True):
+            for branch in operand.added:
+                output = branch.add_to(output, x)
+            results.append(output)
+        return results
+
+    def _read_group(self, layers: Sequence[nn.Module], x: Tensor) -> list[Operand] | None:
+        """The operands of layers that one op can compute for ``x``, or None."""
         operands: list[Operand] = []
         in_features = x.shape[-1:]
         for layer in layers:
@@ -88,15 +112,7 @@ class LayerKind(NamedTuple):
         settings = {(operand.dropout_p, operand.weights.lora_A.dtype) for operand in operands}  # type: ignore[union-attr]
         if len(settings) > 1:
             return None
-        # Weights, biases, A's, B's and scalings.
-        columns = zip(*[operand.weights for operand in operands], strict=True)
-        outputs = lora_linear_group(x, *columns, operands[0].dropout_p)  # type: ignore[arg-type, call-arg]
-        results = []
-        for output, operand in zip(outputs, operands, strict=True):
-            for branch in operand.added:
-                output = branch.add_to(output, x)
-            results.append(output)
-        return results
+        return operands
 
     def reason_against_group(self, layer: nn.Module) -> str | None:
         """Why :meth:`compute_group` leaves a layer and its group to themselves as the layer is now,
