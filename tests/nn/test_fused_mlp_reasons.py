@@ -273,3 +273,14 @@ def test_a_call_of_the_op_itself_does_not_tell_that_a_module_fits(calls):
     functional.lora_mlp(rows(), gate, up, down, "gelu")
     mlp(rows())
     assert len(calls.mlps) == 1
+
+
+@pytest.mark.parametrize("library", ["ours", "PEFT"])
+def test_a_layer_that_is_merged_after_calls_of_the_same_layouts(library, calls):
+    mlp = mlp_of(pair(lambda: MLP(nn.GELU()), library)[0]).eval()
+    expected = mlp(rows())
+    assert len(calls.mlps) == 1
+    mlp.up_proj.merge()
+    assert torch.allclose(mlp(rows()), expected) and len(calls.mlps) == 1
+    mlp.up_proj.unmerge()
+    assert torch.allclose(mlp(rows()), expected) and len(calls.mlps) == 2
