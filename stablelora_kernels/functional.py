@@ -18,7 +18,7 @@ from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_mlp import lora_mlp_op
 from stablelora_kernels.ops.lora_mlp_facts import Options
 from stablelora_kernels.ops.plans import find, key_of, remember
-from stablelora_kernels.projection import Projection
+from stablelora_kernels.projection import OPERANDS, Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float
@@ -78,19 +78,12 @@ def lora_linear(
 
 
 def lora_linear_if(
-    fits: Callable[[], bool],
-    x: Tensor,
-    weight: Tensor | NF4Weight | FP8Weight,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
+    fits: Callable[[], bool], x: Tensor, projection: Projection, dropout_p: float
 ) -> Tensor | None:
-    """:func:`lora_linear` in training, or None if it is a call of a new kind that does not satisfy
-    ``fits``.
+    """:func:`lora_linear` in training with a weight that is not quantized, or None if it is a call
+    of a new kind that does not satisfy ``fits``.
     """
-    ys = _run(x, (_projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, True, fits=fits)
+    ys = _run(x, (projection,), dropout_p, True, fits=fits)
     return ys[0] if ys else None
 
 
@@ -143,6 +136,15 @@ def lora_linear_group(
 LoRAWeights = Projection
 
 
+def lora_linear_group_if(
+    fits: Callable[[], bool], x: Tensor, projections: Sequence[Projection], dropout_p: float
+) -> Sequence[Tensor] | None:
+    """:func:`lora_linear_group` in training with weights that are not quantized, or None if it is a
+    call of a new kind that does not satisfy ``fits``.
+    """
+    return _run(x, projections, dropout_p, True, fits=fits) or None
+
+
 def lora_mlp(
     x: Tensor,
     gate: LoRAWeights,
@@ -187,6 +189,20 @@ def lora_mlp(
         )
     projections = [_projection(*p) for p in (gate, up, down)]
     return _run(x, projections, dropout_p, training, activation=activation)[0]
+
+
+def lora_mlp_if(
+    fits: Callable[[], bool],
+    x: Tensor,
+    projections: tuple[Projection, Projection, Projection],
+    activation: str,
+    dropout_p: float,
+) -> Tensor | None:
+    """:func:`lora_mlp` in training with weights that are not quantized, or None if it is a call of
+    a new kind that does not satisfy ``fits``. ``projections``: gate, up and down.
+    """
+    ys = _run(x, projections, dropout_p, True, activation=activation, fits=fits)
+    return ys[0] if ys else None
 
 
 def lora_branch(
@@ -321,13 +337,16 @@ def _run(
     No output if it is a call of a new kind that does not satisfy ``fits``.
     """
     dtype = _autocast_dtype(x)
+    dtypes_before: tuple[torch.dtype | None, ...] = ()
     if dtype is not None:
+        dtypes_before = _dtypes_of(x, projections)
         # Autocast does not know custom ops, so the caller has to cast.
         x = cast(x, dtype)
         projections = [_autocast_projection(p, dtype) for p in projections]
     shared_mask = activation != "" and _share_lora_A(projections)
     # What decides on the checks' answers, on the backend and on the launches.
-    kind = ("projections", activation, shared_mask, torch.is_grad_enabled())
+    gradients = torch.is_grad_enabled()
+    kind = ("projections", activation, shared_mask, gradients, fits is None, dtypes_before)
     values: list[Any] = [x, base, dropout_p, training]
     for p in projections:
         values += p
@@ -363,6 +382,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not x.is_floating_point() or x.dtype == torch.float64:
         return None
     return autocast_dtype(x.device.type)
+
+
+def _dtypes_of(x: Tensor, projections: Sequence[Projection]) -> tuple[torch.dtype | None, ...]:
+    """The dtypes of x and of the tensors of projections. ``fits`` may ask for those before
+    autocast's casts.
+    """
+    operands = [operand for p in projections for operand in p[:OPERANDS]]
+    return (x.dtype, *[getattr(operand, "dtype", None) for operand in operands])
 
 
 def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:

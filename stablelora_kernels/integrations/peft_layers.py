@@ -107,6 +107,9 @@ def output_of(layer: PeftLayer, x: Tensor) -> Tensor | None:
     """An accelerated layer's output for ``x``, or None if PEFT's own forward must compute it."""
     if is_observed(layer):
         return None
+    y = _output_in_one_op(layer, x)
+    if y is not None:
+        return y
     adapters = read_adapters(layer, layer.active_adapters)
     if isinstance(adapters, str) or not adapters:
         return None
@@ -114,8 +117,6 @@ def output_of(layer: PeftLayer, x: Tensor) -> Tensor | None:
     if isinstance(adapters, Dora):
         return adapters.output(base, x) if adapters.fits(x) else None
     first, *others = adapters.values()
-    if not others and (y := _output_in_one_op(first, base, x)) is not None:
-        return y
     if not all(branch.fits(x) for branch in adapters.values()):
         return None
     y = first.output(base, x)
@@ -124,20 +125,20 @@ def output_of(layer: PeftLayer, x: Tensor) -> Tensor | None:
     return y
 
 
-def _output_in_one_op(branch: Branch, base: nn.Module, x: Tensor) -> Tensor | None:
+def _output_in_one_op(layer: PeftLayer, x: Tensor) -> Tensor | None:
     """:func:`output_of` with one adapter on a plain base layer; None if it is no such call."""
-    tensors = plain_tensors(base)
-    if branch.bias is not None or tensors is None:
+    operand = _read_one_adapter(layer)
+    if operand is None:
         return None
-    weight, bias = tensors
 
     # Once calls of this kind are known to fit, the op's own key says so.
-    def is_readable() -> bool:
-        return branch.fits(x) and isinstance(base_operand(base, x), Base)
+    def fits() -> bool:
+        reading = read_peft_layer(layer, x)
+        if isinstance(reading, str) or reading.weights.lora_A is None:
+            return False
+        return x.shape[-1:] == reading.weights.lora_A.shape[1:]
 
-    return lora_linear_if(
-        is_readable, x, weight, bias, branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p
-    )
+    return lora_linear_if(fits, x, operand.weights, operand.dropout_p or 0.0)
 
 
 def output_with_arguments(
@@ -266,6 +267,32 @@ def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
     return Operand(weights, dropout_p, base.dtype, tuple(others), against_mlp)
 
 
+def read_usual_layer(layer: Any) -> Operand | None:
+    """:data:`~stablelora_kernels.nn.operands.ReadUsual` of PEFT's layers."""
+    if type(layer) not in ORIGINAL or layer.merged or layer.disable_adapters:
+        return None
+    return None if is_observed(layer) else _read_one_adapter(layer)
+
+
+def _read_one_adapter(layer: PeftLayer) -> Operand | None:
+    """The operand of a layer with one plain adapter on a plain base layer, whatever its input;
+    None of any other layer.
+    """
+    active = layer.active_adapters
+    modules = layer._modules
+    if len(active) != 1 or active[0] in layer.lora_variant:
+        return None
+    if active[0] not in modules["lora_A"]._modules:
+        return None
+    tensors = plain_tensors(modules["base_layer"])
+    branch = read_branch(layer, active[0])
+    if tensors is None or isinstance(branch, str) or branch.bias is not None:
+        return None
+    weight, bias = tensors
+    weights = LoRAWeights(weight, bias, branch.lora_A, branch.lora_B, branch.scaling)
+    return Operand(weights, branch.dropout_p, None)
+
+
 def _read_other_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
     """:func:`read_peft_layer` of a layer that is not accelerated: of a frozen one without PEFT's."""
     if isinstance(layer, BaseTunerLayer):
@@ -309,7 +336,7 @@ def _reason_not_accelerated(layer: Any) -> str:
     return f"it is a {type(layer).__name__}"
 
 
-PEFT_LAYERS = LayerKind(BaseTunerLayer, read_peft_layer, projection_group_key)
+PEFT_LAYERS = LayerKind(BaseTunerLayer, read_peft_layer, read_usual_layer, projection_group_key)
 
 
 class AcceleratedLinear(Accelerated, lora.Linear):

@@ -134,10 +134,19 @@ def plain_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """The weight and the bias of a plain ``nn.Linear`` that nothing watches; None for another
     module.
     """
-    if type(linear) is not nn.Linear or is_hooked(linear):
+    # Not by is_hooked() and are_plain(): this runs three times in each call of a layer.
+    if type(linear) is not nn.Linear:
+        return None
+    attributes = linear.__dict__
+    if (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+    ):
         return None
     weight, bias = weight_and_bias(linear)
-    # Not by are_plain(): this runs three times in each call of a layer.
     if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
         return weight, bias
     return None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from stablelora_kernels.functional import LoRAWeights, lora_mlp
+from stablelora_kernels.functional import LoRAWeights, lora_mlp, lora_mlp_if
 from stablelora_kernels.nn.mlp_form import Child, Form, form_of, reason_form_changed
 from stablelora_kernels.nn.operands import LayerKind, Operand, Read
 from stablelora_kernels.quantized import is_quantized
@@ -57,7 +57,7 @@ class State(NamedTuple):
     """
 
     form: Form
-    read: Read
+    kind: LayerKind
     # The function of a forward that was bound to the instance.
     own_forward: Callable[..., Any] | None
 
@@ -105,10 +105,53 @@ def _output(module: nn.Module, state: State, x: object) -> Tensor | None:
     # Global hooks and tracing must see every module's call. Tensor subclasses may override matmul.
     if type(x) is not Tensor or _has_any_global_hook() or torch.jit.is_tracing():
         return None
-    form = state.form
-    if reason_form_changed(module, form):
+    if reason_form_changed(module, state.form):
         return None
-    operands = _operands(module, form, state.read, x)
+    usual = _usual_call(module, state)
+    if usual is not None:
+        # Once calls of this kind are known to fit, the op's own key says so.
+        def fits() -> bool:
+            return _call_for(module, state, x) is not None
+
+        return lora_mlp_if(fits, x, usual.projections, usual.activation, usual.dropout_p)
+    call = _call_for(module, state, x)
+    if call is None:
+        return None
+    return lora_mlp(x, *call.projections, call.activation, call.dropout_p, True)
+
+
+class _Call(NamedTuple):
+    """What the op takes besides x."""
+
+    # Gate, up and down.
+    projections: tuple[LoRAWeights, LoRAWeights, LoRAWeights]
+    activation: str
+    # That of now: 0 in evaluation. All projections with an adapter have the same.
+    dropout_p: float
+
+
+def _usual_call(module: nn.Module, state: State) -> _Call | None:
+    """What :func:`_call_for` returns of a module whose layers are of the usual kind, if it fits x;
+    None of any other module.
+    """
+    form = state.form
+    modules = module._modules
+    read = state.kind.read_usual
+    gate = read(modules[form.gate.name])  # type: ignore[arg-type]
+    up = read(modules[form.up.name])  # type: ignore[arg-type]
+    down = read(modules[form.down.name])  # type: ignore[arg-type]
+    if gate is None or up is None or down is None or form.gate.half is not None:
+        return None
+    dropout_p = gate.dropout_p
+    if dropout_p is None or up.dropout_p != dropout_p or down.dropout_p != dropout_p:
+        return None
+    return _Call((gate.weights, up.weights, down.weights), form.activation, dropout_p)
+
+
+def _call_for(module: nn.Module, state: State, x: Tensor) -> _Call | None:
+    """What the op takes besides x, or None if the module's own forward must compute it or raise."""
+    form = state.form
+    operands = _operands(module, form, state.kind.read, x)
     if isinstance(operands, str):
         return None
     gate = operands[form.gate.name].weights
@@ -126,14 +169,13 @@ def _output(module: nn.Module, state: State, x: object) -> Tensor | None:
     if _shape(up) != (inner_features, in_features) or _shape(down)[1] != inner_features:
         return None
     dropouts = (operand.dropout_p for operand in operands.values())
-    # That of now: 0 in evaluation. All projections with an adapter have the same.
     dropout_p = next((p for p in dropouts if p is not None), None)
     # lora_mlp draws one mask for the halves of one layer, which have one A. Layers that share their
     # A draw two.
     shares_A = form.gate.half is None and gate.lora_A is up.lora_A is not None
     if dropout_p is None or (shares_A and dropout_p > 0):
         return None
-    return lora_mlp(x, gate, up, down, form.activation, dropout_p, True)
+    return _Call((gate, up, down), form.activation, dropout_p)
 
 
 def _shape(projection: LoRAWeights) -> tuple[int, ...]:
@@ -238,7 +280,7 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
         unfuse_mlps([module])
         form = form_of(module, kind.is_projection)
         if not isinstance(form, str):
-            reason = _fuse(module, form, kind.read) or reason_form_changed(module, form)
+            reason = _fuse(module, form, kind) or reason_form_changed(module, form)
             if reason is None:
                 operands = _operands(module, form, kind.read, None)
                 reason = operands if isinstance(operands, str) else None
@@ -248,7 +290,7 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
     return tuple(mlps)
 
 
-def _fuse(module: nn.Module, form: Form, read: Read) -> str | None:
+def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
     """Change the class of ``module``, or return why it cannot be changed."""
     try:
         module.__class__ = _fused_class(type(module))
@@ -256,7 +298,7 @@ def _fuse(module: nn.Module, form: Form, read: Read) -> str | None:
         return f"its class {type(module).__name__} can't have a subclass ({error})"
     bound = module.__dict__.pop("forward", None)
     own_forward = None if bound is None else bound.__func__
-    module.__dict__[ATTRIBUTE] = State(form, read, own_forward)
+    module.__dict__[ATTRIBUTE] = State(form, kind, own_forward)
     return None
 
 

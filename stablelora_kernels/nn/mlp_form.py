@@ -96,9 +96,12 @@ def _attribute(value: object, name: str) -> Any:
         return getattr(value, name, _ABSENT)
     # Attributes of the instance only. This is faster than nn.Module.__getattr__.
     attributes = value.__dict__
-    for kind in ("_modules", "_parameters"):
-        if name in attributes[kind]:
-            return attributes[kind][name]
+    children = attributes["_modules"]
+    if name in children:
+        return children[name]
+    parameters = attributes["_parameters"]
+    if name in parameters:
+        return parameters[name]
     if name in attributes:
         return attributes[name]
     return attributes["_buffers"].get(name, _ABSENT)
@@ -107,6 +110,8 @@ def _attribute(value: object, name: str) -> Any:
 def _key(value: object) -> tuple[object, ...]:
     """A value's type, and the value if it is constant. Its copies and pickles have an equal key."""
     kind = type(value)
+    if isinstance(value, nn.Module):
+        return (kind,)
     if isinstance(value, partial) and kind is partial:
         return kind, value.func, value.args, tuple(value.keywords.items())
     is_constant = kind in _CONSTANTS or isinstance(value, enum.Enum)

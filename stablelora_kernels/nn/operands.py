@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.functional import LoRAWeights, lora_linear_group
+from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_linear_group_if
 from stablelora_kernels.nn.factory import is_conv1d
 from stablelora_kernels.nn.linear import (
     LoRAConv1D,
@@ -52,6 +52,9 @@ class Operand(NamedTuple):
 # itself. Without an x: for any that the layer may get in training, once its parameters are on their
 # devices.
 Read = Callable[[nn.Module, Tensor | None], Operand | str]
+# What Read finds for any x in a layer with one adapter on a plain weight, if it finds no reason in
+# dtypes, shapes and devices, which the key of an op's call has. None for any other layer.
+ReadUsual = Callable[[nn.Module], Operand | None]
 
 
 class LayerKind(NamedTuple):
@@ -60,6 +63,7 @@ class LayerKind(NamedTuple):
     # The class of those with adapters.
     adapted: type
     read: Read
+    read_usual: ReadUsual
     # Layers can form a projection group if their keys are equal; ``read`` checks the rest.
     group_key: Callable[[Any], Hashable]
 
@@ -67,10 +71,34 @@ class LayerKind(NamedTuple):
         """Whether ``module`` computes a projection, with adapters or without."""
         return isinstance(module, (nn.Linear, self.adapted)) or is_conv1d(module)
 
-    def compute_group(self, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+    def compute_group(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
         """The outputs of layers that share the input ``x``, from one op; None if each layer must
         compute, or raise, by itself.
         """
+        usual = [self.read_usual(layer) for layer in layers]
+        projections = [operand.weights for operand in usual if operand is not None]
+        dropouts = {operand.dropout_p for operand in usual if operand is not None}
+        if len(projections) == len(layers) and len(dropouts) == 1:
+            # Once calls of this kind are known to fit, the op's own key says so.
+            def fits() -> bool:
+                return self._read_group(layers, x) is not None
+
+            return lora_linear_group_if(fits, x, projections, dropouts.pop() or 0.0)
+        operands = self._read_group(layers, x)
+        if operands is None:
+            return None
+        # Weights, biases, A's, B's and scalings.
+        columns = zip(*[operand.weights for operand in operands], strict=True)
+        outputs = lora_linear_group(x, *columns, operands[0].dropout_p)  # type: ignore[arg-type, call-arg]
+        results = []
+        for output, operand in zip(outputs, operands, strict=True):
+            for branch in operand.added:
+                output = branch.add_to(output, x)
+            results.append(output)
+        return results
+
+    def _read_group(self, layers: Sequence[nn.Module], x: Tensor) -> list[Operand] | None:
+        """The operands of layers that one op can compute for ``x``, or None."""
         operands: list[Operand] = []
         in_features = x.shape[-1:]
         for layer in layers:
@@ -84,15 +112,7 @@ class LayerKind(NamedTuple):
         settings = {(operand.dropout_p, operand.weights.lora_A.dtype) for operand in operands}  # type: ignore[union-attr]
         if len(settings) > 1:
             return None
-        # Weights, biases, A's, B's and scalings.
-        columns = zip(*[operand.weights for operand in operands], strict=True)
-        outputs = lora_linear_group(x, *columns, operands[0].dropout_p)  # type: ignore[arg-type, call-arg]
-        results = []
-        for output, operand in zip(outputs, operands, strict=True):
-            for branch in operand.added:
-                output = branch.add_to(output, x)
-            results.append(output)
-        return results
+        return operands
 
     def reason_against_group(self, layer: nn.Module) -> str | None:
         """Why :meth:`compute_group` leaves a layer and its group to themselves as the layer is now,
@@ -146,6 +166,26 @@ def read_own_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
     return _reason_against_tensors(layer, tensors, dtype, x) or operand
 
 
+def read_usual_own_layer(layer: nn.Module) -> Operand | None:
+    """:data:`ReadUsual` of this library's layers."""
+    if not isinstance(layer, LoRALinear) or type(layer) is not LoRALinear:
+        return None
+    if layer.calls_base or layer.merged or layer._disabled:
+        return None
+    weight = layer._matrix()
+    bias, lora_A, lora_B = trained_and_bias(layer)
+    if not (_are_plain(weight, bias) and _are_plain(lora_A, lora_B)):
+        return None
+    weights = LoRAWeights(weight, bias, lora_A, lora_B, layer.scaling)
+    return Operand(weights, layer.lora_dropout if layer.training else 0.0, None)
+
+
+def _are_plain(first: Tensor, second: Tensor | None) -> bool:
+    """Whether the types of two tensors have no operations of their own."""
+    is_plain = type(first) is nn.Parameter or type(first) is Tensor
+    return is_plain and (second is None or type(second) is nn.Parameter or type(second) is Tensor)
+
+
 def _reason_against_tensors(
     layer: nn.Module,
     tensors: Iterable[Tensor | None],
@@ -166,4 +206,4 @@ def _reason_against_tensors(
     return f"computes in {dtype}" if autocast_dtype(x.device.type) is None else None
 
 
-OWN_LAYERS = LayerKind(LoRALinear, read_own_layer, projection_group_key)
+OWN_LAYERS = LayerKind(LoRALinear, read_own_layer, read_usual_own_layer, projection_group_key)

@@ -20,7 +20,9 @@ OPS = (
     "lora_linear_if",
     "lora_branch",
     "lora_linear_group",
+    "lora_linear_group_if",
     "lora_mlp",
+    "lora_mlp_if",
     "lora_experts",
 )
 
@@ -47,8 +49,12 @@ class Calls:
     def add(self, op: str, args: Any) -> None:
         if op == "lora_linear_group":
             self.groups.append(len(args[1]))
+        elif op == "lora_linear_group_if":
+            self.groups.append(len(args[2]))
         elif op == "lora_mlp":
             self.mlps.append(args[4])
+        elif op == "lora_mlp_if":
+            self.mlps.append(args[3])
         else:
             self.layers[op.removesuffix("_if")] += 1
 

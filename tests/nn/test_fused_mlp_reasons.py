@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import parallelize_module
 
 import stablelora_kernels as slk
+from stablelora_kernels import functional
 from stablelora_kernels import tensor_parallel as slk_tp
 from stablelora_kernels.testing import nf4_weight
 from tests.helpers.gated_mlps import (
@@ -257,3 +258,29 @@ def test_the_report_groups_and_lists():
         nn.Sequential(nn.Linear(2, 2)), slk.LoRAConfig(target_modules=["0"]), fuse_mlp=True
     )
     assert report.notes[-1] == "fuse_mlp found no gated MLP with LoRA" and report.mlps == ()
+
+
+def test_a_call_of_the_op_itself_does_not_tell_that_a_module_fits(calls):
+    """Not even a call of the same tensors, which has the same layouts."""
+    mlp = mlp_of(pair(lambda: MLP(nn.GELU()))[0])
+    mlp(rows())
+    assert len(calls.mlps) == 1
+    mlp.up_proj.weight.requires_grad_()
+    gate, up, down = [
+        functional.LoRAWeights(layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+        for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    ]
+    functional.lora_mlp(rows(), gate, up, down, "gelu")
+    mlp(rows())
+    assert len(calls.mlps) == 1
+
+
+@pytest.mark.parametrize("library", ["ours", "PEFT"])
+def test_a_layer_that_is_merged_after_calls_of_the_same_layouts(library, calls):
+    mlp = mlp_of(pair(lambda: MLP(nn.GELU()), library)[0]).eval()
+    expected = mlp(rows())
+    assert len(calls.mlps) == 1
+    mlp.up_proj.merge()
+    assert torch.allclose(mlp(rows()), expected) and len(calls.mlps) == 1
+    mlp.up_proj.unmerge()
+    assert torch.allclose(mlp(rows()), expected) and len(calls.mlps) == 2
