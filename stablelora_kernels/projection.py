@@ -105,14 +105,14 @@ def projections_of(
     """The projections that :func:`operands_of`, :func:`scales_of` and :func:`layouts_of` have taken
     apart.
     """
-    each_layout = [_PLAIN] * len(scalings)
-    if layouts:
-        each_layout = [Layout(*fields) for fields in in_groups(layouts, len(Layout._fields))]
+    fours = zip(in_groups(operands, OPERANDS), scalings, strict=True)
+    plain = [Projection(*four, scaling) for four, scaling in fours]  # type: ignore[call-arg]
+    if not layouts:
+        return plain
+    each_layout = [Layout(*fields) for fields in in_groups(layouts, len(Layout._fields))]
     remaining = iter(scales)
     projections = []
-    fours = in_groups(operands, OPERANDS)
-    for four, layout, scaling in zip(fours, each_layout, scalings, strict=True):
-        p = Projection(*four, scaling)  # type: ignore[call-arg]
+    for p, layout in zip(plain, each_layout, strict=True):
         if layout != _PLAIN:
             stored_scales = tuple(islice(remaining, layout.scale_count))
             # A weight that nothing reads has no data.
@@ -124,6 +124,8 @@ def projections_of(
 
 def scale_count_of(layouts: Sequence[int]) -> int:
     """How many scales :func:`scales_of` has found for these layouts."""
+    if not layouts:
+        return 0
     each_layout = [Layout(*fields) for fields in in_groups(layouts, len(Layout._fields))]
     return sum(layout.scale_count for layout in each_layout if layout != _PLAIN)
 

@@ -115,9 +115,9 @@ def _random_words(count: int, generator: torch.Generator | None) -> Tensor:
 
 def _are_positions_drawn(size: int, device: torch.device, share: float) -> bool:
     """Whether a mask of so many elements is positions."""
-    if device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if size < POSITIONS_FROM or size >= 2**31 or share == 0 or share > POSITIONS_UP_TO:
         return False
-    if share == 0 or share > POSITIONS_UP_TO or not POSITIONS_FROM <= size < 2**31:
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     # A fake tensor has no values to count.
     return type(torch.empty(0)) is Tensor

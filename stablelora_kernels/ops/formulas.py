@@ -22,7 +22,7 @@ from stablelora_kernels.ops.cpu_products import (
     wide_product,
     without_autocast,
 )
-from stablelora_kernels.ops.dropout import applicable, draw_dropout, mask_, masked
+from stablelora_kernels.ops.dropout import applicable, draw_dropout, is_positions, mask_, masked
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored, as_plain
@@ -195,8 +195,13 @@ def _with_masked_branch(
     """
     if dx is None:
         return mask_(product(ds, lora_A), mask)
-    # In a call with dropout, a projection without a mask has no branch.
-    return dx if mask is None else dx.add_(mask_(product(ds, lora_A), mask))
+    if mask is None:
+        # In a call with dropout, a projection without a mask has no branch.
+        return dx
+    branch = product(ds, lora_A)
+    if is_positions(mask):
+        return dx.add_(mask_(branch, mask))
+    return dx.addcmul_(branch, mask)
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
