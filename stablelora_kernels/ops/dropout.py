@@ -115,9 +115,12 @@ def _random_words(count: int, generator: torch.Generator | None) -> Tensor:
 
 def _are_positions_drawn(size: int, device: torch.device, share: float) -> bool:
     """Whether a mask of so many elements is positions."""
+    # First, because a compiled graph would hold what it compares of a size.
+    if torch.compiler.is_compiling():
+        return False
     if size < POSITIONS_FROM or size >= 2**31 or share == 0 or share > POSITIONS_UP_TO:
         return False
-    if device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if device.type != "cpu" or torch.jit.is_tracing():
         return False
     # A fake tensor has no values to count.
     return type(torch.empty(0)) is Tensor
