@@ -116,7 +116,10 @@ def run_checks(device: torch.device) -> Iterator[Result]:
     if on_triton := backend.resolve_backend(device) == "triton":
         from stablelora_kernels.launch.base import launch_counts as counts
     for check in checks():
-        begun, before, figures, problem = time.perf_counter(), counts.copy(), {}, None
+        begun = time.perf_counter()
+        before = counts.copy()
+        figures: dict[str, Any] = {}
+        problem = None
         try:
             # The same masks at each run. The caller's generators keep their states.
             with (
@@ -215,13 +218,21 @@ def check_experts(device: torch.device, *, dtype: torch.dtype) -> list[Deviation
     ]  # fmt: skip
     operands = [make(expert) for expert in experts]
     x, grad = (torch.cat([tensors[name] for tensors in operands]) for name in ("x", "grad0"))
-    weight, bias, lora_A, lora_B = (
-        torch.stack([tensors[name] for tensors in operands])
-        for name in ("weight0", "bias0", "lora_A0", "lora_B0")
-    )
-    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    stacks = {
+        name: torch.stack([tensors[f"{name}0"] for tensors in operands])
+        for name in ("weight", "bias", "lora_A", "lora_B")
+    }
+    leaves = [t.requires_grad_() for t in (x, stacks["lora_A"], stacks["lora_B"])]
     ends = torch.tensor(rows, device=device).cumsum(0)
-    y = lora_experts(x, weight, bias, lora_A, lora_B, SCALING, ends)
+    y = lora_experts(
+        x,
+        stacks["weight"],
+        stacks["bias"],
+        stacks["lora_A"],
+        stacks["lora_B"],
+        SCALING,
+        ends,
+    )
     dx, das, dbs = torch.autograd.grad(y, leaves, grad)
 
     measured = []
@@ -343,7 +354,7 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
     latches = {pair.name: pair.latched_at for pair in optimizer.stability()}
     if latches != latched_at or sorted(latched_at.values(), key=str) != [1, None]:
         raise AssertionError(f"the pairs must latch at steps {latched_at}, got {latches}")
-    baselines, _ = plain(dtype)
+    baselines = plain(dtype)[0]
     measured = []
     for name, parameter in ours.items():
         check_shape(name, parameter, refs[name])

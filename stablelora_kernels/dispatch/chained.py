@@ -25,7 +25,10 @@ from stablelora_kernels.dispatch.tiles import (
 
 # Clocks of Hopper, whose products leave the least time: until loads come from memory; of a step of
 # S or dB, at least, and of one that draws a mask; and of a product's step, for each column.
-MEMORY_CLOCKS, STEP_CLOCKS, DRAWN_CLOCKS, COLUMN_CLOCKS = 1400, 200, 1250, 4
+MEMORY_CLOCKS = 1400
+STEP_CLOCKS = 200
+DRAWN_CLOCKS = 1250
+COLUMN_CLOCKS = 4
 
 
 class ChainedPlans(NamedTuple):

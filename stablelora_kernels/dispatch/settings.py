@@ -51,11 +51,15 @@ class _Setting:
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def set(self, value: Any) -> None:
+        """Set the process's value or, within a block, the block's."""
         with self._alone():
             self._values[max(self._values)] = self.value = value
 
     @contextmanager
     def use(self, value: Any) -> Iterator[None]:
+        """Put ``value`` in force for a block. The block that began last has precedence, in whatever
+        order blocks end.
+        """
         with self._alone():
             block = max(self._values) + 1
             self._values[block] = self.value = value

@@ -41,7 +41,7 @@ _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
 DORA_WITH_DROPOUT = "is DoRA with dropout, which needs the base product of two inputs to train; evaluation runs on the ops"
 
 
-def read_adapter(layer: PeftLayer, adapter: str) -> Branch | Dora | str:
+def read_branch_or_dora(layer: PeftLayer, adapter: str) -> Branch | Dora | str:
     """An adapter, with the dropout of now, or why PEFT's own forward must compute it."""
     variant = layer.lora_variant.get(adapter)
     if variant is None:
@@ -61,7 +61,7 @@ def read_adapters(layer: PeftLayer, names: Iterable[str]) -> dict[str, Branch] |
     for name in names:
         if name not in held:
             continue
-        adapter = read_adapter(layer, name)
+        adapter = read_branch_or_dora(layer, name)
         if isinstance(adapter, str):
             return adapter
         if isinstance(adapter, Branch):
@@ -77,7 +77,7 @@ def read_adapters(layer: PeftLayer, names: Iterable[str]) -> dict[str, Branch] |
 
 def reason_adapter_stays_pefts(layer: PeftLayer, adapter: str) -> str | None:
     """Why PEFT's own forward must compute an adapter of a layer, at least in training, or None."""
-    reading = read_adapter(layer, adapter)
+    reading = read_branch_or_dora(layer, adapter)
     if isinstance(reading, str):
         return reading
     if _is_dora_with_dropout(layer, adapter):

@@ -81,7 +81,7 @@ class Branch(NamedTuple):
         x_dtype = x.dtype
         if x_dtype not in FLOAT_DTYPES or x.device != lora_A.device:
             return False
-        # Not part of read_adapter: in a sharded model, parameters have other shapes between calls.
+        # Not part of read_branch_or_dora: in a sharded model, parameters have other shapes between calls.
         in_features = x.shape[-1:] if features is None else (features,)
         if in_features != lora_A.shape[1:] or lora_A.shape[:1] != self.lora_B.shape[1:]:
             return False

@@ -174,13 +174,15 @@ def load_adapter(
         "model.load_adapter(path, adapter_name), or peft.PeftModel.from_pretrained(base_model, path),",
     )
     directory = adapter_directory(path, revision, subfolder)
-    config_file, weights_file, content, tensors = read_adapter(directory, lambda tensor: tensor)
-    if foreign := [key for key in tensors if not key.startswith(PREFIX)]:
+    adapter = read_adapter(directory, lambda tensor: tensor)
+    if foreign := [key for key in adapter.tensors if not key.startswith(PREFIX)]:
         raise ValueError(
-            f"keys in {weights_file} must start with {PREFIX!r}, got {list_some(foreign)}"
+            f"keys in {adapter.weights_file} must start with {PREFIX!r}, got {list_some(foreign)}"
         )
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    config = read_config(content or {}, config_file, tensors)
+    weights_file = adapter.weights_file
+    config_file = adapter.config_file
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in adapter.tensors.items()}
+    config = read_config(adapter.config or {}, config_file, tensors)
 
     with unchanged_on_error(model):
         if layers := _layers(model):

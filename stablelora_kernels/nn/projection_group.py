@@ -205,8 +205,8 @@ def _find_projection_groups(
     """
     parents: dict[str, set[str]] = {}
     for name in layers:
-        parent, _, child = name.rpartition(".")
-        parents.setdefault(parent, set()).add(child)
+        path = name.split(".")
+        parents.setdefault(".".join(path[:-1]), set()).add(path[-1])
     groups = []
     for parent, children in parents.items():
         parent_name = parent.rpartition(".")[2].lower()

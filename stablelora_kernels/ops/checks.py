@@ -34,8 +34,11 @@ def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | Non
     """``of``: the projection's name before those of its operands, such as ``"gate."``. ``base``:
     that of a lone branch.
     """
-    weight, bias, lora_A, lora_B, scaling = p
-    _check_scaling(f"{of}scaling", scaling)
+    weight = p.weight
+    bias = p.bias
+    lora_A = p.lora_A
+    lora_B = p.lora_B
+    _check_scaling(f"{of}scaling", p.scaling)
     if base is not None:
         if base.dim() < 1 or x.dim() < 1 or base.shape[:-1] != x.shape[:-1]:
             raise ValueError(

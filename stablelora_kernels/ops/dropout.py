@@ -26,8 +26,9 @@ from stablelora_kernels.utils.tensors import drop_share
 
 # Up to so many elements of a mask, fewer operators are faster.
 BERNOULLI_UP_TO = 8192
-# Up to this probability, and from so many elements on, a mask is positions.
-POSITIONS_UP_TO = 0.25
+# Up to this probability, and from so many elements on, a mask is positions: where a draw and two
+# uses of them take less time than those of bools (``python -m benchmarks.lab.masks``).
+POSITIONS_UP_TO = 0.15
 POSITIONS_FROM = 1 << 15
 # A random 64-bit word gives so many elements 16 bits each.
 _ELEMENTS_PER_WORD = 4
@@ -93,14 +94,22 @@ def _draw(
     share = drop_share(dropout_p)
     if _are_positions_drawn(size, device, share):
         return _draw_positions(size, share, generator), share
+    return _draw_bools(shape, device, share, generator), share
+
+
+def _draw_bools(
+    shape: Sequence[int], device: torch.device, share: float, generator: torch.Generator | None
+) -> Tensor:
+    """Which elements are kept, each with the probability 1 - ``share``."""
+    size = math.prod(shape)
     if device.type != "cpu" or _is_small(size):
         keep = torch.empty(shape, dtype=torch.bool, device=device)
-        return keep.bernoulli_(1 - share, generator=generator), share
+        return keep.bernoulli_(1 - share, generator=generator)
     # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four
     # elements per int64 word, are several times faster.
     words = _random_words(-(-size // _ELEMENTS_PER_WORD), generator)
     values = words.view(torch.int16)[:size].view(shape)
-    return values >= round(share * 65536) - 32768, share
+    return values >= round(share * 65536) - 32768
 
 
 def _random_words(count: int, generator: torch.Generator | None) -> Tensor:

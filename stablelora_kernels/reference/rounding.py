@@ -50,7 +50,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 def deviation_of_rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The standard deviation of one rounding to ``dtype``, per element."""
-    _, exponent = torch.frexp(value.abs())
+    exponent = torch.frexp(value.abs()).exponent
     # frexp's fraction begins at one half. Below the smallest normal number the spacing stays.
     power = torch.exp2(exponent.double() - 1).clamp(min=torch.finfo(dtype).tiny)
     return torch.where(value == 0, 0.0, power * (unit_roundoff(dtype) / math.sqrt(3)))

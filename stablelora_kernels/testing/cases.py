@@ -34,7 +34,10 @@ from stablelora_kernels.functional import (
 from stablelora_kernels.testing.devices import pretend_gpu
 from stablelora_kernels.testing.inputs import fp8_weight, make_inputs, nf4_weight
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+BF16 = torch.bfloat16
+FP16 = torch.float16
+FP32 = torch.float32
+FP64 = torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT = {FP64: "fp64", FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 LAYOUTS = ("contiguous", "transposed", "wider", "every second", "shifted", "expanded", "negated")

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stablelora_kernels.functional import (
     LoRAWeights,
+    lora_branch,
     lora_experts,
     lora_linear,
     lora_linear_group,
@@ -38,7 +39,7 @@ def positions(monkeypatch):
 SIDE = 4096
 
 
-@pytest.fixture(scope="module", params=[1 / 32, 0.2])
+@pytest.fixture(scope="module", params=[1 / 32, 0.15])
 def drawn(request) -> tuple[torch.Tensor, float]:
     """Which elements a mask of many drops, in float32, and with which probability each."""
     torch.manual_seed(0)
@@ -125,14 +126,47 @@ def test_matches_the_oracle(op, dtypes, few, positions):
     check(case, run(case))
 
 
+@every_op
+@pytest.mark.parametrize("layout", ["transposed", "every second", "expanded", "negated"])
+def test_any_strides_match_the_oracle(op, layout, positions):
+    case = small(op, p=0.1, backend="torch", layouts={"x": layout, "grad": layout})
+    check(case, run(case))
+
+
+@every_op
+def test_autocast_matches_the_oracle(op, positions):
+    case = small(op, p=0.1, backend="torch", autocast=True)
+    check(case, run(case))
+
+
+@every_op
+def test_evaluation_draws_nothing(op, positions):
+    case = small(op, p=0.1, backend="torch", training=False)
+    assert_close(run(case), run(case.but(p=0.0)))
+
+
+def test_a_dropped_position_holds_zero(positions):
+    """Whatever x has there, as on Triton: a mask of bools would multiply."""
+    torch.manual_seed(0)
+    x = torch.randn(70, 24)
+    torch.manual_seed(1)
+    keep, _ = draw_keep(x, 0.1)
+    x[~keep] = torch.nan
+    pair = torch.randn(4, 24).requires_grad_(), torch.randn(8, 4).requires_grad_()
+    torch.manual_seed(1)
+    y = lora_branch(torch.zeros(70, 8), x, *pair, 1.0, 0.1)
+    y.sum().backward()
+    assert y.isfinite().all() and pair[0].grad.isfinite().all()
+
+
 def test_large_masks_are_positions():
     """Up to the probability from which they pay, and from so many elements on."""
-    for shape, p in itertools.product([(64, 511), (64, 512)], [0.25, 0.26]):
+    for shape, p in itertools.product([(64, 511), (64, 512)], [0.15, 0.16]):
         x = torch.randn(shape)
         pair = torch.randn(4, shape[1]).requires_grad_(), torch.randn(8, 4).requires_grad_()
         y = lora_linear(x, torch.randn(8, shape[1]), None, *pair, 1.0, p)
         kept = kept_for_backward(y, torch.int32)
-        assert (kept is not None) == (shape == (64, 512) and p == 0.25)
+        assert (kept is not None) == (shape == (64, 512) and p == 0.15)
         assert kept is None or kept.dim() == 1
 
 

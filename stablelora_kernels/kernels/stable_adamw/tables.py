@@ -108,7 +108,10 @@ KINDS = (torch.float32, torch.bfloat16, torch.float16)
 N_VARIANTS = tl.constexpr(2 * len(KINDS))
 
 # An A of ROLE_A_NEVER shrinks at every step and never latches.
-ROLE_LONE, ROLE_A, ROLE_B, ROLE_A_NEVER = 0, 1, 2, 3
+ROLE_LONE = 0
+ROLE_A = 1
+ROLE_B = 2
+ROLE_A_NEVER = 3
 LATCHING_A = tl.constexpr(ROLE_A)
 NEVER_LATCHING_A = tl.constexpr(ROLE_A_NEVER)
 
@@ -117,8 +120,14 @@ NEVER_LATCHING_A = tl.constexpr(ROLE_A_NEVER)
 # LOW_MOMENTS: bfloat16 moments. 8BIT_MOMENTS: codes, with one scale a block of 256.
 # SHARDED: the host has summed the pairs' squares over all processes.
 # CUT: some shard is not one run of its parameter's elements.
-FLAG_AMSGRAD, FLAG_DYNAMIC, FLAG_NEVER, FLAG_MASTER = 1, 2, 4, 8
-FLAG_LOW_MOMENTS, FLAG_8BIT_MOMENTS, FLAG_SHARDED, FLAG_CUT = 16, 32, 64, 128
+FLAG_AMSGRAD = 1
+FLAG_DYNAMIC = 2
+FLAG_NEVER = 4
+FLAG_MASTER = 8
+FLAG_LOW_MOMENTS = 16
+FLAG_8BIT_MOMENTS = 32
+FLAG_SHARDED = 64
+FLAG_CUT = 128
 AMSGRAD = tl.constexpr(FLAG_AMSGRAD)
 DYNAMIC = tl.constexpr(FLAG_DYNAMIC)
 NEVER = tl.constexpr(FLAG_NEVER)
