@@ -19,7 +19,7 @@ PACKAGE = "stablelora_kernels"
 LEVELS = (
     {"_version", "utils"},
     {"config", "pairs", "quantized"},
-    {"projection", "reference", "dispatch"},
+    {"projection", "packed_experts", "reference", "dispatch"},
     {"kernels"},
     {"launch"},
     {"ops", "optim"},
