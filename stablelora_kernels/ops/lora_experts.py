@@ -411,9 +411,11 @@ class _LoRAExperts(torch.autograd.Function):
     @staticmethod
     @first_derivative
     def backward(ctx: _ExpertsContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
-        operands = ctx.saved_tensors[1:_SAVED]
-        scales = ctx.saved_tensors[_SAVED:]
+        # Checkpointing lets backward ask for them once.
+        saved = ctx.saved_tensors
+        x = saved[0]
+        operands = saved[1:_SAVED]
+        scales = saved[_SAVED:]
         wanted = _wanted(ctx)
         facts = (scales, ctx.layout, ctx.scaling, ctx.transposed)
         dx, da, db = lora_experts_bwd(x, with_own_memory(grad), *operands, *facts, *wanted)

@@ -91,7 +91,7 @@ def make_stack(name: str, count: int, rows: int, columns: int) -> Stack:
 def in_4_bits(model: Any, **options: Any) -> tuple[Any, Any]:
     """``model`` with its experts in bitsandbytes' 4 bits; and a copy with what these stand for."""
     plain = copy.deepcopy(model)
-    for module, other in zip(model.modules(), plain.modules(), strict=True):
+    for module, other in zip([*model.modules()], [*plain.modules()], strict=True):
         if not _has_stacks(module):
             continue
         for name in stacked_names(module):
