@@ -56,7 +56,8 @@ def is_llama4(experts: object) -> bool:
     """Whether it is Llama 4's module, which is called without routing: its x has the rows of each
     expert.
     """
-    return type(experts).__name__ == "Llama4TextExperts"
+    # A parametrization makes a subclass of it.
+    return any(kind.__name__ == "Llama4TextExperts" for kind in type(experts).__mro__)
 
 
 def reason_experts_do_not_fit(experts: nn.Module) -> str | None:

@@ -102,9 +102,13 @@ def _stacks_matrices(module: nn.Module, name: str) -> bool:
 
 def is_packed(experts: nn.Module, name: str) -> bool:
     """Whether :func:`read_stack` gives a packed stack, or says why it does not."""
-    if type(experts).__name__ == "FP8Experts" or is_in_4_bits(experts, name):
+    if _is_fp8_module(experts) or is_in_4_bits(experts, name):
         return True
     return _mxfp4(experts, name) is not None
+
+
+def _is_fp8_module(experts: nn.Module) -> bool:
+    return any(kind.__name__ == "FP8Experts" for kind in type(experts).__mro__)
 
 
 def _mxfp4(experts: nn.Module, name: str) -> MXFP4Parametrization | None:
@@ -131,7 +135,7 @@ def read_stack(experts: nn.Module, name: str) -> Tensor | PackedExperts:
     mxfp4 = _mxfp4(experts, name)
     if mxfp4 is not None:
         return mxfp4.stack(stored_parameter(experts, name))
-    if type(experts).__name__ == "FP8Experts":
+    if _is_fp8_module(experts):
         return FP8Experts.from_module(experts, name)
     return cast(Tensor, getattr(experts, name))
 
@@ -152,7 +156,7 @@ def dtype_of_stack(experts: nn.Module, name: str) -> torch.dtype:
     """The dtype in which a module gives its stack to products. transformers' ``FP8Experts`` take
     any; models of them are in bfloat16.
     """
-    if type(experts).__name__ == "FP8Experts":
+    if _is_fp8_module(experts):
         return torch.bfloat16
     computed = computed_parameters(experts)
     if name not in computed:

@@ -118,7 +118,9 @@ def build(
     """
     sizes = _COMMON | FAMILIES[family]
     if width:
-        sizes |= {key: width for key in sizes if key in _WIDTHS} | {"head_dim": width // 4}
+        sizes |= {key: width for key in sizes if key in _WIDTHS}
+        if "v_head_dim" not in sizes:
+            sizes["head_dim"] = width // 4
     config = transformers.CONFIG_MAPPING[family](**sizes)
     chosen = (
         {} if family in ("llama4_text", "jetmoe") else {"experts_implementation": implementation}
