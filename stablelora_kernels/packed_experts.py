@@ -218,8 +218,12 @@ class NF4Experts(PackedExperts):
         if not self.layout.nested_blocksize:
             return absmax
         nested_absmax, nested_code, offset = self.scales[2:]
-        places = torch.arange(blocks.start, blocks.stop, device=absmax.device)
-        nested = nested_absmax.index_select(0, places // self.layout.nested_blocksize)
+        size = self.layout.nested_blocksize
+        # The nested blocks that these begin and end in.
+        first = blocks.start // size
+        nested = nested_absmax[first : -(-blocks.stop // size)].repeat_interleave(size)
+        skipped = blocks.start - first * size
+        nested = nested[skipped : skipped + absmax.numel()]
         return nested_code.index_select(0, absmax.int()).mul_(nested).add_(offset)
 
 

@@ -174,7 +174,17 @@ def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product]
             if isinstance(pair, str):
                 return pair
             if x is not None:
-                products[name] = product_of(base, name, pair.lora_A, pair.lora_B, pair.scaling)
+                products[name] = product_of(
+                    base,
+                    name,
+                    pair.lora_A,
+                    pair.lora_B,
+                    pair.scaling,
+                    # PEFT before 0.19 takes all weights for [E, in, out].
+                    taken_transposed=not getattr(
+                        wrappers[name], "_did_swap_in_out_features", False
+                    ),
+                )
     return products
 
 

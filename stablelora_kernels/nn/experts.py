@@ -95,11 +95,14 @@ def product_of(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     weight: Tensor | None = None,
+    taken_transposed: bool | None = None,
 ) -> Product:
     """The product with the stack ``name`` of a module of experts, packed or not, or with ``weight``
     in its place, and its branch.
 
     As PEFT stores them: A [E r, in], the expert slowest, and B [out, r E], the expert fastest.
+    ``taken_transposed``: whether it takes the weights for [E, in, out]; what newer releases do if
+    not given.
     """
     module = cast(nn.Module, experts)
     stack: Tensor | PackedExperts = read_stack(module, name) if weight is None else weight
@@ -109,7 +112,9 @@ def product_of(
     if lora_A is None or lora_B is None:
         return _frozen_product(stack, bias, transposed)
     a, b = pairs_by_expert(lora_A, lora_B, stack.shape[0])
-    if is_taken_so != is_taken_transposed(experts):
+    if taken_transposed is None:
+        taken_transposed = is_taken_transposed(experts)
+    if is_taken_so != taken_transposed:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return lambda x, offsets: lora_experts(
         x, stack, bias, a, b, scaling, offsets, transposed=transposed, dropout_p=dropout_p
