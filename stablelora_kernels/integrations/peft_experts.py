@@ -80,11 +80,17 @@ class AcceleratedExperts(ParamWrapper):
             if not isinstance(products, str):
                 return compute_experts(base, products, x, *args)
             reason = products
-        if not self.disable_adapters:
-            fault = fault_of_packed(self)
-            if fault is not None:
-                raise RuntimeError(f"{reason}, and {fault}")
+        fault = fault_of_packed(self) if self._has_effect() else None
+        if fault is not None:
+            raise RuntimeError(f"{reason}, and {fault}")
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _has_effect(self) -> bool:
+        """Whether an adapter is active and enabled."""
+        if self.disable_adapters:
+            return False
+        wrappers = wrapped_parameters(self).values()
+        return any(name in w.lora_A for w in wrappers for name in self.active_adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, which adds to a copy of packed experts that it then drops.

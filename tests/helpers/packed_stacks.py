@@ -21,6 +21,7 @@ mxfp4 = pytest.importorskip(
     "transformers.integrations.mxfp4", reason="runs where transformers is installed"
 )
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+moe = pytest.importorskip("transformers.integrations.moe")
 
 FP8_BLOCK = (128, 128)
 
@@ -106,3 +107,40 @@ def _has_stacks(module: nn.Module) -> bool:
 
 def stacked_names(module: nn.Module) -> list[str]:
     return [name for name, p in [*module._parameters.items()] if p is not None and p.dim() == 3]
+
+
+class FP8Module(fp8.FP8Experts):
+    """transformers makes a module of every model's kind of it."""
+
+
+def in_float8(model: Any) -> tuple[Any, Any]:
+    """``model`` with its experts in transformers' ``FP8Experts``; and a copy with what these stand
+    for.
+    """
+    kind = moe.use_experts_implementation(
+        experts_class=type("FP8Experts", (FP8Module,), {}),
+        experts_interface=fp8.ALL_FP8_EXPERTS_FUNCTIONS,
+    )
+    plain = copy.deepcopy(model)
+    for name, module in [*model.named_modules()]:
+        if not _has_stacks(module):
+            continue
+        packed = kind(module.config, block_size=FP8_BLOCK)
+        for stack in ("gate_up_proj", "down_proj"):
+            values = getattr(module, stack).data
+            data, scale_inv = quantize_fp8(values)
+            getattr(packed, stack).data.copy_(data)
+            getattr(packed, f"{stack}_scale_inv").data.copy_(scale_inv)
+            exact = fp8._dequantize_fp8_weight(data, scale_inv, FP8_BLOCK, values.dtype)
+            getattr(plain.get_submodule(name), stack).data.copy_(exact)
+        model.set_submodule(name, packed)
+    return model, plain
+
+
+def quantize_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A stack of whole blocks in float8, and the blocks' multipliers."""
+    count, rows, columns = values.shape
+    by_block = values.float().view(count, rows // 128, 128, columns // 128, 128)
+    scale_inv = by_block.abs().amax((2, 4)) / 448
+    scaled = by_block / scale_inv[:, :, None, :, None]
+    return scaled.view(values.shape).to(torch.float8_e4m3fn), scale_inv
