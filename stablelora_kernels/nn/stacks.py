@@ -9,6 +9,7 @@ module ``FP8Experts`` has its own parameters. Nothing here accesses such a param
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -233,10 +234,37 @@ def set_mxfp4(
     step = MXFP4Parametrization(scales, dtype, transposed)
     experts.register_parameter(name, nn.Parameter(blocks, requires_grad=False))
     parametrize.register_parametrization(experts, name, step, unsafe=True)
+    experts.register_state_dict_post_hook(partial(_name_as_in_checkpoint, parameter=name))
+    experts.register_load_state_dict_pre_hook(partial(_name_as_in_module, parameter=name))
     if _start_cache not in experts._forward_pre_hooks.values():
         # A loop over experts would dequantize the stack once for each.
         experts.register_forward_pre_hook(_start_cache)
         experts.register_forward_hook(_end_cache, always_call=True)
+
+
+def _names_of_mxfp4(prefix: str, parameter: str) -> dict[str, str]:
+    """The names in a checkpoint, by those that a module has."""
+    computed = f"{prefix}parametrizations.{parameter}."
+    return {
+        f"{computed}original": f"{prefix}{parameter}_blocks",
+        f"{computed}0.scales": f"{prefix}{parameter}_scales",
+    }
+
+
+def _name_as_in_checkpoint(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *, parameter: str
+) -> None:
+    for name, in_checkpoint in _names_of_mxfp4(prefix, parameter).items():
+        if name in state:
+            state[in_checkpoint] = state.pop(name)
+
+
+def _name_as_in_module(
+    module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any, parameter: str
+) -> None:
+    for name, in_checkpoint in _names_of_mxfp4(prefix, parameter).items():
+        if in_checkpoint in state:
+            state[name] = state.pop(in_checkpoint)
 
 
 def _start_cache(module: nn.Module, args: Any) -> None:
