@@ -182,12 +182,12 @@ def reason_stack_does_not_fit(experts: nn.Module, name: str, gathered: bool) -> 
     if name in computed and not is_packed(experts, name):
         return "another parametrization changes its weights"
     if is_packed(experts, name):
-        if not gathered and is_sharded(stored_parameter(experts, name)):
-            return f"its {name} is packed, and fully_shard cuts it anywhere"
-        try:
-            read_stack(experts, name)
-        except (TypeError, ValueError) as error:
-            return f"its {name} does not fit lora_experts: {error}"
+        # Shards do not tell. They were whole when they got their adapter.
+        if gathered or not is_sharded(stored_parameter(experts, name)):
+            try:
+                read_stack(experts, name)
+            except (TypeError, ValueError) as error:
+                return f"its {name} does not fit lora_experts: {error}"
     else:
         reason = _reason_against(name, getattr(experts, name), gathered)
         if reason is not None:

@@ -228,7 +228,7 @@ def test_models_that_do_not_fit(tmp_path):
         slk.load_packed_experts(plain.lm_head, tmp_path)
     slk.load_packed_experts(plain, tmp_path)
     with pytest.raises(
-        ValueError, match=rf"experts.\w+_proj must not be packed yet, got one that is"
+        ValueError, match=r"experts.\w+_proj must not be packed yet, got one that is"
     ):
         slk.load_packed_experts(plain, tmp_path)
     assert transformers.__name__ == "transformers"
