@@ -1,7 +1,7 @@
 """LoRA on a stack of experts, and DoRA: time, peak memory and what is kept for backward, against
 PEFT on the same weights.
 
-    python -m benchmarks.lab.experts [--rounds 7] [--records FILE]
+    python -m benchmarks.lab.experts [--rounds 7] [--only TEXT] [--records FILE]
 
 The experts are those of Qwen3-MoE: 64 of width 1024 and inner width 512, 8 for each token, r 16.
 Arms take turns, call by call in one process; a forward and a backward each. Peak memory is that of
@@ -19,6 +19,7 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -204,7 +205,7 @@ def of_model(model: nn.Module) -> list[torch.Tensor]:
     return held
 
 
-def measure(case: str, rounds: int) -> list[dict[str, Any]]:
+def measure(case: str, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """The records of a case: milliseconds, times over PEFT's and over the frozen experts', MiB of
     peak and MiB kept.
     """
@@ -214,6 +215,7 @@ def measure(case: str, rounds: int) -> list[dict[str, Any]]:
         {arm: lambda each=each: backward(*each) for arm, each in made.items()},
         warmup=1,
         iters=rounds,
+        clock=clock,
     )
     rows = []
     roles = {FROZEN: "base", PEFT: "rival", ACCELERATED: "ours"}
@@ -278,15 +280,21 @@ def main() -> None:
     parser.add_argument(
         "--records", type=Path, metavar="FILE", help="also write the figures to a CSV file"
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="take the processor's time, of one thread, on a machine that others use, too",
+    )
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print_peak(*args.peak)
         return
+    clock = time.process_time if args.processor_time else time.perf_counter
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if args.only in case:
-            rows += measure(case, args.rounds)
+            rows += measure(case, args.rounds, clock)
             print(table([row for row in rows if row["case"] == case]), flush=True)
     if args.records:
         write_records(args.records, rows, environment())

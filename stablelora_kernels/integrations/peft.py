@@ -58,11 +58,12 @@ def accelerate_peft(
     PEFT would copy x to float32, this library does not. DoRA without dropout (with dropout in
     evaluation only), and stacks of experts with one active adapter
     (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's
-    size.
+    size. So do stacks in bitsandbytes' 4 bits, in transformers' ``FP8Experts`` and in MXFP4, which
+    PEFT trains wrongly; their wrappers are nested, and named, as those of plain stacks.
 
-    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in
-    float8, integers or 4 bits, and before a layer that quantizes its input, as some of torchao's
-    and compressed-tensors' do.
+    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts
+    that are packed otherwise, and before a layer that quantizes its input, as some of torchao's and
+    compressed-tensors' do.
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
@@ -85,8 +86,9 @@ def accelerate_peft(
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
         TypeError: ``model`` is not a module.
-        ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be
-            skipped. Nothing is changed then.
+        ValueError: the model has no PEFT LoRA layers; ``strict`` is set and something would be
+            skipped; or ``lora_experts`` does not fit packed experts, which PEFT's own forward would
+            compute wrongly. Nothing is changed then.
     """
     layers = _layers()
     experts = _experts()
