@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3MoeConfig
@@ -102,6 +101,8 @@ def experts_step(
     library, implementation, in_4_bits = (ARMS | NF4_ARMS)[arm]
     model: Any = Block(implementation, experts, dtype)
     if in_4_bits:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
         for name in STACKS:
             replace_parameter_4bit(model.experts, name, compress_statistics=True)
     if library != FROZEN:
@@ -199,8 +200,8 @@ def of_model(model: nn.Module) -> list[torch.Tensor]:
     """What a model holds: its parameters, and the scales of those in 4 bits."""
     held = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        if isinstance(module, Bnb4bitParametrization):
-            state = module.quant_state
+        state: Any = getattr(module, "quant_state", None)
+        if state is not None:
             held += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     return held
 
