@@ -29,8 +29,11 @@ def nest_as_plain(model: nn.Module, outermost: ParamWrapper) -> ParamWrapper:
     The nesting names A and B in the adapter's file. Plain parameters are nested so by PEFT itself,
     those that a parametrization computes by the alphabet.
     """
+    base = outermost.get_base_layer()
+    if not computed_parameters(base):
+        return outermost
     adapted = wrapped_parameters(outermost)
-    names = [name for name in parameter_names(outermost.get_base_layer()) if name in adapted]
+    names = [name for name in parameter_names(base) if name in adapted]
     return _nest(model, outermost, names)
 
 

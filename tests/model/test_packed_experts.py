@@ -147,6 +147,20 @@ def test_autocast():
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
 
 
+def test_a_bfloat16_file_gives_float32_adapters(tmp_path):
+    """As for quantized layers."""
+    model, _ = pair(dtype=BF16)
+    for stack in (experts_of(model).gate_up_proj, experts_of(model).down_proj):
+        stack.lora_A.data = stack.lora_A.data.to(BF16)
+        stack.lora_B.data = stack.lora_B.data.to(BF16)
+    slk.save_adapter(model, tmp_path)
+    fresh, _ = in_4_bits(build("qwen3_moe", dtype=BF16, width=WIDTH), compress_statistics=True)
+    slk.load_adapter(fresh, tmp_path)
+    assert experts_of(fresh).down_proj.lora_A.dtype == FP32
+    with torch.no_grad():
+        assert fresh.eval()(input_ids=IDS).logits.equal(model(input_ids=IDS).logits)
+
+
 def test_copied_and_compiled():
     model, _ = pair()
     module = experts_of(model)
