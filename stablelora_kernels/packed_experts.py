@@ -26,6 +26,8 @@ _PARAMETRIZATION = "Bnb4bitParametrization"
 _MX_BLOCK = 32
 _MX_BIAS = 127
 _MX_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# A dtype whose elements are as large as two of so many bytes.
+_TWICE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
 
 
 class StackLayout(NamedTuple):
@@ -285,7 +287,7 @@ class FP8Experts(PackedExperts):
     def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         layout = self.layout
         work = torch.promote_types(dtype, torch.float32)
-        values = self.data[start:end].view(torch.float8_e4m3fn).to(work)
+        values = _from_float8(self.data[start:end], work)
         scales = self.scales[0][start:end].to(work)
         by_row = scales.repeat_interleave(layout.block_rows, 1)[:, : layout.rows]
         # In place, block by block: the scales of all elements would be as large as the stack.
@@ -327,16 +329,30 @@ class MXFP4Experts(PackedExperts):
 
     def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         blocks = self.data[start:end]
-        magnitudes = torch.tensor(_MX_VALUES, dtype=dtype, device=blocks.device)
+        # In float16 the power of two alone may be out of range.
+        work = torch.float32 if dtype == torch.float16 else dtype
+        magnitudes = torch.tensor(_MX_VALUES, dtype=work, device=blocks.device)
         values = torch.cat((magnitudes, -magnitudes))
-        # One look-up gives both elements of a byte.
         byte = torch.arange(256, device=blocks.device)
         pairs = values[torch.stack((byte & 15, byte >> 4), 1)]
-        elements = pairs.index_select(0, blocks.reshape(-1).int())
+        # One look-up of both elements of a byte, as one element of twice the size.
+        doubled = pairs.view(_TWICE[work.itemsize]).view(-1)
+        elements = doubled.index_select(0, blocks.reshape(-1).int()).view(work)
         exponents = self.scales[0][start:end].int().sub_(_MX_BIAS).unsqueeze(-1)
-        elements = elements.view(*blocks.shape[:-1], _MX_BLOCK)
-        torch.ldexp(elements, exponents, out=elements)
-        return elements.view(end - start, self.layout.rows, self.layout.columns)
+        # Each power is computed once and not, as ldexp would, for each element.
+        powers = torch.ldexp(torch.ones((), device=blocks.device), exponents).to(work)
+        elements = elements.view(*blocks.shape[:-1], _MX_BLOCK).mul_(powers)
+        return elements.view(end - start, self.layout.rows, self.layout.columns).to(dtype)
+
+
+def _from_float8(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of float8_e4m3fn's bytes."""
+    if data.is_cuda:
+        return data.view(torch.float8_e4m3fn).to(dtype)
+    # On a CPU PyTorch's conversion takes four times as long.
+    every_byte = torch.arange(256, dtype=torch.uint8, device=data.device)
+    values = every_byte.view(torch.float8_e4m3fn).to(dtype)
+    return values.index_select(0, data.reshape(-1).int()).view(data.shape)
 
 
 def packed_experts(data: Tensor, scales: Sequence[Tensor], layout: Sequence[int]) -> PackedExperts:
