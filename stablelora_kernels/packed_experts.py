@@ -340,7 +340,8 @@ class MXFP4Experts(PackedExperts):
         elements = doubled.index_select(0, blocks.reshape(-1).int()).view(work)
         exponents = self.scales[0][start:end].int().sub_(_MX_BIAS).unsqueeze(-1)
         # Each power is computed once and not, as ldexp would, for each element.
-        powers = torch.ldexp(torch.ones((), device=blocks.device), exponents).to(work)
+        ones = torch.ones_like(exponents, dtype=torch.float32)
+        powers = torch.ldexp(ones, exponents).to(work)
         elements = elements.view(*blocks.shape[:-1], _MX_BLOCK).mul_(powers)
         return elements.view(end - start, self.layout.rows, self.layout.columns).to(dtype)
 
