@@ -173,7 +173,9 @@ def test_the_file_loads_on_plain_weights_and_back(tmp_path):
     assert len(slk.accelerate_peft(back).replaced) == 2
     # Onto 4 bits, once these have the names of plain ones. PEFT's own names do not fit.
     packed, _ = in_4_bits(wide("qwen3_moe"), compress_statistics=True)
-    with pytest.raises(RuntimeError, match=r"size mismatch for .*experts.*lora_[AB].default.weight"):
+    with pytest.raises(
+        RuntimeError, match=r"size mismatch for .*experts.*lora_[AB].default.weight"
+    ):
         peft.PeftModel.from_pretrained(packed, tmp_path / "packed")
     config = peft.LoraConfig.from_pretrained(tmp_path / "packed")
     packed, _ = in_4_bits(wide("qwen3_moe"), compress_statistics=True)
