@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from stablelora_kernels.integrations.peft_operands import is_observed
 from stablelora_kernels.model.reports import SkippedModule
 from stablelora_kernels.nn.experts import (
-    Product,
     compute_experts,
+    compute_fused,
     is_llama4,
     product_of,
     projections_of,
     reason_experts_do_not_fit,
     reason_stack_does_not_fit,
+    stack_of,
 )
+from stablelora_kernels.nn.fused_experts import FusableExperts
 from stablelora_kernels.nn.linear import weight_and_bias
+from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype
 
@@ -47,7 +50,7 @@ class Pair(NamedTuple):
     scaling: float
 
 
-class AcceleratedExperts(ParamWrapper):
+class AcceleratedExperts(FusableExperts, ParamWrapper):
     """``peft.tuners.lora.ParamWrapper``. Calls that it does not support run PEFT's forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,10 +60,16 @@ class AcceleratedExperts(ParamWrapper):
         base: Any = self.get_base_layer()
         has_routing = len(args) == (0 if is_llama4(base) else 2)
         if has_routing and not kwargs and not is_observed(self):
-            products = read_products(self, x)
-            if not isinstance(products, str):
+            stacks = read_stacks(self, x)
+            if not isinstance(stacks, str):
+                if self.are_experts_fused(x):
+                    return compute_fused(base, stacks, x, *args)
+                products = {name: product_of(stack) for name, stack in stacks.items()}
                 return compute_experts(base, products, x, *args)
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def module_of_experts(self) -> nn.Module:
+        return self.get_base_layer()  # type: ignore[no-any-return]
 
 
 # PEFT knows its wrappers by this name, and a printed model must look the same.
@@ -76,9 +85,9 @@ def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> Stacks:
     for name, wrapper in wrappers.items():
         if id(wrapper) in nested:
             continue
-        products = read_products(wrapper, None)
-        if isinstance(products, str):
-            stacks.skipped.append(SkippedModule(name, products))
+        reason = read_stacks(wrapper, None)
+        if isinstance(reason, str):
+            stacks.skipped.append(SkippedModule(name, reason))
         else:
             stacks.accelerated[name] = wrapper
     return stacks
@@ -93,11 +102,10 @@ def wrapped_parameters(wrapper: nn.Module) -> dict[str, ParamWrapper]:
     return wrappers
 
 
-def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product] | str:
-    """The products of the adapted parameters for an input like ``x``, or why PEFT must compute
-    them.
+def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, ExpertStack] | str:
+    """The stacks of the adapted parameters for an input like ``x``, or why PEFT must compute them.
 
-    Without ``x``, whether there is an input that they are computed for; there are no products then.
+    Without ``x``, whether there is an input that they are computed for; there are no stacks then.
     """
     wrappers = wrapped_parameters(wrapper)
     base: Any = wrapper.get_base_layer()
@@ -113,7 +121,7 @@ def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product]
     unknown = [name for name in wrappers if name not in names]
     if unknown:
         return f"PEFT adapts its {unknown[0]}"
-    products: dict[str, Product] = {}
+    stacks: dict[str, ExpertStack] = {}
     for name in names:
         reason = reason_stack_does_not_fit(base, name, x is not None)
         reason = reason or _reason_against_tensors(base, name, x)
@@ -124,8 +132,8 @@ def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product]
             if isinstance(pair, str):
                 return pair
             if x is not None:
-                products[name] = product_of(base, name, pair.lora_A, pair.lora_B, pair.scaling)
-    return products
+                stacks[name] = stack_of(base, name, pair.lora_A, pair.lora_B, pair.scaling)
+    return stacks
 
 
 def _reason_against_tensors(experts: nn.Module, name: str, x: Tensor | None) -> str | None:

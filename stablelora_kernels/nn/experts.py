@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_experts
+from stablelora_kernels.nn.fused_experts import (
+    FusableExperts,
+    compute_fused_experts,
+    gate_of,
+    sorted_routing,
+)
 from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack
+from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import is_sharded
 
 # The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
@@ -87,7 +95,7 @@ def is_taken_transposed(experts: object) -> bool:
     return getattr(experts, "is_transposed", False)
 
 
-def product_of(
+def stack_of(
     experts: Experts,
     name: str,
     lora_A: Tensor | None = None,
@@ -95,9 +103,8 @@ def product_of(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     weight: Tensor | None = None,
-) -> Product:
-    """The product with the parameter ``name`` of a module of experts, or with ``weight`` in its
-    place, and its branch.
+) -> ExpertStack:
+    """The parameter ``name`` of a module of experts, or ``weight`` in its place, and its branch.
 
     As PEFT stores them: A [E r, in], the expert slowest, and B [out, r E], the expert fastest.
     """
@@ -113,8 +120,22 @@ def product_of(
         a, b = pairs_by_expert(lora_A, lora_B, stacked.shape[0])
         if transposed != is_taken_transposed(experts):
             a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return ExpertStack(FrozenStack(stacked, bias, transposed, scaling, dropout_p), a, b)
+
+
+def product_of(stack: ExpertStack) -> Product:
+    """The product with a stack and its branch."""
+    frozen = stack.frozen
     return lambda x, offsets: lora_experts(
-        x, stacked, bias, a, b, scaling, offsets, transposed=transposed, dropout_p=dropout_p
+        x,
+        frozen.weight,
+        frozen.bias,
+        stack.lora_A,
+        stack.lora_B,
+        frozen.scaling,
+        offsets,
+        transposed=frozen.transposed,
+        dropout_p=frozen.dropout_p,
     )
 
 
@@ -134,7 +155,7 @@ def compute_experts(
     ``routing``: the experts of each token [tokens, k], and their weights [tokens, k].
     """
     names = projections_of(experts)
-    up, down = (products.get(name) or product_of(experts, name) for name in names)
+    up, down = (products.get(name) or product_of(stack_of(experts, name)) for name in names)
     if not is_llama4(experts):
         return _compute_routed(experts, up, down, x, *routing)
     # Each expert has as many rows, and they are sorted.
@@ -151,18 +172,21 @@ def _compute_routed(
     nothing.
     """
     tokens, top_k = index.shape
-    # Experts of other processes have numbers behind the last one here, and so the last rows.
-    expert_of_row, order = torch.sort(index.reshape(-1), stable=True)
-    numbers = torch.arange(experts.num_experts, device=x.device, dtype=expert_of_row.dtype)
-    offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
-    h = up(x[order // top_k], offsets)
-    h = down(experts._apply_gate(h) if experts.has_gate else experts.act_fn(h), offsets)
+    routing = sorted_routing(index, weights, experts.num_experts)
+    h = up(x[routing.tokens()], routing.offsets)
+    h = down(gate_of(experts)(h), routing.offsets)
     if experts.has_post_expert_norm:
         h = experts.post_expert_norm(h)
-    h = h * weights.reshape(-1)[order].unsqueeze(-1)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    return h[place].view(tokens, top_k, h.shape[-1]).sum(1).to(x.dtype)
+    h = h * routing.weights_in_order().unsqueeze(-1)
+    return h[routing.place()].view(tokens, top_k, h.shape[-1]).sum(1).to(x.dtype)
+
+
+def compute_fused(
+    experts: Experts, stacks: Mapping[str, ExpertStack], x: Tensor, *routing: Tensor
+) -> Tensor:
+    """As :func:`compute_experts` of a module with routing, in one autograd node."""
+    up, down = (stacks.get(name) or stack_of(experts, name) for name in projections_of(experts))
+    return compute_fused_experts(experts, up, down, x, *routing)
 
 
 # This library's layers
@@ -236,17 +260,22 @@ class LoRAStack(LoRALinear):
             RuntimeError: as ``LoRALinear.forward``.
             ValueError, TypeError: as :func:`~stablelora_kernels.functional.lora_experts`.
         """
+        return product_of(self.stack())(x, offsets)
+
+    def stack(self) -> ExpertStack:
+        """The projection of all experts as it is now.
+
+        Raises:
+            RuntimeError: it is merged and trains.
+        """
         base = self.__dict__["_base"]
         if self._disabled:
-            return product_of(base.experts, base.name, weight=self.frozen_weight)(x, offsets)
+            return stack_of(base.experts, base.name, weight=self.frozen_weight)
         if self.merged:
             self._check_trains()
-            return product_of(base.experts, base.name)(x, offsets)
+            return stack_of(base.experts, base.name)
         dropout_p = self.lora_dropout if self.training else 0.0
-        product = product_of(
-            base.experts, base.name, self.lora_A, self.lora_B, self.scaling, dropout_p
-        )
-        return product(x, offsets)
+        return stack_of(base.experts, base.name, self.lora_A, self.lora_B, self.scaling, dropout_p)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -269,7 +298,7 @@ class LoRAStack(LoRALinear):
         return f"experts={self.num_experts}, {super().extra_repr()}"
 
 
-class LoRAExperts(nn.Module):
+class LoRAExperts(FusableExperts, nn.Module):
     """A module of experts whose stacked parameters have LoRA, dropout included: each is a
     :class:`LoRAStack` of its name.
 
@@ -285,10 +314,11 @@ class LoRAExperts(nn.Module):
         """The experts' output, for the arguments of ``base_layer``: x [tokens, H], each token's
         experts and their weights.
         """
-        stacks = {
-            name: module for name, module in self._modules.items() if isinstance(module, LoRAStack)
-        }
+        stacks = self._stacks()
         if not all(stack._disabled or stack.merged for stack in stacks.values()):
+            if self.are_experts_fused(x):
+                read = {name: stack.stack() for name, stack in stacks.items()}
+                return compute_fused(self.base_layer, read, x, *routing)  # type: ignore[arg-type]
             return compute_experts(self.base_layer, stacks, x, *routing)  # type: ignore[arg-type]
         frozen: dict[str, Tensor] = {}
         for name, stack in stacks.items():
@@ -299,6 +329,21 @@ class LoRAExperts(nn.Module):
         if frozen:
             return torch.func.functional_call(self.base_layer, frozen, (x, *routing))
         return self.base_layer(x, *routing)
+
+    def _stacks(self) -> dict[str, LoRAStack]:
+        """By the name of the parameter."""
+        return {
+            name: module for name, module in self._modules.items() if isinstance(module, LoRAStack)
+        }
+
+    def module_of_experts(self) -> nn.Module:
+        return self.base_layer
+
+    def reason_experts_are_not_fused(self) -> str | None:
+        for name, stack in self._stacks().items():
+            if is_hooked(stack):
+                return f"{name!r} has hooks, which would not run"
+        return super().reason_experts_are_not_fused()
 
 
 def reason_parameter_gets_no_lora(experts: Any, name: str) -> str | None:

@@ -1,0 +1,151 @@
+"""A module of experts computed one expert at a time, without autograd: on a CPU.
+
+Only G and up's S have the size of all slots. A token's sums are in the order of the experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.ops.dropout import mask_of_rows, masked
+from stablelora_kernels.ops.formulas import Gradients, Wanted, torch_bwd, torch_fwd
+from stablelora_kernels.ops.lora_experts import experts_with_rows, thin_product
+from stablelora_kernels.ops.lora_experts_mlp_call import (
+    ExpertStack,
+    Kept,
+    MLPCall,
+    MLPGradients,
+    Needs,
+    sum_dtype,
+)
+from stablelora_kernels.projection import Projection
+
+
+class _Stack(NamedTuple):
+    """A stack as one expert's products read it."""
+
+    stack: ExpertStack
+    # All experts', in the products' dtype. Cast once: PEFT packs B with the expert fastest, and a
+    # product cannot read that order.
+    lora_A: Tensor
+    lora_B: Tensor
+    mask: Tensor | None
+
+    def projection(self, place: int, has_bias: bool) -> Projection:
+        """The projection of the expert at a place of the stack."""
+        dtype = self.lora_A.dtype
+        frozen = self.stack.frozen
+        bias = frozen.expert_bias(place, dtype) if has_bias else None
+        lora_A = self.lora_A[place]
+        lora_B = self.lora_B[place]
+        return Projection(frozen.expert(place, dtype), bias, lora_A, lora_B, frozen.scaling)
+
+    def mask_of(self, rows: slice) -> Tensor | None:
+        return mask_of_rows(self.mask, rows, self.stack.in_features)
+
+
+def _readable(stack: ExpertStack, mask: Tensor | None, dtype: torch.dtype) -> _Stack:
+    return _Stack(stack, stack.lora_A.to(dtype), stack.lora_B.to(dtype).contiguous(), mask)
+
+
+def forward_by_expert(call: MLPCall, x: Tensor, saves: bool) -> tuple[Tensor, Kept]:
+    """Y [T, N] of x [T, H], and what backward reads; with ``saves``, not empty."""
+    up = _readable(call.up, call.up_mask, call.dtype)
+    down = _readable(call.down, call.down_mask, call.dtype)
+    y = x.new_zeros(x.shape[0], call.down.out_features, dtype=sum_dtype(x.dtype))
+    slots = call.routing.slots if saves else 0
+    every_gate_up = x.new_empty(slots, call.up.out_features)
+    every_s = x.new_empty(slots, call.up.rank)
+    for expert in experts_with_rows(call.routing.offsets):
+        rows = slice(expert.start, expert.end)
+        tokens = call.tokens[rows]
+        gate_up, s = _project(x[tokens], up.projection(expert.place, True), up.mask_of(rows))
+        if saves:
+            every_gate_up[rows] = gate_up
+            every_s[rows] = s
+        z = call.weighted(call.hidden(gate_up), rows)
+        outputs, _ = _project(z, down.projection(expert.place, False), down.mask_of(rows))
+        outputs = outputs.to(y.dtype)
+        bias = call.down.frozen.expert_bias(expert.place, y.dtype)
+        if bias is not None:
+            outputs.addr_(call.weights[rows].to(y.dtype), bias)
+        y.index_add_(0, tokens, outputs)
+    return y.to(x.dtype), Kept(x, every_gate_up, every_s)
+
+
+def backward_by_expert(
+    call: MLPCall, kept: Kept, grad: Tensor, needs: Needs, results: MLPGradients
+) -> MLPGradients:
+    """The wanted gradients for dY [T, N], in ``results``, which are zeros."""
+    up = _readable(call.up, call.up_mask, grad.dtype)
+    down = _readable(call.down, call.down_mask, grad.dtype)
+    for expert in experts_with_rows(call.routing.offsets):
+        rows = slice(expert.start, expert.end)
+        tokens = call.tokens[rows]
+        dy = grad[tokens]
+        gate_up, h = call.hidden_again(kept.gate_up[rows])
+        z = call.weighted(h.detach(), rows) if needs.z else None
+        mask = down.mask_of(rows)
+        s = None
+        if needs.down_b:
+            assert z is not None
+            s = thin_product(masked(z, mask), down.lora_A[expert.place])
+        p = down.projection(expert.place, False)
+        lora_dtype = results.down_a.dtype
+        of_down = _gradients(z, dy, p, s, mask, lora_dtype, needs.of_down)
+        _store(of_down, expert.place, results.down_a, results.down_b)
+        dz = of_down.dx
+        if needs.weights:
+            assert dz is not None
+            bias = call.down.frozen.expert_bias(expert.place, dy.dtype)
+            results.weights[rows] = weight_gradients(dz, h.detach(), dy, bias)
+        if not needs.gate_up:
+            continue
+        assert dz is not None
+        (dgate_up,) = torch.autograd.grad(h, gate_up, call.weighted(dz, rows))
+        x = None if kept.x is None else kept.x[tokens]
+        s = None if kept.s is None else kept.s[rows]
+        p = up.projection(expert.place, False)
+        lora_dtype = results.up_a.dtype
+        of_up = _gradients(x, dgate_up, p, s, up.mask_of(rows), lora_dtype, needs.of_up)
+        _store(of_up, expert.place, results.up_a, results.up_b)
+        if of_up.dx is not None:
+            results.x.index_add_(0, tokens, of_up.dx.to(results.x.dtype))
+    return results
+
+
+def weight_gradients(dz: Tensor, h: Tensor, dy: Tensor, bias: Tensor | None) -> Tensor:
+    """Those of rows' routing weights: Σ dZ ∘ H + Σ dY ∘ bias, [rows]."""
+    dtype = sum_dtype(dz.dtype)
+    gradients = (dz * h).sum(-1, dtype=dtype)
+    return gradients if bias is None else gradients.add_((dy * bias).sum(-1, dtype=dtype))
+
+
+def _project(x: Tensor, p: Projection, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Y and S of one expert."""
+    outputs, every_s = torch_fwd(x, [p], [mask])
+    return outputs[0], every_s[0]
+
+
+def _gradients(
+    x: Tensor | None,
+    grad: Tensor,
+    p: Projection,
+    s: Tensor | None,
+    mask: Tensor | None,
+    lora_dtype: torch.dtype,
+    wanted: Wanted,
+) -> Gradients:
+    """Those of one expert's projection."""
+    return torch_bwd(x, [grad], [p], [s], [mask], lora_dtype, wanted)
+
+
+def _store(gradients: Gradients, place: int, da: Tensor, db: Tensor) -> None:
+    """Store an expert's gradients of A and B, those that are there, among those of all experts."""
+    if gradients.das:
+        da[place] = gradients.das[0]
+    if gradients.dbs:
+        db[place] = gradients.dbs[0]
