@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,7 +28,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import stablelora_kernels as slk
-from benchmarks.common.arms import ACCELERATED, FROZEN, PEFT, fill
+from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, fill
 from benchmarks.common.measure import environment
 from benchmarks.common.memory import MIB, saved_for_backward, status_mib
 from benchmarks.common.records import record, write_records
@@ -36,12 +36,26 @@ from benchmarks.common.tables import markdown
 from stablelora_kernels.utils.timing import interleave
 
 E, H, I, TOP, R = 64, 1024, 512, 8, 16
-# PEFT's eager loop over experts takes a hundred times as long as the frozen one.
+
+
+class Arm(NamedTuple):
+    """How a stack of experts is computed."""
+
+    # transformers' way. PEFT's eager loop over experts takes a hundred times as long as the frozen
+    # one.
+    implementation: str = "grouped_mm"
+    adapted: bool = True
+    accelerated: bool = False
+    fused: bool = False
+
+
+FUSED = f"{ACCELERATED}{MLP_FUSED}"
 ARMS = {
-    FROZEN: "eager",
-    f"{FROZEN}, grouped_mm": "grouped_mm",
-    PEFT: "grouped_mm",
-    ACCELERATED: "grouped_mm",
+    FROZEN: Arm("eager", adapted=False),
+    f"{FROZEN}, grouped_mm": Arm(adapted=False),
+    PEFT: Arm(),
+    ACCELERATED: Arm(accelerated=True),
+    FUSED: Arm(accelerated=True, fused=True),
 }
 # Tokens for 16, 32, 128 and 512 rows an expert.
 TOKENS = (128, 256, 1024, 4096)
@@ -70,17 +84,21 @@ class Block(nn.Module):
 
 
 def experts_step(
-    arm: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int
+    name: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int
 ) -> tuple[nn.Module, Step]:
-    """An arm's model, and its forward. Skewed, some experts get most of the rows."""
-    model: Any = Block(ARMS[arm], experts, dtype)
-    if arm in (PEFT, ACCELERATED):
+    """The model of an arm of this ``name``, and its forward. Skewed, some experts get most of the
+    rows.
+    """
+    arm = ARMS[name]
+    model: Any = Block(arm.implementation, experts, dtype)
+    if arm.adapted:
         targets = ["experts.gate_up_proj", "experts.down_proj"]
         config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=[], target_parameters=targets)
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
         fill(model)
-    if arm == ACCELERATED:
-        slk.accelerate_peft(model, strict=True)
+    if arm.accelerated:
+        report = slk.accelerate_peft(model, strict=True, fuse_mlp=arm.fused)
+        assert all(mlp.reason is None for mlp in report.mlps)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(tokens, experts, generator=generator) + skewed * torch.linspace(
         4, -4, experts
@@ -109,11 +127,13 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[[str], tuple[nn.Module
     bf16, fp32 = ("bf16", torch.bfloat16), ("fp32", torch.float32)
     found: dict[str, Any] = {}
     sizes = [(tokens, skewed, bf16, E) for tokens in TOKENS for skewed in (False, True)]
-    # Twice the experts at equal rows: what is kept grows by the adapters alone.
+    # Twice the experts at equal rows: what is kept grows by the adapters alone. Half of them: what
+    # the plan of fuse_mlp was measured at.
     for tokens, skewed, (name, dtype), experts in [
         *sizes,
         (256, False, fp32, E),
         (256, False, bf16, 2 * E),
+        (256, False, bf16, E // 2),
     ]:
         words = (
             f"{experts} experts, {tokens * TOP // experts} rows each{', skewed' * skewed}, {name}"
@@ -173,7 +193,7 @@ def measure(case: str, rounds: int) -> list[dict[str, Any]]:
     for arm, seconds in samples.items():
         model, step = made[arm]
         kept = saved_for_backward(step, [*model.parameters(), *model.buffers()]) / MIB
-        role = {FROZEN: "base", PEFT: "rival", ACCELERATED: "ours"}.get(arm, "")
+        role = {FROZEN: "base", PEFT: "rival", ACCELERATED: "ours", FUSED: "ours"}.get(arm, "")
         over = [a / b for a, b in zip(seconds, samples[PEFT], strict=True)]
         figures = {
             "ms": [1e3 * s for s in seconds],

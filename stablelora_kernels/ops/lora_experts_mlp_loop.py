@@ -5,8 +5,6 @@ Only G and up's S have the size of all slots. A token's sums are in the order of
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -23,38 +21,51 @@ from stablelora_kernels.ops.lora_experts_mlp_call import (
 )
 from stablelora_kernels.projection import Projection
 
+# In so many runs of experts is B copied, one after another.
+_RUNS = 4
 
-class _Stack(NamedTuple):
-    """A stack as one expert's products read it."""
 
-    stack: ExpertStack
-    # All experts', in the products' dtype. Cast once: PEFT packs B with the expert fastest, and a
-    # product cannot read that order.
-    lora_A: Tensor
-    lora_B: Tensor
-    mask: Tensor | None
+class _Stack:
+    """A stack as one expert's products read it, in their dtype."""
+
+    def __init__(self, stack: ExpertStack, mask: Tensor | None, dtype: torch.dtype) -> None:
+        self._stack = stack
+        self._mask = mask
+        self._dtype = dtype
+        # PEFT packs B with the expert fastest, and a product cannot read that order. A copy of all
+        # is as large as the gradient; one expert's alone would read all of B.
+        self._run_length = -(-stack.lora_B.shape[0] // _RUNS)
+        self._run = -1
+        self._copied = stack.lora_B
 
     def projection(self, place: int, has_bias: bool) -> Projection:
         """The projection of the expert at a place of the stack."""
-        dtype = self.lora_A.dtype
-        frozen = self.stack.frozen
-        bias = frozen.expert_bias(place, dtype) if has_bias else None
-        lora_A = self.lora_A[place]
-        lora_B = self.lora_B[place]
-        return Projection(frozen.expert(place, dtype), bias, lora_A, lora_B, frozen.scaling)
+        frozen = self._stack.frozen
+        bias = frozen.expert_bias(place, self._dtype) if has_bias else None
+        weight = frozen.expert(place, self._dtype)
+        lora_A = self.lora_A(place)
+        return Projection(weight, bias, lora_A, self._lora_B(place), frozen.scaling)
+
+    def lora_A(self, place: int) -> Tensor:
+        """A of the expert at a place of the stack."""
+        return self._stack.lora_A[place].to(self._dtype)
+
+    def _lora_B(self, place: int) -> Tensor:
+        run, place_in_run = divmod(place, self._run_length)
+        if run != self._run:
+            experts = slice(run * self._run_length, (run + 1) * self._run_length)
+            self._copied = self._stack.lora_B[experts].to(self._dtype).contiguous()
+            self._run = run
+        return self._copied[place_in_run]
 
     def mask_of(self, rows: slice) -> Tensor | None:
-        return mask_of_rows(self.mask, rows, self.stack.in_features)
-
-
-def _readable(stack: ExpertStack, mask: Tensor | None, dtype: torch.dtype) -> _Stack:
-    return _Stack(stack, stack.lora_A.to(dtype), stack.lora_B.to(dtype).contiguous(), mask)
+        return mask_of_rows(self._mask, rows, self._stack.in_features)
 
 
 def forward_by_expert(call: MLPCall, x: Tensor, saves: bool) -> tuple[Tensor, Kept]:
     """Y [T, N] of x [T, H], and what backward reads; with ``saves``, not empty."""
-    up = _readable(call.up, call.up_mask, call.dtype)
-    down = _readable(call.down, call.down_mask, call.dtype)
+    up = _Stack(call.up, call.up_mask, call.dtype)
+    down = _Stack(call.down, call.down_mask, call.dtype)
     y = x.new_zeros(x.shape[0], call.down.out_features, dtype=sum_dtype(x.dtype))
     slots = call.routing.slots if saves else 0
     every_gate_up = x.new_empty(slots, call.up.out_features)
@@ -80,8 +91,8 @@ def backward_by_expert(
     call: MLPCall, kept: Kept, grad: Tensor, needs: Needs, results: MLPGradients
 ) -> MLPGradients:
     """The wanted gradients for dY [T, N], in ``results``, which are zeros."""
-    up = _readable(call.up, call.up_mask, grad.dtype)
-    down = _readable(call.down, call.down_mask, grad.dtype)
+    up = _Stack(call.up, call.up_mask, grad.dtype)
+    down = _Stack(call.down, call.down_mask, grad.dtype)
     for expert in experts_with_rows(call.routing.offsets):
         rows = slice(expert.start, expert.end)
         tokens = call.tokens[rows]
@@ -92,7 +103,7 @@ def backward_by_expert(
         s = None
         if needs.down_b:
             assert z is not None
-            s = thin_product(masked(z, mask), down.lora_A[expert.place])
+            s = thin_product(masked(z, mask), down.lora_A(expert.place))
         p = down.projection(expert.place, False)
         lora_dtype = results.down_a.dtype
         of_down = _gradients(z, dy, p, s, mask, lora_dtype, needs.of_down)
