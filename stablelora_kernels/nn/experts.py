@@ -186,7 +186,7 @@ def compute_fused(
 ) -> Tensor:
     """As :func:`compute_experts` of a module with routing, in one autograd node."""
     up, down = (stacks.get(name) or stack_of(experts, name) for name in projections_of(experts))
-    return compute_fused_experts(experts, up, down, x, *routing)
+    return compute_fused_experts(gate_of(experts), up, down, x, *routing)
 
 
 # This library's layers

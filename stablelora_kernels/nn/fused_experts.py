@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.ops.checks import check_stack
@@ -86,10 +86,10 @@ def sorted_routing(index: Tensor, weights: Tensor, count: int) -> Routing:
 
 
 def compute_fused_experts(
-    experts: nn.Module, up: ExpertStack, down: ExpertStack, x: Tensor, *routing: Tensor
+    gate: Gate, up: ExpertStack, down: ExpertStack, x: Tensor, *routing: Tensor
 ) -> Tensor:
-    """The output of a module of experts for x [tokens, H], the experts of each token [tokens, k],
-    and their weights [tokens, k].
+    """The output of a module of experts whose ``gate`` is between the stacks ``up`` and ``down``,
+    for x [tokens, H], the experts of each token [tokens, k], and their weights [tokens, k].
 
     Raises:
         ValueError, TypeError: as :func:`~stablelora_kernels.functional.lora_experts`.
@@ -104,7 +104,7 @@ def compute_fused_experts(
     _check(rows, up, dtype is not None)
     _check(rows.new_empty(0, down.in_features), down, dtype is not None)
     slots = sorted_routing(index, weights, up.frozen.weight.shape[0])
-    y = lora_experts_mlp_op(rows, slots, gate_of(experts), up, down)
+    y = lora_experts_mlp_op(rows, slots, gate, up, down)
     return y.to(x.dtype)
 
 
