@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stablelora_kernels.ops.dropout import mask_of_rows, masked
 from stablelora_kernels.ops.formulas import Gradients, Wanted, torch_bwd, torch_fwd
-from stablelora_kernels.ops.lora_experts import experts_with_rows, thin_product
+from stablelora_kernels.ops.lora_experts import ExpertRows, experts_with_rows, thin_product
 from stablelora_kernels.ops.lora_experts_mlp_call import (
     ExpertStack,
     Kept,
@@ -73,12 +73,14 @@ def forward_by_expert(call: MLPCall, x: Tensor, saves: bool) -> tuple[Tensor, Ke
     for expert in experts_with_rows(call.routing.offsets):
         rows = slice(expert.start, expert.end)
         tokens = call.tokens[rows]
-        gate_up, s = _project(x[tokens], up.projection(expert.place, True), up.mask_of(rows))
+        gate_up, s = _project(
+            x[tokens], up.projection(expert.place, has_bias=True), up.mask_of(rows)
+        )
         if saves:
             every_gate_up[rows] = gate_up
             every_s[rows] = s
         z = call.weighted(call.hidden(gate_up), rows)
-        outputs, _ = _project(z, down.projection(expert.place, False), down.mask_of(rows))
+        outputs, _ = _project(z, down.projection(expert.place, has_bias=False), down.mask_of(rows))
         outputs = outputs.to(y.dtype)
         bias = call.down.frozen.expert_bias(expert.place, y.dtype)
         if bias is not None:
@@ -90,42 +92,67 @@ def forward_by_expert(call: MLPCall, x: Tensor, saves: bool) -> tuple[Tensor, Ke
 def backward_by_expert(
     call: MLPCall, kept: Kept, grad: Tensor, needs: Needs, results: MLPGradients
 ) -> MLPGradients:
-    """The wanted gradients for dY [T, N], in ``results``, which are zeros."""
+    """The wanted gradients for dY [T, N], written into ``results``, which are zeros."""
     up = _Stack(call.up, call.up_mask, grad.dtype)
     down = _Stack(call.down, call.down_mask, grad.dtype)
     for expert in experts_with_rows(call.routing.offsets):
         rows = slice(expert.start, expert.end)
         tokens = call.tokens[rows]
-        dy = grad[tokens]
         gate_up, h = call.hidden_again(kept.gate_up[rows])
-        z = call.weighted(h.detach(), rows) if needs.z else None
-        mask = down.mask_of(rows)
-        s = None
-        if needs.down_b:
-            assert z is not None
-            s = thin_product(masked(z, mask), down.lora_A(expert.place))
-        p = down.projection(expert.place, False)
-        lora_dtype = results.down_a.dtype
-        of_down = _gradients(z, dy, p, s, mask, lora_dtype, needs.of_down)
-        _store(of_down, expert.place, results.down_a, results.down_b)
-        dz = of_down.dx
-        if needs.weights:
-            assert dz is not None
-            bias = call.down.frozen.expert_bias(expert.place, dy.dtype)
-            results.weights[rows] = weight_gradients(dz, h.detach(), dy, bias)
-        if not needs.gate_up:
+        dz = _backward_of_down(call, down, expert, h.detach(), grad[tokens], needs, results)
+        if dz is None or not needs.gate_up:
             continue
-        assert dz is not None
         (dgate_up,) = torch.autograd.grad(h, gate_up, call.weighted(dz, rows))
         x = None if kept.x is None else kept.x[tokens]
         s = None if kept.s is None else kept.s[rows]
-        p = up.projection(expert.place, False)
-        lora_dtype = results.up_a.dtype
-        of_up = _gradients(x, dgate_up, p, s, up.mask_of(rows), lora_dtype, needs.of_up)
+        of_up = _gradients(
+            x,
+            dgate_up,
+            up.projection(expert.place, has_bias=False),
+            s,
+            up.mask_of(rows),
+            results.up_a.dtype,
+            needs.of_up,
+        )
         _store(of_up, expert.place, results.up_a, results.up_b)
         if of_up.dx is not None:
             results.x.index_add_(0, tokens, of_up.dx.to(results.x.dtype))
     return results
+
+
+def _backward_of_down(
+    call: MLPCall,
+    down: _Stack,
+    expert: ExpertRows,
+    h: Tensor,
+    dy: Tensor,
+    needs: Needs,
+    results: MLPGradients,
+) -> Tensor | None:
+    """dZ of one expert, None if it is not wanted. The gradients of down's A and B and of the
+    routing weights are written into ``results``.
+    """
+    rows = slice(expert.start, expert.end)
+    mask = down.mask_of(rows)
+    z = call.weighted(h, rows) if needs.z else None
+    s = None
+    if z is not None and needs.down_b:
+        s = thin_product(masked(z, mask), down.lora_A(expert.place))
+    of_down = _gradients(
+        z,
+        dy,
+        down.projection(expert.place, has_bias=False),
+        s,
+        mask,
+        results.down_a.dtype,
+        needs.of_down,
+    )
+    _store(of_down, expert.place, results.down_a, results.down_b)
+    dz = of_down.dx
+    if dz is not None and needs.weights:
+        bias = call.down.frozen.expert_bias(expert.place, dy.dtype)
+        results.weights[rows] = weight_gradients(dz, h, dy, bias)
+    return dz
 
 
 def weight_gradients(dz: Tensor, h: Tensor, dy: Tensor, bias: Tensor | None) -> Tensor:
