@@ -105,7 +105,9 @@ def experts_step(
     )
     weights, index = torch.softmax(logits, -1).topk(TOP)
     x = torch.randn(tokens, H, generator=generator).to(dtype).requires_grad_()
-    return model, lambda: model(x, index, weights.to(dtype))
+    # In a model they follow from x, so that they have a gradient under a frozen router, too.
+    weights = weights.to(dtype).requires_grad_()
+    return model, lambda: model(x, index, weights)
 
 
 def dora_step(arm: str, rows: int, dtype: torch.dtype) -> tuple[nn.Module, Step]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
+from stablelora_kernels.ops.lora_experts_mlp_blocks import backward_by_blocks, forward_by_blocks
 from stablelora_kernels.ops.lora_experts_mlp_call import (
     ExpertStack,
     FrozenStack,
@@ -34,12 +35,11 @@ from stablelora_kernels.ops.lora_experts_mlp_call import (
     Routing,
     sum_dtype,
 )
-from stablelora_kernels.ops.lora_experts_mlp_loop import backward_by_expert, forward_by_expert
 from stablelora_kernels.ops.lora_experts_mlp_together import backward_together, forward_together
 
 
-def _is_by_expert(x: Tensor) -> bool:
-    """Whether one expert is computed at a time, which needs the offsets on the host."""
+def _is_by_blocks(x: Tensor) -> bool:
+    """Whether a block of experts is computed at a time, which needs the offsets on the host."""
     return x.device.type == "cpu"
 
 
@@ -117,7 +117,7 @@ class _LoRAExpertsMLP(torch.autograd.Function):
         call = _call_of(ctx.gate, up, down, masks, routing, grad.dtype)
         kept = Kept(saved.x, saved.gate_up, saved.s)
         results = _allocate_gradients(call, grad, needs)
-        backward = backward_by_expert if _is_by_expert(grad) else backward_together
+        backward = backward_by_blocks if _is_by_blocks(grad) else backward_together
         gradients = backward(call, kept, grad, needs, results)
         dweights = None
         if needs.weights:
@@ -184,7 +184,7 @@ def _mask_again(recipe: Tensor | None, routing: Routing, stack: ExpertStack) -> 
 
 
 def _forward(call: MLPCall, x: Tensor, saves: bool) -> tuple[Tensor, Kept]:
-    forward = forward_by_expert if _is_by_expert(x) else forward_together
+    forward = forward_by_blocks if _is_by_blocks(x) else forward_together
     return forward(call, x, saves)
 
 

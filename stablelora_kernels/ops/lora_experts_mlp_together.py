@@ -19,6 +19,7 @@ from stablelora_kernels.ops.lora_experts import (
     lora_experts_fwd,
     unused_rows,
 )
+from stablelora_kernels.ops.lora_experts_mlp_blocks import weight_gradients
 from stablelora_kernels.ops.lora_experts_mlp_call import (
     ExpertStack,
     Kept,
@@ -28,7 +29,6 @@ from stablelora_kernels.ops.lora_experts_mlp_call import (
     Routing,
     sum_dtype,
 )
-from stablelora_kernels.ops.lora_experts_mlp_loop import weight_gradients
 from stablelora_kernels.utils.tensors import cast
 
 _ALL = slice(None)

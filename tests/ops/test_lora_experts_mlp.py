@@ -1,5 +1,5 @@
-"""The op of ``fuse_mlp`` for modules of experts against its float64 reference: one expert at a
-time, all together, and by PyTorch's grouped product, which here runs on the CPU.
+"""The op of ``fuse_mlp`` for modules of experts against its float64 reference: a block of experts
+at a time, all together, and by PyTorch's grouped product, which here runs on the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from stablelora_kernels.ops import cpu_products, lora_experts, lora_experts_mlp
+from stablelora_kernels.ops import (
+    cpu_products,
+    lora_experts,
+    lora_experts_mlp,
+    lora_experts_mlp_blocks,
+)
 from stablelora_kernels.ops.dropout import POSITIONS_FROM, draw_keep
 from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
@@ -64,8 +69,8 @@ class Case(NamedTuple):
     # B as PEFT packs it, with the expert fastest.
     packed: bool = False
     bias: bool = False
-    # "expert": one at a time; "together"; "grouped": together, as on GPUs.
-    way: str = "expert"
+    # "blocks": a block of experts at a time; "together"; "grouped": together, as on GPUs.
+    way: str = "blocks"
     wanted: tuple[str, ...] = LEAVES
 
     def __str__(self) -> str:
@@ -239,7 +244,7 @@ def take(monkeypatch) -> Callable[[str], None]:
     """Take a way."""
 
     def choose(way: str) -> None:
-        monkeypatch.setattr(lora_experts_mlp, "_is_by_expert", lambda x: way == "expert")
+        monkeypatch.setattr(lora_experts_mlp, "_is_by_blocks", lambda x: way == "blocks")
         monkeypatch.setattr(lora_experts, "can_group", lambda x, weight: way == "grouped")
 
     return choose
@@ -264,7 +269,18 @@ def test_matches_the_oracle(case, take):
         assert (made.index >= E).any() and not results["dweights"][made.index >= E].any()
 
 
-@pytest.mark.parametrize("way", ["expert", "together"])
+@pytest.mark.parametrize("rows", [1, 20, 1000])
+@pytest.mark.parametrize("case", [EXACT[1], EXACT[3], EXACT[4]], ids=str)
+def test_blocks_of_any_size_are_right(case, rows, monkeypatch):
+    """Of one expert each, of a few, and of all."""
+    monkeypatch.setattr(lora_experts_mlp_blocks, "_ROWS_OF_BLOCK", rows)
+    made = make(case)
+    exact = expected(case, made, FP64)
+    for name, value in run(case, made).items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("way", ["blocks", "together"])
 def test_a_token_may_choose_an_expert_twice(way, take):
     take(way)
     made = make(DOUBLE._replace(bias=True))
@@ -283,7 +299,7 @@ def test_low_precision_that_the_processor_does_not_multiply(monkeypatch):
         assert_no_worse(value, exact[name], eager[name], dtype=BF16, name=name)
 
 
-@pytest.mark.parametrize("way", ["expert", "together", "grouped"])
+@pytest.mark.parametrize("way", ["blocks", "together", "grouped"])
 def test_a_forward_without_gradients_is_the_same(way, take):
     take(way)
     case = Case(BF16, bias=True)
@@ -305,7 +321,7 @@ def saved_by(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[t
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.4])
-@pytest.mark.parametrize("way", ["expert", "together"])
+@pytest.mark.parametrize("way", ["blocks", "together"])
 def test_it_keeps_x_by_tokens_the_output_of_up_and_its_s(way, p, take):
     """T H + slots (2 I + r) elements, the indices, and dropout's recipes."""
     take(way)
@@ -343,7 +359,7 @@ def test_only_what_a_wanted_gradient_reads_is_kept():
         assert (T * TOP, 2 * I) in shapes
 
 
-@pytest.mark.parametrize("way", ["expert", "together", "grouped"])
+@pytest.mark.parametrize("way", ["blocks", "together", "grouped"])
 def test_results_repeat_to_the_bit(way, take):
     take(way)
     case = Case(BF16, BF16, tokens=200, bias=True, ps=(0.1, 0.1))
@@ -351,7 +367,7 @@ def test_results_repeat_to_the_bit(way, take):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("way", ["expert", "together", "grouped"])
+@pytest.mark.parametrize("way", ["blocks", "together", "grouped"])
 def test_sums_over_a_tokens_slots_are_in_float32(way, take):
     """Bfloat16 would round 1 + 2^-8 to 1, twice."""
     take(way)
@@ -406,4 +422,6 @@ def test_the_gate_runs_in_the_products_dtype_outside_autocast():
     with torch.autocast("cpu", BF16):
         y = call(case, made, gate)
         y.backward(made.grad)
-    assert set(dtypes) == {(BF16, False)} and len(dtypes) == 2 * E and y.dtype == BF16
+    assert set(dtypes) == {(BF16, False)} and y.dtype == BF16
+    # 69 rows of 4 experts are two blocks.
+    assert len(dtypes) == 2 * 2
