@@ -91,7 +91,8 @@ class LoRAReport(_Report):
         trainable: the number of trainable parameter elements.
         total: the number of all parameter elements.
         notes: other surprises, such as a pattern that matched nothing.
-        mlps: with ``fuse_mlp``, every gated MLP with LoRA in it. The notes have them by outcome.
+        mlps: with ``fuse_mlp``, every gated MLP and every module of experts with LoRA in it. The
+            notes have them by outcome.
     """
 
     replaced: tuple[ReplacedModule, ...]
