@@ -152,7 +152,8 @@ def lora_experts_mlp_ref(
     """
     count = stacks[0][0].shape[0]
     expert_of_slot, order = torch.sort(index.reshape(-1), stable=True)
-    offsets = (expert_of_slot[None] <= torch.arange(count)[:, None]).sum(1)
+    places = torch.arange(count, device=index.device)
+    offsets = (expert_of_slot[None] <= places[:, None]).sum(1)
     tokens = order // index.shape[1]
     h = x[tokens]
     for place, (weight, bias, lora_A, lora_B, scaling) in enumerate(stacks):
