@@ -4,6 +4,7 @@ arguments once and call the op.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_mlp import lora_mlp_op
 from stablelora_kernels.ops.lora_mlp_facts import Options
 from stablelora_kernels.ops.plans import find, key_of, remember
-from stablelora_kernels.projection import OPERANDS, Projection
+from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float
@@ -157,10 +158,11 @@ def lora_mlp(
     """``down(act(gate(x)) ∘ up(x))``: a gated MLP of three :func:`lora_linear` projections, as one
     autograd node.
 
-    It keeps x, the outputs G of gate and U of up, and each [M, r] product with an A; backward
-    computes act(G), act(G) ∘ U and dropout's masks again. Apart from rounding, it equals separate
-    calls of :func:`lora_linear` for gate, up and down in this order, masks included. If gate and up
-    are given one ``lora_A``, as halves of one stacked projection, they share its mask.
+    It keeps x, the outputs G of gate and U of up, each [M, r] product with an A, and dropout's
+    masks; backward computes act(G) and act(G) ∘ U again. The PyTorch backend draws masks again that
+    would take a byte an element and more than 8 kB. Apart from rounding, it equals separate calls
+    of :func:`lora_linear` for gate, up and down in this order, masks included. If gate and up are
+    given one ``lora_A``, as halves of one stacked projection, they share its mask.
 
     Separate calls with PyTorch's activation, which keep more, take over where a weight or bias
     requires a gradient; where only one of gate's and up's A, or of their B, requires one; below 64
@@ -337,30 +339,31 @@ def _run(
     No output if it is a call of a new kind that does not satisfy ``fits``.
     """
     dtype = _autocast_dtype(x)
-    dtypes_before: tuple[torch.dtype | None, ...] = ()
-    if dtype is not None:
-        dtypes_before = _dtypes_of(x, projections)
-        # Autocast does not know custom ops, so the caller has to cast.
-        x = cast(x, dtype)
-        projections = [_autocast_projection(p, dtype) for p in projections]
     shared_mask = activation != "" and _share_lora_A(projections)
-    # What decides on the checks' answers, on the backend and on the launches.
+    # What decides on the checks' answers, on autocast's casts, on the backend and on the launches.
     gradients = torch.is_grad_enabled()
-    kind = ("projections", activation, shared_mask, gradients, fits is None, dtypes_before)
+    kind = ("projections", activation, shared_mask, gradients, fits is None, dtype)
     values: list[Any] = [x, base, dropout_p, training]
     for p in projections:
         values += p
     key = key_of(kind, values)
     entry = find(key)
+    if entry is None and fits is not None and not fits():
+        return ()
+    is_cast = dtype is not None and (entry is None or entry.is_cast)
+    if dtype is not None and is_cast:
+        # Autocast does not know custom ops, so the caller has to cast.
+        before = (x, *projections)
+        x = cast(x, dtype)
+        projections = [_autocast_projection(p, dtype) for p in projections]
+        is_cast = any(map(operator.is_not, (x, *projections), before))
     if entry is not None:
         backend = entry.backend
-    elif fits is not None and not fits():
-        return ()
     else:
         check(x, projections, base, activation != "")
         _check_dropout(dropout_p)
         backend = _backend_of(x, projections, base)
-        entry = remember(key, backend)
+        entry = remember(key, backend, is_cast)
     dropout_p = dropout_p if training else 0.0
     if activation:
         options = Options(activation, dropout_p, backend, shared_mask)
@@ -384,22 +387,19 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return autocast_dtype(x.device.type)
 
 
-def _dtypes_of(x: Tensor, projections: Sequence[Projection]) -> tuple[torch.dtype | None, ...]:
-    """The dtypes of x and of the tensors of projections. ``fits`` may ask for those before
-    autocast's casts.
-    """
-    operands = [operand for p in projections for operand in p[:OPERANDS]]
-    return (x.dtype, *[getattr(operand, "dtype", None) for operand in operands])
-
-
 def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:
+    """``p`` with operands in ``dtype``; itself if they are."""
+    weight = cast(p.weight, dtype)
+    bias = cast(p.bias, dtype)
     lora_A = p.lora_A
     lora_B = p.lora_B
     # The op casts float32 A and B on the fly.
     if lora_A is not None and lora_A.dtype != torch.float32:
         lora_A = cast(lora_A, dtype)
         lora_B = cast(lora_B, dtype)
-    return Projection(cast(p.weight, dtype), cast(p.bias, dtype), lora_A, lora_B, p.scaling)
+    if weight is p.weight and bias is p.bias and lora_A is p.lora_A and lora_B is p.lora_B:
+        return p
+    return Projection(weight, bias, lora_A, lora_B, p.scaling)
 
 
 def _check_dropout(dropout_p: float) -> None:

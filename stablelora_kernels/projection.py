@@ -107,19 +107,24 @@ def projections_of(
     """
     fours = zip(in_groups(operands, OPERANDS), scalings, strict=True)
     plain = [Projection(*four, scaling) for four, scaling in fours]  # type: ignore[call-arg]
-    if not layouts:
-        return plain
+    return with_stored(plain, scales, layouts) if layouts else plain
+
+
+def with_stored(
+    projections: Sequence[Projection], scales: Iterable[Tensor], layouts: Sequence[int]
+) -> list[Projection]:
+    """``projections`` with quantized weights in place of their bytes."""
     each_layout = [Layout(*fields) for fields in in_groups(layouts, len(Layout._fields))]
     remaining = iter(scales)
-    projections = []
-    for p, layout in zip(plain, each_layout, strict=True):
+    stored = []
+    for p, layout in zip(projections, each_layout, strict=True):
         if layout != _PLAIN:
             stored_scales = tuple(islice(remaining, layout.scale_count))
             # A weight that nothing reads has no data.
             if isinstance(p.weight, Tensor):
                 p = p._replace(weight=Stored(p.weight, stored_scales, layout))
-        projections.append(p)
-    return projections
+        stored.append(p)
+    return stored
 
 
 def scale_count_of(layouts: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import BIASES, WEIGHTS
 from stablelora_kernels.utils.tensors import outside_autocast
 
@@ -65,3 +66,26 @@ def read_by_backward(operands: Sequence[Tensor | None], weights: bool) -> list[T
     if not weights:
         read[WEIGHTS] = nothing
     return read
+
+
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A view in place of a tensor that comes a second time, such as a shared A: torch.compile
+    refuses it otherwise.
+    """
+    distinct: list[Tensor | None] = []
+    for t in tensors:
+        if t is not None and any(t is earlier for earlier in distinct):
+            t = t.view(t.shape)
+        distinct.append(t)
+    return distinct
+
+
+def weight_gradient(x: Tensor | None, dy: Tensor) -> Tensor:
+    """dW = dY^T X, [N, K], for x [..., K] and dY [..., N]."""
+    assert x is not None
+    return as_matrix(dy).t() @ as_matrix(x)
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """The sum of dY over its rows."""
+    return as_matrix(dy).sum(0)

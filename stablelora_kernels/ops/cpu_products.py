@@ -31,9 +31,11 @@ FEW_ROWS_WITHOUT_DROPOUT = 512
 # From this many rows on, float32 copies pay where the processor does not multiply a dtype of low
 # precision.
 FLOAT32_ROWS = 8
-# MKL's dtypes. It is up to several times faster with a thin product's small operand first: in dB,
-# and on AMD's processors in dS. oneDNN is faster with the tall one first.
+# MKL's dtypes. It is up to several times faster with a thin product's small operand first: in dB from
+# this many multiplications on, and on AMD's processors in dS. oneDNN is faster with the tall one
+# first.
 _OF_MKL = (torch.float32, torch.float64)
+SMALL_FIRST_FROM = 1 << 22
 
 # The processor.
 
@@ -165,24 +167,32 @@ def add_wide_product(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def ds_product(grad: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """dS = s' dY B, [M, r]. All tensors have one dtype."""
+    """dS = scaling dY B, [M, r]. All tensors have one dtype."""
+    if scaling != 1.0:
+        return scaled_product(grad, lora_B, scaling)
     if IS_AMD and grad.dtype in _OF_MKL and not by_onednn(grad.dtype, grad.device):
-        return product(lora_B.t(), grad.t()).mul_(scaling).t()
-    return scaled_product(grad, lora_B, scaling)
+        return product(lora_B.t(), grad.t()).t()
+    return product(grad, lora_B)
 
 
 def db_product(grad: Tensor, s: Tensor, scaling: float, lora_dtype: torch.dtype) -> Tensor:
-    """dB = s' dY^T S, [N, r], in ``lora_dtype``."""
-    if grad.dtype in _OF_MKL:
-        # Scale before float16, which may be the dtype of A and B, rounds the sum.
-        db = product(s.t(), grad).mul_(scaling)
-        return db.t().to(lora_dtype, memory_format=torch.contiguous_format)
-    if grad.dtype != torch.float16:
-        return product(grad.t(), s).to(lora_dtype).mul_(scaling)
-    if lora_dtype == torch.float16:
+    """dB = scaling dY^T S, [N, r], of a dtype that holds sums over all rows which fit in
+    ``lora_dtype``.
+    """
+    if grad.dtype in _OF_MKL and (
+        # First, because a compiled graph compares no sizes.
+        torch.compiler.is_compiling()
+        or grad.shape[0] * grad.shape[1] * s.shape[1] >= SMALL_FIRST_FROM
+    ):
+        db = product(s.t(), grad).t().contiguous()
+    elif grad.dtype == torch.float16 and lora_dtype != torch.float16:
+        # Sums over all rows may be beyond float16, which their dtype is not.
+        db = product(grad.t().to(lora_dtype), s.to(lora_dtype))
+    elif scaling != 1.0:
         return scaled_product(grad.t(), s, scaling)
-    # Sums over all rows may be beyond float16, which their dtype is not.
-    return product(grad.t().to(lora_dtype), s.to(lora_dtype)).mul_(scaling)
+    else:
+        db = product(grad.t(), s)
+    return db if scaling == 1.0 else db.mul_(scaling)
 
 
 # Few rows.

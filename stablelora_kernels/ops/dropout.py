@@ -183,10 +183,10 @@ NOT_DROPPED = Drawn(None, None, 1.0)
 
 def draw_for_backward(x: Tensor, dropout_p: float) -> Drawn:
     """Draw x's mask so that :func:`drawn_again` gives it to backward with little memory."""
-    # Positions are small. A compiled graph keeps no state of a generator, and a CUDA graph can't
-    # read it.
-    share = drop_share(dropout_p)
-    is_kept = _are_positions_drawn(x.numel(), x.device, share)
+    # Positions are small, and so are few bools: a state takes 5,056 bytes. A compiled graph keeps no
+    # state of a generator, and a CUDA graph can't read it.
+    size = x.numel()
+    is_kept = _is_small(size) or _are_positions_drawn(size, x.device, drop_share(dropout_p))
     if is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
         mask, share = _draw(x.shape, x.device, dropout_p)
         return Drawn(mask, mask, 1 / (1 - share))

@@ -1,12 +1,12 @@
-"""The PyTorch path of the ops: forward and backward of projections on PyTorch's own operators, of
-one dtype and without autograd; and a projection under ordinary autograd.
+"""The PyTorch path of the ops: forward and backward of one projection on PyTorch's own operators,
+without autograd.
 
-Under ``by_float32`` the same formulas run on float32 copies, and results are rounded once.
+A group, a gated MLP and experts are several projections. Under ``by_float32`` the same formulas run
+on float32 copies, and results are rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from stablelora_kernels.utils.tensors import cast
 
 
 class Wanted(NamedTuple):
-    """Whether gradients of x, of the A's and of the B's are wanted."""
+    """Whether gradients of x, A and B are wanted."""
 
     x: bool
     a: bool
@@ -38,11 +38,49 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dX, None if it is not wanted; the dA's and the dB's, no dA or no dB if they are not wanted."""
+    """dX, dA and dB; None if they are not wanted."""
 
     dx: Tensor | None
-    das: Sequence[Tensor]
-    dbs: Sequence[Tensor]
+    da: Tensor | None
+    db: Tensor | None
+
+
+def to_multiply(p: Projection, dtype: torch.dtype, scaling: float) -> Projection:
+    """``p`` with A and B in ``dtype``, cast once for forward and backward, and with ``scaling``."""
+    return Projection(p.weight, p.bias, cast(p.lora_A, dtype), cast(p.lora_B, dtype), scaling)
+
+
+def project(
+    x: Tensor,
+    p: Projection,
+    mask: Tensor | None,
+    base: Tensor | None = None,
+    weight_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Y = X W^T + bias + s' S B^T, and the unscaled S = (X ∘ keep) A^T.
+
+    Args:
+        x: [M, K].
+        p: what :func:`to_multiply` returns, with s' for a scaling.
+        mask: of x; None if nothing is dropped.
+        base: what a lone branch is added to in place of X W^T + bias, [M, N] of any dtype.
+        weight_dtype: what the values of a quantized weight are rounded to, if it is not x's dtype.
+    """
+    if by_float32(x):
+        with without_autocast(x):
+            y, s = project(x.float(), _in_float32(p), mask, base, x.dtype)
+        return y.to(x.dtype if base is None else base.dtype), s.to(x.dtype)
+    lora_A, lora_B = _branch_of(p)
+    # S first: then X is in the cache for the wide product.
+    s = product(masked(x, mask), lora_A.t())
+    if base is not None:
+        return with_branch(base, s, lora_B, p.scaling), s
+    weight = _weight_of(p, x.dtype, weight_dtype)
+    y = wide_product(x, weight.t(), p.bias)
+    if p.scaling == 0:
+        return with_branch(y, s, lora_B, p.scaling), s
+    # In place, the branch needs no second activation.
+    return y.addmm_(s, lora_B.t(), alpha=p.scaling), s
 
 
 def _in_float32(p: Projection) -> Projection:
@@ -54,6 +92,15 @@ def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float()
 
 
+def _weight_of(p: Projection, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
+    """W in ``dtype``; a quantized one is rounded to another dtype first, if there is one."""
+    weight = p.weight
+    assert weight is not None
+    if isinstance(weight, Tensor):
+        return cast(weight, dtype)
+    return cast(weight.dequantize(rounded_to or dtype), dtype)
+
+
 def _branch_of(p: Projection) -> tuple[Tensor, Tensor]:
     """A and B of a projection that has them."""
     assert p.lora_A is not None and p.lora_B is not None
@@ -61,151 +108,94 @@ def _branch_of(p: Projection) -> tuple[Tensor, Tensor]:
 
 
 def with_branch(base: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """``base + scaling S B^T`` of matrices of one dtype."""
-    if scaling == 0:
-        # With alpha 0, BLAS does not read S and B, whatever they hold.
-        return base + torch.mm(s, lora_B.t()) * 0.0
-    return torch.addmm(base, s, lora_B.t(), alpha=scaling)
+    """``base + scaling S B^T`` in base's dtype."""
+    # With alpha 0, BLAS does not read S and B, whatever they hold.
+    if s.dtype is base.dtype and scaling != 0:
+        return torch.addmm(base, s, lora_B.t(), alpha=scaling)
+    return base.add(torch.mm(s, lora_B.t()), alpha=scaling).to(base.dtype)
 
 
-def torch_fwd(
-    x: Tensor,
-    projections: Sequence[Projection],
-    keeps: Sequence[Tensor | None],
-    base: Tensor | None = None,
-    weight_dtype: torch.dtype | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The Y's, and the unscaled S = (X ∘ keep) A^T. All tensors but ``base`` have one dtype; the
-    scalings are s'.
-
-    ``weight_dtype``: what the values of a quantized weight are rounded to, if it is not x's dtype.
-    """
-    if by_float32(x):
-        copies = [_in_float32(p) for p in projections]
-        with without_autocast(x):
-            ys, every_s = torch_fwd(x.float(), copies, keeps, base, x.dtype)
-        y_dtype = x.dtype if base is None else base.dtype
-        return [y.to(y_dtype) for y in ys], [s.to(x.dtype) for s in every_s]
-    # S first: then X is in the cache for the wide products.
-    every_s = _every_s(x, projections, keeps)
-    ys = []
-    for p, s in zip(projections, every_s, strict=True):
-        if base is None:
-            ys.append(_projected(x, p, s, weight_dtype or x.dtype))
-        else:
-            ys.append(_added_to(base, p, s))
-    return ys, every_s
-
-
-def _every_s(
-    x: Tensor, projections: Sequence[Projection], keeps: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """Each S = (X ∘ keep) A^T, by one product if nothing is dropped."""
-    lora_As = [_branch_of(p)[0] for p in projections]
-    if len(lora_As) > 1 and all(keep is None for keep in keeps):
-        side_by_side = product(x, torch.cat(lora_As).t())
-        return list(side_by_side.split([lora_A.shape[0] for lora_A in lora_As], 1))
-    return [product(masked(x, keep), a.t()) for a, keep in zip(lora_As, keeps, strict=True)]
-
-
-def _projected(x: Tensor, p: Projection, s: Tensor, weight_dtype: torch.dtype) -> Tensor:
-    """Y = X W^T + bias + s' S B^T, with a quantized W rounded to ``weight_dtype``."""
-    assert p.weight is not None and p.lora_B is not None
-    weight = as_plain(p.weight, weight_dtype).to(x.dtype)
-    y = wide_product(x, weight.t(), p.bias)
-    if p.scaling == 0:
-        return with_branch(y, s, p.lora_B, p.scaling)
-    # In place, the branch needs no second activation.
-    return y.addmm_(s, p.lora_B.t(), alpha=p.scaling)
-
-
-def _added_to(base: Tensor, p: Projection, s: Tensor) -> Tensor:
-    """BASE + s' S B^T, in base's dtype."""
-    assert p.lora_B is not None
-    if base.dtype == s.dtype:
-        return with_branch(base, s, p.lora_B, p.scaling)
-    return base.add(torch.mm(s, p.lora_B.t()), alpha=p.scaling).to(base.dtype)
-
-
-def torch_bwd(
+def gradients_of(
     x: Tensor | None,
-    grads: Sequence[Tensor],
-    projections: Sequence[Projection],
-    every_s: Sequence[Tensor | None],
-    keeps: Sequence[Tensor | None],
+    grad: Tensor,
+    p: Projection,
+    s: Tensor | None,
+    mask: Tensor | None,
     lora_dtype: torch.dtype,
     wanted: Wanted,
+    dx: Tensor | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """The wanted gradients, the dA's and dB's in ``lora_dtype``, for each dY. All tensors have one
-    dtype; the scalings are s'.
+    """The wanted gradients for dY.
 
-    x is read for dA, S for dB. Without a weight, dX is the branch's part alone. ``weight_dtype`` is
-    that of :func:`torch_fwd`.
+    Where products run in float32, so does the sum of several dX: it is not rounded yet.
+
+    Args:
+        x: [M, K], read for dA.
+        grad: dY [M, N] in x's dtype.
+        p: what :func:`project` has multiplied. Without a weight, dX is the branch's part alone.
+        s: [M, r], read for dB.
+        mask: that of :func:`project`.
+        lora_dtype: that of dA and dB.
+        wanted: which gradients.
+        dx: the sum of other projections' dX, to which this one's is added in place.
+        weight_dtype: that of :func:`project`.
     """
-    dtype = grads[0].dtype
-    if by_float32(grads[0]):
-        gradients = torch_bwd(
-            _float(x),
-            [grad.float() for grad in grads],
-            [_in_float32(p) for p in projections],
-            [_float(s) for s in every_s],
-            keeps,
-            lora_dtype,
-            wanted,
-            dtype,
-        )
-        dx = gradients.dx
-        return gradients._replace(dx=None if dx is None else dx.to(dtype))
-    masks = [applicable(keep, dtype) for keep in keeps]
-    every_ds: list[Tensor] = []
-    dbs: list[Tensor] = []
-    dx = None
-    for i, (grad, p) in enumerate(zip(grads, projections, strict=True)):
-        # Products that read only dY come before the wide product, while dY is in the cache.
-        lora_A, lora_B = _branch_of(p)
-        if wanted.x or wanted.a:
-            every_ds.append(ds_product(grad, lora_B, p.scaling))
-        if wanted.b:
-            s = every_s[i]
-            assert s is not None
-            dbs.append(db_product(grad, s, p.scaling, lora_dtype))
-        if wanted.x and p.weight is not None:
-            weight = as_plain(p.weight, weight_dtype or dtype).to(dtype)
+    if by_float32(grad):
+        p = _in_float32(p)
+        x = _float(x)
+        s = _float(s)
+        return gradients_of(x, grad.float(), p, s, mask, lora_dtype, wanted, dx, grad.dtype)
+    lora_A, lora_B = _branch_of(p)
+    mask = applicable(mask, grad.dtype)
+    first_scaling, last_scaling = _split(p.scaling, grad.dtype, lora_dtype)
+    # Products that read only dY come before the wide product, while dY is in the cache.
+    da = None
+    db = None
+    if wanted.b:
+        assert s is not None
+        db = db_product(grad, s, first_scaling, lora_dtype)
+    if wanted.x or wanted.a:
+        ds = ds_product(grad, lora_B, first_scaling)
+    if wanted.x:
+        if p.weight is not None:
+            weight = _weight_of(p, grad.dtype, weight_dtype)
             dx = wide_product(grad, weight) if dx is None else add_wide_product(dx, grad, weight)
-        if wanted.x:
-            dx = _with_masked_branch(dx, every_ds[i], lora_A, masks[i])
-    if dx is not None and projections[0].weight is not None and all(m is None for m in masks):
-        # All branches by one product.
-        lora_As = [_branch_of(p)[0] for p in projections]
-        dx.addmm_(_joined(every_ds, 1), _joined(lora_As, 0))
-    das = []
+        dx = _with_dx_of_branch(dx, ds, lora_A, mask, last_scaling)
     if wanted.a:
         assert x is not None
-        for ds, mask in zip(every_ds, masks, strict=True):
-            das.append(product(ds.t(), masked(x, mask)).to(lora_dtype))
-    return Gradients(dx, das, dbs)
+        da = product(ds.t(), masked(x, mask))
+    da = cast(da, lora_dtype)
+    db = cast(db, lora_dtype)
+    if last_scaling != 1.0 and (wanted.a or wanted.b):
+        torch._foreach_mul_([sums for sums in (da, db) if sums is not None], last_scaling)
+    return Gradients(dx, da, db)
 
 
-def _with_masked_branch(
-    dx: Tensor | None, ds: Tensor, lora_A: Tensor, mask: Tensor | None
-) -> Tensor | None:
-    """dX with (dS A) ∘ mask, if there is a mask; that alone, if there is no dX because there is no
-    weight.
+def _split(scaling: float, dtype: torch.dtype, lora_dtype: torch.dtype) -> tuple[float, float]:
+    """By how much dS and dB are scaled as they are computed, and by how much what follows is.
+
+    bfloat16 is scaled last, where sums are float32 and not rounded again. What float16 holds as
+    zero or as infinity may be an ordinary number once it is scaled.
     """
+    # BLAS does not multiply by 0 what is not finite.
+    if dtype is torch.bfloat16 and lora_dtype is torch.float32 and scaling != 0:
+        return 1.0, scaling
+    return scaling, 1.0
+
+
+def _with_dx_of_branch(
+    dx: Tensor | None, ds: Tensor, lora_A: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """``dx + scaling (dS A) ∘ keep`` in the memory of ``dx``, or the branch's part alone."""
     if dx is None:
-        return mask_(product(ds, lora_A), mask)
+        return mask_(product(ds, lora_A), mask).mul_(scaling)
     if mask is None:
-        # In a call with dropout, a projection without a mask has no branch.
-        return dx
-    branch = product(ds, lora_A)
+        return dx.addmm_(ds, lora_A, alpha=scaling)
+    of_branch = product(ds, lora_A)
     if is_positions(mask):
-        return dx.add_(mask_(branch, mask))
-    return dx.addcmul_(branch, mask)
-
-
-def _joined(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+        return dx.add_(mask_(of_branch, mask), alpha=scaling)
+    return dx.addcmul_(of_branch, mask, value=scaling)
 
 
 def plain_operators(x: Tensor, p: Projection, base: Tensor | None, dropout_p: float) -> Tensor:

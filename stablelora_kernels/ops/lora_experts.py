@@ -23,7 +23,7 @@ from torch import Tensor
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, product
 from stablelora_kernels.ops.dropout import draw_dropout, mask_of_rows, masked
-from stablelora_kernels.ops.formulas import Wanted, torch_bwd, torch_fwd
+from stablelora_kernels.ops.formulas import Wanted, gradients_of, project
 from stablelora_kernels.ops.matrices import with_own_memory
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.projection import Projection
@@ -71,10 +71,9 @@ def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     for expert in experts_with_rows(call.offsets):
         rows = slice(expert.start, expert.end)
         keep = mask_of_rows(call.keep, rows, call.x.shape[1])
-        outputs, expert_s = torch_fwd(call.x[rows], [_projection_of(call, expert.place)], [keep])
-        y[rows] = outputs[0]
+        y[rows], expert_s = project(call.x[rows], _projection_of(call, expert.place), keep)
         if call.save_s:
-            s[rows] = expert_s[0]
+            s[rows] = expert_s
         end = expert.end
     y[end:] = 0
     s[end:] = 0
@@ -142,21 +141,21 @@ def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     end = 0
     for expert in experts_with_rows(call.offsets):
         rows = slice(expert.start, expert.end)
-        gradients = torch_bwd(
+        gradients = gradients_of(
             None if call.x is None else call.x[rows],
-            [call.grad[rows]],
-            [_projection_of(call, expert.place)],
-            [call.s[rows] if call.need_b else None],
-            [mask_of_rows(call.keep, rows, call.lora_A.shape[2])],
+            call.grad[rows],
+            _projection_of(call, expert.place),
+            call.s[rows] if call.need_b else None,
+            mask_of_rows(call.keep, rows, call.lora_A.shape[2]),
             stored.lora_A.dtype,
             wanted,
         )
         if gradients.dx is not None:
             results.dx[rows] = gradients.dx
-        if gradients.das:
-            results.da[expert.place] = gradients.das[0]
-        if gradients.dbs:
-            results.db[expert.place] = gradients.dbs[0]
+        if gradients.da is not None:
+            results.da[expert.place] = gradients.da
+        if gradients.db is not None:
+            results.db[expert.place] = gradients.db
         end = expert.end
     results.dx[end:] = 0
     return results

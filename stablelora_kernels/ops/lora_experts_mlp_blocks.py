@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.dropout import mask_of_rows, masked
-from stablelora_kernels.ops.formulas import Wanted, torch_bwd, torch_fwd
+from stablelora_kernels.ops.formulas import Wanted, gradients_of, project
 from stablelora_kernels.ops.lora_experts import ExpertRows, experts_with_rows, thin_product
 from stablelora_kernels.ops.lora_experts_mlp_call import (
     ExpertStack,
@@ -59,7 +59,7 @@ def _blocks(offsets: Tensor) -> Iterator[_Block]:
         yield _Block(experts)
 
 
-class Pair(NamedTuple):
+class _Pair(NamedTuple):
     """The gradients of A and B of all experts."""
 
     a: Tensor
@@ -83,15 +83,15 @@ class _Stack:
         self._run = -1
         self._copied = stack.lora_B
 
-    def project(self, block: _Block, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    def outputs(self, block: _Block, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
         """Y and S of a block's rows ``x``."""
         ys: list[Tensor] = []
         every_s: list[Tensor] = []
         for expert in block.experts:
             p = self._projection(expert.place, has_bias)
-            y, s = torch_fwd(x[block.rows_of(expert)], [p], [self._mask_of(expert)])
-            ys += y
-            every_s += s
+            y, s = project(x[block.rows_of(expert)], p, self._mask_of(expert))
+            ys.append(y)
+            every_s.append(s)
         return _joined(ys), _joined(every_s)
 
     def thin_products(self, block: _Block, x: Tensor) -> Tensor:
@@ -103,25 +103,31 @@ class _Stack:
         return _joined(every_s)
 
     def gradients(
-        self, block: _Block, x: Tensor | None, grad: Tensor, s: Tensor | None, wanted: Wanted, pair: Pair
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        block: _Block,
+        x: Tensor | None,
+        grad: Tensor,
+        s: Tensor | None,
+        wanted: Wanted,
+        pair: _Pair,
+    ) -> Tensor | None:
         """dX of a block's rows for dY, None if it is not wanted. dA and dB are stored in ``pair``."""
         dxs: list[Tensor] = []
         for expert in block.experts:
             rows = block.rows_of(expert)
-            gradients = torch_bwd(
+            gradients = gradients_of(
                 None if x is None else x[rows],
-                [grad[rows]],
-                [self._projection(expert.place, has_bias=False)],
-                [None if s is None else s[rows]],
-                [self._mask_of(expert)],
+                grad[rows],
+                self._projection(expert.place, has_bias=False),
+                None if s is None else s[rows],
+                self._mask_of(expert),
                 pair.a.dtype,
                 wanted,
             )
-            if gradients.das:
-                pair.a[expert.place] = gradients.das[0]
-            if gradients.dbs:
-                pair.b[expert.place] = gradients.dbs[0]
+            if gradients.da is not None:
+                pair.a[expert.place] = gradients.da
+            if gradients.db is not None:
+                pair.b[expert.place] = gradients.db
             if gradients.dx is not None:
                 dxs.append(gradients.dx)
         return _joined(dxs) if dxs else None
@@ -172,12 +178,12 @@ def forward_by_blocks(call: MLPCall, x: Tensor, saves: bool) -> tuple[Tensor, Ke
     for block in _blocks(call.routing.offsets):
         rows = block.rows
         tokens = call.tokens[rows]
-        gate_up, s = up.project(block, x[tokens], has_bias=True)
+        gate_up, s = up.outputs(block, x[tokens], has_bias=True)
         if saves:
             every_gate_up[rows] = gate_up
             every_s[rows] = s
         z = call.weighted(call.hidden(gate_up), rows)
-        outputs, _ = down.project(block, z, has_bias=False)
+        outputs, _ = down.outputs(block, z, has_bias=False)
         outputs = outputs.to(y.dtype)
         _add_weighted_bias(call, block, outputs)
         y.index_add_(0, tokens, outputs)
@@ -199,8 +205,8 @@ def backward_by_blocks(
     """The wanted gradients for dY [T, N], written into ``results``, which are zeros."""
     up = _Stack(call.up, call.up_mask, grad.dtype)
     down = _Stack(call.down, call.down_mask, grad.dtype)
-    of_up = Pair(results.up_a, results.up_b)
-    of_down = Pair(results.down_a, results.down_b)
+    of_up = _Pair(results.up_a, results.up_b)
+    of_down = _Pair(results.down_a, results.down_b)
     for block in _blocks(call.routing.offsets):
         rows = block.rows
         tokens = call.tokens[rows]

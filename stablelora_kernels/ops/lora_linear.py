@@ -1,5 +1,5 @@
-"""``lora_linear`` with its gradients: autograd around the ops of ``lora_linear_triton`` and around
-the PyTorch path.
+"""``lora_linear`` with its gradients: autograd around the ops of ``lora_linear_triton``, and the
+choice of the PyTorch path (``lora_linear_torch``).
 
     forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
     backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
@@ -22,7 +22,7 @@ the whole W; the PyTorch path dequantizes it again in backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,23 +30,19 @@ from torch import Tensor
 from stablelora_kernels.ops.autograd import (
     Context,
     apply_of_known_calls,
+    bias_gradient,
     first_derivative,
     read_by_backward,
+    weight_gradient,
 )
 from stablelora_kernels.ops.cpu_products import few_rows, is_few
-from stablelora_kernels.ops.dropout import draw_dropout, draw_seed, scalings_after_dropout
-from stablelora_kernels.ops.formulas import (
-    Gradients,
-    Wanted,
-    plain_operators,
-    torch_bwd,
-    torch_fwd,
-)
+from stablelora_kernels.ops.dropout import draw_seed, scalings_after_dropout
+from stablelora_kernels.ops.formulas import plain_operators
+from stablelora_kernels.ops.lora_linear_facts import LinearFacts, Needs
+from stablelora_kernels.ops.lora_linear_torch import lora_linear_torch
 from stablelora_kernels.ops.lora_linear_triton import (
     LinearBackwardCall,
-    LinearBackwardResults,
     LinearBackwardSettings,
-    LinearForwardCall,
     LinearForwardResults,
     LinearForwardSettings,
     branches_in,
@@ -54,7 +50,6 @@ from stablelora_kernels.ops.lora_linear_triton import (
     lora_linear_fwd,
     split_s,
 )
-from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
 from stablelora_kernels.ops.plans import Entry, tensors_of
 from stablelora_kernels.projection import (
     BIASES,
@@ -65,49 +60,9 @@ from stablelora_kernels.projection import (
     by_projection,
     layouts_of,
     operands_of,
-    projections_of,
     scales_of,
 )
 from stablelora_kernels.quantized import Stored
-from stablelora_kernels.utils.tensors import cast
-
-_NO_GRADIENTS = Gradients(None, (), ())
-
-
-class Needs(NamedTuple):
-    """Whether gradients are required: of x, of the A's and the B's (of all or none), of each weight
-    and of each bias.
-    """
-
-    x: bool
-    a: bool
-    b: bool
-    weights: tuple[bool, ...]
-    biases: tuple[bool, ...]
-
-
-class LinearFacts(NamedTuple):
-    """What follows from the key of a call."""
-
-    # "one by one", by "plain operators", "with gradients" or "without gradients".
-    strategy: str
-    backend: str
-    x_dtype: torch.dtype
-    # Of A and B.
-    lora_dtype: torch.dtype
-    needs: Needs
-    # Whether there is a base product in place of a weight.
-    is_branch: bool
-    operand_count: int
-    scale_count: int
-    forward: LinearForwardSettings
-    backward: LinearBackwardSettings
-    # "one by one": the projections' own entries.
-    members: tuple[Entry, ...]
-
-
-# The results of a forward, the operands and scales that were multiplied, and each s'.
-Forward = tuple[LinearForwardResults, Sequence[Tensor | None], tuple[float, ...]]
 
 
 def _forward(
@@ -116,52 +71,18 @@ def _forward(
     x: Tensor,
     base: Tensor | None,
     tensors: Sequence[Tensor | None],
-) -> Forward:
+) -> LinearForwardResults:
     """For x [..., K]. ``tensors``: what ``operands_of`` makes of the projections, then all scales."""
     settings = facts.forward
-    if facts.backend == "torch":
-        nothing = [None] * len(settings.scalings)
-        return _torch_forward(LinearForwardCall.of([x, base, *tensors, *nothing], settings))
     seeds: list[Tensor | None] = [None] * len(settings.scalings)
     if settings.dropout_p:
         # One by one, in the order in which separate projections draw theirs.
         seeds = [draw_seed(x.device, settings.dropout_p) for _ in settings.scalings]
-    results = lora_linear_fwd(entry, [x, base, *tensors, *seeds], settings)
-    return results, tensors, settings.scalings
-
-
-def _torch_forward(call: LinearForwardCall) -> Forward:
-    """The PyTorch path draws its own masks, without seeds."""
-    settings = call.settings
-    rows = as_matrix(call.x)
-    keeps: list[Tensor | None] = []
-    scalings: list[float] = []
-    for scaling in settings.scalings:
-        keep, scaling_after_dropout = draw_dropout(rows, settings.dropout_p, scaling)
-        keeps.append(keep)
-        scalings.append(scaling_after_dropout)
-    # Cast once for forward and backward. The kernels cast in registers.
-    operands = _with_branches_in(call.x.dtype, call.operands)
-    projections = projections_of(operands, call.scales, settings.layouts, scalings)
-    matrices, every_s = torch_fwd(
-        rows, projections, keeps, None if call.base is None else as_matrix(call.base)
-    )
-    like = call.x if call.base is None else call.base
-    ys = [like_rows_of(y, like) for y in matrices]
-    return LinearForwardResults(ys, every_s, keeps), [*operands, *call.scales], tuple(scalings)
-
-
-def _with_branches_in(dtype: torch.dtype, operands: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """``operands`` with each A and B in ``dtype``."""
-    cast_operands = [*operands]
-    cast_operands[LORA_AS] = [cast(lora_A, dtype) for lora_A in operands[LORA_AS]]
-    cast_operands[LORA_BS] = [cast(lora_B, dtype) for lora_B in operands[LORA_BS]]
-    return cast_operands
+    return lora_linear_fwd(entry, [x, base, *tensors, *seeds], settings)
 
 
 class _LinearContext(Context, Protocol):
     facts: LinearFacts
-    settings: LinearBackwardSettings
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -182,7 +103,7 @@ class _LoRALinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         needs = facts.needs
-        results, multiplied, scalings = _forward(facts, entry, x, base, tensors)
+        results = _forward(facts, entry, x, base, tensors)
         masks = results.masks
         if not (masks and (needs.x or needs.a)):
             masks = [None] * len(results.ys)
@@ -190,18 +111,14 @@ class _LoRALinear(torch.autograd.Function):
         # rows: the surrounding graph already holds it.
         ctx.save_for_backward(
             x if needs.a or True in needs.weights else None,
-            *read_by_backward(multiplied[: facts.operand_count], weights=needs.x),
-            *(multiplied[facts.operand_count :] if needs.x else ()),
+            *read_by_backward(tensors[: facts.operand_count], weights=needs.x),
+            *(tensors[facts.operand_count :] if needs.x else ()),
             *(results.s if needs.b else ()),
             *masks,
         )
         if len(results.ys) > 1:
             ctx.set_materialize_grads(False)
         ctx.facts = facts
-        ctx.settings = facts.backward
-        if scalings != facts.backward.scalings:
-            # Dropout's, of the PyTorch path.
-            ctx.settings = facts.backward._replace(scalings=scalings)
         return tuple(results.ys)
 
     @staticmethod
@@ -215,7 +132,7 @@ class _LoRALinear(torch.autograd.Function):
             # A lone branch computes in x's dtype.
             grads = [dy.to(facts.x_dtype) for dy in dys if dy is not None]
         saved_call = [x, *grads, *tensors]
-        settings = ctx.settings
+        settings = facts.backward
         used: Sequence[int] = range(len(dys))
         if len(dys) > 1:
             used = [place for place, dy in enumerate(dys) if dy is not None]
@@ -224,20 +141,27 @@ class _LoRALinear(torch.autograd.Function):
             call = _of_used(used, LinearBackwardCall.of(saved_call, settings))
             saved_call = tensors_of(call)
             settings = call.settings
-        gradients: Gradients | LinearBackwardResults = _NO_GRADIENTS
-        if used and (needs.x or needs.a or needs.b):
-            gradients = _gradients(facts, saved_call, settings)
         count = len(dys)
+        dx = None
         of_operands: list[Tensor | None] = [None] * facts.operand_count
-        if needs.a:
-            of_operands[LORA_AS] = _at_places(used, gradients.das, count)
-        if needs.b:
-            of_operands[LORA_BS] = _at_places(used, gradients.dbs, count)
+        if used and (needs.x or needs.a or needs.b):
+            gradients = lora_linear_bwd(None, saved_call, settings)
+            if needs.x:
+                dx = gradients.dx
+            if needs.a:
+                of_operands[LORA_AS] = _at_places(used, gradients.das, count)
+            if needs.b:
+                of_operands[LORA_BS] = _at_places(used, gradients.dbs, count)
         if True in needs.weights:
-            of_operands[WEIGHTS] = _weight_gradients(x, dys, needs.weights)
+            of_operands[WEIGHTS] = [
+                weight_gradient(x, dy) if is_needed and dy is not None else None
+                for dy, is_needed in zip(dys, needs.weights, strict=True)
+            ]
         if True in needs.biases:
-            of_operands[BIASES] = _bias_gradients(dys, needs.biases)
-        dx = gradients.dx if needs.x else None
+            of_operands[BIASES] = [
+                bias_gradient(dy) if is_needed and dy is not None else None
+                for dy, is_needed in zip(dys, needs.biases, strict=True)
+            ]
         dbase = dys[0] if facts.is_branch else None
         return (None, None, dx, dbase, *of_operands, *[None] * facts.scale_count)
 
@@ -257,26 +181,6 @@ def _at_places(
     return filled
 
 
-def _weight_gradients(
-    x: Tensor | None, dys: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """dW = dY^T X for each dY, if it is wanted."""
-    assert x is not None
-    rows = as_matrix(x)
-    return [
-        as_matrix(dy).t() @ rows if is_wanted and dy is not None else None
-        for dy, is_wanted in zip(dys, wanted, strict=True)
-    ]
-
-
-def _bias_gradients(dys: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The sum of each dY over its rows, if it is wanted."""
-    return [
-        as_matrix(dy).sum(0) if is_wanted and dy is not None else None
-        for dy, is_wanted in zip(dys, wanted, strict=True)
-    ]
-
-
 def _of_used(used: Sequence[int], call: LinearBackwardCall) -> LinearBackwardCall:
     """``call`` for those projections of a group alone whose outputs were ``used``."""
     operands = by_projection(call.operands)
@@ -290,28 +194,6 @@ def _of_used(used: Sequence[int], call: LinearBackwardCall) -> LinearBackwardCal
         masks=[call.masks[place] for place in used],
         settings=call.settings._replace(scalings=scalings),
     )
-
-
-def _gradients(
-    facts: LinearFacts, tensors: Sequence[Tensor | None], settings: LinearBackwardSettings
-) -> Gradients | LinearBackwardResults:
-    """dX, the dA's and the dB's. ``tensors``: those of the call, one after another."""
-    if facts.backend == "triton":
-        return lora_linear_bwd(None, tensors, settings)
-    call = LinearBackwardCall.of(tensors, settings)
-    gradients = torch_bwd(
-        None if call.x is None else as_matrix(call.x),
-        [with_own_memory(as_matrix(grad)) for grad in call.grads],
-        projections_of(call.operands, call.scales, settings.layouts, settings.scalings),
-        call.s or [None] * len(call.grads),
-        call.masks,
-        facts.lora_dtype,
-        Wanted(settings.need_x, settings.need_a, settings.need_b),
-    )
-    dx = gradients.dx
-    if dx is not None:
-        dx = dx.view(*call.grads[0].shape[:-1], dx.shape[1])
-    return Gradients(dx, gradients.das, gradients.dbs)
 
 
 def lora_linear_op(
@@ -341,12 +223,14 @@ def lora_linear_op(
         ]
     if facts.strategy == "plain operators":
         return (plain_operators(x, projections[0], base, dropout_p),)
+    if facts.backend == "torch":
+        return lora_linear_torch(facts, entry is not None, x, projections, base)
     tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
     if facts.strategy == "with gradients":
         apply: Callable[..., Any] = _LoRALinear.apply if entry is None else _apply_known
         ys: tuple[Tensor, ...] = apply(entry, facts, x, base, *tensors)
         return ys
-    return _forward(facts, entry, x, base, tensors)[0].ys
+    return _forward(facts, entry, x, base, tensors).ys
 
 
 def _facts_of(

@@ -5,14 +5,15 @@ has the formulas.
     backward  dH = dX of down, for dY   dG = dH ∘ U ∘ act'(G)   dU = dH ∘ act(G)   then gate's and up's gradients for them
 
 Autograd saves X, G, U and each S. Backward computes H and act(G) again where it needs them. The
-kernels keep dropout's masks, and so does the PyTorch path if they are positions (``ops/dropout.py``);
+kernels keep dropout's masks, and so does the PyTorch path if they are positions or few
+(``ops/dropout.py``);
 it draws others again from the state of torch's generator, where that can be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,23 +22,16 @@ from torch.nn.functional import linear
 from stablelora_kernels.ops.autograd import (
     Context,
     apply_of_known_calls,
+    distinct,
     first_derivative,
     read_by_backward,
 )
 from stablelora_kernels.ops.dropout import draw_dropout, draw_seed, masked
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_mlp_facts import MLPFacts, Options, facts_of
-from stablelora_kernels.ops.lora_mlp_torch import (
-    ACTIVATIONS,
-    Forward,
-    MLPGradients,
-    torch_backward,
-    torch_forward,
-)
+from stablelora_kernels.ops.lora_mlp_torch import ACTIVATIONS, lora_mlp_torch
 from stablelora_kernels.ops.lora_mlp_triton import (
-    MLPBackwardCall,
-    MLPBackwardResults,
-    MLPBackwardSettings,
+    MLPForwardResults,
     OfThree,
     each_mask,
     lora_mlp_bwd,
@@ -59,15 +53,25 @@ from stablelora_kernels.quantized import as_plain
 _OPERAND_COUNT = 3 * OPERANDS
 
 
-def _triton_forward(
+class _Forward(NamedTuple):
+    """Y alone is not empty if nothing is saved."""
+
+    results: MLPForwardResults
+    # Gate's, up's and down's; None without a branch.
+    masks: Sequence[Tensor | None]
+
+
+def _forward(
     facts: MLPFacts,
     entry: Entry | None,
     x: Tensor,
     operands: Sequence[Tensor | None],
     scales: Sequence[Tensor],
     save: bool,
-) -> Forward:
-    """Y and what is saved, by the op of the kernels, which draw masks from seeds."""
+) -> _Forward:
+    """For x [..., K], and what ``operands_of`` and ``scales_of`` make of the projections. Masks are
+    drawn from seeds.
+    """
     settings = facts.forward
     if not save:
         settings = settings._replace(save=False, stores_mask=(False, False, False))
@@ -79,7 +83,7 @@ def _triton_forward(
     masks = each_mask(results.masks, settings.stores_mask)
     if shared_mask:
         masks[1] = masks[0]
-    return Forward(results, masks, operands, settings.scalings)
+    return _Forward(results, masks)
 
 
 def _draw_seeds(
@@ -96,32 +100,8 @@ def _draw_seeds(
     return seeds
 
 
-def _forward(
-    facts: MLPFacts,
-    entry: Entry | None,
-    x: Tensor,
-    operands: Sequence[Tensor | None],
-    scales: Sequence[Tensor],
-    save: bool,
-) -> Forward:
-    """For x [..., K], and what ``operands_of`` and ``scales_of`` make of the projections."""
-    if facts.options.backend == "triton":
-        return _triton_forward(facts, entry, x, operands, scales, save)
-    return torch_forward(facts, x, operands, scales)
-
-
-def _gradients(
-    facts: MLPFacts, tensors: Sequence[Tensor | None], settings: MLPBackwardSettings
-) -> MLPBackwardResults | MLPGradients:
-    """dX, the dA's and the dB's. ``tensors``: those of the call, one after another."""
-    if facts.options.backend == "triton":
-        return lora_mlp_bwd(None, tensors, settings)
-    return torch_backward(facts, MLPBackwardCall.of(tensors, settings))
-
-
 class _MLPContext(Context, Protocol):
     facts: MLPFacts
-    settings: MLPBackwardSettings
 
 
 class _LoRAMLP(torch.autograd.Function):
@@ -138,8 +118,8 @@ class _LoRAMLP(torch.autograd.Function):
         scales = tensors[_OPERAND_COUNT:]
         computed = _forward(facts, entry, x, operands, scales, save=True)
         results = computed.results
-        gate, up, down = computed.operands[WEIGHTS]
-        read = read_by_backward(computed.operands, weights=False)
+        gate, up, down = operands[WEIGHTS]
+        read = read_by_backward(operands, weights=False)
         read[WEIGHTS] = [
             gate if needs.x else None,
             up if needs.x else None,
@@ -154,13 +134,9 @@ class _LoRAMLP(torch.autograd.Function):
             results.s_down if needs.down_b else None,
             *read,
             *scales,
-            *computed.recipes,
+            *computed.masks,
         )
         ctx.facts = facts
-        ctx.settings = facts.backward
-        if computed.scalings != facts.backward.scalings:
-            # Dropout's, of the PyTorch path.
-            ctx.settings = facts.backward._replace(scalings=computed.scalings)
         return results.y
 
     @staticmethod
@@ -168,7 +144,7 @@ class _LoRAMLP(torch.autograd.Function):
     def backward(ctx: _MLPContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         facts = ctx.facts
         needs = facts.needs
-        gradients = _gradients(facts, [grad, *ctx.saved_tensors], ctx.settings)
+        gradients = lora_mlp_bwd(None, [grad, *ctx.saved_tensors], facts.backward)
         of_operands: list[Tensor | None] = [None] * _OPERAND_COUNT
         of_operands[LORA_AS] = _if_needed(gradients.das, needs.a)
         of_operands[LORA_BS] = _if_needed(gradients.dbs, needs.b)
@@ -202,28 +178,18 @@ def lora_mlp_op(
         # An entry also says that the call is not traced.
         members = [None, None, None] if entry is None else facts.members
         return _one_by_one(x, projections, options, members)
+    if options.backend == "torch":
+        return lora_mlp_torch(facts, entry is not None, x, projections)
     operands = operands_of(projections)
     scales = scales_of(projections, facts.forward.layouts)
     if facts.strategy == "without gradients":
         return _forward(facts, entry, x, operands, scales, save=False).results.y
     tensors = [*operands, *scales]
     if torch.compiler.is_compiling():
-        tensors = _distinct(tensors)
+        tensors = distinct(tensors)
     apply: Callable[..., Any] = _LoRAMLP.apply if entry is None else _apply_known
     y: Tensor = apply(entry, facts, x, *tensors)
     return y
-
-
-def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """A view in place of a tensor that comes a second time, such as a shared A: torch.compile
-    refuses it otherwise.
-    """
-    distinct: list[Tensor | None] = []
-    for t in tensors:
-        if t is not None and any(t is earlier for earlier in distinct):
-            t = t.view(t.shape)
-        distinct.append(t)
-    return distinct
 
 
 def _one_by_one(

@@ -1,25 +1,35 @@
-"""``lora_mlp`` on the PyTorch path: its forward and its backward without autograd."""
+"""``lora_mlp`` on the PyTorch path, with its gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
-from stablelora_kernels.ops.formulas import Gradients, Wanted, torch_bwd, torch_fwd
-from stablelora_kernels.ops.lora_mlp_facts import MLPFacts
-from stablelora_kernels.ops.lora_mlp_triton import (
-    MLPBackwardCall,
-    MLPForwardResults,
-    with_branches,
+from stablelora_kernels.ops.autograd import (
+    Context,
+    apply_of_known_calls,
+    distinct,
+    first_derivative,
 )
+from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
+from stablelora_kernels.ops.formulas import (
+    Gradients,
+    Wanted,
+    gradients_of,
+    project,
+    to_multiply,
+)
+from stablelora_kernels.ops.lora_linear_torch import Saved
+from stablelora_kernels.ops.lora_mlp_facts import MLPFacts
+from stablelora_kernels.ops.lora_mlp_triton import with_branches
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
-from stablelora_kernels.projection import Projection, operands_of, projections_of
+from stablelora_kernels.projection import Projection, operands_of, scales_of, with_stored
+from stablelora_kernels.utils.tensors import cast
 
 
 class Activation(NamedTuple):
@@ -40,56 +50,42 @@ ACTIVATIONS = {
 }
 
 
-class Forward(NamedTuple):
-    """The results of a forward, and what backward needs with them."""
+class _Projected(NamedTuple):
+    """The output of gate, up or down, and what gives its gradients."""
 
-    # On Triton, Y alone is not empty if nothing is saved.
-    results: MLPForwardResults
-    # Of each projection its mask, or what draws it again.
-    recipes: Sequence[Tensor | None]
-    # Those that were multiplied, in x's dtype on the PyTorch path.
-    operands: Sequence[Tensor | None]
-    # Each s'.
-    scalings: tuple[float, ...]
+    # [M, N].
+    y: Tensor
+    s: Tensor
+    drawn: Drawn
+    # As it was multiplied, with s'.
+    p: Projection
+
+    def saved(self, weight: Tensor | None, needs_b: bool) -> Saved:
+        """``weight``: a quantized weight's bytes, None if it is not read."""
+        p = self.p
+        s = self.s if needs_b else None
+        return Saved(weight, p.lora_A, p.lora_B, s, self.drawn.recipe)
 
 
-def torch_forward(
-    facts: MLPFacts,
-    x: Tensor,
-    operands: Sequence[Tensor | None],
-    scales: Sequence[Tensor],
-) -> Forward:
-    """G, U, H and Y by PyTorch's operators, with the masks drawn on the way."""
+def _project(x: Tensor, p: Projection, drawn: Drawn) -> _Projected:
+    p = to_multiply(p, x.dtype, p.scaling * drawn.scale)
+    y, s = project(x, p, drawn.mask)
+    return _Projected(y, s, drawn, p)
+
+
+def _forward(
+    facts: MLPFacts, x: Tensor, gate: Projection, up: Projection, down: Projection
+) -> tuple[_Projected, _Projected, _Projected]:
+    """Gate's, up's and down's output for x [M, K], with the masks drawn on the way."""
     options = facts.options
-    settings = facts.forward
-    rows = as_matrix(x)
-    projections = projections_of(operands, scales, settings.layouts, settings.scalings)
-    # Cast once for forward and backward.
-    gate, up, down = [_with_branch_in(x.dtype, p) for p in with_branches(projections, x)]
-    of_gate = _draw(rows, gate, options.dropout_p)
-    of_up = of_gate if options.shared_mask else _draw(rows, up, options.dropout_p)
-    gate = gate._replace(scaling=gate.scaling * of_gate.scale)
-    up = up._replace(scaling=up.scaling * of_up.scale)
-    outputs, every_s = torch_fwd(rows, [gate, up], [of_gate.mask, of_up.mask])
-    g, u = outputs
-    h = ACTIVATIONS[options.activation].forward(g).mul_(u)
-    of_down = _draw(h, down, options.dropout_p)
-    down = down._replace(scaling=down.scaling * of_down.scale)
-    down_outputs, down_s = torch_fwd(h, [down], [of_down.mask])
-    projections = [gate, up, down]
-    y = like_rows_of(down_outputs[0], x)
-    return Forward(
-        MLPForwardResults(y, g, u, torch.cat(every_s, 1), down_s[0], ()),
-        recipes=[of_gate.recipe, of_up.recipe, of_down.recipe],
-        operands=operands_of(projections),
-        scalings=(gate.scaling, up.scaling, down.scaling),
-    )
-
-
-def _with_branch_in(dtype: torch.dtype, p: Projection) -> Projection:
-    """``p`` with A and B in ``dtype``."""
-    assert p.lora_A is not None and p.lora_B is not None
-    return p._replace(lora_A=p.lora_A.to(dtype), lora_B=p.lora_B.to(dtype))
+    if not (gate.rank and up.rank and down.rank):
+        gate, up, down = with_branches((gate, up, down), x)
+    mask_of_gate = _draw(x, gate, options.dropout_p)
+    mask_of_up = mask_of_gate if options.shared_mask else _draw(x, up, options.dropout_p)
+    of_gate = _project(x, gate, mask_of_gate)
+    of_up = _project(x, up, mask_of_up)
+    h = ACTIVATIONS[options.activation].forward(of_gate.y).mul_(of_up.y)
+    return of_gate, of_up, _project(h, down, _draw(h, down, options.dropout_p))
 
 
 def _draw(x: Tensor, p: Projection, dropout_p: float) -> Drawn:
@@ -99,83 +95,170 @@ def _draw(x: Tensor, p: Projection, dropout_p: float) -> Drawn:
     return draw_for_backward(x, dropout_p)
 
 
-def _down_backward(
-    facts: MLPFacts, call: MLPBackwardCall, down: Projection
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of H and of down's A and B; None if they are not needed."""
+class _MLPContext(Context, Protocol):
+    facts: MLPFacts
+    # Each s'.
+    scalings: tuple[float, float, float]
+
+
+class _LoRAMLP(torch.autograd.Function):
+    """A gated MLP. Weights and biases get no gradient. ``scales``: those of quantized weights."""
+
+    @staticmethod
+    def forward(
+        ctx: _MLPContext,
+        facts: MLPFacts,
+        x: Tensor,
+        gate_weight: Tensor,
+        gate_bias: Tensor | None,
+        gate_A: Tensor | None,
+        gate_B: Tensor | None,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        up_A: Tensor | None,
+        up_B: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        down_A: Tensor | None,
+        down_B: Tensor | None,
+        *scales: Tensor,
+    ) -> Tensor:
+        needs = facts.needs
+        settings = facts.forward
+        gate_scaling, up_scaling, down_scaling = settings.scalings
+        gate = Projection(gate_weight, gate_bias, gate_A, gate_B, gate_scaling)
+        up = Projection(up_weight, up_bias, up_A, up_B, up_scaling)
+        down = Projection(down_weight, down_bias, down_A, down_B, down_scaling)
+        if settings.layouts:
+            gate, up, down = with_stored((gate, up, down), scales, settings.layouts)
+        of_gate, of_up, of_down = _forward(facts, as_matrix(x), gate, up, down)
+        ctx.save_for_backward(
+            x if needs.thin_a else None,
+            of_gate.y,
+            of_up.y,
+            *of_gate.saved(gate_weight if needs.x else None, needs.thin_b),
+            *of_up.saved(up_weight if needs.x else None, needs.thin_b),
+            *of_down.saved(down_weight if needs.h else None, needs.down_b),
+            *scales,
+        )
+        ctx.facts = facts
+        ctx.scalings = (of_gate.p.scaling, of_up.p.scaling, of_down.p.scaling)
+        return like_rows_of(of_down.y, x)
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: _MLPContext, dy: Tensor) -> tuple[Tensor | None, ...]:
+        facts = ctx.facts
+        needs = facts.needs
+        gate_scaling, up_scaling, down_scaling = ctx.scalings
+        x, g, u, *saved = ctx.saved_tensors
+        assert g is not None and u is not None
+        of_gate = Saved(*saved[:5])
+        of_up = Saved(*saved[5:10])
+        of_down = Saved(*saved[10:15])
+        gate = of_gate.as_projection(gate_scaling)
+        up = of_up.as_projection(up_scaling)
+        down = of_down.as_projection(down_scaling)
+        if facts.backward.layouts:
+            scales = [scale for scale in saved[15:] if scale is not None]
+            gate, up, down = with_stored((gate, up, down), scales, facts.backward.layouts)
+        # act(G), and H for down's dA.
+        activation = ACTIVATIONS[facts.options.activation]
+        a = activation.forward(g)
+        h = a * u if needs.down_a else None
+        gradients_of_down = _down_gradients(facts, h, dy, down, of_down)
+        del h
+        dh = gradients_of_down.dx
+        if dh is None:
+            return _gradients_by_argument(facts, None, _NONE, _NONE, gradients_of_down)
+        du = a.mul_(dh)
+        dg = _activation_backward(activation, dh.mul_(u), g)
+        rows = None if x is None else as_matrix(x)
+        gate_gradients, up_gradients = _gate_up_gradients(
+            facts, rows, dg, du, (gate, up), (of_gate, of_up)
+        )
+        dx = up_gradients.dx
+        if dx is not None:
+            dx = cast(dx, dy.dtype)
+            if dy.dim() != 2:
+                dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        return _gradients_by_argument(facts, dx, gate_gradients, up_gradients, gradients_of_down)
+
+
+_NONE = Gradients(None, None, None)
+_apply_known = apply_of_known_calls(_LoRAMLP)
+
+
+def _down_gradients(
+    facts: MLPFacts, h: Tensor | None, dy: Tensor, down: Projection, saved: Saved
+) -> Gradients:
+    """dH, and the gradients of down's A and B, for dY [..., N] and H [M, F]."""
     needs = facts.needs
-    h = None
-    if needs.down_a:
-        h = ACTIVATIONS[facts.options.activation].forward(call.g).mul_(call.u)
-    keep = None
+    grad = with_own_memory(as_matrix(dy))
+    mask = None
     if needs.h or needs.down_a:
-        keep = drawn_again(call.masks[2], call.g.shape, facts.options.dropout_p)
-    dy = with_own_memory(as_matrix(call.grad))
+        assert down.lora_A is not None
+        shape = (grad.shape[0], down.lora_A.shape[1])
+        mask = drawn_again(saved.mask, shape, facts.options.dropout_p)
     wanted = Wanted(needs.h, needs.down_a, needs.down_b)
-    gradients = torch_bwd(h, [dy], [down], [call.s_down], [keep], facts.lora_dtype, wanted)
-    da = gradients.das[0] if gradients.das else None
-    db = gradients.dbs[0] if gradients.dbs else None
-    return gradients.dx, da, db
+    gradients = gradients_of(h, grad, down, saved.s, mask, facts.lora_dtype, wanted)
+    if gradients.dx is None:
+        return gradients
+    return gradients._replace(dx=cast(gradients.dx, grad.dtype))
 
 
-def _gate_up_backward(
+def _gate_up_gradients(
     facts: MLPFacts,
-    call: MLPBackwardCall,
+    x: Tensor | None,
     dg: Tensor,
     du: Tensor,
-    gate: Projection,
-    up: Projection,
-) -> Gradients:
-    """The gradients of X, and of gate's and up's A and B, for dG and dU [M, F]."""
+    projections: tuple[Projection, Projection],
+    saved: tuple[Saved, Saved],
+) -> tuple[Gradients, Gradients]:
+    """The gradients of gate's and up's A and B, for x [M, K], dG and dU [M, F]. Up's dX is that of
+    both.
+    """
     needs = facts.needs
-    keeps: list[Tensor | None] = [None, None]
+    gate, up = projections
+    gate_mask = None
+    up_mask = None
     if needs.x or needs.thin_a:
         assert gate.lora_A is not None
         shape = (dg.shape[0], gate.lora_A.shape[1])
-        keep = drawn_again(call.masks[0], shape, facts.options.dropout_p)
-        keeps = [keep, keep]
+        gate_mask = drawn_again(saved[0].mask, shape, facts.options.dropout_p)
+        up_mask = gate_mask
         if not facts.options.shared_mask:
-            keeps[1] = drawn_again(call.masks[1], shape, facts.options.dropout_p)
-    every_s: Sequence[Tensor | None] = [None, None]
-    if call.s is not None:
-        every_s = call.s.split([gate.rank, up.rank], 1)
-    return torch_bwd(
-        None if call.x is None else as_matrix(call.x),
-        [dg, du],
-        [gate, up],
-        every_s,
-        keeps,
-        facts.lora_dtype,
-        Wanted(needs.x, needs.thin_a, needs.thin_b),
+            up_mask = drawn_again(saved[1].mask, shape, facts.options.dropout_p)
+    wanted = Wanted(needs.x, needs.thin_a, needs.thin_b)
+    of_gate = gradients_of(x, dg, gate, saved[0].s, gate_mask, facts.lora_dtype, wanted)
+    of_up = gradients_of(x, du, up, saved[1].s, up_mask, facts.lora_dtype, wanted, of_gate.dx)
+    return of_gate, of_up
+
+
+def _gradients_by_argument(
+    facts: MLPFacts, dx: Tensor | None, gate: Gradients, up: Gradients, down: Gradients
+) -> tuple[Tensor | None, ...]:
+    """Those of the arguments of ``_LoRAMLP.forward``; None for a tensor that does not require its
+    own.
+    """
+    needs = facts.needs
+    return (
+        None,
+        dx,
+        None,
+        None,
+        gate.da if needs.a[0] else None,
+        gate.db if needs.b[0] else None,
+        None,
+        None,
+        up.da if needs.a[1] else None,
+        up.db if needs.b[1] else None,
+        None,
+        None,
+        down.da,
+        down.db,
+        *[None] * facts.scale_count,
     )
-
-
-class MLPGradients(NamedTuple):
-    """dX, and each dA and dB of gate, up and down; what is not needed is None or empty."""
-
-    dx: Tensor | None
-    das: Sequence[Tensor | None]
-    dbs: Sequence[Tensor | None]
-
-
-def torch_backward(facts: MLPFacts, call: MLPBackwardCall) -> MLPGradients:
-    """The gradients on the PyTorch path, where the masks of ``call`` are recipes."""
-    settings = call.settings
-    gate, up, down = projections_of(call.operands, call.scales, settings.layouts, settings.scalings)
-    dh, da_down, db_down = _down_backward(facts, call, down)
-    if dh is None:
-        return MLPGradients(None, [None, None, da_down], [None, None, db_down])
-    activation = ACTIVATIONS[facts.options.activation]
-    du = activation.forward(call.g).mul_(dh)
-    dg = _activation_backward(activation, dh.mul_(call.u), call.g)
-    del dh
-    gradients = _gate_up_backward(facts, call, dg, du, gate, up)
-    dx = gradients.dx
-    if dx is not None:
-        dx = dx.view(*call.grad.shape[:-1], dx.shape[1])
-    das = gradients.das or (None, None)
-    dbs = gradients.dbs or (None, None)
-    return MLPGradients(dx, [*das, da_down], [*dbs, db_down])
 
 
 def _activation_backward(activation: Activation, dh: Tensor, g: Tensor) -> Tensor:
@@ -184,3 +267,18 @@ def _activation_backward(activation: Activation, dh: Tensor, g: Tensor) -> Tenso
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return activation.backward(dh, g)
     return activation.backward(dh, g, grad_input=dh)
+
+
+def lora_mlp_torch(
+    facts: MLPFacts, is_known: bool, x: Tensor, projections: Sequence[Projection]
+) -> Tensor:
+    """The output of gate, up and down. ``is_known``: whether the call has a key."""
+    if facts.strategy == "without gradients":
+        of_down = _forward(facts, as_matrix(x), *projections)[2]
+        return like_rows_of(of_down.y, x)
+    tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
+    if torch.compiler.is_compiling():
+        tensors = distinct(tensors)
+    apply: Callable[..., Any] = _apply_known if is_known else _LoRAMLP.apply
+    y: Tensor = apply(facts, x, *tensors)
+    return y

@@ -67,6 +67,8 @@ class Entry:
     """What is known of the calls with one key."""
 
     backend: str
+    # Whether autocast casts an operand.
+    is_cast: bool = False
     # The op's LinearFacts or MLPFacts, once a call has run.
     facts: Any = None
     # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes
@@ -172,9 +174,12 @@ def find(key: tuple[Any, ...] | None) -> Entry | None:
     return entry
 
 
-def remember(key: tuple[Any, ...] | None, backend: str) -> Entry | None:
-    """A new entry for ``key``, if there is one: its calls pass the checks and run on ``backend``."""
-    return None if key is None else _add(key, Entry(backend))
+def remember(key: tuple[Any, ...] | None, backend: str, is_cast: bool = False) -> Entry | None:
+    """A new entry for ``key``, if there is one: its calls pass the checks and run on ``backend``.
+
+    ``is_cast``: whether autocast casts an operand.
+    """
+    return None if key is None else _add(key, Entry(backend, is_cast))
 
 
 def _add(key: tuple[Any, ...], entry: Entry) -> Entry:
