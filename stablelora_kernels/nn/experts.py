@@ -126,9 +126,11 @@ def stack_of(
 def product_of(stack: ExpertStack) -> Product:
     """The product with a stack and its branch."""
     frozen = stack.frozen
+    weight = frozen.weight
+    assert isinstance(weight, Tensor)
     return lambda x, offsets: lora_experts(
         x,
-        frozen.weight,
+        weight,
         frozen.bias,
         stack.lora_A,
         stack.lora_B,

@@ -103,13 +103,14 @@ def compute_fused_experts(
         down = _for_autocast(down, dtype)
     _check(rows, up, dtype is not None)
     _check(rows.new_empty(0, down.in_features), down, dtype is not None)
-    slots = sorted_routing(index, weights, up.frozen.weight.shape[0])
+    slots = sorted_routing(index, weights, up.lora_A.shape[0])
     y = lora_experts_mlp_op(rows, slots, gate, up, down)
     return y.to(x.dtype)
 
 
 def _check(x: Tensor, stack: ExpertStack, casts: bool) -> None:
     frozen = stack.frozen
+    assert isinstance(frozen.weight, Tensor)
     check_stack(
         x,
         frozen.weight,

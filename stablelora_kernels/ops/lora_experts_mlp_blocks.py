@@ -88,7 +88,7 @@ class _Stack:
         ys: list[Tensor] = []
         every_s: list[Tensor] = []
         for expert in block.experts:
-            p = self._projection(expert.place, has_bias)
+            p = self._projection(expert.place, has_bias=has_bias)
             y, s = project(x[block.rows_of(expert)], p, self._mask_of(expert))
             ys.append(y)
             every_s.append(s)
@@ -118,7 +118,7 @@ class _Stack:
             gradients = gradients_of(
                 None if x is None else x[rows],
                 grad[rows],
-                self._projection(expert.place, has_bias=False),
+                self._projection(expert.place, has_weight=wanted.x),
                 None if s is None else s[rows],
                 self._mask_of(expert),
                 pair.a.dtype,
@@ -132,11 +132,13 @@ class _Stack:
                 dxs.append(gradients.dx)
         return _joined(dxs) if dxs else None
 
-    def _projection(self, place: int, has_bias: bool) -> Projection:
-        """The projection of the expert at a place of the stack."""
+    def _projection(
+        self, place: int, has_bias: bool = False, has_weight: bool = True
+    ) -> Projection:
+        """The projection of the expert at a place of the stack, with what is read of it."""
         frozen = self._stack.frozen
         bias = frozen.expert_bias(place, self._dtype) if has_bias else None
-        weight = frozen.expert(place, self._dtype)
+        weight = frozen.expert(place, self._dtype) if has_weight else None
         lora_A = self._lora_A(place)
         return Projection(weight, bias, lora_A, self._lora_B(place), frozen.scaling)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,19 @@ from stablelora_kernels.utils.tensors import cast
 Gate = Callable[[Tensor], Tensor]
 
 
+class PackedStack(Protocol):
+    """A stack [E, N, K] whose experts are computed from what is stored."""
+
+    def expert(self, place: int, dtype: torch.dtype) -> Tensor:
+        """The matrix of the expert at a place of the stack."""
+        ...
+
+
 class FrozenStack(NamedTuple):
     """One projection of all experts, all but its A and B."""
 
     # [E, N, K]; transposed, [E, K, N].
-    weight: Tensor
+    weight: Tensor | PackedStack
     # [E, N].
     bias: Tensor | None
     transposed: bool
@@ -28,9 +36,19 @@ class FrozenStack(NamedTuple):
     dropout_p: float = 0.0
 
     def expert(self, place: int, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] of the expert at a place of the stack."""
-        weight = cast(self.weight[place], dtype)
-        return weight.t() if self.transposed else weight
+        """The weight [N, K] of the expert at a place of the stack. Only here is one read."""
+        matrix = self._matrix(place, dtype)
+        return matrix.t() if self.transposed else matrix
+
+    def _matrix(self, place: int, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.weight, Tensor):
+            return cast(self.weight[place], dtype)
+        return self.weight.expert(place, dtype)
+
+    def all_experts(self, dtype: torch.dtype) -> Tensor:
+        """The weights of all experts, in one piece."""
+        assert isinstance(self.weight, Tensor)
+        return cast(self.weight, dtype)
 
     def expert_bias(self, place: int, dtype: torch.dtype) -> Tensor | None:
         """The bias [N] of the expert at a place of the stack."""

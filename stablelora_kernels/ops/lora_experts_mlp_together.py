@@ -88,7 +88,7 @@ def _forward_of(
 ) -> ExpertsForward:
     return ExpertsForward(
         x,
-        cast(stack.frozen.weight, x.dtype),
+        stack.frozen.all_experts(x.dtype),
         bias,
         stack.lora_A,
         stack.lora_B,
@@ -112,7 +112,7 @@ def _backward_of(
     return ExpertsBackward(
         x,
         grad,
-        cast(stack.frozen.weight, grad.dtype),
+        stack.frozen.all_experts(grad.dtype),
         stack.lora_A,
         stack.lora_B,
         s,
