@@ -19,6 +19,12 @@ from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_mlp import lora_mlp_op
 from stablelora_kernels.ops.lora_mlp_facts import Options
 from stablelora_kernels.ops.plans import find, key_of, remember
+from stablelora_kernels.packed_experts import (
+    FP8Experts,
+    MXFP4Experts,
+    NF4Experts,
+    PackedExperts,
+)
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
@@ -26,9 +32,13 @@ from stablelora_kernels.utils.validation import check_float
 
 __all__ = [
     "FLOAT_DTYPES",
+    "FP8Experts",
     "FP8Weight",
     "LoRAWeights",
+    "MXFP4Experts",
+    "NF4Experts",
     "NF4Weight",
+    "PackedExperts",
     "lora_branch",
     "lora_experts",
     "lora_linear",
@@ -246,7 +256,7 @@ def lora_branch(
 
 def lora_experts(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedExperts,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -267,7 +277,10 @@ def lora_experts(
 
     Args:
         x: [T, K], its rows sorted by expert.
-        weight: [E, N, K], frozen, in x's dtype.
+        weight: [E, N, K], frozen, in x's dtype; or :class:`PackedExperts`, which count as
+            dequantized to x's dtype. One expert at a time is dequantized, and again in backward; for
+            a grouped product as many as fit into 256 MiB. If those are not all, a call reads the
+            offsets on the host.
         bias: [E, N] or None, frozen, in x's dtype.
         lora_A: [E, r, K] of any strides, float32 or in x's dtype. With an r of 0 there is no
             branch.
@@ -275,7 +288,7 @@ def lora_experts(
         scaling: s, a number.
         offsets: [E], int32 or int64: behind which row each expert ends. Rows behind the last
             expert's give zeros, and get a gradient of zeros.
-        transposed: the weight is [E, K, N].
+        transposed: the weight is [E, K, N], packed or not.
         dropout_p: as in :func:`lora_linear`.
         training: as in :func:`lora_linear`.
 

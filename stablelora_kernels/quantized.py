@@ -145,7 +145,7 @@ class NF4Weight:
         n, k = self.shape
         check_int("shape[0]", n, minimum=1)
         check_int("shape[1]", k, minimum=1)
-        _check_power("blocksize", self.blocksize)
+        check_power("blocksize", self.blocksize)
         blocks = -(-n * k // self.blocksize)
         nested = [self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize or None]
         if any(part is None for part in nested) and any(part is not None for part in nested):
@@ -156,12 +156,12 @@ class NF4Weight:
         expected: dict[str, tuple[Any, ...]] = {"packed": (torch.uint8, -(-n * k // 2))}
         expected |= {"absmax": (torch.float32, blocks), "code": (torch.float32, 16)}
         if self.nested_blocksize:
-            _check_power("nested_blocksize", self.nested_blocksize)
+            check_power("nested_blocksize", self.nested_blocksize)
             outer = -(-blocks // self.nested_blocksize)
             expected |= {"absmax": (torch.uint8, blocks), "nested_absmax": (torch.float32, outer)}
             expected |= {"nested_code": (torch.float32, 256), "offset": (torch.float32,)}
         for name, (dtype, *shape) in expected.items():
-            _check_tensor(name, getattr(self, name), dtype, shape, self.packed)
+            check_tensor(name, getattr(self, name), dtype, shape, self.packed)
 
     @classmethod
     def from_bitsandbytes(cls, weight: Any) -> NF4Weight:
@@ -239,8 +239,8 @@ class FP8Weight:
             raise ValueError(
                 f"data must be [N, K], N and K at least 1, got {list(self.data.shape)}"
             )
-        _check_tensor("data", self.data, torch.float8_e4m3fn, list(self.data.shape), self.data)
-        _check_tensor("scale", self.scale, torch.float32, [self.data.shape[0]], self.data)
+        check_tensor("data", self.data, torch.float8_e4m3fn, list(self.data.shape), self.data)
+        check_tensor("scale", self.scale, torch.float32, [self.data.shape[0]], self.data)
 
     @classmethod
     def from_torchao(cls, weight: Any) -> FP8Weight:
@@ -326,13 +326,13 @@ def read(weight: Any) -> NF4Weight | FP8Weight:
     )(weight)
 
 
-def _check_power(name: str, value: int) -> None:
+def check_power(name: str, value: int) -> None:
     check_int(name, value, minimum=2)
     if value & (value - 1):
         raise ValueError(f"{name} must be a power of two, got {value}")
 
 
-def _check_tensor(
+def check_tensor(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int], other: Tensor
 ) -> None:
     if tensor.dtype != dtype:

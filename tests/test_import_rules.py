@@ -19,7 +19,7 @@ PACKAGE = "stablelora_kernels"
 LEVELS = (
     {"_version", "utils"},
     {"config", "pairs", "quantized"},
-    {"projection", "reference", "dispatch"},
+    {"projection", "packed_experts", "reference", "dispatch"},
     {"kernels"},
     {"launch"},
     {"ops", "optim"},
@@ -106,6 +106,7 @@ BEHIND_IMPORT_EXTRA = {
     "integrations.peft_dora": {"peft"},
     "integrations.peft_experts": {"peft"},
     "integrations.peft_faults": {"peft"},
+    "integrations.peft_wrappers": {"peft"},
 }
 
 

@@ -1,11 +1,14 @@
 """LoRA on a stack of experts, and DoRA: time, peak memory and what is kept for backward, against
 PEFT on the same weights.
 
-    python -m benchmarks.lab.experts [--rounds 7] [--records FILE]
+    python -m benchmarks.lab.experts [--rounds 7] [--only TEXT] [--records FILE]
 
 The experts are those of Qwen3-MoE: 64 of width 1024 and inner width 512, 8 for each token, r 16.
 Arms take turns, call by call in one process; a forward and a backward each. Peak memory is that of
 a process of its own over what it held before the call.
+
+Experts in NF4 are bitsandbytes', with nested scales. PEFT 0.19 and newer train them wrongly; under
+an older one, PEFT is an arm there, too.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,30 +37,41 @@ from benchmarks.common.measure import environment
 from benchmarks.common.memory import MIB, saved_for_backward, status_mib
 from benchmarks.common.records import record, write_records
 from benchmarks.common.tables import markdown
+from stablelora_kernels.integrations.peft_faults import faults_of_parametrized
 from stablelora_kernels.utils.timing import interleave
 
 E, H, I, TOP, R = 64, 1024, 512, 8, 16
 
 
 class Arm(NamedTuple):
-    """How a stack of experts is computed."""
+    """Whose adapters an arm's experts have, how transformers computes these, and their format."""
 
-    # transformers' way. PEFT's eager loop over experts takes a hundred times as long as the frozen
-    # one.
+    library: str
     implementation: str = "grouped_mm"
-    adapted: bool = True
-    accelerated: bool = False
+    in_4_bits: bool = False
     fused: bool = False
 
 
 FUSED = f"{ACCELERATED}{MLP_FUSED}"
+# PEFT's eager loop over experts takes a hundred times as long as the frozen one.
 ARMS = {
-    FROZEN: Arm("eager", adapted=False),
-    f"{FROZEN}, grouped_mm": Arm(adapted=False),
-    PEFT: Arm(),
-    ACCELERATED: Arm(accelerated=True),
-    FUSED: Arm(accelerated=True, fused=True),
+    FROZEN: Arm(FROZEN, "eager"),
+    f"{FROZEN}, grouped_mm": Arm(FROZEN),
+    PEFT: Arm(PEFT),
+    ACCELERATED: Arm(ACCELERATED),
+    FUSED: Arm(ACCELERATED, fused=True),
 }
+IN_4_BITS = ", NF4"
+NF4_ARMS = {
+    FROZEN: Arm(FROZEN, "eager"),
+    f"{FROZEN}{IN_4_BITS}": Arm(FROZEN, in_4_bits=True),
+    f"{PEFT}{IN_4_BITS}": Arm(PEFT, in_4_bits=True),
+    f"{ACCELERATED}{IN_4_BITS}": Arm(ACCELERATED, in_4_bits=True),
+    f"{FUSED}{IN_4_BITS}": Arm(ACCELERATED, in_4_bits=True, fused=True),
+}
+STACKS = ("gate_up_proj", "down_proj")
+if faults_of_parametrized(STACKS, frozenset(STACKS)).trains_wrongly:
+    del NF4_ARMS[f"{PEFT}{IN_4_BITS}"]
 # Tokens for 16, 32, 128 and 512 rows an expert.
 TOKENS = (128, 256, 1024, 4096)
 DORA = 2048
@@ -89,14 +104,19 @@ def experts_step(
     """The model of an arm of this ``name``, and its forward. Skewed, some experts get most of the
     rows.
     """
-    arm = ARMS[name]
+    arm = (ARMS | NF4_ARMS)[name]
     model: Any = Block(arm.implementation, experts, dtype)
-    if arm.adapted:
-        targets = ["experts.gate_up_proj", "experts.down_proj"]
+    if arm.in_4_bits:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+        for stack in STACKS:
+            replace_parameter_4bit(model.experts, stack, compress_statistics=True)
+    if arm.library != FROZEN:
+        targets = [f"experts.{stack}" for stack in STACKS]
         config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=[], target_parameters=targets)
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
         fill(model)
-    if arm.accelerated:
+    if arm.library == ACCELERATED:
         report = slk.accelerate_peft(model, strict=True, fuse_mlp=arm.fused)
         assert all(mlp.reason is None for mlp in report.mlps)
     generator = torch.Generator().manual_seed(1)
@@ -144,6 +164,11 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[[str], tuple[nn.Module
             tuple(ARMS),
             partial(experts_step, tokens=tokens, skewed=skewed, dtype=dtype, experts=experts),
         )
+    for tokens in (256, 1024):
+        found[f"{E} experts, {tokens * TOP // E} rows each, NF4"] = (
+            tuple(NF4_ARMS),
+            partial(experts_step, tokens=tokens, skewed=False, dtype=torch.bfloat16, experts=E),
+        )
     for rows, (name, dtype) in ((256, bf16), (1024, bf16), (256, fp32)):
         found[f"DoRA, {rows} rows, {name}"] = (
             (FROZEN, PEFT, ACCELERATED),
@@ -182,27 +207,44 @@ def print_peak(case: str, arm: str) -> None:
     print(json.dumps(peak - before))
 
 
-def measure(case: str, rounds: int) -> list[dict[str, Any]]:
-    """The records of a case: milliseconds, times over PEFT's, MiB of peak and MiB kept."""
+def of_model(model: nn.Module) -> list[torch.Tensor]:
+    """What a model holds: its parameters, and the scales of those in 4 bits."""
+    held = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state: Any = getattr(module, "quant_state", None)
+        if state is not None:
+            held += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return held
+
+
+def measure(case: str, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """The records of a case: milliseconds, times over PEFT's and over the frozen experts', MiB of
+    peak and MiB kept.
+    """
     arms, make = CASES[case]
     made = {arm: make(arm) for arm in arms}
     samples = interleave(
         {arm: lambda each=each: backward(*each) for arm, each in made.items()},
         warmup=1,
         iters=rounds,
+        clock=clock,
     )
     rows = []
+    roles = {FROZEN: "base", PEFT: "rival", ACCELERATED: "ours", FUSED: "ours"}
+    of_peft = next((arm for arm in arms if arm.removesuffix(IN_4_BITS) == PEFT), None)
     for arm, seconds in samples.items():
         model, step = made[arm]
-        kept = saved_for_backward(step, [*model.parameters(), *model.buffers()]) / MIB
-        role = {FROZEN: "base", PEFT: "rival", ACCELERATED: "ours", FUSED: "ours"}.get(arm, "")
-        over = [a / b for a, b in zip(seconds, samples[PEFT], strict=True)]
+        kept = saved_for_backward(step, of_model(model)) / MIB
+        role = "" if arm == f"{FROZEN}{IN_4_BITS}" else roles.get(arm.removesuffix(IN_4_BITS), "")
         figures = {
             "ms": [1e3 * s for s in seconds],
-            "over_rival": over,
+            "over_base": [a / b for a, b in zip(seconds, samples[FROZEN], strict=True)],
             "peak_mib": [peak_mib(case, arm)],
             "kept_mib": [kept],
         }
+        if of_peft is not None:
+            over = [a / b for a, b in zip(seconds, samples[of_peft], strict=True)]
+            figures["over_rival"] = over
         rows += [
             record(case, "forward and backward", arm, metric, values, role)
             for metric, values in figures.items()
@@ -214,14 +256,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     by_arm: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         by_arm.setdefault((row["case"], row["arm"]), {})[row["metric"]] = row
-    cells = [["case", "arm", "ms", "over PEFT's", "quartiles", "peak, MiB", "kept, MiB"]]
+    heads = ["case", "arm", "ms", "over PEFT's", "over frozen's", "peak, MiB", "kept, MiB"]
+    cells = [heads]
     for (case, arm), found in by_arm.items():
-        over = found["over_rival"]
-        figures = [
-            f"{found['ms']['median']:.1f}",
-            f"{over['median']:.2f}",
-            f"{over['q1']:.2f} to {over['q3']:.2f}",
-        ]
+        figures = [f"{found['ms']['median']:.1f}"]
+        figures += [_with_quartiles(found.get(metric)) for metric in ("over_rival", "over_base")]
         cells.append(
             [
                 case,
@@ -232,6 +271,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     return markdown(cells, 2)
+
+
+def _with_quartiles(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['median']:.2f} ({row['q1']:.2f} to {row['q3']:.2f})"
 
 
 def main() -> None:
@@ -247,15 +292,21 @@ def main() -> None:
     parser.add_argument(
         "--records", type=Path, metavar="FILE", help="also write the figures to a CSV file"
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="take the processor's time, of one thread, on a machine that others use, too",
+    )
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print_peak(*args.peak)
         return
+    clock = time.process_time if args.processor_time else time.perf_counter
     rows: list[dict[str, Any]] = []
     for case in CASES:
         if args.only in case:
-            rows += measure(case, args.rounds)
+            rows += measure(case, args.rounds, clock)
             print(table([row for row in rows if row["case"] == case]), flush=True)
     if args.records:
         write_records(args.records, rows, environment())

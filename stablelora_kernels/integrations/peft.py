@@ -26,6 +26,7 @@ from stablelora_kernels.model.reports import (
 )
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
+from stablelora_kernels.nn.stacks import stored_parameter
 from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.modules import check_module
 
@@ -57,11 +58,12 @@ def accelerate_peft(
     PEFT would copy x to float32, this library does not. DoRA without dropout (with dropout in
     evaluation only), and stacks of experts with one active adapter
     (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's
-    size.
+    size. So do stacks in bitsandbytes' 4 bits, in transformers' ``FP8Experts`` and in MXFP4, which
+    PEFT trains wrongly; their wrappers are nested, and named, as those of plain stacks.
 
-    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts in
-    float8, integers or 4 bits, and before a layer that quantizes its input, as some of torchao's
-    and compressed-tensors' do.
+    A ``UserWarning`` and a note name adapters that PEFT trains wrongly or not at all: on experts
+    that are packed otherwise, and before a layer that quantizes its input, as some of torchao's and
+    compressed-tensors' do.
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
@@ -85,8 +87,9 @@ def accelerate_peft(
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
         TypeError: ``model`` is not a module.
-        ValueError: the model has no PEFT LoRA layers; or ``strict`` is set and something would be
-            skipped. Nothing is changed then.
+        ValueError: the model has no PEFT LoRA layers; ``strict`` is set and something would be
+            skipped; or ``lora_experts`` does not fit packed experts, which PEFT's own forward would
+            compute wrongly. Nothing is changed then.
     """
     layers = _layers()
     experts = _experts()
@@ -124,7 +127,13 @@ def accelerate_peft(
             for parameter, wrapper in experts.wrapped_parameters(outermost).items():
                 for adapter in wrapper.lora_A:
                     replaced.append(_row(f"{name}.{parameter}", wrapper, adapter))
-    faults = _faults(model, wrappers)
+    computed_here = {
+        id(wrapper)
+        for outermost in stacks.values()
+        for wrapper in experts.wrapped_parameters(outermost).values()  # type: ignore[union-attr]
+    }
+    of_peft = {name: w for name, w in wrappers.items() if id(w) not in computed_here}
+    faults = _faults(model, of_peft)
     if strict and faults:
         raise ValueError(f"strict=True, but {faults[0]}")
     if strict and skipped:
@@ -135,7 +144,7 @@ def accelerate_peft(
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
     for outermost in stacks.values():
-        outermost.__class__ = experts.AcceleratedExperts  # type: ignore[union-attr]
+        experts.accelerate(model, outermost)  # type: ignore[union-attr]
     _unfuse(model)
     notes = faults + _unmatched(model)
     if any(parameter.requires_grad for parameter in model.parameters()):
@@ -190,7 +199,7 @@ def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> 
     alone.
     """
     adapted = {
-        wrapper.get_base_layer()._parameters.get(wrapper.parameter_name)
+        stored_parameter(wrapper.get_base_layer(), wrapper.parameter_name)
         for wrapper in wrappers.values()
     }
     adapted |= {parameter for parameter in model.parameters() if parameter.requires_grad}
@@ -237,15 +246,15 @@ def restore_peft(model: nn.Module) -> None:
     Raises:
         ImportError, TypeError: as :func:`accelerate_peft`.
     """
-    original = dict(_layers().ORIGINAL)
+    original = _layers().ORIGINAL
     experts = _experts()
-    if experts is not None:
-        original[experts.AcceleratedExperts] = experts.ParamWrapper
     check_module(model)
     _unfuse(model)
-    for module in model.modules():
+    for module in [*model.modules()]:
         if type(module) in original:
             module.__class__ = original[type(module)]
+        elif experts is not None and type(module) is experts.AcceleratedExperts:
+            experts.restore(model, module)
 
 
 def _layers() -> ModuleType:

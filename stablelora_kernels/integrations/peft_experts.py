@@ -16,7 +16,13 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from stablelora_kernels.integrations.peft_faults import fault_of_packed
 from stablelora_kernels.integrations.peft_operands import is_observed
+from stablelora_kernels.integrations.peft_wrappers import (
+    nest_as_pefts,
+    nest_as_plain,
+    wrapped_parameters,
+)
 from stablelora_kernels.model.reports import SkippedModule
 from stablelora_kernels.nn.experts import (
     compute_experts,
@@ -25,11 +31,17 @@ from stablelora_kernels.nn.experts import (
     product_of,
     projections_of,
     reason_experts_do_not_fit,
-    reason_stack_does_not_fit,
     stack_of,
 )
 from stablelora_kernels.nn.fused_experts import FusableExperts
 from stablelora_kernels.nn.linear import weight_and_bias
+from stablelora_kernels.nn.stacks import (
+    format_of_stack,
+    has_hooks_of_others,
+    is_packed,
+    reason_stack_does_not_fit,
+    stored_parameter,
+)
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype
@@ -51,14 +63,21 @@ class Pair(NamedTuple):
 
 
 class AcceleratedExperts(FusableExperts, ParamWrapper):
-    """``peft.tuners.lora.ParamWrapper``. Calls that it does not support run PEFT's forward."""
+    """``peft.tuners.lora.ParamWrapper``. Calls that it does not support run PEFT's forward, and
+    raise where that computes packed experts wrongly.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts' output for x [tokens, H], the experts of each token [tokens, k], and their
         weights [tokens, k].
+
+        Raises:
+            RuntimeError: the experts are packed, the op does not support the call, and PEFT's
+                forward would be wrong.
         """
         base: Any = self.get_base_layer()
         has_routing = len(args) == (0 if is_llama4(base) else 2)
+        reason = "its call is observed, or has other arguments than transformers gives"
         if has_routing and not kwargs and not is_observed(self):
             stacks = read_stacks(self, x)
             if not isinstance(stacks, str):
@@ -66,19 +85,62 @@ class AcceleratedExperts(FusableExperts, ParamWrapper):
                     return compute_fused(base, stacks, x, *args)
                 products = {name: product_of(stack) for name, stack in stacks.items()}
                 return compute_experts(base, products, x, *args)
+            reason = stacks
+        fault = fault_of_packed(self) if self._has_effect() else None
+        if fault is not None:
+            raise RuntimeError(f"{reason}, and {fault}")
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def module_of_experts(self) -> nn.Module:
         return self.get_base_layer()  # type: ignore[no-any-return]
+
+    def _has_effect(self) -> bool:
+        """Whether an adapter is active and enabled."""
+        if self.disable_adapters:
+            return False
+        wrappers = wrapped_parameters(self).values()
+        return any(name in w.lora_A for w in wrappers for name in self.active_adapters)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, which adds to a copy of packed experts that it then drops.
+
+        Raises:
+            ValueError: an adapted stack is packed.
+        """
+        base = self.get_base_layer()
+        for name in wrapped_parameters(self):
+            packed_format = format_of_stack(base, name)
+            if packed_format is not None:
+                raise ValueError(
+                    f"{name} is a stack in {packed_format}, which would have to be quantized anew to be merged; keep the "
+                    "adapter, or unload() it"
+                )
+        super().merge(safe_merge, adapter_names)
 
 
 # PEFT knows its wrappers by this name, and a printed model must look the same.
 AcceleratedExperts.__name__ = ParamWrapper.__name__
 
 
+def accelerate(model: nn.Module, outermost: ParamWrapper) -> None:
+    """Compute the experts of a model's outermost wrapper by ``lora_experts``. Packed ones get the
+    names of plain ones.
+    """
+    nest_as_plain(model, outermost).__class__ = AcceleratedExperts
+
+
+def restore(model: nn.Module, outermost: ParamWrapper) -> None:
+    """Undo :func:`accelerate`."""
+    outermost.__class__ = ParamWrapper
+    nest_as_pefts(model, outermost)
+
+
 def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> Stacks:
     """Those of a model's ``wrappers`` that no other one wraps: which ``lora_experts`` can compute,
     and why not.
+
+    Raises:
+        ValueError: it cannot compute packed experts, and PEFT's forward would be wrong.
     """
     nested = {id(wrapper.base_layer) for wrapper in wrappers.values()}
     stacks = Stacks({}, [])
@@ -87,19 +149,13 @@ def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> Stacks:
             continue
         reason = read_stacks(wrapper, None)
         if isinstance(reason, str):
+            fault = fault_of_packed(wrapper)
+            if fault is not None:
+                raise ValueError(f"{name}: {reason}, and {fault}")
             stacks.skipped.append(SkippedModule(name, reason))
         else:
             stacks.accelerated[name] = wrapper
     return stacks
-
-
-def wrapped_parameters(wrapper: nn.Module) -> dict[str, ParamWrapper]:
-    """A wrapper and those nested in it, by the name of the parameter that each adapts."""
-    wrappers = {}
-    while isinstance(wrapper, ParamWrapper):
-        wrappers[wrapper.parameter_name] = wrapper
-        wrapper = wrapper.base_layer
-    return wrappers
 
 
 def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, ExpertStack] | str:
@@ -114,8 +170,8 @@ def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, ExpertStac
         return reason
     if x is None and "forward" in wrapper.__dict__:
         return "its forward was replaced"
-    inner = [module for module in (*wrappers.values(), base) if module is not wrapper]
-    if any(is_hooked(module) for module in inner):
+    inner = [module for module in wrappers.values() if module is not wrapper]
+    if any(is_hooked(module) for module in inner) or has_hooks_of_others(base):
         return "it holds a module with hooks"
     names = projections_of(base)
     unknown = [name for name in wrappers if name not in names]
@@ -128,33 +184,46 @@ def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, ExpertStac
         if reason is not None:
             return reason
         if name in wrappers:
-            pair = _read_pair(name, wrappers[name], getattr(base, name).dtype, x)
+            pair = _read_pair(name, wrappers[name], x)
             if isinstance(pair, str):
                 return pair
             if x is not None:
-                stacks[name] = stack_of(base, name, pair.lora_A, pair.lora_B, pair.scaling)
+                stacks[name] = stack_of(
+                    base,
+                    name,
+                    pair.lora_A,
+                    pair.lora_B,
+                    pair.scaling,
+                    # PEFT before 0.19 takes all weights for [E, in, out].
+                    taken_transposed=not getattr(
+                        wrappers[name], "_did_swap_in_out_features", False
+                    ),
+                )
     return stacks
 
 
 def _reason_against_tensors(experts: nn.Module, name: str, x: Tensor | None) -> str | None:
     """Why the op cannot read a projection's weight and bias beside ``x``, or None."""
-    weight: Tensor = getattr(experts, name)
+    weight = stored_parameter(experts, name)
     bias: Tensor | None = getattr(experts, f"{name}_bias", None)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return f"its {name} trains"
     if x is None:
         return None
-    dtype = autocast_dtype(x.device.type) or x.dtype
-    if weight.device != x.device or weight.dtype != dtype:
+    # A packed stack is dequantized to any dtype.
+    fits = is_packed(experts, name) or weight.dtype == _dtype_of_products(x)
+    if weight.device != x.device or not fits:
         return f"its {name} is {weight.dtype} on {weight.device}"
     return None
 
 
-def _read_pair(
-    name: str, wrapper: ParamWrapper, dtype: torch.dtype, x: Tensor | None
-) -> Pair | str:
-    """The pair of a wrapper for an input like ``x``, or why PEFT must compute it; ``dtype`` is the
-    weight's. Without ``x``, that of any adapter.
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    return autocast_dtype(x.device.type) or x.dtype
+
+
+def _read_pair(name: str, wrapper: ParamWrapper, x: Tensor | None) -> Pair | str:
+    """The pair of a wrapper for an input like ``x``, or why PEFT must compute it. Without ``x``,
+    that of any adapter.
     """
     if wrapper.num_experts < 2:
         return f"its {name} is of one expert"
@@ -174,7 +243,10 @@ def _read_pair(
     lora_A = weight_and_bias(wrapper.lora_A[adapter])[0]
     lora_B = weight_and_bias(wrapper.lora_B[adapter])[0]
     if x is not None:
-        is_allowed = lora_A.dtype == lora_B.dtype and lora_A.dtype in (torch.float32, dtype)
+        is_allowed = lora_A.dtype == lora_B.dtype and lora_A.dtype in (
+            torch.float32,
+            _dtype_of_products(x),
+        )
         if lora_A.device != x.device or not is_allowed:
             return f"adapter {adapter!r} of its {name} is {lora_A.dtype} on {lora_A.device}"
     return Pair(lora_A, lora_B, wrapper.scaling[adapter])

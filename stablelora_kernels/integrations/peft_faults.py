@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stablelora_kernels.functional import FLOAT_DTYPES
-from stablelora_kernels.integrations.peft_experts import wrapped_parameters
+from stablelora_kernels.integrations.peft_wrappers import wrapped_parameters
 from stablelora_kernels.model.reports import list_some
+from stablelora_kernels.nn.stacks import computed_parameters, is_packed, parameter_names
 
 
 class ParametrizedFaults(NamedTuple):
@@ -57,26 +58,57 @@ class ParametrizedFaults(NamedTuple):
         return "; ".join(texts)
 
 
+# What runs right, for the end of a report's sentence.
+_RIGHT = (
+    "accelerate_peft computes experts right in bitsandbytes' 4 bits, in transformers' FP8Experts and by "
+    "load_packed_experts, in whole blocks"
+)
+
+
 def faults_of_wrappers(wrappers: Iterable[tuple[str, ParamWrapper]]) -> list[str]:
-    """A sentence on each fault of PEFT's ``wrappers`` of parameters, which come by name, the
-    outermost first.
+    """A sentence on each fault of PEFT's ``wrappers`` of parameters that its own forward computes;
+    they come by name, the outermost first.
     """
     names: dict[str, list[str]] = {}
     nested = set()
     for name, wrapper in wrappers:
         nested.add(id(wrapper.base_layer))
-        parameter = wrapper.parameter_name
-        computed = getattr(wrapper.get_base_layer(), "parametrizations", ())
-        if parameter not in computed and (dtype := wrapper.get_param().dtype) not in FLOAT_DTYPES:
-            reason = f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
-            names.setdefault(reason, []).append(name)
-        if id(wrapper) in nested:
-            continue
-        faults = faults_of_parametrized(*_parameters(wrapper))
-        if faults.trains_wrongly:
-            reason = f"PEFT {peft.__version__} trains experts wrongly whose weights another parametrization computes: {faults}"
-            names.setdefault(reason, []).append(name)
-    return [f"{reason}: {list_some(of_reason)}" for reason, of_reason in names.items()]
+        reasons = [_fault_of_dtype(wrapper)]
+        if id(wrapper) not in nested:
+            reasons.append(_fault_of_parametrization(wrapper))
+        for reason in reasons:
+            if reason is not None:
+                names.setdefault(reason, []).append(name)
+    return [f"{reason}: {list_some(some)}; {_RIGHT}" for reason, some in names.items()]
+
+
+def fault_of_packed(outermost: ParamWrapper) -> str | None:
+    """What PEFT's own forward does wrong with packed experts, or None."""
+    base = outermost.get_base_layer()
+    wrappers = wrapped_parameters(outermost)
+    if not any(is_packed(base, name) for name in wrappers):
+        return None
+    reasons = [_fault_of_dtype(wrapper) for wrapper in wrappers.values()]
+    reasons.append(_fault_of_parametrization(outermost))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _fault_of_dtype(wrapper: ParamWrapper) -> str | None:
+    parameter = wrapper.parameter_name
+    base = wrapper.get_base_layer()
+    if parameter in computed_parameters(base):
+        return None
+    dtype = wrapper.get_param().dtype
+    if dtype in FLOAT_DTYPES:
+        return None
+    return f"PEFT rounds {parameter} with its branch to {dtype}, without a scale, so its adapter trains nothing"
+
+
+def _fault_of_parametrization(outermost: ParamWrapper) -> str | None:
+    faults = faults_of_parametrized(*_parameters(outermost))
+    if not faults.trains_wrongly:
+        return None
+    return f"PEFT {peft.__version__} trains experts wrongly whose weights another parametrization computes: {faults}"
 
 
 def _parameters(wrapper: ParamWrapper) -> tuple[tuple[str, ...], frozenset[str]]:
@@ -85,8 +117,8 @@ def _parameters(wrapper: ParamWrapper) -> tuple[tuple[str, ...], frozenset[str]]
     """
     base = wrapper.get_base_layer()
     adapted = wrapped_parameters(wrapper)
-    computed = list(getattr(base, "parametrizations", ()))
-    names = tuple(name for name in [*base._parameters, *computed] if name in adapted)
+    computed = computed_parameters(base)
+    names = tuple(name for name in parameter_names(base) if name in adapted)
     return names, frozenset(computed) & frozenset(adapted)
 
 

@@ -1,6 +1,7 @@
 """LoRA for a whole model: put on, merge, remove, save, load."""
 
 from stablelora_kernels.model.apply import apply_lora
+from stablelora_kernels.model.load_packed import load_packed_experts
 from stablelora_kernels.model.merge import disable_lora, merge_lora, remove_lora, unmerge_lora
 from stablelora_kernels.model.reports import (
     GatedMLP,
@@ -23,6 +24,7 @@ __all__ = [
     "count_parameters",
     "disable_lora",
     "load_adapter",
+    "load_packed_experts",
     "merge_lora",
     "print_trainable_parameters",
     "remove_lora",

@@ -34,6 +34,7 @@ from stablelora_kernels.model.reports import (
 )
 from stablelora_kernels.nn.experts import (
     LoRAExperts,
+    LoRAStack,
     StackedWeight,
 )
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
@@ -214,9 +215,14 @@ def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
     """Notes on layers that can't be merged."""
     quantized = Counter[str]()
     branches = Counter[str]()
+    stacks = Counter[str]()
     for layer in layers:
         weight_kind = type(layer.weight).__name__
-        if isinstance(layer, LoRAQuantizedLinear):
+        if isinstance(layer, LoRAStack):
+            packed_format = layer.packed_format
+            if packed_format is not None:
+                stacks[packed_format] += 1
+        elif isinstance(layer, LoRAQuantizedLinear):
             quantized[weight_kind] += 1
         elif isinstance(layer, LoRABranchLinear):
             base = type(layer.base_layer)
@@ -230,6 +236,10 @@ def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
     if branches:
         notes.append(
             f"{_listed(branches)} compute their own product, with the branch on it; these layers can't be merged"
+        )
+    for packed_format, count in stacks.items():
+        notes.append(
+            f"{counted(count, 'stack')} of experts in {packed_format} stay as they are stored; these can't be merged"
         )
     return notes
 

@@ -126,13 +126,18 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Cou
     """
     places = registrations(model, new)
     for old, module in new.items():
-        # Swap the dicts themselves: handles that remove hooks refer to them. The old module gets
-        # empty ones, because the new module may call it.
-        for key in _HOOK_ATTRIBUTES:
-            vars(old)[key], vars(module)[key] = vars(module)[key], vars(old)[key]
+        # The old module gets the new one's empty hooks, because the new module may call it.
+        swap_hooks(old, module)
     for parent, key, old in places:
         parent.register_module(key, new[old])
     return Counter(old for _, _, old in places)
+
+
+def swap_hooks(one: nn.Module, other: nn.Module) -> None:
+    """Give each of two modules the hooks of the other one."""
+    # Swap the dicts themselves: handles that remove hooks refer to them.
+    for key in _HOOK_ATTRIBUTES:
+        vars(one)[key], vars(other)[key] = vars(other)[key], vars(one)[key]
 
 
 def plain_modules(model: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -16,7 +16,7 @@ from stablelora_kernels.model.modules import CONFIG_ATTRIBUTE
 from stablelora_kernels.model.reports import list_some
 from stablelora_kernels.nn.experts import LoRAStack
 from stablelora_kernels.nn.linear import LoRAConv1D, LoRALinear
-from stablelora_kernels.utils.modules import clean
+from stablelora_kernels.utils.modules import clean, without_parametrization
 
 PREFIX = "base_model.model."
 # PEFT's default for lora_alpha, which a file may omit. It differs from ours.
@@ -139,7 +139,10 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> LoRAConfig:
 
 def _parameters_of(config: LoRAConfig, model: nn.Module, stacks: list[str]) -> list[str]:
     """``target_parameters`` for these stacks: those of ``config`` if they match no other parameter."""
-    names = {clean(name).replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    names = {
+        without_parametrization(clean(name).replace(".base_layer.", "."))
+        for name, _ in model.named_parameters()
+    }
     matched = set(filter(config.targets_parameter, names))
     return (config.target_parameters or []) if matched == set(stacks) else stacks
 

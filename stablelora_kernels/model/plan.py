@@ -14,7 +14,13 @@ from stablelora_kernels.model.reports import SkippedModule, list_some, stacks_wi
 from stablelora_kernels.nn.experts import LoRAStack, StackedWeight, reason_parameter_gets_no_lora
 from stablelora_kernels.nn.factory import is_conv1d, replacement_class
 from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.utils.modules import check_module, check_not_in_ddp, is_fully_sharded
+from stablelora_kernels.nn.stacks import parameter_names
+from stablelora_kernels.utils.modules import (
+    check_module,
+    check_not_in_ddp,
+    is_fully_sharded,
+    without_parametrization,
+)
 from stablelora_kernels.utils.tensors import is_sharded
 
 
@@ -140,7 +146,7 @@ def _checked_modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, 
 def _unmatched(model: nn.Module, config: LoRAConfig) -> str:
     """A message on names that match nothing, or an empty one."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    parameters = [name for name, _ in model.named_parameters()]
+    parameters = [without_parametrization(name) for name, _ in model.named_parameters()]
     messages = (
         unmatched_names(config.target_modules, names),
         unmatched_names(config.target_parameters, parameters, "target_parameters"),
@@ -208,7 +214,7 @@ def _add_stacks(
         # PEFT nests its modules in the order of the parameters.
         names = [
             name
-            for name in module._parameters
+            for name in parameter_names(module)
             if prefix and config.targets_parameter(f"{prefix}.{name}")
         ]
         for depth, name in zip(reversed(range(len(names))), names, strict=True):

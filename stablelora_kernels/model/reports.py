@@ -16,6 +16,7 @@ from stablelora_kernels.nn.fused_mlp import GatedMLP
 from stablelora_kernels.nn.gradients import layers_without_gradient
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
+from stablelora_kernels.nn.stacks import stacks_of
 from stablelora_kernels.utils.modules import check_module
 from stablelora_kernels.utils.validation import counted
 
@@ -190,17 +191,11 @@ def stacks_without_adapter(
     """
     stacks: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
-        # Convolutions' weights have as many dimensions, and position embeddings a first one of size
-        # 1.
-        parameters = {} if isinstance(module, _ConvNd) else module._parameters
-        known = {
-            key: p
-            for key, p in parameters.items()
-            if p is not None and not is_lazy(p) and p not in adapted
-        }
-        if sizes := {
-            key: p.numel() for key, p in known.items() if p.dim() > 2 and min(p.shape) > 1
-        }:
+        # Convolutions' weights have as many dimensions.
+        if isinstance(module, _ConvNd):
+            continue
+        sizes = {key: p.numel() for key, p in stacks_of(module).items() if p not in adapted}
+        if sizes:
             stacks[name] = sizes
     share = sum(sum(sizes.values()) for sizes in stacks.values()) / max(
         count_parameters(model)[1], 1

@@ -9,12 +9,12 @@ stores them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_experts
+from stablelora_kernels.functional import PackedExperts, lora_experts
 from stablelora_kernels.nn.fused_experts import (
     FusableExperts,
     compute_fused_experts,
@@ -22,9 +22,20 @@ from stablelora_kernels.nn.fused_experts import (
     sorted_routing,
 )
 from stablelora_kernels.nn.linear import LoRALinear
+from stablelora_kernels.nn.merging import MergeError
+from stablelora_kernels.nn.stacks import (
+    computed_parameters,
+    dtype_of_stack,
+    format_of_stack,
+    is_packed,
+    is_stored_as_taken,
+    read_stack,
+    reason_stack_does_not_fit,
+    shape_of_stack,
+    stored_parameter,
+)
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack
 from stablelora_kernels.utils.modules import is_hooked
-from stablelora_kernels.utils.tensors import is_sharded
 
 # The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -53,32 +64,21 @@ def is_llama4(experts: object) -> bool:
     """Whether it is Llama 4's module, which is called without routing: its x has the rows of each
     expert.
     """
-    return type(experts).__name__ == "Llama4TextExperts"
+    # A parametrization makes a subclass of it.
+    return any(kind.__name__ == "Llama4TextExperts" for kind in type(experts).__mro__)
 
 
 def reason_experts_do_not_fit(experts: nn.Module) -> str | None:
     """Why :func:`compute_experts` cannot compute a module of experts, or None."""
     kind = type(experts)
     if not is_llama4(experts):
-        if not hasattr(kind, "_apply_gate"):
+        if not hasattr(kind, "_apply_gate") or not hasattr(experts, "is_transposed"):
             return f"{kind.__name__} is not a stack of experts that lora_experts is known to fit"
         way = getattr(experts.config, "_experts_implementation", None)
         if way not in IMPLEMENTATIONS:
             return f"its experts are computed by {way!r}"
-    if hasattr(experts, "parametrizations"):
+    if any(not is_packed(experts, name) for name in computed_parameters(experts)):
         return "another parametrization changes its weights"
-    return None
-
-
-def reason_stack_does_not_fit(experts: nn.Module, name: str, gathered: bool) -> str | None:
-    """Why one of :func:`projections_of` cannot be computed, or None. ``gathered``: shards have been
-    put together.
-    """
-    for tensor in (getattr(experts, name), getattr(experts, f"{name}_bias", None)):
-        if tensor is None or (not gathered and is_sharded(tensor)):
-            continue
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype not in FLOAT_DTYPES:
-            return f"its {name} is a {type(tensor).__name__} of {tensor.dtype}"
     return None
 
 
@@ -103,42 +103,55 @@ def stack_of(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     weight: Tensor | None = None,
+    taken_transposed: bool | None = None,
 ) -> ExpertStack:
-    """The parameter ``name`` of a module of experts, or ``weight`` in its place, and its branch.
+    """The stack ``name`` of a module of experts, packed or not, or ``weight`` in its place, and its
+    branch.
 
     As PEFT stores them: A [E r, in], the expert slowest, and B [out, r E], the expert fastest.
+    ``taken_transposed``: whether it takes the weights for [E, in, out]; what newer releases do if
+    not given.
     """
-    stacked: Tensor = getattr(experts, name) if weight is None else weight
+    module = cast(nn.Module, experts)
+    stack: Tensor | PackedExperts = read_stack(module, name) if weight is None else weight
     bias: Tensor | None = getattr(experts, f"{name}_bias", None)
-    transposed = is_llama4(experts) or experts.is_transposed
+    is_taken_so = is_llama4(experts) or experts.is_transposed
+    transposed = is_taken_so and is_stored_as_taken(module, name)
+    count = stack.shape[0]
     if lora_A is None or lora_B is None:
-        count, rows, columns = stacked.shape
+        rows, columns = stack.shape[1:]
         in_features, out_features = (rows, columns) if transposed else (columns, rows)
-        a = stacked.new_empty(count, 0, in_features)
-        b = stacked.new_empty(count, out_features, 0)
+        device = stack.device
+        a = torch.empty(count, 0, in_features, dtype=torch.float32, device=device)
+        b = torch.empty(count, out_features, 0, dtype=torch.float32, device=device)
     else:
-        a, b = pairs_by_expert(lora_A, lora_B, stacked.shape[0])
-        if transposed != is_taken_transposed(experts):
+        a, b = pairs_by_expert(lora_A, lora_B, count)
+        if taken_transposed is None:
+            taken_transposed = is_taken_transposed(experts)
+        if is_taken_so != taken_transposed:
             a, b = b.transpose(1, 2), a.transpose(1, 2)
-    return ExpertStack(FrozenStack(stacked, bias, transposed, scaling, dropout_p), a, b)
+    return ExpertStack(FrozenStack(stack, bias, transposed, scaling, dropout_p), a, b)
 
 
 def product_of(stack: ExpertStack) -> Product:
     """The product with a stack and its branch."""
-    frozen = stack.frozen
-    weight = frozen.weight
-    assert isinstance(weight, Tensor)
-    return lambda x, offsets: lora_experts(
-        x,
-        weight,
-        frozen.bias,
-        stack.lora_A,
-        stack.lora_B,
-        frozen.scaling,
-        offsets,
-        transposed=frozen.transposed,
-        dropout_p=frozen.dropout_p,
-    )
+
+    def product(x: Tensor, offsets: Tensor) -> Tensor:
+        frozen = stack.frozen
+        branch = stack.without_branch_for(x.dtype) if stack.rank == 0 else stack
+        return lora_experts(
+            x,
+            frozen.weight,
+            frozen.bias,
+            branch.lora_A,
+            branch.lora_B,
+            frozen.scaling,
+            offsets,
+            transposed=frozen.transposed,
+            dropout_p=frozen.dropout_p,
+        )
+
+    return product
 
 
 def pairs_by_expert(lora_A: Tensor, lora_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -202,15 +215,20 @@ class StackedWeight:
         self.name = name
         # PEFT nests a module for each adapted parameter. So many come behind this one's.
         self.depth = depth
-        self.count, rows, columns = self.weight.shape
+        self.count, rows, columns = shape_of_stack(experts, name)
         transposed = is_taken_transposed(self.experts)
         self.in_features, self.out_features = (rows, columns) if transposed else (columns, rows)
         self.training = experts.training
 
     @property
     def weight(self) -> nn.Parameter:
-        """[E, out, in] or [E, in, out]."""
-        return getattr(self.experts, self.name)  # type: ignore[no-any-return]
+        """[E, out, in] or [E, in, out]; of a packed stack, the parameter with its bytes."""
+        return stored_parameter(self.experts, self.name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the module gives the stack to products."""
+        return dtype_of_stack(self.experts, self.name)
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.weight]
@@ -222,7 +240,8 @@ class LoRAStack(LoRALinear):
 
     Attributes:
         weight: the experts' parameter, [E, out_features, in_features] or [E, in_features,
-            out_features], frozen.
+            out_features], frozen; of a packed stack, which cannot be merged, the parameter with its
+            bytes.
         bias: None; the experts' own bias is theirs.
         lora_A: [E r, in_features], the expert slowest.
         lora_B: [out_features, r E], the expert fastest.
@@ -233,9 +252,34 @@ class LoRAStack(LoRALinear):
         self.num_experts = base.count
         self.__dict__["_base"] = base
 
+    @staticmethod
+    def _compute_dtype(base: StackedWeight) -> torch.dtype:  # type: ignore[override]
+        return base.dtype
+
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         return self.__dict__["_base"].weight  # type: ignore[no-any-return]
+
+    @property
+    def packed_format(self) -> str | None:
+        """What reports call the format of a packed stack, or None."""
+        base: StackedWeight = self.__dict__["_base"]
+        return format_of_stack(base.experts, base.name)
+
+    def merge(self) -> MergeError:
+        """As :meth:`LoRALinear.merge`.
+
+        Raises:
+            ValueError: also if the stack is packed: the sum would have to be quantized again.
+        """
+        packed_format = self.packed_format
+        if packed_format is not None:
+            name = self.__dict__["_base"].name
+            raise ValueError(
+                f"{name} is a stack in {packed_format}, which would have to be quantized anew to be merged; keep the "
+                "branch, or remove_lora(model, merge=False)"
+            )
+        return super().merge()
 
     @property
     def holder(self) -> nn.Module:
@@ -272,7 +316,8 @@ class LoRAStack(LoRALinear):
         """
         base = self.__dict__["_base"]
         if self._disabled:
-            return stack_of(base.experts, base.name, weight=self.frozen_weight)
+            unmerged = self.frozen_weight if self.merged else None
+            return stack_of(base.experts, base.name, weight=unmerged)
         if self.merged:
             self._check_trains()
             return stack_of(base.experts, base.name)

@@ -101,6 +101,10 @@ def compute_fused_experts(
         rows = cast(x, dtype)
         up = _for_autocast(up, dtype)
         down = _for_autocast(down, dtype)
+    if up.rank == 0:
+        up = up.without_branch_for(rows.dtype)
+    if down.rank == 0:
+        down = down.without_branch_for(rows.dtype)
     _check(rows, up, dtype is not None)
     _check(rows.new_empty(0, down.in_features), down, dtype is not None)
     slots = sorted_routing(index, weights, up.lora_A.shape[0])
@@ -110,7 +114,6 @@ def compute_fused_experts(
 
 def _check(x: Tensor, stack: ExpertStack, casts: bool) -> None:
     frozen = stack.frozen
-    assert isinstance(frozen.weight, Tensor)
     check_stack(
         x,
         frozen.weight,

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stablelora_kernels.packed_experts import PackedExperts
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
 
@@ -132,8 +133,8 @@ def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) ->
 
 
 def check_experts(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, offsets: Tensor,
-    transposed: bool,
+    x: Tensor, weight: Tensor | PackedExperts, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    offsets: Tensor, transposed: bool,
 ) -> None:  # fmt: skip
     """Check the operands of ``lora_experts``."""
     check_stack(x, weight, bias, lora_A, lora_B, scaling, transposed)
@@ -141,18 +142,22 @@ def check_experts(
 
 
 def check_stack(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, transposed: bool,
-    casts: bool = False,
+    x: Tensor, weight: Tensor | PackedExperts, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    transposed: bool, casts: bool = False,
 ) -> None:  # fmt: skip
     """Check the operands of a projection of all experts. ``casts``: autocast casts weights and
     biases to x's dtype.
     """
     _check_scaling("scaling", scaling)
-    if weight.dim() != 3:
+    if not isinstance(weight, (Tensor, PackedExperts)):
+        raise TypeError(f"weight must be a Tensor or PackedExperts, got {type(weight).__name__}")
+    if len(weight.shape) != 3:
         raise ValueError(
             f"weight must be {'[E, K, N]' if transposed else '[E, N, K]'}, got {list(weight.shape)}"
         )
-    count, n, k = weight.transpose(1, 2).shape if transposed else weight.shape
+    count, n, k = weight.shape
+    if transposed:
+        n, k = k, n
     shaped = f"{'transposed ' if transposed else ''}weight {list(weight.shape)}"
     if x.dim() != 2 or x.shape[1] != k:
         raise ValueError(f"x must be [T, {k}] to fit {shaped}, got {list(x.shape)}")
@@ -169,9 +174,11 @@ def check_stack(
     _check_dtypes(x, lora_A, lora_B)
     _check_devices(x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != x.dtype and not casts:
+        if not isinstance(t, Tensor):
+            continue
+        if t.dtype != x.dtype and not casts:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
-        if t is not None and t.requires_grad:
+        if t.requires_grad:
             raise ValueError(f"{name} must be frozen, got one that requires a gradient")
 
 

@@ -9,12 +9,16 @@ X_e are the rows of expert e. Each expert is a ``lora_linear`` of its rows, on P
 On a GPU in bfloat16, PyTorch's grouped product computes all experts at once and reads the offsets
 on the device; otherwise a loop reads them on the host.
 
+A packed stack (``packed_experts.py``) is dequantized one expert at a time, and again in backward.
+The grouped product takes as many experts as fit into ``CHUNK_BYTES``. If these are not all, their
+rows are looked up on the host.
+
 Autograd saves X, S, the offsets and dropout's mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -26,22 +30,30 @@ from stablelora_kernels.ops.dropout import draw_dropout, mask_of_rows, masked
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project
 from stablelora_kernels.ops.matrices import with_own_memory
 from stablelora_kernels.ops.plans import define_op
+from stablelora_kernels.packed_experts import PackedExperts, chunks, packed_experts
 from stablelora_kernels.projection import Projection
 
 # A grouped product takes rows that begin at multiples of so many bytes.
 ALIGNMENT = 16
+# So much of a packed stack is dequantized for a grouped product.
+CHUNK_BYTES = 256 << 20
 
 
 class ExpertsForward(NamedTuple):
     """The arguments of ``lora_experts_fwd``. The scaling is s'."""
 
     x: Tensor
-    weight: Tensor
+    # The ops take the data of a packed stack, and its scales and layout below. _to_multiply puts
+    # the stack together.
+    weight: Tensor | PackedExperts
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     offsets: Tensor
     keep: Tensor | None
+    scales: Sequence[Tensor]
+    # A StackLayout, or nothing if the stack is not packed.
+    layout: Sequence[int]
     scaling: float
     transposed: bool
     save_s: bool
@@ -56,15 +68,15 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 @define_op(
     "lora_experts_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor offsets, Tensor? keep, float scaling, "
-    "bool transposed, bool save_s) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor offsets, Tensor? keep, Tensor[] scales, "
+    "int[] layout, float scaling, bool transposed, bool save_s) -> (Tensor, Tensor)",
     _forward_fake,
 )
 def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     """Y [T, N] and with ``save_s`` S [T, r], for x [T, K]. The arguments are :class:`ExpertsForward`'s."""
     stored = ExpertsForward(*args)
     call = _to_multiply(stored, stored.x.dtype)
-    if can_group(stored.x, stored.weight):
+    if can_group(call.x, call.weight):
         return _grouped_forward(call)
     y, s = _forward_fake(*stored)
     end = 0
@@ -85,12 +97,15 @@ class ExpertsBackward(NamedTuple):
 
     x: Tensor | None
     grad: Tensor
-    weight: Tensor
+    weight: Tensor | PackedExperts
     lora_A: Tensor
     lora_B: Tensor
     s: Tensor
     offsets: Tensor
     keep: Tensor | None
+    # As in ExpertsForward.
+    scales: Sequence[Tensor]
+    layout: Sequence[int]
     scaling: float
     transposed: bool
     need_x: bool
@@ -107,9 +122,9 @@ class _Gradients(NamedTuple):
 
 
 def _allocate_gradients(call: ExpertsBackward) -> _Gradients:
-    k = call.weight.shape[1 if call.transposed else 2]
+    rows = call.grad.shape[0] if call.need_x else 0
     return _Gradients(
-        call.grad.new_empty(call.grad.shape[0] if call.need_x else 0, k),
+        call.grad.new_empty(rows, call.lora_A.shape[2]),
         call.lora_A.new_empty(call.lora_A.shape if call.need_a else 0),
         call.lora_B.new_empty(call.lora_B.shape if call.need_b else 0),
     )
@@ -122,7 +137,8 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @define_op(
     "lora_experts_bwd",
     "(Tensor? x, Tensor grad, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, Tensor offsets, Tensor? keep, "
-    "float scaling, bool transposed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    "Tensor[] scales, int[] layout, float scaling, bool transposed, bool need_x, bool need_a, bool need_b) "
+    "-> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +148,7 @@ def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     stored = ExpertsBackward(*args)
     results = _allocate_gradients(stored)
     call = _to_multiply(stored, stored.grad.dtype)
-    if can_group(stored.grad, stored.weight):
+    if can_group(call.grad, call.weight):
         return _grouped_backward(call, results)
     # An expert without rows has no part in the result.
     results.da.zero_()
@@ -162,20 +178,35 @@ def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _projection_of(call: ExpertsForward | ExpertsBackward, place: int) -> Projection:
-    """One expert of a call whose weights are [E, K, N]."""
+    """One expert of a call. Only here is an expert's matrix read, packed or not."""
     bias = call.bias[place] if isinstance(call, ExpertsForward) and call.bias is not None else None
-    weight = call.weight[place].t()
+    weight = _matrix_of(call, place) if _reads_weights(call) else None
     return Projection(weight, bias, call.lora_A[place], call.lora_B[place], call.scaling)
+
+
+def _reads_weights(call: ExpertsForward | ExpertsBackward) -> bool:
+    return isinstance(call, ExpertsForward) or call.need_x
+
+
+def _matrix_of(call: ExpertsForward | ExpertsBackward, place: int) -> Tensor:
+    """An expert's W [N, K]."""
+    stack = call.weight
+    dtype = call.lora_A.dtype
+    matrix = stack[place] if isinstance(stack, Tensor) else stack.expert(place, dtype)
+    return matrix.t() if call.transposed else matrix
 
 
 CallT = TypeVar("CallT", ExpertsForward, ExpertsBackward)
 
 
 def _to_multiply(call: CallT, dtype: torch.dtype) -> CallT:
-    """``call`` with weights [E, K, N], and with A and B in ``dtype``."""
+    """``call`` with A and B in ``dtype``, and with a packed stack in one piece."""
+    weight = call.weight
+    if call.layout:
+        assert isinstance(weight, Tensor)
+        weight = packed_experts(weight, call.scales, call.layout)
     return call._replace(
-        weight=call.weight if call.transposed else call.weight.transpose(1, 2),
-        transposed=True,
+        weight=weight,
         lora_A=call.lora_A.to(dtype),
         # PEFT packs B with the expert fastest; a product cannot read that order.
         lora_B=call.lora_B.to(dtype).contiguous(),
@@ -204,7 +235,7 @@ def experts_thin_product(stored: ExpertsForward) -> Tensor:
     x = masked(call.x, call.keep)
     rows = x.shape[0]
     rank = call.lora_A.shape[1]
-    if can_group(stored.x, stored.weight):
+    if can_group(call.x, call.weight):
         s = _products(call.offsets)(x, _padded(call.lora_A, 1).transpose(1, 2))
         return s[:, :rank].masked_fill(unused_rows(call.offsets, rows), 0)
     s = x.new_zeros(rows, rank)
@@ -224,10 +255,8 @@ def thin_product(x: Tensor, lora_A: Tensor) -> Tensor:
 # GPUs
 
 
-def can_group(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes x [T, K], or dY, and the weights without a host's
-    read of the offsets.
-    """
+def can_group(x: Tensor, weight: Tensor | PackedExperts) -> bool:
+    """Whether PyTorch's grouped product takes x [T, K], or dY, and the weights."""
     if (
         not x.is_cuda
         or x.dtype != torch.bfloat16
@@ -235,14 +264,13 @@ def can_group(x: Tensor, weight: Tensor) -> bool:
         or not hasattr(torch, "_grouped_mm")
     ):
         return False
-    aligned = all(t.data_ptr() % ALIGNMENT == 0 for t in (x, weight)) and x.stride(1) == 1
+    aligned = x.data_ptr() % ALIGNMENT == 0 and x.stride(1) == 1
     even = all(n * x.element_size() % ALIGNMENT == 0 for n in (x.stride(0), *weight.shape[1:]))
-    return (
-        aligned
-        and even
-        and weight.is_contiguous()
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    # A packed stack is dequantized into memory of its own.
+    readable = isinstance(weight, PackedExperts) or (
+        weight.data_ptr() % ALIGNMENT == 0 and weight.is_contiguous()
     )
+    return aligned and even and readable and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _grouped_forward(call: ExpertsForward) -> tuple[Tensor, Tensor]:
@@ -250,7 +278,7 @@ def _grouped_forward(call: ExpertsForward) -> tuple[Tensor, Tensor]:
     grouped_product = _products(call.offsets)
     rank = call.lora_A.shape[1]
     rows = call.x.shape[0]
-    y = grouped_product(call.x, call.weight)
+    y = _stack_product(call, call.x, to_inputs=False)
     s = grouped_product(masked(call.x, call.keep), _padded(call.lora_A, 1).transpose(1, 2))
     if rank:
         y.add_(grouped_product(s, _padded(call.lora_B, 2).transpose(1, 2)), alpha=call.scaling)
@@ -276,7 +304,7 @@ def _grouped_backward(call: ExpertsBackward, results: _Gradients) -> _Gradients:
     if call.need_x or call.need_a:
         ds = grouped_product(call.grad, _padded(call.lora_B, 2)).mul_(call.scaling)
     if call.need_x:
-        dx = grouped_product(call.grad, call.weight.transpose(1, 2))
+        dx = _stack_product(call, call.grad, to_inputs=True)
         if rank:
             of_branch = grouped_product(ds, _padded(call.lora_A, 1))
             dx.add_(of_branch if call.keep is None else of_branch * call.keep)
@@ -294,6 +322,49 @@ def _grouped_backward(call: ExpertsBackward, results: _Gradients) -> _Gradients:
         )
         results = results._replace(db=db.to(results.db.dtype).mul_(call.scaling))
     return results
+
+
+def _stack_product(call: ExpertsForward | ExpertsBackward, rows: Tensor, to_inputs: bool) -> Tensor:
+    """X W^T of each expert's rows [T, K], or dY W if it goes back ``to_inputs``. Unused rows are not
+    written.
+    """
+    stack = call.weight
+    # The grouped product takes matrices that map rows from the left: W^T, or W back to inputs.
+    is_turned = call.transposed == to_inputs
+    if not isinstance(stack, PackedExperts):
+        return _products(call.offsets)(rows, stack.transpose(1, 2) if is_turned else stack)
+    ranges = chunks(stack, rows.dtype, CHUNK_BYTES)
+    width = call.lora_A.shape[2] if to_inputs else call.lora_B.shape[1]
+    y = rows.new_empty(rows.shape[0], width)
+    for chunk in _chunks_with_rows(ranges, call.offsets, rows.shape[0]):
+        matrices = stack.experts(chunk.first, chunk.last, rows.dtype)
+        matrices = matrices.transpose(1, 2) if is_turned else matrices
+        ends = call.offsets[chunk.first : chunk.last] - chunk.start
+        y[chunk.start : chunk.end] = _products(ends)(rows[chunk.start : chunk.end], matrices)
+    return y
+
+
+class _Chunk(NamedTuple):
+    """Experts from ``first`` to before ``last``, with the rows from ``start`` to before ``end``."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+
+
+def _chunks_with_rows(
+    ranges: Sequence[tuple[int, int]], offsets: Tensor, rows: int
+) -> Iterator[_Chunk]:
+    """The chunks of experts that have rows. One chunk of all experts needs no host's read."""
+    if len(ranges) == 1:
+        first, last = ranges[0]
+        yield _Chunk(first, last, 0, rows)
+        return
+    ends = [0, *offsets.tolist()]
+    for first, last in ranges:
+        if ends[last] > ends[first]:
+            yield _Chunk(first, last, ends[first], ends[last])
 
 
 def _products(offsets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -330,8 +401,13 @@ def unused_rows(offsets: Tensor, rows: int) -> Tensor:
 
 
 class _ExpertsContext(Context, Protocol):
+    layout: Sequence[int]
     scaling: float
     transposed: bool
+
+
+# The tensors that backward reads, before the scales of a packed stack.
+_SAVED = 7
 
 
 class _LoRAExperts(torch.autograd.Function):
@@ -341,6 +417,7 @@ class _LoRAExperts(torch.autograd.Function):
     def forward(ctx: _ExpertsContext, *args: Any) -> Tensor:
         """The arguments are those of :class:`ExpertsForward`."""
         call = ExpertsForward(*args)
+        assert isinstance(call.weight, Tensor)
         wanted = _wanted(ctx)
         y, s = lora_experts_fwd(*call._replace(save_s=wanted.b))
         ctx.save_for_backward(
@@ -351,7 +428,9 @@ class _LoRAExperts(torch.autograd.Function):
             s,
             call.offsets,
             call.keep,
+            *call.scales,
         )
+        ctx.layout = call.layout
         ctx.scaling = call.scaling
         ctx.transposed = call.transposed
         return y
@@ -359,18 +438,21 @@ class _LoRAExperts(torch.autograd.Function):
     @staticmethod
     @first_derivative
     def backward(ctx: _ExpertsContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        # Checkpointing lets backward ask for them once.
+        saved = ctx.saved_tensors
+        x = saved[0]
+        operands = saved[1:_SAVED]
+        scales = saved[_SAVED:]
         wanted = _wanted(ctx)
-        dx, da, db = lora_experts_bwd(
-            x, with_own_memory(grad), *saved, ctx.scaling, ctx.transposed, *wanted
-        )
+        facts = (scales, ctx.layout, ctx.scaling, ctx.transposed)
+        dx, da, db = lora_experts_bwd(x, with_own_memory(grad), *operands, *facts, *wanted)
         return (
             dx if wanted.x else None,
             None,
             None,
             da if wanted.a else None,
             db if wanted.b else None,
-            *[None] * 5,
+            *[None] * 7,
         )
 
 
@@ -381,7 +463,7 @@ def _wanted(ctx: _ExpertsContext) -> Wanted:
 
 def lora_experts_op(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedExperts,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -395,8 +477,26 @@ def lora_experts_op(
     """
     has_branch = lora_A.shape[1] > 0
     keep, scaling = draw_dropout(x, dropout_p if has_branch else 0.0, scaling)
+    data = weight
+    scales: Sequence[Tensor] = ()
+    layout: Sequence[int] = ()
+    if isinstance(weight, PackedExperts):
+        data = weight.data
+        scales = weight.scales
+        layout = weight.layout
     call = ExpertsForward(
-        x, weight, bias, lora_A, lora_B, offsets, keep, scaling, transposed, save_s=False
+        x,
+        data,
+        bias,
+        lora_A,
+        lora_B,
+        offsets,
+        keep,
+        scales,
+        layout,
+        scaling,
+        transposed,
+        save_s=False,
     )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_A, lora_B)):
         y: Tensor = _LoRAExperts.apply(*call)  # type: ignore[no-untyped-call]

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.formulas import Wanted
+from stablelora_kernels.packed_experts import PackedExperts
 from stablelora_kernels.utils.tensors import cast
 
 # Maps up's output G [rows, 2 I], or [rows, I] without a gate, to H [rows, I], row by row.
 Gate = Callable[[Tensor], Tensor]
 
 
-class PackedStack(Protocol):
-    """A stack [E, N, K] whose experts are computed from what is stored."""
+class StoredStack(NamedTuple):
+    """A stack as the ops of ``lora_experts`` take it."""
 
-    def expert(self, place: int, dtype: torch.dtype) -> Tensor:
-        """The matrix of the expert at a place of the stack."""
-        ...
+    data: Tensor
+    scales: Sequence[Tensor]
+    layout: Sequence[int]
 
 
 class FrozenStack(NamedTuple):
     """One projection of all experts, all but its A and B."""
 
     # [E, N, K]; transposed, [E, K, N].
-    weight: Tensor | PackedStack
+    weight: Tensor | PackedExperts
     # [E, N].
     bias: Tensor | None
     transposed: bool
@@ -45,10 +46,11 @@ class FrozenStack(NamedTuple):
             return cast(self.weight[place], dtype)
         return self.weight.expert(place, dtype)
 
-    def all_experts(self, dtype: torch.dtype) -> Tensor:
-        """The weights of all experts, in one piece."""
-        assert isinstance(self.weight, Tensor)
-        return cast(self.weight, dtype)
+    def stored(self, dtype: torch.dtype) -> StoredStack:
+        """All experts, those of a plain stack in ``dtype``."""
+        if isinstance(self.weight, Tensor):
+            return StoredStack(cast(self.weight, dtype), (), ())
+        return StoredStack(self.weight.data, self.weight.scales, self.weight.layout)
 
     def expert_bias(self, place: int, dtype: torch.dtype) -> Tensor | None:
         """The bias [N] of the expert at a place of the stack."""
@@ -75,6 +77,10 @@ class ExpertStack(NamedTuple):
     @property
     def rank(self) -> int:
         return self.lora_A.shape[1]
+
+    def without_branch_for(self, dtype: torch.dtype) -> ExpertStack:
+        """Itself, a stack without a branch, for an x of ``dtype``."""
+        return self._replace(lora_A=self.lora_A.to(dtype), lora_B=self.lora_B.to(dtype))
 
 
 class Routing(NamedTuple):

@@ -86,14 +86,17 @@ def _forward_of(
     mask: Tensor | None,
     save_s: bool,
 ) -> ExpertsForward:
+    stored = stack.frozen.stored(x.dtype)
     return ExpertsForward(
         x,
-        stack.frozen.all_experts(x.dtype),
+        stored.data,
         bias,
         stack.lora_A,
         stack.lora_B,
         offsets,
         mask,
+        stored.scales,
+        stored.layout,
         stack.frozen.scaling,
         stack.frozen.transposed,
         save_s,
@@ -109,15 +112,18 @@ def _backward_of(
     mask: Tensor | None,
     wanted: Wanted,
 ) -> ExpertsBackward:
+    stored = stack.frozen.stored(grad.dtype)
     return ExpertsBackward(
         x,
         grad,
-        stack.frozen.all_experts(grad.dtype),
+        stored.data,
         stack.lora_A,
         stack.lora_B,
         s,
         offsets,
         mask,
+        stored.scales,
+        stored.layout,
         stack.frozen.scaling,
         stack.frozen.transposed,
         *wanted,

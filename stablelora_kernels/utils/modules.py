@@ -4,6 +4,8 @@ and ``fully_shard``.
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,6 +14,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 DATA_PARALLEL = (nn.DataParallel, DistributedDataParallel)
 # The attributes in which torch.compile and torch's checkpoint_wrapper hold the wrapped module.
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
+_PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original$")
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -89,6 +92,11 @@ def _inner(module: nn.Module) -> nn.Module | None:
 def clean(name: str) -> str:
     """A dotted name without the parts that wrappers inside the model add."""
     return ".".join(word for word in name.split(".") if word not in _INNER)
+
+
+def without_parametrization(name: str) -> str:
+    """A parameter's dotted name without what ``torch.nn.utils.parametrize`` adds."""
+    return _PARAMETRIZED.sub(r"\1", name)
 
 
 def same_anywhere(name: str) -> str:

@@ -97,12 +97,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "jetmoe": {**_LOCAL, "kv_channels": 8},
 }
 
+# The sizes of experts, in configs.
+_WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+
 BY_DAY = ("qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h")
 
 
-def build(family: str, implementation: str = "eager", dtype: torch.dtype = torch.float64) -> Any:
-    """A model with one layer of experts. ``implementation``: how transformers computes them."""
-    config = transformers.CONFIG_MAPPING[family](**_COMMON | FAMILIES[family])
+def build(
+    family: str, implementation: str = "eager", dtype: torch.dtype = torch.float64, width: int = 0
+) -> Any:
+    """A model with one layer of experts. ``implementation``: how transformers computes them.
+    ``width``: both sizes of the experts, if given.
+    """
+    sizes = _COMMON | FAMILIES[family]
+    if width:
+        sizes |= {key: width for key in sizes if key in _WIDTHS}
+        if "v_head_dim" not in sizes:
+            sizes["head_dim"] = width // 4
+    config = transformers.CONFIG_MAPPING[family](**sizes)
     chosen = (
         {} if family in ("llama4_text", "jetmoe") else {"experts_implementation": implementation}
     )
@@ -151,12 +170,12 @@ def results(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def routing(tokens: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def routing(tokens: int = 9, width: int = H) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of experts without a model: x, the experts of each token and their weights, in float64."""
     generator = torch.Generator().manual_seed(3)
     index = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(tokens)])
     x, weights = (
         torch.rand(size, generator=generator, dtype=torch.float64)
-        for size in ((tokens, H), (tokens, 2))
+        for size in ((tokens, width), (tokens, 2))
     )
     return x.requires_grad_(), index, weights.requires_grad_()

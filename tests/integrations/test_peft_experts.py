@@ -28,6 +28,7 @@ from tests.helpers.moe_models import (
     routing,
     with_lora,
 )
+from tests.helpers.packed_stacks import in_4_bits
 from tests.helpers.peft_models import make
 from tests.helpers.quantized_weights import compressed_tensors
 
@@ -456,18 +457,6 @@ def nothing(*args):
     pass
 
 
-def in_4_bits(model):
-    """With its experts in 4 bits, as bitsandbytes stores them; and a copy with what they stand for."""
-    bnb = pytest.importorskip("bitsandbytes.nn.parametrize", reason="bitsandbytes is not installed")
-    plain = copy.deepcopy(model)
-    (experts,) = (m for m in model.modules() if hasattr(m, "gate_up_proj"))
-    (others,) = (m for m in plain.modules() if hasattr(m, "gate_up_proj"))
-    for name in ("gate_up_proj", "down_proj"):
-        bnb.replace_parameter_4bit(experts, name)
-        getattr(others, name).data.copy_(getattr(experts, name))
-    return model, plain
-
-
 def hook_lora_A(wrapper):
     peft_experts.wrapped_parameters(wrapper)["down_proj"].lora_A["default"].register_forward_hook(
         nothing
@@ -596,20 +585,24 @@ def test_what_peft_does_wrong_with_experts_in_4_bits_is_told(names, lost, reorde
     """If this fails with a new PEFT, that trains them right: the texts here, in experts.md and in
     errors.md say otherwise.
     """
-    model, plain = in_4_bits(build("qwen3_moe", dtype=FP32))
+    # The matrices are not whole blocks.
+    model, plain = in_4_bits(build("qwen3_moe", dtype=FP32), blocksize=2048)
     # PEFT matches such parameters by their whole names alone.
     options = {"target_parameters": [f"model.layers.0.mlp.experts.{name}" for name in names]}
     model, plain = with_lora(model, **options), with_lora(plain, **options)
     expected = peft_faults.ParametrizedFaults(lost, repeats=True, remains=True, reorders=reorders)
     assert peft_faults.faults_of_parametrized(names, frozenset(names)) == expected
-    assert (
-        f"experts wrongly whose weights another parametrization computes: {expected}: base_model"
-        in " ".join(slk.accelerate_peft(copy.deepcopy(model)).notes)
+    before = model.state_dict()
+    text = (
+        r"^base_model.model.model.layers.0.mlp.experts: its \w+_proj does not fit lora_experts: an expert must be whole "
+        r"blocks of 2048 elements, got \d+ x \d+ = \d+ elements, and PEFT [\d.]+ trains experts wrongly whose weights "
+        rf"another parametrization computes: {expected}$"
     )
-    with pytest.raises(
-        ValueError, match=r"strict=True, but PEFT .* trains experts wrongly whose weights"
-    ):
-        slk.accelerate_peft(model, strict=True)
+    for strict in (False, True):
+        with pytest.raises(ValueError, match=text):
+            slk.accelerate_peft(model, strict=strict)
+    assert model.state_dict().keys() == before.keys()
+    assert not any(isinstance(m, peft_experts.AcceleratedExperts) for m in model.modules())
 
     # That is what PEFT does with the model.
     adapters = [m for m in model.modules() if isinstance(m, peft_experts.ParamWrapper)]
@@ -634,6 +627,20 @@ def test_what_peft_does_wrong_with_experts_in_4_bits_is_told(names, lost, reorde
         with model.disable_adapter(), plain.disable_adapter():
             off = (model(input_ids=IDS).logits - plain(input_ids=IDS).logits).abs().max().item()
     assert off > 1e-3
+
+
+def test_experts_of_an_unknown_parametrization_are_warned_of():
+    model = build("qwen3_moe", dtype=FP32)
+    (experts,) = (m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    model = with_lora(model, target_parameters=["model.layers.0.mlp.experts.down_proj"])
+    text = "experts wrongly whose weights another parametrization computes: .*; accelerate_peft computes experts right in"
+    with pytest.warns(UserWarning, match=text):
+        report = slk.accelerate_peft(model)
+    (skipped,) = report.skipped
+    assert skipped.reason == "another parametrization changes its weights"
+    with pytest.raises(ValueError, match=f"strict=True, but PEFT .* trains {text}"):
+        slk.accelerate_peft(model, strict=True)
 
 
 def get_wrapper(model, name):

@@ -23,6 +23,7 @@ from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStac
 from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
+from tests.helpers.packed_stacks import nf4
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 LEAVES = ("x", "weights", "up_a", "up_b", "down_a", "down_b")
@@ -306,6 +307,25 @@ def test_a_packed_stack_is_read_expert_by_expert(transposed, wanted):
     # Forward, and backward if it needs them.
     passes = 2 if wanted == LEAVES else 1
     assert up.read == down.read == [*range(E)] * passes
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("way", ["blocks", "together"])
+def test_stacks_in_4_bits(way, transposed, take):
+    take(way)
+    case = DOUBLE._replace(bias=True, transposed=transposed, ps=(0.3, 0.3))
+    made = make(case)
+    stacks = {}
+    for name in ("up_weight", "down_weight"):
+        _, rows, columns = getattr(made, name).shape
+        stacks[name] = nf4(E, rows, columns, nested=True).packed
+    plain = {
+        name: torch.stack([stack.expert(e, FP64) for e in range(E)])
+        for name, stack in stacks.items()
+    }
+    exact = expected(case, made._replace(**plain), FP64)
+    for name, value in run(case, made._replace(**stacks)).items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("way", ["blocks", "together"])

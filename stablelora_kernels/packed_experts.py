@@ -1,0 +1,379 @@
+"""Frozen stacks of experts in 4 and 8 bits: their storage, their sources and their values.
+
+``lora_experts`` takes a :class:`PackedExperts` in place of a stack's tensor and dequantizes a few
+experts at a time. The subclasses know one format each. They read it where its library keeps it, and
+the op knows nothing of these libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stablelora_kernels.quantized import Layout, Stored, check_power, check_tensor
+from stablelora_kernels.utils.extras import import_extra
+
+# Formats of a stack, as :class:`StackLayout` has them.
+NF4, FP4, FP8, MXFP4 = range(4)
+_BITSANDBYTES = {"nf4": NF4, "fp4": FP4}
+# bitsandbytes' own parametrization of a parameter in 4 bits, by the name of its type.
+_PARAMETRIZATION = "Bnb4bitParametrization"
+# MXFP4 (OCP Microscaling Formats, version 1.0): 32 elements in 16 bytes share a power of two.
+_MX_BLOCK = 32
+_MX_BIAS = 127
+_MX_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# A dtype whose elements are as large as two of so many bytes.
+_TWICE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
+
+
+class StackLayout(NamedTuple):
+    """The memory layout of a stack of matrices [rows, columns]. Ints, because ops take ints."""
+
+    # One of the formats above.
+    kind: int
+    # How many matrices.
+    experts: int
+    rows: int
+    columns: int
+    # The elements that share a scale. In 4 bits of bitsandbytes, blocks of one row run on from row
+    # to row.
+    block_rows: int
+    block_columns: int
+    # Scales that share a nested one; 0 if scales are not nested.
+    nested_blocksize: int = 0
+
+    @property
+    def elements(self) -> int:
+        """The elements of an expert."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExperts:
+    """A frozen stack of experts [E, N, K] as it is stored; a subclass for each format makes it.
+
+    Attributes:
+        data: the bytes.
+        scales: the tensors that scale them.
+        layout: the format and the sizes.
+
+    Raises:
+        ValueError, TypeError: a part does not fit; the message names it and both values.
+    """
+
+    data: Tensor
+    scales: tuple[Tensor, ...]
+    layout: StackLayout
+
+    #: What messages and reports call the format, and its kinds of layout.
+    format: ClassVar[str] = "unknown"
+    kinds: ClassVar[tuple[int, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.layout.kind not in self.kinds:
+            raise ValueError(
+                f"layout.kind of {type(self).__name__} must be one of {list(self.kinds)}, got {self.layout.kind}"
+            )
+        if len(self.scales) != self._scale_count():
+            raise ValueError(
+                f"scales must be {self._scale_count()} tensors, got {len(self.scales)}"
+            )
+
+    def _scale_count(self) -> int:
+        return 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K); (E, K, N) for a stack that is stored transposed."""
+        return self.layout.experts, self.layout.rows, self.layout.columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def expert(self, place: int, dtype: torch.dtype) -> Tensor:
+        """One expert's matrix [N, K], computed in float32 and rounded once to ``dtype``; float64 is
+        not rounded.
+        """
+        return self.experts(place, place + 1, dtype)[0]
+
+    def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """As :meth:`expert` for the experts from ``start`` to before ``end``: [end - start, N, K]."""
+        raise NotImplementedError
+
+
+class NF4Experts(PackedExperts):
+    """A stack in bitsandbytes' 4 bits, NF4 or FP4; bitsandbytes itself dequantizes it.
+
+    ``scales`` are absmax and code and, if nested, nested_absmax, nested_code and offset, as in
+    :class:`~stablelora_kernels.quantized.NF4Weight`. An expert must be whole blocks.
+    """
+
+    format = "bitsandbytes' 4 bits"
+    kinds = (NF4, FP4)
+
+    def _scale_count(self) -> int:
+        return 5 if self.layout.nested_blocksize else 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layout = self.layout
+        check_power("blocksize", layout.block_columns)
+        if layout.elements % layout.block_columns:
+            raise ValueError(
+                f"an expert must be whole blocks of {layout.block_columns} elements, got "
+                f"{layout.rows} x {layout.columns} = {layout.elements} elements"
+            )
+        blocks = layout.experts * layout.elements // layout.block_columns
+        tensors = {"absmax": (torch.float32, [blocks]), "code": (torch.float32, [16])}
+        if layout.nested_blocksize:
+            check_power("nested_blocksize", layout.nested_blocksize)
+            nested_blocks = -(-blocks // layout.nested_blocksize)
+            tensors["absmax"] = (torch.uint8, [blocks])
+            tensors["nested_absmax"] = (torch.float32, [nested_blocks])
+            tensors["nested_code"] = (torch.float32, [256])
+            tensors["offset"] = (torch.float32, [])
+        data_size = layout.experts * layout.elements // 2
+        check_tensor("data", self.data, torch.uint8, [data_size], self.data)
+        for tensor, (name, (dtype, shape)) in zip(self.scales, tensors.items(), strict=True):
+            check_tensor(name, tensor, dtype, shape, self.data)
+
+    @classmethod
+    def from_parametrization(cls, module: nn.Module, name: str) -> NF4Experts:
+        """The parameter ``name`` of ``module``, which
+        ``bitsandbytes.nn.parametrize.replace_parameter_4bit`` has quantized, without a copy.
+
+        Raises:
+            TypeError: something else, or something more, computes the parameter.
+            ValueError: an expert is not whole blocks, or the parameter does not stack matrices.
+        """
+        computed: Any = getattr(module, "parametrizations", {})
+        steps = list(computed[name]) if name in computed else []
+        kinds = [type(step).__name__ for step in steps]
+        if kinds != [_PARAMETRIZATION]:
+            raise TypeError(
+                f"{name} must be computed by {_PARAMETRIZATION} alone, got {' and '.join(kinds) or 'no parametrization'}"
+            )
+        return cls.from_quant_state(computed[name].original, steps[0].quant_state)
+
+    @classmethod
+    def from_quant_state(cls, data: Tensor, state: Any) -> NF4Experts:
+        """The stack that ``bitsandbytes.functional.quantize_4bit`` has returned, without a copy.
+
+        Raises:
+            ValueError: the state is of another format, an expert is not whole blocks, or the shape
+                is not [E, N, K].
+        """
+        if state.quant_type not in _BITSANDBYTES:
+            raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {state.quant_type!r}")
+        if len(state.shape) != 3:
+            raise ValueError(f"the shape must be [E, N, K], got {list(state.shape)}")
+        count, rows, columns = state.shape
+        scales = [state.absmax, state.code]
+        nested_blocksize = 0
+        if state.nested:
+            scales += [state.state2.absmax, state.state2.code, state.offset]
+            nested_blocksize = state.state2.blocksize
+        layout = StackLayout(
+            _BITSANDBYTES[state.quant_type],
+            count,
+            rows,
+            columns,
+            1,
+            state.blocksize,
+            nested_blocksize,
+        )
+        return cls(data.detach().view(torch.uint8).reshape(-1), tuple(scales), layout)
+
+    def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        layout = self.layout
+        blocks_of_one = layout.elements // layout.block_columns
+        blocks = slice(start * blocks_of_one, end * blocks_of_one)
+        data = self.data[start * layout.elements // 2 : end * layout.elements // 2]
+        absmax = self._absmax(blocks)
+        code = self.scales[1]
+        if dtype == torch.float64:
+            rows = (end - start) * layout.rows
+            flat = Layout(4, rows, layout.columns, layout.block_columns, 0)
+            values = Stored(data, (absmax, code), flat).dequantize(dtype)
+        else:
+            functional = import_extra("bitsandbytes.functional", "peft", "a stack in 4 bits")
+            state = functional.QuantState(
+                absmax=absmax,
+                # One row a block: on a CPU bitsandbytes is wrong about blocks across rows.
+                shape=torch.Size((absmax.numel(), layout.block_columns)),
+                dtype=dtype,
+                blocksize=layout.block_columns,
+                quant_type="nf4" if layout.kind == NF4 else "fp4",
+                code=code,
+            )
+            values = functional.dequantize_4bit(data.unsqueeze(1), state)
+        return values.view(end - start, layout.rows, layout.columns)
+
+    def _absmax(self, blocks: slice) -> Tensor:
+        """The float32 absmax of these blocks, to the bit as bitsandbytes computes it."""
+        absmax = self.scales[0][blocks]
+        if not self.layout.nested_blocksize:
+            return absmax
+        nested_absmax, nested_code, offset = self.scales[2:]
+        size = self.layout.nested_blocksize
+        # The nested blocks that these begin and end in.
+        first = blocks.start // size
+        nested = nested_absmax[first : -(-blocks.stop // size)].repeat_interleave(size)
+        skipped = blocks.start - first * size
+        nested = nested[skipped : skipped + absmax.numel()]
+        return nested_code.index_select(0, absmax.int()).mul_(nested).add_(offset)
+
+
+class FP8Experts(PackedExperts):
+    """A stack in float8 with a multiplier a block, as transformers' module ``FP8Experts`` stores
+    it.
+
+    ``data`` is float8_e4m3fn [E, N, K], viewed as uint8. ``scales`` holds one tensor, float32 [E, ceil(N /
+    block_rows), ceil(K / block_columns)].
+    """
+
+    format = "float8"
+    kinds = (FP8,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layout = self.layout
+        if layout.block_rows < 1 or layout.block_columns < 1:
+            raise ValueError(
+                f"block_size must be at least 1 x 1, got {layout.block_rows} x {layout.block_columns}"
+            )
+        row_blocks = -(-layout.rows // layout.block_rows)
+        column_blocks = -(-layout.columns // layout.block_columns)
+        check_tensor("data", self.data, torch.uint8, [*self.shape], self.data)
+        shape = [layout.experts, row_blocks, column_blocks]
+        check_tensor("scale_inv", self.scales[0], torch.float32, shape, self.data)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, name: str) -> FP8Experts:
+        """The parameter ``name`` of a transformers module ``FP8Experts``, without a copy.
+
+        Raises:
+            TypeError, ValueError: the parameter is not float8 in blocks; the message says what it
+                is.
+        """
+        data: Tensor = getattr(module, name)
+        scale_inv: Tensor = getattr(module, f"{name}_scale_inv")
+        return cls.from_blocks(data, scale_inv, module.block_size)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_blocks(
+        cls, data: Tensor, scale_inv: Tensor, block_size: Sequence[int] | None
+    ) -> FP8Experts:
+        """The stack whose blocks of ``block_size`` (rows, columns) are multiplied by ``scale_inv``.
+
+        Raises:
+            TypeError, ValueError: a part does not fit; the message names it and both values.
+        """
+        if data.dim() != 3:
+            raise ValueError(f"data must be [E, N, K], got {list(data.shape)}")
+        if block_size is None or len(block_size) != 2:
+            raise ValueError(f"block_size must be (rows, columns), got {block_size}")
+        check_tensor("data", data, torch.float8_e4m3fn, [*data.shape], data)
+        count, rows, columns = data.shape
+        block_rows, block_columns = block_size
+        layout = StackLayout(FP8, count, rows, columns, block_rows, block_columns)
+        return cls(data.detach().view(torch.uint8), (scale_inv.detach(),), layout)
+
+    def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        layout = self.layout
+        work = torch.promote_types(dtype, torch.float32)
+        values = _from_float8(self.data[start:end], work)
+        scales = self.scales[0][start:end].to(work)
+        by_row = scales.repeat_interleave(layout.block_rows, 1)[:, : layout.rows]
+        # In place, block by block: the scales of all elements would be as large as the stack.
+        for place, columns in enumerate(values.split(layout.block_columns, 2)):
+            columns.mul_(by_row[:, :, place : place + 1])
+        return values.to(dtype)
+
+
+class MXFP4Experts(PackedExperts):
+    """A stack in MXFP4, as gpt-oss's checkpoints store it: 4-bit floats, 32 of which share a power
+    of two.
+
+    ``data`` is uint8 [E, N, K / 32, 16], the first element of a byte in its lower half. ``scales``
+    holds one tensor, uint8 [E, N, K / 32]: exponents over 127.
+    """
+
+    format = "MXFP4"
+    kinds = (MXFP4,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layout = self.layout
+        groups = [layout.experts, layout.rows, layout.columns // _MX_BLOCK]
+        check_tensor("blocks", self.data, torch.uint8, [*groups, _MX_BLOCK // 2], self.data)
+        check_tensor("scales", self.scales[0], torch.uint8, groups, self.data)
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, scales: Tensor) -> MXFP4Experts:
+        """The stack of a checkpoint's ``blocks`` and ``scales``, without a copy.
+
+        Raises:
+            TypeError, ValueError: a part does not fit; the message names it and both values.
+        """
+        if blocks.dim() != 4:
+            raise ValueError(f"blocks must be [E, N, K / 32, 16], got {list(blocks.shape)}")
+        count, rows, groups = blocks.shape[:3]
+        layout = StackLayout(MXFP4, count, rows, groups * _MX_BLOCK, 1, _MX_BLOCK)
+        return cls(blocks, (scales,), layout)
+
+    def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        blocks = self.data[start:end]
+        # In float16 the power of two alone may be out of range.
+        work = torch.float32 if dtype == torch.float16 else dtype
+        magnitudes = torch.tensor(_MX_VALUES, dtype=work, device=blocks.device)
+        values = torch.cat((magnitudes, -magnitudes))
+        byte = torch.arange(256, device=blocks.device)
+        pairs = values[torch.stack((byte & 15, byte >> 4), 1)]
+        # One look-up of both elements of a byte, as one element of twice the size.
+        doubled = pairs.view(_TWICE[work.itemsize]).view(-1)
+        elements = doubled.index_select(0, blocks.reshape(-1).int()).view(work)
+        exponents = self.scales[0][start:end].int().sub_(_MX_BIAS).unsqueeze(-1)
+        # Each power is computed once and not, as ldexp would, for each element.
+        ones = torch.ones_like(exponents, dtype=torch.float32)
+        powers = torch.ldexp(ones, exponents).to(work)
+        elements = elements.view(*blocks.shape[:-1], _MX_BLOCK).mul_(powers)
+        return elements.view(end - start, self.layout.rows, self.layout.columns).to(dtype)
+
+
+def _from_float8(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of float8_e4m3fn's bytes."""
+    if data.is_cuda:
+        return data.view(torch.float8_e4m3fn).to(dtype)
+    # On a CPU PyTorch's conversion takes four times as long.
+    every_byte = torch.arange(256, dtype=torch.uint8, device=data.device)
+    values = every_byte.view(torch.float8_e4m3fn).to(dtype)
+    return values.index_select(0, data.reshape(-1).int()).view(data.shape)
+
+
+def packed_experts(data: Tensor, scales: Sequence[Tensor], layout: Sequence[int]) -> PackedExperts:
+    """The stack of the parts that an op takes."""
+    named = StackLayout(*layout)
+    formats = (NF4Experts, FP8Experts, MXFP4Experts)
+    format_of_kind = {kind: packed for packed in formats for kind in packed.kinds}
+    return format_of_kind[named.kind](data, tuple(scales), named)
+
+
+def is_in_4_bits(module: nn.Module, name: str) -> bool:
+    """Whether bitsandbytes' parametrization computes the parameter ``name`` of ``module``."""
+    computed: Any = module._modules.get("parametrizations")
+    if computed is None or name not in computed:
+        return False
+    return any(type(step).__name__ == _PARAMETRIZATION for step in computed[name])
+
+
+def chunks(packed: PackedExperts, dtype: torch.dtype, limit: int) -> list[tuple[int, int]]:
+    """Ranges of experts that take at most ``limit`` bytes in ``dtype``, or one expert each."""
+    size = max(1, limit // max(1, packed.layout.elements * dtype.itemsize))
+    count = packed.layout.experts
+    return [(start, min(start + size, count)) for start in range(0, count, size)]

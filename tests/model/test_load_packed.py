@@ -1,0 +1,234 @@
+"""``load_packed_experts``: gpt-oss in MXFP4, against the model that transformers makes of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import stablelora_kernels as slk
+from stablelora_kernels.nn.experts import LoRAExperts
+from stablelora_kernels.testing.cases import BF16, FP32
+from tests.helpers.moe_models import IDS, E, build, results, stacks, transformers, with_lora
+from tests.helpers.packed_stacks import mxfp4
+
+accelerate = pytest.importorskip("accelerate", reason="runs where accelerate is installed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+WIDTH = 64
+NAMES = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+
+
+def checkpoint(dtype: torch.dtype = FP32) -> tuple[Any, dict[str, Tensor]]:
+    """A small gpt-oss with what its stacks in MXFP4 stand for; and what a checkpoint holds."""
+    model = build("gpt_oss", dtype=dtype, width=WIDTH).eval()
+    state = model.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for name in NAMES:
+        count, columns, rows = state.pop(name).shape
+        sizes = (count, rows, columns // 32)
+        blocks = torch.randint(0, 256, (*sizes, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(122, 125, sizes, dtype=torch.uint8, generator=generator)
+        values = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+        model.get_parameter(name).data.copy_(values)
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return model, state
+
+
+def write(state: dict[str, Tensor], directory: Path, files: int = 1) -> Path:
+    """The checkpoint in one file, or in several with an index."""
+    state = {name: t.contiguous() for name, t in state.items()}
+    if files == 1:
+        save_file(state, directory / "model.safetensors")
+        return directory
+    places = {name: f"model-{i % files}.safetensors" for i, name in enumerate(state)}
+    for file in {*places.values()}:
+        save_file({n: t for n, t in state.items() if places[n] == file}, directory / file)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    return directory
+
+
+def without_memory(model: Any) -> Any:
+    with accelerate.init_empty_weights():
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_model_made_without_memory(files, dtype, tmp_path):
+    plain, state = checkpoint(dtype)
+    model = without_memory(plain)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    names = slk.load_packed_experts(model, write(state, tmp_path, files))
+    assert sorted(names) == sorted(NAMES)
+    experts, expected = (m.model.layers[0].mlp.experts for m in (model, plain))
+    assert all(
+        getattr(experts, n).equal(getattr(expected, n)) for n in ("gate_up_proj", "down_proj")
+    )
+    # Products read them in another order.
+    y, right = (each(input_ids=IDS).logits for each in (model, plain))
+    torch.testing.assert_close(y, right)
+    saved = model.state_dict()
+    assert saved.keys() == state.keys() and all(saved[key].equal(state[key]) for key in state)
+    other = without_memory(plain)
+    slk.load_packed_experts(other, tmp_path)
+    other.load_state_dict({k: torch.zeros_like(t) for k, t in saved.items()})
+    assert not other.state_dict()[f"{NAMES[0]}_blocks"].any()
+    other.load_state_dict(saved)
+    assert other(input_ids=IDS).logits.equal(y)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(found) == 5
+    for name, value in found.items():
+        atol = 1e-5 * expected[name].abs().max().item()
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("by_peft", [True, False], ids=["by PEFT", "by apply_lora"])
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=str)
+def test_it_trains_with_lora(by_peft, checkpointing, tmp_path):
+    plain, state = checkpoint()
+    model = without_memory(plain)
+    slk.load_packed_experts(model, write(state, tmp_path))
+    frozen = model(input_ids=IDS).logits
+    adapted = []
+    for each in (model, plain):
+        if by_peft:
+            each = with_lora(each, target_parameters=NAMES)
+            slk.accelerate_peft(each, strict=True)
+        else:
+            torch.manual_seed(1)
+            names = stacks(plain)
+            config = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
+            report = slk.apply_lora(each, slk.LoRAConfig(target_parameters=names, **config))
+            assert {(row.r, row.experts) for row in report.replaced} == {(3, E)}
+        adapted.append(each)
+    trained = {n: p for n, p in adapted[0].named_parameters() if p.requires_grad}
+    for name, p in adapted[1].named_parameters():
+        if p.requires_grad:
+            p.data.copy_(trained[name])
+    for each in adapted:
+        if checkpointing is not None:
+            each.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            each.enable_input_require_grads()
+            each.train()
+    found = results(adapted[0])
+    assert_close(found, results(adapted[1]))
+    adapted[0].eval()
+    with adapted[0].disable_adapter() if by_peft else slk.disable_lora(adapted[0]):
+        assert adapted[0](input_ids=IDS).logits.equal(frozen)
+    assert not torch.nn.utils.parametrize._cache_enabled
+
+
+def test_our_files_are_those_of_plain_experts_and_merging_is_refused(tmp_path):
+    plain, state = checkpoint()
+    model = without_memory(plain)
+    slk.load_packed_experts(model, write(state, tmp_path))
+    config = slk.LoRAConfig(r=3, target_parameters=stacks(plain), init_lora_weights=False)
+    saved = []
+    for name, each in (("packed", model), ("plain", plain)):
+        torch.manual_seed(1)
+        report = slk.apply_lora(each, config)
+        slk.save_adapter(each, tmp_path / name)
+        saved.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert saved[0].keys() == saved[1].keys()
+    assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
+    assert not any("MXFP4" in note for note in report.notes)
+    with pytest.raises(
+        ValueError, match="gate_up_proj is a stack in MXFP4, which would have to be"
+    ):
+        slk.merge_lora(model)
+    slk.remove_lora(model, merge=False)
+    assert not any(isinstance(m, LoRAExperts) for m in model.modules())
+
+
+def test_only_stacks_of_a_model_with_values(tmp_path):
+    """Whatever else the checkpoint holds."""
+    plain, state = checkpoint()
+    model = build("gpt_oss", dtype=FP32, width=WIDTH)
+    head = model.lm_head.weight.clone()
+    state["lm_head.weight"] = torch.zeros_like(head)
+    slk.load_packed_experts(model, write(state, tmp_path))
+    assert model.lm_head.weight.equal(head)
+    experts, expected = (m.model.layers[0].mlp.experts for m in (model, plain))
+    assert experts.gate_up_proj.equal(expected.gate_up_proj)
+    assert copy.deepcopy(experts).down_proj.equal(expected.down_proj)
+    bytes_of_stacks = sum(p.numel() for n, p in experts.named_parameters() if "parametriz" in n)
+    assert bytes_of_stacks == (3 * WIDTH * WIDTH * E) // 2
+
+
+def drop(name):
+    return lambda state: state.pop(name)
+
+
+def put(name, value):
+    return lambda state: state.update({name: value})
+
+
+GATE_UP = NAMES[0]
+WRONG = [
+    (drop(f"{GATE_UP}_scales"), rf"{GATE_UP}_blocks must come with {GATE_UP}_scales, got none"),
+    (
+        put(f"{GATE_UP}_blocks", torch.zeros(4, 128, 1, 16, dtype=torch.uint8)),
+        rf"{GATE_UP}_blocks must be \[4, 128, 2, 16\] to fit \[4, 64, 128\], got \[4, 128, 1, 16\]",
+    ),
+    (
+        put(f"{GATE_UP}_scales", torch.zeros(4, 128, 2)),
+        rf"{GATE_UP}_scales must be U8, got F32",
+    ),
+    (
+        put("model.layers.7.mlp.experts.down_proj_blocks", torch.zeros(1)),
+        r"must come with model.layers.7.mlp.experts.down_proj_scales",
+    ),
+    (
+        lambda state: [state.pop(f"{name}_blocks") for name in NAMES],
+        "path must hold stacks in MXFP4, NAME_blocks and NAME_scales, got none in",
+    ),
+    (
+        drop("lm_head.weight"),
+        "path must hold values for the parameters on the meta device, got none for lm_head.weight",
+    ),
+    (
+        put("lm_head.weight", torch.zeros(3, 64)),
+        r"lm_head.weight must be \[64, 64\], got \[3, 64\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_checkpoints_that_do_not_fit(change, message, tmp_path):
+    plain, state = checkpoint()
+    model = without_memory(plain)
+    change(state)
+    before = [*model.named_parameters()]
+    with pytest.raises(ValueError, match=message):
+        slk.load_packed_experts(model, write(state, tmp_path))
+    assert all(p is q for (_, p), (_, q) in zip(before, model.named_parameters(), strict=True))
+
+
+def test_models_that_do_not_fit(tmp_path):
+    plain, state = checkpoint()
+    write(state, tmp_path)
+    with pytest.raises(ValueError, match=r"path must be a directory with model.safetensors, got"):
+        slk.load_packed_experts(plain, tmp_path / "nothing")
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got str"):
+        slk.load_packed_experts("gpt-oss", tmp_path)
+    with torch.device("meta"):
+        model = type(plain)._from_config(copy.deepcopy(plain.config))
+    with pytest.raises(ValueError, match="got a buffer on the meta device; make the model within"):
+        slk.load_packed_experts(model, tmp_path)
+    with pytest.raises(ValueError, match=r"model must have 'model.layers.0.mlp.experts' for"):
+        slk.load_packed_experts(plain.lm_head, tmp_path)
+    slk.load_packed_experts(plain, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"experts.\w+_proj must not be packed yet, got one that is"
+    ):
+        slk.load_packed_experts(plain, tmp_path)
+    assert transformers.__name__ == "transformers"

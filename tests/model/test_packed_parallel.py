@@ -1,0 +1,68 @@
+"""Packed experts under DistributedDataParallel and fully_shard, on two processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import stablelora_kernels as slk
+from stablelora_kernels.testing.cases import FP32
+from tests.helpers.distributed_training import gather
+from tests.helpers.moe_models import IDS, build, stacks, with_lora
+from tests.helpers.packed_stacks import in_4_bits
+from tests.helpers.processes import needs_gloo, spawn
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def adapted(library: str) -> Any:
+    """A model with LoRA on its experts in NF4, nested."""
+    model = build("qwen3_moe", dtype=FP32, width=64)
+    ends = stacks(model)
+    names = [name for name, _ in model.named_parameters() if name.endswith(tuple(ends))]
+    model, _ = in_4_bits(model, compress_statistics=True)
+    if library == "PEFT":
+        model = with_lora(model, target_parameters=names)
+        slk.accelerate_peft(model, strict=True)
+        return model
+    torch.manual_seed(1)
+    config = slk.LoRAConfig(r=3, target_parameters=names, init_lora_weights=False)
+    slk.apply_lora(model, config)
+    return model.eval()
+
+
+def train(rank: int, world: int, directory: Any, library: str, way: str) -> dict[str, Any]:
+    model = adapted(library)
+    trained = model
+    if world > 1 and way == "DDP":
+        model = DistributedDataParallel(model)
+    elif world > 1:
+        path = "model.layers" if library == "ours" else "base_model.model.model.layers"
+        for layer in model.get_submodule(path):
+            fully_shard(layer)
+        fully_shard(model)
+        if library == "PEFT":
+            # Sharded, it is accelerated still.
+            assert not slk.accelerate_peft(model).skipped
+    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+    rows = IDS.repeat(2, 1)[rank * 4 // world : (rank + 1) * 4 // world]
+    for _ in range(2):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: gather(p) for name, p in trained.named_parameters() if p.requires_grad}
+
+
+@needs_gloo
+@pytest.mark.parametrize("way", ["DDP", "fully_shard"])
+@pytest.mark.parametrize("library", ["ours", "PEFT"])
+def test_two_processes_train_as_one(library, way, tmp_path):
+    alone = train(0, 1, tmp_path, library, way)
+    for values in spawn(train, 2, tmp_path, library, way):
+        assert values.keys() == alone.keys() and len(alone) == 4
+        for name, value in values.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
