@@ -32,7 +32,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import stablelora_kernels as slk
-from benchmarks.common.arms import ACCELERATED, FROZEN, PEFT, fill
+from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, fill
 from benchmarks.common.measure import environment
 from benchmarks.common.memory import MIB, saved_for_backward, status_mib
 from benchmarks.common.records import record, write_records
@@ -49,14 +49,17 @@ class Arm(NamedTuple):
     library: str
     implementation: str = "grouped_mm"
     in_4_bits: bool = False
+    fused: bool = False
 
 
+FUSED = f"{ACCELERATED}{MLP_FUSED}"
 # PEFT's eager loop over experts takes a hundred times as long as the frozen one.
 ARMS = {
     FROZEN: Arm(FROZEN, "eager"),
     f"{FROZEN}, grouped_mm": Arm(FROZEN),
     PEFT: Arm(PEFT),
     ACCELERATED: Arm(ACCELERATED),
+    FUSED: Arm(ACCELERATED, fused=True),
 }
 IN_4_BITS = ", NF4"
 NF4_ARMS = {
@@ -64,6 +67,7 @@ NF4_ARMS = {
     f"{FROZEN}{IN_4_BITS}": Arm(FROZEN, in_4_bits=True),
     f"{PEFT}{IN_4_BITS}": Arm(PEFT, in_4_bits=True),
     f"{ACCELERATED}{IN_4_BITS}": Arm(ACCELERATED, in_4_bits=True),
+    f"{FUSED}{IN_4_BITS}": Arm(ACCELERATED, in_4_bits=True, fused=True),
 }
 STACKS = ("gate_up_proj", "down_proj")
 if faults_of_parametrized(STACKS, frozenset(STACKS)).trains_wrongly:
@@ -95,30 +99,35 @@ class Block(nn.Module):
 
 
 def experts_step(
-    arm: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int
+    name: str, tokens: int, skewed: bool, dtype: torch.dtype, experts: int
 ) -> tuple[nn.Module, Step]:
-    """An arm's model, and its forward. Skewed, some experts get most of the rows."""
-    library, implementation, in_4_bits = (ARMS | NF4_ARMS)[arm]
-    model: Any = Block(implementation, experts, dtype)
-    if in_4_bits:
+    """The model of an arm of this ``name``, and its forward. Skewed, some experts get most of the
+    rows.
+    """
+    arm = (ARMS | NF4_ARMS)[name]
+    model: Any = Block(arm.implementation, experts, dtype)
+    if arm.in_4_bits:
         from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-        for name in STACKS:
-            replace_parameter_4bit(model.experts, name, compress_statistics=True)
-    if library != FROZEN:
-        targets = [f"experts.{name}" for name in STACKS]
+        for stack in STACKS:
+            replace_parameter_4bit(model.experts, stack, compress_statistics=True)
+    if arm.library != FROZEN:
+        targets = [f"experts.{stack}" for stack in STACKS]
         config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=[], target_parameters=targets)
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
         fill(model)
-    if library == ACCELERATED:
-        slk.accelerate_peft(model, strict=True)
+    if arm.library == ACCELERATED:
+        report = slk.accelerate_peft(model, strict=True, fuse_mlp=arm.fused)
+        assert all(mlp.reason is None for mlp in report.mlps)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(tokens, experts, generator=generator) + skewed * torch.linspace(
         4, -4, experts
     )
     weights, index = torch.softmax(logits, -1).topk(TOP)
     x = torch.randn(tokens, H, generator=generator).to(dtype).requires_grad_()
-    return model, lambda: model(x, index, weights.to(dtype))
+    # In a model they follow from x, so that they have a gradient under a frozen router, too.
+    weights = weights.to(dtype).requires_grad_()
+    return model, lambda: model(x, index, weights)
 
 
 def dora_step(arm: str, rows: int, dtype: torch.dtype) -> tuple[nn.Module, Step]:
@@ -140,11 +149,13 @@ def _cases() -> dict[str, tuple[tuple[str, ...], Callable[[str], tuple[nn.Module
     bf16, fp32 = ("bf16", torch.bfloat16), ("fp32", torch.float32)
     found: dict[str, Any] = {}
     sizes = [(tokens, skewed, bf16, E) for tokens in TOKENS for skewed in (False, True)]
-    # Twice the experts at equal rows: what is kept grows by the adapters alone.
+    # Twice the experts at equal rows: what is kept grows by the adapters alone. Half of them: what
+    # the plan of fuse_mlp was measured at.
     for tokens, skewed, (name, dtype), experts in [
         *sizes,
         (256, False, fp32, E),
         (256, False, bf16, 2 * E),
+        (256, False, bf16, E // 2),
     ]:
         words = (
             f"{experts} experts, {tokens * TOP // experts} rows each{', skewed' * skewed}, {name}"
@@ -219,7 +230,7 @@ def measure(case: str, rounds: int, clock: Callable[[], float]) -> list[dict[str
         clock=clock,
     )
     rows = []
-    roles = {FROZEN: "base", PEFT: "rival", ACCELERATED: "ours"}
+    roles = {FROZEN: "base", PEFT: "rival", ACCELERATED: "ours", FUSED: "ours"}
     of_peft = next((arm for arm in arms if arm.removesuffix(IN_4_BITS) == PEFT), None)
     for arm, seconds in samples.items():
         model, step = made[arm]

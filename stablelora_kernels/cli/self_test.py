@@ -19,9 +19,12 @@ from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import use_autotune, use_kernel
 from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops.dora import row_norms, scale_columns, square_sums
+from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
+from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef, dropout_keep_ref
+from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.reference.rounding import Arithmetic, RoundedDoRA, RoundedLayer
 from stablelora_kernels.testing import Deviation
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, make, run
@@ -101,6 +104,15 @@ def checks() -> list[Check]:
         Check("dropout's mask", "forward and backward", check_mask),
         Check("lora_experts", "bf16", partial(check_experts, dtype=BF16), has_kernels=False),
         Check("lora_experts", "fp32", partial(check_experts, dtype=FP32), has_kernels=False),
+        *(
+            Check(
+                "lora_experts_mlp",
+                words,
+                partial(check_experts_mlp, dtype=dtype),
+                has_kernels=False,
+            )
+            for words, dtype in (("bf16", BF16), ("fp32", FP32))
+        ),
         Check("DoRA", "bf16", partial(check_dora, dtype=BF16)),
         Check("DoRA", "fp32", partial(check_dora, dtype=FP32)),
         Check("stable_adamw", "3 steps, fp32", partial(check_step, dtype=FP32)),
@@ -252,6 +264,71 @@ def check_experts(device: torch.device, *, dtype: torch.dtype) -> list[Deviation
         expected = expectations(expert, operands[e])
         for name, value in results.items():
             measured += expected[name].deviations(value, f"{name} of expert {e}")
+    return measured
+
+
+def _interleaved_gate(g: Tensor) -> Tensor:
+    """gpt-oss's, without its limits, at which a gradient jumps."""
+    gate, up = g[..., ::2], g[..., 1::2]
+    return gate * torch.sigmoid(1.7 * gate) * (up + 1)
+
+
+def check_experts_mlp(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
+    """A module of experts under ``fuse_mlp``, of which one has no rows; some slots choose none
+    here.
+    """
+    count, width, inner, rank, tokens = 4, 48, 32, 8, 37
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    # Experts 0, 1 and 3, and numbers behind the last one.
+    index = torch.tensor([0, 1, 3, 5])[torch.randint(4, (tokens, 2), generator=generator)]
+    index = index.to(device)
+    leaves = {
+        "x": draw(tokens, width),
+        "weights": draw(tokens, 2).sigmoid(),
+        "up's A": draw(count, rank, width) / width**0.5,
+        "up's B": draw(count, 2 * inner, rank) / rank**0.5,
+        "down's A": draw(count, rank, inner) / inner**0.5,
+        "down's B": draw(count, width, rank) / rank**0.5,
+    }
+    up = (draw(count, 2 * inner, width) / width**0.5, draw(count, 2 * inner))
+    down = (draw(count, width, inner) / inner**0.5, draw(count, width))
+    grad = draw(tokens, width)
+
+    def results(call: Callable[[Tensors], Tensor], to: torch.dtype) -> Tensors:
+        operands = {name: t.to(to, copy=True).requires_grad_() for name, t in leaves.items()}
+        y = call(operands)
+        gradients = torch.autograd.grad(y, [*operands.values()], grad.to(to))
+        return {"Y": y.detach()} | dict(zip(leaves, gradients, strict=True))
+
+    def ours(t: Tensors) -> Tensor:
+        expert_of_slot, order = torch.sort(index.reshape(-1), stable=True)
+        places = torch.arange(count, device=device)
+        offsets = torch.searchsorted(expert_of_slot, places, right=True, out_int32=True)
+        stacks = [
+            ExpertStack(FrozenStack(*frozen, False, SCALING), t[f"{name}'s A"], t[f"{name}'s B"])
+            for name, frozen in (("up", up), ("down", down))
+        ]
+        routing = Routing(order, offsets, t["weights"])
+        return lora_experts_mlp_op(t["x"], routing, _interleaved_gate, *stacks)
+
+    def reference(t: Tensors) -> Tensor:
+        to = t["x"].dtype
+        stacks = [
+            (*(part.to(to) for part in frozen), t[f"{name}'s A"], t[f"{name}'s B"], SCALING)
+            for name, frozen in (("up", up), ("down", down))
+        ]
+        return lora_experts_mlp_ref(t["x"], index, t["weights"], _interleaved_gate, stacks)
+
+    computed = results(ours, dtype)
+    exact = results(reference, torch.float64)
+    eager = results(reference, dtype)
+    measured = []
+    for name, value in computed.items():
+        measured += testing.deviations(value, exact[name], eager[name], dtype=dtype, name=name)
     return measured
 
 

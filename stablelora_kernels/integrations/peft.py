@@ -74,7 +74,8 @@ def accelerate_peft(
             to its group, and their parent a hook, until :func:`restore_peft`, which must come
             before PEFT's ``unload`` and ``merge_and_unload``: they would leave the hook behind.
         fuse_mlp: compute each gated MLP in one op, as :func:`~stablelora_kernels.apply_lora` does.
-            A call runs in one op while each projection has at most one active adapter. The modules
+            A call runs in one op while each projection has at most one active adapter. So does a
+            module of experts with a router, whatever its gate. The modules of gated MLPs
             get another class of the same name until :func:`restore_peft`, or until PEFT's
             ``unload`` or ``merge_and_unload`` has taken the last adapter out of them.
 

@@ -25,13 +25,15 @@ from stablelora_kernels.integrations.peft_wrappers import (
 )
 from stablelora_kernels.model.reports import SkippedModule
 from stablelora_kernels.nn.experts import (
-    Product,
     compute_experts,
+    compute_fused,
     is_llama4,
     product_of,
     projections_of,
     reason_experts_do_not_fit,
+    stack_of,
 )
+from stablelora_kernels.nn.fused_experts import FusableExperts
 from stablelora_kernels.nn.linear import weight_and_bias
 from stablelora_kernels.nn.stacks import (
     format_of_stack,
@@ -40,6 +42,7 @@ from stablelora_kernels.nn.stacks import (
     reason_stack_does_not_fit,
     stored_parameter,
 )
+from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype
 
@@ -59,7 +62,7 @@ class Pair(NamedTuple):
     scaling: float
 
 
-class AcceleratedExperts(ParamWrapper):
+class AcceleratedExperts(FusableExperts, ParamWrapper):
     """``peft.tuners.lora.ParamWrapper``. Calls that it does not support run PEFT's forward, and
     raise where that computes packed experts wrongly.
     """
@@ -76,14 +79,20 @@ class AcceleratedExperts(ParamWrapper):
         has_routing = len(args) == (0 if is_llama4(base) else 2)
         reason = "its call is observed, or has other arguments than transformers gives"
         if has_routing and not kwargs and not is_observed(self):
-            products = read_products(self, x)
-            if not isinstance(products, str):
+            stacks = read_stacks(self, x)
+            if not isinstance(stacks, str):
+                if self.are_experts_fused(x):
+                    return compute_fused(base, stacks, x, *args)
+                products = {name: product_of(stack) for name, stack in stacks.items()}
                 return compute_experts(base, products, x, *args)
-            reason = products
+            reason = stacks
         fault = fault_of_packed(self) if self._has_effect() else None
         if fault is not None:
             raise RuntimeError(f"{reason}, and {fault}")
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def module_of_experts(self) -> nn.Module:
+        return self.get_base_layer()  # type: ignore[no-any-return]
 
     def _has_effect(self) -> bool:
         """Whether an adapter is active and enabled."""
@@ -138,22 +147,21 @@ def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> Stacks:
     for name, wrapper in wrappers.items():
         if id(wrapper) in nested:
             continue
-        products = read_products(wrapper, None)
-        if isinstance(products, str):
+        reason = read_stacks(wrapper, None)
+        if isinstance(reason, str):
             fault = fault_of_packed(wrapper)
             if fault is not None:
-                raise ValueError(f"{name}: {products}, and {fault}")
-            stacks.skipped.append(SkippedModule(name, products))
+                raise ValueError(f"{name}: {reason}, and {fault}")
+            stacks.skipped.append(SkippedModule(name, reason))
         else:
             stacks.accelerated[name] = wrapper
     return stacks
 
 
-def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product] | str:
-    """The products of the adapted parameters for an input like ``x``, or why PEFT must compute
-    them.
+def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, ExpertStack] | str:
+    """The stacks of the adapted parameters for an input like ``x``, or why PEFT must compute them.
 
-    Without ``x``, whether there is an input that they are computed for; there are no products then.
+    Without ``x``, whether there is an input that they are computed for; there are no stacks then.
     """
     wrappers = wrapped_parameters(wrapper)
     base: Any = wrapper.get_base_layer()
@@ -169,7 +177,7 @@ def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product]
     unknown = [name for name in wrappers if name not in names]
     if unknown:
         return f"PEFT adapts its {unknown[0]}"
-    products: dict[str, Product] = {}
+    stacks: dict[str, ExpertStack] = {}
     for name in names:
         reason = reason_stack_does_not_fit(base, name, x is not None)
         reason = reason or _reason_against_tensors(base, name, x)
@@ -180,7 +188,7 @@ def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product]
             if isinstance(pair, str):
                 return pair
             if x is not None:
-                products[name] = product_of(
+                stacks[name] = stack_of(
                     base,
                     name,
                     pair.lora_A,
@@ -191,7 +199,7 @@ def read_products(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, Product]
                         wrappers[name], "_did_swap_in_out_features", False
                     ),
                 )
-    return products
+    return stacks
 
 
 def _reason_against_tensors(experts: nn.Module, name: str, x: Tensor | None) -> str | None:

@@ -84,7 +84,8 @@ def apply_lora(
             by what its forward computes; the activation is SiLU or GELU, and at least one of its
             projections has LoRA. The report's ``mlps`` lists each MLP, fused or with the reason why
             not. A call that the op does not fit runs the module's own forward. Where both apply,
-            ``fuse_mlp`` goes before ``fuse_projections``.
+            ``fuse_mlp`` goes before ``fuse_projections``. A module of experts is computed in one
+            op, too, whatever its gate.
 
     Returns:
         The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes

@@ -92,7 +92,8 @@ class LoRAReport(_Report):
         trainable: the number of trainable parameter elements.
         total: the number of all parameter elements.
         notes: other surprises, such as a pattern that matched nothing.
-        mlps: with ``fuse_mlp``, every gated MLP with LoRA in it. The notes have them by outcome.
+        mlps: with ``fuse_mlp``, every gated MLP and every module of experts with LoRA in it. The
+            notes have them by outcome.
     """
 
     replaced: tuple[ReplacedModule, ...]
@@ -164,14 +165,20 @@ def rows_of(layers: Mapping[str, LoRALinear]) -> tuple[ReplacedModule, ...]:
 
 def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     """A note on all MLPs that are computed in one op, and one on those of each reason that are not."""
-    fused = Counter(mlp.activation for mlp in mlps if mlp.reason is None)
-    kinds = "; ".join(f"{n} x gated MLP ({kind})" for kind, n in fused.items())
+    fused = Counter(_kind_of(mlp) for mlp in mlps if mlp.reason is None)
+    kinds = "; ".join(f"{n} x {kind}" for kind, n in fused.items())
     notes = [f"computed in one op each: {kinds}"] if fused else []
     notes += [
         f"not in one op: {text}"
         for text in by_reason(mlp for mlp in mlps if mlp.reason is not None)
     ]
     return notes or ["fuse_mlp found no gated MLP with LoRA"]
+
+
+def _kind_of(mlp: GatedMLP) -> str:
+    if mlp.experts is not None:
+        return f"MLP of {mlp.experts} experts"
+    return f"gated MLP ({mlp.activation})"
 
 
 def stacks_without_adapter(

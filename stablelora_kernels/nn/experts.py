@@ -15,6 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.functional import PackedExperts, lora_experts
+from stablelora_kernels.nn.fused_experts import (
+    FusableExperts,
+    compute_fused_experts,
+    gate_of,
+    sorted_routing,
+)
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.nn.stacks import (
@@ -28,6 +34,8 @@ from stablelora_kernels.nn.stacks import (
     shape_of_stack,
     stored_parameter,
 )
+from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack
+from stablelora_kernels.utils.modules import is_hooked
 
 # The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -87,7 +95,7 @@ def is_taken_transposed(experts: object) -> bool:
     return getattr(experts, "is_transposed", False)
 
 
-def product_of(
+def stack_of(
     experts: Experts,
     name: str,
     lora_A: Tensor | None = None,
@@ -96,9 +104,9 @@ def product_of(
     dropout_p: float = 0.0,
     weight: Tensor | None = None,
     taken_transposed: bool | None = None,
-) -> Product:
-    """The product with the stack ``name`` of a module of experts, packed or not, or with ``weight``
-    in its place, and its branch.
+) -> ExpertStack:
+    """The stack ``name`` of a module of experts, packed or not, or ``weight`` in its place, and its
+    branch.
 
     As PEFT stores them: A [E r, in], the expert slowest, and B [out, r E], the expert fastest.
     ``taken_transposed``: whether it takes the weights for [E, in, out]; what newer releases do if
@@ -109,29 +117,39 @@ def product_of(
     bias: Tensor | None = getattr(experts, f"{name}_bias", None)
     is_taken_so = is_llama4(experts) or experts.is_transposed
     transposed = is_taken_so and is_stored_as_taken(module, name)
+    count = stack.shape[0]
     if lora_A is None or lora_B is None:
-        return _frozen_product(stack, bias, transposed)
-    a, b = pairs_by_expert(lora_A, lora_B, stack.shape[0])
-    if taken_transposed is None:
-        taken_transposed = is_taken_transposed(experts)
-    if is_taken_so != taken_transposed:
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
-    return lambda x, offsets: lora_experts(
-        x, stack, bias, a, b, scaling, offsets, transposed=transposed, dropout_p=dropout_p
-    )
+        rows, columns = stack.shape[1:]
+        in_features, out_features = (rows, columns) if transposed else (columns, rows)
+        device = stack.device
+        a = torch.empty(count, 0, in_features, dtype=torch.float32, device=device)
+        b = torch.empty(count, out_features, 0, dtype=torch.float32, device=device)
+    else:
+        a, b = pairs_by_expert(lora_A, lora_B, count)
+        if taken_transposed is None:
+            taken_transposed = is_taken_transposed(experts)
+        if is_taken_so != taken_transposed:
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return ExpertStack(FrozenStack(stack, bias, transposed, scaling, dropout_p), a, b)
 
 
-def _frozen_product(
-    stack: Tensor | PackedExperts, bias: Tensor | None, transposed: bool
-) -> Product:
-    """The product with a stack alone."""
-    count, rows, columns = stack.shape
-    in_features, out_features = (rows, columns) if transposed else (columns, rows)
+def product_of(stack: ExpertStack) -> Product:
+    """The product with a stack and its branch."""
 
     def product(x: Tensor, offsets: Tensor) -> Tensor:
-        a = x.new_empty(count, 0, in_features)
-        b = x.new_empty(count, out_features, 0)
-        return lora_experts(x, stack, bias, a, b, 1.0, offsets, transposed=transposed)
+        frozen = stack.frozen
+        branch = stack.without_branch_for(x.dtype) if stack.rank == 0 else stack
+        return lora_experts(
+            x,
+            frozen.weight,
+            frozen.bias,
+            branch.lora_A,
+            branch.lora_B,
+            frozen.scaling,
+            offsets,
+            transposed=frozen.transposed,
+            dropout_p=frozen.dropout_p,
+        )
 
     return product
 
@@ -152,7 +170,7 @@ def compute_experts(
     ``routing``: the experts of each token [tokens, k], and their weights [tokens, k].
     """
     names = projections_of(experts)
-    up, down = (products.get(name) or product_of(experts, name) for name in names)
+    up, down = (products.get(name) or product_of(stack_of(experts, name)) for name in names)
     if not is_llama4(experts):
         return _compute_routed(experts, up, down, x, *routing)
     # Each expert has as many rows, and they are sorted.
@@ -169,18 +187,21 @@ def _compute_routed(
     nothing.
     """
     tokens, top_k = index.shape
-    # Experts of other processes have numbers behind the last one here, and so the last rows.
-    expert_of_row, order = torch.sort(index.reshape(-1), stable=True)
-    numbers = torch.arange(experts.num_experts, device=x.device, dtype=expert_of_row.dtype)
-    offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
-    h = up(x[order // top_k], offsets)
-    h = down(experts._apply_gate(h) if experts.has_gate else experts.act_fn(h), offsets)
+    routing = sorted_routing(index, weights, experts.num_experts)
+    h = up(x[routing.tokens()], routing.offsets)
+    h = down(gate_of(experts)(h), routing.offsets)
     if experts.has_post_expert_norm:
         h = experts.post_expert_norm(h)
-    h = h * weights.reshape(-1)[order].unsqueeze(-1)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    return h[place].view(tokens, top_k, h.shape[-1]).sum(1).to(x.dtype)
+    h = h * routing.weights_in_order().unsqueeze(-1)
+    return h[routing.place()].view(tokens, top_k, h.shape[-1]).sum(1).to(x.dtype)
+
+
+def compute_fused(
+    experts: Experts, stacks: Mapping[str, ExpertStack], x: Tensor, *routing: Tensor
+) -> Tensor:
+    """As :func:`compute_experts` of a module with routing, in one autograd node."""
+    up, down = (stacks.get(name) or stack_of(experts, name) for name in projections_of(experts))
+    return compute_fused_experts(gate_of(experts), up, down, x, *routing)
 
 
 # This library's layers
@@ -285,18 +306,23 @@ class LoRAStack(LoRALinear):
             RuntimeError: as ``LoRALinear.forward``.
             ValueError, TypeError: as :func:`~stablelora_kernels.functional.lora_experts`.
         """
+        return product_of(self.stack())(x, offsets)
+
+    def stack(self) -> ExpertStack:
+        """The projection of all experts as it is now.
+
+        Raises:
+            RuntimeError: it is merged and trains.
+        """
         base = self.__dict__["_base"]
         if self._disabled:
             unmerged = self.frozen_weight if self.merged else None
-            return product_of(base.experts, base.name, weight=unmerged)(x, offsets)
+            return stack_of(base.experts, base.name, weight=unmerged)
         if self.merged:
             self._check_trains()
-            return product_of(base.experts, base.name)(x, offsets)
+            return stack_of(base.experts, base.name)
         dropout_p = self.lora_dropout if self.training else 0.0
-        product = product_of(
-            base.experts, base.name, self.lora_A, self.lora_B, self.scaling, dropout_p
-        )
-        return product(x, offsets)
+        return stack_of(base.experts, base.name, self.lora_A, self.lora_B, self.scaling, dropout_p)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -319,7 +345,7 @@ class LoRAStack(LoRALinear):
         return f"experts={self.num_experts}, {super().extra_repr()}"
 
 
-class LoRAExperts(nn.Module):
+class LoRAExperts(FusableExperts, nn.Module):
     """A module of experts whose stacked parameters have LoRA, dropout included: each is a
     :class:`LoRAStack` of its name.
 
@@ -335,10 +361,11 @@ class LoRAExperts(nn.Module):
         """The experts' output, for the arguments of ``base_layer``: x [tokens, H], each token's
         experts and their weights.
         """
-        stacks = {
-            name: module for name, module in self._modules.items() if isinstance(module, LoRAStack)
-        }
+        stacks = self._stacks()
         if not all(stack._disabled or stack.merged for stack in stacks.values()):
+            if self.are_experts_fused(x):
+                read = {name: stack.stack() for name, stack in stacks.items()}
+                return compute_fused(self.base_layer, read, x, *routing)  # type: ignore[arg-type]
             return compute_experts(self.base_layer, stacks, x, *routing)  # type: ignore[arg-type]
         frozen: dict[str, Tensor] = {}
         for name, stack in stacks.items():
@@ -349,6 +376,21 @@ class LoRAExperts(nn.Module):
         if frozen:
             return torch.func.functional_call(self.base_layer, frozen, (x, *routing))
         return self.base_layer(x, *routing)
+
+    def _stacks(self) -> dict[str, LoRAStack]:
+        """By the name of the parameter."""
+        return {
+            name: module for name, module in self._modules.items() if isinstance(module, LoRAStack)
+        }
+
+    def module_of_experts(self) -> nn.Module:
+        return self.base_layer
+
+    def reason_experts_are_not_fused(self) -> str | None:
+        for name, stack in self._stacks().items():
+            if is_hooked(stack):
+                return f"{name!r} has hooks, which would not run"
+        return super().reason_experts_are_not_fused()
 
 
 def reason_parameter_gets_no_lora(experts: Any, name: str) -> str | None:

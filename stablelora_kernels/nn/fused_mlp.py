@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.functional import LoRAWeights, lora_mlp, lora_mlp_if
+from stablelora_kernels.nn.fused_experts import FusableExperts
 from stablelora_kernels.nn.mlp_form import Child, Form, form_of, reason_form_changed
 from stablelora_kernels.nn.operands import LayerKind, Operand, Read
 from stablelora_kernels.quantized import is_quantized
@@ -36,19 +37,22 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """One gated MLP that ``fuse_mlp`` found.
+    """One gated MLP that ``fuse_mlp`` found, or one module of experts.
 
     Attributes:
         name: its first dotted name in the model.
         activation: "silu", "gelu" (exact) or "gelu_tanh"; None if it is none of them or could not
-            be told.
-        reason: why its own forward computes it, or None if one op does. What can pass, such as a
-            merged layer or a hook, is looked at again in each call.
+            be told, and of experts, whose own gate is called.
+        reason: why its own forward computes it, or None if one op does. Without that op, experts
+            are computed by one op for each projection. What can pass, such as a merged layer or a
+            hook, is looked at again in each call.
+        experts: how many experts it has; None for a single MLP.
     """
 
     name: str
     activation: str | None
     reason: str | None = None
+    experts: int | None = None
 
 
 class State(NamedTuple):
@@ -265,11 +269,15 @@ def _halves(stacked: LoRAWeights) -> list[LoRAWeights]:
 
 
 def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
-    """Fuse the gated MLPs of ``model`` that have an adapter in a projection. Fused ones are checked
-    again.
+    """Fuse the gated MLPs and the modules of experts of ``model`` that have an adapter in a
+    projection. Fused ones are checked again.
     """
     mlps = []
     for name, module in list(model.named_modules()):
+        if isinstance(module, FusableExperts):
+            reason = module.fuse_experts()
+            mlps.append(GatedMLP(name, None, reason, module.module_of_experts().num_experts))
+            continue
         children = [child for child in module._modules.values() if child is not None]
         if not any(isinstance(child, kind.adapted) for child in children):
             continue
@@ -303,8 +311,10 @@ def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
 
 
 def unfuse_mlps(modules: Iterable[nn.Module]) -> None:
-    """Give fused MLPs their class and their forward back."""
+    """Give fused MLPs their class and their forward back, and compute experts by two ops."""
     for module in modules:
+        if isinstance(module, FusableExperts):
+            module.unfuse_experts()
         state: State | None = module.__dict__.pop(ATTRIBUTE, None)
         if is_fused(module):
             module.__class__ = type(module)._stablelora_original  # type: ignore[attr-defined]

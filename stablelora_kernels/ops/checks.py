@@ -137,6 +137,17 @@ def check_experts(
     offsets: Tensor, transposed: bool,
 ) -> None:  # fmt: skip
     """Check the operands of ``lora_experts``."""
+    check_stack(x, weight, bias, lora_A, lora_B, scaling, transposed)
+    _check_offsets(x, offsets, lora_A.shape[0])
+
+
+def check_stack(
+    x: Tensor, weight: Tensor | PackedExperts, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    transposed: bool, casts: bool = False,
+) -> None:  # fmt: skip
+    """Check the operands of a projection of all experts. ``casts``: autocast casts weights and
+    biases to x's dtype.
+    """
     _check_scaling("scaling", scaling)
     if not isinstance(weight, (Tensor, PackedExperts)):
         raise TypeError(f"weight must be a Tensor or PackedExperts, got {type(weight).__name__}")
@@ -161,19 +172,20 @@ def check_experts(
             f"lora_B must be {list(wanted)} to fit {shaped} and lora_A {list(lora_A.shape)}, got {list(lora_B.shape)}"
         )
     _check_dtypes(x, lora_A, lora_B)
-    _check_devices(x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, offsets=offsets)
+    _check_devices(x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
     for name, t in (("weight", weight), ("bias", bias)):
         if not isinstance(t, Tensor):
             continue
-        if t.dtype != x.dtype:
+        if t.dtype != x.dtype and not casts:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
         if t.requires_grad:
             raise ValueError(f"{name} must be frozen, got one that requires a gradient")
-    _check_offsets(offsets, count, x.shape[0])
 
 
-def _check_offsets(offsets: Tensor, count: int, rows: int) -> None:
+def _check_offsets(x: Tensor, offsets: Tensor, count: int) -> None:
     """Raise unless the offsets are those of E experts and, on a CPU, ascend to at most T."""
+    rows = x.shape[0]
+    _check_devices(x, offsets=offsets)
     if offsets.shape != (count,):
         raise ValueError(f"offsets must be {[count]}, each expert's end, got {list(offsets.shape)}")
     if offsets.dtype not in (torch.int32, torch.int64):

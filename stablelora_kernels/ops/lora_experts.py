@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.autograd import Context, first_derivative
+from stablelora_kernels.ops.cpu_products import by_float32, product
 from stablelora_kernels.ops.dropout import draw_dropout, mask_of_rows, masked
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project
 from stablelora_kernels.ops.matrices import with_own_memory
@@ -38,7 +39,7 @@ ALIGNMENT = 16
 CHUNK_BYTES = 256 << 20
 
 
-class _Forward(NamedTuple):
+class ExpertsForward(NamedTuple):
     """The arguments of ``lora_experts_fwd``. The scaling is s'."""
 
     x: Tensor
@@ -59,7 +60,7 @@ class _Forward(NamedTuple):
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = _Forward(*args)
+    call = ExpertsForward(*args)
     rows = call.x.shape[0]
     y = call.x.new_empty(rows, call.lora_B.shape[1])
     return y, call.x.new_empty(rows if call.save_s else 0, call.lora_A.shape[1])
@@ -72,14 +73,14 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     _forward_fake,
 )
 def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    """Y [T, N] and with ``save_s`` S [T, r], for x [T, K]. The arguments are :class:`_Forward`'s."""
-    stored = _Forward(*args)
+    """Y [T, N] and with ``save_s`` S [T, r], for x [T, K]. The arguments are :class:`ExpertsForward`'s."""
+    stored = ExpertsForward(*args)
     call = _to_multiply(stored, stored.x.dtype)
     if can_group(call.x, call.weight):
         return _grouped_forward(call)
     y, s = _forward_fake(*stored)
     end = 0
-    for expert in _experts_with_rows(call.offsets):
+    for expert in experts_with_rows(call.offsets):
         rows = slice(expert.start, expert.end)
         keep = mask_of_rows(call.keep, rows, call.x.shape[1])
         y[rows], expert_s = project(call.x[rows], _projection_of(call, expert.place), keep)
@@ -91,7 +92,7 @@ def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return y, s
 
 
-class _Backward(NamedTuple):
+class ExpertsBackward(NamedTuple):
     """The arguments of ``lora_experts_bwd``. The scaling is s'."""
 
     x: Tensor | None
@@ -102,7 +103,7 @@ class _Backward(NamedTuple):
     s: Tensor
     offsets: Tensor
     keep: Tensor | None
-    # As in _Forward.
+    # As in ExpertsForward.
     scales: Sequence[Tensor]
     layout: Sequence[int]
     scaling: float
@@ -120,7 +121,7 @@ class _Gradients(NamedTuple):
     db: Tensor
 
 
-def _allocate_gradients(call: _Backward) -> _Gradients:
+def _allocate_gradients(call: ExpertsBackward) -> _Gradients:
     rows = call.grad.shape[0] if call.need_x else 0
     return _Gradients(
         call.grad.new_empty(rows, call.lora_A.shape[2]),
@@ -130,7 +131,7 @@ def _allocate_gradients(call: _Backward) -> _Gradients:
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(_Backward(*args))
+    return _allocate_gradients(ExpertsBackward(*args))
 
 
 @define_op(
@@ -142,9 +143,9 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 )
 def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dA and dB for dY [T, N]; those that are not needed are empty. The arguments are
-    :class:`_Backward`'s.
+    :class:`ExpertsBackward`'s.
     """
-    stored = _Backward(*args)
+    stored = ExpertsBackward(*args)
     results = _allocate_gradients(stored)
     call = _to_multiply(stored, stored.grad.dtype)
     if can_group(call.grad, call.weight):
@@ -154,7 +155,7 @@ def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     results.db.zero_()
     wanted = Wanted(call.need_x, call.need_a, call.need_b)
     end = 0
-    for expert in _experts_with_rows(call.offsets):
+    for expert in experts_with_rows(call.offsets):
         rows = slice(expert.start, expert.end)
         gradients = gradients_of(
             None if call.x is None else call.x[rows],
@@ -176,18 +177,18 @@ def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return results
 
 
-def _projection_of(call: _Forward | _Backward, place: int) -> Projection:
+def _projection_of(call: ExpertsForward | ExpertsBackward, place: int) -> Projection:
     """One expert of a call. Only here is an expert's matrix read, packed or not."""
-    bias = call.bias[place] if isinstance(call, _Forward) and call.bias is not None else None
+    bias = call.bias[place] if isinstance(call, ExpertsForward) and call.bias is not None else None
     weight = _matrix_of(call, place) if _reads_weights(call) else None
     return Projection(weight, bias, call.lora_A[place], call.lora_B[place], call.scaling)
 
 
-def _reads_weights(call: _Forward | _Backward) -> bool:
-    return isinstance(call, _Forward) or call.need_x
+def _reads_weights(call: ExpertsForward | ExpertsBackward) -> bool:
+    return isinstance(call, ExpertsForward) or call.need_x
 
 
-def _matrix_of(call: _Forward | _Backward, place: int) -> Tensor:
+def _matrix_of(call: ExpertsForward | ExpertsBackward, place: int) -> Tensor:
     """An expert's W [N, K]."""
     stack = call.weight
     dtype = call.lora_A.dtype
@@ -195,7 +196,7 @@ def _matrix_of(call: _Forward | _Backward, place: int) -> Tensor:
     return matrix.t() if call.transposed else matrix
 
 
-CallT = TypeVar("CallT", _Forward, _Backward)
+CallT = TypeVar("CallT", ExpertsForward, ExpertsBackward)
 
 
 def _to_multiply(call: CallT, dtype: torch.dtype) -> CallT:
@@ -212,7 +213,7 @@ def _to_multiply(call: CallT, dtype: torch.dtype) -> CallT:
     )
 
 
-class _Rows(NamedTuple):
+class ExpertRows(NamedTuple):
     """The rows of the expert at a place of the stack: the first, and the one behind the last."""
 
     place: int
@@ -220,12 +221,35 @@ class _Rows(NamedTuple):
     end: int
 
 
-def _experts_with_rows(offsets: Tensor) -> Iterator[_Rows]:
+def experts_with_rows(offsets: Tensor) -> Iterator[ExpertRows]:
     start = 0
     for place, end in enumerate(offsets.tolist()):
         if end > start:
-            yield _Rows(place, start, end)
+            yield ExpertRows(place, start, end)
             start = end
+
+
+def experts_thin_product(stored: ExpertsForward) -> Tensor:
+    """S [T, r] of :func:`lora_experts_fwd` alone; zeros in rows of no expert."""
+    call = _to_multiply(stored, stored.x.dtype)
+    x = masked(call.x, call.keep)
+    rows = x.shape[0]
+    rank = call.lora_A.shape[1]
+    if can_group(call.x, call.weight):
+        s = _products(call.offsets)(x, _padded(call.lora_A, 1).transpose(1, 2))
+        return s[:, :rank].masked_fill(unused_rows(call.offsets, rows), 0)
+    s = x.new_zeros(rows, rank)
+    for expert in experts_with_rows(call.offsets):
+        of_expert = slice(expert.start, expert.end)
+        s[of_expert] = thin_product(x[of_expert], call.lora_A[expert.place])
+    return s
+
+
+def thin_product(x: Tensor, lora_A: Tensor) -> Tensor:
+    """S = X A^T of one expert."""
+    if by_float32(x):
+        return product(x.float(), lora_A.float().t()).to(x.dtype)
+    return product(x, lora_A.t())
 
 
 # GPUs
@@ -249,54 +273,58 @@ def can_group(x: Tensor, weight: Tensor | PackedExperts) -> bool:
     return aligned and even and readable and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def _grouped_forward(call: _Forward) -> tuple[Tensor, Tensor]:
+def _grouped_forward(call: ExpertsForward) -> tuple[Tensor, Tensor]:
     """As :func:`lora_experts_fwd`, for what :func:`_to_multiply` returns."""
-    product = _products(call.offsets)
+    grouped_product = _products(call.offsets)
     rank = call.lora_A.shape[1]
     rows = call.x.shape[0]
     y = _stack_product(call, call.x, to_inputs=False)
-    s = product(masked(call.x, call.keep), _padded(call.lora_A, 1).transpose(1, 2))
+    s = grouped_product(masked(call.x, call.keep), _padded(call.lora_A, 1).transpose(1, 2))
     if rank:
-        y.add_(product(s, _padded(call.lora_B, 2).transpose(1, 2)), alpha=call.scaling)
+        y.add_(grouped_product(s, _padded(call.lora_B, 2).transpose(1, 2)), alpha=call.scaling)
     if call.bias is not None:
         numbers = torch.arange(rows, device=call.x.device, dtype=call.offsets.dtype)
         expert_of_row = torch.searchsorted(call.offsets, numbers, right=True)
         y.add_(call.bias[expert_of_row.clamp_(max=call.bias.shape[0] - 1)])
-    unused = _unused(call.offsets, rows)
+    unused = unused_rows(call.offsets, rows)
     saved = s.new_empty(0, rank)
     if call.save_s:
         saved = s[:, :rank].masked_fill(unused, 0)
     return y.masked_fill_(unused, 0), saved
 
 
-def _grouped_backward(call: _Backward, results: _Gradients) -> _Gradients:
+def _grouped_backward(call: ExpertsBackward, results: _Gradients) -> _Gradients:
     """As :func:`lora_experts_bwd`, for what :func:`_to_multiply` returns.
 
     ``results`` have the dtypes of the gradients, and stand for those that are not needed.
     """
-    product = _products(call.offsets)
+    grouped_product = _products(call.offsets)
     rank = call.lora_A.shape[1]
     has_no_rows = _counts(call.offsets)[:, None, None] == 0
     if call.need_x or call.need_a:
-        ds = product(call.grad, _padded(call.lora_B, 2)).mul_(call.scaling)
+        ds = grouped_product(call.grad, _padded(call.lora_B, 2)).mul_(call.scaling)
     if call.need_x:
         dx = _stack_product(call, call.grad, to_inputs=True)
         if rank:
-            of_branch = product(ds, _padded(call.lora_A, 1))
+            of_branch = grouped_product(ds, _padded(call.lora_A, 1))
             dx.add_(of_branch if call.keep is None else of_branch * call.keep)
-        dx.masked_fill_(_unused(call.offsets, call.grad.shape[0]), 0)
+        dx.masked_fill_(unused_rows(call.offsets, call.grad.shape[0]), 0)
         results = results._replace(dx=dx)
     if call.need_a:
         assert call.x is not None
-        da = product(ds.t(), masked(call.x, call.keep))[:, :rank].masked_fill(has_no_rows, 0)
+        da = grouped_product(ds.t(), masked(call.x, call.keep))[:, :rank].masked_fill(
+            has_no_rows, 0
+        )
         results = results._replace(da=da.to(results.da.dtype))
     if call.need_b:
-        db = product(call.grad.t(), _padded(call.s, 1))[:, :, :rank].masked_fill(has_no_rows, 0)
+        db = grouped_product(call.grad.t(), _padded(call.s, 1))[:, :, :rank].masked_fill(
+            has_no_rows, 0
+        )
         results = results._replace(db=db.to(results.db.dtype).mul_(call.scaling))
     return results
 
 
-def _stack_product(call: _Forward | _Backward, rows: Tensor, to_inputs: bool) -> Tensor:
+def _stack_product(call: ExpertsForward | ExpertsBackward, rows: Tensor, to_inputs: bool) -> Tensor:
     """X W^T of each expert's rows [T, K], or dY W if it goes back ``to_inputs``. Unused rows are not
     written.
     """
@@ -364,7 +392,7 @@ def _counts(offsets: Tensor) -> Tensor:
     return torch.diff(offsets, prepend=offsets.new_zeros(1))
 
 
-def _unused(offsets: Tensor, rows: int) -> Tensor:
+def unused_rows(offsets: Tensor, rows: int) -> Tensor:
     """Whether a row is behind the last expert's, [T, 1]."""
     return (torch.arange(rows, device=offsets.device) >= offsets[-1])[:, None]
 
@@ -387,8 +415,8 @@ class _LoRAExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _ExpertsContext, *args: Any) -> Tensor:
-        """The arguments are those of :class:`_Forward`."""
-        call = _Forward(*args)
+        """The arguments are those of :class:`ExpertsForward`."""
+        call = ExpertsForward(*args)
         assert isinstance(call.weight, Tensor)
         wanted = _wanted(ctx)
         y, s = lora_experts_fwd(*call._replace(save_s=wanted.b))
@@ -429,7 +457,7 @@ class _LoRAExperts(torch.autograd.Function):
 
 
 def _wanted(ctx: _ExpertsContext) -> Wanted:
-    """By the places of x, A and B among the fields of :class:`_Forward`."""
+    """By the places of x, A and B among the fields of :class:`ExpertsForward`."""
     return Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
 
 
@@ -456,7 +484,7 @@ def lora_experts_op(
         data = weight.data
         scales = weight.scales
         layout = weight.layout
-    call = _Forward(
+    call = ExpertsForward(
         x,
         data,
         bias,

@@ -7,6 +7,7 @@
               dA = dS^T D(X)                [r, K]
               dB = s·dY^T S                 [N, r]
     gated MLP G = gate(X),  U = up(X),  Y = down(act(G) ∘ U)
+    experts   Y[t] = Σ_e w_te down_e(gate(up_e(X[t]))), e of the experts that token t chooses
 
 gate, up and down are layers. act is SiLU, g σ(g); GELU, g Φ(g); or its approximation, g σ(2 √(2/π)
 (g + 0.044715 g³)), usually written with tanh.
@@ -18,7 +19,7 @@ same keep / (1 - p).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,6 +131,37 @@ def lora_experts_ref(
         given = (x[rows], weight[e], None if bias is None else bias[e], lora_A[e], lora_B[e])
         parts.append(lora_linear_ref(*given, scaling, kept, dropout_p))
     return torch.cat([*parts, x.new_zeros(x.shape[0] - ends[-1], weight.shape[1])])
+
+
+def lora_experts_mlp_ref(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate: Callable[[Tensor], Tensor],
+    stacks: Sequence[Sequence[Any]],
+    keeps: Sequence[Tensor | None] = (None, None),
+    dropout_ps: Sequence[float] = (0.0, 0.0),
+) -> Tensor:
+    """The output [T, N] of a module of experts for x [T, H], the experts of each token ``index``
+    [T, k] and their routing ``weights`` [T, k].
+
+    ``stacks``: (weight, bias, lora_A, lora_B, scaling) of up and of down, as
+    :func:`lora_experts_ref` takes them; ``gate`` maps up's output to down's input. ``keeps`` are
+    D's masks for rows sorted by expert. An expert whose number is no place of the stacks adds
+    nothing. Autograd differentiates it.
+    """
+    count = stacks[0][0].shape[0]
+    expert_of_slot, order = torch.sort(index.reshape(-1), stable=True)
+    places = torch.arange(count, device=index.device)
+    offsets = (expert_of_slot[None] <= places[:, None]).sum(1)
+    tokens = order // index.shape[1]
+    h = x[tokens]
+    for place, (weight, bias, lora_A, lora_B, scaling) in enumerate(stacks):
+        branch = (lora_A, lora_B, scaling, offsets, keeps[place], dropout_ps[place])
+        y = lora_experts_ref(h, weight, bias, *branch)
+        h = gate(y) if place == 0 else y
+    h = h * weights.reshape(-1)[order, None]
+    return x.new_zeros(x.shape[0], h.shape[1]).index_add(0, tokens, h.to(x.dtype))
 
 
 def activation_ref(g: Tensor, activation: str) -> Tensor:

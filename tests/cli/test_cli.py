@@ -78,10 +78,10 @@ def doctor_json(capsys, *argv: str, status: int = 0):
 
 FAMILIES = {
     "lora_linear", "dropout's mask", "lora_linear_group", "lora_linear_quantized", "lora_branch", "lora_mlp", "lora_experts",
-    "DoRA", "stable_adamw",
+    "lora_experts_mlp", "DoRA", "stable_adamw",
 }  # fmt: skip
 # Those that PyTorch's operators compute on every backend.
-WITHOUT_KERNELS = {"lora_experts"}
+WITHOUT_KERNELS = {"lora_experts", "lora_experts_mlp"}
 ON = {"torch": "PyTorch's operators on cpu", "triton": "the Triton kernels in Triton's interpreter"}
 
 
@@ -179,6 +179,9 @@ FAULTS = {
     ),
     "another expert": (
         self_test, "lora_experts", lambda right, *args: right(*args[:-1], args[-1] - 1), {"lora_experts"}, "off by",
+    ),
+    "a slot's weight is another's": (
+        self_test, "Routing", lambda right, *args: right(*args[:2], args[2].flip(1)), {"lora_experts_mlp"}, "off by",
     ),
     "norms of W alone": (self_test, "row_norms", lambda right, sums, *args: sums.sqrt(), {"DoRA"}, "off by"),
     "no latch": (self_test, "StableLoRAAdamW", never_latching, {"stable_adamw"}, "the pairs must latch at steps"),

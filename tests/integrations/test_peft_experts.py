@@ -14,7 +14,7 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.integrations import peft_experts, peft_faults
-from stablelora_kernels.nn import experts
+from stablelora_kernels.nn import experts, fused_experts
 from stablelora_kernels.testing.cases import BF16, FP32
 from tests.helpers.moe_models import (
     BY_DAY,
@@ -47,6 +47,20 @@ def calls(monkeypatch) -> Iterator[list[int]]:
     op = experts.lora_experts
     monkeypatch.setattr(experts, "lora_experts", counted)
     return rows
+
+
+@pytest.fixture
+def nodes(monkeypatch) -> Iterator[list[int]]:
+    """The number of slots of each call of fuse_mlp's op."""
+    slots: list[int] = []
+
+    def counted(x, routing, *args):
+        slots.append(routing.slots)
+        return op(x, routing, *args)
+
+    op = fused_experts.lora_experts_mlp_op
+    monkeypatch.setattr(fused_experts, "lora_experts_mlp_op", counted)
+    return slots
 
 
 def assert_close(found, expected, rtol=1e-12):
@@ -88,6 +102,61 @@ def test_output_and_gradients_are_pefts(family, calls):
     assert_close(results(model), expected, 0)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in BY_DAY else pytest.mark.nightly)
+        for name in FAMILIES
+        if name != "jetmoe"
+    ],
+)
+def test_fused_output_and_gradients_are_pefts(family, calls, nodes):
+    model = with_lora(build(family))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("router.weight", "gate.weight", "router.layer.weight")):
+            parameter.requires_grad_()
+    expected = results(model)
+    assert len(expected) > 5 or family == "hunyuan_v1_moe"
+    report = slk.accelerate_peft(model, strict=True, fuse_mlp=True)
+    (mlp,) = (mlp for mlp in report.mlps if mlp.experts)
+    assert mlp.experts == E and mlp.name.endswith("experts")
+    # Nemotron's norms cast to float32.
+    assert_close(results(model), expected, 1e-6 if family == "nemotron_h" else 1e-12)
+    if family == "llama4_text":
+        assert mlp.reason == "Llama4TextExperts is called without routing weights"
+        assert (len(calls), nodes) == (2, [])
+        return
+    assert mlp.reason is None and (calls, nodes) == ([], [IDS.numel() * 2])
+    slk.accelerate_peft(model)
+    assert_close(results(model), expected, 1e-6 if family == "nemotron_h" else 1e-12)
+    assert (len(calls), len(nodes)) == (2, 1)
+    slk.accelerate_peft(model, fuse_mlp=True)
+    slk.restore_peft(model)
+    assert_close(results(model), expected, 0)
+    plain = {*vars(with_lora(build(family)))}
+    assert {*vars(model)} == plain and (len(calls), len(nodes)) == (2, 1)
+
+
+def of_module(module, x, index, weights):
+    """The output of a module of experts, and the gradients of all that trains."""
+    module.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    weights = weights.detach().clone().requires_grad_()
+    y = module(x, index, weights)
+    (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    trained = {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {"Y": y.detach(), "dx": x.grad, "dw": weights.grad} | trained
+
+
+def test_fused_relu2_without_a_gate_in_float64(nodes):
+    """Nemotron's experts without its norms."""
+    module = experts_of("nemotron_h")
+    expected = of_module(module, *routing())
+    module.fuse_experts()
+    assert_close(of_module(module, *routing()), expected, 1e-12)
+    assert nodes == [18] and len(expected) == 7
+
+
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_no_further_from_float64_than_peft(implementation, dtype, calls):
@@ -116,6 +185,39 @@ def test_no_further_from_float64_than_peft(implementation, dtype, calls):
         error, allowed = ((t.double() - ref).abs().max().item() for t in (value, own[name]))
         unit = torch.finfo(value.dtype).eps * ref.abs().max().item()
         assert value.dtype == own[name].dtype and error <= 2 * allowed + 2 * unit, name
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_fused_no_further_from_float64_than_peft(dtype, nodes):
+    """By the root of the mean square of twelve draws. The routing weight rounds a gradient of I
+    elements, which PEFT rounds as one of H.
+    """
+    module = with_lora(build("qwen3_moe", "grouped_mm", dtype)).model.model.layers[0].mlp.experts
+    exact = copy.deepcopy(module).double()
+    exact.get_base_layer().config._experts_implementation = "eager"
+    module.__class__ = peft_experts.AcceleratedExperts
+    squares: dict[str, list[float]] = {}
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(20, H, generator=generator).to(dtype)
+        index = torch.arange(40).view(20, 2) % 3
+        weights = torch.rand(20, 2, generator=generator).to(dtype)
+        wanted = of_module(exact, x.double(), index, weights.double())
+        module.unfuse_experts()
+        module.__class__ = peft_experts.ParamWrapper
+        pefts = of_module(module, x, index, weights)
+        module.__class__ = peft_experts.AcceleratedExperts
+        module.fuse_experts()
+        fused = of_module(module, x, index, weights)
+        assert fused.keys() == pefts.keys() == wanted.keys()
+        for name, value in fused.items():
+            errors = (value.double() - wanted[name], pefts[name].double() - wanted[name])
+            assert value.dtype == pefts[name].dtype
+            known = squares.setdefault(name, [0.0, 0.0])
+            known[:] = [a + e.square().sum().item() for a, e in zip(known, errors, strict=True)]
+    assert len(nodes) == 12 and len(squares) == 7
+    for name, (ours, theirs) in squares.items():
+        assert ours <= 1.3**2 * theirs, (name, (ours / theirs) ** 0.5)
 
 
 def story(model: Any, place: Any) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
@@ -154,14 +256,17 @@ def story(model: Any, place: Any) -> Iterator[tuple[dict[str, torch.Tensor], boo
     yield results(model.merge_and_unload()), False
 
 
-def test_switched_disabled_merged_copied_and_unloaded(calls, tmp_path):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_switched_disabled_merged_copied_and_unloaded(fuse, calls, nodes, tmp_path):
     plain, fast = (with_lora(build("qwen3_moe")) for _ in range(2))
-    slk.accelerate_peft(fast, strict=True)
+    slk.accelerate_peft(fast, strict=True, fuse_mlp=fuse)
     told = story(fast, tmp_path / "fast")
     for expected, _ in story(plain, tmp_path / "plain"):
         calls.clear()
+        nodes.clear()
         found, is_ours = next(told)
-        assert bool(calls) == is_ours and found.keys() == expected.keys()
+        assert bool(nodes if fuse else calls) == is_ours and not (calls if fuse else nodes)
+        assert found.keys() == expected.keys()
         for name, value in found.items():
             torch.testing.assert_close(
                 value, expected[name], rtol=0, atol=1e-12 * expected[name].abs().max().item()
@@ -172,17 +277,18 @@ def test_switched_disabled_merged_copied_and_unloaded(calls, tmp_path):
         ).read_bytes() == path.read_bytes()
 
 
-def experts_of(family: str = "qwen3_moe", **options: Any) -> Any:
+def experts_of(family: str = "qwen3_moe", fuse: bool = False, **options: Any) -> Any:
     """An accelerated stack of experts alone."""
     model = with_lora(build(family), **options)
-    slk.accelerate_peft(model)
+    slk.accelerate_peft(model, fuse_mlp=fuse)
     (found,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
     return found
 
 
-def test_one_parameter_alone_and_slots_of_other_processes(calls):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_one_parameter_alone_and_slots_of_other_processes(fuse, calls, nodes):
     for parameter in ("gate_up_proj", "down_proj"):
-        experts = experts_of(target_parameters=[f"mlp.experts.{parameter}"])
+        experts = experts_of(fuse=fuse, target_parameters=[f"mlp.experts.{parameter}"])
         x, index, weights = routing()
         # Under expert parallelism, experts of other processes have the number behind the last one,
         # and a weight of zero.
@@ -191,8 +297,9 @@ def test_one_parameter_alone_and_slots_of_other_processes(calls):
         base._is_expert_parallel = True
         y = experts(x, index, weights)
         found = torch.autograd.grad(y.square().sum(), [x, weights])
-        assert calls == [18, 18]
+        assert (calls, nodes) == (([], [18]) if fuse else ([18, 18], []))
         calls.clear()
+        nodes.clear()
         expected = peft_experts.ParamWrapper.forward(experts, x, index, weights)
         grads = torch.autograd.grad(expected.square().sum(), [x, weights])
         assert not calls
@@ -200,19 +307,20 @@ def test_one_parameter_alone_and_slots_of_other_processes(calls):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_autocast(calls):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_autocast(fuse, calls, nodes):
     """As transformers does, the experts cast their input to their weights' dtype; float32 adapters
     are cast on the fly.
     """
     model = with_lora(build("qwen3_moe", "grouped_mm", BF16))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
-    slk.accelerate_peft(model)
+    slk.accelerate_peft(model, fuse_mlp=fuse)
     (experts,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
     x, index, weights = (t.detach() for t in routing())
     with torch.autocast("cpu", BF16):
         y = experts(x.float(), index, weights.float())
-    assert y.dtype == FP32 and calls == [18, 18]
+    assert y.dtype == FP32 and (calls, nodes) == (([], [18]) if fuse else ([18, 18], []))
     y.sum().backward()
     grads = {name: p.grad for name, p in experts.named_parameters() if p.grad is not None}
     assert (
@@ -222,8 +330,10 @@ def test_autocast(calls):
     )
 
 
-def test_torch_compile_has_no_graph_break():
-    experts = experts_of()
+@pytest.mark.parametrize("fuse", [False, True])
+def test_torch_compile_has_no_graph_break(fuse):
+    """A compiled graph takes two ops, fused or not."""
+    experts = experts_of(fuse=fuse)
     given = routing()
     expected = experts(*given)
     torch._dynamo.reset()
@@ -234,6 +344,100 @@ def test_torch_compile_has_no_graph_break():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_fused_and_checkpointed(use_reentrant, nodes):
+    model = with_lora(build("qwen3_moe"))
+    slk.accelerate_peft(model, fuse_mlp=True)
+    model.enable_input_require_grads()
+    model.train()
+    expected = results(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_close(results(model), expected, 0)
+    assert len(nodes) == 3
+
+
+class Scaled(nn.Module):
+    """An activation with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.tanh(x * self.scale)
+
+
+def hook_activation(base):
+    base.act_fn.register_forward_hook(nothing)
+
+
+def train_activation(base):
+    base.act_fn = Scaled()
+
+
+def add_norm(base):
+    base.has_post_expert_norm = True
+    base.post_expert_norm = nn.LayerNorm(H, dtype=torch.float64).requires_grad_(False)
+
+
+UNFUSED = {
+    "its 'act_fn' has hooks, which would run once more": hook_activation,
+    "its 'act_fn' has parameters that train": train_activation,
+    "a norm comes between its experts and their routing weights": add_norm,
+}
+
+
+@pytest.mark.parametrize(("reason", "change"), UNFUSED.items())
+def test_what_is_not_fused_is_named_and_takes_two_ops(reason, change, calls, nodes):
+    model = with_lora(build("qwen3_moe", "batched_mm"))
+    (wrapper,) = (m for name, m in model.named_modules() if name.endswith("mlp.experts"))
+    slk.accelerate_peft(model, fuse_mlp=True)
+    # A call looks again.
+    change(wrapper.get_base_layer())
+    late = results(model)
+    assert (len(calls), nodes) == (2, [])
+    report = slk.accelerate_peft(model, strict=True, fuse_mlp=True)
+    (mlp,) = report.mlps
+    assert (mlp.reason, mlp.experts, mlp.activation) == (reason, E, None)
+    assert f"not in one op: {mlp.name}: {reason}" in report.notes
+    found = results(model)
+    assert (len(calls), nodes) == (4, [])
+    slk.restore_peft(model)
+    expected = results(model)
+    assert_close(found, expected)
+    assert_close(late, expected)
+    if change is train_activation:
+        assert any("act_fn" in name for name in expected)
+
+
+def test_the_report_says_what_is_fused():
+    model = with_lora(build("qwen2_moe"), target_modules="all-linear")
+    notes = slk.accelerate_peft(model, fuse_mlp=True).notes
+    assert "computed in one op each: 1 x MLP of 4 experts; 1 x gated MLP (silu)" in notes
+    assert slk.accelerate_peft(model).mlps == ()
+
+
+def test_global_hooks_and_an_x_of_another_type_take_two_ops(calls, nodes):
+    experts = experts_of(fuse=True)
+    given = routing()
+    handle = nn.modules.module.register_module_forward_hook(nothing)
+    try:
+        experts(*given)
+    finally:
+        handle.remove()
+    # PEFT computes it, since global hooks must see every module.
+    assert (calls, nodes) == ([], [])
+    experts(nn.Parameter(given[0].detach()), *given[1:])
+    assert (calls, nodes) == ([18, 18], [])
+
+
+def test_fused_experts_name_the_argument_that_does_not_fit():
+    experts = experts_of(fuse=True)
+    x, index, weights = routing()
+    with pytest.raises(ValueError, match=r"x must be \[T, 32\] to fit weight .* got \[9, 31\]"):
+        experts(x[:, 1:], index, weights)
 
 
 def with_implementation(name):

@@ -113,6 +113,28 @@ def test_gradients_are_those_of_what_the_stacks_stand_for(family, checkpointing,
     assert calls == (["NF4Experts"] * 2 * repeats + ["Parameter"] * 2 * repeats) * 2
 
 
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_fused_gradients_are_those_of_what_the_stacks_stand_for(family, checkpointing, calls):
+    model, plain = pair(family)
+    report = slk.accelerate_peft(model, strict=True, fuse_mlp=True)
+    (mlp,) = (mlp for mlp in report.mlps if mlp.experts)
+    assert mlp.reason is None and not report.skipped
+    slk.accelerate_peft(plain, strict=True)
+    if checkpointing is not None:
+        options = {"use_reentrant": checkpointing == "reentrant"}
+        for each in (model, plain):
+            each.gradient_checkpointing_enable(options)
+            each.enable_input_require_grads()
+            each.train()
+    for _ in range(2):
+        assert_close(results(model), results(plain), 1e-5)
+    assert set(calls) == {"Parameter"}
+    with torch.no_grad(), model.disable_adapter(), plain.disable_adapter():
+        y = model(input_ids=IDS).logits
+        torch.testing.assert_close(y, plain(input_ids=IDS).logits, rtol=0, atol=1e-5)
+
+
 def test_four_calls_are_right_and_disabled_ones_are_the_base(calls):
     """Each of which PEFT 0.21 gets wrong."""
     base, _ = in_4_bits(wide("qwen3_moe"), compress_statistics=True)

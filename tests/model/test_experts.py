@@ -5,18 +5,22 @@ and against the formulas.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
+from benchmarks.common.memory import saved_for_backward
 from stablelora_kernels.cli import main
 from stablelora_kernels.integrations.peft_experts import AcceleratedExperts
-from stablelora_kernels.nn import LoRAExperts
+from stablelora_kernels.nn import LoRAExperts, fused_experts
 from stablelora_kernels.nn.experts import pairs_by_expert
 from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.reference.lora import lora_experts_ref
@@ -32,6 +36,7 @@ from tests.helpers.moe_models import (
     results,
     routing,
     stacks,
+    transformers,
     with_lora,
 )
 from tests.helpers.processes import needs_gloo, spawn
@@ -39,7 +44,7 @@ from tests.helpers.processes import needs_gloo, spawn
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def own(model: Any, **options: Any) -> Any:
+def own(model: Any, fuse: bool = False, **options: Any) -> Any:
     """LoRA of rank 3 on a model's experts, no branch of which is zero, in evaluation."""
     torch.manual_seed(1)
     given = {
@@ -48,13 +53,27 @@ def own(model: Any, **options: Any) -> Any:
         "target_parameters": stacks(model),
         "init_lora_weights": False,
     }
-    slk.apply_lora(model, slk.LoRAConfig(**given | options))
+    slk.apply_lora(model, slk.LoRAConfig(**given | options), fuse_mlp=fuse)
     return model.eval()
 
 
 def experts_of(model: Any) -> LoRAExperts:
     (found,) = (m for m in model.modules() if isinstance(m, LoRAExperts))
     return found
+
+
+@pytest.fixture
+def nodes(monkeypatch) -> list[int]:
+    """The number of slots of each call of fuse_mlp's op."""
+    slots: list[int] = []
+
+    def counted(x: torch.Tensor, routing: Any, *args: Any) -> torch.Tensor:
+        slots.append(routing.slots)
+        return op(x, routing, *args)
+
+    op = fused_experts.lora_experts_mlp_op
+    monkeypatch.setattr(fused_experts, "lora_experts_mlp_op", counted)
+    return slots
 
 
 def values(found: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -160,17 +179,18 @@ def test_dropout_against_the_formulas(family):
         )
 
 
-@pytest.mark.parametrize("adapted", ["by apply_lora", "by PEFT"])
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("by", ["apply_lora", "PEFT"])
 @pytest.mark.parametrize("family", BY_DAY)
-def test_no_tokens(family, adapted):
+def test_no_tokens(family, by, fuse):
     """A process of several may get none: transformers' module returns [0, H]."""
     model = build(family)
-    if adapted == "by PEFT":
+    if by == "PEFT":
         model = with_lora(model)
-        assert not slk.accelerate_peft(model, strict=True).skipped
+        assert not slk.accelerate_peft(model, strict=True, fuse_mlp=fuse).skipped
         module = next(m for m in model.modules() if isinstance(m, AcceleratedExperts))
     else:
-        module = experts_of(own(model))
+        module = experts_of(own(model, fuse, lora_dropout=0.1).train())
     x, index, weights = (t[:0].detach().requires_grad_(t.is_floating_point()) for t in routing())
     y = module(x) if family == "llama4_text" else module(x, index, weights)
     assert y.shape == x.shape and y.dtype == x.dtype
@@ -180,21 +200,176 @@ def test_no_tokens(family, adapted):
     assert trained and all(p.grad is not None and not p.grad.any() for p in trained)
 
 
-def test_copied_checkpointed_and_compiled():
-    module = experts_of(own(build("qwen3_moe"), lora_dropout=0.1))
+def same_draws(module: LoRAExperts, given: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """A training step's results, by one seed."""
+    torch.manual_seed(2)
+    leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    y = module.train()(*given)
+    wanted = [given[0], given[2], *leaves.values()]
+    grads = torch.autograd.grad(y.square().sum(), wanted)
+    return {"Y": y.detach()} | dict(zip(("dx", "dw", *leaves), grads, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [9, 1200])
+@pytest.mark.parametrize("p", [0.1, 0.4])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_fused_draws_the_masks_of_two_ops(family, p, tokens, nodes):
+    """Few tokens and many, whose masks at 0.1 are positions."""
+    module = experts_of(own(build(family), lora_dropout=p))
+    given = routing(tokens)
+    expected = same_draws(module, given)
+    assert not nodes and module.fuse_experts() is None
+    results = same_draws(module, given)
+    assert nodes == [tokens * 2] and len(results) == 7
+    for name, value in results.items():
+        atol = 1e-12 * expected[name].abs().max().item()
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
+    # In evaluation nothing is dropped.
+    state = torch.get_rng_state()
+    y = module.eval()(*given)
+    assert torch.equal(state, torch.get_rng_state())
+    module.unfuse_experts()
+    torch.testing.assert_close(module(*given), y, rtol=0, atol=1e-12)
+
+
+def test_fused_merged_disabled_saved_and_removed(nodes, tmp_path):
+    plain, fast = (own(build("qwen3_moe"), fuse) for fuse in (False, True))
+    module, state = experts_of(fast), plain.state_dict()
+    assert fast.state_dict().keys() == state.keys()
+    assert all(value.equal(state[key]) for key, value in fast.state_dict().items())
+    for model, name in ((plain, "plain"), (fast, "fast")):
+        slk.save_adapter(model, tmp_path / name)
+    for path in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "fast" / path.name).read_bytes() == path.read_bytes()
+    loaded = build("qwen3_moe").eval()
+    report = slk.load_adapter(loaded, tmp_path / "fast", fuse_mlp=True)
+    assert [(mlp.reason, mlp.experts) for mlp in report.mlps] == [(None, E)]
+
+    expected = results(plain)
+    for way in (fast, loaded, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        nodes.clear()
+        assert_same(results(way), expected, 1e-12)
+        assert len(nodes) == 1
+    nodes.clear()
+    base = build("qwen3_moe").eval()(input_ids=IDS).logits
+    with slk.disable_lora(fast):
+        assert fast(input_ids=IDS).logits.equal(base)
+    # One of the two merged: the other has a branch still.
+    module.down_proj.merge()
+    assert not nodes
+    y = fast(input_ids=IDS).logits
+    torch.testing.assert_close(y, expected["Y"], rtol=0, atol=1e-12)
+    with slk.disable_lora(module.down_proj):
+        y = fast(input_ids=IDS).logits
+    with slk.disable_lora(experts_of(plain).down_proj):
+        torch.testing.assert_close(y, plain(input_ids=IDS).logits, rtol=0, atol=1e-12)
+    assert len(nodes) == 2
+    module.train()
+    with pytest.raises(RuntimeError, match="is merged, so lora_A and lora_B would get no gradient"):
+        module(*routing())
+    module.eval()
+    slk.merge_lora(fast)
+    torch.testing.assert_close(fast(input_ids=IDS).logits, expected["Y"], rtol=0, atol=1e-12)
+    slk.unmerge_lora(fast)
+    slk.remove_lora(fast, merge=False)
+    assert fast(input_ids=IDS).logits.equal(base) and len(nodes) == 2
+    assert not any("stablelora" in key for m in fast.modules() for key in vars(m))
+
+
+def test_fused_keeps_less_than_the_frozen_experts(nodes):
+    """At 512 rows an expert, with A and B in float32: x and indices by tokens and slots, G and S."""
+    tokens, wide, inner, count, top_k = 1024, 128, 64, 8, 4
+    sizes = {"hidden_size": wide, "moe_intermediate_size": inner}
+    config = transformers.Qwen3MoeConfig(num_experts=count, **sizes)
+    config._experts_implementation = "grouped_mm"
+    kind = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    block = torch.nn.ModuleDict({"experts": kind.Qwen3MoeExperts(config).to(BF16)})
+    for p in block.parameters():
+        p.data.normal_(0, 0.1)
+        p.requires_grad_(False)
+    index = torch.arange(tokens * top_k).view(tokens, top_k) % count
+    x = torch.randn(tokens, wide).to(BF16).requires_grad_()
+    given = (x, index, torch.rand(tokens, top_k).to(BF16).requires_grad_())
+    frozen = saved_bytes(block["experts"], given)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    slk.apply_lora(block, slk.LoRAConfig(r=4, target_parameters=names))
+    two_ops = saved_bytes(block["experts"], given)
+    assert block["experts"].fuse_experts() is None
+    fused = saved_bytes(block["experts"], given)
+    slots = top_k * tokens
+    indices = 8 * slots + 4 * count
+    routing_weights = 2 * slots
+    of_tensors = 2 * (tokens * wide + slots * (2 * inner + 4))
+    assert fused == of_tensors + indices + routing_weights
+    assert fused <= 0.6 * frozen < two_ops and len(nodes) == 1
+
+
+def saved_bytes(module: Any, given: tuple[torch.Tensor, ...]) -> int:
+    """Of the storages that autograd keeps and that are no parameter's."""
+    return saved_for_backward(lambda: module(*given), [*module.parameters()])
+
+
+def test_fused_casts_expert_by_expert_under_autocast(nodes):
+    """A float32 model in bfloat16: nothing of the stack's size is made or kept."""
+    module = experts_of(own(build("qwen3_moe", dtype=FP32), True))
+    x, index, weights = (t.detach() for t in routing())
+    given = (x.float().requires_grad_(), index, weights.float())
+    with torch.autocast("cpu", BF16):
+        y = module(*given)
+        expected = module.base_layer(*given)
+    assert y.dtype == FP32 and nodes == [18]
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters() if p.requires_grad)
+    with torch.autocast("cpu", BF16), slk.disable_lora(module.gate_up_proj):
+        with slk.disable_lora(module.down_proj):
+            assert module(*given).equal(expected)
+        largest = max(
+            t.numel() for t in saved_tensors(lambda: module(*given), [*module.parameters()])
+        )
+    assert largest < module.base_layer.down_proj.numel()
+
+
+def saved_tensors(function: Any, known: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What autograd saves that is no view of ``known``."""
+    storages = {t.untyped_storage().data_ptr() for t in known}
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = function()
+    assert y.requires_grad
+    return [t for t in saved if t.untyped_storage().data_ptr() not in storages]
+
+
+def test_hooks_of_a_fused_stack_run():
+    module, called = experts_of(own(build("qwen3_moe"), True)), []
+    module.down_proj.register_forward_hook(lambda *args: called.append(1))
+    module(*routing())
+    assert called == [1]
+    assert module.fuse_experts() == "'down_proj' has hooks, which would not run"
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_copied_checkpointed_and_compiled(fuse):
+    module = experts_of(own(build("qwen3_moe"), fuse, lora_dropout=0.1))
     given = routing()
 
     def run(call: Any) -> list[torch.Tensor]:
         torch.manual_seed(2)
-        y = call(*given)
-        return [y, *torch.autograd.grad(y.square().sum(), [given[0], given[2]])]
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in given]
+        y = call(*leaves)
+        # Not autograd.grad, which reentrant checkpointing refuses.
+        y.square().sum().backward()
+        return [y, leaves[0].grad, leaves[2].grad]  # type: ignore[list-item]
 
     expected = run(module.train())
     copied = copy.deepcopy(module)
     with torch.no_grad():
         for p in module.parameters():
             p.zero_()
-    ways = [copied, lambda *args: checkpoint(copied, *args, use_reentrant=False)]
+    ways = [
+        copied,
+        lambda *args: checkpoint(copied, *args, use_reentrant=False),
+        lambda *args: checkpoint(copied, *args, use_reentrant=True),
+    ]
     for way in ways:
         for found, wanted in zip(run(way), expected, strict=True):
             assert found.equal(wanted)
@@ -261,10 +436,23 @@ def test_what_does_not_match_or_fit_is_named():
     assert called
 
 
-def train_sharded(rank: int, world: int, directory: Any, library: str) -> dict[str, torch.Tensor]:
-    model = own(build("qwen3_moe")) if library == "ours" else with_lora(build("qwen3_moe"))
-    if library == "PEFT":
-        slk.accelerate_peft(model)
+def adapted(library: str, fuse: bool) -> Any:
+    """A model with LoRA on its experts, and a router that trains."""
+    if library == "ours":
+        model = own(build("qwen3_moe"), fuse)
+    else:
+        model = with_lora(build("qwen3_moe"))
+        slk.accelerate_peft(model, fuse_mlp=fuse)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.requires_grad_()
+    return model
+
+
+def train_sharded(
+    rank: int, world: int, directory: Any, library: str, fuse: bool
+) -> dict[str, torch.Tensor]:
+    model = adapted(library, fuse)
     if world > 1:
         for layer in model.get_submodule(
             "model.layers" if library == "ours" else "base_model.model.model.layers"
@@ -272,21 +460,53 @@ def train_sharded(rank: int, world: int, directory: Any, library: str) -> dict[s
             fully_shard(layer)
         fully_shard(model)
         # Sharded, it is accelerated still.
-        assert library == "ours" or not slk.accelerate_peft(model).skipped
+        assert library == "ours" or not slk.accelerate_peft(model, fuse_mlp=fuse).skipped
+    trained = train(model, rank, world, fuse)
+    return {name: gather(p) for name, p in trained.items()}
+
+
+def train(model: Any, rank: int, world: int, fuse: bool) -> dict[str, torch.Tensor]:
+    """What trains, after two steps on this process's rows."""
+    calls = []
+    op = fused_experts.lora_experts_mlp_op
+    fused_experts.lora_experts_mlp_op = lambda *args: calls.append(1) or op(*args)  # type: ignore[func-returns-value]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     rows = IDS.repeat(2, 1)[rank * 4 // world : (rank + 1) * 4 // world]
     for _ in range(2):
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: gather(p) for name, p in model.named_parameters() if p.requires_grad}
+    fused_experts.lora_experts_mlp_op = op
+    assert len(calls) == 2 * fuse
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@needs_gloo
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("library", ["ours", "PEFT"])
+def test_fully_shard(library, fuse, tmp_path):
+    alone = train_sharded(0, 1, tmp_path, library, fuse)
+    for trained in spawn(train_sharded, 2, tmp_path, library, fuse):
+        assert trained.keys() == alone.keys() and len(alone) == 5
+        for name, value in trained.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)
+
+
+def train_in_ddp(
+    rank: int, world: int, directory: Any, library: str, fuse: bool
+) -> dict[str, torch.Tensor]:
+    model = adapted(library, fuse)
+    if world > 1:
+        model = DistributedDataParallel(model)
+    trained = train(model, rank, world, fuse)
+    return {name.removeprefix("module."): p.detach() for name, p in trained.items()}
 
 
 @needs_gloo
 @pytest.mark.parametrize("library", ["ours", "PEFT"])
-def test_fully_shard(library, tmp_path):
-    alone = train_sharded(0, 1, tmp_path, library)
-    for trained in spawn(train_sharded, 2, tmp_path, library):
-        assert trained.keys() == alone.keys() and len(alone) == 4
+def test_fused_in_ddp(library, tmp_path):
+    alone = train_in_ddp(0, 1, tmp_path, library, True)
+    for trained in spawn(train_in_ddp, 2, tmp_path, library, True):
+        assert trained.keys() == alone.keys() and len(alone) == 5
         for name, value in trained.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)

@@ -45,6 +45,18 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_fused_packed_experts(family):
+    """As two ops compute plain ones: trained, and with one of the two adapters disabled."""
+    model, plain = pair(family)
+    module = experts_of(model)
+    assert module.fuse_experts() is None
+    assert_close(results(model), results(plain))
+    with slk.disable_lora(module.down_proj), slk.disable_lora(experts_of(plain).down_proj):
+        y = model(input_ids=IDS).logits
+        torch.testing.assert_close(y, plain(input_ids=IDS).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
 def test_files_are_those_of_plain_experts(family, tmp_path):
     model, plain = pair(family)
