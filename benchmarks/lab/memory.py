@@ -174,6 +174,13 @@ class _FlashAttention(torch.autograd.Function):
         return out
 
 
+def counted_attention(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object, **_: object
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function that keeps what a flash attention kernel keeps."""
+    return _FlashAttention.apply(q, k, v).transpose(1, 2), None
+
+
 def saved_mib(
     arm: str,
     dropout: float,
@@ -184,10 +191,7 @@ def saved_mib(
     """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of
     rank 16, one sequence.
     """
-    AttentionInterface.register(
-        "counted",
-        lambda module, q, k, v, mask, **_: (_FlashAttention.apply(q, k, v).transpose(1, 2), None),
-    )
+    AttentionInterface.register("counted", counted_attention)
     config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
     with torch.device("meta"):
         layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)

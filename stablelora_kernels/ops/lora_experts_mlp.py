@@ -63,7 +63,6 @@ class _Recipes(NamedTuple):
 
 class _MLPContext(Context, Protocol):
     gate: Gate
-    # Packed stacks are no tensors, and frozen ones are the model's: nothing to save.
     up: FrozenStack
     down: FrozenStack
 
@@ -97,6 +96,9 @@ class _LoRAExpertsMLP(torch.autograd.Function):
             down_a,
             down_b,
             *recipes,
+            # Backward reads them by ctx.up and ctx.down. Saved, a change meanwhile is noticed.
+            _bytes_of(call.up.frozen) if needs.x else None,
+            _bytes_of(call.down.frozen) if needs.gate_up or needs.weights else None,
         )
         ctx.gate = call.gate
         ctx.up = call.up.frozen
@@ -151,6 +153,13 @@ class _Saved(NamedTuple):
     down_b: Tensor
     up_recipe: Tensor | None
     down_recipe: Tensor | None
+    up_weight: Tensor | None
+    down_weight: Tensor | None
+
+
+def _bytes_of(stack: FrozenStack) -> Tensor:
+    """A stack's weight, or a packed one's data."""
+    return stack.weight if isinstance(stack.weight, Tensor) else stack.weight.data
 
 
 def _needs(ctx: _MLPContext) -> Needs:

@@ -448,12 +448,14 @@ def test_together_reads_nothing_on_the_host(take, monkeypatch):
     call(case, made).backward(made.grad)
 
 
-def test_a_change_before_backward_is_noticed():
+@pytest.mark.parametrize("name", ["down_b", "up_weight", "down_weight"])
+def test_a_change_before_backward_is_noticed(name):
+    """Of an operand; merging changes a weight in place."""
     case = Case()
     made = make(case)
     y = call(case, made)
     with torch.no_grad():
-        made.down_b.add_(1)
+        getattr(made, name).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(made.grad)
 

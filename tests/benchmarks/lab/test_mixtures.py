@@ -1,0 +1,65 @@
+"""What a mixture's experts keep for backward, by formula and by hooks; and the guide's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import stablelora_kernels as slk
+from benchmarks.common.arms import PEFT
+from benchmarks.common.memory import saved_for_backward
+from benchmarks.lab import mixtures
+from benchmarks.lab.memory import FUSED
+from benchmarks.lab.mixtures import MIXTURES
+
+ROOT = Path(__file__).resolve().parents[3]
+TOKENS = 256
+
+
+@pytest.mark.parametrize("arm", [PEFT, FUSED])
+def test_experts_keep_what_the_formula_says(arm):
+    """Up to indices and routing weights, and for PEFT its copies of A and B."""
+    small = MIXTURES["Qwen3 30B-A3B"]._replace(
+        config=Qwen3MoeConfig(
+            vocab_size=100,
+            hidden_size=512,
+            moe_intermediate_size=256,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        ),
+        inner=256,
+        chosen=2,
+        experts=4,
+    )
+    model: Any = Qwen3MoeForCausalLM(small.config).bfloat16().requires_grad_(False)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=mixtures.RANK, target_modules=[], target_parameters=names)
+    model = peft.get_peft_model(model, config)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapters == small.stack_adapters
+    if arm == FUSED:
+        slk.accelerate_peft(model, fuse_mlp=True)
+    experts = next(module for name, module in model.named_modules() if name.endswith("mlp.experts"))
+    x = torch.randn(TOKENS, small.hidden).bfloat16().requires_grad_()
+    index = torch.stack([torch.randperm(small.experts)[: small.chosen] for _ in range(TOKENS)])
+    weights = torch.rand(TOKENS, small.chosen).bfloat16().requires_grad_()
+    owned = [*model.parameters(), *model.buffers()]
+    if arm == PEFT:
+        # Its leaf. Ours keeps x, which in a model is the output of a norm.
+        owned.append(x)
+    kept = saved_for_backward(lambda: experts(x, index, weights), owned)
+    formula = mixtures.kept_by_experts(small, arm)
+    expected = formula.at_once + TOKENS * formula.a_token
+    assert expected <= kept <= 1.03 * expected + (4 * adapters if arm == PEFT else 0)
+
+
+def test_the_guide_has_the_table():
+    text = (ROOT / "docs" / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
+    assert mixtures.fit_table() in text
