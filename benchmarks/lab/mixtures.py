@@ -14,6 +14,7 @@ each, a layer's experts keep for backward, in elements:
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -143,9 +144,8 @@ def rest_of(mixture: Mixture, arm: str) -> Rest:
         of_attention = PEFT if arm == PEFT else ACCELERATED
         model = adapt(layer, of_attention, ATTENTION, r=RANK).train()
         owned = [*model.parameters(), *model.buffers(), angles]
-        kept.append(
-            saved_for_backward(lambda: layer(x, position_embeddings=(angles, angles)), owned)
-        )
+        forward = partial(layer, x, position_embeddings=(angles, angles))
+        kept.append(saved_for_backward(forward, owned))
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Rest(frozen, adapters, (kept[1] - kept[0]) / 1024)
 
