@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.tables import markdown
 from stablelora_kernels.ops import lora_experts
-from stablelora_kernels.ops.lora_experts import ExpertsBackward, ExpertsForward
+from stablelora_kernels.ops.lora_experts_call import ExpertsBackward, ExpertsForward
+from stablelora_kernels.ops.lora_experts_grouped import grouped_backward, grouped_forward
 from stablelora_kernels.ops.lora_experts_mlp_call import (
     ExpertStack,
     FrozenStack,
@@ -76,13 +77,13 @@ class _Counted(TorchDispatchMode):
         if func is torch.ops.stablelora_kernels.lora_experts_fwd.default:
             with self:
                 call = ExpertsForward(*args)
-                return lora_experts._grouped_forward(lora_experts._to_multiply(call, call.x.dtype))
+                return grouped_forward(lora_experts._to_multiply(call, call.x.dtype))
         if func is torch.ops.stablelora_kernels.lora_experts_bwd.default:
             with self:
                 call = ExpertsBackward(*args)
                 results = lora_experts._allocate_gradients(call)
                 multiplied = lora_experts._to_multiply(call, call.grad.dtype)
-                return tuple(lora_experts._grouped_backward(multiplied, results))
+                return tuple(grouped_backward(multiplied, results))
         outputs = func(*args, **(kwargs or {}))
         written = _tensors(outputs)
         is_free = func.is_view or "empty" in func.name() or "detach" in func.name()

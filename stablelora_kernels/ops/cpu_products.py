@@ -31,9 +31,9 @@ FEW_ROWS_WITHOUT_DROPOUT = 512
 # From this many rows on, float32 copies pay where the processor does not multiply a dtype of low
 # precision.
 FLOAT32_ROWS = 8
-# MKL's dtypes. It is up to several times faster with a thin product's small operand first: in dB from
-# this many multiplications on, and on AMD's processors in dS. oneDNN is faster with the tall one
-# first.
+# MKL's dtypes. It is up to several times faster with a thin product's small operand first: in dB
+# from this many multiplications on, and on AMD's processors in dS. oneDNN is faster with the tall
+# one first.
 _OF_MKL = (torch.float32, torch.float64)
 SMALL_FIRST_FROM = 1 << 22
 

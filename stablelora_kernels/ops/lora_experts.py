@@ -18,7 +18,7 @@ Autograd saves X, S, the offsets and dropout's mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -28,35 +28,23 @@ from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, product
 from stablelora_kernels.ops.dropout import draw_dropout, mask_of_rows, masked
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project
+from stablelora_kernels.ops.lora_experts_call import (
+    ExpertsBackward,
+    ExpertsForward,
+    ExpertsGradients,
+)
+from stablelora_kernels.ops.lora_experts_grouped import (
+    can_group,
+    grouped_backward,
+    grouped_forward,
+    grouped_product,
+    padded,
+    unused_rows,
+)
 from stablelora_kernels.ops.matrices import with_own_memory
 from stablelora_kernels.ops.plans import define_op
-from stablelora_kernels.packed_experts import PackedExperts, chunks, packed_experts
+from stablelora_kernels.packed_experts import PackedExperts, packed_experts
 from stablelora_kernels.projection import Projection
-
-# A grouped product takes rows that begin at multiples of so many bytes.
-ALIGNMENT = 16
-# So much of a packed stack is dequantized for a grouped product.
-CHUNK_BYTES = 256 << 20
-
-
-class ExpertsForward(NamedTuple):
-    """The arguments of ``lora_experts_fwd``. The scaling is s'."""
-
-    x: Tensor
-    # The ops take the data of a packed stack, and its scales and layout below. _to_multiply puts
-    # the stack together.
-    weight: Tensor | PackedExperts
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    offsets: Tensor
-    keep: Tensor | None
-    scales: Sequence[Tensor]
-    # A StackLayout, or nothing if the stack is not packed.
-    layout: Sequence[int]
-    scaling: float
-    transposed: bool
-    save_s: bool
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -77,7 +65,7 @@ def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     stored = ExpertsForward(*args)
     call = _to_multiply(stored, stored.x.dtype)
     if can_group(call.x, call.weight):
-        return _grouped_forward(call)
+        return grouped_forward(call)
     y, s = _forward_fake(*stored)
     end = 0
     for expert in experts_with_rows(call.offsets):
@@ -92,38 +80,9 @@ def lora_experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return y, s
 
 
-class ExpertsBackward(NamedTuple):
-    """The arguments of ``lora_experts_bwd``. The scaling is s'."""
-
-    x: Tensor | None
-    grad: Tensor
-    weight: Tensor | PackedExperts
-    lora_A: Tensor
-    lora_B: Tensor
-    s: Tensor
-    offsets: Tensor
-    keep: Tensor | None
-    # As in ExpertsForward.
-    scales: Sequence[Tensor]
-    layout: Sequence[int]
-    scaling: float
-    transposed: bool
-    need_x: bool
-    need_a: bool
-    need_b: bool
-
-
-class _Gradients(NamedTuple):
-    """dX [T, K], dA [E, r, K] and dB [E, N, r]; those that are not needed are empty."""
-
-    dx: Tensor
-    da: Tensor
-    db: Tensor
-
-
-def _allocate_gradients(call: ExpertsBackward) -> _Gradients:
+def _allocate_gradients(call: ExpertsBackward) -> ExpertsGradients:
     rows = call.grad.shape[0] if call.need_x else 0
-    return _Gradients(
+    return ExpertsGradients(
         call.grad.new_empty(rows, call.lora_A.shape[2]),
         call.lora_A.new_empty(call.lora_A.shape if call.need_a else 0),
         call.lora_B.new_empty(call.lora_B.shape if call.need_b else 0),
@@ -149,7 +108,7 @@ def lora_experts_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     results = _allocate_gradients(stored)
     call = _to_multiply(stored, stored.grad.dtype)
     if can_group(call.grad, call.weight):
-        return _grouped_backward(call, results)
+        return grouped_backward(call, results)
     # An expert without rows has no part in the result.
     results.da.zero_()
     results.db.zero_()
@@ -236,7 +195,7 @@ def experts_thin_product(stored: ExpertsForward) -> Tensor:
     rows = x.shape[0]
     rank = call.lora_A.shape[1]
     if can_group(call.x, call.weight):
-        s = _products(call.offsets)(x, _padded(call.lora_A, 1).transpose(1, 2))
+        s = grouped_product(call.offsets)(x, padded(call.lora_A, 1).transpose(1, 2))
         return s[:, :rank].masked_fill(unused_rows(call.offsets, rows), 0)
     s = x.new_zeros(rows, rank)
     for expert in experts_with_rows(call.offsets):
@@ -250,151 +209,6 @@ def thin_product(x: Tensor, lora_A: Tensor) -> Tensor:
     if by_float32(x):
         return product(x.float(), lora_A.float().t()).to(x.dtype)
     return product(x, lora_A.t())
-
-
-# GPUs
-
-
-def can_group(x: Tensor, weight: Tensor | PackedExperts) -> bool:
-    """Whether PyTorch's grouped product takes x [T, K], or dY, and the weights."""
-    if (
-        not x.is_cuda
-        or x.dtype != torch.bfloat16
-        or torch.version.hip
-        or not hasattr(torch, "_grouped_mm")
-    ):
-        return False
-    aligned = x.data_ptr() % ALIGNMENT == 0 and x.stride(1) == 1
-    even = all(n * x.element_size() % ALIGNMENT == 0 for n in (x.stride(0), *weight.shape[1:]))
-    # A packed stack is dequantized into memory of its own.
-    readable = isinstance(weight, PackedExperts) or (
-        weight.data_ptr() % ALIGNMENT == 0 and weight.is_contiguous()
-    )
-    return aligned and even and readable and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def _grouped_forward(call: ExpertsForward) -> tuple[Tensor, Tensor]:
-    """As :func:`lora_experts_fwd`, for what :func:`_to_multiply` returns."""
-    grouped_product = _products(call.offsets)
-    rank = call.lora_A.shape[1]
-    rows = call.x.shape[0]
-    y = _stack_product(call, call.x, to_inputs=False)
-    s = grouped_product(masked(call.x, call.keep), _padded(call.lora_A, 1).transpose(1, 2))
-    if rank:
-        y.add_(grouped_product(s, _padded(call.lora_B, 2).transpose(1, 2)), alpha=call.scaling)
-    if call.bias is not None:
-        numbers = torch.arange(rows, device=call.x.device, dtype=call.offsets.dtype)
-        expert_of_row = torch.searchsorted(call.offsets, numbers, right=True)
-        y.add_(call.bias[expert_of_row.clamp_(max=call.bias.shape[0] - 1)])
-    unused = unused_rows(call.offsets, rows)
-    saved = s.new_empty(0, rank)
-    if call.save_s:
-        saved = s[:, :rank].masked_fill(unused, 0)
-    return y.masked_fill_(unused, 0), saved
-
-
-def _grouped_backward(call: ExpertsBackward, results: _Gradients) -> _Gradients:
-    """As :func:`lora_experts_bwd`, for what :func:`_to_multiply` returns.
-
-    ``results`` have the dtypes of the gradients, and stand for those that are not needed.
-    """
-    grouped_product = _products(call.offsets)
-    rank = call.lora_A.shape[1]
-    has_no_rows = _counts(call.offsets)[:, None, None] == 0
-    if call.need_x or call.need_a:
-        ds = grouped_product(call.grad, _padded(call.lora_B, 2)).mul_(call.scaling)
-    if call.need_x:
-        dx = _stack_product(call, call.grad, to_inputs=True)
-        if rank:
-            of_branch = grouped_product(ds, _padded(call.lora_A, 1))
-            dx.add_(of_branch if call.keep is None else of_branch * call.keep)
-        dx.masked_fill_(unused_rows(call.offsets, call.grad.shape[0]), 0)
-        results = results._replace(dx=dx)
-    if call.need_a:
-        assert call.x is not None
-        da = grouped_product(ds.t(), masked(call.x, call.keep))[:, :rank].masked_fill(
-            has_no_rows, 0
-        )
-        results = results._replace(da=da.to(results.da.dtype))
-    if call.need_b:
-        db = grouped_product(call.grad.t(), _padded(call.s, 1))[:, :, :rank].masked_fill(
-            has_no_rows, 0
-        )
-        results = results._replace(db=db.to(results.db.dtype).mul_(call.scaling))
-    return results
-
-
-def _stack_product(call: ExpertsForward | ExpertsBackward, rows: Tensor, to_inputs: bool) -> Tensor:
-    """X W^T of each expert's rows [T, K], or dY W if it goes back ``to_inputs``. Unused rows are not
-    written.
-    """
-    stack = call.weight
-    # The grouped product takes matrices that map rows from the left: W^T, or W back to inputs.
-    is_turned = call.transposed == to_inputs
-    if not isinstance(stack, PackedExperts):
-        return _products(call.offsets)(rows, stack.transpose(1, 2) if is_turned else stack)
-    ranges = chunks(stack, rows.dtype, CHUNK_BYTES)
-    width = call.lora_A.shape[2] if to_inputs else call.lora_B.shape[1]
-    y = rows.new_empty(rows.shape[0], width)
-    for chunk in _chunks_with_rows(ranges, call.offsets, rows.shape[0]):
-        matrices = stack.experts(chunk.first, chunk.last, rows.dtype)
-        matrices = matrices.transpose(1, 2) if is_turned else matrices
-        ends = call.offsets[chunk.first : chunk.last] - chunk.start
-        y[chunk.start : chunk.end] = _products(ends)(rows[chunk.start : chunk.end], matrices)
-    return y
-
-
-class _Chunk(NamedTuple):
-    """Experts from ``first`` to before ``last``, with the rows from ``start`` to before ``end``."""
-
-    first: int
-    last: int
-    start: int
-    end: int
-
-
-def _chunks_with_rows(
-    ranges: Sequence[tuple[int, int]], offsets: Tensor, rows: int
-) -> Iterator[_Chunk]:
-    """The chunks of experts that have rows. One chunk of all experts needs no host's read."""
-    if len(ranges) == 1:
-        first, last = ranges[0]
-        yield _Chunk(first, last, 0, rows)
-        return
-    ends = [0, *offsets.tolist()]
-    for first, last in ranges:
-        if ends[last] > ends[first]:
-            yield _Chunk(first, last, ends[first], ends[last])
-
-
-def _products(offsets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The grouped product of rows [T, P] and [E, P, Q], or of columns [P, T] and rows [T, Q].
-    Unused rows are not written.
-    """
-    ends = offsets.to(torch.int32)
-    return lambda a, b: torch._grouped_mm(a, b, offs=ends)
-
-
-def _padded(t: Tensor, dim: int) -> Tensor:
-    """``t`` with zeros behind its ranks, up to a size that the grouped product takes."""
-    step = ALIGNMENT // t.element_size()
-    size = max(step, -(-t.shape[dim] // step) * step)
-    missing = size - t.shape[dim]
-    if not missing:
-        return t
-    # Pairs of zeros before and behind, from the last dimension on.
-    later_dims = t.dim() - 1 - dim
-    return torch.nn.functional.pad(t, (*(0, 0) * later_dims, 0, missing))
-
-
-def _counts(offsets: Tensor) -> Tensor:
-    """How many rows each expert has, [E], of behind which row it ends."""
-    return torch.diff(offsets, prepend=offsets.new_zeros(1))
-
-
-def unused_rows(offsets: Tensor, rows: int) -> Tensor:
-    """Whether a row is behind the last expert's, [T, 1]."""
-    return (torch.arange(rows, device=offsets.device) >= offsets[-1])[:, None]
 
 
 # Autograd

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from stablelora_kernels.ops.formulas import Wanted
 from stablelora_kernels.ops.lora_experts import (
-    ExpertsBackward,
-    ExpertsForward,
     experts_thin_product,
     lora_experts_bwd,
     lora_experts_fwd,
-    unused_rows,
 )
+from stablelora_kernels.ops.lora_experts_call import ExpertsBackward, ExpertsForward
+from stablelora_kernels.ops.lora_experts_grouped import unused_rows
 from stablelora_kernels.ops.lora_experts_mlp_blocks import weight_gradients
 from stablelora_kernels.ops.lora_experts_mlp_call import (
     ExpertStack,

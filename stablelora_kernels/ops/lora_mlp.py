@@ -5,9 +5,9 @@ has the formulas.
     backward  dH = dX of down, for dY   dG = dH ∘ U ∘ act'(G)   dU = dH ∘ act(G)   then gate's and up's gradients for them
 
 Autograd saves X, G, U and each S. Backward computes H and act(G) again where it needs them. The
-kernels keep dropout's masks, and so does the PyTorch path if they are positions or few
-(``ops/dropout.py``);
-it draws others again from the state of torch's generator, where that can be read.
+kernels keep dropout's masks, and so does the PyTorch path if they are positions or small
+(``ops/dropout.py``); it draws others again from the state of torch's generator, where that can be
+read.
 """
 
 from __future__ import annotations
