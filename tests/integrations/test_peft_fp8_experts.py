@@ -32,17 +32,23 @@ def transformers_product(monkeypatch):
     monkeypatch.setattr(fp8, KERNEL, product)
 
 
-def pair(by_peft: bool, family: str = "qwen3_moe", **options: Any) -> tuple[Any, Any]:
+def pair(
+    by_peft: bool, family: str = "qwen3_moe", fuse_mlp: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    """A model in float8, and one of what that stands for. ``fuse_mlp``: the first's, by
+    ``apply_lora``.
+    """
     model = build(family, dtype=FP32, width=WIDTH)
     names = stacks(model)
     adapted = []
-    for each in in_float8(model):
+    for place, each in enumerate(in_float8(model)):
         if by_peft:
             each = with_lora(each, target_parameters=names)
         else:
             torch.manual_seed(1)
-            config = {"r": 3, "lora_alpha": 6, "init_lora_weights": False} | options
-            slk.apply_lora(each, slk.LoRAConfig(target_parameters=names, **config))
+            settings = {"r": 3, "lora_alpha": 6, "init_lora_weights": False} | options
+            config = slk.LoRAConfig(target_parameters=names, **settings)
+            slk.apply_lora(each, config, fuse_mlp=fuse_mlp and place == 0)
             each.eval()
         adapted.append(each)
     model, plain = adapted
@@ -64,12 +70,15 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("by_peft", [True, False], ids=["by PEFT", "by apply_lora"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_gradients(family, by_peft, checkpointing, transformers_product):
-    model, plain = pair(by_peft, family)
+@pytest.mark.parametrize("fuse_mlp", [False, True])
+def test_all_gradients(family, by_peft, checkpointing, fuse_mlp, transformers_product):
+    """``fuse_mlp``: in one op, against plain stacks in two."""
+    model, plain = pair(by_peft, family, **{} if by_peft else {"fuse_mlp": fuse_mlp})
     if by_peft:
-        report = slk.accelerate_peft(model, strict=True)
+        report = slk.accelerate_peft(model, strict=True, fuse_mlp=fuse_mlp)
         assert {(row.r, row.experts) for row in report.replaced} == {(3, E)}
-        assert not report.notes and not report.skipped
+        notes = (f"computed in one op each: 1 x MLP of {E} experts",) if fuse_mlp else ()
+        assert report.notes == notes and not report.skipped
         slk.accelerate_peft(plain, strict=True)
     if checkpointing:
         for each in (model, plain):

@@ -93,7 +93,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("by_peft", [True, False], ids=["by PEFT", "by apply_lora"])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=str)
-def test_it_trains_with_lora(by_peft, checkpointing, tmp_path):
+@pytest.mark.parametrize("fuse_mlp", [False, True])
+def test_it_trains_with_lora(by_peft, checkpointing, fuse_mlp, tmp_path):
     plain, state = checkpoint()
     model = without_memory(plain)
     slk.load_packed_experts(model, write(state, tmp_path))
@@ -102,13 +103,16 @@ def test_it_trains_with_lora(by_peft, checkpointing, tmp_path):
     for each in (model, plain):
         if by_peft:
             each = with_lora(each, target_parameters=NAMES)
-            slk.accelerate_peft(each, strict=True)
+            report = slk.accelerate_peft(each, strict=True, fuse_mlp=fuse_mlp and not adapted)
         else:
             torch.manual_seed(1)
             names = stacks(plain)
             config = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
-            report = slk.apply_lora(each, slk.LoRAConfig(target_parameters=names, **config))
+            config = slk.LoRAConfig(target_parameters=names, **config)
+            report = slk.apply_lora(each, config, fuse_mlp=fuse_mlp and not adapted)
             assert {(row.r, row.experts) for row in report.replaced} == {(3, E)}
+        is_fused = [mlp.reason for mlp in report.mlps] == [None]
+        assert is_fused == (fuse_mlp and not adapted)
         adapted.append(each)
     trained = {n: p for n, p in adapted[0].named_parameters() if p.requires_grad}
     for name, p in adapted[1].named_parameters():
