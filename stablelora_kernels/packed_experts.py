@@ -7,6 +7,7 @@ the op knows nothing of these libraries.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.quantized import Layout, Stored, check_power, check_tensor
-from stablelora_kernels.utils.extras import import_extra
 
 # Formats of a stack, as :class:`StackLayout` has them.
 NF4, FP4, FP8, MXFP4 = range(4)
@@ -201,7 +201,8 @@ class NF4Experts(PackedExperts):
             flat = Layout(4, rows, layout.columns, layout.block_columns, 0)
             values = Stored(data, (absmax, code), flat).dequantize(dtype)
         else:
-            functional = import_extra("bitsandbytes.functional", "peft", "a stack in 4 bits")
+            # Whoever has a stack in 4 bits has bitsandbytes, which no extra installs.
+            functional = importlib.import_module("bitsandbytes.functional")
             state = functional.QuantState(
                 absmax=absmax,
                 # One row a block: on a CPU bitsandbytes is wrong about blocks across rows.

@@ -285,12 +285,12 @@ class Eighths:
     """A stack in 8 bits, in eighths."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.stored = (weight * 8).clamp(-127, 127).to(torch.int8)
+        self.data = (weight * 8).clamp(-127, 127).to(torch.int8)
         self.read: list[int] = []
 
     def expert(self, place: int, dtype: torch.dtype) -> torch.Tensor:
         self.read.append(place)
-        return self.stored[place].to(dtype) / 8
+        return self.data[place].to(dtype) / 8
 
 
 @pytest.mark.parametrize("wanted", [LEAVES, ("down_a", "down_b")])
@@ -299,7 +299,7 @@ def test_a_packed_stack_is_read_expert_by_expert(transposed, wanted):
     case = DOUBLE._replace(bias=True, transposed=transposed, wanted=wanted)
     made = make(case)
     up, down = Eighths(made.up_weight), Eighths(made.down_weight)
-    plain = made._replace(up_weight=up.stored.double() / 8, down_weight=down.stored.double() / 8)
+    plain = made._replace(up_weight=up.data.double() / 8, down_weight=down.data.double() / 8)
     exact = expected(case, plain, FP64)
     results = run(case, made._replace(up_weight=up, down_weight=down))  # type: ignore[arg-type]
     for name, value in results.items():
