@@ -13,18 +13,21 @@ import stablelora_kernels as slk
 from stablelora_kernels.testing.cases import FP32
 from tests.helpers.distributed_training import gather
 from tests.helpers.moe_models import IDS, build, stacks, with_lora
-from tests.helpers.packed_stacks import in_4_bits
+from tests.helpers.packed_stacks import in_4_bits, in_float8
 from tests.helpers.processes import needs_gloo, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def adapted(library: str) -> Any:
-    """A model with LoRA on its experts in NF4, nested."""
-    model = build("qwen3_moe", dtype=FP32, width=64)
+def adapted(library: str, stored: str) -> Any:
+    """A model with LoRA on its experts, ``stored`` in nested NF4 or in float8."""
+    model = build("qwen3_moe", dtype=FP32, width=64 if stored == "NF4" else 128)
     ends = stacks(model)
     names = [name for name, _ in model.named_parameters() if name.endswith(tuple(ends))]
-    model, _ = in_4_bits(model, compress_statistics=True)
+    if stored == "NF4":
+        model, _ = in_4_bits(model, compress_statistics=True)
+    else:
+        model, _ = in_float8(model)
     if library == "PEFT":
         model = with_lora(model, target_parameters=names)
         slk.accelerate_peft(model, strict=True)
@@ -35,11 +38,14 @@ def adapted(library: str) -> Any:
     return model.eval()
 
 
-def train(rank: int, world: int, directory: Any, library: str, way: str) -> dict[str, Any]:
-    model = adapted(library)
+def train(
+    rank: int, world: int, directory: Any, library: str, way: str, stored: str
+) -> dict[str, Any]:
+    model = adapted(library, stored)
     trained = model
     if world > 1 and way == "DDP":
-        model = DistributedDataParallel(model)
+        # gloo broadcasts no float8. Both processes have made the same model.
+        model = DistributedDataParallel(model, init_sync=stored != "float8")
     elif world > 1:
         path = "model.layers" if library == "ours" else "base_model.model.model.layers"
         for layer in model.get_submodule(path):
@@ -60,9 +66,10 @@ def train(rank: int, world: int, directory: Any, library: str, way: str) -> dict
 @needs_gloo
 @pytest.mark.parametrize("way", ["DDP", "fully_shard"])
 @pytest.mark.parametrize("library", ["ours", "PEFT"])
-def test_two_processes_train_as_one(library, way, tmp_path):
-    alone = train(0, 1, tmp_path, library, way)
-    for values in spawn(train, 2, tmp_path, library, way):
+@pytest.mark.parametrize("stored", ["NF4", "float8"])
+def test_two_processes_train_as_one(library, way, stored, tmp_path):
+    alone = train(0, 1, tmp_path, library, way, stored)
+    for values in spawn(train, 2, tmp_path, library, way, stored):
         assert values.keys() == alone.keys() and len(alone) == 4
         for name, value in values.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
