@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
-from stablelora_kernels.functional import lora_linear
+from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
 from stablelora_kernels.testing.cases import (
     BF16,
     DEVICE,
@@ -302,3 +302,28 @@ def test_the_meta_device_gives_shapes(op, leading, backend):
         like["Y0"] = given["grad2"]
     for name, t in found.items():
         assert (t.device.type, t.shape) == ("meta", like[name].shape), name
+
+
+def test_a_shared_A_has_one_mask_under_autocast():
+    """Also in another dtype than autocast's, to which the A of gate and of up are cast."""
+    torch.manual_seed(0)
+    x = torch.randn(70, 16)
+    weights = [torch.randn(24, 16), torch.randn(24, 16), torch.randn(16, 24)]
+    shared = torch.randn(3, 16, dtype=FP16)
+    lora_As = [shared, shared, torch.randn(3, 24, dtype=FP16)]
+    lora_Bs = [torch.randn(w.shape[0], 3, dtype=FP16) for w in weights]
+
+    def output(dtype: torch.dtype | None) -> torch.Tensor:
+        def cast(t: torch.Tensor) -> torch.Tensor:
+            return t if dtype is None else t.to(dtype)
+
+        cast_As = [cast(a) for a in lora_As]
+        cast_As[1] = cast_As[0]
+        layers = zip(weights, cast_As, lora_Bs, strict=True)
+        projections = [LoRAWeights(cast(w), None, a, cast(b), 2.0) for w, a, b in layers]
+        torch.manual_seed(1)
+        return lora_mlp(cast(x), *projections, "silu", dropout_p=0.3)
+
+    with torch.autocast("cpu", BF16):
+        found = output(None)
+    assert found.equal(output(BF16))
