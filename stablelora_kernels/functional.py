@@ -112,8 +112,9 @@ def lora_linear_group(
     and v, or gate and up.
 
     It equals separate calls of :func:`lora_linear` in this order, masks included, up to rounding:
-    it sums x's gradients before rounding them, where separate calls round first. All projections
-    share one read of x, forward and backward, and their gradients of x are not stored separately.
+    it sums x's gradients before rounding them, where separate calls round first. Their gradients of
+    x are not stored separately. On Triton all projections share one read of x, forward and
+    backward.
     Up to 64 rows, and above rank 64, the projections are computed one by one; only their gradients
     of x are accumulated in place.
 

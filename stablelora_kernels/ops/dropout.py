@@ -181,6 +181,14 @@ class Drawn(NamedTuple):
 NOT_DROPPED = Drawn(None, None, 1.0)
 
 
+def draw_to_keep(x: Tensor, dropout_p: float) -> Drawn:
+    """Draw x's mask, which is kept for backward as it is."""
+    if not dropout_p:
+        return NOT_DROPPED
+    mask, share = _draw(x.shape, x.device, dropout_p)
+    return Drawn(mask, mask, 1 / (1 - share))
+
+
 def draw_for_backward(x: Tensor, dropout_p: float) -> Drawn:
     """Draw x's mask so that :func:`drawn_again` gives it to backward with little memory."""
     # Positions are small, and so are few bools: a state takes 5,056 bytes. A compiled graph keeps no
@@ -188,8 +196,7 @@ def draw_for_backward(x: Tensor, dropout_p: float) -> Drawn:
     size = x.numel()
     is_kept = _is_small(size) or _are_positions_drawn(size, x.device, drop_share(dropout_p))
     if is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
-        mask, share = _draw(x.shape, x.device, dropout_p)
-        return Drawn(mask, mask, 1 / (1 - share))
+        return draw_to_keep(x, dropout_p)
     # Other threads draw from torch's generator too. A generator of the mask's own makes the mask
     # follow from the state alone, whatever they draw meanwhile; torch's generator then continues
     # behind it.

@@ -22,7 +22,14 @@ from stablelora_kernels.ops.cpu_products import (
     wide_product,
     without_autocast,
 )
-from stablelora_kernels.ops.dropout import applicable, draw_dropout, is_positions, mask_, masked
+from stablelora_kernels.ops.dropout import (
+    Drawn,
+    applicable,
+    draw_dropout,
+    is_positions,
+    mask_,
+    masked,
+)
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored, as_plain
@@ -43,6 +50,51 @@ class Gradients(NamedTuple):
     dx: Tensor | None
     da: Tensor | None
     db: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What backward reads of a projection, as autograd saves it; None is what no gradient needs."""
+
+    # A quantized weight's bytes.
+    weight: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    s: Tensor | None
+    # The mask, or what draws it again.
+    recipe: Tensor | None
+
+    def as_projection(self, scaling: float) -> Projection:
+        """The projection whose gradients are computed. A bias has no part in them."""
+        return Projection(self.weight, None, self.lora_A, self.lora_B, scaling)
+
+
+class Projected(NamedTuple):
+    """The output of a projection [M, N], and what gives its gradients."""
+
+    y: Tensor
+    s: Tensor
+    drawn: Drawn
+    # As it was multiplied, with s'.
+    p: Projection
+
+    def saved(self, weight: Tensor | None, needs_s: bool, needs_mask: bool) -> Saved:
+        """``weight``: a quantized weight's bytes; None if dX is not needed."""
+        return Saved(
+            weight,
+            self.p.lora_A,
+            self.p.lora_B,
+            self.s if needs_s else None,
+            self.drawn.recipe if needs_mask else None,
+        )
+
+
+def project_drawn(x: Tensor, p: Projection, drawn: Drawn, base: Tensor | None = None) -> Projected:
+    """A projection of x [M, K] whose mask is ``drawn``; or a lone branch onto ``base`` [M, N]."""
+    # A compiled graph of dynamic shapes would hold the constant 1.0 as a symbol.
+    scaling = p.scaling if drawn.mask is None else p.scaling * drawn.scale
+    p = to_multiply(p, x.dtype, scaling)
+    y, s = project(x, p, drawn.mask, base)
+    return Projected(y, s, drawn, p)
 
 
 def to_multiply(p: Projection, dtype: torch.dtype, scaling: float) -> Projection:

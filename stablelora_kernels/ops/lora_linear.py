@@ -6,8 +6,8 @@ choice of the PyTorch path (``lora_linear_torch``).
               dA_g = dS_g^T (X ∘ keep_g)               dB_g = dY_g^T S_g
 
 g is one projection, or each of a projection group: up to three projections of one X (q, k and v;
-gate and up). A group reads X once for all S and once for all dA, and each projection adds its dX to
-the stored sum. Its masks are those of projections computed one by one.
+gate and up). On Triton a group reads X once for all S and once for all dA. Each projection adds its
+dX to the stored sum. Its masks are those of projections computed one by one.
 
 A lone branch (``lora_branch``) has a base product BASE in place of X W^T, which another layer has
 computed; its dX has no dY W. The op does not write to BASE: another backward may need it, and the

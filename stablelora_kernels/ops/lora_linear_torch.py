@@ -5,7 +5,7 @@ their gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,62 +17,31 @@ from stablelora_kernels.ops.autograd import (
     first_derivative,
     weight_gradient,
 )
-from stablelora_kernels.ops.dropout import draw_dropout
-from stablelora_kernels.ops.formulas import Wanted, gradients_of, project, to_multiply
+from stablelora_kernels.ops.dropout import draw_to_keep
+from stablelora_kernels.ops.formulas import Projected, Saved, Wanted, gradients_of, project_drawn
 from stablelora_kernels.ops.lora_linear_facts import LinearFacts, Needs
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
-from stablelora_kernels.projection import Projection, operands_of, projections_of, with_stored
+from stablelora_kernels.projection import (
+    Projection,
+    in_groups,
+    operands_of,
+    projections_of,
+    with_stored,
+)
 from stablelora_kernels.quantized import Stored
 from stablelora_kernels.utils.tensors import cast
 
 
-class _Projected(NamedTuple):
-    """Y [..., N], and what backward may read of it."""
-
-    y: Tensor
-    s: Tensor
-    mask: Tensor | None
-    # As it was multiplied, with s'.
-    p: Projection
-
-
-def _project(x: Tensor, p: Projection, dropout_p: float, base: Tensor | None = None) -> _Projected:
+def _project(x: Tensor, p: Projection, dropout_p: float, base: Tensor | None = None) -> Projected:
     """One projection of x [..., K], or a lone branch onto ``base``, with a mask of its own."""
     rows = as_matrix(x)
-    mask, scaling = draw_dropout(rows, dropout_p, p.scaling)
-    p = to_multiply(p, x.dtype, scaling)
-    if base is None:
-        y, s = project(rows, p, mask)
-        return _Projected(like_rows_of(y, x), s, mask, p)
-    y, s = project(rows, p, mask, as_matrix(base))
-    return _Projected(like_rows_of(y, base), s, mask, p)
+    onto = None if base is None else as_matrix(base)
+    return project_drawn(rows, p, draw_to_keep(rows, dropout_p), onto)
 
 
-class Saved(NamedTuple):
-    """What backward reads of a projection; None is what no gradient needs."""
-
-    # A quantized weight's bytes.
-    weight: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    s: Tensor | None
-    # Of a gated MLP it may be what draws the mask again.
-    mask: Tensor | None
-
-    def as_projection(self, scaling: float) -> Projection:
-        """The projection whose gradients are computed. A bias has no part in them."""
-        return Projection(self.weight, None, self.lora_A, self.lora_B, scaling)
-
-
-def _saved(computed: _Projected, weight: Tensor | None, needs: Needs) -> Saved:
+def _saved(projected: Projected, weight: Tensor | None, needs: Needs) -> Saved:
     """``weight``: a quantized weight's bytes."""
-    return Saved(
-        weight if needs.x else None,
-        computed.p.lora_A,
-        computed.p.lora_B,
-        computed.s if needs.b else None,
-        computed.mask if needs.x or needs.a else None,
-    )
+    return projected.saved(weight if needs.x else None, needs.b, needs.x or needs.a)
 
 
 class _ProjectionContext(Context, Protocol):
@@ -100,15 +69,15 @@ class _LoRALinear(torch.autograd.Function):
         p = Projection(weight, bias, lora_A, lora_B, settings.scalings[0])
         if settings.layouts:
             p = with_stored([p], scales, settings.layouts)[0]
-        computed = _project(x, p, settings.dropout_p, base)
+        projected = _project(x, p, settings.dropout_p, base)
         # x itself, not its rows: the surrounding graph already holds it.
         reads_x = facts.needs.a or facts.needs.weights[0]
-        saved = _saved(computed, weight, facts.needs)
+        saved = _saved(projected, weight, facts.needs)
         read_scales = scales if facts.needs.x else ()
         ctx.save_for_backward(x if reads_x else None, *saved, *read_scales)
         ctx.facts = facts
-        ctx.scaling = computed.p.scaling
-        return computed.y
+        ctx.scaling = projected.p.scaling
+        return like_rows_of(projected.y, x if base is None else base)
 
     @staticmethod
     @first_derivative
@@ -133,7 +102,7 @@ class _LoRALinear(torch.autograd.Function):
                 grad,
                 p,
                 saved.s,
-                saved.mask,
+                saved.recipe,
                 facts.lora_dtype,
                 Wanted(needs.x, needs.a, needs.b),
             )
@@ -146,10 +115,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def _like_x(dx: Tensor | None, dy: Tensor, facts: LinearFacts) -> Tensor | None:
     """dX [M, K] in x's dtype, with the leading sizes of dY."""
-    if dx is None:
-        return None
-    dx = cast(dx, facts.x_dtype)
-    return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], dx.shape[1])
+    return None if dx is None else like_rows_of(cast(dx, facts.x_dtype), dy)
 
 
 class _GroupContext(Context, Protocol):
@@ -166,18 +132,18 @@ class _LoRALinearGroup(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         settings = facts.forward
         projections = projections_of(operands, (), (), settings.scalings)
-        outputs = [_project(x, p, settings.dropout_p) for p in projections]
+        members = [_project(x, p, settings.dropout_p) for p in projections]
         saved: list[Tensor | None] = []
-        for computed in outputs:
-            weight = computed.p.weight
+        for member in members:
+            weight = member.p.weight
             assert isinstance(weight, Tensor)
-            saved += _saved(computed, weight, facts.needs)
+            saved += _saved(member, weight, facts.needs)
         reads_x = facts.needs.a or True in facts.needs.weights
         ctx.save_for_backward(x if reads_x else None, *saved)
         ctx.set_materialize_grads(False)
         ctx.facts = facts
-        ctx.scalings = tuple([computed.p.scaling for computed in outputs])
-        return tuple([computed.y for computed in outputs])
+        ctx.scalings = tuple([member.p.scaling for member in members])
+        return tuple([like_rows_of(member.y, x) for member in members])
 
     @staticmethod
     @first_derivative
@@ -185,15 +151,15 @@ class _LoRALinearGroup(torch.autograd.Function):
         facts = ctx.facts
         needs = facts.needs
         x, *tensors = ctx.saved_tensors
-        size = len(Saved._fields)
+        members = in_groups(tensors, len(Saved._fields))
         dx = None
         of_operands: list[Tensor | None] = []
-        for place, dy in enumerate(dys):
+        for place, (dy, member) in enumerate(zip(dys, members, strict=True)):
             if dy is None:
                 # This projection's output was not used.
                 of_operands += [None] * 4
                 continue
-            saved = Saved(*tensors[place * size : (place + 1) * size])
+            saved = Saved(*member)
             da = None
             db = None
             if needs.x or needs.a or needs.b:
@@ -202,7 +168,7 @@ class _LoRALinearGroup(torch.autograd.Function):
                     with_own_memory(as_matrix(dy)),
                     saved.as_projection(ctx.scalings[place]),
                     saved.s,
-                    saved.mask,
+                    saved.recipe,
                     facts.lora_dtype,
                     Wanted(needs.x, needs.a, needs.b),
                     dx,
@@ -230,15 +196,17 @@ def lora_linear_torch(
     call has a key.
     """
     if facts.strategy == "without gradients":
-        dropout_p = facts.forward.dropout_p
-        return [_project(x, p, dropout_p, base).y for p in projections]
+        like = x if base is None else base
+        members = [_project(x, p, facts.forward.dropout_p, base) for p in projections]
+        return [like_rows_of(member.y, like) for member in members]
     apply: Callable[..., Any]
     if len(projections) > 1:
         apply = _apply_known_group if is_known else _LoRALinearGroup.apply
         ys: tuple[Tensor, ...] = apply(facts, x, *operands_of(projections))
         return ys
     apply = _apply_known_projection if is_known else _LoRALinear.apply
-    weight, bias, lora_A, lora_B, _scaling = projections[0]
-    if isinstance(weight, Stored):
-        return (apply(facts, x, base, weight.data, bias, lora_A, lora_B, *weight.scales),)
-    return (apply(facts, x, base, weight, bias, lora_A, lora_B),)
+    p = projections[0]
+    if isinstance(p.weight, Stored):
+        data = p.weight.data
+        return (apply(facts, x, base, data, p.bias, p.lora_A, p.lora_B, *p.weight.scales),)
+    return (apply(facts, x, base, p.weight, p.bias, p.lora_A, p.lora_B),)

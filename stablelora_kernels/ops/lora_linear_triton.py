@@ -60,12 +60,12 @@ class LinearForwardCall(NamedTuple):
 
 
 class LinearForwardResults(NamedTuple):
-    """The Y's [..., N], and what backward needs. The PyTorch path has the same results."""
+    """The Y's [..., N], and what backward needs."""
 
     ys: Sequence[Tensor]
-    # On Triton one matrix for all projections, side by side; it is empty if it is not saved.
+    # One matrix for all projections, side by side; it is empty if it is not saved.
     s: Sequence[Tensor]
-    # On Triton none if they are not saved.
+    # Empty if they are not saved.
     masks: Sequence[Tensor | None]
 
 
@@ -81,7 +81,7 @@ class LinearBackwardSettings(NamedTuple):
 
 
 class LinearBackwardCall(NamedTuple):
-    """The arguments of ``lora_linear_bwd``, and of the PyTorch path's backward."""
+    """The arguments of ``lora_linear_bwd``."""
 
     # None if dA is not needed.
     x: Tensor | None

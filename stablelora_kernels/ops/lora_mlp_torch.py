@@ -19,12 +19,12 @@ from stablelora_kernels.ops.autograd import (
 from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
 from stablelora_kernels.ops.formulas import (
     Gradients,
+    Projected,
+    Saved,
     Wanted,
     gradients_of,
-    project,
-    to_multiply,
+    project_drawn,
 )
-from stablelora_kernels.ops.lora_linear_torch import Saved
 from stablelora_kernels.ops.lora_mlp_facts import MLPFacts
 from stablelora_kernels.ops.lora_mlp_triton import with_branches
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
@@ -50,42 +50,19 @@ ACTIVATIONS = {
 }
 
 
-class _Projected(NamedTuple):
-    """The output of gate, up or down, and what gives its gradients."""
-
-    # [M, N].
-    y: Tensor
-    s: Tensor
-    drawn: Drawn
-    # As it was multiplied, with s'.
-    p: Projection
-
-    def saved(self, weight: Tensor | None, needs_b: bool) -> Saved:
-        """``weight``: a quantized weight's bytes, None if it is not read."""
-        p = self.p
-        s = self.s if needs_b else None
-        return Saved(weight, p.lora_A, p.lora_B, s, self.drawn.recipe)
-
-
-def _project(x: Tensor, p: Projection, drawn: Drawn) -> _Projected:
-    p = to_multiply(p, x.dtype, p.scaling * drawn.scale)
-    y, s = project(x, p, drawn.mask)
-    return _Projected(y, s, drawn, p)
-
-
 def _forward(
     facts: MLPFacts, x: Tensor, gate: Projection, up: Projection, down: Projection
-) -> tuple[_Projected, _Projected, _Projected]:
+) -> tuple[Projected, Projected, Projected]:
     """Gate's, up's and down's output for x [M, K], with the masks drawn on the way."""
     options = facts.options
     if not (gate.rank and up.rank and down.rank):
         gate, up, down = with_branches((gate, up, down), x)
     mask_of_gate = _draw(x, gate, options.dropout_p)
     mask_of_up = mask_of_gate if options.shared_mask else _draw(x, up, options.dropout_p)
-    of_gate = _project(x, gate, mask_of_gate)
-    of_up = _project(x, up, mask_of_up)
+    of_gate = project_drawn(x, gate, mask_of_gate)
+    of_up = project_drawn(x, up, mask_of_up)
     h = ACTIVATIONS[options.activation].forward(of_gate.y).mul_(of_up.y)
-    return of_gate, of_up, _project(h, down, _draw(h, down, options.dropout_p))
+    return of_gate, of_up, project_drawn(h, down, _draw(h, down, options.dropout_p))
 
 
 def _draw(x: Tensor, p: Projection, dropout_p: float) -> Drawn:
@@ -132,13 +109,14 @@ class _LoRAMLP(torch.autograd.Function):
         if settings.layouts:
             gate, up, down = with_stored((gate, up, down), scales, settings.layouts)
         of_gate, of_up, of_down = _forward(facts, as_matrix(x), gate, up, down)
+        reads_mask = needs.x or needs.thin_a
         ctx.save_for_backward(
             x if needs.thin_a else None,
             of_gate.y,
             of_up.y,
-            *of_gate.saved(gate_weight if needs.x else None, needs.thin_b),
-            *of_up.saved(up_weight if needs.x else None, needs.thin_b),
-            *of_down.saved(down_weight if needs.h else None, needs.down_b),
+            *of_gate.saved(gate_weight if needs.x else None, needs.thin_b, reads_mask),
+            *of_up.saved(up_weight if needs.x else None, needs.thin_b, reads_mask),
+            *of_down.saved(down_weight if needs.h else None, needs.down_b, needs.h or needs.down_a),
             *scales,
         )
         ctx.facts = facts
@@ -179,9 +157,7 @@ class _LoRAMLP(torch.autograd.Function):
         )
         dx = up_gradients.dx
         if dx is not None:
-            dx = cast(dx, dy.dtype)
-            if dy.dim() != 2:
-                dx = dx.view(*dy.shape[:-1], dx.shape[1])
+            dx = like_rows_of(cast(dx, dy.dtype), dy)
         return _gradients_by_argument(facts, dx, gate_gradients, up_gradients, gradients_of_down)
 
 
@@ -199,7 +175,7 @@ def _down_gradients(
     if needs.h or needs.down_a:
         assert down.lora_A is not None
         shape = (grad.shape[0], down.lora_A.shape[1])
-        mask = drawn_again(saved.mask, shape, facts.options.dropout_p)
+        mask = drawn_again(saved.recipe, shape, facts.options.dropout_p)
     wanted = Wanted(needs.h, needs.down_a, needs.down_b)
     gradients = gradients_of(h, grad, down, saved.s, mask, facts.lora_dtype, wanted)
     if gradients.dx is None:
@@ -225,10 +201,10 @@ def _gate_up_gradients(
     if needs.x or needs.thin_a:
         assert gate.lora_A is not None
         shape = (dg.shape[0], gate.lora_A.shape[1])
-        gate_mask = drawn_again(saved[0].mask, shape, facts.options.dropout_p)
+        gate_mask = drawn_again(saved[0].recipe, shape, facts.options.dropout_p)
         up_mask = gate_mask
         if not facts.options.shared_mask:
-            up_mask = drawn_again(saved[1].mask, shape, facts.options.dropout_p)
+            up_mask = drawn_again(saved[1].recipe, shape, facts.options.dropout_p)
     wanted = Wanted(needs.x, needs.thin_a, needs.thin_b)
     of_gate = gradients_of(x, dg, gate, saved[0].s, gate_mask, facts.lora_dtype, wanted)
     of_up = gradients_of(x, du, up, saved[1].s, up_mask, facts.lora_dtype, wanted, of_gate.dx)

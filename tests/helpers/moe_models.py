@@ -4,11 +4,13 @@ experts by PEFT.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 transformers = pytest.importorskip(
@@ -179,3 +181,23 @@ def routing(tokens: int = 9, width: int = H) -> tuple[torch.Tensor, torch.Tensor
         for size in ((tokens, width), (tokens, 2))
     )
     return x.requires_grad_(), index, weights.requires_grad_()
+
+
+def assert_copies_and_compiles(module: nn.Module, given: Sequence[Tensor]) -> None:
+    """A copy computes what ``module`` does and shares nothing with it, also compiled in one graph.
+
+    The first of ``given`` requires a gradient. The module's parameters are zeros afterwards.
+    """
+    expected = module(*given)
+    expected_grad = torch.autograd.grad(expected.square().sum(), given[0])[0]
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    torch._dynamo.reset()
+    compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
+    for call in (copied, compiled):
+        y = call(*given)
+        torch.testing.assert_close(y, expected)
+        gradient = torch.autograd.grad(y.square().sum(), given[0])[0]
+        torch.testing.assert_close(gradient, expected_grad)

@@ -17,7 +17,17 @@ from stablelora_kernels.integrations import peft_experts, peft_faults
 from stablelora_kernels.integrations.peft_wrappers import wrapped_parameters
 from stablelora_kernels.nn import experts
 from stablelora_kernels.testing.cases import BF16, FP32
-from tests.helpers.moe_models import IDS, E, build, peft, results, routing, stacks, with_lora
+from tests.helpers.moe_models import (
+    IDS,
+    E,
+    assert_copies_and_compiles,
+    build,
+    peft,
+    results,
+    routing,
+    stacks,
+    with_lora,
+)
 from tests.helpers.packed_stacks import in_4_bits, nf4
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -312,20 +322,7 @@ def test_copied_and_compiled():
     (wrapper,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
     given = [t.detach().float() if t.is_floating_point() else t for t in routing(width=WIDTH)]
     given[0].requires_grad_()
-    expected = wrapper(*given)
-    expected_grad = torch.autograd.grad(expected.square().sum(), given[0])[0]
-    copied = copy.deepcopy(wrapper)
-    with torch.no_grad():
-        for p in wrapper.parameters():
-            p.zero_()
-    torch._dynamo.reset()
-    compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
-    for call in (copied, compiled):
-        y = call(*given)
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(y.square().sum(), given[0])[0], expected_grad
-        )
+    assert_copies_and_compiles(wrapper, given)
 
 
 def test_no_token():

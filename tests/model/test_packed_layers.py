@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,7 +11,16 @@ from torch.utils.checkpoint import checkpoint
 import stablelora_kernels as slk
 from stablelora_kernels.nn import LoRAExperts
 from stablelora_kernels.testing.cases import BF16, FP32
-from tests.helpers.moe_models import IDS, E, build, peft, results, routing, stacks
+from tests.helpers.moe_models import (
+    IDS,
+    E,
+    assert_copies_and_compiles,
+    build,
+    peft,
+    results,
+    routing,
+    stacks,
+)
 from tests.helpers.packed_stacks import in_4_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -178,19 +186,7 @@ def test_copied_and_compiled():
     module = experts_of(model)
     x, index, weights = (t.detach() for t in routing(width=WIDTH))
     given = (x.float().requires_grad_(), index, weights.float())
-    expected = module(*given)
-    expected_grad = torch.autograd.grad(expected.square().sum(), given[0])[0]
-    copied = copy.deepcopy(module)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.zero_()
-    torch._dynamo.reset()
-    compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
-    for call in (copied, compiled):
-        y = call(*given)
-        torch.testing.assert_close(y, expected)
-        gradient = torch.autograd.grad(y.square().sum(), given[0])[0]
-        torch.testing.assert_close(gradient, expected_grad)
+    assert_copies_and_compiles(module, given)
 
 
 def test_a_stack_of_no_whole_blocks_is_skipped_with_the_reason():

@@ -144,14 +144,19 @@ class Made(NamedTuple):
 def make(case: Case) -> Made:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=FP64).to(dtype)
+    def draw(*shape: int, dtype: torch.dtype = case.dtype, terms: int = 1) -> torch.Tensor:
+        """``terms``: of the sums that its numbers are factors in, which stay near 1."""
+        numbers = torch.randn(shape, generator=generator, dtype=FP64)
+        return (numbers / max(terms, 1) ** 0.5).to(dtype)
 
     def stack(n: int, k: int) -> torch.Tensor:
-        return draw(E, k, n) if case.transposed else draw(E, n, k)
+        return draw(E, k, n, terms=k) if case.transposed else draw(E, n, k, terms=k)
+
+    def lora_A(r: int, k: int) -> torch.Tensor:
+        return draw(E, r, k, dtype=case.lora_dtype, terms=k)
 
     def lora_B(n: int, r: int) -> torch.Tensor:
-        b = draw(n, r, E, dtype=case.lora_dtype).permute(2, 0, 1)
+        b = draw(n, r, E, dtype=case.lora_dtype, terms=r).permute(2, 0, 1)
         return b if case.packed else b.contiguous()
 
     up_r, down_r = case.ranks
@@ -169,11 +174,11 @@ def make(case: Case) -> Made:
         weights=weights.to(case.weights_dtype),
         up_weight=stack(g, H),
         up_bias=draw(E, g) if case.bias else None,
-        up_a=draw(E, up_r, H, dtype=case.lora_dtype),
+        up_a=lora_A(up_r, H),
         up_b=lora_B(g, up_r),
         down_weight=stack(N, I),
         down_bias=draw(E, N) if case.bias else None,
-        down_a=draw(E, down_r, I, dtype=case.lora_dtype),
+        down_a=lora_A(down_r, I),
         down_b=lora_B(N, down_r),
         grad=draw(case.tokens, N),
     )
