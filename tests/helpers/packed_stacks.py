@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.functional import FP8Experts, MXFP4Experts, NF4Experts, PackedExperts
+from stablelora_kernels.nn.stacks import set_mxfp4
 
 functional = pytest.importorskip(
     "bitsandbytes.functional", reason="runs where bitsandbytes is installed: pip install .[test]"
@@ -144,3 +145,20 @@ def quantize_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
     scale_inv = by_block.abs().amax((2, 4)) / 448
     scaled = by_block / scale_inv[:, :, None, :, None]
     return scaled.view(values.shape).to(torch.float8_e4m3fn), scale_inv
+
+
+def in_mxfp4(model: Any) -> tuple[Any, Any]:
+    """``model``, whose experts are stored transposed as gpt-oss's, with random ones in MXFP4; and a
+    copy with what these stand for.
+    """
+    plain = copy.deepcopy(model)
+    for module, other in zip([*model.modules()], [*plain.modules()], strict=True):
+        if not _has_stacks(module):
+            continue
+        for name in stacked_names(module):
+            count, columns, rows = getattr(module, name).shape
+            made = make_stack("mxfp4", count, rows, columns)
+            (scales,) = made.packed.scales
+            set_mxfp4(module, name, made.packed.data, scales, transposed=True)
+            getattr(other, name).data.copy_(made.values(torch.float32).transpose(1, 2))
+    return model, plain

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,21 +15,34 @@ import stablelora_kernels as slk
 from stablelora_kernels.testing.cases import FP32
 from tests.helpers.distributed_training import gather
 from tests.helpers.moe_models import IDS, build, stacks, with_lora
-from tests.helpers.packed_stacks import in_4_bits, in_float8
+from tests.helpers.packed_stacks import in_4_bits, in_float8, in_mxfp4
 from tests.helpers.processes import needs_gloo, spawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+class Stored(NamedTuple):
+    """A family of models, a width that is whole blocks, and what packs its experts."""
+
+    family: str
+    width: int
+    pack: Callable[[Any], tuple[Any, Any]]
+
+
+STORED = {
+    "NF4": Stored("qwen3_moe", 64, partial(in_4_bits, compress_statistics=True)),
+    "float8": Stored("qwen3_moe", 128, in_float8),
+    "MXFP4": Stored("gpt_oss", 64, in_mxfp4),
+}
+
+
 def adapted(library: str, stored: str) -> Any:
-    """A model with LoRA on its experts, ``stored`` in nested NF4 or in float8."""
-    model = build("qwen3_moe", dtype=FP32, width=64 if stored == "NF4" else 128)
+    """A model with LoRA on its experts, ``stored`` as one of STORED."""
+    kind = STORED[stored]
+    model = build(kind.family, dtype=FP32, width=kind.width)
     ends = stacks(model)
     names = [name for name, _ in model.named_parameters() if name.endswith(tuple(ends))]
-    if stored == "NF4":
-        model, _ = in_4_bits(model, compress_statistics=True)
-    else:
-        model, _ = in_float8(model)
+    model, _ = kind.pack(model)
     if library == "PEFT":
         model = with_lora(model, target_parameters=names)
         slk.accelerate_peft(model, strict=True)
@@ -66,7 +81,7 @@ def train(
 @needs_gloo
 @pytest.mark.parametrize("way", ["DDP", "fully_shard"])
 @pytest.mark.parametrize("library", ["ours", "PEFT"])
-@pytest.mark.parametrize("stored", ["NF4", "float8"])
+@pytest.mark.parametrize("stored", STORED)
 def test_two_processes_train_as_one(library, way, stored, tmp_path):
     alone = train(0, 1, tmp_path, library, way, stored)
     for values in spawn(train, 2, tmp_path, library, way, stored):
