@@ -15,6 +15,7 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
 from stablelora_kernels.kernels.lora.gated import gated
 from stablelora_kernels.kernels.lora.product import add_branch
+from stablelora_kernels.kernels.lora.tickets import request_tile, requested_tile
 
 
 @triton.jit
@@ -38,6 +39,7 @@ def _lora_gate_up_tma_kernel(
     branch_u,
     bias_g,
     bias_u,
+    tickets,
     M,
     N,
     K,
@@ -54,7 +56,9 @@ def _lora_gate_up_tma_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PARTS: tl.constexpr = TILE.PARTS
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PRODUCTS, flatten=False):
+    tiles = tiles_m * tiles_n
+    tile = tl.program_id(0)
+    while tile < tiles:
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, TILE.GROUP_M)
         row0, col0 = pid_m * BLOCK_M, pid_n * BLOCK_N
         g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -68,6 +72,7 @@ def _lora_gate_up_tma_kernel(
             g = dot(x, wg, g, TILE.PRECISION)
             u = dot(x, wu, u, TILE.PRECISION)
 
+        request = request_tile(tickets, tiles, PRODUCTS)
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
         # Onto the whole accumulators, see ``_lora_linear_tma_kernel``.
@@ -83,6 +88,7 @@ def _lora_gate_up_tma_kernel(
                 g_desc.store([row0, column], g_low)
                 u_desc.store([row0, column], u_low)
             h_desc.store([row0, column], gated(g_low, u_low, TILE.GATE))
+        tile = requested_tile(request, tickets, tiles, PRODUCTS)
 
 
 @triton.jit(do_not_specialize=["M"])

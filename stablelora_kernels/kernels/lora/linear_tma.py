@@ -17,6 +17,7 @@ from stablelora_kernels.kernels.lora.product import (
     product_program,
     wait_for_s,
 )
+from stablelora_kernels.kernels.lora.tickets import request_tile, requested_tile
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -38,6 +39,7 @@ def _lora_linear_tma_kernel(
     z,
     da,
     chain,
+    tickets,
     M,
     N,
     PRODUCTS,
@@ -86,9 +88,9 @@ def _lora_linear_tma_kernel(
     if program < 0:
         return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the
-    # inner loop.
-    for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False):
+    tiles = tiles_m * tiles_n
+    tile = program
+    while tile < tiles:
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, TILE.GROUP_M)
         row0, col0 = pid_m * BLOCK_M, pid_n * BLOCK_N
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -119,6 +121,7 @@ def _lora_linear_tma_kernel(
                     down_tile = tl.trans(down_desc.load([0, k0]))
                 s = dot(x_tile, cast(down_tile, x_tile.dtype), s, TILE.PRECISION)
 
+        request = request_tile(tickets, tiles, PRODUCTS)
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         wait_for_s(chain, row0, branch, M, S)
         s_low = cast(branch.scaling * s, x_desc.dtype)
@@ -148,5 +151,6 @@ def _lora_linear_tma_kernel(
                 )
                 du_desc.store([row0, col], cast(du, du_desc.dtype))
             y_desc.store([row0, col], cast(y, y_desc.dtype))
+        tile = requested_tile(request, tickets, tiles, PRODUCTS)
     if S is not None:
         leave(chain, M, S)
