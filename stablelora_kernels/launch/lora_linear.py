@@ -465,7 +465,7 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool)
     return _ProductKernel(
         kernel=_lora_linear_tma_kernel,
         plan=plan,
-        # They stay and take tile after tile.
+        # They stay and draw tile after tile.
         programs=min(plan.tiles, device.processors),
         arguments=arguments,
         tile=constants._replace(TRANS_DOWN=down.transposed, ADD=p.base is not None),

@@ -299,25 +299,18 @@ def _elect(words: Arithmetic, ins: Instruction) -> Action:
     return elect
 
 
-# What a warp's threads reduce, and their numbers' type. The smallest and the largest leave out NaN.
-_REDUCTIONS = {
-    "redux.sync.min.f32": (np.fmin.reduce, "f32"),
-    "redux.sync.max.f32": (np.fmax.reduce, "f32"),
-    "redux.sync.add.s32": (np.add.reduce, "s32"),
-}
-
-
 def _reduce(words: Arithmetic, ins: Instruction) -> Action:
-    """The sum, the smallest or the largest number of each warp, for all its threads."""
-    if ins.op not in _REDUCTIONS:
+    """The smallest or largest number of each warp, NaN left out, for all its threads."""
+    reduce = {"redux.sync.min.f32": np.fmin.reduce, "redux.sync.max.f32": np.fmax.reduce}.get(
+        ins.op
+    )
+    if reduce is None:
         raise ins.unknown()
-    reduce, kind = _REDUCTIONS[ins.op]
-    place, read = words.place(ins.args[0]), words.reader(ins.args[1], kind)
+    place, read = words.place(ins.args[0]), words.reader(ins.args[1], "f32")
 
     def redux(c: CTA, mask: Any) -> None:
         warps = c.full_warps(mask, ins)
-        numbers = c.by_warp(read(c), warps)
-        results = reduce(numbers, axis=1, dtype=numbers.dtype)
+        results = reduce(c.by_warp(read(c), warps), axis=1)
         c.set_by_warp(place, results.view(np.uint32)[:, None], warps)
 
     return redux

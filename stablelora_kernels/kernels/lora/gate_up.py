@@ -72,7 +72,6 @@ def _lora_gate_up_tma_kernel(
             g = dot(x, wg, g, TILE.PRECISION)
             u = dot(x, wu, u, TILE.PRECISION)
 
-        request = request_tile(tickets, tiles, PRODUCTS)
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
         # Onto the whole accumulators, see ``_lora_linear_tma_kernel``.
@@ -82,6 +81,9 @@ def _lora_gate_up_tma_kernel(
         # memory.
         g_parts, u_parts = column_parts(g, PARTS), column_parts(u, PARTS)
         for i in tl.static_range(PARTS):
+            if i == PARTS // 2:
+                # As in ``_lora_linear_tma_kernel``. In another part, an exact GELU spills.
+                request = request_tile(tickets, tiles, PRODUCTS)
             g_low, u_low = cast(g_parts[i], h_desc.dtype), cast(u_parts[i], h_desc.dtype)
             column = col0 + i * (BLOCK_N // PARTS)
             if g_desc is not None:

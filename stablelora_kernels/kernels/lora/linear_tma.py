@@ -58,8 +58,8 @@ def _lora_linear_tma_kernel(
 
     X [M, K], W [N, K], DOWN [R, K], Y [M, N].
 
-    As ``_lora_linear_kernel``, but persistent: each program takes tile after tile and finishes it
-    in PARTS parts of its columns. DOWN without a descriptor is read through pointers. The programs
+    As ``_lora_linear_kernel``, but persistent: each program takes tile after tile, see ``tickets``,
+    and finishes it in PARTS parts of its columns. DOWN without a descriptor is read through pointers. The programs
     of dA run as those of the product free a processor.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
@@ -121,7 +121,6 @@ def _lora_linear_tma_kernel(
                     down_tile = tl.trans(down_desc.load([0, k0]))
                 s = dot(x_tile, cast(down_tile, x_tile.dtype), s, TILE.PRECISION)
 
-        request = request_tile(tickets, tiles, PRODUCTS)
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         wait_for_s(chain, row0, branch, M, S)
         s_low = cast(branch.scaling * s, x_desc.dtype)
@@ -137,6 +136,10 @@ def _lora_linear_tma_kernel(
         PART: tl.constexpr = BLOCK_N // TILE.PARTS
         parts = column_parts(acc, TILE.PARTS)
         for i in tl.static_range(TILE.PARTS):
+            if i == TILE.PARTS // 2:
+                # Its answer comes while the other parts are finished. Earlier, it would take
+                # registers beside the whole accumulator.
+                request = request_tile(tickets, tiles, PRODUCTS)
             y, col = parts[i], col0 + i * PART
             cols = col.to(tl.int64) + tl.arange(0, PART)
             if branch.mask is not None:

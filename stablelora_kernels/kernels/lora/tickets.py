@@ -40,7 +40,9 @@ def requested_tile(request, tickets, tiles, programs):
     # back, by an atomic, because nothing else orders that behind other programs' requests.
     is_last = asks & (request == tiles - 1)
     tl.atomic_add(tickets + threads, -tiles, mask=is_last, sem="relaxed", scope="gpu")
-    return programs + tl.sum(tl.where(asks, request, 0), 0)
+    # The first thread's, or 0 if it has not asked, through shared memory to all threads.
+    ticket = tl.gather(tl.where(asks, request, 0), tl.zeros((1,), tl.int32), 0)
+    return programs + tl.sum(ticket, 0)
 
 
 @triton.jit
