@@ -96,7 +96,7 @@ PLANTS = {
     "tma-flag-release": Plant(_CHAINED, _TMA, "chain.py", r"\.release\.", ".relaxed.", WITH_TMA),
     "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", WITH_TMA),
     "ticket-barrier": Plant(_TICKETS, _TMA, "tickets.py", _BARRIER, "", WITH_TMA, _APART),
-    "ticket-scope": Plant(_TICKETS, _TMA, "tickets.py", r"atom\.global\.gpu\.", "atom.global.cta.", WITH_TMA),
+    "ticket-reset": Plant(_TICKETS, _TMA, "tickets.py", r"@%p\d+ red\.global[^;]*;", "", WITH_TMA),
     "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", WITH_TMA),
     "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
     "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
