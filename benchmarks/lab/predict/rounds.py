@@ -45,7 +45,7 @@ class Launch(NamedTuple):
         return max(cdiv(self.tiles, processors), work / processors)
 
     def rounds(self, processors: int, by_ticket: bool) -> float:
-        """Rounds until the last program ends, if each begins on the processor that is free first."""
+        """Rounds until the last program ends; each begins on the processor that is free first."""
         undrawn = self.tiles - self.programs if by_ticket else 0
         waiting = self._programs(by_ticket)
         # When a processor is free, and whether its program may draw another tile.

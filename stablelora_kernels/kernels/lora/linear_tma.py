@@ -59,8 +59,8 @@ def _lora_linear_tma_kernel(
     X [M, K], W [N, K], DOWN [R, K], Y [M, N].
 
     As ``_lora_linear_kernel``, but persistent: each program takes tile after tile, see ``tickets``,
-    and finishes it in PARTS parts of its columns. DOWN without a descriptor is read through pointers. The programs
-    of dA run as those of the product free a processor.
+    and finishes it in PARTS parts of its columns. DOWN without a descriptor is read through
+    pointers. The programs of dA run as those of the product free a processor.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
