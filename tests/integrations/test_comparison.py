@@ -72,6 +72,12 @@ def test_it_counts_what_each_arm_keeps():
     assert comparison.peft.peak > comparison.peft.saved // 2
 
 
+def test_a_model_that_was_accelerated_before_is_compared_with_pefts_forward():
+    comparison = slk.compare(llama("accelerated", dropout=0.2), batch(), rounds=6)
+    other = slk.compare(llama("peft", dropout=0.2), batch(), rounds=6)
+    assert comparison.peft.saved == other.peft.saved > comparison.accelerated.saved
+
+
 def test_the_verdict_follows_from_the_interval():
     model = llama("peft")
     comparison = slk.compare(model, batch(), rounds=6)
