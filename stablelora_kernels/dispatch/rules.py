@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, Call, Device, Rule, first
+from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, Call, Device, Rule, first
 from stablelora_kernels.dispatch.settings import STRATEGIES, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import MAX_CHAINED_M, Tile, filled
 
@@ -43,6 +43,20 @@ def is_idle(device: Device, call: Call) -> bool:
     return filled(device, programs) < 0.6
 
 
+def _is_hopper(device: Device) -> bool:
+    return device.generation == 90
+
+
+def _work(call: Call) -> int:
+    """Multiplications of the product."""
+    return call.m * call.n * call.k
+
+
+def _branch_first(call: Call) -> bool:
+    """Whether the vendor's product may add to the branch, which comes first, and takes its time."""
+    return call.dtype != torch.float32 and call.m >= 512 and not call.gated
+
+
 # Behind "predicted": how much more time than the best other strategy a row's choice takes on an H100,
 # in the median of its calls and at the worst point of the ranges. docs/internals/predictions.md has
 # every row, and says which have no prediction; benchmarks.lab.predict.support computes them.
@@ -55,13 +69,30 @@ RULES = (
     Rule(lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and c.k >= c.n
          and (c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize or c.n * c.k <= 2**25),
          "fused", f"up to {problem.SMALL_M} rows, K at least N: reading W takes the time; few tiles compute x @ A.T again"),
-    # Predicted on a B200: -25 %, +5 %.
-    Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
+    # Predicted on a B200: TODO.
+    Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 512,
          "vendor", "data-center Blackwell: the compiler has 128 x 128 tiles only, which L2 feeds at half the matrix rate"),
-    # Predicted: -2 %, +18 %.
+    # Predicted: TODO.
     Rule(lambda d, c: c.m >= 512 and (is_idle(d, c) or c.k >= 2 * c.n),
-         "vendor", "few tiles or long sums: adding the branch to the vendor's product is predicted to take at most 18 % more "
-         "time than the best other strategy, and up to 27 % less"),
+         "vendor", "few tiles or long sums: the vendor's library divides them among more programs, and its product adds to the "
+         "branch"),
+    # Predicted on an A100 TODO.
+    Rule(lambda d, c: _branch_first(c) and d.nvidia and not _is_hopper(d),
+         "vendor", "512 rows or more, not on Hopper: the vendor's product is predicted to gain more than the branch's own pass "
+         "over the output costs"),
+    # On Hopper, 2^36 multiplications are a square layer of 4,096 features with 4,096 rows. The mask
+    # is drawn before any tile of a chained launch can end; the vendor's product comes after it, too.
+    # Predicted: TODO.
+    Rule(lambda d, c: _branch_first(c) and _is_hopper(d) and c.dropout and c.direction == "forward" and _work(c) > 2**33,
+         "vendor", "dropout draws its mask before the product in any launch, so nothing is left for a chained launch to hide"),
+    # A mask takes registers, and so half of the ranks. Predicted: TODO.
+    Rule(lambda d, c: _branch_first(c) and _is_hopper(d) and c.direction == "backward"
+         and (2 if c.dropout else 1) * c.m * max(c.r, 16) > 2**16,
+         "vendor", "many rows or a high rank: in a chained launch the gradients of A and B would delay the product"),
+    # Predicted: TODO.
+    Rule(lambda d, c: _branch_first(c) and _is_hopper(d) and _work(c) > 2**36,
+         "vendor", "a large product: the vendor's main loop is predicted to gain more than the branch's own pass over the "
+         "output costs"),
     # A wider block of ranks would spill registers; a shorter sum is over before programs could
     # share it. No prediction: the tables have no call of 65 to 511 rows.
     Rule(lambda d, c: _fusible(c) and problem.SMALL_M < c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32
@@ -135,12 +166,22 @@ def choose_kernel(device: Device, call: Call, described: bool) -> str:
     return first(KERNEL_RULES, device, call, described)[0]
 
 
+def _is_read_once(call: Call) -> bool:
+    """Whether a chained launch reads X, or backward dY, from memory once: dB's programs come after
+    dS's there, and find dY in half of the L2 cache of an A100 or a newer data-center GPU.
+    """
+    return call.direction == "forward" or call.m * call.k * call.dtype.itemsize <= 20 * 2**20
+
+
 # A branch without a product: one launch, or S (backward dS) has one of its own.
 BRANCH_RULES = (
-    Rule(lambda c: c.m <= CHAINED_M and c.r <= MAX_CHAINED_R,
-         "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
-         "product"),
-    Rule(lambda c: True, "split", "many rows or a high rank: the low-rank product has a launch of its own"),
+    # Predicted: TODO.
+    Rule(lambda c: c.m <= MAX_CHAINED_M and _is_read_once(c) and c.r <= (MAX_CHAINED_R if c.m < 512 else 32),
+         "chained", "one launch, whose first programs compute the low-rank product"),
+    # Predicted: TODO.
+    Rule(lambda c: True,
+         "split", f"from 512 rows above rank 32, above rank {MAX_CHAINED_R}, or backward with more gradients than stay in the L2 "
+         "cache: the low-rank product has a launch of its own"),
 )  # fmt: skip
 
 
