@@ -87,7 +87,7 @@ RULES = (
     # Predicted: -2 %, +18 %.
     Rule(lambda d, c: _adds_to_branch(c) and _is_hopper(d) and c.direction == "backward"
          and (2 if c.dropout else 1) * c.m * max(c.r, 16) > 2**16,
-         "vendor", "many rows or a high rank: beside the product, the gradients of A and B take as long as in launches of their own"),
+         "vendor", "many rows or a high rank: the gradients of A and B take as long beside the product as in a launch before it"),
     # 2^36 are 4,096 rows through 4,096 x 4,096. Predicted: -3 %, +9 %.
     Rule(lambda d, c: _adds_to_branch(c) and _is_hopper(d) and _multiplications(c) > 2**36,
          "vendor", "a large product: the vendor's is predicted to gain more than a launch of the branch ahead of it costs"),

@@ -55,9 +55,7 @@ def test_a_second_projections_branch_adds_to_the_first_ones_gradient():
         DEVICES["sm_90"], 70, (48, 32), 64, 16, (BF16, FP32), 0.1, choices=(None, VENDOR)
     )
     branches = [
-        launch
-        for launch in backward
-        if isinstance(launch, Launch) and "alone" in launch.variant
+        launch for launch in backward if isinstance(launch, Launch) and "alone" in launch.variant
     ]
     assert [launch.named["base"] is not None for launch in branches] == [False, True]
     products = [launch for launch in backward if isinstance(launch, VendorProduct)]

@@ -352,7 +352,9 @@ def cases() -> Iterator[Case]:
     # bias, and beside branches that share S.
     for p in (0.0, 0.1):
         yield Case(
-            f"linear vendor bf16/fp32 M130 r200 p{p}", partial(linear, 130, 96, 160, 200, p=p), "vendor"
+            f"linear vendor bf16/fp32 M130 r200 p{p}",
+            partial(linear, 130, 96, 160, 200, p=p),
+            "vendor",
         )
     yield Case(
         "linear vendor fp16/fp16 M130 r16 p0.1, no bias",

@@ -316,9 +316,7 @@ def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
 
 
 @cache
-def vendor_seconds(
-    gpu: Gpu, m: int, n: int, k: int, unique: float, adds: bool = False
-) -> float:
+def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float, adds: bool = False) -> float:
     """[m, k] by [k, n] by the vendor's library, with the best of its tiles, without the launch.
 
     ``unique``: bytes from and to memory. On data-center GPUs from Hopper on, two programs share the

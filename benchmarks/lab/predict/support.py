@@ -97,7 +97,9 @@ def of_branches(gpu: Gpu) -> list[Decision]:
             if call.m < layer_time.BRANCH_ROWS or choose(gpu.device, call).strategy != "vendor":
                 continue
             times = {
-                strategy: [branch_seconds(point, shape, direction, strategy) for point in points(gpu)]
+                strategy: [
+                    branch_seconds(point, shape, direction, strategy) for point in points(gpu)
+                ]
                 for strategy in ("chained", "split")
             }
             row = _row_of(BRANCH_RULES, call)
