@@ -288,9 +288,8 @@ def _gradients(device: Device, p: Product) -> Launches:
 def _with_vendors(device: Device, p: Product, s_ready: bool) -> Launches:
     """The branch and the vendor's product.
 
-    The branch with the bias comes first, and the product adds to it: while the product ends a tile,
-    it computes others. Only a gated MLP's gradients need all of Y at once, so there the branch comes
-    after the product.
+    The branch comes first, with the bias, and the product adds to it: other tiles' main loops may
+    hide that read. A gated MLP's gradients need all of Y at once, so there the branch comes last.
     """
     assert isinstance(p.w, Tensor)
     branch_choice = rules.choose_branch(p.call)
