@@ -107,7 +107,7 @@ def call_key(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> str:
     """
     call = call._replace(m=1 << (call.m - 1).bit_length())
     tf32 = call.dtype == torch.float32 and tf32_allowed()
-    # A bias takes the vendor's other entry point.
+    # The launch that adds a bias has other code.
     return f"{call}, tf32={tf32}, bias={bias is not None}, x {_layout(x)}, w {_layout(w)}"
 
 

@@ -127,8 +127,6 @@ MAX_GROUP = 3
 MAX_FUSED_R = 64
 # Up to so many rows, a product's own loop dequantizes W.
 IN_LOOP_M = 128
-# Up to so many rows, a launch saved is a share of the time that counts.
-CHAINED_M = 4096
 # Largest rank of a chained launch, whose programs of S have the product's registers: one block of
 # ranks, read once.
 MAX_CHAINED_R = 128

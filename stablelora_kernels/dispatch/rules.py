@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch import problem
-from stablelora_kernels.dispatch.problem import CHAINED_M, MAX_CHAINED_R, Call, Device, Rule, first
+from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, Call, Device, Rule, first
 from stablelora_kernels.dispatch.settings import STRATEGIES, get_kernel, tf32_allowed
 from stablelora_kernels.dispatch.tiles import MAX_CHAINED_M, Tile, filled
 
@@ -43,6 +43,22 @@ def is_idle(device: Device, call: Call) -> bool:
     return filled(device, programs) < 0.6
 
 
+def _is_hopper(device: Device) -> bool:
+    return device.generation == 90
+
+
+def _multiplications(call: Call) -> int:
+    """Of the product, without the branch."""
+    return call.m * call.n * call.k
+
+
+def _adds_to_branch(call: Call) -> bool:
+    """Whether the vendor's product may be faster because it adds to the branch. A gated MLP's
+    gradients need the branch after it.
+    """
+    return call.dtype != torch.float32 and call.m >= 512 and not call.gated
+
+
 # Behind "predicted": how much more time than the best other strategy a row's choice takes on an H100,
 # in the median of its calls and at the worst point of the ranges. docs/internals/predictions.md has
 # every row, and says which have no prediction; benchmarks.lab.predict.support computes them.
@@ -55,19 +71,32 @@ RULES = (
     Rule(lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and c.k >= c.n
          and (c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize or c.n * c.k <= 2**25),
          "fused", f"up to {problem.SMALL_M} rows, K at least N: reading W takes the time; few tiles compute x @ A.T again"),
-    # Predicted on a B200: -25 %, +5 %.
-    Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 1024,
+    # Predicted on a B200: -32 %, +20 %.
+    Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 512,
          "vendor", "data-center Blackwell: the compiler has 128 x 128 tiles only, which L2 feeds at half the matrix rate"),
-    # Predicted: -2 %, +18 %.
+    # Predicted: -4 %, +16 %; on an A100 -10 %, +11 %.
     Rule(lambda d, c: c.m >= 512 and (is_idle(d, c) or c.k >= 2 * c.n),
-         "vendor", "few tiles or long sums: adding the branch to the vendor's product is predicted to take at most 18 % more "
-         "time than the best other strategy, and up to 27 % less"),
+         "vendor", "few tiles or long sums: the vendor's library shares each tile among more programs"),
+    # Predicted on an A100: -6 %, +9 %; on an RTX 4090 -2 %, +9 %; on an RTX 5090 -7 %, +8 %.
+    Rule(lambda d, c: _adds_to_branch(c) and d.nvidia and not _is_hopper(d),
+         "vendor", "from 512 rows: the vendor's product is predicted to gain more than a launch of the branch ahead of it costs"),
+    # The next three are Hopper's, whose chained launches hide the most. Predicted: -4 %, +16 %.
+    Rule(lambda d, c: _adds_to_branch(c) and _is_hopper(d) and c.dropout and c.direction == "forward"
+         and _multiplications(c) > 2**33,
+         "vendor", "dropout: drawing the mask delays the tiles of one launch as long as a launch ahead of the vendor's product"),
+    # Predicted: -2 %, +18 %.
+    Rule(lambda d, c: _adds_to_branch(c) and _is_hopper(d) and c.direction == "backward"
+         and (2 if c.dropout else 1) * c.m * max(c.r, 16) > 2**16,
+         "vendor", "many rows or a high rank: the gradients of A and B take as long beside the product as in a launch before it"),
+    # 2^36 are 4,096 rows through 4,096 x 4,096. Predicted: -3 %, +9 %.
+    Rule(lambda d, c: _adds_to_branch(c) and _is_hopper(d) and _multiplications(c) > 2**36,
+         "vendor", "a large product: the vendor's is predicted to gain more than a launch of the branch ahead of it costs"),
     # A wider block of ranks would spill registers; a shorter sum is over before programs could
     # share it. No prediction: the tables have no call of 65 to 511 rows.
     Rule(lambda d, c: _fusible(c) and problem.SMALL_M < c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32
          and c.r <= (32 if d.tma else 16),
          "fused", "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it"),
-    # Predicted: -3 %, +18 %; on a B200 up to +40 %, on an RTX 5090 +41 %.
+    # Predicted: -4 %, +21 %; on a B200 up to +25 %.
     Rule(lambda d, c: c.m <= MAX_CHAINED_M and c.r <= problem.MAX_CHAINED_R,
          "chained", f"up to rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product for all others"),
     Rule(lambda d, c: True,
@@ -135,12 +164,23 @@ def choose_kernel(device: Device, call: Call, described: bool) -> str:
     return first(KERNEL_RULES, device, call, described)[0]
 
 
-# A branch without a product: one launch, or S (backward dS) has one of its own.
+def _is_read_once(call: Call) -> bool:
+    """Whether a chained launch reads X, or backward dY, from memory once. dB's programs follow dS's
+    there, and find dY in half of an A100's L2 cache or of a larger one.
+    """
+    return call.direction == "forward" or call.m * call.k * call.dtype.itemsize <= 20 * 2**20
+
+
+# A branch without a product: one launch, or S (backward dS) has one of its own. Predicted with the
+# vendor's product that follows.
 BRANCH_RULES = (
-    Rule(lambda c: c.m <= CHAINED_M and c.r <= MAX_CHAINED_R,
-         "chained", f"up to {CHAINED_M} rows and rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank "
-         "product"),
-    Rule(lambda c: True, "split", "many rows or a high rank: the low-rank product has a launch of its own"),
+    # Predicted: -1 %, +4 %; on a B200 up to +8 %.
+    Rule(lambda c: c.m <= MAX_CHAINED_M and c.r <= (MAX_CHAINED_R if c.m < 512 else 32) and _is_read_once(c),
+         "chained", "one launch, whose first programs compute the low-rank product"),
+    # Predicted: -1 %, +13 %.
+    Rule(lambda c: True,
+         "split", f"above rank 32 from 512 rows, above rank {MAX_CHAINED_R}, or backward with a gradient above 20 MiB: the "
+         "low-rank product has a launch of its own"),
 )  # fmt: skip
 
 

@@ -147,10 +147,10 @@ def set_kernel(name: str) -> None:
 
     ``"fused"``: every program of the product computes the S that it needs. ``"chained"``: one
     launch, whose first programs compute S, and whose others wait for it before they add the branch.
-    ``"split"``: the same in two launches. ``"vendor"``: the product by the vendor's library, then
-    the branch onto it. The start value is the environment variable ``STABLELORA_KERNEL``, or
-    ``"auto"``. Another name raises ValueError, and so does a call that the forced strategy can't
-    do.
+    ``"split"``: the same in two launches. ``"vendor"``: the branch, then the product by the
+    vendor's library, which adds to it. The start value is the environment variable
+    ``STABLELORA_KERNEL``, or ``"auto"``. Another name raises ValueError, and so does a call that
+    the forced strategy can't do.
     """
     _kernel.set(check_choice("kernel", name, STRATEGIES))
 

@@ -240,7 +240,7 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
         return _gradients_alone(device, p)
     rules.check_possible(p.call, strategy)
     if strategy == "vendor":
-        return _onto_vendors(device, p, s_ready)
+        return _with_vendors(device, p, s_ready)
     if strategy == "fused" and p.call.r:
         product = linear(device, p._replace(da=None), choice.tile, load_s=False)
         return [product, *_gradients(device, p)]
@@ -285,14 +285,23 @@ def _gradients(device: Device, p: Product) -> Launches:
     return [weight_grads(device, [p])]
 
 
-def _onto_vendors(device: Device, p: Product, s_ready: bool) -> Launches:
-    """The vendor's product, then the branch onto it."""
+def _with_vendors(device: Device, p: Product, s_ready: bool) -> Launches:
+    """The branch and the vendor's product.
+
+    The branch comes first, with the bias, and the product adds to it: other tiles' main loops may
+    hide that read. A gated MLP's gradients need all of Y at once, so there the branch comes last.
+    """
     assert isinstance(p.w, Tensor)
-    product = VendorProduct(p.x, p.w, p.bias, p.y, p.call.add)
-    if not p.call.r and not p.activation:
-        return [product]
-    branch = p._replace(w=None, bias=None, base=p.y)
-    return [product, *product_launches(device, branch, rules.choose_branch(p.call), s_ready)]
+    branch_choice = rules.choose_branch(p.call)
+    if p.activation:
+        product = VendorProduct(p.x, p.w, p.bias, p.y, p.call.add)
+        branch = p._replace(w=None, bias=None, base=p.y)
+        return [product, *product_launches(device, branch, branch_choice, s_ready)]
+    if not p.call.r:
+        return [VendorProduct(p.x, p.w, p.bias, p.y, p.call.add)]
+    branch = p._replace(w=None)
+    launches = product_launches(device, branch, branch_choice, s_ready)
+    return [*launches, VendorProduct(p.x, p.w, None, p.y, add=True)]
 
 
 class _ProductKernel(NamedTuple):

@@ -198,19 +198,31 @@ class RoundedLayer:
     ) -> Rounded:
         """Y [M, N] of x [M, K], stored as ``dtype`` or as intermediate results are. ``base``
         replaces the product.
+
+        A bias is added to the product, or to the branch if that comes first: the sum that rounds
+        more counts.
         """
         storage, product = self.arithmetic.storage, self.arithmetic.product
         self.x = x
+        biased = base is None and self.bias is not None
         if base is None:
             assert self.weight is not None
             base = product(x, self.weight.T)
-            base = (base if self.bias is None else base + self.bias).stored(storage)
+            base = base if self.bias is None else base + self.bias
+            if self.lora_A is None or not biased:
+                base = base.stored(storage)
         if self.lora_A is None or self.lora_B is None:
             return base
         self.dropped = self.masked(x)
         self.s = product(self.dropped, self.lora_A.T).stored(storage)
-        branch = (product(self.s, self.lora_B.T) * self.scaling).stored(storage)
-        return (base + branch).stored(dtype or storage)
+        branch = product(self.s, self.lora_B.T) * self.scaling
+        if biased:
+            assert self.bias is not None
+            amounts = [
+                deviation_of_rounding(sums.exact, storage) for sums in (base, branch + self.bias)
+            ]
+            base = base.rounded(torch.maximum(*amounts))
+        return (base + branch.stored(storage)).stored(dtype or storage)
 
     def backward(self, grad: Rounded) -> dict[str, Rounded]:
         """The gradients by their operands' names, of x [M, K] too, for an incoming gradient [M, N]."""

@@ -183,3 +183,63 @@ def test_reasons_use_a_users_names():
     assert len(reasons) > 40
     private = re.compile(r"\bd?[SXYH]\b|anew|whoever|nobody|spill|accumulator|main loop|_")
     assert [reason for reason in reasons if private.search(reason) or len(reason) > 200] == []
+
+
+def strategies(device, **sizes):
+    """Of forward and of backward."""
+    return [
+        choose(device, call(direction, **sizes)).strategy for direction in ("forward", "backward")
+    ]
+
+
+def test_the_vendors_product_adds_to_the_branch_from_512_rows_on_all_nvidia_gpus_but_hopper():
+    for device in DEVICES.values():
+        if not device.nvidia or device is H100:
+            continue
+        for dropout in (False, True):
+            assert strategies(device, m=512, n=8192, dropout=dropout) == ["vendor"] * 2
+            assert strategies(device, m=511, n=14336, dropout=dropout) == ["chained"] * 2
+    # AMD's libraries have no prediction.
+    for arch in ("gfx90a", "gfx942"):
+        assert strategies(DEVICES[arch]) == ["chained"] * 2
+
+
+def test_on_hopper_the_branch_comes_first_where_a_chained_launch_hides_less_than_it_costs():
+    # 4,096 rows are the most without dropout; a mask halves the rows.
+    assert strategies(H100, m=4096) == ["chained", "chained"]
+    assert strategies(H100, m=4097) == ["vendor", "vendor"]
+    assert strategies(H100, m=2048, dropout=True) == ["vendor", "chained"]
+    assert strategies(H100, m=2049, dropout=True) == ["vendor", "vendor"]
+    assert strategies(H100, m=512, dropout=True) == ["chained", "chained"]
+    # So do ranks above 16.
+    assert strategies(H100, m=2048, r=32) == ["chained", "chained"]
+    assert strategies(H100, m=2048, r=33) == ["chained", "vendor"]
+
+
+@on_every_gpu
+def test_a_gated_mlps_gradients_do_not_take_the_branch_first(device):
+    """Their product must end before the branch is added. The table takes the vendor's only where
+    that is faster in any order.
+    """
+    gated = call("backward", m=8192, n=14336, k=4096, dropout=True)._replace(gated=True)
+    expected = "vendor" if device.arch == "sm_100" else "chained"
+    assert choose(device, gated).strategy == expected
+
+
+def test_a_branch_alone_is_one_launch_where_it_reads_its_operands_once():
+    def strategy(**sizes):
+        return rules.choose_branch(call(**sizes)).strategy
+
+    # dY of 20 MiB.
+    most = 20 * 2**20 // (4096 * 2)
+    assert strategy(direction="backward", m=most) == "chained"
+    assert strategy(direction="backward", m=most + 1) == "split"
+    assert strategy(m=tiles.MAX_CHAINED_M) == "chained"
+    assert strategy(m=tiles.MAX_CHAINED_M + 1) == "split"
+    for m, r, expected in (
+        (511, 128, "chained"),
+        (511, 129, "split"),
+        (512, 32, "chained"),
+        (512, 33, "split"),
+    ):
+        assert strategy(m=m, r=r) == expected

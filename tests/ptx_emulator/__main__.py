@@ -37,7 +37,7 @@ LONG = (
 QUICK = (
     "linear fused bf16/fp32 M5 N64 K512 r16", "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
     "linear chained bf16/fp32 M130 r16 p0.1", "linear chained bf16/fp32 M200 N96 K800 r16 p0.1, 9 processors",
-    "linear split bf16/fp32 M130 r16 p0.0", "branch bf16 M33 r16 p0.0",
+    "linear split bf16/fp32 M130 r16 p0.0", "branch bf16 M33 r16 p0.0", "linear vendor bf16/fp32 M130 r16 p0.1",
     "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
     "optimizer fp32, sharded, latching",

@@ -348,6 +348,24 @@ def cases() -> Iterator[Case]:
     yield Case(
         "linear split bf16/fp32 M130 r200 p0.1", partial(linear, 130, 96, 160, 200, p=0.1), "split"
     )
+    # The branch that the vendor's product adds to: behind a launch of S, in blocks of ranks, without a
+    # bias, and beside branches that share S.
+    for p in (0.0, 0.1):
+        yield Case(
+            f"linear vendor bf16/fp32 M130 r200 p{p}",
+            partial(linear, 130, 96, 160, 200, p=p),
+            "vendor",
+        )
+    yield Case(
+        "linear vendor fp16/fp16 M130 r16 p0.1, no bias",
+        partial(linear, 130, 96, 160, 16, FP16, FP16, 0.1, bias=False),
+        "vendor",
+    )
+    yield Case(
+        "group vendor bf16 M130 r16+8+4 p0.1",
+        partial(group, 130, (96, 64, 32), 64, (16, 8, 4), p=0.1),
+        "vendor",
+    )
     # Few processors: several tiles a program, the widest tile.
     for kernel, p in (("auto", 0.0), ("auto", 0.1), ("split", 0.0), ("split", 0.1), ("fused", 0.0)):
         name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 2 processors"

@@ -50,6 +50,9 @@ class Ranges(NamedTuple):
     clock: Range
     # The share of the vendor's matrix rate that the main loops of Triton's products reach.
     triton_share: Range
+    # The share of a tile's read of the result's earlier values (beta = 1) that the vendor's product
+    # does not hide behind a main loop.
+    source_exposed: Range
 
 
 class Gpu(NamedTuple):
@@ -63,6 +66,7 @@ class Gpu(NamedTuple):
     l2_bandwidth: float
     clock: float
     triton_share: float
+    source_exposed: float
     # Of a processor in 16 bits, a clock, and the share of them that the vendor's main loops reach.
     matrix_operations: int
     matrix_share: float
@@ -123,6 +127,6 @@ def points(gpu: Gpu) -> list[Gpu]:
     middles = tuple(known.middle for known in gpu.ranges)
     corners = product(*((known.low, known.high) for known in gpu.ranges))
     return [
-        gpu._replace(l2_bandwidth=l2_bandwidth, clock=clock, triton_share=share)
-        for l2_bandwidth, clock, share in [middles, *corners]
+        gpu._replace(**dict(zip(Ranges._fields, values, strict=True)))
+        for values in [middles, *corners]
     ]

@@ -42,7 +42,7 @@ def launches(device: Device) -> dict[str, Any]:
     """By key: the launches of all tables that the commands print. The H100's rules are also tested
     with adapters in 16 bits, and its layers are taken apart.
     """
-    ways = [_of_layers(device, wide_adapters=True)]
+    ways = [_of_layers(device, wide_adapters=True), _of_branches(device)]
     if layer_time.is_counted_in_full(device):
         ways += [_of_layers(device, wide_adapters=False), _of_mlps(device)]
         ways += [_of_quantized(device), _of_parts(device)]
@@ -59,6 +59,13 @@ def _of_layers(device: Device, wide_adapters: bool) -> Iterator[list[Any]]:
     for shape, kernel in product(shapes, STRATEGIES[1:]):
         shape = shape._replace(wide_adapters=wide_adapters)
         yield from layer_time.by_kernel(device, shape, kernel)
+
+
+def _of_branches(device: Device) -> Iterator[list[Any]]:
+    shapes = layer_time.layers(device, False) + layer_time.layers(device, True)
+    for shape, strategy in product(shapes, ("chained", "split")):
+        if shape.m >= layer_time.BRANCH_ROWS:
+            yield from layer_time.by_branch(device, shape, strategy)
 
 
 def _of_mlps(device: Device) -> Iterator[list[Any]]:

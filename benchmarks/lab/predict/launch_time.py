@@ -47,6 +47,8 @@ class Work(NamedTuple):
     sizes: tuple[int, int, int] | None = None
     # Rows and columns of a tile of Triton's product; None for the vendor's, which has several.
     tile: tuple[int, int] | None = None
+    # Whether the vendor's product adds to its output's earlier values (beta = 1).
+    adds: bool = False
 
     def seconds(self, gpu: Gpu) -> float:
         if self.sizes is None:
@@ -54,7 +56,7 @@ class Work(NamedTuple):
         # The epilogue's operations take as long as those of a longer sum.
         longer = self.flops / (2.0 * math.prod(self.sizes))
         if self.tile is None:
-            return gpu.launch + longer * vendor_seconds(gpu, *self.sizes, self.bytes)
+            return gpu.launch + longer * vendor_seconds(gpu, *self.sizes, self.bytes, self.adds)
         return gpu.launch + longer * triton_seconds(gpu, self.sizes, self.bytes, self.tile)
 
 
@@ -85,6 +87,9 @@ class Facts(NamedTuple):
     da: Facts | None = None
     # Bytes read a second time, from memory if L2 cannot hold them.
     again: int = 0
+    # Units without turns, such as tiles of a branch alone: while one waits for its loads, others on
+    # its processor store.
+    ends_alone: bool = False
 
     def seconds(self, gpu: Gpu) -> float:
         jobs = [job.with_misses(gpu) for job in (self.ahead, self, self.da) if job]
@@ -115,7 +120,11 @@ class Facts(NamedTuple):
         )
         # Of programs that share a processor, one finishes while another computes.
         waves = cdiv(self.units, gpu.processors * self.residents)
-        return busy + waves * self.finish(gpu) + _shared_sum(gpu, self.splits, self.part)
+        ends = waves * self.finish(gpu)
+        if self.ends_alone:
+            busy = max(busy, ends)
+            ends = self.finish(gpu)
+        return busy + ends + _shared_sum(gpu, self.splits, self.part)
 
     def finish(self, gpu: Gpu) -> float:
         """Seconds of a unit beside its turns."""
@@ -157,7 +166,8 @@ def facts(launch: Any, arch: str, narrow_columns: int) -> Facts | Work:
         return launch
     if not hasattr(launch, "kernel"):
         m, n, k = *launch.y.shape, launch.x.shape[1]
-        return Work("vendor", formula(launch).unique, 2.0 * m * n * k, (m, n, k))
+        moved = formula(launch).unique
+        return Work("vendor", moved, 2.0 * m * n * k, (m, n, k), adds=launch.add)
     a, programs, counts = launch.arguments, math.prod(launch.grid), counts_of(launch, arch)
     thin = [*thin_jobs(a)]
     if "TILE" not in a and not thin:
@@ -269,7 +279,7 @@ def _product(launch: Any, programs: int, narrow_columns: int, counts: Counts) ->
     more = max(cdiv(each.R, block.BLOCK_R) for each, block in branches(a)) - 1
     beside = counts.cycles(TILE, warps) + more * counts.cycles(RANKS, warps)
     round_trips = counts.round_trips(TILE) + more * counts.round_trips(RANKS)
-    turns = units * cdiv(steps, splits) * counts.cycles("Y", warps)
+    turns = units * (cdiv(steps, splits) * counts.cycles("Y", warps) if count else beside)
     part = 4.0 * min(tile.BLOCK_M, a["M"]) * tile.BLOCK_N
     return Facts(
         _read(launch),
@@ -283,6 +293,7 @@ def _product(launch: Any, programs: int, narrow_columns: int, counts: Counts) ->
         splits,
         part,
         counts.residents,
+        ends_alone=not count,
     )
 
 
@@ -305,11 +316,12 @@ def _shared_sum(gpu: Gpu, splits: int, part: float) -> float:
 
 
 @cache
-def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float) -> float:
+def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float, adds: bool = False) -> float:
     """[m, k] by [k, n] by the vendor's library, with the best of its tiles, without the launch.
 
     ``unique``: bytes from and to memory. On data-center GPUs from Hopper on, two programs share the
-    reads of a tile's columns (multicast).
+    reads of a tile's columns (multicast). ``adds``: onto earlier values of the result, which each
+    tile reads at its end.
     """
     sharing = 2 if gpu.device.tma else 1
     times = []
@@ -318,8 +330,12 @@ def vendor_seconds(gpu: Gpu, m: int, n: int, k: int, unique: float) -> float:
             continue
         rows = min(rows, _up(m, 16))
         busy = _product_seconds(
-            gpu, (m, n, k), unique, (rows, columns), splits, sharing, gpu.matrix_rate
+            gpu, (m, n, k), unique, (rows, columns), splits, sharing, gpu.matrix_rate, adds
         )
+        if adds:
+            tiles = cdiv(m, rows) * cdiv(n, columns)
+            reading = LATENCY + 2.0 * rows * columns / (gpu.clock * PORT)
+            busy += gpu.source_exposed * cdiv(tiles, gpu.processors) * reading
         times.append(busy + _shared_sum(gpu, splits, 4.0 * min(rows, m) * columns))
     return min(times)
 
@@ -342,18 +358,21 @@ def _product_seconds(
     splits: int,
     sharing: int,
     rate: float,
+    adds: bool = False,
 ) -> float:
     """The longest of a product's demands on memory, L2, the processors' ports and their matrix
     units.
 
     ``splits`` programs share a tile's sum, ``sharing`` programs the reads of a tile's columns.
+    ``adds``: the result's earlier values are read, too.
     """
     m, n, k = sizes
     rows, columns = tile
     tiles_m = cdiv(m, rows)
     tiles_n = cdiv(n, columns)
     parts = 4.0 * m * n * splits * (splits > 1)
-    elements = m * k * tiles_n + n * k * max(1, tiles_m / sharing) + m * n
+    of_result = m * n * (2 if adds else 1)
+    elements = m * k * tiles_n + n * k * max(1, tiles_m / sharing) + of_result
     issued = 2.0 * elements + 2 * parts
     share = gpu.share(tiles_m * tiles_n * splits)
     return max(

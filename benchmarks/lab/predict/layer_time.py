@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 
@@ -29,7 +30,8 @@ from benchmarks.lab.predict.rivals import (
     published_ratio,
     rival,
 )
-from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch import rules
+from stablelora_kernels.dispatch.problem import Call, Device, Rule
 from stablelora_kernels.dispatch.rules import Choice, choose, possible_strategies
 from stablelora_kernels.explanation import linear_launches
 
@@ -37,6 +39,8 @@ from stablelora_kernels.explanation import linear_launches
 SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
 RANKS = (8, 16, 64, 128)
+# From so many rows on, dispatch may take the vendor's product with the branch ahead of it.
+BRANCH_ROWS = 512
 # Rows, K, F and ranks of gated MLPs in Llama 3.1 8B.
 MLPS = tuple((m, 4096, 14336, r) for r in (16, 64) for m in (2048, 8192, 16384))
 DIRECTIONS = ("forward", "backward")
@@ -67,6 +71,13 @@ def by_kernel(device: Device, s: Shape, kernel: str) -> tuple[list[Any], list[An
     return layer_launches(device, s, *choices)
 
 
+def by_branch(device: Device, s: Shape, strategy: str) -> tuple[list[Any], list[Any]]:
+    """The launches by "vendor" with the branch by ``strategy``, in place of the table's."""
+    always = (Rule(lambda call: True, strategy, ""),)
+    with mock.patch.object(rules, "BRANCH_RULES", always):
+        return by_kernel(device, s, "vendor")
+
+
 def mlp_launches_of(device: Device, mlp: MLP, arm: str) -> Ways:
     """Forward and backward, as ``ONE_OP``, or as ``SEPARATE`` with a bias each and a fused
     activation, one launch each way.
@@ -93,6 +104,11 @@ def _kernel_facts(device: Device, narrow_columns: int, s: Shape, kernel: str) ->
 
 
 @cache
+def _branch_facts(device: Device, narrow_columns: int, s: Shape, strategy: str) -> WaysFacts:
+    return facts_of(by_branch(device, s, strategy), device, narrow_columns)
+
+
+@cache
 def _mlp_facts(device: Device, narrow_columns: int, mlp: MLP, arm: str) -> WaysFacts:
     return facts_of(mlp_launches_of(device, mlp, arm), device, narrow_columns)
 
@@ -100,6 +116,12 @@ def _mlp_facts(device: Device, narrow_columns: int, mlp: MLP, arm: str) -> WaysF
 def kernel_seconds(gpu: Gpu, s: Shape, direction: str, kernel: str) -> float:
     """Predicted seconds of one direction by ``kernel``."""
     ways = _kernel_facts(gpu.device, gpu.narrow_columns, s, kernel)
+    return sum(launch.seconds(gpu) for launch in ways[DIRECTIONS.index(direction)])
+
+
+def branch_seconds(gpu: Gpu, s: Shape, direction: str, strategy: str) -> float:
+    """Predicted seconds of one direction by "vendor" with the branch by ``strategy``."""
+    ways = _branch_facts(gpu.device, gpu.narrow_columns, s, strategy)
     return sum(launch.seconds(gpu) for launch in ways[DIRECTIONS.index(direction)])
 
 

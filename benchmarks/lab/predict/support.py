@@ -22,6 +22,7 @@ from benchmarks.lab.predict.layer_time import (
     MLPS,
     ONE_OP,
     SEPARATE,
+    branch_seconds,
     call_of,
     kernel_seconds,
     seconds,
@@ -29,9 +30,11 @@ from benchmarks.lab.predict.layer_time import (
 from benchmarks.lab.predict.rivals import MLP, Shape
 from stablelora_kernels.dispatch.problem import Rule
 from stablelora_kernels.dispatch.rules import (
+    BRANCH_RULES,
     GATE_UP_RULES,
     QUANTIZED_RULES,
     RULES,
+    choose,
     choose_gate_up,
     possible_strategies,
 )
@@ -81,6 +84,28 @@ def _of_layer(gpu: Gpu, shape: Shape, direction: str) -> Decision:
     }
     row = _row_of(RULES, gpu.device, call)
     return _decision("RULES", RULES, row, RULES[row].choice, times)
+
+
+def of_branches(gpu: Gpu) -> list[Decision]:
+    """``BRANCH_RULES``: the branch ahead of the vendor's product, with that product, for the calls
+    that take it.
+    """
+    decisions = []
+    for dropout in (False, True):
+        for shape, direction in product(layer_time.layers(gpu.device, dropout), DIRECTIONS):
+            call = call_of(shape, direction)
+            if call.m < layer_time.BRANCH_ROWS or choose(gpu.device, call).strategy != "vendor":
+                continue
+            times = {
+                strategy: [
+                    branch_seconds(point, shape, direction, strategy) for point in points(gpu)
+                ]
+                for strategy in ("chained", "split")
+            }
+            row = _row_of(BRANCH_RULES, call)
+            choice = BRANCH_RULES[row].choice
+            decisions.append(_decision("BRANCH_RULES", BRANCH_RULES, row, choice, times))
+    return decisions
 
 
 def of_quantized(gpu: Gpu) -> list[Decision]:
@@ -161,7 +186,7 @@ def summary(decisions: Sequence[Decision]) -> list[Line]:
 
 
 def lines_of(gpu: Gpu) -> list[Line]:
-    decisions = of_layers(gpu)
+    decisions = of_layers(gpu) + of_branches(gpu)
     if layer_time.is_counted_in_full(gpu.device):
         decisions += of_quantized(gpu) + of_mlps(gpu)
     return summary(decisions)

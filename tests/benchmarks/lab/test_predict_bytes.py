@@ -165,7 +165,7 @@ def test_what_is_saved_stays_saved():
     """The passes of a layer, the reads that projections of one X share, and those of a gated MLP's
     G, U, H and dH.
     """
-    for kernel, launches, passes in (("auto", 2, 1), ("split", 4, 3)):
+    for kernel, launches, passes in (("chained", 2, 1), ("split", 4, 3), ("vendor", 5, 7)):
         row = row_of(8192, 4096, 4096, 16, 0.1, kernel)
         assert row["launches"] == launches and row["extra X, Y passes"] == pytest.approx(
             passes, abs=1e-3
@@ -178,11 +178,12 @@ def test_what_is_saved_stays_saved():
     apart, together = (
         row_of(8192, (4096, 1024, 1024), 4096, 16, 0.0, how) for how in (APART, TOGETHER)
     )
-    assert (apart["launches"], together["launches"]) == (12, 10) and together[
+    # The branches come first, and the vendor's products add to them.
+    assert (apart["launches"], together["launches"]) == (15, 15) and together[
         "unique"
-    ] < 0.7 * apart["unique"]
+    ] < 0.78 * apart["unique"]
     three, one = (row_of(2048, 14336, 4096, 16, 0.0, how) for how in (SEPARATE, ONE_OP))
-    assert (three["launches"], one["launches"]) == (12, 10) and one["unique"] < 0.85 * three[
+    assert (three["launches"], one["launches"]) == (17, 12) and one["unique"] < 0.72 * three[
         "unique"
     ]
 
