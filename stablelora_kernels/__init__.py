@@ -18,6 +18,7 @@ from stablelora_kernels.dispatch.settings import (
 )
 from stablelora_kernels.explanation import Explanation, explain
 from stablelora_kernels.graphed_step import GraphedStep
+from stablelora_kernels.integrations.adapter_rows import adapters_of_rows, losses_of_rows
 from stablelora_kernels.integrations.hf_trainer import StabilityCallback, StableLoRAAdamWFactory
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.model import (
@@ -54,6 +55,7 @@ __all__ = [
     "StableLoRAAdamWFactory",
     "__version__",
     "accelerate_peft",
+    "adapters_of_rows",
     "apply_lora",
     "count_parameters",
     "disable_lora",
@@ -65,6 +67,7 @@ __all__ = [
     "load_adapter",
     "load_packed_experts",
     "lora_pairs",
+    "losses_of_rows",
     "merge_lora",
     "plot_stability",
     "print_trainable_parameters",

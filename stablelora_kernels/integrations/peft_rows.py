@@ -1,0 +1,113 @@
+"""A PEFT layer's output where ``adapters_of_rows`` is open: the base product for all rows, and each
+adapter's branch for its own. This module imports peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from stablelora_kernels.integrations.peft_operands import (
+    Branch,
+    PeftLayer,
+    base_operand,
+    read_branch,
+)
+from stablelora_kernels.integrations.rows_state import Rows
+from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+
+# Why projection groups and gated MLPs leave a layer to itself.
+BY_ROWS = "computes each adapter's rows within adapters_of_rows"
+
+
+def adapters_held(module: nn.Module) -> Collection[str]:
+    """The names of a PEFT module's adapters: of a layer, or of a copy in modules_to_save; none of
+    other modules.
+    """
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return set(module._adapters)
+    if isinstance(module, BaseTunerLayer):
+        return {name for held in module.adapter_layer_names for name in getattr(module, held)}
+    return ()
+
+
+def reason_against_rows(
+    module: nn.Module, adapters: Collection[str], is_accelerated: bool
+) -> str | None:
+    """Why a PEFT module cannot run ``adapters``, each on rows of its own, or None."""
+    held = adapters_held(module)
+    if is_accelerated:
+        if module.merged:
+            return f"adapter {module.merged_adapters[0]!r} is merged; call unmerge_adapter first"
+        for name in held:
+            if name in adapters and isinstance(reading := read_rows_branch(module, name), str):  # type: ignore[arg-type]
+                return reading
+        return None
+    for name in held:
+        if name in adapters or name in module.active_adapters:
+            kind = type(module).__name__
+            return f"PEFT's {kind}, which is not accelerated, runs adapter {name!r} on all rows or on none"
+    return None
+
+
+def read_rows_branch(layer: PeftLayer, adapter: str) -> Branch | str:
+    """An adapter's branch, or why it does not run on rows of its own."""
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None:
+        return f"adapter {adapter!r} is a variant of LoRA ({type(variant).__name__})"
+    branch = read_branch(layer, adapter)
+    if not isinstance(branch, str) and branch.bias is not None:
+        return f"adapter {adapter!r} has a bias in lora_B, which trains"
+    return branch
+
+
+@torch._disable_dynamo
+def output_by_rows(
+    layer: PeftLayer,
+    rows: Rows,
+    x: Tensor,
+    args: tuple[object, ...],
+    base_kwargs: dict[str, object],
+) -> Tensor:
+    """The output of an accelerated layer whose adapters are not disabled.
+
+    torch.compile leaves it out of its graph, which would hold the names.
+
+    Raises:
+        ValueError: the layer cannot run one of the adapters, or x has another number of rows.
+        TypeError: x does not fit an adapter.
+    """
+    base = layer._modules["base_layer"]
+    tokens = rows.tokens_of(x, type(base).__name__)
+    branches = []
+    for name, start, end in rows.ranges:
+        if name not in layer._modules["lora_A"]._modules:
+            continue
+        branch = read_rows_branch(layer, name)
+        if isinstance(branch, str):
+            raise ValueError(f"adapters_of_rows: {branch}")
+        if not branch.fits(x):
+            raise TypeError(
+                f"adapter {name!r} has a lora_A of shape {list(branch.lora_A.shape)}, {branch.lora_A.dtype} on "
+                f"{branch.lora_A.device}, which does not fit an input of shape {list(x.shape)}, {x.dtype} on {x.device}"
+            )
+        of_rows = (branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
+        branches.append(RowsBranch(start * tokens, end * tokens, *of_rows))
+    if not branches or args or base_kwargs:
+        result: Tensor = base(x, *args, **base_kwargs)
+        return lora_rows(x, None, None, result, branches) if branches else result
+    operand = base_operand(base, x)
+    if isinstance(operand, str) or not _is_frozen(operand.weight, operand.bias):
+        return lora_rows(x, None, None, base(x), branches)
+    return lora_rows(x, operand.weight, operand.bias, None, branches)
+
+
+def _is_frozen(weight: object, bias: Tensor | None) -> bool:
+    """Whether a weight is a plain tensor that one product of all rows may read without a gradient."""
+    if not isinstance(weight, Tensor) or weight.requires_grad:
+        return False
+    return bias is None or not bias.requires_grad
