@@ -78,14 +78,12 @@ def _layers_by_rows(model: nn.Module, names: Collection[str]) -> list[nn.Module]
     adapters = set(names) - {BASE}
     known: set[str] = set()
     accelerated = []
-    for name, module in model.named_modules():
-        held = peft_rows.adapters_held(module)
-        if not held:
-            continue
-        known |= {*held}
+    for name, module in peft_rows.peft_modules(model):
+        held = {*peft_rows.adapters_held(module)}
+        known |= held
         is_accelerated = type(module) in layers.ORIGINAL
         reason = peft_rows.reason_against_rows(module, adapters, is_accelerated)
-        if reason is None and adapters & {*held} and _is_of_expert(name):
+        if reason is None and adapters & held and _is_of_expert(name):
             reason = "an expert gets tokens of all rows"
         if reason is not None:
             raise ValueError(f"adapters_of_rows cannot run {name!r} by rows: {reason}")

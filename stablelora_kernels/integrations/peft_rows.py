@@ -4,7 +4,9 @@ adapter's branch for its own. This module imports peft.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,18 +37,31 @@ def adapters_held(module: nn.Module) -> Collection[str]:
     return ()
 
 
+def peft_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of PEFT's that hold adapters, by their dotted names; a few for each layer of the
+    model, however many adapters it has.
+    """
+    if adapters_held(model):
+        yield name, model
+    children = model._modules
+    if isinstance(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        children = {child: children[child] for child in ("base_layer",) if child in children}
+    for child_name, child in children.items():
+        if child is not None:
+            yield from peft_modules(child, f"{name}.{child_name}" if name else child_name)
+
+
 def reason_against_rows(
-    module: nn.Module, adapters: Collection[str], is_accelerated: bool
+    module: Any, adapters: Collection[str], is_accelerated: bool
 ) -> str | None:
     """Why a PEFT module cannot run ``adapters``, each on rows of its own, or None."""
     held = adapters_held(module)
     if is_accelerated:
         if module.merged:
             return f"adapter {module.merged_adapters[0]!r} is merged; call unmerge_adapter first"
-        for name in held:
-            if name in adapters and isinstance(reading := read_rows_branch(module, name), str):  # type: ignore[arg-type]
-                return reading
-        return None
+        # The layer's forward reads all else.
+        variants = module.lora_variant.keys() & adapters
+        return _reason_against_variant(module, variants.pop()) if variants else None
     for name in held:
         if name in adapters or name in module.active_adapters:
             kind = type(module).__name__
@@ -56,13 +71,17 @@ def reason_against_rows(
 
 def read_rows_branch(layer: PeftLayer, adapter: str) -> Branch | str:
     """An adapter's branch, or why it does not run on rows of its own."""
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None:
-        return f"adapter {adapter!r} is a variant of LoRA ({type(variant).__name__})"
+    if adapter in layer.lora_variant:
+        return _reason_against_variant(layer, adapter)
     branch = read_branch(layer, adapter)
     if not isinstance(branch, str) and branch.bias is not None:
         return f"adapter {adapter!r} has a bias in lora_B, which trains"
     return branch
+
+
+def _reason_against_variant(layer: PeftLayer, adapter: str) -> str:
+    kind = type(layer.lora_variant[adapter]).__name__
+    return f"adapter {adapter!r} is a variant of LoRA ({kind})"
 
 
 @torch._disable_dynamo

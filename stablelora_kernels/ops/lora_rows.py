@@ -22,12 +22,7 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, wide_product, without_autocast
 from stablelora_kernels.ops.dropout import draw_seed, draw_to_keep, scalings_after_dropout
-from stablelora_kernels.ops.formulas import (
-    Saved,
-    Wanted,
-    gradients_of,
-    project_drawn,
-)
+from stablelora_kernels.ops.formulas import Saved, Wanted, add_branch_, gradients_of
 from stablelora_kernels.ops.lora_rows_triton import (
     RowsBackwardCall,
     RowsForwardCall,
@@ -209,8 +204,7 @@ def _add_by_formulas(
     for i, rows in enumerate(settings.rows):
         branch = Projection(None, None, pairs[2 * i], pairs[2 * i + 1], settings.scalings[i])
         drawn = draw_to_keep(x[rows], settings.dropout_ps[i])
-        projected = project_drawn(x[rows], branch, drawn, y[rows])
-        y[rows] = projected.y
+        projected = add_branch_(y[rows], x[rows], branch, drawn)
         needs_mask = settings.need_x or settings.need_ab
         saved.append(projected.saved(None, settings.need_ab, needs_mask))
         scalings.append(projected.p.scaling)
