@@ -32,7 +32,7 @@ from stablelora_kernels.integrations.peft_operands import (
     read_branch,
 )
 from stablelora_kernels.integrations.peft_rows import BY_ROWS, output_by_rows
-from stablelora_kernels.integrations.rows_state import Rows, rows_of
+from stablelora_kernels.integrations.rows_state import Rows, RunsRows, rows_of
 from stablelora_kernels.nn.operands import LayerKind, Operand
 from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
 
@@ -184,7 +184,7 @@ def _output_by_rows(
     return output_by_rows(layer, rows, x, args, _for_base(kwargs))
 
 
-class Accelerated:
+class Accelerated(RunsRows):
     """A mixin in front of a PEFT class. Calls that it does not support run that class's forward."""
 
     def forward(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:

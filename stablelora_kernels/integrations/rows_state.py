@@ -14,11 +14,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # The name of rows that run the base model alone, as in PEFT's mixed batches.
 BASE = "__base__"
-# The key of a layer's __dict__ that holds its model's state. It is not part of state_dict.
+# The attribute of a layer that holds its model's state. It is not part of state_dict.
 ATTRIBUTE = "_stablelora_rows"
 # So many changes of the state are remembered, for backward passes that come late.
 _REMEMBERED = 1024
@@ -176,11 +176,19 @@ class RowsState:
         return None
 
 
-def rows_of(layer: nn.Module) -> Rows | None:
+class RunsRows:
+    """A base class of layers that may have a state."""
+
+    # A default of the class: torch.compile guards that no instance has another, but it would not
+    # guard that a key is missing in __dict__.
+    _stablelora_rows: RowsState | None = None
+
+
+def rows_of(layer: RunsRows) -> Rows | None:
     """The rows in force for a layer that is called now; None outside of ``adapters_of_rows``.
 
     Raises:
         RuntimeError: as :meth:`RowsState.current`.
     """
-    state: RowsState | None = layer.__dict__.get(ATTRIBUTE)
+    state = layer._stablelora_rows
     return None if state is None else state.current()
