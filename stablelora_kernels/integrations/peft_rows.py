@@ -5,7 +5,6 @@ adapter's branch for its own. This module imports peft.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-
 from typing import Any
 
 import torch
@@ -97,7 +96,8 @@ def output_by_rows(
     torch.compile leaves it out of its graph, which would hold the names.
 
     Raises:
-        ValueError: the layer cannot run one of the adapters, or x has another number of rows.
+        ValueError: the layer cannot run one of the adapters, its base layer trains, or x has another
+            number of rows.
         TypeError: x does not fit an adapter.
     """
     base = layer._modules["base_layer"]
@@ -116,17 +116,20 @@ def output_by_rows(
             )
         of_rows = (branch.lora_A, branch.lora_B, branch.scaling, branch.dropout_p)
         branches.append(RowsBranch(start * tokens, end * tokens, *of_rows))
+    _check_base_is_frozen(base)
     if not branches or args or base_kwargs:
         result: Tensor = base(x, *args, **base_kwargs)
         return lora_rows(x, None, None, result, branches) if branches else result
     operand = base_operand(base, x)
-    if isinstance(operand, str) or not _is_frozen(operand.weight, operand.bias):
+    if isinstance(operand, str) or not isinstance(operand.weight, Tensor):
         return lora_rows(x, None, None, base(x), branches)
     return lora_rows(x, operand.weight, operand.bias, None, branches)
 
 
-def _is_frozen(weight: object, bias: Tensor | None) -> bool:
-    """Whether a weight is a plain tensor that one product of all rows may read without a gradient."""
-    if not isinstance(weight, Tensor) or weight.requires_grad:
-        return False
-    return bias is None or not bias.requires_grad
+def _check_base_is_frozen(base: nn.Module) -> None:
+    """Raise ValueError if a base layer trains: all adapters' rows would train it together."""
+    for name, p in base._parameters.items():
+        if p is not None and p.requires_grad:
+            raise ValueError(
+                f"adapters_of_rows: the base layer's {name} must be frozen, got one that requires a gradient"
+            )

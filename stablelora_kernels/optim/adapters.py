@@ -90,5 +90,5 @@ def warn_of_frozen(groups: Sequence[ParamGroup], warned: set[str]) -> None:
             f"adapter {adapter!r} no longer requires gradients, so it does not train: PEFT's set_adapter freezes all others. "
             "adapters_of_rows runs any adapter without it",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=7,
         )

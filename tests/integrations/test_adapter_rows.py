@@ -555,6 +555,15 @@ def test_a_bias_of_lora_b_is_refused_by_its_layer():
             model(IDS)
 
 
+def test_a_base_layer_that_trains_is_refused():
+    model = make(("b", {}))
+    slk.accelerate_peft(model)
+    model.base_model.model.layers[1].q_proj.base_layer.bias.requires_grad_()
+    with slk.adapters_of_rows(model, ["b", "b"]):
+        with pytest.raises(ValueError, match="base layer's bias must be frozen"):
+            model(IDS)
+
+
 def test_a_model_within_a_context_stays_accelerated():
     model = make(("b", {}))
     slk.accelerate_peft(model)
