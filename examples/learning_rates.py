@@ -135,7 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         history.append({name: loss.item() for name, loss in losses.items()})
         if step % 8 == 0 or step == args.steps:
-            shown = ", ".join(f"{RATE_OF[name]:g}: {loss:.3f}" for name, loss in history[-1].items())
+            shown = ", ".join(
+                f"{RATE_OF[name]:g}: {loss:.3f}" for name, loss in history[-1].items()
+            )
             print(f"step {step}, loss by learning rate: {shown}", flush=True)
     final = held_out_losses(model, held_out[:8])
     best = min(final, key=lambda name: final[name])

@@ -177,13 +177,17 @@ def explain(
         why = "the backend is PyTorch's operators; device='sm_90' lists an H100's launches"
         return Explanation("torch", "", "torch", why, (), "torch", why, (), backend_reason)
     if not isinstance(M, int):
-        return _by_rows(gpu, ms, ns[0], K, ranks, (dtype, lora_dtype), dropout_p, branch_only, backend_reason)
+        return _by_rows(
+            gpu, ms, ns[0], K, ranks, (dtype, lora_dtype), dropout_p, branch_only, backend_reason
+        )
     weight: str | NF4Weight | FP8Weight = "plain"
     if branch_only:
         weight = "none"
     elif quantized is not None:
         weight = quantized_weight(quantized, ns[0], K)
-    forward, backward = linear_launches(gpu, M, ns, K, ranks[0], (dtype, lora_dtype), dropout_p, weight)
+    forward, backward = linear_launches(
+        gpu, M, ns, K, ranks[0], (dtype, lora_dtype), dropout_p, weight
+    )
     dropout = dropout_p > 0
     forwards = [Call("forward", M, n, K, ranks[0], dtype, lora_dtype, dropout) for n in ns]
     backwards = [Call("backward", M, K, n, ranks[0], dtype, lora_dtype, dropout) for n in ns]
@@ -239,13 +243,17 @@ def _by_rows(
     strategies: dict[str, _Strategy] = {}
     for direction, columns, inner in (("forward", n, k), ("backward", k, n)):
         chosen = [
-            rules.choose_branch(Call(direction, m, columns, inner, r, dtype, lora_dtype, dropout_p > 0))
+            rules.choose_branch(
+                Call(direction, m, columns, inner, r, dtype, lora_dtype, dropout_p > 0)
+            )
             for m, r in zip(ms, ranks, strict=True)
         ]
         words = [] if branch_only else ["vendor"]
         words += [branch.strategy for branch in chosen]
         reasons = dict.fromkeys(branch.reason for branch in chosen)
-        reason = f"one product for all rows, then each adapter's branch on its own: {'; '.join(reasons)}"
+        reason = (
+            f"one product for all rows, then each adapter's branch on its own: {'; '.join(reasons)}"
+        )
         strategies[direction] = _Strategy(f"by rows: {', '.join(words)}", reason)
     return Explanation(
         backend="triton",
@@ -449,9 +457,7 @@ def rows_launches(
     call = RowsForwardCall(x, y, lora_As, lora_Bs, seeds, settings)
     results, forward = lora_rows_fwd.plan(device, call)
     dx = torch.zeros_like(x)
-    backward_call = RowsBackwardCall(
-        y, x, dx, lora_As, lora_Bs, results.s, results.masks, settings
-    )
+    backward_call = RowsBackwardCall(y, x, dx, lora_As, lora_Bs, results.s, results.masks, settings)
     backward = lora_rows_bwd.plan(device, backward_call)[1]
     if not branch_only:
         forward.insert(0, VendorProduct(x, weight, None, y))

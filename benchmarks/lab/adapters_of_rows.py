@@ -133,9 +133,7 @@ def step_of(case: Case, arm: str) -> Callable[[], None]:
     return together(case, model) if arm == TOGETHER else one_after_another(case, model)
 
 
-def measure(
-    name: str, case: Case, rounds: int, clock: Callable[[], float]
-) -> list[dict[str, Any]]:
+def measure(name: str, case: Case, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """The records of a case: milliseconds of a step of all adapters, and times over PEFT's."""
     steps = {arm: step_of(case, arm) for arm in ARMS}
     samples = interleave(steps, warmup=2, iters=rounds, clock=clock)

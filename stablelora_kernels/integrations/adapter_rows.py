@@ -4,6 +4,7 @@ and ``losses_of_rows``, each adapter's loss. Importing needs no peft.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -104,10 +105,7 @@ def _layers_by_rows(model: nn.Module, names: Collection[str]) -> list[nn.Module]
 def _is_of_expert(name: str) -> bool:
     """Whether a layer's dotted name is that of one of a list of experts."""
     words = name.split(".")
-    return any(
-        "expert" in word and number.isdigit()
-        for word, number in zip(words, words[1:], strict=False)
-    )
+    return any("expert" in word and number.isdigit() for word, number in itertools.pairwise(words))
 
 
 def _state_of(layers: Sequence[nn.Module]) -> RowsState:
@@ -150,7 +148,8 @@ def losses_of_rows(
     ranges = ranges_of(names)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"logits must be [rows, tokens, vocabulary] and labels [rows, tokens], got {list(logits.shape)} and {list(labels.shape)}"
+            "logits must be [rows, tokens, vocabulary] and labels [rows, tokens], "
+            f"got {list(logits.shape)} and {list(labels.shape)}"
         )
     if logits.shape[0] != len(names):
         raise ValueError(

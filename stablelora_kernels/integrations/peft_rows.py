@@ -50,9 +50,7 @@ def peft_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mod
             yield from peft_modules(child, f"{name}.{child_name}" if name else child_name)
 
 
-def reason_against_rows(
-    module: Any, adapters: Collection[str], is_accelerated: bool
-) -> str | None:
+def reason_against_rows(module: Any, adapters: Collection[str], is_accelerated: bool) -> str | None:
     """Why a PEFT module cannot run ``adapters``, each on rows of its own, or None."""
     held = adapters_held(module)
     if is_accelerated:

@@ -12,7 +12,7 @@ of Y.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -116,8 +116,8 @@ def lora_rows(
         scalings = [scalings_after_dropout([b.scaling], b.dropout_p)[0] for b in branches]
         settings = settings._replace(scalings=tuple(scalings))
     facts = _Facts(backend, settings, x.dtype, tuple([b.lora_A.dtype for b in branches]))
-    y: Tensor = _LoRARows.apply(facts, x, weight, bias, base, *pairs)
-    return y
+    apply: Callable[..., Tensor] = _LoRARows.apply
+    return apply(facts, x, weight, bias, base, *pairs)
 
 
 def _in_dtype(branch: RowsBranch, dtype: torch.dtype) -> RowsBranch:

@@ -53,7 +53,8 @@ class RowsForwardCall(NamedTuple):
     def of(tensors: Sequence[Any], settings: RowsSettings) -> RowsForwardCall:
         """The call of its tensors, one after another."""
         x, y, *others = tensors
-        return RowsForwardCall(x, y, *split(others, [len(settings.starts)] * 3), settings)
+        lora_As, lora_Bs, seeds = split(others, [len(settings.starts)] * 3)
+        return RowsForwardCall(x, y, lora_As, lora_Bs, seeds, settings)
 
 
 class RowsForwardResults(NamedTuple):
@@ -83,8 +84,8 @@ class RowsBackwardCall(NamedTuple):
     def of(tensors: Sequence[Any], settings: RowsSettings) -> RowsBackwardCall:
         """The call of its tensors, one after another."""
         grad, x, dx, *others = tensors
-        lengths = [len(settings.starts)] * 4
-        return RowsBackwardCall(grad, x, dx, *split(others, lengths), settings)
+        lists: Any = split(others, [len(settings.starts)] * 4)
+        return RowsBackwardCall(grad, x, dx, *lists, settings)
 
 
 class RowsBackwardResults(NamedTuple):

@@ -29,13 +29,9 @@ def check_adapters(adapters: object, named: Sequence[Named], options: Mapping[st
     for adapter, settings in adapters.items():
         if adapter not in known:
             listed = ", ".join(sorted(map(repr, known))) or "none"
-            raise ValueError(
-                f"adapters names {adapter!r}, but the model's adapters are {listed}"
-            )
+            raise ValueError(f"adapters names {adapter!r}, but the model's adapters are {listed}")
         if not isinstance(settings, Mapping):
-            raise TypeError(
-                f"adapters[{adapter!r}] must be a dict of settings, got {settings!r}"
-            )
+            raise TypeError(f"adapters[{adapter!r}] must be a dict of settings, got {settings!r}")
         for key in settings:
             if key not in _PER_ADAPTER:
                 raise ValueError(
@@ -43,14 +39,12 @@ def check_adapters(adapters: object, named: Sequence[Named], options: Mapping[st
                 )
     if options.get(_SHARED) is not None:
         raise ValueError(
-            f"{_SHARED} must be None with adapters, got {options[_SHARED]}: it clips the norm of all adapters' gradients together. "
-            "Call torch.nn.utils.clip_grad_norm_ for the params of each group instead"
+            f"{_SHARED} must be None with adapters, got {options[_SHARED]}: "
+            "it clips the norm of all adapters' gradients together. Call torch.nn.utils.clip_grad_norm_ for the params of each group instead"
         )
 
 
-def frozen_adapters(
-    adapters: Mapping[str, object], named: Sequence[Named]
-) -> list[Named]:
+def frozen_adapters(adapters: Mapping[str, object], named: Sequence[Named]) -> list[Named]:
     """The parameters of those of ``adapters`` that are frozen as a whole, as PEFT leaves all but the
     active one.
     """

@@ -218,10 +218,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         check_module(model)
         named = [(clean(name), p) for name, p in innermost(model).named_parameters()]
-        if adapters is None:
-            optimizer = cls(named, **kwargs)
-        else:
-            optimizer = cls._of_adapters(adapters, named, kwargs)
+        optimizer = (
+            cls(named, **kwargs) if adapters is None else cls._of_adapters(adapters, named, kwargs)
+        )
         optimizer._experts = stacked_experts(innermost(model))
         return optimizer
 

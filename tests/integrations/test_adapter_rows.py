@@ -113,7 +113,9 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "not reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "reentrant", [None, False, True], ids=["kept", "not reentrant", "reentrant"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_adapter_trains_as_alone(family, reentrant, dropout, fuse):
     """Four steps of AdamW in float64 against plain PEFT, one adapter after another."""
@@ -127,7 +129,8 @@ def test_each_adapter_trains_as_alone(family, reentrant, dropout, fuse):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
             model.enable_input_require_grads()
     groups = [
-        {"params": [*of_adapter(together, name).values()], "lr": rate} for name, rate in RATES.items()
+        {"params": [*of_adapter(together, name).values()], "lr": rate}
+        for name, rate in RATES.items()
     ]
     optimizer = torch.optim.AdamW(groups)
     optimizers = {
@@ -189,7 +192,9 @@ def test_the_small_model_on_both_backends(backend):
 
 def test_launches_and_one_optimizer_launch():
     """On each of four layers a launch for each adapter that it has, and one for the step of all."""
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     names = ["default", *(f"lr{i}" for i in range(7))]
     with slk.use_backend("triton"):
         model = make(*((name, {}) for name in names[1:])).train()
@@ -250,7 +255,9 @@ def test_contexts_nest_and_end_with_an_exception():
     model = make(("b", {}))
     slk.accelerate_peft(model)
     plain = model(IDS)
-    inner, outer = (outputs_alone(model, names, IDS) for names in (["__base__"] * 2, ["b", "default"]))
+    inner, outer = (
+        outputs_alone(model, names, IDS) for names in (["__base__"] * 2, ["b", "default"])
+    )
     with slk.adapters_of_rows(model, ["b", "default"]):
         with slk.adapters_of_rows(model, ["__base__"] * 2):
             torch.testing.assert_close(model(IDS), inner)
@@ -306,7 +313,9 @@ def test_backward_of_a_checkpointed_forward_needs_its_own_context(reentrant):
     def forward() -> Tensor:
         return model(ids).logits.sum()
 
-    error = pytest.raises(RuntimeError, match="call backward within the adapters_of_rows of the forward")
+    error = pytest.raises(
+        RuntimeError, match="call backward within the adapters_of_rows of the forward"
+    )
     # After the context, also if others have come between.
     with slk.adapters_of_rows(model, NAMES):
         loss, other = forward(), forward()
@@ -360,7 +369,10 @@ def test_a_context_is_one_threads():
     errors: list[str] = []
 
     def elsewhere() -> None:
-        for action in (lambda: slk.adapters_of_rows(model, ["b", "b"]).__enter__(), lambda: model(IDS)):
+        for action in (
+            lambda: slk.adapters_of_rows(model, ["b", "b"]).__enter__(),
+            lambda: model(IDS),
+        ):
             try:
                 action()
             except RuntimeError as error:
@@ -457,7 +469,9 @@ def test_flattened_inputs_have_all_tokens():
     expected = outputs_alone(model, names, x)
     with slk.adapters_of_rows(model, names):
         torch.testing.assert_close(model(x), expected)
-        with pytest.raises(ValueError, match=r"must have 2 rows.*or 10 of a flattened batch.* got .*\[4, 8\]"):
+        with pytest.raises(
+            ValueError, match=r"must have 2 rows.*or 10 of a flattened batch.* got .*\[4, 8\]"
+        ):
             model(x, torch.tensor([0, 1, 5, 9]))
 
 
@@ -484,9 +498,11 @@ def test_names_that_do_not_fit(names, error, match):
 def test_a_batch_of_another_size():
     model = make(("b", {}))
     slk.accelerate_peft(model)
-    with slk.adapters_of_rows(model, ["b"] * 3):
-        with pytest.raises(ValueError, match=r"must have 3 rows, .* got an input of shape \[2, 5, 8\]"):
-            model(IDS)
+    with (
+        slk.adapters_of_rows(model, ["b"] * 3),
+        pytest.raises(ValueError, match=r"must have 3 rows, .* got an input of shape \[2, 5, 8\]"),
+    ):
+        model(IDS)
 
 
 class Routed(nn.Module):
@@ -500,7 +516,11 @@ class Routed(nn.Module):
 
 REFUSED = {
     "DoRA": (Model, {"use_dora": True}, "adapter 'b' is a variant of LoRA"),
-    "an embedding": (Model, {"target_modules": ["embed", "q_proj"]}, "PEFT's Embedding, which is not accelerated"),
+    "an embedding": (
+        Model,
+        {"target_modules": ["embed", "q_proj"]},
+        "PEFT's Embedding, which is not accelerated",
+    ),
     "modules_to_save": (Model, {"modules_to_save": ["lm_head"]}, "PEFT's ModulesToSaveWrapper"),
     "experts": (Routed, {"target_modules": ["q_proj"]}, "an expert gets tokens of all rows"),
 }
@@ -511,29 +531,37 @@ def test_what_runs_for_all_rows_is_refused(what):
     kind, lora, reason = REFUSED[what]
     model = make(("b", lora), model=kind(), target_modules=["q_proj"])
     slk.accelerate_peft(model)
-    with pytest.raises(ValueError, match=f"adapters_of_rows cannot run '.*' by rows: {reason}"):
-        with slk.adapters_of_rows(model, ["b", "b"]):
-            pass
+    error = pytest.raises(ValueError, match=f"adapters_of_rows cannot run '.*' by rows: {reason}")
+    with error, slk.adapters_of_rows(model, ["b", "b"]):
+        pass
 
 
 def test_layers_that_are_not_accelerated_are_refused():
     model = make(("b", {}))
-    with pytest.raises(ValueError, match="q_proj' by rows: PEFT's Linear, which is not accelerated"):
-        with slk.adapters_of_rows(model, ["b", "b"]):
-            pass
-    with pytest.raises(ValueError, match="model must have PEFT LoRA layers, got a Model without any"):
-        with slk.adapters_of_rows(Model(), ["b"]):
-            pass
-    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
-        with slk.adapters_of_rows("model", ["b"]):
-            pass
+    with (
+        pytest.raises(ValueError, match="q_proj' by rows: PEFT's Linear, which is not accelerated"),
+        slk.adapters_of_rows(model, ["b", "b"]),
+    ):
+        pass
+    with (
+        pytest.raises(
+            ValueError, match="model must have PEFT LoRA layers, got a Model without any"
+        ),
+        slk.adapters_of_rows(Model(), ["b"]),
+    ):
+        pass
+    with (
+        pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"),
+        slk.adapters_of_rows("model", ["b"]),
+    ):
+        pass
 
 
 def test_merged_adapters_and_two_ways_of_names_are_refused():
     model = make(("b", {}))
     slk.accelerate_peft(model)
     with slk.adapters_of_rows(model, ["b", "b"]):
-        with pytest.raises(ValueError, match="adapter_names is .* but adapters_of_rows is open"):
+        with pytest.raises(ValueError, match=r"adapter_names is .* but adapters_of_rows is open"):
             # PEFT leaves its hooks in a model whose forward raises.
             other = make(("b", {}))
             slk.accelerate_peft(other)
@@ -542,26 +570,28 @@ def test_merged_adapters_and_two_ways_of_names_are_refused():
         model.merge_adapter()
         with pytest.raises(ValueError, match="an adapter is merged; call unmerge_adapter first"):
             model(IDS)
-    with pytest.raises(ValueError, match="'default' is merged; call unmerge_adapter first"):
-        with slk.adapters_of_rows(model, ["b", "b"]):
-            pass
+    error = pytest.raises(ValueError, match="'default' is merged; call unmerge_adapter first")
+    with error, slk.adapters_of_rows(model, ["b", "b"]):
+        pass
 
 
 def test_a_bias_of_lora_b_is_refused_by_its_layer():
     model = make(("b", {"lora_bias": True}))
     slk.accelerate_peft(model)
-    with slk.adapters_of_rows(model, ["b", "b"]):
-        with pytest.raises(ValueError, match="adapter 'b' has a bias in lora_B, which trains"):
-            model(IDS)
+    error = pytest.raises(ValueError, match="adapter 'b' has a bias in lora_B, which trains")
+    with slk.adapters_of_rows(model, ["b", "b"]), error:
+        model(IDS)
 
 
 def test_a_base_layer_that_trains_is_refused():
     model = make(("b", {}))
     slk.accelerate_peft(model)
     model.base_model.model.layers[1].q_proj.base_layer.bias.requires_grad_()
-    with slk.adapters_of_rows(model, ["b", "b"]):
-        with pytest.raises(ValueError, match="base layer's bias must be frozen"):
-            model(IDS)
+    with (
+        slk.adapters_of_rows(model, ["b", "b"]),
+        pytest.raises(ValueError, match="base layer's bias must be frozen"),
+    ):
+        model(IDS)
 
 
 def test_a_model_within_a_context_stays_accelerated():
@@ -602,7 +632,9 @@ def test_losses_are_transformers_own():
     assert {loss.dtype for loss in low.values()} == {torch.float32}
     ours = slk.losses_of_rows(logits, labels.masked_fill(labels == -100, 7), NAMES, ignore_index=7)
     other = slk.losses_of_rows(logits, labels.masked_fill(labels == 7, -100), NAMES)
-    assert ours.keys() == other.keys() and all(torch.equal(ours[name], other[name]) for name in ours)
+    assert ours.keys() == other.keys() and all(
+        torch.equal(ours[name], other[name]) for name in ours
+    )
 
 
 def test_a_loss_without_tokens_is_zero_and_that_of_the_base_has_no_gradient():

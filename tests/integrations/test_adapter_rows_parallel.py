@@ -18,7 +18,11 @@ from tests.helpers.peft_models import make
 from tests.helpers.processes import needs_gloo, spawn
 
 pytestmark = needs_gloo
-SETTINGS: dict[str, Any] = {"default": {"lr": 0.1, "shrink_ratio": 0.1}, "b": {"lr": 0.02}, "c": {"lr": 0.05}}
+SETTINGS: dict[str, Any] = {
+    "default": {"lr": 0.1, "shrink_ratio": 0.1},
+    "b": {"lr": 0.02},
+    "c": {"lr": 0.05},
+}
 STEPS = 5
 # Of both processes together, each of which has half of each adapter's rows.
 NAMES = ["default"] * 2 + ["b"] * 4 + ["__base__"] * 2
@@ -60,7 +64,9 @@ def test_two_processes_train_as_one(way, tmp_path):
     for result in spawn(train, 2, tmp_path, way):
         assert result["latches"] == expected["latches"]
         for name, value in expected["params"].items():
-            torch.testing.assert_close(result["params"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                result["params"][name], value, rtol=1e-4, atol=1e-5, msg=name
+            )
 
 
 def test_an_adapter_in_one_process_trains_with_ddp(tmp_path):

@@ -59,9 +59,7 @@ class Operands(NamedTuple):
         def leaf(t: Tensor) -> Tensor:
             return t.detach().to(dtype).requires_grad_()
 
-        branches = [
-            b._replace(lora_A=leaf(b.lora_A), lora_B=leaf(b.lora_B)) for b in self.branches
-        ]
+        branches = [b._replace(lora_A=leaf(b.lora_A), lora_B=leaf(b.lora_B)) for b in self.branches]
         plain = [t.detach().to(dtype) for t in (self.weight, self.bias)]
         return Operands(leaf(self.x), *plain, leaf(self.base), branches, self.grad.to(dtype))
 
@@ -88,7 +86,9 @@ def make(shape: str, dtypes: tuple[torch.dtype, torch.dtype], strided: bool = Fa
 
 def keep_of(branch: RowsBranch, k: int) -> Tensor:
     """The mask of a branch, by a seed that its rows decide."""
-    return dropout_keep_ref(branch.end - branch.start, k, branch.dropout_p, 100 + branch.start).to(DEVICE)
+    return dropout_keep_ref(branch.end - branch.start, k, branch.dropout_p, 100 + branch.start).to(
+        DEVICE
+    )
 
 
 def composed(given: Operands, with_base: bool) -> Tensor:
@@ -124,7 +124,10 @@ def by_op(given: Operands, with_base: bool) -> Tensor:
         return Drawn(mask, mask, 1 / (1 - drop_share(dropout_p)))
 
     weight, bias = (None, None) if with_base else (given.weight, given.bias)
-    with mock.patch.object(module, "draw_seed", seed), mock.patch.object(module, "draw_to_keep", draw):
+    with (
+        mock.patch.object(module, "draw_seed", seed),
+        mock.patch.object(module, "draw_to_keep", draw),
+    ):
         return lora_rows(given.x, weight, bias, given.base if with_base else None, given.branches)
 
 
@@ -177,10 +180,14 @@ def test_only_what_is_wanted_is_kept_and_computed(trained, backend):
     given = make("sequences", (FP32, FP32))
     expected = results(given, by_op(given, False), False)
     for name, leaf in given.differentiable(False).items():
-        leaf.requires_grad_(name in {"x": ["x"], "one pair": ["lora_A1", "lora_B1"], "nothing": []}[trained])
+        leaf.requires_grad_(
+            name in {"x": ["x"], "one pair": ["lora_A1", "lora_B1"], "nothing": []}[trained]
+        )
     y = by_op(given, False)
     torch.testing.assert_close(y, expected["Y"])
-    wanted = {name: leaf for name, leaf in given.differentiable(False).items() if leaf.requires_grad}
+    wanted = {
+        name: leaf for name, leaf in given.differentiable(False).items() if leaf.requires_grad
+    }
     assert y.requires_grad == bool(wanted)
     for name, leaf in wanted.items():
         (grad,) = torch.autograd.grad(y, leaf, given.grad, retain_graph=True)
@@ -193,13 +200,17 @@ def test_only_what_is_wanted_is_kept_and_computed(trained, backend):
 def test_no_rows_and_no_tokens(backend):
     x = torch.randn(3, 0, 8, device=DEVICE, requires_grad=True)
     pair = torch.randn(2, 8, device=DEVICE).requires_grad_(), torch.randn(4, 2, device=DEVICE)
-    y = lora_rows(x, torch.randn(4, 8, device=DEVICE), None, None, [RowsBranch(0, 0, *pair, 1.0, 0.0)])
+    y = lora_rows(
+        x, torch.randn(4, 8, device=DEVICE), None, None, [RowsBranch(0, 0, *pair, 1.0, 0.0)]
+    )
     y.sum().backward()
     assert y.shape == (3, 0, 4) and x.grad.shape == x.shape and not pair[0].grad.any()
 
 
 def test_each_branch_is_one_launch_each_way():
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     given = make("many rows", (BF16, FP32))
     with slk.use_backend("triton"):
         # The third call runs prepared launches.
@@ -228,10 +239,16 @@ def test_autocast_computes_in_its_dtype(backend):
 
 @pytest.mark.filterwarnings("ignore")
 def test_ops_declare_what_they_write():
-    pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
     given = make("primes", (FP32, FP32))
-    settings = module.RowsSettings((1, 2, 40), (2, 19, 53), (1.0, 1.5, 2.0), (0.0, 0.0, 0.25), True, True)
-    lora_As, lora_Bs = ([getattr(b, name).detach() for b in given.branches] for name in ("lora_A", "lora_B"))
+    settings = module.RowsSettings(
+        (1, 2, 40), (2, 19, 53), (1.0, 1.5, 2.0), (0.0, 0.0, 0.25), True, True
+    )
+    lora_As, lora_Bs = (
+        [getattr(b, name).detach() for b in given.branches] for name in ("lora_A", "lora_B")
+    )
     seeds = [None, None, torch.tensor([7], device=DEVICE)]
     x, grad = given.x.detach(), given.grad.detach()
     forward = (x, given.base.detach().clone(), lora_As, lora_Bs, seeds, *settings)

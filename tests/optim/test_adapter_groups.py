@@ -50,7 +50,9 @@ def test_each_adapter_steps_as_with_an_optimizer_of_its_own(name, backend):
     for key, p in alone.named_parameters():
         if f".{name}." in key:
             # The kernels of one and of several ranges may take other tiles.
-            torch.testing.assert_close(together.get_parameter(key), p, rtol=1e-5, atol=1e-6, msg=key)
+            torch.testing.assert_close(
+                together.get_parameter(key), p, rtol=1e-5, atol=1e-6, msg=key
+            )
     # An adapter without rows is left alone: its moments and its latch too.
     untouched = two_and_one_more()
     for key, p in untouched.named_parameters():
