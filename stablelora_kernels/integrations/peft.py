@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 # The report's note on a model with several adapters.
-ROWS_ARE_NOT_FUSED = "within adapters_of_rows, fused projections and MLPs compute layer by layer, because each adapter has its own rows"
+ROWS_ARE_NOT_FUSED = (
+    "within adapters_of_rows, fused projections and MLPs compute layer by layer, "
+    "because each adapter has its own rows"
+)
 
 
 def accelerate_peft(

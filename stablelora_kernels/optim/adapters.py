@@ -40,7 +40,8 @@ def check_adapters(adapters: object, named: Sequence[Named], options: Mapping[st
     if options.get(_SHARED) is not None:
         raise ValueError(
             f"{_SHARED} must be None with adapters, got {options[_SHARED]}: "
-            "it clips the norm of all adapters' gradients together. Call torch.nn.utils.clip_grad_norm_ for the params of each group instead"
+            "it clips the norm of all adapters' gradients together. "
+            "Call torch.nn.utils.clip_grad_norm_ for the params of each group instead"
         )
 
 
