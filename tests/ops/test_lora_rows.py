@@ -257,3 +257,38 @@ def test_ops_declare_what_they_write():
     s, masks = op.lora_rows_fwd(*forward)
     backward = (grad, x, torch.zeros_like(x), lora_As, lora_Bs, s, masks, *settings)
     torch.library.opcheck(op.lora_rows_bwd, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_explain_counts_the_launches():
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
+    ranks = [16, 3, 64]
+    explanation = slk.explain([256, 1, 40], 512, 1024, ranks, dropout_p=0.1, device="sm_90")
+    for steps, words in (
+        (explanation.forward, explanation.forward_kernel),
+        (explanation.backward, explanation.backward_kernel),
+    ):
+        assert words == "by rows: vendor, chained, chained, chained"
+        assert [step.kernel for step in steps] == ["vendor", *["lora_linear"] * 3]
+        assert [f"r{r}" in step.variant for r, step in zip(ranks, steps[1:], strict=True)] == [
+            True
+        ] * 3
+    alone = slk.explain([8] * 4, 512, 1024, 16, device="sm_80", branch_only=True)
+    assert len(alone.forward) == len(alone.backward) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"M": []}, "M must be one number of rows, or one for each adapter, got none"),
+        ({"N": [8, 8]}, r"N must be one size for several M, which are not fused, got \[8, 8\]"),
+        ({"quantized": "nf4"}, "quantized must be None for several M, got 'nf4'"),
+        ({"r": [4]}, r"r must be one rank, or one for each of several M, got \[4\] for M \[3, 2\]"),
+        ({"M": 3, "r": [4]}, r"got \[4\] for M 3"),
+        ({"M": [3, -1]}, "M must be at least 0, got -1"),
+    ],
+)  # fmt: skip
+def test_explain_of_rows_that_do_not_fit(changes, match):
+    with pytest.raises(ValueError, match=match):
+        slk.explain(**{"M": [3, 2], "N": 8, "K": 8, "r": 4} | changes)

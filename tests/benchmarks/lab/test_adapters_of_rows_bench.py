@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 
-from benchmarks.lab import adapters_of_rows  # noqa: E402
-from benchmarks.lab.adapters_of_rows import ARMS, Case, measure, table  # noqa: E402
+from benchmarks.lab import adapters_of_rows
+from benchmarks.lab.adapters_of_rows import ARMS, Case, measure, table
 
 TINY = Case(3, 5, torch.float32, True, layers=1, width=192, vocabulary=32)
 
@@ -19,14 +19,14 @@ TINY = Case(3, 5, torch.float32, True, layers=1, width=192, vocabulary=32)
 def test_arms_train_the_same_adapters():
     """After a step of each arm every adapter has moved by as much."""
     moved = {}
+    original = adapters_of_rows.model_of
     for arm in ARMS:
-        models = []
+        models: list[torch.nn.Module] = []
 
-        def made(case: Case, models=models) -> torch.nn.Module:
+        def made(case: Case, models: list[torch.nn.Module] = models) -> torch.nn.Module:
             models.append(original(case))
             return models[0]
 
-        original = adapters_of_rows.model_of
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(adapters_of_rows, "model_of", made)
             adapters_of_rows.step_of(TINY, arm)()
