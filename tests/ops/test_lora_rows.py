@@ -271,9 +271,7 @@ def test_explain_counts_the_launches():
     ):
         assert words == "by rows: vendor, chained, chained, chained"
         assert [step.kernel for step in steps] == ["vendor", *["lora_linear"] * 3]
-        assert [f"r{r}" in step.variant for r, step in zip(ranks, steps[1:], strict=True)] == [
-            True
-        ] * 3
+        assert all(" add " in step.variant for step in steps[1:])
     alone = slk.explain([8] * 4, 512, 1024, 16, device="sm_80", branch_only=True)
     assert len(alone.forward) == len(alone.backward) == 4
 
