@@ -84,8 +84,9 @@ class RowsBackwardCall(NamedTuple):
     def of(tensors: Sequence[Any], settings: RowsSettings) -> RowsBackwardCall:
         """The call of its tensors, one after another."""
         grad, x, dx, *others = tensors
-        lists: Any = split(others, [len(settings.starts)] * 4)
-        return RowsBackwardCall(grad, x, dx, *lists, settings)
+        lists = split(others, [len(settings.starts)] * 4)
+        arguments: Any = (grad, x, dx, *lists, settings)
+        return RowsBackwardCall(*arguments)
 
 
 class RowsBackwardResults(NamedTuple):
