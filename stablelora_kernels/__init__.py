@@ -18,6 +18,7 @@ from stablelora_kernels.dispatch.settings import (
 )
 from stablelora_kernels.explanation import Explanation, explain
 from stablelora_kernels.graphed_step import GraphedStep
+from stablelora_kernels.integrations.adapter_rows import adapters_of_rows, losses_of_rows
 from stablelora_kernels.integrations.comparison import Comparison, compare
 from stablelora_kernels.integrations.hf_trainer import (
     AccelerateCallback,
@@ -61,6 +62,7 @@ __all__ = [
     "StableLoRAAdamWFactory",
     "__version__",
     "accelerate_peft",
+    "adapters_of_rows",
     "apply_lora",
     "compare",
     "count_parameters",
@@ -73,6 +75,7 @@ __all__ = [
     "load_adapter",
     "load_packed_experts",
     "lora_pairs",
+    "losses_of_rows",
     "merge_lora",
     "plot_stability",
     "print_trainable_parameters",

@@ -7,6 +7,7 @@ the compile report and the predictions ask here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ from stablelora_kernels.ops.lora_linear_triton import (
     LinearForwardSettings,
     lora_linear_bwd,
     lora_linear_fwd,
+)
+from stablelora_kernels.ops.lora_rows_triton import (
+    RowsBackwardCall,
+    RowsForwardCall,
+    RowsSettings,
+    lora_rows_bwd,
+    lora_rows_fwd,
 )
 from stablelora_kernels.projection import Projection, layouts_of, operands_of, scales_of
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
@@ -65,7 +73,8 @@ class Explanation(NamedTuple):
         forward_kernel: the strategy: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch
             backend. With a quantized weight, "in_loop", or "dequantize, " and one of the others.
             For fused projections, "together: " or "apart: " and each one's. For the branch alone,
-            "chained" or "split".
+            "chained" or "split". For several M, "by rows: " and "vendor" for the product of all
+            rows, then each adapter's.
         forward_reason: the reason for that strategy.
         forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the
             PyTorch backend.
@@ -105,10 +114,10 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    M: int,
+    M: int | Sequence[int],
     N: int | Sequence[int],
     K: int,
-    r: int,
+    r: int | Sequence[int],
     dtype: torch.dtype = torch.bfloat16,
     dropout_p: float = 0.0,
     *,
@@ -129,11 +138,12 @@ def explain(
     answer, and the reasons say that a measurement may replace it.
 
     Args:
-        M: rows of x, its leading sizes flattened.
+        M: rows of x, its leading sizes flattened. Several numbers are the rows of several adapters,
+            as :func:`~stablelora_kernels.adapters_of_rows` computes them.
         N: output features. Several sizes are projections of one x, as ``fuse_projections`` computes
             them.
         K: input features.
-        r: rank.
+        r: rank; with several M also several, one for each.
         dtype: of x and the weight.
         dropout_p: the probability of dropping an element, in [0, 1).
         lora_dtype: of lora_A and lora_B; float32 by default, as for
@@ -146,7 +156,8 @@ def explain(
 
     Raises:
         ValueError: a size below 1 (M may be 0), a dropout_p outside [0, 1), an unknown device, a
-            forced strategy that can't do this call, or ``quantized`` together with ``branch_only``.
+            forced strategy that can't do this call, ``quantized`` together with ``branch_only``, or
+            several M together with several N or ``quantized``.
         TypeError: a size that is no int, or a dtype that the kernels do not compute in.
         RuntimeError: the Triton backend is forced and can't run, or a GPU is named and Triton can't
             be used.
@@ -155,22 +166,31 @@ def explain(
     lora_dtype = torch.float32 if lora_dtype is None else lora_dtype
     if isinstance(N, Sequence):
         _check_several(N, quantized, branch_only)
-    _check_sizes(M, ns, K, r, dropout_p)
+    ms = _row_counts(M, N, quantized)
+    ranks = _ranks(r, ms, is_one=isinstance(M, int))
+    for m, rank in zip(ms, ranks, strict=True):
+        _check_sizes(m, ns, K, rank, dropout_p)
     _check_dtypes(dtype, lora_dtype)
     _check_weight(quantized, branch_only)
     gpu, backend_reason = _gpu(device)
     if gpu is None:
         why = "the backend is PyTorch's operators; device='sm_90' lists an H100's launches"
         return Explanation("torch", "", "torch", why, (), "torch", why, (), backend_reason)
+    if not isinstance(M, int):
+        return _by_rows(
+            gpu, ms, ns[0], K, ranks, (dtype, lora_dtype), dropout_p, branch_only, backend_reason
+        )
     weight: str | NF4Weight | FP8Weight = "plain"
     if branch_only:
         weight = "none"
     elif quantized is not None:
         weight = quantized_weight(quantized, ns[0], K)
-    forward, backward = linear_launches(gpu, M, ns, K, r, (dtype, lora_dtype), dropout_p, weight)
+    forward, backward = linear_launches(
+        gpu, M, ns, K, ranks[0], (dtype, lora_dtype), dropout_p, weight
+    )
     dropout = dropout_p > 0
-    forwards = [Call("forward", M, n, K, r, dtype, lora_dtype, dropout) for n in ns]
-    backwards = [Call("backward", M, K, n, r, dtype, lora_dtype, dropout) for n in ns]
+    forwards = [Call("forward", M, n, K, ranks[0], dtype, lora_dtype, dropout) for n in ns]
+    backwards = [Call("backward", M, K, n, ranks[0], dtype, lora_dtype, dropout) for n in ns]
     forward_strategy = _strategy(gpu, forwards, weight)
     backward_strategy = _strategy(gpu, backwards, weight)
     return Explanation(
@@ -181,6 +201,68 @@ def explain(
         forward=tuple(map(_step, forward)),
         backward_kernel=backward_strategy.words,
         backward_reason=backward_strategy.reason,
+        backward=tuple(map(_step, backward)),
+        backend_reason=backend_reason,
+    )
+
+
+def _row_counts(
+    m: int | Sequence[int], n: int | Sequence[int], quantized: str | None
+) -> tuple[int, ...]:
+    """Each adapter's rows, or those of the only one."""
+    if not isinstance(m, Sequence):
+        return (m,)
+    if not m:
+        raise ValueError("M must be one number of rows, or one for each adapter, got none")
+    if isinstance(n, Sequence):
+        raise ValueError(f"N must be one size for several M, which are not fused, got {n}")
+    if quantized is not None:
+        raise ValueError(
+            f"quantized must be None for several M, got {quantized!r}: the layer computes its own product, as with branch_only"
+        )
+    return tuple(m)
+
+
+def _ranks(r: int | Sequence[int], ms: Sequence[int], is_one: bool) -> tuple[int, ...]:
+    """Each adapter's rank."""
+    if not isinstance(r, Sequence):
+        return (r,) * len(ms)
+    if is_one or len(r) != len(ms):
+        rows = ms[0] if is_one else [*ms]
+        raise ValueError(f"r must be one rank, or one for each of several M, got {r} for M {rows}")
+    return tuple(r)
+
+
+def _by_rows(
+    gpu: Device, ms: Sequence[int], n: int, k: int, ranks: Sequence[int], dtypes: DTypes, dropout_p: float,
+    branch_only: bool, backend_reason: str,
+) -> Explanation:  # fmt: skip
+    """:func:`explain` of several adapters, each on rows of its own."""
+    forward, backward = rows_launches(gpu, ms, n, k, ranks, dtypes, dropout_p, branch_only)
+    dtype, lora_dtype = dtypes
+    strategies: dict[str, _Strategy] = {}
+    for direction, columns, inner in (("forward", n, k), ("backward", k, n)):
+        chosen = [
+            rules.choose_branch(
+                Call(direction, m, columns, inner, r, dtype, lora_dtype, dropout_p > 0)
+            )
+            for m, r in zip(ms, ranks, strict=True)
+        ]
+        words = [] if branch_only else ["vendor"]
+        words += [branch.strategy for branch in chosen]
+        reasons = dict.fromkeys(branch.reason for branch in chosen)
+        reason = (
+            f"one product for all rows, then each adapter's branch on its own: {'; '.join(reasons)}"
+        )
+        strategies[direction] = _Strategy(f"by rows: {', '.join(words)}", reason)
+    return Explanation(
+        backend="triton",
+        arch=gpu.arch,
+        forward_kernel=strategies["forward"].words,
+        forward_reason=strategies["forward"].reason,
+        forward=tuple(map(_step, forward)),
+        backward_kernel=strategies["backward"].words,
+        backward_reason=strategies["backward"].reason,
         backward=tuple(map(_step, backward)),
         backend_reason=backend_reason,
     )
@@ -344,6 +426,42 @@ def linear_launches(
         ),
     )
     backward = lora_linear_bwd.plan(device, backward_call, choices[1])[1]
+    return forward, backward
+
+
+def rows_launches(
+    device: Device, ms: Sequence[int], n: int, k: int, ranks: Sequence[int], dtypes: DTypes, dropout_p: float,
+    branch_only: bool = False, where: str = "meta",
+) -> Ways:  # fmt: skip
+    """The forward's and the backward's launches of a layer on the rows of several adapters, with
+    the vendor's product unless ``branch_only``.
+    """
+    from stablelora_kernels.launch.base import VendorProduct
+
+    dtype, lora_dtype = dtypes
+    ends = tuple(accumulate(ms))
+    x = _zeros(where, ends[-1], k, of=dtype)
+    y = _zeros(where, ends[-1], n, of=dtype)
+    weight = _zeros(where, n, k, of=dtype)
+    settings = RowsSettings(
+        starts=(0, *ends[:-1]),
+        ends=ends,
+        scalings=(1.0,) * len(ms),
+        dropout_ps=(dropout_p,) * len(ms),
+        need_x=True,
+        need_ab=True,
+    )
+    lora_As = [_zeros(where, r, k, of=lora_dtype) for r in ranks]
+    lora_Bs = [_zeros(where, n, r, of=lora_dtype) for r in ranks]
+    seeds = [seed_of(where, dropout_p) for _ in ms]
+    call = RowsForwardCall(x, y, lora_As, lora_Bs, seeds, settings)
+    results, forward = lora_rows_fwd.plan(device, call)
+    dx = torch.zeros_like(x)
+    backward_call = RowsBackwardCall(y, x, dx, lora_As, lora_Bs, results.s, results.masks, settings)
+    backward = lora_rows_bwd.plan(device, backward_call)[1]
+    if not branch_only:
+        forward.insert(0, VendorProduct(x, weight, None, y))
+        backward.insert(0, VendorProduct(y, weight.t(), None, dx))
     return forward, backward
 
 

@@ -15,6 +15,11 @@ from torch import nn
 _LORA_NAME = re.compile(
     r"^(?:(?P<prefix>.+)\.)?lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))??(?:\.weight)?$"
 )
+# PEFT's name of an adapter in the name of one of its parameters: after LoRA's, and after those of
+# modules_to_save and of trainable tokens.
+_ADAPTER = re.compile(
+    r"(?:^|\.)(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.(?P<adapter>[^.]+)"
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,6 +78,14 @@ def layer_name(name: str) -> str:
     """The dotted name of a LoRA matrix's layer, without PEFT's adapter; any other name unchanged."""
     match = _LORA_NAME.match(name)
     return name if match is None else match["prefix"] or ""
+
+
+def adapter_of(name: str) -> str | None:
+    """The adapter that a PEFT model's parameter of this dotted name belongs to; None if it belongs
+    to none.
+    """
+    match = _ADAPTER.search(name)
+    return None if match is None else match["adapter"]
 
 
 def is_named_parameter(item: object) -> TypeGuard[tuple[str, torch.Tensor]]:

@@ -107,6 +107,7 @@ BEHIND_IMPORT_EXTRA = {
     "integrations.peft_dora": {"peft"},
     "integrations.peft_experts": {"peft"},
     "integrations.peft_faults": {"peft"},
+    "integrations.peft_rows": {"peft"},
     "integrations.peft_wrappers": {"peft"},
 }
 

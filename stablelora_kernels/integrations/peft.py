@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stablelora_kernels.config import unmatched_names
+from stablelora_kernels.integrations.rows_state import ATTRIBUTE, RowsState
 from stablelora_kernels.model.reports import (
     LoRAReport,
     ReplacedModule,
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+# The report's note on a model with several adapters.
+ROWS_ARE_NOT_FUSED = (
+    "within adapters_of_rows, fused projections and MLPs compute layer by layer, "
+    "because each adapter has its own rows"
+)
 
 
 def accelerate_peft(
@@ -92,8 +99,10 @@ def accelerate_peft(
         ValueError: the model has no PEFT LoRA layers; ``strict`` is set and something would be
             skipped; or ``lora_experts`` does not fit packed experts, which PEFT's own forward would
             compute wrongly. Nothing is changed then.
+        RuntimeError: the model is within :func:`adapters_of_rows`.
     """
-    layers = _layers()
+    layers = layers_module()
+    _check_no_rows(model, "accelerate_peft")
     experts = _experts()
     accelerated: list[nn.Module] = []
     replaced: list[ReplacedModule] = []
@@ -169,6 +178,8 @@ def accelerate_peft(
     if fuse_mlp:
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
+    if (fuse_projections or fuse_mlp) and len({row.adapter for row in replaced}) > 1:
+        notes.append(ROWS_ARE_NOT_FUSED)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
 
 
@@ -266,22 +277,33 @@ def restore_peft(model: nn.Module) -> None:
     A model without such layers stays unchanged.
 
     Raises:
-        ImportError, TypeError: as :func:`accelerate_peft`.
+        ImportError, TypeError, RuntimeError: as :func:`accelerate_peft`.
     """
-    original = _layers().ORIGINAL
+    original = layers_module().ORIGINAL
     experts = _experts()
     check_module(model)
+    _check_no_rows(model, "restore_peft")
     _unfuse(model)
     for module in [*model.modules()]:
+        module.__dict__.pop(ATTRIBUTE, None)
         if type(module) in original:
             module.__class__ = original[type(module)]
         elif experts is not None and type(module) is experts.AcceleratedExperts:
             experts.restore(model, module)
 
 
-def _layers() -> ModuleType:
+def _check_no_rows(model: nn.Module, function: str) -> None:
+    """Raise RuntimeError if the model is within ``adapters_of_rows``."""
+    check_module(model)
+    for module in model.modules():
+        state: RowsState | None = module.__dict__.get(ATTRIBUTE)
+        if state is not None:
+            state.check_free(function)
+
+
+def layers_module(function: str = "accelerate_peft") -> ModuleType:
     """``peft_layers``; raises ImportError without a PEFT that it fits."""
-    peft = import_extra("peft", "peft", "accelerate_peft")
+    peft = import_extra("peft", "peft", function)
     if release(peft.__version__) < (0, 16):
         raise ImportError(
             f"peft must be 0.16 or newer, whose layers tell their variants, got {peft.__version__}: "

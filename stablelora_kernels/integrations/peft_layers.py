@@ -31,6 +31,8 @@ from stablelora_kernels.integrations.peft_operands import (
     plain_tensors,
     read_branch,
 )
+from stablelora_kernels.integrations.peft_rows import BY_ROWS, output_by_rows
+from stablelora_kernels.integrations.rows_state import Rows, RunsRows, rows_of
 from stablelora_kernels.nn.operands import LayerKind, Operand
 from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
 
@@ -183,7 +185,20 @@ def _for_base(kwargs: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
 
 
-class Accelerated:
+def _output_by_rows(
+    layer: PeftLayer, rows: Rows, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor:
+    """The output of a layer within ``adapters_of_rows``, whatever its active adapters."""
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            f"adapter_names is {kwargs['adapter_names']}, but adapters_of_rows is open with names of its own: give one of the two"
+        )
+    if layer.merged:
+        raise ValueError("adapters_of_rows: an adapter is merged; call unmerge_adapter first")
+    return output_by_rows(layer, rows, x, args, _for_base(kwargs))
+
+
+class Accelerated(RunsRows):
     """A mixin in front of a PEFT class. Calls that it does not support run that class's forward."""
 
     def forward(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -191,6 +206,9 @@ class Accelerated:
         dtype.
         """
         y: Tensor | None = None
+        rows = rows_of(self)
+        if rows is not None and not self.disable_adapters:
+            return _output_by_rows(self, rows, x, args, kwargs)
         if not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None:
             base_kwargs = _for_base(kwargs) if kwargs else kwargs
             if args or base_kwargs:
@@ -247,6 +265,8 @@ def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
         return "is merged"
     if layer.disable_adapters:
         return "is disabled"
+    if rows_of(layer) is not None:
+        return BY_ROWS
     if x is not None and is_observed(layer):
         return "is watched"
     adapters = read_adapters(layer, layer.active_adapters, between_calls=x is None)
@@ -285,7 +305,9 @@ def read_usual_layer(layer: Any) -> Operand | None:
     """:data:`~stablelora_kernels.nn.operands.ReadUsual` of PEFT's layers."""
     if type(layer) not in ORIGINAL or layer.merged or layer.disable_adapters:
         return None
-    return None if is_observed(layer) else _read_one_adapter(layer)
+    if is_observed(layer) or rows_of(layer) is not None:
+        return None
+    return _read_one_adapter(layer)
 
 
 def _read_one_adapter(layer: PeftLayer) -> Operand | None:

@@ -123,7 +123,7 @@ class BackwardCall(NamedTuple):
     """What a backward computes from the gradient of each Y.
 
     Each projection adds to the dX that the first one stores. Without a weight, dX is the branch's
-    alone.
+    alone, or with ``adds``, it is added to what dX holds.
     """
 
     x: Tensor | None
@@ -134,6 +134,7 @@ class BackwardCall(NamedTuple):
     masks: Sequence[Tensor | None]
     dropout_p: float
     results: Gradients
+    adds: bool = False
 
 
 class Plain(NamedTuple):
@@ -167,7 +168,7 @@ def backward_launches(
         shared = rules.choose_group([p.call for p in members], of_products).shared
     launches: Launches = []
     for index, (p, chosen, plain) in enumerate(zip(members, choices, plains, strict=True)):
-        if index > 0:
+        if index > 0 or (call.adds and p.wanted):
             p = p._replace(call=p.call._replace(add=True), base=p.y)
         if shared:
             p = p._replace(da=None)

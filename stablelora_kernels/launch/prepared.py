@@ -434,7 +434,7 @@ class Prepared:
         if tensors.scratch_bytes:
             self._allocations.append(((tensors.scratch_bytes,), (1,), torch.uint8))
         self._counts = taken.counters is not None
-        self._device = outputs[0].device
+        self._device = next(t.device for t in (*outputs, *operands) if t is not None)
         self._on_gpu = self._device.type == "cuda"
         self._steps = [_Step(launch, tensors, self._device) for launch in launches]
         self._compiled = any(step.launcher is not None for step in self._steps)

@@ -97,6 +97,19 @@ def project_drawn(x: Tensor, p: Projection, drawn: Drawn, base: Tensor | None = 
     return Projected(y, s, drawn, p)
 
 
+def add_branch_(y: Tensor, x: Tensor, p: Projection, drawn: Drawn) -> Projected:
+    """Add a lone branch of x [M, K], whose mask is ``drawn``, to y [M, N] in place."""
+    if by_float32(x) or y.dtype is not x.dtype or p.scaling == 0:
+        projected = project_drawn(x, p, drawn, y)
+        y.copy_(projected.y)
+        return projected._replace(y=y)
+    p = to_multiply(p, x.dtype, p.scaling * drawn.scale)
+    lora_A, lora_B = _branch_of(p)
+    s = product(masked(x, drawn.mask), lora_A.t())
+    y.addmm_(s, lora_B.t(), alpha=p.scaling)
+    return Projected(y, s, drawn, p)
+
+
 def to_multiply(p: Projection, dtype: torch.dtype, scaling: float) -> Projection:
     """``p`` with A and B in ``dtype``, cast once for forward and backward, and with ``scaling``."""
     return Projection(p.weight, p.bias, cast(p.lora_A, dtype), cast(p.lora_B, dtype), scaling)

@@ -253,7 +253,7 @@ class PlannedOp(Generic[CallT, ResultsT]):
         allocate: Callable[[CallT], ResultsT],
         build: Callable[[Device, CallT, ResultsT, Choice | None], Launches],
     ) -> None:
-        arguments = schema[1 : schema.index(")")].split(", ")
+        arguments = schema[1 : schema.index(") ->")].split(", ")
         kinds = [argument.split()[0] for argument in arguments]
         self._name = f"{NAMESPACE}::{name}"
         self._types = types

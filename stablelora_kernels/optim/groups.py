@@ -33,10 +33,11 @@ Named = tuple[str, Tensor]
 
 class ScheduledGroup(Hyper, total=False):
     """A group's hyperparameters. In the first group, ``shrink_step`` counts the steps of a
-    ``shrink_schedule``.
+    ``shrink_schedule``. ``adapter``: the name of the adapter whose parameters the group has alone.
     """
 
     shrink_step: int
+    adapter: str
 
 
 class ParamGroup(ScheduledGroup):

@@ -9,7 +9,7 @@ what has changed to the engine of each device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
@@ -17,6 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.optim import checkpoint, groups, options, staging
+from stablelora_kernels.optim.adapters import (
+    check_adapters,
+    frozen_adapters,
+    groups_by_adapter,
+    warn_of_frozen,
+)
 from stablelora_kernels.optim.checkpoint import CopiedSchedule
 from stablelora_kernels.optim.devices import DeviceEngines, make_engines
 from stablelora_kernels.optim.engine import members_of
@@ -127,6 +133,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     _skipped_before = 0
     # Of the pairs that are stacks, by name; a model alone knows them.
     _experts: Mapping[str, int] | None = None
+    # Adapters of which a warning has told that they are frozen.
+    _frozen: set[str]
 
     def __init__(
         self,
@@ -175,10 +183,17 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         checked = groups.check_groups(groups.as_groups(params), [], defaults, self.storage)
         super().__init__(cast("list[dict[str, Any]]", checked), defaults)
         self.shrink_schedule = shrink_schedule
+        self._frozen = set()
         self._find_pairs()
 
     @classmethod
-    def from_model(cls, model: nn.Module, **kwargs: Any) -> StableLoRAAdamW:
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        adapters: Mapping[str, Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> StableLoRAAdamW:
         """The optimizer of every trainable parameter of ``model``, with this library's LoRA layers
         or PEFT's.
 
@@ -186,15 +201,47 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Given to a ``Trainer`` in ``optimizers``, it keeps its own ``lr``: the trainer's
         ``learning_rate`` does not count.
 
+        Args:
+            model: a model with LoRA layers.
+            adapters: by the names of a PEFT model's adapters, the settings in which each differs
+                from ``kwargs``: ``{"a": {"lr": 1e-4}, "b": {"lr": 1e-3, "shrink_ratio": 0.0}}``.
+                Each adapter gets a parameter group, and one launch takes the step of all. Those
+                that PEFT has frozen, because another was active, require gradients from now on.
+                All other trainable parameters are in a last group.
+            **kwargs: the arguments of the class. With ``adapters``, ``max_grad_norm`` must be None:
+                it would clip the norm of all adapters together.
+
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is no module, or ``adapters`` or one of its values is no dict.
+            ValueError: ``adapters`` has a name that is no adapter's, or a setting that a group does
+                not have.
         """
         check_module(model)
-        optimizer = cls(
-            ((clean(name), p) for name, p in innermost(model).named_parameters()), **kwargs
+        named = [(clean(name), p) for name, p in innermost(model).named_parameters()]
+        optimizer = (
+            cls(named, **kwargs) if adapters is None else cls._of_adapters(adapters, named, kwargs)
         )
         optimizer._experts = stacked_experts(innermost(model))
         return optimizer
+
+    @classmethod
+    def _of_adapters(
+        cls,
+        adapters: Mapping[str, Mapping[str, Any]],
+        named: Sequence[groups.Named],
+        kwargs: Mapping[str, Any],
+    ) -> StableLoRAAdamW:
+        """:meth:`from_model` with a group for each of ``adapters``."""
+        check_adapters(adapters, named, kwargs)
+        frozen = frozen_adapters(adapters, named)
+        for _, p in frozen:
+            p.requires_grad_(True)
+        try:
+            return cls(groups_by_adapter(adapters, named), **kwargs)
+        except BaseException:
+            for _, p in frozen:
+                p.requires_grad_(False)
+            raise
 
     def __repr__(self) -> str:
         # torch's has the names of all parameters, kilobytes of them, and a line for each setting.
@@ -272,6 +319,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        warn_of_frozen(self._groups, self._frozen)
         if not same_objects(
             [list(group["params"]) for group in self.param_groups], self._last.params
         ):
@@ -454,6 +502,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "_reported": self._reported,
             "_skipped_before": self.nonfinite_steps,
             "_experts": self._experts,
+            "_frozen": self._frozen,
             "shrink_schedule": CopiedSchedule(self.shrink_schedule),
         }
 

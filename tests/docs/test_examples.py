@@ -20,7 +20,13 @@ for module in ("transformers", "peft", "accelerate", "safetensors", "tqdm"):
 
 from safetensors.torch import load_file  # noqa: E402
 
-from examples import finetune, peft_trainer, replace_linear, tutorial  # noqa: E402
+from examples import (  # noqa: E402
+    finetune,
+    learning_rates,
+    peft_trainer,
+    replace_linear,
+    tutorial,
+)
 from tests.helpers.dying import kills, needs_fork  # noqa: E402
 from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
 from tests.helpers.small_models import llama  # noqa: E402
@@ -322,3 +328,20 @@ def test_the_file_to_copy_runs_outside_the_clone(
         AutoModelForCausalLM.from_pretrained(files[1]), tmp_path / "run" / "adapter"
     )
     assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_learning_rates_trains_eight_adapters(files: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    small = ["--steps", "3", "--length", "16", "--rank", "2", "--out", str(out)]
+    learning_rates.main([*files, *small])
+    printed = capsys.readouterr().out
+    rates = [f"{rate:g}: " for rate in learning_rates.RATES]
+    assert len(rates) == 8 and all(rate in printed.splitlines()[1] for rate in rates)
+    (best,) = [path for path in out.iterdir() if path.is_dir()]
+    assert f"best learning rate {learning_rates.RATE_OF[best.name]:g}, held-out loss" in printed
+    weights = load_file(best / "adapter_model.safetensors")
+    assert any(value.any() for key, value in weights.items() if "lora_B" in key)
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        learning_rates.main([*files, *small])
+    assert "--out must be a new directory" in capsys.readouterr().err

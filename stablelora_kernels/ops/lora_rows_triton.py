@@ -1,0 +1,196 @@
+"""``lora_rows`` on Triton: the branches of several adapters, each on its own rows, added in place. A
+forward and a backward as torch.library ops, and the records of their arguments and results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.dispatch.problem import Device
+from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.ops.dropout import new_mask
+from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
+from stablelora_kernels.projection import Projection, split
+
+
+class RowsSettings(NamedTuple):
+    """The arguments of both ops that are no tensors. The sequences have an item a branch."""
+
+    # The rows of x from ``starts`` to before ``ends``.
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    # s'.
+    scalings: tuple[float, ...]
+    dropout_ps: tuple[float, ...]
+    # Whether a gradient of x, and one of an A or a B, is wanted.
+    need_x: bool
+    need_ab: bool
+
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each branch."""
+        return [slice(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
+
+
+class RowsForwardCall(NamedTuple):
+    """The arguments of ``lora_rows_fwd``."""
+
+    # [M, K].
+    x: Tensor
+    # [M, N], contiguous, to which the branches are added.
+    y: Tensor
+    lora_As: Sequence[Tensor]
+    lora_Bs: Sequence[Tensor]
+    # None without dropout.
+    seeds: Sequence[Tensor | None]
+    settings: RowsSettings
+
+    @staticmethod
+    def of(tensors: Sequence[Any], settings: RowsSettings) -> RowsForwardCall:
+        """The call of its tensors, one after another."""
+        x, y, *others = tensors
+        lora_As, lora_Bs, seeds = split(others, [len(settings.starts)] * 3)
+        return RowsForwardCall(x, y, lora_As, lora_Bs, seeds, settings)
+
+
+class RowsForwardResults(NamedTuple):
+    """What backward needs of each branch; empty where it needs nothing."""
+
+    # [rows, r].
+    s: Sequence[Tensor]
+    masks: Sequence[Tensor]
+
+
+class RowsBackwardCall(NamedTuple):
+    """The arguments of ``lora_rows_bwd``."""
+
+    # dY [M, N].
+    grad: Tensor
+    # [M, K]; None if no dA is wanted.
+    x: Tensor | None
+    # [M, K], contiguous, to which the branches' gradients are added; None if it is not wanted.
+    dx: Tensor | None
+    lora_As: Sequence[Tensor]
+    lora_Bs: Sequence[Tensor]
+    s: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    settings: RowsSettings
+
+    @staticmethod
+    def of(tensors: Sequence[Any], settings: RowsSettings) -> RowsBackwardCall:
+        """The call of its tensors, one after another."""
+        grad, x, dx, *others = tensors
+        lists = split(others, [len(settings.starts)] * 4)
+        arguments: Any = (grad, x, dx, *lists, settings)
+        return RowsBackwardCall(*arguments)
+
+
+class RowsBackwardResults(NamedTuple):
+    """Every dA and dB; none if they are not wanted."""
+
+    das: Sequence[Tensor]
+    dbs: Sequence[Tensor]
+
+
+def _allocate_forward(call: RowsForwardCall) -> RowsForwardResults:
+    settings = call.settings
+    s: list[Tensor] = []
+    masks: list[Tensor] = []
+    for rows, lora_A, dropout_p in zip(
+        settings.rows, call.lora_As, settings.dropout_ps, strict=True
+    ):
+        x = call.x[rows]
+        rows_kept = x.shape[0] if settings.need_ab else 0
+        s.append(x.new_empty(rows_kept, lora_A.shape[0]))
+        is_mask_kept = dropout_p > 0 and (settings.need_x or settings.need_ab)
+        masks.append(new_mask(x if is_mask_kept else x[:0], x.shape[1]))
+    return RowsForwardResults(s, masks)
+
+
+@define_launches(
+    "lora_rows_fwd",
+    "(Tensor x, Tensor(a!) y, Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] seeds, int[] starts, int[] ends, "
+    "float[] scalings, float[] dropout_ps, bool need_x, bool need_ab) -> (Tensor[], Tensor[])",
+    OpTypes(RowsForwardCall, RowsForwardCall.of, RowsSettings, RowsForwardResults),
+    _allocate_forward,
+)
+def lora_rows_fwd(
+    device: Device, call: RowsForwardCall, results: RowsForwardResults, choice: Choice | None
+) -> Launches:
+    """Add each branch to its rows of y, and save what backward needs. ``choice`` is of a product,
+    which there is none of here.
+    """
+    from stablelora_kernels.launch.lora_linear import ForwardCall, forward_launches
+
+    settings = call.settings
+    launches: Launches = []
+    for i, rows in enumerate(settings.rows):
+        y = call.y[rows]
+        branch = ForwardCall(
+            x=call.x[rows],
+            projections=[_branch(call.lora_As[i], call.lora_Bs[i], settings.scalings[i])],
+            seeds=[call.seeds[i]],
+            masks=[_if_any(results.masks[i])],
+            s=results.s[i] if settings.need_ab else None,
+            ys=[y],
+            dropout_p=settings.dropout_ps[i],
+            base=y,
+        )
+        launches += forward_launches(device, branch)
+    return launches
+
+
+def _branch(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Projection:
+    return Projection(None, None, lora_A, lora_B, scaling)
+
+
+def _if_any(mask: Tensor) -> Tensor | None:
+    return mask if mask.numel() else None
+
+
+def _allocate_backward(call: RowsBackwardCall) -> RowsBackwardResults:
+    if not call.settings.need_ab:
+        return RowsBackwardResults([], [])
+    return RowsBackwardResults(
+        [torch.empty_like(t, memory_format=torch.contiguous_format) for t in call.lora_As],
+        [torch.empty_like(t, memory_format=torch.contiguous_format) for t in call.lora_Bs],
+    )
+
+
+@define_launches(
+    "lora_rows_bwd",
+    "(Tensor grad, Tensor? x, Tensor(a!)? dx, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, Tensor[] masks, "
+    "int[] starts, int[] ends, float[] scalings, float[] dropout_ps, bool need_x, bool need_ab) -> (Tensor[], Tensor[])",
+    OpTypes(RowsBackwardCall, RowsBackwardCall.of, RowsSettings, RowsBackwardResults),
+    _allocate_backward,
+)
+def lora_rows_bwd(
+    device: Device, call: RowsBackwardCall, results: RowsBackwardResults, choice: Choice | None
+) -> Launches:
+    """Add each branch's gradient to its rows of dx, and compute every dA and dB. ``choice`` as in
+    :func:`lora_rows_fwd`.
+    """
+    from stablelora_kernels.launch.lora_linear import BackwardCall, Gradients, backward_launches
+
+    settings = call.settings
+    launches: Launches = []
+    for i, rows in enumerate(settings.rows):
+        gradients = Gradients(None if call.dx is None else call.dx[rows], [None], [None])
+        if settings.need_ab:
+            gradients = gradients._replace(das=[results.das[i]], dbs=[results.dbs[i]])
+        branch = BackwardCall(
+            x=None if call.x is None else call.x[rows],
+            grads=[call.grad[rows]],
+            projections=[_branch(call.lora_As[i], call.lora_Bs[i], settings.scalings[i])],
+            s=[call.s[i] if settings.need_ab else None],
+            masks=[_if_any(call.masks[i])],
+            dropout_p=settings.dropout_ps[i],
+            results=gradients,
+            adds=True,
+        )
+        launches += backward_launches(device, branch)
+    return launches
