@@ -1,5 +1,5 @@
 """``lora_linear``, ``lora_linear_group``, ``lora_mlp`` and ``lora_branch``. They check their
-arguments once and call the op.
+arguments once and call the op. ``lora_linear_cross_entropy`` has a file of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stablelora_kernels.cross_entropy import lora_linear_cross_entropy
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
@@ -27,7 +28,7 @@ from stablelora_kernels.packed_experts import (
 )
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.utils.tensors import autocast_dtype, cast
+from stablelora_kernels.utils.tensors import autocast_dtype_of, cast
 from stablelora_kernels.utils.validation import check_float
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "lora_branch",
     "lora_experts",
     "lora_linear",
+    "lora_linear_cross_entropy",
     "lora_linear_group",
     "lora_mlp",
 ]
@@ -302,7 +304,7 @@ def lora_experts(
             also if offsets descend or exceed T.
         TypeError: dtypes do not fit.
     """
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype_of(x)
     if dtype is not None:
         x = cast(x, dtype)
         weight = cast(weight, dtype)
@@ -352,7 +354,7 @@ def _run(
 
     No output if it is a call of a new kind that does not satisfy ``fits``.
     """
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype_of(x)
     shared_mask = activation != "" and _share_lora_A(projections)
     # What decides on the checks' answers, on autocast's casts, on the backend and on the launches.
     gradients = torch.is_grad_enabled()
@@ -390,15 +392,6 @@ def _share_lora_A(projections: Sequence[Projection]) -> bool:
     gate = projections[0]
     up = projections[1]
     return gate.lora_A is not None and gate.lora_A is up.lora_A
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to cast x to, or None."""
-    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
-        return None
-    if not x.is_floating_point() or x.dtype == torch.float64:
-        return None
-    return autocast_dtype(x.device.type)
 
 
 def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:
