@@ -41,6 +41,8 @@ class State(NamedTuple):
 
     form: LossForm
     kind: LayerKind
+    # transformers' ForCausalLMLoss.
+    own_loss: Callable[..., Tensor]
 
 
 class Withheld(NamedTuple):
@@ -162,16 +164,17 @@ class FusedLoss:
 
     @property
     def loss_function(self: Any) -> Callable[..., Tensor]:
-        original = getattr(type(self), _ORIGINAL)
+        state: State = self.__dict__[ATTRIBUTE]
         pending: Pending | None = self.__dict__.get(PENDING)
         if pending is None or pending.withheld is None:
-            return original.loss_function.fget(self)  # type: ignore[no-any-return]
-        state: State = self.__dict__[ATTRIBUTE]
+            return state.own_loss
         return functools.partial(_loss, pending.withheld, state.form.transform(self))
 
     @loss_function.setter
     def loss_function(self: Any, value: Callable[..., Tensor]) -> None:
-        getattr(type(self), _ORIGINAL).loss_function.fset(self, value)
+        # It may read logits.
+        unfuse_losses([self])
+        self.loss_function = value
 
     def __reduce_ex__(self: Any, protocol: Any) -> str | tuple[Any, ...]:
         # Pickles name the original class, since this one has no name in a module.
@@ -188,7 +191,7 @@ def _forward(
 ) -> Any:
     """The model's own forward; with labels, without logits."""
     state: State | None = model.__dict__.get(ATTRIBUTE)
-    if state is None or kwargs.get("labels") is None or not _is_causal_loss(model.loss_function):
+    if state is None or kwargs.get("labels") is None:
         return own_forward(model, *args, **kwargs)
     pending = Pending()
     setattr(model, PENDING, pending)
@@ -199,11 +202,6 @@ def _forward(
     if pending.withheld is None:
         return output
     return _without_logits(output)
-
-
-def _is_causal_loss(loss_function: object) -> bool:
-    """Whether it is transformers' loss of a causal language model, which :func:`_loss` repeats."""
-    return getattr(loss_function, "__name__", "") == "ForCausalLMLoss"
 
 
 def _without_logits(output: Any) -> Any:
@@ -254,13 +252,15 @@ def _fuse(module: Any, form: LossForm, kind: LayerKind) -> str | None:
     operand = _read(head, kind, None)
     if isinstance(operand, str):
         return f"{form.head!r} {operand}"
-    if not _is_causal_loss(module.loss_function):
+    own_loss = module.loss_function
+    # _loss repeats no other one.
+    if getattr(own_loss, "__name__", "") != "ForCausalLMLoss":
         return "its loss_function is not transformers' ForCausalLMLoss"
     try:
         module.__class__ = _fused_class(type(module), form.head)
     except Exception as error:
         return f"its class {type(module).__name__} can't have a subclass ({error})"
-    module.__dict__[ATTRIBUTE] = State(form, kind)
+    module.__dict__[ATTRIBUTE] = State(form, kind, own_loss)
     return None
 
 
