@@ -55,9 +55,7 @@ def _check_projection(
             raise ValueError(f"{of}weight must be [N, K], got {list(weight.shape)}")
         (n, k), other = weight.shape, f"{of}weight {list(weight.shape)}"
         if x.dim() < 1 or x.shape[-1] != k:
-            raise ValueError(
-                f"{name_of_x} must be [..., {k}] to fit {other}, got {list(x.shape)}"
-            )
+            raise ValueError(f"{name_of_x} must be [..., {k}] to fit {other}, got {list(x.shape)}")
         if bias is not None and bias.shape != (n,):
             raise ValueError(f"{of}bias must be {[n]} to fit {other}, got {list(bias.shape)}")
     if lora_A is not None and lora_B is not None:

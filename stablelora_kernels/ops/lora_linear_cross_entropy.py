@@ -147,9 +147,7 @@ def lora_linear_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
             results.dhidden[tokens] = head.hidden_gradient(logits).to(call.hidden.dtype)
         if call.need_s:
             assert head.lora_B is not None
-            results.ds[tokens] = ds_product(logits, head.lora_B, call.scaling).to(
-                call.hidden.dtype
-            )
+            results.ds[tokens] = ds_product(logits, head.lora_B, call.scaling).to(call.hidden.dtype)
         if call.need_b:
             assert s is not None
             head.add_b_gradient(results.db, logits, s)
@@ -167,12 +165,12 @@ def _rows_of_chunk(call: CrossEntropyCall) -> int:
 
 
 def _chunks(call: CrossEntropyCall) -> Iterator[Tensor | slice]:
-    """Tokens in chunks. On a CPU, ignored ones are left out; elsewhere, to find them would wait for
-    the device.
+    """Tokens in chunks. PyTorch's operators on a CPU leave out ignored ones; on a GPU, to find them
+    would wait for the device.
     """
     rows = _rows_of_chunk(call)
     count = call.labels.shape[0]
-    if call.labels.device.type == "cpu":
+    if call.backend == "torch" and call.labels.device.type == "cpu":
         kept = call.labels.ne(call.ignore_index).nonzero().squeeze(1)
         # Slices copy nothing.
         if kept.shape[0] < count:
@@ -240,6 +238,9 @@ def _losses(
     if call.backend == "triton":
         from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
 
+        # The kernel reads both with a stride of 1; a gradient of sum()'s is one number.
+        labels = labels.contiguous()
+        row_scale = None if row_scale is None else row_scale.contiguous()
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
         device = logits.device
         cross_entropy(device_of(device), call, logits, labels, row_scale, losses).run(device)
@@ -329,36 +330,44 @@ class _CrossEntropy(torch.autograd.Function):
         return results.losses.sum() if summed else results.losses
 
     @staticmethod
-    @first_derivative
     def backward(ctx: _CrossEntropyContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, ds, db, dbias, *operands = ctx.saved_tensors
-        assert dhidden is not None and ds is not None
-        needs = _needs(ctx)
-        call = ctx.call
-        is_float16 = dhidden.dtype == torch.float16
-        unit = FLOAT16_UNIT if is_float16 else 1.0
-        factor = grad / unit
-        if not ctx.summed and (needs.b or needs.bias):
-            call = CrossEntropyCall(*operands, grad, *call[7:])
-            call = call._replace(
-                need_hidden=False, need_s=False, need_b=needs.b, need_bias=needs.bias
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Autograd would take a constant incoming gradient for a sign that there is none.
+            raise RuntimeError(
+                "lora_linear_cross_entropy can be differentiated once, got a backward with create_graph=True"
             )
-            again = CrossEntropyResults(*lora_linear_cross_entropy(*call))
-            db = again.db
-            dbias = again.dbias
-        elif ctx.summed:
-            db = _times(db, factor)
-            dbias = _times(dbias, factor)
-        row_factor = factor if ctx.summed else factor.unsqueeze(1)
-        return (
-            None,
-            _times(dhidden, row_factor) if needs.hidden else None,
-            None,
-            cast(dbias, ctx.bias_dtype) if needs.bias else None,
-            _times(ds, row_factor) if needs.s else None,
-            cast(db, ctx.b_dtype) if needs.b else None,
-            *[None] * 11,
-        )
+        return _backward(ctx, grad)
+
+
+@first_derivative
+def _backward(ctx: _CrossEntropyContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of :class:`_CrossEntropy`'s arguments."""
+    dhidden, ds, db, dbias, *operands = ctx.saved_tensors
+    assert dhidden is not None and ds is not None
+    needs = _needs(ctx)
+    call = ctx.call
+    is_float16 = dhidden.dtype == torch.float16
+    unit = FLOAT16_UNIT if is_float16 else 1.0
+    factor = grad / unit
+    if not ctx.summed and (needs.b or needs.bias):
+        call = CrossEntropyCall(*operands, grad, *call[7:])
+        call = call._replace(need_hidden=False, need_s=False, need_b=needs.b, need_bias=needs.bias)
+        again = CrossEntropyResults(*lora_linear_cross_entropy(*call))
+        db = again.db
+        dbias = again.dbias
+    elif ctx.summed:
+        db = _times(db, factor)
+        dbias = _times(dbias, factor)
+    row_factor = factor if ctx.summed else factor.unsqueeze(1)
+    return (
+        None,
+        _times(dhidden, row_factor) if needs.hidden else None,
+        None,
+        cast(dbias, ctx.bias_dtype) if needs.bias else None,
+        _times(ds, row_factor) if needs.s else None,
+        cast(db, ctx.b_dtype) if needs.b else None,
+        *[None] * 11,
+    )
 
 
 class _Needs(NamedTuple):
