@@ -11,7 +11,7 @@ from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.lora_linear_cross_entropy import CrossEntropyCall, cross_entropy_op
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.utils.tensors import autocast_dtype_of, cast
+from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -72,8 +72,8 @@ def lora_linear_cross_entropy(
             requires a gradient, or an option is out of range.
         TypeError: dtypes do not fit, or an operand is a DTensor or quantized.
     """
-    dtype = autocast_dtype_of(hidden)
-    if dtype is not None:
+    dtype = autocast_dtype(hidden.device.type)
+    if dtype is not None and hidden.is_floating_point() and hidden.dtype != torch.float64:
         hidden = cast(hidden, dtype)
         weight = cast(weight, dtype)
         bias = cast(bias, dtype)

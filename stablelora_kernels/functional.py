@@ -28,7 +28,7 @@ from stablelora_kernels.packed_experts import (
 )
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
-from stablelora_kernels.utils.tensors import autocast_dtype_of, cast
+from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float
 
 __all__ = [
@@ -304,7 +304,7 @@ def lora_experts(
             also if offsets descend or exceed T.
         TypeError: dtypes do not fit.
     """
-    dtype = autocast_dtype_of(x)
+    dtype = _autocast_dtype(x)
     if dtype is not None:
         x = cast(x, dtype)
         weight = cast(weight, dtype)
@@ -354,7 +354,7 @@ def _run(
 
     No output if it is a call of a new kind that does not satisfy ``fits``.
     """
-    dtype = autocast_dtype_of(x)
+    dtype = _autocast_dtype(x)
     shared_mask = activation != "" and _share_lora_A(projections)
     # What decides on the checks' answers, on autocast's casts, on the backend and on the launches.
     gradients = torch.is_grad_enabled()
@@ -392,6 +392,15 @@ def _share_lora_A(projections: Sequence[Projection]) -> bool:
     gate = projections[0]
     up = projections[1]
     return gate.lora_A is not None and gate.lora_A is up.lora_A
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to cast x to, or None."""
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return None
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    return autocast_dtype(x.device.type)
 
 
 def _autocast_projection(p: Projection, dtype: torch.dtype) -> Projection:

@@ -7,7 +7,6 @@ from typing import Protocol
 from torch import Tensor
 
 from stablelora_kernels.dispatch import tiles
-from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora.cross_entropy import _cross_entropy_kernel
 from stablelora_kernels.launch.base import Arguments, Launch, flag_words, planned
@@ -33,26 +32,29 @@ class Loss(Protocol):
 
 
 def cross_entropy(
-    device: Device,
     loss: Loss,
     logits: Tensor,
     labels: Tensor,
     row_scale: Tensor | None,
     losses: Tensor,
 ) -> Launch:
-    """``losses`` [M] of ``logits`` [M, V], which dZ replaces if gradients are needed."""
+    """``losses`` [M] of ``logits`` [M, V], which dZ replaces if gradients are needed.
+
+    ``logits`` are columns of a wider matrix, whose other columns are overwritten.
+    """
     rule = tiles.CROSS_ENTROPY_TILES[0]
     tile: Tile = rule.choice
     rows, vocabulary = logits.shape
+    width = logits.stride(0)
     plan = Plan(tile, rule.reason, block_r=0, tiles=rows)
     arguments: Arguments = {
-        "z_ptr": logits,
+        "z_ptr": logits.as_strided((rows, width), (width, 1)),
         "labels_ptr": labels,
         "row_scale_ptr": row_scale,
         "losses_ptr": losses,
         "V": vocabulary,
         "ignore_index": loss.ignore_index,
-        "stride_z": logits.stride(0),
+        "stride_z": width,
         "softcap": loss.softcap,
         "logit_scale": loss.logit_scale,
         "unit": loss.unit,

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch.problem import device_of
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import (
     by_float32,
@@ -242,8 +241,7 @@ def _losses(
         labels = labels.contiguous()
         row_scale = None if row_scale is None else row_scale.contiguous()
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        device = logits.device
-        cross_entropy(device_of(device), call, logits, labels, row_scale, losses).run(device)
+        cross_entropy(call, logits, labels, row_scale, losses).run(logits.device)
         return losses
     rows = max(1, FLOAT32_ELEMENTS // call.vocabulary)
     losses = logits.new_empty(logits.shape[0], dtype=sum_dtype(logits.dtype))

@@ -133,15 +133,6 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def autocast_dtype_of(x: Tensor) -> torch.dtype | None:
-    """The dtype that the surrounding ``torch.autocast`` casts x to, or None."""
-    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
-        return None
-    if not x.is_floating_point() or x.dtype == torch.float64:
-        return None
-    return autocast_dtype(x.device.type)
-
-
 def outside_autocast(backward: Callable[..., T]) -> Callable[..., T]:
     """Run an autograd function's ``backward`` in the dtypes of its forward, even if it is called
     inside ``torch.autocast``.

@@ -35,8 +35,10 @@ def _cross_entropy_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """L_i = log Σ_v exp(U_iv) - U_i,label_i, and with GRADIENT Z becomes
-    unit g (softmax(U) - onehot(label)) ∘ U'(Z);  Z [M, V].
+    unit g (softmax(U) - onehot(label)) ∘ U'(Z);  Z [M, V] in rows of stride_z elements.
 
+    The elements behind V are read and written, too: a mask by stride_z, a multiple of 16, leaves
+    loads and stores 16 bytes wide, and one by V does not.
     A program has a row, and its threads their own columns: a thread reads what it writes. Each
     keeps a running maximum and the sum of exponentials below it. An ignored row gives zeros; a
     label outside of the vocabulary gives NaN.
@@ -50,10 +52,9 @@ def _cross_entropy_kernel(
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     targets = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, V, BLOCK_N):
-        inside = start + columns < V
-        z = tl.load(z_ptr + start + columns, mask=inside, other=0.0)
+        z = tl.load(z_ptr + start + columns, mask=start + columns < stride_z, other=0.0)
         u = _transformed(z, softcap, logit_scale, SOFTCAP)
-        u = tl.where(inside, u, -float("inf"))
+        u = tl.where(start + columns < V, u, -float("inf"))
         higher = tl.maximum(maxima, u)
         sums = sums * tl.exp(maxima - higher) + tl.exp(u - higher)
         maxima = higher
@@ -71,7 +72,7 @@ def _cross_entropy_kernel(
             factor *= tl.load(row_scale_ptr + row).to(tl.float32)
         factor = tl.where(is_known, factor, float("nan"))
         for start in range(0, V, BLOCK_N):
-            inside = start + columns < V
+            inside = start + columns < stride_z
             z = tl.load(z_ptr + start + columns, mask=inside, other=0.0)
             u = _transformed(z, softcap, logit_scale, SOFTCAP)
             dz = tl.exp(u - maximum) / total - tl.where(start + columns == label, 1.0, 0.0)
