@@ -221,7 +221,7 @@ def fuse_losses(model: nn.Module, kind: LayerKind) -> list[str]:
         if not _may_be_language_model(module):
             continue
         unfuse_losses([module])
-        form = loss_form_of(type(module))
+        form = loss_form_of(type(module))  # type: ignore[arg-type]
         reason = form if isinstance(form, str) else _fuse(module, form, kind)
         words = repr(name) if name else "the model"
         if reason is None:

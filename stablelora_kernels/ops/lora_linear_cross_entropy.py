@@ -49,6 +49,16 @@ FLOAT16_UNIT = 256.0
 ROW_ALIGNMENT = 16
 
 
+class LossSettings(NamedTuple):
+    """What of a call is no tensor, in the order of :class:`CrossEntropyCall`."""
+
+    ignore_index: int
+    scaling: float
+    softcap: float
+    logit_scale: float
+    backend: str
+
+
 class CrossEntropyCall(NamedTuple):
     """The arguments of ``lora_linear_cross_entropy``."""
 
@@ -71,6 +81,12 @@ class CrossEntropyCall(NamedTuple):
     need_s: bool
     need_b: bool
     need_bias: bool
+
+    @property
+    def settings(self) -> LossSettings:
+        return LossSettings(
+            self.ignore_index, self.scaling, self.softcap, self.logit_scale, self.backend
+        )
 
     @property
     def needs_gradient(self) -> bool:
@@ -292,12 +308,27 @@ def _losses_of_few(
 
 
 class _CrossEntropyContext(Context, Protocol):
-    # The call without its tensors.
-    call: CrossEntropyCall
+    settings: LossSettings
     # Whether the losses are summed.
     summed: bool
     bias_dtype: torch.dtype
     b_dtype: torch.dtype
+
+
+class _Saved(NamedTuple):
+    """The tensors that autograd saves, in their order."""
+
+    dhidden: Tensor
+    ds: Tensor
+    db: Tensor
+    dbias: Tensor
+    # The operands, if backward computes the logits again.
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    s: Tensor | None = None
+    lora_B: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -314,18 +345,24 @@ class _CrossEntropy(torch.autograd.Function):
             need_b=needs.b and summed,
             need_bias=needs.bias and summed,
         )
-        results = CrossEntropyResults(*lora_linear_cross_entropy(*call))
-        again = (needs.b or needs.bias) and not summed
-        operands = call[:6] if again else (None,) * 6
-        ctx.save_for_backward(*results[1:], *operands)
-        ctx.call = call._replace(
-            hidden=None, weight=None, bias=None, s=None, lora_B=None, labels=None
-        )
+        losses, *gradients = lora_linear_cross_entropy(*call)
+        saved = _Saved(*gradients)
+        if (needs.b or needs.bias) and not summed:
+            saved = saved._replace(
+                hidden=call.hidden,
+                weight=call.weight,
+                bias=call.bias,
+                s=call.s,
+                lora_B=call.lora_B,
+                labels=call.labels,
+            )
+        ctx.save_for_backward(*saved)
+        ctx.settings = call.settings
         ctx.summed = summed
         # Of those that want no gradient, any.
         ctx.bias_dtype = (call.hidden if call.bias is None else call.bias).dtype
         ctx.b_dtype = (call.hidden if call.lora_B is None else call.lora_B).dtype
-        return results.losses.sum() if summed else results.losses
+        return losses.sum() if summed else losses
 
     @staticmethod
     def backward(ctx: _CrossEntropyContext, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -340,32 +377,53 @@ class _CrossEntropy(torch.autograd.Function):
 @first_derivative
 def _backward(ctx: _CrossEntropyContext, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of :class:`_CrossEntropy`'s arguments."""
-    dhidden, ds, db, dbias, *operands = ctx.saved_tensors
-    assert dhidden is not None and ds is not None
+    saved = _Saved(*ctx.saved_tensors)  # type: ignore[arg-type]
     needs = _needs(ctx)
-    call = ctx.call
-    is_float16 = dhidden.dtype == torch.float16
-    unit = FLOAT16_UNIT if is_float16 else 1.0
-    factor = grad / unit
-    if not ctx.summed and (needs.b or needs.bias):
-        call = CrossEntropyCall(*operands, grad, *call[7:])
-        call = call._replace(need_hidden=False, need_s=False, need_b=needs.b, need_bias=needs.bias)
-        again = CrossEntropyResults(*lora_linear_cross_entropy(*call))
-        db = again.db
-        dbias = again.dbias
-    elif ctx.summed:
-        db = _times(db, factor)
-        dbias = _times(dbias, factor)
-    row_factor = factor if ctx.summed else factor.unsqueeze(1)
+    is_float16 = saved.dhidden.dtype == torch.float16
+    factor = grad / (FLOAT16_UNIT if is_float16 else 1.0)
+    if ctx.summed:
+        row_factor = factor
+        db = _times(saved.db, factor)
+        dbias = _times(saved.dbias, factor)
+    else:
+        row_factor = factor.unsqueeze(1)
+        db = saved.db
+        dbias = saved.dbias
+        if needs.b or needs.bias:
+            sums = _sums_by_token(saved, grad, ctx.settings, needs)
+            db = sums.db
+            dbias = sums.dbias
     return (
         None,
-        _times(dhidden, row_factor) if needs.hidden else None,
+        _times(saved.dhidden, row_factor) if needs.hidden else None,
         None,
         cast(dbias, ctx.bias_dtype) if needs.bias else None,
-        _times(ds, row_factor) if needs.s else None,
+        _times(saved.ds, row_factor) if needs.s else None,
         cast(db, ctx.b_dtype) if needs.b else None,
         *[None] * 11,
     )
+
+
+def _sums_by_token(
+    saved: _Saved, grad: Tensor, settings: LossSettings, needs: _Needs
+) -> CrossEntropyResults:
+    """dB and dbias for a gradient of each token's loss, from the logits, which are computed again."""
+    assert saved.hidden is not None and saved.weight is not None and saved.labels is not None
+    call = CrossEntropyCall(
+        saved.hidden,
+        saved.weight,
+        saved.bias,
+        saved.s,
+        saved.lora_B,
+        saved.labels,
+        grad,
+        *settings,
+        need_hidden=False,
+        need_s=False,
+        need_b=needs.b,
+        need_bias=needs.bias,
+    )
+    return CrossEntropyResults(*lora_linear_cross_entropy(*call))
 
 
 class _Needs(NamedTuple):
@@ -381,11 +439,10 @@ def _needs(ctx: Context) -> _Needs:
     return _Needs(needed[1], needed[3], needed[4], needed[5])
 
 
-def _times(t: Tensor | None, factor: Tensor) -> Tensor:
+def _times(t: Tensor, factor: Tensor) -> Tensor:
     """``t`` times a factor in float32, in t's dtype and in memory of its own: backward may run
     again.
     """
-    assert t is not None
     if torch.compiler.is_compiling():
         return (t * factor).to(t.dtype)
     return torch.mul(t, factor, out=torch.empty_like(t))
