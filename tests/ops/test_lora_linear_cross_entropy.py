@@ -54,6 +54,8 @@ CASES = [
     Loss(),
     Loss(reduction="sum", softcap=3.0, logit_scale=0.7),
     Loss(reduction="none", softcap=3.0, logit_scale=0.7),
+    # Logits far below the cap.
+    Loss(reduction="none", softcap=30.0, logit_scale=0.1),
     Loss(BF16, BF16, reduction="none"),
     Loss(BF16, FP32, softcap=30.0, strided=True),
     Loss(BF16, FP32, reduction="sum", logit_scale=0.25),
