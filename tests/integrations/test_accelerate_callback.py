@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.utils.tensors import whole
+from stablelora_kernels.utils.tensors import is_sharded, whole
 from tests.helpers.op_calls import Calls, counted_ops
 from tests.helpers.processes import ROOT, needs_gloo, printed, spawn
 from tests.helpers.trainer_runs import (
@@ -187,6 +188,51 @@ def one(rank: int, world: int, place: Path) -> None:
 @needs_gloo
 def test_tensors_that_stay_distributed_are_not_taken_for_shards(tmp_path):
     spawn(one, 1, tmp_path)
+
+
+def trained_by_trainer(rank: int, world: int, place: Path, way: str) -> list[float]:
+    """The losses of a Trainer with the callback and the optimizer, under DistributedDataParallel or
+    as accelerate's plugin for FSDP2 prepares the model.
+
+    accelerate chooses that plugin on GPUs alone, so it is put into the accelerator's state by hand.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
+    model = adapted_llama()
+    # Of a branch that starts large, the pairs would latch at once.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1e-3)
+    trainer = make_trainer(
+        model, place / way, callbacks=[slk.AccelerateCallback(strict=True, **FUSED)],
+        logging_steps=1, max_steps=3, gradient_accumulation_steps=1, ddp_backend="gloo",
+    )  # fmt: skip
+    if way == "the plugin for FSDP2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"], reshard_after_forward=True,
+        )  # fmt: skip
+        state = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        vars(trainer.accelerator.state).update(state)
+        trainer.is_fsdp_enabled = True
+    trainer.train()
+    are_shards = {is_sharded(parameter) for parameter in model.parameters()}
+    assert are_shards == {way == "the plugin for FSDP2"}
+    assert linear_classes(model).isdisjoint(OF_PEFT)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@needs_gloo
+def test_accelerates_plugin_for_fsdp2_trains_as_ddp_does(tmp_path):
+    (tmp_path / "ddp").mkdir()
+    (tmp_path / "fsdp").mkdir()
+    expected, _ = spawn(trained_by_trainer, 2, tmp_path / "ddp", "DistributedDataParallel")
+    found, _ = spawn(trained_by_trainer, 2, tmp_path / "fsdp", "the plugin for FSDP2")
+    assert len(found) == 3 and len({*found}) == 3
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 SCRIPT = """
