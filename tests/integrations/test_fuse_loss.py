@@ -44,6 +44,8 @@ def make(model_type: str = "llama", dtype: torch.dtype = torch.float64, **lora: 
     base = build(model_type, MODELS[model_type])
     if model_type == "mixtral":
         base.config.output_router_logits = True
+    if model_type == "granite":
+        base.config.logits_scaling = 4.0
     torch.manual_seed(0)
     options = {"r": 3, "target_modules": TARGETS, "init_lora_weights": False, **lora}
     model = peft.get_peft_model(base, peft.LoraConfig(**options)).to(dtype).train()
