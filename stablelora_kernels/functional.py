@@ -1,5 +1,5 @@
 """``lora_linear``, ``lora_linear_group``, ``lora_mlp`` and ``lora_branch``. They check their
-arguments once and call the op.
+arguments once and call the op. ``lora_linear_cross_entropy`` has a file of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stablelora_kernels.cross_entropy import lora_linear_cross_entropy
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
@@ -42,6 +43,7 @@ __all__ = [
     "lora_branch",
     "lora_experts",
     "lora_linear",
+    "lora_linear_cross_entropy",
     "lora_linear_group",
     "lora_mlp",
 ]

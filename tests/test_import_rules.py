@@ -23,6 +23,7 @@ LEVELS = (
     {"kernels"},
     {"launch"},
     {"ops", "optim"},
+    {"cross_entropy"},
     {"functional", "explanation", "graph_watch"},
     {"nn", "graphed_step"},
     {"model", "tensor_parallel", "testing"},

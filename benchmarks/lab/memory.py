@@ -3,12 +3,13 @@ memory, and by formula.
 
     python -m benchmarks.lab.memory
 
-prints three tables and draws the first two into docs/_static, in seconds:
+prints four tables and draws the first two into docs/_static, in seconds:
 
 - a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with
 hooks
 - one decoder layer of that model, counted by hooks
 - *Will it fit?*: a training step's memory, and the most tokens that fit 24 and 80 GiB
+- the same with ``fuse_loss``, for models of large vocabularies
 
 The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction``
 saves G and U (src/liger_kernel/ops/swiglu.py), and Unsloth's ``LoRA_MLP`` saves x, G and U
@@ -37,6 +38,7 @@ from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, markdown
 from benchmarks.lab.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
+from stablelora_kernels.ops.lora_linear_cross_entropy import GPU_LOGIT_BYTES
 
 STATIC = RESULTS.parents[1] / "docs" / "_static"
 GIB = 1 << 30
@@ -268,9 +270,52 @@ def fit_table() -> str:
     return markdown(cells, 3)
 
 
+# Models of large vocabularies.
+VOCABULARIES = {
+    "Llama 3.1 8B": ("Llama 3.1 8B", 128_256),
+    "Qwen3 14B": ("Qwen3 14B", 151_936),
+}
+
+
+def loss_table() -> str:
+    """A step with checkpointing and ``fuse_mlp``: with logits, and without them by ``fuse_loss``."""
+    cells = [["model, vocabulary", "weights"]]
+    cells[0] += [f"{tokens:,} tokens, GiB" for tokens in TOKENS]
+    cells[0] += [f"most tokens, {card} GiB" for card in CARDS]
+    for words, (name, vocabulary) in VOCABULARIES.items():
+        shape = SHAPES[name]
+        model = count(shape, 16, "all-linear")
+        assert model.vocab == vocabulary
+        elements = model.layers * model.layer.frozen
+        largest = shape["hidden_size"] * shape["intermediate_size"]
+        with_logits = per_token(FUSED, shape, model)[True]
+        # The gradient of the last hidden state, and backward's multiple of it, in place of logits.
+        without = with_logits - LOGITS * model.vocab + 2 * BF16 * model.hidden
+        for kind, frozen in {
+            "bf16": BF16 * elements,
+            "NF4": NF4 * elements + BF16 * largest,
+        }.items():
+            start = frozen + BF16 * model.rest + ADAPTER * model.adapters
+            # Beside one chunk's logits.
+            both = ((start, with_logits), (start + GPU_LOGIT_BYTES, without))
+            row = [f"{words}, {vocabulary:,}", kind]
+            row += [
+                "→".join(f"{(held + tokens * rate) / GIB:.1f}" for held, rate in both)
+                for tokens in TOKENS
+            ]
+            for card in CARDS:
+                rooms = [(USABLE * card * GIB - held, rate) for held, rate in both]
+                fits = rooms[0][0] > 0
+                row.append(
+                    "→".join(f"{int(room / rate):,}" for room, rate in rooms) if fits else "none"
+                )
+            cells.append(row)
+    return markdown(cells, 2)
+
+
 def main() -> None:
     counts = layer_counts()
-    print(mlp_table(), layer_table(counts), fit_table(), sep="\n\n")
+    print(mlp_table(), layer_table(counts), fit_table(), loss_table(), sep="\n\n")
     mlp = {
         title: kept(dropout, **LLAMA_8B) / MIB
         for title, dropout in (("no dropout", False), ("dropout", True))

@@ -116,6 +116,11 @@ QUANTIZED_TILES = (
 # W in full from 4 or 8 bits (dequantize): BLOCK_N rows and BLOCK_K columns.
 DEQUANTIZE_TILES = (Rule(lambda d, c: True, Tile(1, 16, 256, 4, 1), "16 bytes of W a thread"),)
 
+# The losses of a head's logits (cross_entropy): BLOCK_N columns of one row at a time.
+CROSS_ENTROPY_TILES = (
+    Rule(lambda d, c: True, Tile(1, 4096, 1, 8, 2), "32 bytes of logits a thread, and its sums in registers"),
+)  # fmt: skip
+
 # S (lora_down): rows, ranks and K; BLOCK_N is the rank's block.
 DOWN_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 128, 32, 4, 3), "float32: no larger tile fits in registers"),

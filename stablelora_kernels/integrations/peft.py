@@ -26,6 +26,7 @@ from stablelora_kernels.model.reports import (
     notes_on_mlps,
     stacks_without_adapter,
 )
+from stablelora_kernels.nn.fused_loss import fuse_losses, unfuse_losses
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.nn.stacks import stored_parameter
@@ -51,6 +52,7 @@ def accelerate_peft(
     strict: bool = False,
     fuse_projections: bool = False,
     fuse_mlp: bool = False,
+    fuse_loss: bool = False,
 ) -> LoRAReport:
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
@@ -87,6 +89,8 @@ def accelerate_peft(
             module of experts with a router, whatever its gate. The modules of gated MLPs
             get another class of the same name until :func:`restore_peft`, or until PEFT's
             ``unload`` or ``merge_and_unload`` has taken the last adapter out of them.
+        fuse_loss: compute the loss of a causal language model without its logits, as
+            :func:`~stablelora_kernels.apply_lora` does. The head may be adapted or frozen.
 
     Returns:
         The report. It has one row for each layer and adapter that runs on the ops. It lists as
@@ -180,6 +184,8 @@ def accelerate_peft(
         notes += notes_on_mlps(mlps)
     if (fuse_projections or fuse_mlp) and len({row.adapter for row in replaced}) > 1:
         notes.append(ROWS_ARE_NOT_FUSED)
+    if fuse_loss:
+        notes += fuse_losses(model, layers.PEFT_LAYERS)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
 
 
@@ -243,9 +249,10 @@ def _notes_on_stacks(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> 
 
 
 def _unfuse(model: nn.Module) -> None:
-    """Take all layers out of projection groups and fused MLPs."""
+    """Take all layers out of projection groups, fused MLPs and fused losses."""
     remove_projection_groups(model.modules())
     unfuse_mlps(model.modules())
+    unfuse_losses(model.modules())
 
 
 def _unmatched(model: nn.Module) -> list[str]:
@@ -271,8 +278,8 @@ def _unmatched(model: nn.Module) -> list[str]:
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Undo :func:`accelerate_peft` exactly: every layer and every fused MLP gets its own class
-    back.
+    """Undo :func:`accelerate_peft` exactly: every layer, every fused MLP and every model with a fused
+    loss gets its own class back.
 
     A model without such layers stays unchanged.
 

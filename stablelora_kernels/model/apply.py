@@ -37,6 +37,7 @@ from stablelora_kernels.nn.experts import (
     LoRAStack,
     StackedWeight,
 )
+from stablelora_kernels.nn.fused_loss import fuse_losses
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
 from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer
 from stablelora_kernels.nn.operands import OWN_LAYERS
@@ -52,6 +53,7 @@ def apply_lora(
     *,
     fuse_projections: bool = False,
     fuse_mlp: bool = False,
+    fuse_loss: bool = False,
 ) -> LoRAReport:
     """Give every linear layer that ``config`` matches a LoRA branch, in place, and freeze every
     other parameter.
@@ -86,6 +88,12 @@ def apply_lora(
             not. A call that the op does not fit runs the module's own forward. Where both apply,
             ``fuse_mlp`` goes before ``fuse_projections``. A module of experts is computed in one
             op, too, whatever its gate.
+        fuse_loss: compute the loss of a causal language model of transformers without its logits
+            (:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). The output of a
+            forward with labels then has a loss, and reading its logits raises RuntimeError. The
+            model's class must be known by what its forward computes between head and loss. The head
+            may have LoRA or be frozen. A note says which model is computed so, or why it is not; a
+            call that the op does not fit computes logits.
 
     Returns:
         The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes
@@ -103,7 +111,7 @@ def apply_lora(
         config = config_from_peft(config)
     plan = plan_lora(model, _with_heads_of_task(model, config))
     with unchanged_on_error(model):
-        report = apply_plan(model, plan, {}, fuse_projections, fuse_mlp)
+        report = apply_plan(model, plan, {}, fuse_projections, fuse_mlp, fuse_loss)
     save_merged_layers_plain(model)
     for note in notes_on_gradients(model) + notes_on_heads(model):
         warnings.warn(note, stacklevel=2)
@@ -119,6 +127,7 @@ def apply_plan(
     lora_dtypes: Mapping[str, torch.dtype],
     fuse_projections: bool,
     fuse_mlp: bool,
+    fuse_loss: bool,
 ) -> LoRAReport:
     """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer
     name, float32 unless given.
@@ -142,6 +151,8 @@ def apply_plan(
     if fuse_mlp:
         mlps = fuse_mlps(model, OWN_LAYERS)
         notes += notes_on_mlps(mlps)
+    if fuse_loss:
+        notes += fuse_losses(model, OWN_LAYERS)
     notes += notes_on_gradients(model) + notes_on_heads(model)
     setattr(model, CONFIG_ATTRIBUTE, config)
     return LoRAReport(rows_of(layers), plan.skipped, *count_parameters(model), tuple(notes), mlps)

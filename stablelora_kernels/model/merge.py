@@ -29,6 +29,7 @@ from stablelora_kernels.model.modules import (
     unchanged_on_error,
 )
 from stablelora_kernels.model.reports import MergeReport, list_some
+from stablelora_kernels.nn.fused_loss import unfuse_losses
 from stablelora_kernels.nn.fused_mlp import unfuse_mlps
 from stablelora_kernels.nn.linear import LoRALinear
 from stablelora_kernels.nn.merging import MergeError
@@ -97,7 +98,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     """Turn every LoRALinear of ``model`` back into a layer of its original kind, in place.
 
     With ``merge`` the layer holds the merged weight; without, the Parameter that ``from_linear``
-    was given. Hooks and training mode are kept, and fused MLPs get their class back. Parameters
+    was given. Hooks and training mode are kept, and fused MLPs and models with a fused loss get their class back. Parameters
     stay frozen or trainable as they are. If the merged output head is no longer tied to the
     embedding, a transformers model's config says so from then on.
 
@@ -116,6 +117,7 @@ def remove_lora(model: nn.Module, merge: bool = True) -> MergeReport:
     else:
         unmerge_lora(model)
     unfuse_mlps(model.modules())
+    unfuse_losses(model.modules())
     remove_projection_groups(layers.values())
     replace_modules(model, plain_modules(model))
     save_as_before(model)

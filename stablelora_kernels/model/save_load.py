@@ -130,6 +130,7 @@ def load_adapter(
     *,
     fuse_projections: bool = False,
     fuse_mlp: bool = False,
+    fuse_loss: bool = False,
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> LoRAReport:
@@ -142,11 +143,11 @@ def load_adapter(
 
     A model without LoRA first gets it, as by :func:`~stablelora_kernels.apply_lora` with the file's
     config. A and B get the file's dtype if that is float32 or the layer's, and float32 otherwise.
-    ``fuse_projections`` and ``fuse_mlp`` are passed on.
+    ``fuse_projections``, ``fuse_mlp`` and ``fuse_loss`` are passed on.
 
     If the model already has LoRA, the values are copied into its layers, in their dtypes; ranks,
-    scalings, ``bias`` and ``modules_to_save`` must be the file's, and ``fuse_projections`` and
-    ``fuse_mlp`` have no effect.
+    scalings, ``bias`` and ``modules_to_save`` must be the file's, and ``fuse_projections``,
+    ``fuse_mlp`` and ``fuse_loss`` have no effect.
 
     Wrappers are handled as by :func:`save_adapter`, with one exception: a model without LoRA must
     not be in DistributedDataParallel or ``fully_shard``, which would not know A and B. If the model
@@ -204,7 +205,7 @@ def load_adapter(
             )
             _check_new_layers(plan, tensors, config_file, weights_file)
             report = apply_plan(
-                model, plan, _lora_dtypes(plan, tensors), fuse_projections, fuse_mlp
+                model, plan, _lora_dtypes(plan, tensors), fuse_projections, fuse_mlp, fuse_loss
             )
         targets = _tensors(model, config, _layers(model))
         _check_not_meta(targets)

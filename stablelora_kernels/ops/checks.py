@@ -12,6 +12,7 @@ from torch import Tensor
 from stablelora_kernels.packed_experts import PackedExperts
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
+from stablelora_kernels.utils.tensors import is_sharded
 
 #: The dtypes of x. Only the PyTorch backend computes in float64.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -31,9 +32,11 @@ def check(x: Tensor, projections: Sequence[Projection], base: Tensor | None, is_
             raise TypeError(f"lora_As must have one dtype, got {first} and {dtype}")
 
 
-def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | None = None) -> None:
+def _check_projection(
+    x: Tensor, p: Projection, of: str = "", base: Tensor | None = None, name_of_x: str = "x"
+) -> None:
     """``of``: the projection's name before those of its operands, such as ``"gate."``. ``base``:
-    that of a lone branch.
+    that of a lone branch. ``name_of_x``: for messages.
     """
     weight = p.weight
     bias = p.bias
@@ -52,7 +55,7 @@ def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | Non
             raise ValueError(f"{of}weight must be [N, K], got {list(weight.shape)}")
         (n, k), other = weight.shape, f"{of}weight {list(weight.shape)}"
         if x.dim() < 1 or x.shape[-1] != k:
-            raise ValueError(f"x must be [..., {k}] to fit {other}, got {list(x.shape)}")
+            raise ValueError(f"{name_of_x} must be [..., {k}] to fit {other}, got {list(x.shape)}")
         if bias is not None and bias.shape != (n,):
             raise ValueError(f"{of}bias must be {[n]} to fit {other}, got {list(bias.shape)}")
     if lora_A is not None and lora_B is not None:
@@ -70,20 +73,27 @@ def _check_projection(x: Tensor, p: Projection, of: str = "", base: Tensor | Non
         raise ValueError(
             f"{of}{missing} must be given with {of}{given}, or both must be None, got None"
         )
-    _check_dtypes(x, lora_A, lora_B, of)
+    _check_dtypes(x, lora_A, lora_B, of, name_of_x)
     if base is not None:
         _check_float("base_out", base)
     data = weight.data if isinstance(weight, Stored) else weight
     for name, t in (("weight", weight), ("bias", bias)):
         if isinstance(t, Tensor) and t.dtype != x.dtype:
-            raise TypeError(f"{of}{name} must have x's dtype {x.dtype}, got {t.dtype}")
+            raise TypeError(f"{of}{name} must have {name_of_x}'s dtype {x.dtype}, got {t.dtype}")
     operands = {"weight": data, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
-    _check_devices(x, base_out=base, **{f"{of}{name}": t for name, t in operands.items()})
+    named = {f"{of}{name}": t for name, t in operands.items()}
+    _check_devices(x, name_of_x, base_out=base, **named)
 
 
-def _check_dtypes(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, of: str = "") -> None:
+def _check_dtypes(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    of: str = "",
+    name_of_x: str = "x",
+) -> None:
     """Raise TypeError unless the dtypes of the operands fit each other."""
-    _check_float("x", x)
+    _check_float(name_of_x, x)
     if lora_A is None or lora_B is None:
         return
     if lora_A.dtype != lora_B.dtype:
@@ -92,14 +102,18 @@ def _check_dtypes(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, of: s
         )
     if lora_A.dtype != x.dtype and (lora_A.dtype != torch.float32 or x.dtype == torch.float64):
         raise TypeError(
-            f"{of}lora_A and lora_B must be float32 or of x's dtype {x.dtype}, got {lora_A.dtype}"
+            f"{of}lora_A and lora_B must be float32 or of {name_of_x}'s dtype {x.dtype}, got {lora_A.dtype}"
         )
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got a {type(value).__name__}")
 
 
 def _check_scaling(name: str, scaling: Any) -> None:
     # A tensor would get no gradient, and its value of the first call would be remembered.
-    if not isinstance(scaling, Real):
-        raise TypeError(f"{name} must be a number, got a {type(scaling).__name__}")
+    _check_number(name, scaling)
 
 
 def _check_float(name: str, t: Tensor) -> None:
@@ -107,10 +121,63 @@ def _check_float(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {t.dtype}")
 
 
-def _check_devices(x: Tensor, **tensors: Any) -> None:
+def _check_devices(x: Tensor, name_of_x: str = "x", /, **tensors: Any) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+            raise ValueError(
+                f"{name} must be on {name_of_x}'s device {x.device}, got {tensor.device}"
+            )
+
+
+def check_cross_entropy(
+    hidden: Tensor, head: Projection, labels: Tensor, ignore_index: int, softcap: float | None, logit_scale: float,
+) -> None:  # fmt: skip
+    """Check the operands of ``lora_linear_cross_entropy``."""
+    operands = {
+        "hidden": hidden,
+        "weight": head.weight,
+        "bias": head.bias,
+        "lora_A": head.lora_A,
+        "lora_B": head.lora_B,
+        "labels": labels,
+    }
+    for name, operand in operands.items():
+        if operand is not None and not isinstance(operand, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(operand).__name__}")
+        if is_sharded(operand):
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor: gather the head first")
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    _check_projection(hidden, head, name_of_x="hidden")
+    if not weight.shape[0]:
+        raise ValueError(f"weight must have at least one row, got {list(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError("weight must be frozen, got one that requires a gradient")
+    _check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if not softcap > 0:
+            raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must be {list(hidden.shape[:-1])} to fit hidden {list(hidden.shape)}, got {list(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    _check_devices(hidden, "hidden", labels=labels)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Elsewhere, reading them would wait for the device.
+        _check_labels(labels, weight.shape[0], ignore_index)
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise ValueError for a label that is neither in the vocabulary nor ``ignore_index``."""
+    is_wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if is_wrong.any():
+        label = int(labels[is_wrong][0])
+        raise ValueError(
+            f"labels must be in [0, {vocabulary}) or ignore_index {ignore_index}, got {label}"
+        )
 
 
 def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> None:

@@ -129,6 +129,16 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.addmm(bias, a, b)
 
 
+def multiply_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """:func:`product` in the memory of ``out``."""
+    if by_onednn(a.dtype, a.device):
+        out.copy_(product(a, b, bias))
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
 def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``scaling · a b`` for a [M, K] and b [K, N] of one dtype."""
     if a.dtype == torch.float16 and scaling != 0:

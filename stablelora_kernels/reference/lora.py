@@ -7,6 +7,7 @@
               dA = dS^T D(X)                [r, K]
               dB = s·dY^T S                 [N, r]
     gated MLP G = gate(X),  U = up(X),  Y = down(act(G) ∘ U)
+    loss      L_i = log Σ_v exp(U_iv) - U_i,label_i,  U = c tanh(z Y / c), Y of a head
     experts   Y[t] = Σ_e w_te down_e(gate(up_e(X[t]))), e of the experts that token t chooses
 
 gate, up and down are layers. act is SiLU, g σ(g); GELU, g Φ(g); or its approximation, g σ(2 √(2/π)
@@ -105,6 +106,44 @@ def lora_branch_grads_ref(
         "dA": ds.T @ dropped,
         "dB": scaling * (dy.T @ s),
     }
+
+
+def lora_linear_cross_entropy_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """The loss of hidden [..., H], weight [V, H], bias [V], lora_A [r, H], lora_B [V, r] and labels
+    [...]: -log softmax(U)[label] with U = softcap · tanh(logit_scale · Z / softcap).
+
+    Autograd differentiates it.
+    """
+    if lora_A is None or lora_B is None:
+        logits = hidden @ weight.T
+        if bias is not None:
+            logits = logits + bias
+    else:
+        logits = lora_linear_ref(hidden, weight, bias, lora_A, lora_B, scaling)
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    counts = labels != ignore_index
+    index = torch.where(counts, labels, 0).unsqueeze(-1)
+    losses = torch.logsumexp(logits, -1) - logits.gather(-1, index).squeeze(-1)
+    losses = torch.where(counts, losses, 0.0)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total / counts.sum() if reduction == "mean" else total
 
 
 def lora_experts_ref(

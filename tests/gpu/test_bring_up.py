@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels import StableLoRAAdamW
+from stablelora_kernels import StableLoRAAdamW, use_backend
 from stablelora_kernels.cli.self_test import run_checks
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import device_of
+from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.launch.fill_jobs import forward_product
 from stablelora_kernels.launch.thin_products import lora_down
 from stablelora_kernels.ops.dropout import new_mask
@@ -131,6 +132,36 @@ OTHERS = [
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_other_ops(case):
     case_checks.check(case, cases.run(case))
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+def test_loss_without_logits(dtype, reduction):
+    """A head with LoRA, some of whose tokens are ignored, against PyTorch's operators in float64."""
+    vocabulary = 70 if SMALL else 50_257
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "hidden": (19, 64),
+        "bias": (vocabulary,),
+        "lora_A": (8, 64),
+        "lora_B": (vocabulary, 8),
+    }
+    drawn = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weight = (0.1 * torch.randn(vocabulary, 64, generator=generator)).to(DEVICE, dtype)
+    labels = torch.randint(vocabulary, (19,), generator=generator).to(DEVICE)
+    labels[::4] = -100
+    found = []
+    for backend, kind in (("triton", dtype), ("torch", dtype), ("torch", torch.float64)):
+        leaves = {name: t.to(DEVICE, dtype).to(kind).requires_grad_() for name, t in drawn.items()}
+        hidden = leaves.pop("hidden")
+        with use_backend(backend):
+            loss = lora_linear_cross_entropy(
+                hidden, weight.to(kind), labels, **leaves, scaling=2.0, reduction=reduction, softcap=30.0
+            )  # fmt: skip
+            grads = torch.autograd.grad(loss.sum(), [hidden, *leaves.values()])
+        found.append([loss.detach(), *grads])
+    for ours, torchs, exact in zip(*found, strict=True):
+        assert_no_worse(ours, exact, torchs, dtype=dtype)
 
 
 @pytest.mark.parametrize("max_grad_norm", (None, 0.05))

@@ -40,6 +40,7 @@ QUICK = (
     "linear split bf16/fp32 M130 r16 p0.0", "branch bf16 M33 r16 p0.0", "linear vendor bf16/fp32 M130 r16 p0.1",
     "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
+    "cross_entropy bf16 M7 V5000 mean softcap None", "cross_entropy fp16 M5 V4096 none softcap 5.0",
     "optimizer fp32, sharded, latching",
     # With products whose operand comes from registers: Triton 3.6 or 3.7 computed wrong dA, dB or Y
     # in each.

@@ -25,12 +25,13 @@ from stablelora_kernels.dispatch import autotune
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile
+from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.optim import staging
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.testing import cases as calls
-from stablelora_kernels.testing.cases import BF16, FP16, FP32
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
 from stablelora_kernels.testing.expectations import expectations
 from tests.helpers.cases import far
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
@@ -208,6 +209,39 @@ def mlp(
         "mlp", (m, k), (f, f, n), (*ranks,), dtype, FP32, p=p, activation=activation, shared=shared
     )
     return _errors_of(case, calls.make(case))
+
+
+def cross_entropy(
+    tokens: int, vocabulary: int, dtype: torch.dtype = BF16, reduction: str = "mean", softcap: float | None = None
+) -> Errors:  # fmt: skip
+    """The loss of a head with LoRA and its gradients, compared with the PyTorch path's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    hidden, weight, bias = draw(tokens, 32), 0.2 * draw(vocabulary, 32), draw(vocabulary)
+    lora_A, lora_B = draw(4, 32), 0.1 * draw(vocabulary, 4)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    labels[::3] = -100
+    upstream = draw(tokens) if reduction == "none" else torch.tensor(1.0)
+    found = []
+    for name, kind in (("triton", dtype), ("torch", FP64)):
+        # In float64 the operands are the same numbers.
+        leaves = [t.to(dtype).to(kind).requires_grad_() for t in (hidden, bias, lora_A, lora_B)]
+        with use_backend(name):
+            loss = lora_linear_cross_entropy(
+                leaves[0], weight.to(dtype).to(kind), labels, bias=leaves[1], lora_A=leaves[2], lora_B=leaves[3],
+                scaling=SCALING, reduction=reduction, softcap=softcap, logit_scale=0.7,
+            )  # fmt: skip
+            grads = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+        found.append([loss.detach(), *grads])
+    errors = {}
+    for name, ours, exact in zip(("loss", "hidden", "bias", "A", "B"), *found, strict=True):
+        # Logits and dZ are rounded to dtype, each once.
+        bound = 8 * testing.EPS[dtype] * max(exact.abs().max().item(), 1e-3)
+        errors[name] = (ours.double() - exact).abs().max().item(), bound
+    return errors
 
 
 def optimizer(
@@ -515,6 +549,16 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"{quantized} fp16 M33 r16 p0.1",
             partial(linear, 33, 64, 128, 16, FP16, FP16, 0.1, quantized=quantized),
+        )
+    for tokens, vocabulary, dtype, reduction, softcap in (
+        (7, 5000, BF16, "mean", None),
+        (5, 4096, FP16, "none", 5.0),
+        (3, 9001, FP32, "none", None),
+        (4, 33, BF16, "sum", 30.0),
+    ):
+        yield Case(
+            f"cross_entropy {WORDS[dtype]} M{tokens} V{vocabulary} {reduction} softcap {softcap}",
+            partial(cross_entropy, tokens, vocabulary, dtype, reduction, softcap),
         )
     dynamic = {"lr": torch.tensor(1e-2), "shrink_ratio": torch.tensor(5e-4), "lr_ratio_B": 4.0}
     for words, run in (

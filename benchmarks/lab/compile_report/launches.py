@@ -15,7 +15,9 @@ from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Devi
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.kernels.stable_adamw import tables
+from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
 from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
+from stablelora_kernels.ops.lora_linear_cross_entropy import CrossEntropyCall
 from stablelora_kernels.ops.lora_linear_triton import (
     LinearForwardCall,
     LinearForwardSettings,
@@ -64,6 +66,7 @@ def every_launch(device: Device) -> Iterator[tuple[str, Any]]:
     finally:
         torch.set_float32_matmul_precision(before)
     yield from stable_adamw_launches()
+    yield from cross_entropy_launches()
 
 
 def _precision(named: dict[str, Any]) -> str:
@@ -169,3 +172,36 @@ def stable_adamw_launches() -> Iterator[tuple[str, Any]]:
             if wide or not flags:
                 *_, step = plan_stable_adamw(memory, scale, scale, clip, False, flags, *code)
                 yield dtype, step._launch._replace(variant=variant)
+
+
+def cross_entropy_launches() -> Iterator[tuple[str, Any]]:
+    """(dtype, launch) of a head's logits: the loss alone, with its gradient, and with a gradient for
+    each token; with a soft cap and without one.
+    """
+    vocabulary = 128_256
+    labels = torch.empty(64, dtype=torch.int64, device="meta")
+    floats = torch.empty(64, dtype=FP32, device="meta")
+    for name, dtype in (("bf16", BF16), ("fp16", FP16), ("fp32", FP32)):
+        logits = torch.empty(64, vocabulary, dtype=dtype, device="meta")
+        for softcap, gradient, row_scale in product((0.0, 30.0), (False, True), (None, floats)):
+            if row_scale is not None and not gradient:
+                continue
+            call = CrossEntropyCall(
+                hidden=logits,
+                weight=logits,
+                bias=None,
+                s=None,
+                lora_B=None,
+                labels=labels,
+                row_scale=row_scale,
+                ignore_index=-100,
+                scaling=1.0,
+                softcap=softcap,
+                logit_scale=1.0,
+                backend="triton",
+                need_hidden=gradient,
+                need_s=False,
+                need_b=False,
+                need_bias=False,
+            )
+            yield name, cross_entropy(call, logits, labels, row_scale, floats)

@@ -13,7 +13,12 @@ COMPETING = "tests/gpu/test_competing_stream.py"
 DOCTOR = (f"{BRING_UP}::test_doctor",)
 # S; the product by pointers and by TMA; fused and split-K; chained; groups, MLPs, quantized
 # weights.
-KERNELS = (f"{BRING_UP}::test_down", f"{BRING_UP}::test_linear", f"{BRING_UP}::test_other_ops")
+KERNELS = (
+    f"{BRING_UP}::test_down",
+    f"{BRING_UP}::test_linear",
+    f"{BRING_UP}::test_other_ops",
+    f"{BRING_UP}::test_loss_without_logits",
+)
 OPTIMIZER = f"{BRING_UP}::test_optimizer"
 THIRD_CALL = f"{PREPARED}::test_the_third_call_is_prepared"
 STREAMS = f"{PREPARED}::test_streams_share_a_plan_and_not_its_counters"

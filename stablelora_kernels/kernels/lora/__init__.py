@@ -20,6 +20,7 @@ in units of a power of two, UNIT; what is computed from S is multiplied by it, e
     linear_tma            on Hopper and Blackwell      chain           the order of programs
     linear_quantized      from a quantized W           gated, gate_up  a gated MLP
     jobs                  what each job takes          tickets         a program's next tile
+    cross_entropy         the loss of a head's Y
 
 Mostly, dA and dB take no launch of their own: dB is computed with dS, since both read dY, and
 programs for dA run with those for dX. Arguments that several kernels take:

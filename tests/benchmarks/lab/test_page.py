@@ -159,5 +159,6 @@ def test_the_guides_have_the_tables():
         "peft": memory.layer_table(memory.layer_counts()),
         "will-it-fit": memory.fit_table(),
     }
+    assert memory.loss_table() in (ROOT / "docs" / "guides" / "will-it-fit.md").read_text("utf-8")
     for name, table in tables.items():
         assert table in (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8"), name

@@ -1,0 +1,132 @@
+"""``lora_linear_cross_entropy``: the loss of a head with LoRA, without logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.dispatch.backend import resolve_backend
+from stablelora_kernels.ops.checks import check_cross_entropy
+from stablelora_kernels.ops.cpu_products import without_autocast
+from stablelora_kernels.ops.lora_linear_cross_entropy import CrossEntropyCall, cross_entropy_op
+from stablelora_kernels.ops.matrices import as_matrix
+from stablelora_kernels.projection import Projection
+from stablelora_kernels.utils.tensors import autocast_dtype, cast
+from stablelora_kernels.utils.validation import check_float
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def lora_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """The cross-entropy of ``softcap(logit_scale · lora_linear(hidden))``, whose logits [..., V]
+    are never held together.
+
+    ``softcap(z)`` is ``softcap · tanh(z / softcap)``. Logits are computed for a chunk of tokens at
+    a time, of 32 MiB on a CPU and 256 MiB on a GPU. Sums are in float32, and in float64 for float64.
+
+    A training step takes two products with the weight, whatever is incoming in backward: forward
+    computes the gradient of each token's hidden state, and backward scales it. With ``reduction=
+    "none"`` and a lora_B or a bias that requires a gradient, backward takes a third one, which
+    computes the logits again. Without gradients, a call takes one.
+
+    Args:
+        hidden: [..., H], in any of the dtypes of :func:`lora_linear`'s x. Under ``torch.autocast``,
+            hidden, weight and bias are first cast to its dtype.
+        weight: [V, H], frozen, in hidden's dtype. It may be an embedding's.
+        labels: [...], int64, in [0, V) or ``ignore_index``. They are those of hidden's positions: a
+            causal model's must be shifted before. On a CPU another one raises; elsewhere its loss
+            and its gradients are NaN.
+        bias: [V] in hidden's dtype, or None. It may require a gradient.
+        lora_A: [r, H], as in :func:`lora_linear`; None with lora_B None for a head without LoRA.
+        lora_B: [V, r].
+        scaling: s, a number.
+        ignore_index: the label of tokens that do not count: their loss and gradients are zeros.
+        reduction: "mean" over the tokens that count, which is NaN without any, as PyTorch's; "sum";
+            or "none".
+        softcap: the cap of the logits, or None.
+        logit_scale: by how much logits are multiplied before the cap.
+        dropout_p: as in :func:`lora_linear`, on the branch's input; PyTorch draws the mask.
+        training: whether to apply dropout.
+
+    Returns:
+        The loss in float32, or float64 for float64: a scalar, or with "none" in labels' shape. Only
+        requested gradients are computed. They have no second derivative.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a label on a CPU is out of range, the weight
+            requires a gradient, or an option is out of range.
+        TypeError: dtypes do not fit, or an operand is a DTensor or quantized.
+    """
+    dtype = autocast_dtype(hidden.device.type)
+    if dtype is not None and hidden.is_floating_point() and hidden.dtype != torch.float64:
+        hidden = cast(hidden, dtype)
+        weight = cast(weight, dtype)
+        bias = cast(bias, dtype)
+        if lora_A is not None and lora_A.dtype != torch.float32:
+            lora_A = cast(lora_A, dtype)
+            lora_B = cast(lora_B, dtype)
+    head = Projection(weight, bias, lora_A, lora_B, scaling)
+    check_cross_entropy(hidden, head, labels, ignore_index, softcap, logit_scale)
+    check_float("dropout_p", dropout_p, low=0.0, high=1.0)
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
+        )
+    rows = as_matrix(hidden)
+    row_labels = labels.reshape(-1)
+    s = None
+    if lora_A is not None:
+        dropped = torch.nn.functional.dropout(rows, dropout_p, training)
+        with without_autocast(hidden):
+            s = torch.nn.functional.linear(dropped, cast(lora_A, hidden.dtype))
+    call = CrossEntropyCall(
+        rows,
+        weight,
+        bias,
+        s,
+        lora_B,
+        row_labels,
+        None,
+        ignore_index,
+        scaling,
+        softcap or 0.0,
+        logit_scale,
+        _backend_of(rows),
+        need_hidden=False,
+        need_s=False,
+        need_b=False,
+        need_bias=False,
+    )
+    losses = cross_entropy_op(call, summed=reduction != "none")
+    if reduction == "none":
+        return losses.view(labels.shape)
+    if reduction == "sum":
+        return losses
+    count = (row_labels != ignore_index).sum()
+    # Not 0 / 0, whose gradients would be NaN.
+    return torch.where(count > 0, losses / count.clamp(min=1), torch.nan)
+
+
+def _backend_of(hidden: Tensor) -> str:
+    """The backend of a call with checked operands."""
+    backend = resolve_backend(hidden.device)
+    if backend == "triton" and hidden.dtype == torch.float64:
+        raise TypeError(
+            "hidden is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
+        )
+    return backend

@@ -1,0 +1,445 @@
+"""``fuse_loss``: a language model's loss without logits, against PEFT's own model in float64; and what
+keeps logits, with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stablelora_kernels as slk
+from stablelora_kernels.nn import fused_loss, loss_form
+from tests.helpers.architectures import build
+from tests.helpers.operators import Operators
+from tests.helpers.small_models import fill_b
+from tests.helpers.small_models import llama as small_llama
+from tests.helpers.trainer_runs import make_trainer, trained, transformers
+
+peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
+TARGETS = ["lm_head", "q_proj", "c_attn", "query_key_value"]
+IDS = torch.randint(3, 30, (2, 9), generator=torch.Generator().manual_seed(2))
+LABELS = IDS.masked_fill(torch.arange(9) < 3, -100)
+WITHOUT = "computes its loss without logits"
+MODELS = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    # A soft cap and a tied head; a logit scale and a tied head; a divisor; a bias; Conv1D; a router's loss.
+    "gemma2": "Gemma2ForCausalLM", "cohere": "CohereForCausalLM", "granite": "GraniteForCausalLM", "phi": "PhiForCausalLM",
+    "gpt2": "GPT2LMHeadModel", "mixtral": "MixtralForCausalLM",
+}  # fmt: skip
+
+
+def notes_on_loss(report: slk.LoRAReport) -> list[str]:
+    return [note for note in report.notes if note.startswith("fuse_loss: ")]
+
+
+def make(model_type: str = "llama", dtype: torch.dtype = torch.float64, **lora: Any) -> Any:
+    """A PEFT model whose head has LoRA; no B is zero."""
+    base = build(model_type, MODELS[model_type])
+    if model_type == "mixtral":
+        base.config.output_router_logits = True
+    if model_type == "granite":
+        base.config.logits_scaling = 4.0
+    torch.manual_seed(0)
+    options = {"r": 3, "target_modules": TARGETS, "init_lora_weights": False, **lora}
+    model = peft.get_peft_model(base, peft.LoraConfig(**options)).to(dtype).train()
+    for name, module in model.named_modules():
+        # Other layers of ours draw masks of their own.
+        if isinstance(module, nn.Dropout) and "lm_head" not in name:
+            module.p = 0.0
+    return model
+
+
+def loss_in_float64(
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
+) -> Tensor:
+    """transformers' ForCausalLMLoss, which would round logits to float32."""
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(logits.view(-1, vocab_size), shifted, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def results(model: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The loss, and the gradient of all that trains."""
+    model.zero_grad()
+    torch.manual_seed(7)
+    output = model(input_ids=IDS, labels=LABELS, **kwargs)
+    output.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach()} | grads
+
+
+def expected_of(model: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Those of a PEFT model that nothing has fused."""
+    base = model.get_base_model()
+    base.loss_function = loss_in_float64
+    found = results(model, **kwargs)
+    del base._loss_function
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)], ids=str)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_equals_pefts_loss_and_gradients(model_type, num_items):
+    model = make(model_type, lora_dropout=0.2)
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    expected = expected_of(model, **options)
+    assert any("lm_head.lora_B" in name for name in expected)
+    (note,) = notes_on_loss(slk.accelerate_peft(model, fuse_loss=True))
+    assert WITHOUT in note and "base_model.model" in note
+    assert_equal(results(model, **options), expected)
+    slk.restore_peft(model)
+    assert type(model.get_base_model()) is getattr(transformers, MODELS[model_type])
+
+
+def test_a_frozen_head_and_our_own_layers():
+    """The head of apply_lora is a LoRALinear; a frozen one takes no branch."""
+    for targets in (["q_proj", "lm_head"], ["q_proj"]):
+        torch.manual_seed(0)
+        plain = small_llama(tie_word_embeddings=False).double()
+        fused = copy.deepcopy(plain)
+        config = slk.LoRAConfig(r=3, target_modules=targets)
+        slk.apply_lora(plain, config)
+        (note,) = notes_on_loss(slk.apply_lora(fused, config, fuse_loss=True))
+        assert WITHOUT in note and "the model" in note
+        for model in (plain, fused):
+            torch.manual_seed(1)
+            fill_b(model)
+        plain.load_state_dict(fused.state_dict())
+        plain.loss_function = loss_in_float64
+        assert_equal(results(fused), results(plain))
+        slk.remove_lora(fused, merge=False)
+        assert type(fused) is transformers.LlamaForCausalLM
+
+
+def test_a_loaded_adapter_may_be_fused(tmp_path):
+    model = small_llama()
+    slk.apply_lora(model, slk.LoRAConfig(r=3, target_modules=["lm_head"]))
+    slk.save_adapter(model, tmp_path)
+    report = slk.load_adapter(small_llama(), tmp_path, fuse_loss=True)
+    assert WITHOUT in notes_on_loss(report)[0]
+
+
+def test_no_logits_are_computed():
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    with Operators() as operators:
+        output = model(input_ids=IDS, labels=LABELS)
+    made = [result for _, _, result in operators.calls if isinstance(result, Tensor)]
+    logits = IDS.numel() * model.config.vocab_size
+    assert made and all(t.numel() != logits for t in made)
+    for read in (
+        lambda: output.logits.argmax(-1),
+        lambda: output.logits.detach(),
+        lambda: output[1].float(),
+        lambda: output["logits"] + 1,
+        lambda: torch.softmax(output.logits, -1),
+    ):
+        with pytest.raises(RuntimeError, match=r"fuse_loss=True .*compute_metrics"):
+            read()
+    assert repr(output.logits) == "WithheldLogits()"
+    loss, logits = model(input_ids=IDS, labels=LABELS, return_dict=False)[:2]
+    assert torch.equal(loss, output.loss) and type(logits) is fused_loss.WithheldLogits
+
+
+def test_without_labels_it_is_pefts_model():
+    model = make()
+    expected = model.eval()(input_ids=IDS).logits
+    slk.accelerate_peft(model, fuse_loss=True)
+    found = model(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected)
+    assert model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False).shape == (2, 11)
+
+
+def test_shift_labels_as_under_context_parallelism():
+    model = make()
+    expected = expected_of(model)
+    slk.accelerate_peft(model, fuse_loss=True)
+    shifted = nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:]
+    assert_equal(results(model, shift_labels=shifted), expected)
+
+
+def test_copies_pickles_and_signatures():
+    model = make()
+    signature = inspect.signature(model.get_base_model().forward)
+    slk.accelerate_peft(model, fuse_loss=True)
+    base = model.get_base_model()
+    assert inspect.signature(base.forward) == signature
+    assert isinstance(base, transformers.LlamaForCausalLM)
+    assert type(base).__name__ == "LlamaForCausalLM" and base.config.architectures is None
+    expected = results(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fused_loss.is_fused(other.get_base_model())
+        assert_equal(results(other), expected)
+        slk.restore_peft(other)
+    # Fusing twice is fusing once.
+    slk.accelerate_peft(model, fuse_loss=True)
+    assert_equal(results(model), expected)
+    slk.accelerate_peft(model)
+    assert not fused_loss.is_fused(model.get_base_model())
+
+
+def test_saved_files_are_pefts(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "before")
+    slk.accelerate_peft(model, fuse_loss=True)
+    model.save_pretrained(tmp_path / "after")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+def test_torch_compile_without_a_break():
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    expected = results(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    loss = compiled(input_ids=IDS, labels=LABELS).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected.pop("loss"))
+    for name, grad in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, msg=name)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model = make()
+    expected = expected_of(model)
+    slk.accelerate_peft(model, fuse_loss=True)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_equal(results(model), expected)
+
+
+# What keeps logits.
+
+
+def at_once(model: Any) -> str:
+    """The note on a model that is not fused."""
+    (note,) = notes_on_loss(slk.accelerate_peft(model, fuse_loss=True))
+    assert not fused_loss.is_fused(model.get_base_model())
+    assert model(input_ids=IDS, labels=LABELS).logits.shape[:2] == IDS.shape
+    return note
+
+
+def test_heads_that_keep_logits_and_their_reasons():
+    assert "is merged" in at_once(_changed(lambda model: model.merge_adapter()))
+    assert "which is DoRA" in at_once(make(use_dora=True))
+    saved = make(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert "a ModulesToSaveWrapper" in at_once(saved)
+
+    def add_second(model: Any) -> None:
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=TARGETS))
+        model.base_model.set_adapter(["default", "second"])
+        model.to(torch.float64)
+
+    assert "has 2 active adapters" in at_once(_changed(add_second))
+
+    def train_embedding(model: Any) -> None:
+        model.get_output_embeddings().base_layer.weight.requires_grad_()
+
+    assert "has a weight that trains" in at_once(_changed(train_embedding))
+
+    def hook(model: Any) -> None:
+        model.get_output_embeddings().register_forward_hook(lambda *_: None)
+
+    assert "has hooks" in at_once(_changed(hook))
+
+    def own_loss(model: Any) -> None:
+        model.get_base_model().loss_function = loss_in_float64
+
+    assert "loss_function is not transformers' ForCausalLMLoss" in at_once(_changed(own_loss))
+
+    def own_forward(model: Any) -> None:
+        base = model.get_base_model()
+        base.forward = base.forward
+
+    assert "forward was replaced" in at_once(_changed(own_forward))
+
+
+def _changed(change: Any) -> Any:
+    model = make()
+    change(model)
+    return model
+
+
+def test_a_quantized_head_keeps_logits():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = build("llama", "LlamaForCausalLM")
+    linear = bitsandbytes.nn.Linear4bit(32, 64, bias=False, compute_dtype=torch.float32)
+    linear.load_state_dict(base.lm_head.state_dict())
+    base.lm_head = linear.to("cpu")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=TARGETS))
+    (note,) = notes_on_loss(slk.accelerate_peft(model, fuse_loss=True))
+    assert "quantized weight" in note and "computes its loss from logits" in note
+
+
+def test_what_changes_later_is_read_at_each_call():
+    """Merged, disabled or beside a second adapter, the head multiplies, and the loss is the model's."""
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+
+    def has_logits() -> bool:
+        output = model(input_ids=IDS, labels=LABELS)
+        assert output.loss.isfinite()
+        return type(output.logits) is Tensor
+
+    assert not has_logits()
+    model.merge_adapter()
+    assert has_logits()
+    model.unmerge_adapter()
+    assert not has_logits()
+    with model.disable_adapter():
+        assert has_logits()
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    assert has_logits()
+    handle.remove()
+    assert not has_logits()
+    model.get_base_model().loss_function = loss_in_float64
+    assert has_logits() and type(model.get_base_model()) is transformers.LlamaForCausalLM
+
+
+def test_an_error_in_the_model_leaves_it_usable():
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    expected = results(model)
+    with pytest.raises(ValueError, match="labels must be in"):
+        model(input_ids=IDS, labels=LABELS + 1000)
+    assert model(input_ids=IDS).logits.shape == (2, 9, 64)
+    assert_equal(results(model), expected)
+
+
+def test_models_without_a_known_loss_say_so():
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"])
+    )
+    (note,) = notes_on_loss(slk.accelerate_peft(model, fuse_loss=True))
+    assert note == "fuse_loss: there is no language model with a head and a loss"
+
+    class Other(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+            logits = logits.relu()
+            loss = None
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.vocab_size)
+            return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    base = Other(small_llama().config)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lm_head"]))
+    (note,) = notes_on_loss(slk.accelerate_peft(model, fuse_loss=True))
+    assert "Other.forward computes its loss in a way that is not known" in note
+
+
+def test_the_forms_of_transformers_models():
+    """By the classes' sources: which are known, and that none is known by mistake."""
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kinds = {
+        name: getattr(transformers, name, None) for name in {*names.values()} if type(name) is str
+    }
+    forms = {
+        name: loss_form.loss_form_of(kind) for name, kind in kinds.items() if isinstance(kind, type)
+    }
+    known = {name for name, form in forms.items() if not isinstance(form, str)}
+    assert len(known) > 80 and known >= {*MODELS.values()}
+    # They do more to logits, or read them after the loss.
+    unknown = {
+        "BambaForCausalLM",
+        "RecurrentGemmaForCausalLM",
+        "BeamForCausalLM",
+        "MambaForCausalLM",
+    }
+    assert not known & unknown
+    read = {
+        loss_form._unchanged: 0,
+        loss_form._capped: 0,
+        loss_form._scaled: 0,
+        loss_form._divided: 0,
+    }
+    for name in known:
+        read[forms[name].transform] += 1
+    assert all(read.values()), read
+
+
+SOURCE = """
+def forward(self, ids, labels=None):
+    logits = self.lm_head(ids)
+    loss = None
+    if labels is not None:
+        loss = self.loss_function(logits, labels, self.vocab_size)
+    return Output(loss=loss, logits=logits)
+"""
+UNKNOWN = {
+    "a second product": ("    loss = None\n", "    loss = self.lm_head(ids)\n"),
+    "logits read again": ("self.vocab_size)\n", "self.vocab_size)\n    ids = logits.argmax()\n"),
+    "another transform": ("    loss = None\n", "    logits = logits * 2\n    loss = None\n"),
+    "a tuple": ("Output(loss=loss, logits=logits)", "(loss, logits)"),
+    "an addend": ("self.vocab_size)\n", "self.vocab_size)\n        loss = loss + 1\n"),
+    "another order": ("(logits, labels,", "(labels, logits,"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), UNKNOWN.values(), ids=UNKNOWN)
+def test_forms_that_are_not_known(old, new, monkeypatch):
+    def form(source: str) -> Any:
+        assert isinstance(ast.parse(source).body[0], ast.FunctionDef)
+        monkeypatch.setattr(inspect, "getsource", lambda _: source)
+        return loss_form.loss_form_of(type("Made", (), {"forward": lambda self: None}))
+
+    assert form(SOURCE).head == "lm_head"
+    assert "not known" in form(SOURCE.replace(old, new))
+
+
+# Hugging Face's Trainer.
+
+
+def head_llama(fused: bool) -> Any:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        small_llama(pad_token_id=0),
+        peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
+    )
+    slk.accelerate_peft(model, fuse_loss=fused)
+    return model
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_trainer_trains_as_without_it(tmp_path, bf16):
+    """Two steps of accumulation, whose losses are sums over num_items_in_batch."""
+    found = []
+    for fused in (False, True):
+        model = head_llama(fused)
+        trainer = make_trainer(model, tmp_path / str(fused), bf16=bf16, learning_rate=1e-2)
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        found.append((trained(model), losses, trainer.evaluate(trainer.train_dataset)["eval_loss"]))
+    tolerance = 0.1 if bf16 else 1e-4
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=tolerance, atol=tolerance / 10)
+    assert found[1][2] == pytest.approx(found[0][2], rel=tolerance)
+
+
+def test_metrics_are_refused_by_name(tmp_path):
+    trainer = make_trainer(head_llama(True), tmp_path)
+    trainer.compute_metrics = lambda prediction: {}
+    with pytest.raises(RuntimeError, match=r"fuse_loss=True .*compute_metrics"):
+        trainer.evaluate(trainer.train_dataset)
+    trainer.compute_metrics = None
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+    with pytest.raises(RuntimeError, match="fuse_loss=True"):
+        trainer.predict(trainer.train_dataset)
