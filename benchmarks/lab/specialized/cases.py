@@ -23,7 +23,6 @@ class Case(NamedTuple):
     r: int = 0
     bias: bool = False
     masked: bool = False
-    flags: bool = False
     trans_w: bool = False
     dtype: torch.dtype = torch.bfloat16
     # UP is a transpose.
@@ -35,7 +34,7 @@ class Case(NamedTuple):
     def name(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         words = [f"M{self.m} N{self.n} K{self.k} r{self.r} {kind}"]
-        for word in ("bias", "masked", "flags", "trans_w", "up_by_columns", "pairs"):
+        for word in ("bias", "masked", "trans_w", "up_by_columns", "pairs"):
             if getattr(self, word):
                 words.append(word)
         return " ".join([*words, f"{self.programs} programs"])
@@ -48,19 +47,19 @@ CASES = (
     Case(300, 256, 320, programs=1),
     Case(130, 512, 192, bias=True, trans_w=True, programs=1),
     Case(200, 320, 200, r=16, bias=True, programs=1),
-    Case(300, 512, 128, r=5, flags=True, up_by_columns=True, programs=2),
-    Case(200, 320, 192, r=16, masked=True, flags=True, trans_w=True, programs=1),
+    Case(300, 512, 128, r=5, up_by_columns=True, programs=2),
+    Case(200, 320, 192, r=16, masked=True, trans_w=True, programs=1),
     Case(130, 264, 128, r=3, bias=True, masked=True, programs=1),
     Case(200, 320, 192, r=20, bias=True, programs=1),
-    Case(200, 320, 192, r=64, masked=True, flags=True, trans_w=True, programs=1),
+    Case(200, 320, 192, r=64, masked=True, trans_w=True, programs=1),
     Case(130, 256, 128, r=16, bias=True, dtype=torch.float16),
     Case(1, 64, 40, r=16, bias=True),
 )
 PAIRS = (
     Case(256, 256, 256, pairs=True),
     Case(300, 320, 200, pairs=True, programs=1),
-    Case(600, 320, 200, r=16, bias=True, flags=True, pairs=True, programs=2),
-    Case(300, 320, 192, r=16, masked=True, flags=True, trans_w=True, pairs=True, programs=1),
+    Case(600, 320, 200, r=16, bias=True, pairs=True, programs=2),
+    Case(300, 320, 192, r=16, masked=True, trans_w=True, pairs=True, programs=1),
 )
 
 
@@ -100,15 +99,34 @@ def make(case: Case, device: str | torch.device = "cpu", seed: int = 0) -> Made:
     keep = None
     if case.r:
         up = draw(case.r, case.n).t() if case.up_by_columns else draw(case.n, case.r)
-        operands = operands._replace(s=draw(case.m, case.r).to(case.dtype), up=up)
+        # All of S is there.
+        flags = torch.ones(cdiv(case.m, 128), dtype=torch.int32, device=device)
+        s = draw(case.m, case.r).to(case.dtype)
+        operands = operands._replace(s=s, up=up, flags=flags)
     if case.masked:
         keep = torch.rand(case.m, case.n, generator=generator, device=device) < KEPT
         operands = operands._replace(mask=pack(keep))
-    if case.flags:
-        # All of S is there.
-        flags = torch.ones(cdiv(case.m, 128), dtype=torch.int32, device=device)
-        operands = operands._replace(flags=flags)
     return Made(operands, *_oracle(operands, keep))
+
+
+def make_empty(case: Case) -> Operands:
+    """Operands of any content: for compiling."""
+
+    def empty(*size: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.empty(*size, dtype=dtype)
+
+    w = empty(case.k, case.n) if case.trans_w else empty(case.n, case.k)
+    operands = Operands(empty(case.m, case.k), w, empty(case.m, case.n), case.trans_w)
+    if case.bias:
+        operands = operands._replace(bias=empty(case.n))
+    if case.r:
+        up = empty(case.n, case.r, dtype=torch.float32)
+        flags = empty(cdiv(case.m, 128), dtype=torch.int32)
+        operands = operands._replace(s=empty(case.m, case.r), up=up, flags=flags)
+    if case.masked:
+        mask = empty(case.m, cdiv(case.n, 32), dtype=torch.int32)
+        operands = operands._replace(mask=mask)
+    return operands
 
 
 def _oracle(operands: Operands, keep: Tensor | None) -> tuple[Tensor, Tensor]:

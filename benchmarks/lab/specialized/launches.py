@@ -39,7 +39,7 @@ class Operands(NamedTuple):
     bias: Tensor | None = None
     # int32 [M, N / 32]
     mask: Tensor | None = None
-    # int32: for each 128 rows, how many tiles of S are stored. None: S is there.
+    # int32, with S: for each 128 rows, how many tiles of S are stored.
     flags: Tensor | None = None
 
     @property
@@ -116,7 +116,7 @@ def launch_product(operands: Operands, programs: int, pairs: bool = False) -> La
         s, up = operands.s, operands.up
         branch = Branch(s, s.stride(0), up, up.stride(0), up.stride(1), rank)
         block_r = max(16, triton.next_power_of_2(rank))
-        branch_tile = BranchTile(block_r, 0 if operands.flags is None else 128)
+        branch_tile = BranchTile(block_r)
         registers = WITH_AIDE
     args = (
         _descriptor(x, part_m, tile.BLOCK_K, split),

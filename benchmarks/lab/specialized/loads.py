@@ -101,8 +101,7 @@ def load_branch(branch, flags, buffers, sizes, TILE: gl.constexpr, BRANCH: gl.co
             buffers.up.slice(j * STEP, STEP, dim=0).store(up.to(buffers.up.dtype))
         for half in gl.static_range(2):
             part0 = row0 + half * PART_M
-            if BRANCH.FLAG_M:
-                wait_for_flag(flags, part0, sizes.M, BRANCH)
+            wait_for_flag(flags, part0, sizes.M, BRANCH)
             for j in gl.static_range(PART_M // S_STEP):
                 rows = (part0 + j * S_STEP + s_rows).to(gl.int64)
                 inside = (rows[:, None] < sizes.M) & (s_ranks[None, :] < branch.R)

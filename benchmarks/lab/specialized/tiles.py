@@ -31,12 +31,10 @@ class Tile(NamedTuple):
 
 
 class BranchTile(NamedTuple):
-    """The branch's block of ranks, and the rows of one flag and of one tile of S; no FLAG_M: S is
-    there.
-    """
+    """The branch's block of ranks, and the rows of one flag and of one tile of S."""
 
     BLOCK_R: int = 16
-    FLAG_M: int = 0
+    FLAG_M: int = 128
     S_BLOCK_M: int = 128
 
 
