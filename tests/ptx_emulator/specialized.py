@@ -21,8 +21,9 @@ from triton.experimental.gluon import language as gl
 
 from benchmarks.common import tritons
 from benchmarks.lab.specialized.cases import CASES, PAIRS, Case, Made, make, share
-from benchmarks.lab.specialized.launches import launch_product, reason_against
+from benchmarks.lab.specialized.launches import launch_product
 from benchmarks.lab.specialized.product import product
+from benchmarks.lab.specialized.support import reason_against
 from benchmarks.lab.specialized.tiles import Sizes
 from stablelora_kernels.kernels.common import stores_done
 from stablelora_kernels.launch.base import Launch

@@ -5,5 +5,5 @@ package's kernels, and says what the times decide. ``python -m benchmarks.lab.sp
 it without a GPU.
 
 ``product`` has the kernel, on ``loads`` and ``tiles``; ``launches`` its operands and launches;
-``cases`` calls with their oracle.
+``cases`` calls with their oracle; ``support`` which Tritons and GPUs run it.
 """

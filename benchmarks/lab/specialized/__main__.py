@@ -22,7 +22,8 @@ from benchmarks.common import tritons
 from benchmarks.lab.compile_report import hazards_sass, machine_code
 from benchmarks.lab.compile_report.sass import Program
 from benchmarks.lab.specialized.cases import Case, make_empty
-from benchmarks.lab.specialized.launches import launch_product, reason_against
+from benchmarks.lab.specialized.launches import launch_product
+from benchmarks.lab.specialized.support import reason_against
 from stablelora_kernels.launch.base import Launch
 
 ARCH = "sm_90"

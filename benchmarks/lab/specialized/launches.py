@@ -11,13 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benchmarks.lab.specialized.product import specialized_product_kernel
+from benchmarks.lab.specialized.support import UnavailableError, reason_against
 from benchmarks.lab.specialized.tiles import Branch, BranchTile, Registers, Tile, shared_layout
 from stablelora_kernels.dispatch.problem import cdiv
 from stablelora_kernels.launch.base import Launch
 
-# What Triton's newer releases call these kernels' functions by other names, or lack.
-OLDEST, OLDEST_WITH_PAIRS = (3, 6), (3, 8)
-RELEASE = tuple(int(number) for number in triton.__version__.split(".")[:2])
 # 12 warps of 168 registers a thread fill a processor; then the loader and the aide give some back,
 # and the consumers take them. The aide's loads need more than the loader's.
 REGISTERS_AT_LAUNCH = 168
@@ -45,15 +43,6 @@ class Operands(NamedTuple):
     @property
     def rank(self) -> int:
         return 0 if self.up is None else self.up.shape[1]
-
-
-def reason_against(pairs: bool = False) -> str:
-    """Why the installed Triton cannot compile the product, or ""."""
-    oldest = OLDEST_WITH_PAIRS if pairs else OLDEST
-    if oldest > RELEASE:
-        what = "pairs of CTAs need" if pairs else "the specialized product needs"
-        return f"{what} Triton {oldest[0]}.{oldest[1]} or newer, and this is {triton.__version__}"
-    return ""
 
 
 def tile_for(rank: int, masked: bool, trans_w: bool, pairs: bool) -> Tile:
@@ -84,12 +73,13 @@ def launch_product(operands: Operands, programs: int, pairs: bool = False) -> La
     """The launch. ``programs``: at most so many, of one CTA each, or of two with ``pairs``.
 
     Raises:
+        UnavailableError: the installed Triton cannot compile it.
         ValueError: the kernel cannot compute this product.
     """
     x, w, y = operands.x, operands.w, operands.y
     rank = operands.rank
     if reason := reason_against(pairs):
-        raise ValueError(reason)
+        raise UnavailableError(reason)
     if x.dtype not in DTYPES or {w.dtype, y.dtype} != {x.dtype}:
         raise ValueError(
             f"x, w and y must have one dtype of bfloat16 and float16, got {x.dtype}, {w.dtype} and {y.dtype}"
