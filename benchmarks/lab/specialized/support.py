@@ -10,6 +10,8 @@ from stablelora_kernels.dispatch import backend
 OLDEST, OLDEST_WITH_PAIRS = (3, 6), (3, 8)
 RELEASE = tuple(int(number) for number in triton.__version__.split(".")[:2])
 HOPPER = (9, 0)
+# The null driver sets backend's, and compiles all the same.
+INTERPRETING = backend.INTERPRETING
 
 
 class UnavailableError(Exception):
@@ -18,7 +20,7 @@ class UnavailableError(Exception):
 
 def reason_against(pairs: bool = False) -> str:
     """Why the installed Triton cannot compile the product, or ""."""
-    if backend.INTERPRETING:
+    if INTERPRETING:
         return "Triton's interpreter does not know Gluon"
     oldest = OLDEST_WITH_PAIRS if pairs else OLDEST
     if oldest > RELEASE:
