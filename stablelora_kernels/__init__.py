@@ -18,7 +18,12 @@ from stablelora_kernels.dispatch.settings import (
 )
 from stablelora_kernels.explanation import Explanation, explain
 from stablelora_kernels.graphed_step import GraphedStep
-from stablelora_kernels.integrations.hf_trainer import StabilityCallback, StableLoRAAdamWFactory
+from stablelora_kernels.integrations.comparison import Comparison, compare
+from stablelora_kernels.integrations.hf_trainer import (
+    AccelerateCallback,
+    StabilityCallback,
+    StableLoRAAdamWFactory,
+)
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.model import (
     LoRAReport,
@@ -39,6 +44,8 @@ from stablelora_kernels.optim import PairStability, StabilityLogger, StableLoRAA
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 
 __all__ = [
+    "AccelerateCallback",
+    "Comparison",
     "Explanation",
     "GraphedStep",
     "LoRAConfig",
@@ -55,6 +62,7 @@ __all__ = [
     "__version__",
     "accelerate_peft",
     "apply_lora",
+    "compare",
     "count_parameters",
     "disable_lora",
     "explain",

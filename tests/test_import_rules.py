@@ -97,9 +97,10 @@ RULES = (
 )  # fmt: skip
 # What the package needs. Other packages come by import_extra, which names the extra that brings
 # them; these files are imported only once it has found peft, and a layer of bitsandbytes' class
-# proves that that is installed.
+# proves that that is installed. Axolotl, which needs peft and pydantic, imports its plugin itself.
 NEEDED = {*sys.stdlib_module_names, "torch", "triton", PACKAGE}
 BEHIND_IMPORT_EXTRA = {
+    "integrations.axolotl": {"axolotl", "peft", "pydantic"},
     "integrations.peft": {"peft"},
     "integrations.peft_layers": {"peft"},
     "integrations.peft_operands": {"peft", "bitsandbytes"},

@@ -1,10 +1,9 @@
-"""The optimizer and its stability log inside Hugging Face's Trainer. Importing this module needs no
-transformers.
+"""The optimizer, its stability log and ``accelerate_peft`` inside Hugging Face's Trainer. Importing
+this module needs no transformers.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import warnings
@@ -13,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from stablelora_kernels.integrations.peft import (
+    accelerate_peft,
+    check_accelerate_options,
+    restore_peft,
+)
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import clean, innermost
+from stablelora_kernels.utils.validation import check_bool, no_argument
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -68,13 +73,7 @@ class StableLoRAAdamWFactory:
         known = [name for name in inspect.signature(StableLoRAAdamW).parameters if name != "params"]
         for name in kwargs:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = (
-                    f"; did you mean {close[0]!r}?"
-                    if close
-                    else f", which takes {', '.join(known)}"
-                )
-                raise TypeError(f"StableLoRAAdamW has no argument {name!r}{hint}")
+                raise TypeError(no_argument("StableLoRAAdamW", name, known))
         settings: dict[str, Any] = {
             "lr": args.learning_rate,
             "weight_decay": args.weight_decay,
@@ -211,10 +210,72 @@ class StabilityCallback:
             state.log_history[-1].update(values)
 
 
+class AccelerateCallback:
+    """Calls :func:`~stablelora_kernels.accelerate_peft` on the Trainer's model when training begins.
+
+    It is one argument of a Trainer of transformers or TRL, or of LLaMA-Factory's ``run_exp``, for
+    those who do not make the model themselves::
+
+        SFTTrainer("Qwen/Qwen3-8B", args, peft_config=..., callbacks=[slk.AccelerateCallback(fuse_mlp=True)])
+
+    By then the Trainer has loaded a checkpoint, wrapped the model and applied Liger's kernels. The
+    first process prints the report, once. Training twice changes nothing more. It derives from
+    transformers' ``TrainerCallback``.
+
+    Args:
+        restore: call :func:`~stablelora_kernels.restore_peft` when training ends. An exception in
+            training leaves the model accelerated.
+        options: keywords of :func:`~stablelora_kernels.accelerate_peft`, such as ``fuse_mlp=True``.
+
+    Raises:
+        TypeError: ``accelerate_peft`` has no such keyword, or a value is no bool.
+        ImportError: transformers is not installed.
+        ValueError: when training begins, as :func:`~stablelora_kernels.accelerate_peft`.
+    """
+
+    def __new__(cls, *args: object, **kwargs: object) -> AccelerateCallback:
+        kind: Any = cls
+        return object.__new__(_as_transformers_callback(kind))
+
+    def __init__(self, *, restore: bool = False, **options: bool) -> None:
+        check_accelerate_options("AccelerateCallback", options, others=("restore",))
+        self.restore = check_bool("restore", restore)
+        self.options = options
+        self._has_printed = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Accelerate the model, and print the report unless an earlier training has."""
+        if model is None:
+            raise TypeError("model must be the trainer's nn.Module, got None: it trains no model")
+        report = accelerate_peft(model, **self.options)
+        if state.is_world_process_zero and not self._has_printed:
+            print(f"accelerate_peft: {report}")
+            self._has_printed = True
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Restore the model if that was asked for."""
+        if self.restore and model is not None:
+            restore_peft(model)
+
+
 @functools.cache
 def _as_transformers_callback(cls: type) -> type:
     """``cls``, derived from transformers' ``TrainerCallback`` too, whose other events do nothing."""
-    transformers = import_extra("transformers", "peft", "StabilityCallback")
+    transformers = import_extra("transformers", "peft", cls.__name__)
     return type(
         cls.__name__,
         (cls, transformers.TrainerCallback),

@@ -4,8 +4,9 @@ Importing needs no peft.
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.nn.stacks import stored_parameter
 from stablelora_kernels.utils.extras import import_extra, release
-from stablelora_kernels.utils.modules import check_module
+from stablelora_kernels.utils.modules import check_module, in_fully_sharded
+from stablelora_kernels.utils.validation import check_bool, no_argument
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -109,7 +111,9 @@ def accelerate_peft(
             continue
         rows = []
         for adapter in module.lora_A:
-            reason = layers.reason_adapter_stays_pefts(module, adapter)
+            reason = layers.reason_adapter_stays_pefts(
+                module, adapter, in_fully_sharded(model, name)
+            )
             if reason is None:
                 rows.append(_row(name, module, adapter))
             else:
@@ -166,6 +170,24 @@ def accelerate_peft(
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
+
+
+def check_accelerate_options(
+    owner: str, options: Mapping[str, object], *, others: Sequence[str] = ()
+) -> None:
+    """Raise TypeError unless ``options`` of ``owner`` are keywords of :func:`accelerate_peft` with
+    True or False. ``others``: what ``owner`` takes besides.
+    """
+    known = [*accelerate_options(), *others]
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(no_argument(owner, name, known))
+        check_bool(name, value)
+
+
+def accelerate_options() -> list[str]:
+    """The names of the keywords of :func:`accelerate_peft`."""
+    return [name for name in inspect.signature(accelerate_peft).parameters if name != "model"]
 
 
 def _row(name: str, layer: LoraLayer, adapter: str) -> ReplacedModule:

@@ -167,9 +167,11 @@ def is_dora(layer: PeftLayer, adapter: str) -> bool:
     return type(layer.lora_variant.get(adapter)) is DoraLinearVariant
 
 
-def read_dora(layer: PeftLayer, adapter: str) -> Dora | str:
-    """A DoRA adapter, or why PEFT's own forward must compute it."""
-    branch = read_branch(layer, adapter)
+def read_dora(layer: PeftLayer, adapter: str, between_calls: bool = False) -> Dora | str:
+    """A DoRA adapter, or why PEFT's own forward must compute it. ``between_calls``: its tensors may
+    be shards, as in :func:`read_branch`.
+    """
+    branch = read_branch(layer, adapter, between_calls)
     if isinstance(branch, str):
         return branch
     magnitude = layer.lora_magnitude_vector[adapter]

@@ -41,19 +41,28 @@ _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
 DORA_WITH_DROPOUT = "is DoRA with dropout, which needs the base product of two inputs to train; evaluation runs on the ops"
 
 
-def read_branch_or_dora(layer: PeftLayer, adapter: str) -> Branch | Dora | str:
-    """An adapter, with the dropout of now, or why PEFT's own forward must compute it."""
+def read_branch_or_dora(
+    layer: PeftLayer, adapter: str, between_calls: bool = False
+) -> Branch | Dora | str:
+    """An adapter, with the dropout of now, or why PEFT's own forward must compute it.
+
+    ``between_calls``: its tensors may be shards, for which ``fully_shard`` puts plain tensors
+    during each forward.
+    """
     variant = layer.lora_variant.get(adapter)
     if variant is None:
-        return read_branch(layer, adapter)
+        return read_branch(layer, adapter, between_calls)
     if is_dora(layer, adapter):
-        return read_dora(layer, adapter)
+        return read_dora(layer, adapter, between_calls)
     return f"adapter {adapter!r} is a variant of LoRA ({type(variant).__name__})"
 
 
-def read_adapters(layer: PeftLayer, names: Iterable[str]) -> dict[str, Branch] | Dora | str:
+def read_adapters(
+    layer: PeftLayer, names: Iterable[str], between_calls: bool = False
+) -> dict[str, Branch] | Dora | str:
     """Those adapters of ``names`` that a layer has: branches by name, or a DoRA adapter that is
-    alone; or why PEFT's own forward must compute them.
+    alone; or why PEFT's own forward must compute them. ``between_calls`` as in
+    :func:`read_branch_or_dora`.
     """
     held = layer._modules["lora_A"]._modules
     branches: dict[str, Branch] = {}
@@ -61,7 +70,7 @@ def read_adapters(layer: PeftLayer, names: Iterable[str]) -> dict[str, Branch] |
     for name in names:
         if name not in held:
             continue
-        adapter = read_branch_or_dora(layer, name)
+        adapter = read_branch_or_dora(layer, name, between_calls)
         if isinstance(adapter, str):
             return adapter
         if isinstance(adapter, Branch):
@@ -75,9 +84,14 @@ def read_adapters(layer: PeftLayer, names: Iterable[str]) -> dict[str, Branch] |
     return doras[0]
 
 
-def reason_adapter_stays_pefts(layer: PeftLayer, adapter: str) -> str | None:
-    """Why PEFT's own forward must compute an adapter of a layer, at least in training, or None."""
-    reading = read_branch_or_dora(layer, adapter)
+def reason_adapter_stays_pefts(
+    layer: PeftLayer, adapter: str, is_gathered_in_calls: bool = False
+) -> str | None:
+    """Why PEFT's own forward must compute an adapter of a layer, at least in training, or None.
+
+    ``is_gathered_in_calls``: ``fully_shard`` has sharded the layer.
+    """
+    reading = read_branch_or_dora(layer, adapter, between_calls=is_gathered_in_calls)
     if isinstance(reading, str):
         return reading
     if _is_dora_with_dropout(layer, adapter):
@@ -235,7 +249,7 @@ def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
         return "is disabled"
     if x is not None and is_observed(layer):
         return "is watched"
-    adapters = read_adapters(layer, layer.active_adapters)
+    adapters = read_adapters(layer, layer.active_adapters, between_calls=x is None)
     if isinstance(adapters, str):
         return f"runs PEFT's own forward: {adapters}"
     if isinstance(adapters, Dora):

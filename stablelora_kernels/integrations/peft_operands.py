@@ -130,9 +130,14 @@ def are_plain(weight: Tensor, bias: Tensor | None) -> bool:
     return type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
 
 
-def plain_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def plain_tensors(
+    linear: nn.Module, between_calls: bool = False
+) -> tuple[Tensor, Tensor | None] | None:
     """The weight and the bias of a plain ``nn.Linear`` that nothing watches; None for another
     module.
+
+    ``between_calls``: they may be shards, for which ``fully_shard`` puts plain tensors during each
+    forward.
     """
     # Not by is_hooked() and are_plain(): this runs three times in each call of a layer.
     if type(linear) is not nn.Linear:
@@ -149,14 +154,19 @@ def plain_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     weight, bias = weight_and_bias(linear)
     if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
         return weight, bias
+    if between_calls and is_sharded(weight):
+        return weight, bias
     return None
 
 
-def read_branch(layer: PeftLayer, adapter: str) -> Branch | str:
-    """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it."""
+def read_branch(layer: PeftLayer, adapter: str, between_calls: bool = False) -> Branch | str:
+    """An adapter's branch, with the dropout of now, or why PEFT's own forward must compute it.
+
+    ``between_calls``: its tensors may be shards, as in :func:`plain_tensors`.
+    """
     modules = layer._modules
-    tensors_of_A = plain_tensors(modules["lora_A"]._modules[adapter])
-    tensors_of_B = plain_tensors(modules["lora_B"]._modules[adapter])
+    tensors_of_A = plain_tensors(modules["lora_A"]._modules[adapter], between_calls)
+    tensors_of_B = plain_tensors(modules["lora_B"]._modules[adapter], between_calls)
     if tensors_of_A is None or tensors_of_B is None:
         name = "lora_A" if tensors_of_A is None else "lora_B"
         return f"{name} of adapter {adapter!r} is not a plain nn.Linear, or has hooks"

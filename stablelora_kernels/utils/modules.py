@@ -118,6 +118,15 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
+def in_fully_sharded(model: nn.Module, name: str) -> bool:
+    """Whether ``fully_shard`` has sharded the submodule ``name`` of ``model``, or a module around
+    it, so that each forward sees plain tensors in place of its shards.
+    """
+    words = name.split(".")
+    around = [model.get_submodule(".".join(words[:depth])) for depth in range(len(words) + 1)]
+    return any(map(is_fully_sharded, around))
+
+
 def reshard(model: nn.Module) -> None:
     """Reshard ``fully_shard``'s parameters after a forward that left them gathered.
 

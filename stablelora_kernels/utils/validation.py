@@ -4,8 +4,9 @@ its value.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import TypeVar
 
@@ -61,6 +62,16 @@ def check_choice(name: str, value: T, choices: Sequence[T]) -> T:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def no_argument(owner: str, name: str, known: Collection[str]) -> str:
+    """The message that ``owner`` has no argument ``name``: it suggests the most similar known name,
+    or else lists all of them.
+    """
+    similar = difflib.get_close_matches(name, known, 1)
+    if similar:
+        return f"{owner} has no argument {name!r}; did you mean {similar[0]!r}?"
+    return f"{owner} has no argument {name!r}, which takes {', '.join(known)}"
 
 
 def shown(value: object) -> str:

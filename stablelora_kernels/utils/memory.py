@@ -1,0 +1,56 @@
+"""Bytes that a step keeps for backward, and its peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def saved_for_backward(run: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that the graph of ``run``'s result keeps, without the storages
+    of ``exclude``.
+    """
+    excluded = {tensor.untyped_storage()._cdata for tensor in exclude}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Identify storages by themselves, not by address: tensors without memory have no address.
+        if storage._cdata not in excluded:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    # The graph keeps every counted storage alive until here, so none was counted twice.
+    del result
+    return sum(kept.values())
+
+
+def peak_over_start(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that ``run`` has allocated on ``device`` at a time, beyond what was allocated
+    before it; None on devices that are neither GPUs of CUDA or ROCm nor the CPU.
+
+    PyTorch's allocators are asked, so memory that they hold in reserve does not count.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - start
+    if device.type != "cpu":
+        return None
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    allocated = 0
+    peak = 0
+    for event in events:
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
