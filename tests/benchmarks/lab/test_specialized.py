@@ -47,7 +47,7 @@ def test_every_variant_compiles_under_every_triton(version: str) -> None:
     assert status_of("benchmarks.lab.specialized", "--triton", version) == 0
 
 
-def test_two_small_cases_are_right_on_the_emulator() -> None:
+def test_small_cases_are_right_on_the_emulator() -> None:
     assert status_of("tests.ptx_emulator.specialized", "--quick") == 0
 
 
