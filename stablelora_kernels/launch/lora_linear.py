@@ -52,7 +52,7 @@ from stablelora_kernels.launch.fill_jobs import (
 )
 from stablelora_kernels.launch.quantized import dequantize, quantized
 from stablelora_kernels.launch.thin_products import lora_down, weight_grads
-from stablelora_kernels.launch.workspace import scratch
+from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
 
@@ -453,6 +453,7 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool)
         "u_desc": None,
         "du_desc": None,
         "down": matrix(None if load_s or described_down else p.down),
+        "tickets": counters(1, p.x.device, workspace.Y_LANE),
     }
     if p.gate is not None:
         arguments["g_desc"] = descriptor(p.gate.g, tile.BLOCK_M, columns)
@@ -464,7 +465,7 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool)
     return _ProductKernel(
         kernel=_lora_linear_tma_kernel,
         plan=plan,
-        # They stay and take tile after tile.
+        # They stay and draw tile after tile.
         programs=min(plan.tiles, device.processors),
         arguments=arguments,
         tile=constants._replace(TRANS_DOWN=down.transposed, ADD=p.base is not None),

@@ -22,6 +22,7 @@ from stablelora_kernels.kernels.lora.gate_up import (
     _lora_gate_up_kernel,
     _lora_gate_up_tma_kernel,
 )
+from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import (
     Arguments,
     Launch,
@@ -52,7 +53,7 @@ from stablelora_kernels.launch.lora_linear import (
 )
 from stablelora_kernels.launch.quantized import dequantize
 from stablelora_kernels.launch.thin_products import lora_down
-from stablelora_kernels.launch.workspace import scratch
+from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
 
@@ -274,6 +275,7 @@ def _gate_up_by_descriptors(
         "g_desc": descriptor(gate.y, tile.BLOCK_M, columns) if keep else None,
         "u_desc": descriptor(up.y, tile.BLOCK_M, columns) if keep else None,
         "h_desc": descriptor(h, tile.BLOCK_M, columns),
+        "tickets": counters(1, h.device, workspace.Y_LANE),
         "PRODUCTS": programs,
     }
     precision = input_precision(device, gate.call.dtype)

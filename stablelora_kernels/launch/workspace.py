@@ -1,8 +1,8 @@
 """The memory that launches take for themselves, beside their operands and results: scratch and
 counters.
 
-Counters are for kernels whose programs share a sum: int32, 0 before every launch; the launch sets
-them back to 0.
+Counters are for kernels whose programs share a sum or draw tickets: int32, 0 before every launch;
+the launch sets them back to 0.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
 # Sums that may run at the same time, in one launch or in two that overlap, count in different
 # lanes.
 S_LANE = 0
+# The product's: its shared sums, or its tickets.
 Y_LANE = 1
 DB_LANE = 2
 DA_LANE = 3

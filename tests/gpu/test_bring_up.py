@@ -60,6 +60,7 @@ LAUNCHED = {
     ("long sum", "split"): {"down", "linear_split_k"},
     ("one tile", "chained"): {TMA},
     ("many tiles", "chained"): {TMA, "linear_split_k"},
+    ("many tiles", "split"): {"down", TMA, "linear_split_k"},
     ("many tiles of dX", "chained"): {TMA, "linear_split_k"},
     ("long sum", "chained"): {"linear_split_k"},
 }

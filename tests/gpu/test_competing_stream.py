@@ -18,12 +18,13 @@ from tests.helpers.launches import count_launches
 
 pytestmark = pytest.mark.gpu
 
-# Of all tests here together. A call makes one launch forward and one backward.
+# Of all tests here together. A call makes one launch forward and one backward. Of the most rows there
+# are more tiles than processors, so that programs draw tiles by ticket.
 LAUNCHES = 16 if SMALL else 10_000
 SIZES = (
     [(9, 48, 40, 8), (70, 48, 40, 8)]
     if SMALL
-    else [(m, 1024, 1024, 16) for m in (65, 200, 512, 1024, 2048, 4096)]
+    else [(m, 1024, 1024, 16) for m in (65, 200, 512, 1024, 2048, 4096, 8192)]
 )
 DROPOUT = (0.0, 0.1)
 CALLS = -(-LAUNCHES // (2 * len(SIZES) * len(DROPOUT)))

@@ -91,10 +91,10 @@ def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
     assert not any_counter()
 
 
-@pytest.mark.parametrize(("rows", "counted"), [(5, 3), (600, 5)])
+@pytest.mark.parametrize(("rows", "counted"), [(5, 3), (600, 5), (5200, 5)])
 def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
-    """dS and dB, dX and dA in one launch, and the chain that orders them; none may see another's
-    counters.
+    """dS and dB, dX and dA in one launch, the chain that orders them, and the tickets for tiles of
+    dX; none may see another's counters.
     """
     given = make(Case("linear", (rows, 200), (2000,), (80,), BF16, BF16))
     x, w, a, b, dy = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"))
@@ -103,7 +103,9 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     backward = BackwardCall(x, [dy], [projection], [s], [None], 0.0, Gradients(x, [a], [b]))
     (launch,) = backward_launches(DEVICES["sm_90"], backward, chained)
     counts = {
-        name: t for name, t in launch.named.items() if name == "chain" or name.endswith("counter")
+        name: t
+        for name, t in launch.named.items()
+        if name in ("chain", "tickets") or name.endswith("counter")
     }
     found = [t for t in counts.values() if t is not None and t.numel()]
     spans = sorted(

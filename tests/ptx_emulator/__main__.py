@@ -45,6 +45,8 @@ QUICK = (
     # in each.
     "linear bf16/bf16 M33 N96 K160 r16 p0.1", "linear bf16/fp32 M130 r16 p0.1, X shifted",
     "mlp bf16 M130 r16 p0.0, 2 processors",
+    # Tiles by ticket, of more programs than are resident.
+    "linear split bf16/fp32 M300 N520 r16 p0.0, 6 processors",
     *LONG,
 )  # fmt: skip
 NOTHING_FITS, NOTHING_PLANTED = 2, 3

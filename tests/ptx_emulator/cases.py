@@ -352,6 +352,10 @@ def cases() -> Iterator[Case]:
     for kernel, p in (("auto", 0.0), ("auto", 0.1), ("split", 0.0), ("split", 0.1), ("fused", 0.0)):
         name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 2 processors"
         yield Case(name, partial(linear, 300, 520, 160, 16, p=p), kernel, processors=2)
+    # Programs that begin when others have drawn their tiles, if fewer are resident.
+    for kernel, p in (("split", 0.0), ("chained", 0.1)):
+        name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 6 processors"
+        yield Case(name, partial(linear, 300, 520, 160, 16, p=p), kernel, processors=6)
     # The widest that is read through pointers, forward and backward.
     for kernel, r in (("chained", 40), ("split", 16)):
         name = f"linear {kernel} bf16/fp32 M300 N496 r{r} p0.0, 3 processors"

@@ -71,6 +71,7 @@ def _one_more(found: re.Match[str]) -> str:
 
 
 _CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.1"
+_TICKETS = "linear split bf16/fp32 M300 N520 r16 p0.0, 6 processors"
 _LONG = "linear bf16/fp32 M33 K520 r16 p0.1, long sum"
 _OPTIMIZER = "optimizer bf16, masters, clipped"
 _SPLIT_K = "_lora_linear_split_k_kernel"
@@ -94,6 +95,8 @@ PLANTS = {
     "chain-end": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acq_rel\.", ".relaxed.", AMPERE),
     "tma-flag-release": Plant(_CHAINED, _TMA, "chain.py", r"\.release\.", ".relaxed.", WITH_TMA),
     "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", WITH_TMA),
+    "ticket-barrier": Plant(_TICKETS, _TMA, "tickets.py", _BARRIER, "", WITH_TMA, _APART),
+    "ticket-reset": Plant(_TICKETS, _TMA, "tickets.py", r"@%p\d+ red\.global[^;]*;", "", WITH_TMA),
     "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", WITH_TMA),
     "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
     "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),

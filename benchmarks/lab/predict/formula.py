@@ -206,6 +206,8 @@ def _add_jobs(t: _Account, a: dict[str, Any], jobs: Collection[str], programs: i
         _add_chain(t, a, programs)
     if "Y" in jobs and "TILE" in a and a.get("PRODUCTS", 1):
         _add_product(t, a)
+        if "tickets" in a:
+            _add_tickets(t, a)
 
 
 def _add_s(t: _Account, m: int, x: Any, job: Any, tile: Any, splits: int) -> None:
@@ -246,6 +248,15 @@ def _add_chain(t: _Account, a: dict[str, Any], programs: int) -> None:
     # writes zeros.
     counted, used = 2 * programs + tiles_s, 2 + cdiv(m, s.FLAG_M)
     t.add(a["chain"], counted + waits, counted + waits + used, used)
+
+
+def _add_tickets(t: _Account, a: dict[str, Any]) -> None:
+    """The tickets of a product whose programs draw tiles."""
+    tile = a["TILE"]
+    tiles = cdiv(a["M"], tile.BLOCK_M) * cdiv(a["N"], tile.BLOCK_N)
+    if tiles > a["PRODUCTS"]:
+        # One a tile; the last one also sets the counter back.
+        t.add(a["tickets"], tiles + 1, tiles + 1, 1)
 
 
 def _add_product(t: _Account, a: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ in units of a power of two, UNIT; what is computed from S is multiplied by it, e
     linear_split_k        for few rows                 product         what the kernels of Y share
     linear_tma            on Hopper and Blackwell      chain           the order of programs
     linear_quantized      from a quantized W           gated, gate_up  a gated MLP
-    jobs                  what each job takes
+    jobs                  what each job takes          tickets         a program's next tile
 
 Mostly, dA and dB take no launch of their own: dB is computed with dS, since both read dY, and
 programs for dA run with those for dX. Arguments that several kernels take:
@@ -33,6 +33,8 @@ programs for dA run with those for dX. Arguments that several kernels take:
     chain                 with S: this launch has S_PROGRAMS for S and dB too, in the order that
                           ``chain`` makes
     PRODUCTS              programs of the product; those of dA follow
+    tickets               the counter by which these programs draw tiles, where a program may take
+                          several
     base                  added to Y, of Y's strides: Y's own memory, or another tensor's
 
 ``do_not_specialize``: otherwise Triton recompiles for M = 1, for multiples of 16 and for the rest.

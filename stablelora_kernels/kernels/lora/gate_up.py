@@ -15,6 +15,7 @@ import triton.language as tl
 from stablelora_kernels.kernels.common import cast, column_parts, dot, tile_of
 from stablelora_kernels.kernels.lora.gated import gated
 from stablelora_kernels.kernels.lora.product import add_branch
+from stablelora_kernels.kernels.lora.tickets import request_tile, requested_tile
 
 
 @triton.jit
@@ -38,6 +39,7 @@ def _lora_gate_up_tma_kernel(
     branch_u,
     bias_g,
     bias_u,
+    tickets,
     M,
     N,
     K,
@@ -54,7 +56,9 @@ def _lora_gate_up_tma_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PARTS: tl.constexpr = TILE.PARTS
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PRODUCTS, flatten=False):
+    tiles = tiles_m * tiles_n
+    tile = tl.program_id(0)
+    while tile < tiles:
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, TILE.GROUP_M)
         row0, col0 = pid_m * BLOCK_M, pid_n * BLOCK_N
         g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -77,12 +81,16 @@ def _lora_gate_up_tma_kernel(
         # memory.
         g_parts, u_parts = column_parts(g, PARTS), column_parts(u, PARTS)
         for i in tl.static_range(PARTS):
+            if i == PARTS // 2:
+                # As in ``_lora_linear_tma_kernel``. In another part, an exact GELU spills.
+                request = request_tile(tickets, tiles, PRODUCTS)
             g_low, u_low = cast(g_parts[i], h_desc.dtype), cast(u_parts[i], h_desc.dtype)
             column = col0 + i * (BLOCK_N // PARTS)
             if g_desc is not None:
                 g_desc.store([row0, column], g_low)
                 u_desc.store([row0, column], u_low)
             h_desc.store([row0, column], gated(g_low, u_low, TILE.GATE))
+        tile = requested_tile(request, tickets, tiles, PRODUCTS)
 
 
 @triton.jit(do_not_specialize=["M"])

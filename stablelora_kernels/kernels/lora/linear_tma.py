@@ -17,6 +17,7 @@ from stablelora_kernels.kernels.lora.product import (
     product_program,
     wait_for_s,
 )
+from stablelora_kernels.kernels.lora.tickets import request_tile, requested_tile
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -38,6 +39,7 @@ def _lora_linear_tma_kernel(
     z,
     da,
     chain,
+    tickets,
     M,
     N,
     PRODUCTS,
@@ -56,9 +58,9 @@ def _lora_linear_tma_kernel(
 
     X [M, K], W [N, K], DOWN [R, K], Y [M, N].
 
-    As ``_lora_linear_kernel``, but persistent: each program takes tile after tile and finishes it
-    in PARTS parts of its columns. DOWN without a descriptor is read through pointers. The programs
-    of dA run as those of the product free a processor.
+    As ``_lora_linear_kernel``, but persistent: each program takes tile after tile, see ``tickets``,
+    and finishes it in PARTS parts of its columns. DOWN without a descriptor is read through
+    pointers. The programs of dA run as those of the product free a processor.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -86,9 +88,9 @@ def _lora_linear_tma_kernel(
     if program < 0:
         return
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    # Flattening this loop into the inner one crashes the compiler for sm_100 if a dot follows the
-    # inner loop.
-    for tile in tl.range(program, tiles_m * tiles_n, PRODUCTS, flatten=False):
+    tiles = tiles_m * tiles_n
+    tile = program
+    while tile < tiles:
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, TILE.GROUP_M)
         row0, col0 = pid_m * BLOCK_M, pid_n * BLOCK_N
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -134,6 +136,10 @@ def _lora_linear_tma_kernel(
         PART: tl.constexpr = BLOCK_N // TILE.PARTS
         parts = column_parts(acc, TILE.PARTS)
         for i in tl.static_range(TILE.PARTS):
+            if i == TILE.PARTS // 2:
+                # Its answer comes while the other parts are finished. Earlier, it would take
+                # registers beside the whole accumulator.
+                request = request_tile(tickets, tiles, PRODUCTS)
             y, col = parts[i], col0 + i * PART
             cols = col.to(tl.int64) + tl.arange(0, PART)
             if branch.mask is not None:
@@ -148,5 +154,6 @@ def _lora_linear_tma_kernel(
                 )
                 du_desc.store([row0, col], cast(du, du_desc.dtype))
             y_desc.store([row0, col], cast(y, y_desc.dtype))
+        tile = requested_tile(request, tickets, tiles, PRODUCTS)
     if S is not None:
         leave(chain, M, S)
