@@ -42,8 +42,6 @@ TMA_TILES = (
     # it reads.
     Rule(lambda d, c: 8 * rounds(d, c, 128, 256) > 5 * rounds(d, c, 128, 128), Tile(128, 128, 64, 8, 4),
          "wider tiles would leave more of the GPU idle in the last round than they save in reads"),
-    Rule(lambda d, c: d.generation >= 100, Tile(128, 128, 64, 8, 4),
-         "Blackwell: a wider tile and its branch do not fit in tensor memory"),
     Rule(lambda d, c: True, Tile(128, 256, 64, 8, 3), "the widest tile: it reads a third less than 128 x 128 tiles"),
 )  # fmt: skip
 

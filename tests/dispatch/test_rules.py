@@ -111,6 +111,18 @@ def test_the_widest_tile_is_taken_where_it_spills_nothing_in_half_the_rounds(dev
     assert plan.block_r == (32 if device.arch == "sm_80" else 64)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_b200_takes_the_widest_tile_and_the_vendors_product_where_it_is_large(direction):
+    """A tile of 128 x 256 and its branch fill tensor memory exactly."""
+    b200 = DEVICES["sm_100"]
+    large, smaller = call(direction, 4096), call(direction, 2048)
+    assert choose(b200, large).strategy == "vendor" != choose(H100, large).strategy
+    assert choose(b200, smaller).strategy == "chained"
+    for given in (large, smaller, smaller._replace(dropout=True)):
+        rows = [rule.choice for rule in tiles.TMA_TILES if rule.applies(b200, given)]
+        assert rows[0][:3] == (128, 256, 64)
+
+
 def test_programs_for_a_tile_are_the_fewest_that_keep_the_gpu_busy():
     assert [tiles.fill_split_k(H100, count, 64) for count in (16, 32, 64, 96, 128, 132)] == [
         6,

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.lab.compile_report import hazards, hazards_amd, hazards_fences, hazards_sass
@@ -46,7 +47,8 @@ def source(launch: Any, arch: str) -> tuple[ASTSource, Any]:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, given = bind(*launch.args, **launch.compiled_with)
     options, *rest = kernel._pack_args(backend, given, bound, specialization, given)
-    return ASTSource(kernel, *rest), options
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    return make(kernel, *rest), options
 
 
 def words(launch: Any, arch: str) -> tuple[str, ...]:

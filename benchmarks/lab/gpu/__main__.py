@@ -82,6 +82,7 @@ SECTIONS: dict[str, tuple[float, list[str]]] = {
         220,
         ["tests/gpu", "-m", "gpu", *(f"--ignore={path}" for path in FILES), *WORKERS],
     ),
+    "specialized": (90, ["benchmarks/lab/gpu/experiment.py", *TIMES, "specialized"]),
     "apart": (40, [*TIMES, "apart"]),
     "layer": (260, [*TIMES, "layer"]),
     "mlp": (80, [*TIMES, "mlp"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pandas as pd
 
 from benchmarks.common.records import COLUMNS
+from benchmarks.lab.gpu import verdicts as experiment
 from benchmarks.lab.gpu.rows import FAILED, INTERRUPTED, OK, Row
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.ceilings import load_gpu
@@ -172,6 +173,12 @@ def estimates(times: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).round(2)
 
 
+def experiment_times(times: pd.DataFrame) -> str:
+    """Return the medians of the experiment's arms, by rows and dropout."""
+    timed = times[times.section == "specialized"]
+    return timed.pivot_table("median", "arm", ["dropout", "m"]).round(1).to_string()
+
+
 def failures(rows: pd.DataFrame) -> str:
     """Return a line for each failed row: its name and the last line of its note."""
     failed = (
@@ -191,7 +198,7 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     times = rows[(rows.metric == "us") & (rows.status == OK)]
     tests = rows[rows.section.isin(FIRST) & rows.test.notna()]
     versions = rows[rows.section == "versions"][["case", "note"]].fillna("")
-    others = times[~times.section.isin(["layer", "apart"])].pivot_table(
+    others = times[~times.section.isin(["layer", "apart", "specialized"])].pivot_table(
         "median", ["section", "case", "phase", "mode", "arm"]
     )
     # A dry run's figures could be mistaken for measurements.
@@ -202,6 +209,8 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     parts = {
         "Versions": "\n".join(versions.agg("\n".join, axis=1)).strip(),
         "Targets": "\n".join(verdicts),
+        "The experiment: open questions": "" if dry else "\n".join(experiment.verdicts(times)),
+        "The experiment, us": experiment_times(times),
         "The first tests, in order up to the first that failed": count(tests, "test"),
         "Failed": failures(rows) or "nothing",
         "Predicted for an H100, and measured: a layer taken apart, us": ""

@@ -25,12 +25,14 @@ import stablelora_kernels as slk
 from benchmarks.common import optimizers
 from benchmarks.common.arms import OURS, PEFT
 from benchmarks.common.records import record
+from benchmarks.lab.gpu import experiment
 from benchmarks.lab.gpu.device import MOST_CALLS, WARMUP, Arm, Device, Run, Samples
 from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, MANY_LAUNCHES, ONE_LAUNCH
 from benchmarks.lab.gpu.rows import FAILED, NOTE_LENGTH, SKIPPED, Row
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.layer_time import RANKS, ROWS, SIZES
 from benchmarks.lab.predict.rivals import Shape
+from benchmarks.lab.specialized.support import UnavailableError
 from benchmarks.suite.layers import EAGER as BY_HAND
 from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, ProjectionsCase
 from stablelora_kernels.dispatch.problem import Call, device_of
@@ -111,22 +113,34 @@ def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
     return arms_of(case, (FROZEN, BY_HAND, PEFT, OURS, *compiled), forced, OURS)
 
 
+def random(device: Device, *size: int, dtype: torch.dtype) -> Tensor:
+    """Random values, or zeros of an integer type."""
+    draw = torch.randn if dtype.is_floating_point else torch.zeros
+    return draw(*size, dtype=dtype, device=device.device)
+
+
 def apart(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
     """Return each job of a layer's forward and backward as a launch, which is timed among many and
     alone.
     """
 
-    def make(*size: int, dtype: torch.dtype) -> Tensor:
-        return (torch.randn if dtype.is_floating_point else torch.zeros)(
-            *size, dtype=dtype, device=device.device
-        )
-
     shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
-    found = parts.launches(device_of(device.device), shape, make)
+    found = parts.launches(device_of(device.device), shape, partial(random, device))
     runs = {name: partial(launch.run, device.device) for name, launch in found.items()}
     return {
         name: partial(dict, {MANY_LAUNCHES: run, ONE_LAUNCH: run}) for name, run in runs.items()
     }
+
+
+def specialized(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
+    """Return the experiment's launches."""
+    shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
+
+    def build(make_run: Callable[[], Run]) -> Phases:
+        return {MANY_LAUNCHES: make_run()}
+
+    runs = experiment.runs(device.device, shape, partial(random, device))
+    return {name: partial(build, make_run) for name, make_run in runs.items()}
 
 
 class MLP(MLPCase):
@@ -222,12 +236,13 @@ def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
 def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[Row]:
     """Build the arms, for each mode anew, and time all of them in turns."""
     case = " ".join(f"{name} {value}" for name, value in sizes.items())
-    count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if make in (layer, apart) else 1
+    taken_apart = make in (apart, specialized)
+    by_copies = make is layer or taken_apart
+    count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if by_copies else 1
     copies, runs = [make(device, **sizes) for _ in range(count)], dict[Name, Arm]()
     for mode, arm in product((GRAPH, EAGER), copies[0]):
-        if arm in (ONLY_EAGER if mode == GRAPH else ONLY_GRAPH) or (
-            make is apart and mode == EAGER
-        ):
+        left_out = ONLY_EAGER if mode == GRAPH else ONLY_GRAPH
+        if arm in left_out or (taken_apart and mode == EAGER):
             continue
         try:
             built = [
@@ -240,6 +255,8 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
                 calls = [phases[phase] for phases in built]
                 most = 1 if phase in ("step", ONE_LAUNCH) else MOST_CALLS
                 runs[mode, phase, arm] = device.capture(calls, most) if mode == GRAPH else (run, 0)
+        except UnavailableError as reason:
+            yield {"case": case, "arm": arm, "mode": mode, "status": SKIPPED, "note": str(reason)}
         except Exception:
             # Only our own failure fails the check.
             status = SKIPPED if role_of(arm) in ("base", "rival") else FAILED
@@ -273,6 +290,10 @@ PROJECTED = ((4096, 1024, 1024), (14336, 14336))
 SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
     apart: (
         [(70, 48, 32, 8, 0.1), (70, 48, 32, 8, 0.0)],
+        [(s.m, s.n, s.k, s.r, s.p) for s in parts.SHAPES],
+    ),
+    specialized: (
+        [(70, 48, 32, 8, 0.1)],
         [(s.m, s.n, s.k, s.r, s.p) for s in parts.SHAPES],
     ),
     layer: (

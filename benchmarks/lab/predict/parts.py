@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from benchmarks.lab.predict.launch_time import facts
 from benchmarks.lab.predict.rivals import BF16, Shape
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.launch.fill_jobs import backward_product, forward_product
+from stablelora_kernels.launch.fill_jobs import Product, backward_product, forward_product
 from stablelora_kernels.launch.lora_linear import linear, product_launches
 from stablelora_kernels.launch.thin_products import lora_down, weight_grads
 from stablelora_kernels.projection import Projection
@@ -39,9 +39,17 @@ DIFFERENCES = {
 }
 
 
-def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str, Any]:
-    """By name. ``make`` takes sizes and ``dtype`` and returns a tensor of random values, or of
-    zeros if it is of integers.
+class Calls(NamedTuple):
+    """A layer's products: Y, Y without a branch, and dX with the gradients of A and B."""
+
+    forward: Product
+    bare: Product
+    backward: Product
+
+
+def calls(s: Shape, make: Callable[..., Tensor]) -> Calls:
+    """``make`` takes sizes and ``dtype`` and returns a tensor of random values, or of zeros if it is
+    of integers.
     """
     x, y, dy, dx = (make(s.m, columns, dtype=BF16) for columns in (s.k, s.n, s.n, s.k))
     (a, b, da, db) = (make(*size, dtype=s.lora_dtype) for size in ((s.r, s.k), (s.n, s.r)) * 2)
@@ -55,6 +63,17 @@ def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str,
         x, dy, projection, s=low, mask=mask, dropout_p=s.p, dx=dx, da=da, db=db, ds=ds
     )
     of_product = forward_product(x, bare, y, s=None, seed=None, mask=None, dropout_p=0.0)
+    return Calls(forward, of_product, backward)
+
+
+def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str, Any]:
+    """By name, of operands of their own, see :func:`calls`."""
+    return launches_of(device, calls(s, make))
+
+
+def launches_of(device: Device, of: Calls) -> dict[str, Any]:
+    """By name: the launches of a layer's products."""
+    forward, of_product, backward = of
     without_db = backward._replace(db=None)
     found = {
         "product": linear(device, of_product, None, load_s=True),
@@ -71,7 +90,7 @@ def launches(device: Device, s: Shape, make: Callable[..., Tensor]) -> dict[str,
     }
     return found | (
         {"S, its mask not stored": lora_down(device, [forward._replace(mask=None)])}
-        if s.dropout
+        if forward.seed is not None
         else {}
     )
 
