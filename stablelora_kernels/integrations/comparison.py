@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from stablelora_kernels.integrations.peft import (
     accelerate_peft,
@@ -23,6 +22,7 @@ from stablelora_kernels.integrations.peft import (
 from stablelora_kernels.model.reports import LoRAReport
 from stablelora_kernels.utils.memory import peak_over_start, saved_for_backward
 from stablelora_kernels.utils.modules import check_module, innermost
+from stablelora_kernels.utils.tensors import is_sharded
 from stablelora_kernels.utils.timing import (
     MIN_SAMPLES_OF_INTERVAL,
     Interval,
@@ -142,7 +142,7 @@ def compare(
             f"batch must map the keywords of the model's forward to tensors, got {type(batch).__name__}"
         )
     inner = innermost(model)
-    if any(isinstance(parameter, DTensor) for parameter in inner.parameters()):
+    if any(map(is_sharded, inner.parameters())):
         raise ValueError(
             "model must not be sharded, got parameters that are DTensors: compare copies its modules"
         )

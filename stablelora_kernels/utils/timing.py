@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -69,6 +68,8 @@ def summarize(samples: Sequence[float]) -> dict[str, float]:
     """The median and the quartiles, which a shared machine's outliers hardly move."""
     if not samples:
         raise ValueError("samples must not be empty")
+    import statistics
+
     if len(samples) == 1:
         return dict.fromkeys(("median", "q1", "q3"), float(samples[0]))
     q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
@@ -94,6 +95,9 @@ def median_interval(samples: Sequence[float]) -> Interval:
     The number of samples below the true median is binomial with probability 1/2. So the interval
     leaves out ``outside`` samples at either end, the most whose two tails have at most 5 %.
     """
+    # Imported here, as below: with decimals and fractions it would take time at every start.
+    import statistics
+
     count = len(samples)
     if count < MIN_SAMPLES_OF_INTERVAL:
         raise ValueError(f"samples must be at least {MIN_SAMPLES_OF_INTERVAL}, got {count}")
