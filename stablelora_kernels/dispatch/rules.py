@@ -47,6 +47,10 @@ def _is_hopper(device: Device) -> bool:
     return device.generation == 90
 
 
+def _is_data_center_blackwell(device: Device) -> bool:
+    return device.generation >= 100 and device.tma
+
+
 def _multiplications(call: Call) -> int:
     """Of the product, without the branch."""
     return call.m * call.n * call.k
@@ -71,15 +75,19 @@ RULES = (
     Rule(lambda d, c: _fusible(c) and c.m <= problem.SMALL_M and c.k >= c.n
          and (c.r * c.lora_dtype.itemsize <= 64 * c.dtype.itemsize or c.n * c.k <= 2**25),
          "fused", f"up to {problem.SMALL_M} rows, K at least N: reading W takes the time; few tiles compute x @ A.T again"),
-    # Predicted on a B200: -32 %, +20 %.
-    Rule(lambda d, c: d.generation >= 100 and d.tma and c.dtype != torch.float32 and c.m >= 512,
-         "vendor", "data-center Blackwell: the compiler has 128 x 128 tiles only, which L2 feeds at half the matrix rate"),
+    # A gated MLP's gradients need the branch behind the product. No prediction: the tables have single layers.
+    Rule(lambda d, c: _is_data_center_blackwell(d) and c.gated and c.dtype != torch.float32 and _multiplications(c) >= 2**36,
+         "vendor", "data-center Blackwell, a large product: L2 feeds our tiles more slowly than the vendor's, whose programs "
+         "share what they read"),
     # Predicted: -4 %, +16 %; on an A100 -10 %, +11 %.
     Rule(lambda d, c: c.m >= 512 and (is_idle(d, c) or c.k >= 2 * c.n),
          "vendor", "few tiles or long sums: the vendor's library shares each tile among more programs"),
     # Predicted on an A100: -6 %, +9 %; on an RTX 4090 -2 %, +9 %; on an RTX 5090 -7 %, +8 %.
-    Rule(lambda d, c: _adds_to_branch(c) and d.nvidia and not _is_hopper(d),
+    Rule(lambda d, c: _adds_to_branch(c) and d.nvidia and not _is_hopper(d) and not _is_data_center_blackwell(d),
          "vendor", "from 512 rows: the vendor's product is predicted to gain more than a launch of the branch ahead of it costs"),
+    # 2^34 are 1,024 rows through 4,096 x 4,096. Predicted on a B200: -14 %, +13 %.
+    Rule(lambda d, c: _adds_to_branch(c) and _is_data_center_blackwell(d) and _multiplications(c) >= 2**34,
+         "vendor", "data-center Blackwell: the vendor's product is predicted to gain more than a launch of the branch ahead of it costs"),
     # The next three are Hopper's, whose chained launches hide the most. Predicted: -4 %, +16 %.
     Rule(lambda d, c: _adds_to_branch(c) and _is_hopper(d) and c.dropout and c.direction == "forward"
          and _multiplications(c) > 2**33,
@@ -96,7 +104,7 @@ RULES = (
     Rule(lambda d, c: _fusible(c) and problem.SMALL_M < c.m <= 512 and c.k >= 1024 and c.m * c.n * c.k <= 2**32
          and c.r <= (32 if d.tma else 16),
          "fused", "a product of a few microseconds: recomputing x @ A.T in each tile takes less time than waiting for it"),
-    # Predicted: -4 %, +21 %; on a B200 up to +25 %.
+    # Predicted: -4 %, +19 %; on a B200 up to +25 %.
     Rule(lambda d, c: c.m <= MAX_CHAINED_M and c.r <= problem.MAX_CHAINED_R,
          "chained", f"up to rank {MAX_CHAINED_R}: one launch, whose first programs compute the low-rank product for all others"),
     Rule(lambda d, c: True,
