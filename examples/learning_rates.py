@@ -88,6 +88,7 @@ def plot(history: list[dict[str, float]], held_out: dict[str, float], file: Path
     """Each rate's loss over the steps, and its held-out loss."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     steps_axes, rates_axes = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -103,7 +104,11 @@ def plot(history: list[dict[str, float]], held_out: dict[str, float], file: Path
     for axes in (steps_axes, rates_axes):
         # Of a rate that is too high, the loss is many times the others'.
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 4.0, 6.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
+    steps_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(file, dpi=130)
 
 

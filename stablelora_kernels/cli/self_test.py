@@ -17,13 +17,17 @@ from torch import Tensor
 from stablelora_kernels import testing
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import use_autotune, use_kernel
-from stablelora_kernels.functional import lora_experts, lora_linear
+from stablelora_kernels.functional import lora_experts, lora_linear, lora_linear_cross_entropy
 from stablelora_kernels.ops.dora import row_norms, scale_columns, square_sums
 from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
-from stablelora_kernels.reference import StableAdamWRef, dropout_keep_ref
+from stablelora_kernels.reference import (
+    StableAdamWRef,
+    dropout_keep_ref,
+    lora_linear_cross_entropy_ref,
+)
 from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.reference.rounding import Arithmetic, RoundedDoRA, RoundedLayer
 from stablelora_kernels.testing import Deviation
@@ -113,6 +117,8 @@ def checks() -> list[Check]:
             )
             for words, dtype in (("bf16", BF16), ("fp32", FP32))
         ),
+        Check("lora_linear_cross_entropy", "bf16", partial(check_loss, dtype=BF16)),
+        Check("lora_linear_cross_entropy", "fp32", partial(check_loss, dtype=FP32)),
         Check("DoRA", "bf16", partial(check_dora, dtype=BF16)),
         Check("DoRA", "fp32", partial(check_dora, dtype=FP32)),
         Check("stable_adamw", "3 steps, fp32", partial(check_step, dtype=FP32)),
@@ -330,6 +336,67 @@ def check_experts_mlp(device: torch.device, *, dtype: torch.dtype) -> list[Devia
     for name, value in computed.items():
         measured += testing.deviations(value, exact[name], eager[name], dtype=dtype, name=name)
     return measured
+
+
+def check_loss(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
+    """The loss of a head with LoRA and a soft cap, without logits, and its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"hidden": (37, 48), "weight": (211, 48), "lora_A": (8, 48), "lora_B": (211, 8)}
+    inputs: Tensors = {
+        name: torch.randn(shape, generator=generator).div(shape[1] ** 0.5).to(device, dtype)
+        for name, shape in shapes.items()
+    }
+    inputs["hidden"] = inputs["hidden"] * 7
+    labels = torch.randint(211, (37,), generator=generator).to(device)
+    labels[::5] = -100
+    names = ("hidden", "lora_A", "lora_B")
+
+    def results(call: Callable[..., Tensor], to: torch.dtype) -> Tensors:
+        operands = {name: t.detach().to(to, copy=True) for name, t in inputs.items()}
+        leaves = [operands[name].requires_grad_() for name in names]
+        loss = call(
+            operands["hidden"],
+            operands["weight"],
+            labels,
+            bias=None,
+            lora_A=operands["lora_A"],
+            lora_B=operands["lora_B"],
+            scaling=SCALING,
+            softcap=5.0,
+        )
+        gradients = torch.autograd.grad(loss, leaves)
+        return {
+            "loss": loss.detach(),
+            **{f"d{name}": t for name, t in zip(names, gradients, strict=True)},
+        }
+
+    computed = results(lora_linear_cross_entropy, dtype)
+    baselines = results(loss_of_logits, dtype)
+    refs = results(lora_linear_cross_entropy_ref, torch.float64)
+    measured = []
+    for name, value in computed.items():
+        check_shape(name, value, refs[name])
+        measured += testing.deviations(value, refs[name], baselines[name], dtype=dtype, name=name)
+    return measured
+
+
+def loss_of_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """As :func:`lora_linear_cross_entropy`, operator by operator as PEFT and transformers do: logits
+    in the operands' dtype, and the loss of their float32 copy.
+    """
+    logits = hidden @ weight.T + hidden @ lora_A.T @ lora_B.T * scaling
+    logits = torch.tanh(logits / softcap) * softcap
+    return torch.nn.functional.cross_entropy(logits.float(), labels)
 
 
 def dora(t: dict[str, Tensor]) -> Tensor:

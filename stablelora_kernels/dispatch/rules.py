@@ -87,7 +87,7 @@ RULES = (
          "vendor", "from 512 rows: the vendor's product is predicted to gain more than a launch of the branch ahead of it costs"),
     # 2^34 are 1,024 rows through 4,096 x 4,096. Predicted on a B200: -14 %, +13 %.
     Rule(lambda d, c: _adds_to_branch(c) and _is_data_center_blackwell(d) and _multiplications(c) >= 2**34,
-         "vendor", "data-center Blackwell: the vendor's product is predicted to gain more than a launch of the branch ahead of it costs"),
+         "vendor", "data-center Blackwell: the vendor's product is predicted to gain more than a launch of the branch costs"),
     # The next three are Hopper's, whose chained launches hide the most. Predicted: -4 %, +16 %.
     Rule(lambda d, c: _adds_to_branch(c) and _is_hopper(d) and c.dropout and c.direction == "forward"
          and _multiplications(c) > 2**33,

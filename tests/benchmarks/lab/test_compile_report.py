@@ -170,6 +170,8 @@ def test_what_the_report_promises() -> None:
     least = least.mask(
         rows.variant.str.match("dx r(?:16|32) (?:alone|fused) masked"), least.clip(upper=56)
     )
+    # A branch without a product has as few, of which a bias's are narrow.
+    least = least.mask(rows.variant.str.contains(" alone .* bias"), least.clip(upper=64))
     stored = pd.Series(96, rows.index).mask(
         (rows.kernel == "lora_down") & rows.variant.str.endswith("dropout"), 80
     )
@@ -190,7 +192,7 @@ problems = [row for row in rows if isinstance(row, str)] or report.compare(old, 
 assert not problems, problems
 digests, machine_code.code_digest = (machine_code.source_digest, machine_code.code_digest), None
 assert report.codes_of(labels[::40]) == codes
-launch = next(each for label, each in report.jobs("sm_90").items() if " ".join(label).startswith("lora_linear y r16 alone"))
+launch = next(each for label, each in report.jobs("sm_90").items() if " ".join(label).startswith("lora_linear y r64 alone"))
 constants, options = launch.constants, launch.options
 # The branch alone has no product.
 changes = {"PRECISION": "tf32"}, {"BLOCK_N": 16}
