@@ -12,7 +12,7 @@ from stablelora_kernels.ops.lora_linear_cross_entropy import CrossEntropyCall, c
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
-from stablelora_kernels.utils.validation import check_float
+from stablelora_kernels.utils.validation import check_choice, check_float
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -83,10 +83,7 @@ def lora_linear_cross_entropy(
     head = Projection(weight, bias, lora_A, lora_B, scaling)
     check_cross_entropy(hidden, head, labels, ignore_index, softcap, logit_scale)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
-        )
+    check_choice("reduction", reduction, REDUCTIONS)
     rows = as_matrix(hidden)
     row_labels = labels.reshape(-1)
     s = None
@@ -95,18 +92,18 @@ def lora_linear_cross_entropy(
         with without_autocast(hidden):
             s = torch.nn.functional.linear(dropped, cast(lora_A, hidden.dtype))
     call = CrossEntropyCall(
-        rows,
-        weight,
-        bias,
-        s,
-        lora_B,
-        row_labels,
-        None,
-        ignore_index,
-        scaling,
-        softcap or 0.0,
-        logit_scale,
-        _backend_of(rows),
+        hidden=rows,
+        weight=weight,
+        bias=bias,
+        s=s,
+        lora_B=lora_B,
+        labels=row_labels,
+        row_scale=None,
+        ignore_index=ignore_index,
+        scaling=scaling,
+        softcap=softcap or 0.0,
+        logit_scale=logit_scale,
+        backend=_backend_of(rows),
         need_hidden=False,
         need_s=False,
         need_b=False,

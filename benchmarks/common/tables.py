@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -13,6 +15,11 @@ def markdown(cells: list[list[str]], left: int = 1) -> str:
     head, *rows = cells
     rule = ["---" if i < left else "---:" for i in range(len(head))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def with_quartiles(row: Mapping[str, Any]) -> str:
+    """A record's median, and its quartiles in parentheses."""
+    return f"{row['median']:.2f} ({row['q1']:.2f} to {row['q3']:.2f})"
 
 
 def write_text(path: Path, text: str) -> Path:

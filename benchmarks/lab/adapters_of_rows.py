@@ -24,7 +24,7 @@ import stablelora_kernels as slk
 from benchmarks.common.arms import ACCELERATED, PEFT
 from benchmarks.common.measure import environment
 from benchmarks.common.records import record, write_records
-from benchmarks.common.tables import markdown
+from benchmarks.common.tables import markdown, with_quartiles
 from stablelora_kernels.utils.timing import interleave
 
 TOGETHER = "adapters_of_rows"
@@ -149,7 +149,7 @@ def measure(name: str, case: Case, rounds: int, clock: Callable[[], float]) -> l
 def table(rows: list[dict[str, Any]]) -> str:
     cells = [["case", "arm", "ms", "over PEFT's (quartiles)"]]
     for milliseconds, over in zip(rows[::2], rows[1::2], strict=True):
-        ratio = f"{over['median']:.2f} ({over['q1']:.2f} to {over['q3']:.2f})"
+        ratio = with_quartiles(over)
         cells.append([over["case"], over["arm"], f"{milliseconds['median']:.0f}", ratio])
     return markdown(cells, 2)
 

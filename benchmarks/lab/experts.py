@@ -14,8 +14,6 @@ an older one, PEFT is an arm there, too.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -34,9 +32,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import stablelora_kernels as slk
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, fill
 from benchmarks.common.measure import environment
-from benchmarks.common.memory import MIB, saved_for_backward, status_mib
+from benchmarks.common.memory import MIB, resident_over_start, saved_for_backward
 from benchmarks.common.records import record, write_records
-from benchmarks.common.tables import markdown
+from benchmarks.common.tables import markdown, with_quartiles
 from stablelora_kernels.integrations.peft_faults import faults_of_parametrized
 from stablelora_kernels.utils.timing import interleave
 
@@ -197,14 +195,7 @@ def peak_mib(case: str, arm: str) -> float:
 def print_peak(case: str, arm: str) -> None:
     model, step = CASES[case][1](arm)
     backward(model, step)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    backward(model, step)
-    peak = status_mib("VmHWM")
-    assert before is not None and peak is not None
-    print(json.dumps(peak - before))
+    print(json.dumps(resident_over_start(lambda: backward(model, step))))
 
 
 def of_model(model: nn.Module) -> list[torch.Tensor]:
@@ -260,7 +251,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [heads]
     for (case, arm), found in by_arm.items():
         figures = [f"{found['ms']['median']:.1f}"]
-        figures += [_with_quartiles(found.get(metric)) for metric in ("over_rival", "over_base")]
+        for metric in ("over_rival", "over_base"):
+            figures.append(with_quartiles(found[metric]) if metric in found else "-")
         cells.append(
             [
                 case,
@@ -271,12 +263,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     return markdown(cells, 2)
-
-
-def _with_quartiles(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    return f"{row['median']:.2f} ({row['q1']:.2f} to {row['q3']:.2f})"
 
 
 def main() -> None:

@@ -11,8 +11,6 @@ that of a process of its own over what it held before the call.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -28,9 +26,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.common.arms import fill
 from benchmarks.common.measure import environment
-from benchmarks.common.memory import status_mib
+from benchmarks.common.memory import resident_over_start
 from benchmarks.common.records import record, write_records
-from benchmarks.common.tables import markdown
+from benchmarks.common.tables import markdown, with_quartiles
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.utils.timing import interleave
 
@@ -125,14 +123,7 @@ def peak_mib(arm: str, tokens: int) -> float:
 def print_peak(arm: str, tokens: int) -> None:
     model, step = make(arm, tokens)
     backward(model, step)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    backward(model, step)
-    peak = status_mib("VmHWM")
-    assert before is not None and peak is not None
-    print(json.dumps(peak - before))
+    print(json.dumps(resident_over_start(lambda: backward(model, step))))
 
 
 def measure(tokens: int, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
@@ -166,10 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         by_arm.setdefault((row["case"], row["arm"]), {})[row["metric"]] = row
     cells = [["case", "arm", "ms", "over frozen's", "over PEFT's", "peak, MiB"]]
     for (case, arm), of_arm in by_arm.items():
-        ratios = [
-            f"{row['median']:.2f} ({row['q1']:.2f} to {row['q3']:.2f})"
-            for row in (of_arm["over_base"], of_arm["over_rival"])
-        ]
+        ratios = [with_quartiles(row) for row in (of_arm["over_base"], of_arm["over_rival"])]
         ms = f"{of_arm['ms']['median']:.0f}"
         cells.append([case, arm, ms, *ratios, f"{of_arm['peak_mib']['median']:,.0f}"])
     return markdown(cells, 2)

@@ -15,31 +15,30 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import testing
+from stablelora_kernels.cli.self_test_layers import (
+    SCALING,
+    Tensors,
+    check_dora,
+    check_loss,
+    check_shape,
+)
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import use_autotune, use_kernel
-from stablelora_kernels.functional import lora_experts, lora_linear, lora_linear_cross_entropy
-from stablelora_kernels.ops.dora import row_norms, scale_columns, square_sums
+from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
-from stablelora_kernels.reference import (
-    StableAdamWRef,
-    dropout_keep_ref,
-    lora_linear_cross_entropy_ref,
-)
+from stablelora_kernels.reference import StableAdamWRef, dropout_keep_ref
 from stablelora_kernels.reference.lora import lora_experts_mlp_ref
-from stablelora_kernels.reference.rounding import Arithmetic, RoundedDoRA, RoundedLayer
 from stablelora_kernels.testing import Deviation
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, make, run
 from stablelora_kernels.testing.expectations import expectations
 
-SCALING = 1.7
 # Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another
 # probability.
 DROPOUT = 0.125
 Result = dict[str, Any]
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -194,11 +193,6 @@ def check_call(case: Case, device: torch.device) -> list[Deviation]:
     return measured
 
 
-def check_shape(name: str, value: Tensor, ref: Tensor) -> None:
-    if value.shape != ref.shape:
-        raise AssertionError(f"{name} must be {list(ref.shape)}, got {list(value.shape)}")
-
-
 def check_mask(device: torch.device) -> list[Deviation]:
     """Compare the masks of forward, backward and the reference element by element.
 
@@ -335,127 +329,6 @@ def check_experts_mlp(device: torch.device, *, dtype: torch.dtype) -> list[Devia
     measured = []
     for name, value in computed.items():
         measured += testing.deviations(value, exact[name], eager[name], dtype=dtype, name=name)
-    return measured
-
-
-def check_loss(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
-    """The loss of a head with LoRA and a soft cap, without logits, and its gradients."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"hidden": (37, 48), "weight": (211, 48), "lora_A": (8, 48), "lora_B": (211, 8)}
-    inputs: Tensors = {
-        name: torch.randn(shape, generator=generator).div(shape[1] ** 0.5).to(device, dtype)
-        for name, shape in shapes.items()
-    }
-    inputs["hidden"] = inputs["hidden"] * 7
-    labels = torch.randint(211, (37,), generator=generator).to(device)
-    labels[::5] = -100
-    names = ("hidden", "lora_A", "lora_B")
-
-    def results(call: Callable[..., Tensor], to: torch.dtype) -> Tensors:
-        operands = {name: t.detach().to(to, copy=True) for name, t in inputs.items()}
-        leaves = [operands[name].requires_grad_() for name in names]
-        loss = call(
-            operands["hidden"],
-            operands["weight"],
-            labels,
-            bias=None,
-            lora_A=operands["lora_A"],
-            lora_B=operands["lora_B"],
-            scaling=SCALING,
-            softcap=5.0,
-        )
-        gradients = torch.autograd.grad(loss, leaves)
-        return {
-            "loss": loss.detach(),
-            **{f"d{name}": t for name, t in zip(names, gradients, strict=True)},
-        }
-
-    computed = results(lora_linear_cross_entropy, dtype)
-    baselines = results(loss_of_logits, dtype)
-    refs = results(lora_linear_cross_entropy_ref, torch.float64)
-    measured = []
-    for name, value in computed.items():
-        check_shape(name, value, refs[name])
-        measured += testing.deviations(value, refs[name], baselines[name], dtype=dtype, name=name)
-    return measured
-
-
-def loss_of_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    softcap: float,
-) -> Tensor:
-    """As :func:`lora_linear_cross_entropy`, operator by operator as PEFT and transformers do: logits
-    in the operands' dtype, and the loss of their float32 copy.
-    """
-    logits = hidden @ weight.T + hidden @ lora_A.T @ lora_B.T * scaling
-    logits = torch.tanh(logits / softcap) * softcap
-    return torch.nn.functional.cross_entropy(logits.float(), labels)
-
-
-def dora(t: dict[str, Tensor]) -> Tensor:
-    """``(m / n) ∘ (X W^T + s X A^T B^T) + bias``, n the norms of the rows of W + s B A: operator by
-    operator, n a constant.
-    """
-    lora_A, lora_B = t["lora_A"].to(t["x"].dtype), t["lora_B"].to(t["x"].dtype)
-    with torch.no_grad():
-        norms = (t["weight"] + SCALING * (lora_B @ lora_A)).to(t["magnitude"].dtype).norm(dim=1)
-    product = t["x"] @ t["weight"].T + t["x"] @ lora_A.T @ lora_B.T * SCALING
-    return (t["magnitude"] / norms).to(product.dtype) * product + t["bias"]
-
-
-def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
-    """A layer with DoRA, as ``accelerate_peft`` computes it."""
-    inputs: Any = testing.make_inputs((70, 48), 72, 8, dtype=dtype, lora_dtype=FP32, device=device)
-    grad = inputs.pop("grad")
-    inputs["magnitude"] = torch.linspace(0.5, 1.5, 72, device=device)
-    names = ("x", "lora_A", "lora_B", "magnitude")
-
-    def results(call: Callable[[Tensors], Tensor], to: torch.dtype | None) -> Tensors:
-        operands = {name: t.detach().to(to or t.dtype, copy=True) for name, t in inputs.items()}
-        leaves = [operands[name].requires_grad_() for name in names]
-        y = call(operands)
-        gradients = torch.autograd.grad(y, leaves, grad.to(y.dtype))
-        return {
-            "Y": y.detach(),
-            **{f"d{name}": t for name, t in zip(names, gradients, strict=True)},
-        }
-
-    def ours(t: Tensors) -> Tensor:
-        product = lora_linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], SCALING)
-        with torch.no_grad():
-            of_a = t["lora_A"].to(dtype) @ t["weight"].T
-            norms = row_norms(square_sums(t["weight"]), of_a, t["lora_A"], t["lora_B"], SCALING)
-        return scale_columns(product, t["magnitude"] / norms, t["bias"])
-
-    computed, baselines = results(ours, None), results(dora, None)
-    refs = results(dora, torch.float64)
-    weight, lora_A, lora_B = (
-        testing.rounded_operand(inputs[name], dtype) for name in ("weight", "lora_A", "lora_B")
-    )
-    layer = RoundedLayer(Arithmetic(dtype), weight, None, lora_A, lora_B, SCALING)
-    norms = (
-        inputs["weight"].double() + SCALING * inputs["lora_B"].double() @ inputs["lora_A"].double()
-    ).norm(dim=1)
-    rounded = RoundedDoRA(
-        layer, inputs["magnitude"].double(), norms, testing.rounded_operand(inputs["bias"], dtype)
-    )
-    roundings = {"Y": rounded.forward(testing.as_rows(inputs["x"], dtype))}
-    roundings |= {
-        f"d{name}": t for name, t in rounded.backward(testing.as_rows(grad, dtype)).items()
-    }
-    measured = []
-    for name, value in computed.items():
-        check_shape(name, value, refs[name])
-        measured += testing.deviations(
-            value, refs[name], baselines[name], dtype=dtype, rounding=roundings[name], name=name
-        )
     return measured
 
 

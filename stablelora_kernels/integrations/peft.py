@@ -123,10 +123,9 @@ def accelerate_peft(
             skipped.append(SkippedModule(name, reason))
             continue
         rows = []
+        is_gathered_in_calls = in_fully_sharded(model, name)
         for adapter in module.lora_A:
-            reason = layers.reason_adapter_stays_pefts(
-                module, adapter, in_fully_sharded(model, name)
-            )
+            reason = layers.reason_adapter_stays_pefts(module, adapter, is_gathered_in_calls)
             if reason is None:
                 rows.append(_row(name, module, adapter))
             else:

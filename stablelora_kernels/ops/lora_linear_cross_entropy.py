@@ -30,6 +30,7 @@ from stablelora_kernels.ops.cpu_products import (
     ds_product,
     multiply_into,
     product,
+    without_autocast,
 )
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.utils.tensors import cast
@@ -150,6 +151,13 @@ def lora_linear_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
     """:class:`CrossEntropyResults` for the arguments of :class:`CrossEntropyCall`."""
     call = CrossEntropyCall(*args)
     results = _results(call)
+    with without_autocast(call.hidden):
+        _compute(call, results)
+    return tuple(results)
+
+
+def _compute(call: CrossEntropyCall, results: CrossEntropyResults) -> None:
+    """Fill the results, a chunk of tokens at a time."""
     head = Head(call)
     for tokens in _chunks(call):
         hidden = call.hidden[tokens].to(head.dtype)
@@ -168,7 +176,6 @@ def lora_linear_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
             head.add_b_gradient(results.db, logits, s)
         if call.need_bias:
             results.dbias.add_(logits.sum(0, dtype=results.dbias.dtype))
-    return tuple(results)
 
 
 def _rows_of_chunk(call: CrossEntropyCall) -> int:
@@ -307,6 +314,10 @@ def _losses_of_few(
 # Autograd
 
 
+# The tensors of a call, all but the gradient that comes in.
+_OPERANDS = ("hidden", "weight", "bias", "s", "lora_B", "labels")
+
+
 class _CrossEntropyContext(Context, Protocol):
     settings: LossSettings
     # Whether the losses are summed.
@@ -434,9 +445,9 @@ class _Needs(NamedTuple):
 
 
 def _needs(ctx: Context) -> _Needs:
-    """By the places of X, bias, S and B behind ``summed``."""
-    needed = ctx.needs_input_grad
-    return _Needs(needed[1], needed[3], needed[4], needed[5])
+    # ``summed`` stands before the call.
+    needed = dict(zip(CrossEntropyCall._fields, ctx.needs_input_grad[1:], strict=True))
+    return _Needs(needed["hidden"], needed["bias"], needed["s"], needed["lora_B"])
 
 
 def _times(t: Tensor, factor: Tensor) -> Tensor:

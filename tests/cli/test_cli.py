@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import COMMANDS, doctor, main, self_test
+from stablelora_kernels.cli import COMMANDS, doctor, main, self_test, self_test_layers
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import check_environment
 from stablelora_kernels.testing import cases
@@ -183,7 +183,7 @@ FAULTS = {
     "a slot's weight is another's": (
         self_test, "Routing", lambda right, *args: right(*args[:2], args[2].flip(1)), {"lora_experts_mlp"}, "off by",
     ),
-    "norms of W alone": (self_test, "row_norms", lambda right, sums, *args: sums.sqrt(), {"DoRA"}, "off by"),
+    "norms of W alone": (self_test_layers, "row_norms", lambda right, sums, *args: sums.sqrt(), {"DoRA"}, "off by"),
     "no latch": (self_test, "StableLoRAAdamW", never_latching, {"stable_adamw"}, "the pairs must latch at steps"),
     "no kernel": (cases, "lora_branch", launching_nothing, {"lora_branch"}, "no Triton kernel was launched"),
 }  # fmt: skip
