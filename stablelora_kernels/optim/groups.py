@@ -196,10 +196,16 @@ def check_shared(groups: Sequence[ParamGroup], storage: Storage) -> None:
 def find_pairs(groups: Sequence[ParamGroup]) -> list[LoRAPair]:
     """The pairs across all groups, whose names and patterns are checked."""
     for i, group in enumerate(groups):
-        if len(group["params"]) != len(group["param_names"]):
+        params, of_names = group["params"], len(group["param_names"])
+        if len(params) != of_names:
+            remedy = "what is added to or removed from one must be in the other"
+            if 0 < len(params) < of_names and all(p.dim() == 1 for p in params):
+                remedy = (
+                    "something put flat tensors in the parameters' place, as DeepSpeed's ZeRO does in stages 1 to 3, and no pair "
+                    "can be found in them. Use DistributedDataParallel, fully_shard or ZeRO's stage 0, or torch.optim.AdamW"
+                )
             raise ValueError(
-                f"group {i} has {len(group['params'])} params and {len(group['param_names'])} param_names: what is added to or "
-                "removed from one must be in the other"
+                f"group {i} has {len(params)} params and {of_names} param_names: {remedy}"
             )
     named = [item for group in groups for item in named_parameters(group)]
     names: set[str] = set()

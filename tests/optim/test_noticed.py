@@ -276,7 +276,8 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "amsgrad": ("8 bits", group(0, amsgrad=True), "amsgrad=True needs moments_dtype=torch.float32"),
     "two clips": ("masters", group(1, max_grad_norm=2.0), "must be one value for all groups, got 0.1 and 2.0"),
     "another storage": ("float32", group(0, moments_dtype=BF16), "a group's moments_dtype must be the optimizer's"),
-    "no name": ("float32", lambda o, p: o.param_groups[1]["params"].pop(), "group 1 has 1 params and 2 param_names"),
+    "no name": ("float32", lambda o, p: o.param_groups[1]["params"].pop(), "group 1 has 1 params and 2 param_names: what"),
+    "flat, as of ZeRO": ("float32", group(1, params=[torch.zeros(64)]), "group 1 has 1 params and 2 param_names: something"),
 }  # fmt: skip
 
 
