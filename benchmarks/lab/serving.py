@@ -73,7 +73,7 @@ def make(directory: Path) -> None:
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     ids = torch.tensor(tokenizer.encode(corpus.read_text()))
     prompt = ids[:TOKENS].clone()
-    found = {"prompt": prompt}
+    found: dict[str, torch.Tensor] = {"prompt": prompt}
 
     def train(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ def make(directory: Path) -> None:
         with torch.no_grad():
             found[name] = model.eval()(input_ids=prompt[None]).logits[0].log_softmax(-1)
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 128,
         "num_attention_heads": 4,
@@ -217,7 +217,11 @@ def vllm(directory: Path, model: str) -> None:
 
     ids = load_file(directory / "found.safetensors")["prompt"].tolist()
     # On a CPU, vLLM has no LoRA on experts, nor on other layers of a model with experts.
-    with_lora = {"enable_lora": True, "max_lora_rank": 16, "lora_dtype": torch.float32}
+    with_lora: dict[str, Any] = {
+        "enable_lora": True,
+        "max_lora_rank": 16,
+        "lora_dtype": torch.float32,
+    }
     engine = LLM(
         str(directory / model),
         skip_tokenizer_init=True,
@@ -228,7 +232,7 @@ def vllm(directory: Path, model: str) -> None:
         enable_prefix_caching=False,
         **(with_lora if model == "base" else {}),
     )
-    all_of_them = {"logprobs": VOCABULARY, "prompt_logprobs": VOCABULARY}
+    all_of_them: dict[str, Any] = {"logprobs": VOCABULARY, "prompt_logprobs": VOCABULARY}
     params = SamplingParams(max_tokens=1, detokenize=False, temperature=0, **all_of_them)
 
     def serve(model: str, adapter: str | None) -> torch.Tensor | str:
