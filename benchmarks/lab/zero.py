@@ -84,6 +84,8 @@ def train(arrangement: str, optimizer: str, accelerate: bool, out: Path) -> None
         of_layers = [type(module) for module in model.modules() if hasattr(module, "lora_A")]
         ours = sum(layer.__module__.startswith("stablelora_kernels") for layer in of_layers)
         torch.save((ours, len(of_layers), found), out)
+    # Otherwise a thread of gloo's sometimes ends the process with SIGABRT.
+    torch.distributed.destroy_process_group()
 
 
 def main() -> None:
