@@ -146,6 +146,8 @@ def test_the_readme_has_the_figures_of_the_stored_results():
 def test_the_description_of_the_readmes_figure_has_what_the_figure_shows():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (described,) = re.findall(r"^!\[(.*)\]\(docs/_static/headline\.png\)$", readme, re.M)
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert f"![{described}](_static/headline.png)" in index
     kept = "frozen {:,.0f}, PEFT {:,.0f}, accelerate_peft {:,.0f}, and fuse_mlp {:,.0f}."
     assert kept.format(*headline.layer_mib().values()) in described
     assert kept.format(*headline.experts_mib().values()) in described
