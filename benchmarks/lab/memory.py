@@ -1,9 +1,9 @@
 """What PEFT and this library save for backward, and what fits a GPU. Counted on tensors without
 memory, and by formula.
 
-    python -m benchmarks.lab.memory
+    python -m benchmarks.lab.memory [--draw]
 
-prints four tables and draws the first two into docs/_static, in seconds:
+prints four tables in seconds; ``--draw`` draws the first two into docs/_static:
 
 - a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with
 hooks
@@ -19,6 +19,7 @@ saves G and U (src/liger_kernel/ops/swiglu.py), and Unsloth's ``LoRA_MLP`` saves
 
 from __future__ import annotations
 
+import argparse
 import math
 import textwrap
 from collections import Counter
@@ -313,9 +314,14 @@ def loss_table() -> str:
     return markdown(cells, 2)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("benchmarks.lab.memory")
+    parser.add_argument("--draw", action="store_true", help="draw the figures of docs/_static")
+    options = parser.parse_args(argv)
     counts = layer_counts()
     print(mlp_table(), layer_table(counts), fit_table(), loss_table(), sep="\n\n")
+    if not options.draw:
+        return
     mlp = {
         title: kept(dropout, **LLAMA_8B) / MIB
         for title, dropout in (("no dropout", False), ("dropout", True))

@@ -6,10 +6,11 @@ without memory, experts by formula.
 prints *Will it fit?*'s second table. For T tokens of width H that choose k experts of inner width I
 each, a layer's experts keep for backward, in elements:
 
-    PEFT    2 k T H + 4 k T I, and the stacks' own size once: its W + s B A
-    ours    T H + 2 k T I + k T r, with ``fuse_mlp``
+    frozen    k T H + 3 k T I
+    PEFT      2 k T H + 4 k T I, and the stacks' own size once: its W + s B A
+    ours      2 k T H + 4 k T I + 2 k T r; with ``fuse_mlp`` T H + 2 k T I + k T r
 
-``tests/benchmarks/lab/test_mixtures.py`` holds both against hooks.
+``tests/benchmarks/lab/test_mixtures.py`` holds all four against hooks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import AttentionInterface, GptOssConfig, PreTrainedConfig, Qwe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from benchmarks.common.arms import ACCELERATED, PEFT, adapt
+from benchmarks.common.arms import ACCELERATED, FROZEN, PEFT, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.tables import markdown
 from benchmarks.lab.cluster_plan import ADAPTER, BF16, LOGITS, NF4
@@ -160,12 +161,22 @@ class Kept(NamedTuple):
 
 def kept_by_experts(mixture: Mixture, arm: str) -> Kept:
     """As the module says, in bfloat16."""
-    choices = mixture.chosen
-    if arm == PEFT:
-        elements = 2 * choices * mixture.hidden + 4 * choices * mixture.inner
-        return Kept(BF16 * elements, BF16 * mixture.stack)
-    elements = mixture.hidden + 2 * choices * mixture.inner + choices * RANK
-    return Kept(BF16 * elements, 0.0)
+    wide = mixture.chosen * mixture.hidden
+    inner = mixture.chosen * mixture.inner
+    narrow = mixture.chosen * RANK
+    elements = {
+        FROZEN: wide + 3 * inner,
+        PEFT: 2 * wide + 4 * inner,
+        ACCELERATED: 2 * wide + 4 * inner + 2 * narrow,
+        FUSED: mixture.hidden + 2 * inner + narrow,
+    }
+    return Kept(BF16 * elements[arm], BF16 * mixture.stack if arm == PEFT else 0.0)
+
+
+def experts_mib(mixture: Mixture, arm: str, tokens: int) -> float:
+    """MiB that a layer's experts keep for backward of so many tokens."""
+    kept = kept_by_experts(mixture, arm)
+    return (kept.at_once + tokens * kept.a_token) / MIB
 
 
 class Step(NamedTuple):
@@ -225,15 +236,13 @@ def _most_tokens(step: Step, card: int) -> str:
 
 def main() -> None:
     for name, mixture in MIXTURES.items():
-        mib = [kept_by_experts(mixture, arm) for arm in (PEFT, FUSED)]
-        print(
-            f"{name}: a layer's experts keep",
-            *[
-                f"{kept.a_token / 1024:.1f} KiB a token and {kept.at_once / MIB:.0f} MiB"
-                for kept in mib
-            ],
-            sep="\n    ",
-        )
+        print(f"{name}: a layer's experts keep for backward")
+        for arm in (FROZEN, PEFT, ACCELERATED, FUSED):
+            kept = kept_by_experts(mixture, arm)
+            print(
+                f"    {arm}: {kept.at_once / MIB:,.0f} MiB and {kept.a_token / 1024:.1f} KiB a token; "
+                f"{experts_mib(mixture, arm, 4096):,.0f} MiB for 4,096 tokens"
+            )
     print(fit_table())
 
 

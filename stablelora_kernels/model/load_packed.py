@@ -61,9 +61,9 @@ def load_packed_experts(model: nn.Module, path: str | os.PathLike[str]) -> list[
     Raises:
         ImportError: safetensors is not installed.
         TypeError: ``model`` is no module.
-        ValueError: the directory has no such checkpoint or no stack in MXFP4, a stack does not fit
-            the model's parameter, or a parameter on the meta device is not in the checkpoint.
-            Nothing is changed then.
+        ValueError: the directory has no such checkpoint or no stack in MXFP4, its index names a file
+            of another directory, a stack does not fit the model's parameter, or a parameter on the
+            meta device is not in the checkpoint. Nothing is changed then.
     """
     check_module(model)
     with ExitStack() as opened:
@@ -88,6 +88,12 @@ def _open_files(directory: Path, opened: ExitStack) -> dict[str, Any]:
     if (directory / _INDEX).is_file():
         places = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted({*places.values()})
+        # A checkpoint from elsewhere must not open other files of this machine.
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(
+                f"{_INDEX} must name files of its own directory, got {list_some(outside)} in {str(directory)!r}"
+            )
     else:
         names = [_WEIGHTS]
     missing = [name for name in names if not (directory / name).is_file()]

@@ -202,6 +202,33 @@ def test_fully_sharded(first, backend, calls, mesh):
     assert sum("lora_" in name and bool(value.any()) for name, value in results(model).items()) == 8
 
 
+@pytest.mark.parametrize("several_devices", [False, True])
+def test_device_map(several_devices, backend, calls):
+    """accelerate puts hooks on every module if ``device_map`` names several devices, here forced on
+    one: then the base layers compute their products, and MLPs stay unfused, as peft.md says.
+    """
+    accelerate = pytest.importorskip(
+        "accelerate", reason="runs where accelerate is installed: pip install .[bench]"
+    )
+    base = llama()
+    layers = {f"model.layers.{layer}": "cpu" for layer in range(len(base.model.layers))}
+    others = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    device_map = layers | others if several_devices else {"": "cpu"}
+    accelerate.dispatch_model(base, device_map, force_hooks=several_devices)
+    lora_config = peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(base, lora_config)
+    expected = output(model)
+    report = slk.accelerate_peft(model, fuse_mlp=True)
+    torch.testing.assert_close(output(model), expected)
+    assert not report.skipped
+    op = "lora_branch" if several_devices else "lora_linear"
+    assert calls.layers[op] > 0
+    hooked = "its forward was replaced (as accelerate's hooks do)"
+    assert {mlp.reason for mlp in report.mlps} == ({hooked} if several_devices else {None})
+
+
 def test_errors():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         slk.accelerate_peft("model")

@@ -236,3 +236,21 @@ def test_models_that_do_not_fit(tmp_path):
     ):
         slk.load_packed_experts(plain, tmp_path)
     assert transformers.__name__ == "transformers"
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    """The files exist there, so that only this check keeps them out."""
+    plain, state = checkpoint()
+    model = without_memory(plain)
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    write(state, directory, files=3)
+    outside = tmp_path / "model-0.safetensors"
+    (directory / "model-0.safetensors").rename(outside)
+    index = directory / "model.safetensors.index.json"
+    inside = index.read_text()
+    for name in ("../model-0.safetensors", str(outside)):
+        index.write_text(inside.replace("model-0.safetensors", name))
+        with pytest.raises(ValueError, match="must name files of its own directory, got"):
+            slk.load_packed_experts(model, directory)
+    assert {p.device.type for p in model.parameters()} == {"meta"}

@@ -1,87 +1,169 @@
-"""The README's figure: what an 8B Llama's layer saves for backward, counted, and what LoRA adds to
-its time, predicted.
+"""The README's figure, in four panels: what an 8B Llama's layer and a layer's experts keep for
+backward (counted), the time that LoRA adds on an H100 (predicted), and the time of a step that
+trains eight adapters (measured).
 
-``python -m benchmarks.lab.page`` draws it from ``benchmarks.lab.memory`` and the predictions'
-stored CSV.
+``python -m benchmarks.lab.page`` draws it from ``benchmarks.lab.memory``,
+``benchmarks.lab.mixtures`` and the results stored in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt, save
+from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
+from benchmarks.lab import mixtures
 from benchmarks.lab.memory import ACCELERATED, FROZEN, FUSED, PEFT, saved_mib
 from benchmarks.lab.predict.ceilings import Range
 
 FIGURE = RESULTS.parents[1] / "docs" / "_static" / "headline.png"
+PREDICTED = Path("predicted-h100") / "predicted_dropout_0.1.csv"
+ADAPTERS = Path("xeon-avx512bf16-2core") / "adapters_of_rows.csv"
+
 MEMORY = {
     FROZEN: "frozen",
     PEFT: "PEFT",
-    ACCELERATED: "+ accelerate_peft",
-    FUSED: "  with fuse_mlp",
+    ACCELERATED: "accelerate_peft",
+    FUSED: "and fuse_mlp",
 }
+MEMORY_TOKENS = 4096
 # The predicted layer, and the rivals that have dropout.
 SHAPE = "m == 8192 and n == 4096 and k == 4096 and r == 16"
 TIME = {"eager (PEFT)": "PEFT", "LoRAFusion": "LoRAFusion", "ours": "this library"}
+TOKENS = (16, 64, 256)
+
+ORANGE = "#e07a3f"
+# Every other bar is this library's.
+COLORS = {"frozen": GREY, "PEFT": BLUE, "LoRAFusion": ORANGE}
+BAR = 0.62
+
+
+class Bar(NamedTuple):
+    label: str
+    value: float
+    # What stands behind the bar.
+    text: str
 
 
 def draw(results: Path, path: Path = FIGURE) -> list[Path]:
-    """Draw the figure to ``path``, if the prediction is in ``results``, which is
+    """Draw the figure to ``path``, if what it shows is in ``results``, which is
     benchmarks/results.
     """
-    file = results / "predicted-h100" / "predicted_dropout_0.1.csv"
-    if not file.is_file():
+    if not all((results / file).is_file() for file in (PREDICTED, ADAPTERS)):
         return []
-    row = pd.read_csv(file).query(SHAPE).iloc[0]
-    # What each arm adds to the frozen layer's time, in percent.
-    added = [Range(*(100 * row[f"{arm} {end}"] - 100 for end in Range._fields)) for arm in TIME]
-    saved = [saved_mib(arm, 0.0) for arm in MEMORY]
     # Large type: a README shows the figure at about 830 pixels.
     with plt.rc_context(STYLE | {"axes.grid": False, "font.size": 13}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
-        left.barh(range(4), saved, color=(GREY, BLUE, GREEN, GREEN), height=0.66)
-        for place, (known, color) in enumerate(zip(added, (BLUE, GREY, GREEN), strict=True)):
-            right.barh(place, known.low, color=color, height=0.66)
-            width = known.high - known.low
-            right.barh(place, width, left=known.low, color=color, alpha=0.35, height=0.66)
-            right.plot([known.middle] * 2, [place - 0.33, place + 0.33], color="black", linewidth=2)
-        text = "One Llama-3-8B layer, 4,096 tokens, bfloat16, r 16, no dropout"
-        words = {
-            label: (value, f" {value:,.0f} MiB")
-            for label, value in zip(MEMORY.values(), saved, strict=True)
-        }
-        _finish(left, "Saved for backward (counted)", text, words, 1500)
-        text = (
-            "One 4096 x 4096 layer, 8,192 rows, bfloat16, r 16, dropout 0.1, H100. "
-            "Pale: a model's range; line: its middle"
-        )
-        words = {
-            label: (known.high, f" {known.middle:.0f} % ({known.low:.0f} to {known.high:.0f})")
-            for label, known in zip(TIME.values(), added, strict=True)
-        }
-        _finish(right, "Time LoRA may add (predicted)", text, words, 1.6 * added[0].high)
+        figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), layout="constrained")
+        figure.get_layout_engine().set(hspace=0.08, wspace=0.04)
+        caption = "One {} for backward: 4,096 tokens, bfloat16, r 16, without dropout"
+        layer = caption.format("Llama-3-8B layer keeps")
+        experts = caption.format("Qwen3-30B-A3B layer's experts keep")
+        _draw_memory(axes[0, 0], "Memory of a layer (counted)", layer, layer_mib())
+        _draw_memory(axes[0, 1], "Memory of experts (counted)", experts, experts_mib())
+        _draw_predictions(axes[1, 0], results / PREDICTED)
+        _draw_adapters(axes[1, 1], results / ADAPTERS)
     return [save(figure, path)]
 
 
-def _finish(
-    axis: Any, title: str, text: str, words: dict[str, tuple[float, str]], limit: float
-) -> None:
-    """``words``: by label, what stands behind a bar, and where."""
-    for place, (value, word) in enumerate(words.values()):
-        axis.text(value, place, word, va="center")
+def layer_mib() -> dict[str, float]:
+    """MiB that a decoder layer of Llama 3 8B keeps for backward, by the names of MEMORY."""
+    return {
+        label: saved_mib(arm, dropout=0.0, tokens=MEMORY_TOKENS) for arm, label in MEMORY.items()
+    }
+
+
+def experts_mib() -> dict[str, float]:
+    """MiB that the experts of a layer of Qwen3 30B-A3B keep, by the names of MEMORY."""
+    mixture = mixtures.MIXTURES["Qwen3 30B-A3B"]
+    return {
+        label: mixtures.experts_mib(mixture, arm, MEMORY_TOKENS) for arm, label in MEMORY.items()
+    }
+
+
+def predicted_percent(file: Path) -> dict[str, Range]:
+    """What LoRA adds to the frozen layer's predicted time, in percent, by the names of TIME."""
+    row = pd.read_csv(file).query(SHAPE).iloc[0]
+    return {
+        label: Range(*(100 * row[f"{arm} {end}"] - 100 for end in Range._fields))
+        for arm, label in TIME.items()
+    }
+
+
+def adapters_ratios(file: Path) -> dict[int, float]:
+    """The time of one step of eight adapters over PEFT's eight steps, by tokens an adapter."""
+    rows = read_records(file)
+    rows = rows[(rows["arm"] == "adapters_of_rows") & (rows["metric"] == "over_rival")]
+    ratios = rows.set_index("case")["median"]
+    return {tokens: ratios[f"8 adapters x {tokens} tokens, bf16"] for tokens in TOKENS}
+
+
+def _draw_memory(axis: Axes, title: str, caption: str, kept: dict[str, float]) -> None:
+    bars = [Bar(label, mib, f" {mib:,.0f} MiB") for label, mib in kept.items()]
+    _draw_bars(axis, bars)
+    _finish(axis, title, caption, bars, limit=1.35 * kept["PEFT"])
+
+
+def _draw_predictions(axis: Axes, file: Path) -> None:
+    """A line for each range, and a dot at its middle: no bar, since nothing was measured."""
+    added = predicted_percent(file)
+    for place, (label, percent) in enumerate(added.items()):
+        color = COLORS.get(label, GREEN)
+        axis.plot([percent.low, percent.high], [place, place], color=color, linewidth=5, alpha=0.4)
+        axis.plot(percent.middle, place, "o", color=color, markersize=10)
+    bars = [
+        Bar(label, known.high, f"  {known.middle:.0f} % ({known.low:.0f} to {known.high:.0f})")
+        for label, known in added.items()
+    ]
+    _finish(
+        axis,
+        "Time LoRA adds, H100 (predicted)",
+        "Percent of a frozen 4096 x 4096 layer: 8,192 rows, bfloat16, r 16, dropout 0.1. "
+        "Dot: our time model's estimate; line: its range",
+        bars,
+        limit=1.6 * added["PEFT"].high,
+    )
+
+
+def _draw_adapters(axis: Axes, file: Path) -> None:
+    ratios = adapters_ratios(file)
+    bars = [Bar("PEFT, one by one", 1.0, " 1")]
+    bars += [
+        Bar(f"{tokens} tokens each", ratio, f" {ratio:.2f}") for tokens, ratio in ratios.items()
+    ]
+    _draw_bars(axis, bars)
+    _finish(
+        axis,
+        "8 adapters, one step (measured)",
+        "Time of training all eight, PEFT's time = 1. Llama of width 576, bfloat16, r 16, on a CPU",
+        bars,
+        limit=1.35,
+    )
+
+
+def _draw_bars(axis: Axes, bars: list[Bar]) -> None:
+    for place, bar in enumerate(bars):
+        color = COLORS.get(bar.label.partition(",")[0], GREEN)
+        axis.barh(place, bar.value, color=color, height=BAR)
+
+
+def _finish(axis: Axes, title: str, caption: str, bars: list[Bar], limit: float) -> None:
+    """Label the bars, or what stands in their places, and take away what nobody reads."""
+    for place, bar in enumerate(bars):
+        axis.text(bar.value, place, bar.text, va="center")
     axis.set_title(title, fontsize=14, fontweight="bold", loc="left")
-    axis.set_xlabel(textwrap.fill(text, 42), fontsize=11, color="#555555", ha="left", x=0)
+    axis.set_xlabel(textwrap.fill(caption, 44), fontsize=11, color="#555555", ha="left", x=0)
     axis.set(
         xlim=(0, limit),
-        ylim=(len(words) - 0.4, -0.6),
+        ylim=(len(bars) - 0.4, -0.6),
         xticks=[],
-        yticks=range(len(words)),
-        yticklabels=words,
+        yticks=range(len(bars)),
+        yticklabels=[bar.label for bar in bars],
     )
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(axis="y", length=0)

@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import stablelora_kernels as slk
-from benchmarks.common.arms import PEFT
+from benchmarks.common.arms import ACCELERATED, FROZEN, PEFT
 from benchmarks.common.memory import saved_for_backward
 from benchmarks.lab import mixtures
 from benchmarks.lab.memory import FUSED
@@ -21,9 +21,11 @@ ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 256
 
 
-@pytest.mark.parametrize("arm", [PEFT, FUSED])
+@pytest.mark.parametrize("arm", [FROZEN, PEFT, ACCELERATED, FUSED])
 def test_experts_keep_what_the_formula_says(arm):
-    """Up to indices and routing weights, and for PEFT its copies of A and B."""
+    """Up to indices and routing weights, and for PEFT its copies of A and B. Each is counted with
+    ``grouped_mm``, transformers' default.
+    """
     small = MIXTURES["Qwen3 30B-A3B"]._replace(
         config=Qwen3MoeConfig(
             vocab_size=100,
@@ -39,25 +41,26 @@ def test_experts_keep_what_the_formula_says(arm):
         experts=4,
     )
     model: Any = Qwen3MoeForCausalLM(small.config).bfloat16().requires_grad_(False)
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    config = peft.LoraConfig(r=mixtures.RANK, target_modules=[], target_parameters=names)
-    model = peft.get_peft_model(model, config)
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapters == small.stack_adapters
-    if arm == FUSED:
-        slk.accelerate_peft(model, fuse_mlp=True)
+    if arm != FROZEN:
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        config = peft.LoraConfig(r=mixtures.RANK, target_modules=[], target_parameters=names)
+        model = peft.get_peft_model(model, config)
+        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert adapters == small.stack_adapters
+    if arm in (ACCELERATED, FUSED):
+        slk.accelerate_peft(model, fuse_mlp=arm == FUSED)
     experts = next(module for name, module in model.named_modules() if name.endswith("mlp.experts"))
     x = torch.randn(TOKENS, small.hidden).bfloat16().requires_grad_()
     index = torch.stack([torch.randperm(small.experts)[: small.chosen] for _ in range(TOKENS)])
     weights = torch.rand(TOKENS, small.chosen).bfloat16().requires_grad_()
     owned = [*model.parameters(), *model.buffers()]
-    if arm == PEFT:
-        # Its leaf. Ours keeps x, which in a model is the output of a norm.
+    if arm != FUSED:
+        # Only ours with fuse_mlp keeps x itself, which in a model is the output of a norm.
         owned.append(x)
     kept = saved_for_backward(lambda: experts(x, index, weights), owned)
     formula = mixtures.kept_by_experts(small, arm)
     expected = formula.at_once + TOKENS * formula.a_token
-    assert expected <= kept <= 1.03 * expected + (4 * adapters if arm == PEFT else 0)
+    assert expected <= kept <= 1.03 * expected + (4 * small.stack_adapters if arm == PEFT else 0)
 
 
 def test_the_guide_has_the_table():

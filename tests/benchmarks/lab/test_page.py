@@ -33,6 +33,7 @@ from benchmarks.common.memory import saved_for_backward
 from benchmarks.common.records import read_records
 from benchmarks.lab import memory
 from benchmarks.lab.page import __main__ as page
+from benchmarks.lab.page import headline
 from tests.helpers.processes import ROOT
 
 
@@ -107,6 +108,69 @@ def test_the_performance_page_has_the_figures_of_the_main_jobs():
                 else " |"
             )
             assert value + spread in text, (file, row)
+
+
+def stored(file: str, case: str, arm: str, metric: str) -> float:
+    """A median that benchmarks/results holds."""
+    rows = read_records(page.RESULTS / file)
+    rows = rows[(rows["case"] == case) & (rows["arm"] == arm) & (rows["metric"] == metric)]
+    (median,) = rows["median"]
+    return median
+
+
+def cell(table: str, start: str, column: str) -> str:
+    """Of a table in Markdown: the row that begins so, and the column whose head ends so."""
+    head, *rows = table.splitlines()
+    (row,) = [line for line in rows if line.startswith(start)]
+    columns = [name.strip() for name in head.split("|")]
+    (place,) = [place for place, name in enumerate(columns) if name.endswith(column)]
+    return row.split("|")[place].strip()
+
+
+def test_the_readme_has_the_figures_of_the_stored_results():
+    """Its table's rows that are counted and measured, and the sum over a model's layers."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    layer, experts = headline.layer_mib(), headline.experts_mib()
+    for kept in (layer, experts):
+        assert f"| {kept['PEFT']:,.0f} MiB | **{kept['and fuse_mlp']:,.0f} MiB** |" in readme
+    less = layer["PEFT"] - layer["and fuse_mlp"]
+    assert f"over 32 layers {32 * less / 1024:.0f} GiB less" in readme
+    assert f"with gradient checkpointing {less / 1024:.1f} GiB less" in readme
+    with_peft, _ = cell(memory.fit_table(), "| Llama 3.1 8B | NF4 | yes |", "24 GiB").split("→")
+    _, fused = cell(memory.loss_table(), "| Llama 3.1 8B, 128,256 | NF4 |", "24 GiB").split("→")
+    assert f"| {with_peft} | **{fused}** |" in readme
+    bf16, nf4 = "64 experts, 32 rows each, bf16", "64 experts, 32 rows each, NF4"
+    bf16_file = "xeon-amx-2core/experts.csv"
+    nf4_file = "xeon-avx512bf16-2core/experts_nf4.csv"
+    bf16_ms = [stored(bf16_file, bf16, arm, "ms") for arm in ("PEFT", "accelerated PEFT")]
+    assert "| {:.0f} ms | **{:.0f} ms** |".format(*bf16_ms) in readme
+    nf4_figures = [
+        stored(nf4_file, nf4, f"{arm}, NF4", metric)
+        for arm in ("PEFT", "accelerated PEFT")
+        for metric in ("peak_mib", "ms")
+    ]
+    assert "| {:.0f} MiB, {:,.0f} ms | **{:.0f} MiB, {:,.0f} ms** |".format(*nf4_figures) in readme
+    steps = read_records(page.RESULTS / "xeon-amx-2core" / "main" / "result.csv")
+    steps = steps[(steps["phase"] == "step") & (steps["metric"] == "ms")].set_index("arm")["median"]
+    assert f"| {steps['peft']:.0f} ms | **{steps['accelerated']:.0f} ms** |" in readme
+
+
+def test_the_description_of_the_readmes_figure_has_what_the_figure_shows():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (described,) = re.findall(r"^!\[(.*)\]\(docs/_static/headline\.png\)$", readme, re.M)
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert f"![{described}](_static/headline.png)" in index
+    kept = "frozen {:,.0f}, PEFT {:,.0f}, accelerate_peft {:,.0f}, and fuse_mlp {:,.0f}."
+    assert kept.format(*headline.layer_mib().values()) in described
+    assert kept.format(*headline.experts_mib().values()) in described
+    added = headline.predicted_percent(page.RESULTS / headline.PREDICTED)
+    ends = {label: f"({known.low:.0f} to {known.high:.0f})" for label, known in added.items()}
+    assert f"PEFT {added['PEFT'].middle:.0f} % {ends['PEFT']}" in described
+    for label in ("LoRAFusion", "this library"):
+        assert f"{label} {added[label].middle:.0f} {ends[label]}" in described
+    ratios = headline.adapters_ratios(page.RESULTS / headline.ADAPTERS)
+    adapters = "{:.2f} with 16 tokens each, {:.2f} with 64, {:.2f} with 256."
+    assert adapters.format(*ratios.values()) in described
 
 
 SEPARATE = "`apply_lora`, also with `fuse_projections`"
