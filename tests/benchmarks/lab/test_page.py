@@ -140,9 +140,11 @@ def test_the_readme_has_the_figures_of_the_stored_results():
     _, fused = cell(memory.loss_table(), "| Llama 3.1 8B, 128,256 | NF4 |", "24 GiB").split("→")
     assert f"| {with_peft} | **{fused}** |" in readme
     bf16, nf4 = "64 experts, 32 rows each, bf16", "64 experts, 32 rows each, NF4"
-    bf16_file = "xeon-amx-2core/experts.csv"
+    bf16_file = "xeon-avx512bf16-2core/experts.csv"
     nf4_file = "xeon-avx512bf16-2core/experts_nf4.csv"
-    bf16_ms = [stored(bf16_file, bf16, arm, "ms") for arm in ("PEFT", "accelerated PEFT")]
+    bf16_ms = [
+        stored(bf16_file, bf16, arm, "ms") for arm in ("PEFT", "accelerated PEFT, MLP fused")
+    ]
     assert "| {:.0f} ms | **{:.0f} ms** |".format(*bf16_ms) in readme
     nf4_figures = [
         stored(nf4_file, nf4, f"{arm}, NF4", metric)
@@ -153,6 +155,29 @@ def test_the_readme_has_the_figures_of_the_stored_results():
     steps = read_records(page.RESULTS / "xeon-amx-2core" / "main" / "result.csv")
     steps = steps[(steps["phase"] == "step") & (steps["metric"] == "ms")].set_index("arm")["median"]
     assert f"| {steps['peft']:.0f} ms | **{steps['accelerated']:.0f} ms** |" in readme
+
+
+def test_the_experts_page_has_the_stored_figures():
+    """Its three tables of the measured layer, and of DoRA beside it."""
+    guides = ROOT / "docs" / "guides"
+    text = (guides / "experts.md").read_text(encoding="utf-8")
+    file = "xeon-avx512bf16-2core/experts.csv"
+    ours = ("accelerated PEFT", "accelerated PEFT, MLP fused")
+    for tokens in (16, 32, 128, 512):
+        even = f"64 experts, {tokens} rows each, bf16"
+        skewed = f"64 experts, {tokens} rows each, skewed, bf16"
+        ratios = [stored(file, case, arm, "over_rival") for arm in ours for case in (even, skewed)]
+        assert f"| {tokens} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
+        for metric in ("peak_mib", "kept_mib"):
+            arms = ("frozen, grouped_mm", "PEFT", *ours)
+            mib = [stored(file, even, arm, metric) for arm in arms]
+            assert f"| {tokens} | {' | '.join(f'{value:.0f}' for value in mib)} |" in text
+    peft_page = (guides / "peft.md").read_text(encoding="utf-8")
+    for rows, words in ((256, "{:.2f} times PEFT's time on two cores"), (1024, "{:.2f} and")):
+        case = f"DoRA, {rows} rows, bf16"
+        with_amx = stored("xeon-amx-2core/experts.csv", case, "accelerated PEFT", "over_rival")
+        without = stored(file, case, "accelerated PEFT", "over_rival")
+        assert words.format(with_amx) in peft_page and f"{without:.2f} times" in peft_page
 
 
 def test_the_description_of_the_readmes_figure_has_what_the_figure_shows():
