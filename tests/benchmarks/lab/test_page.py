@@ -148,7 +148,7 @@ def test_the_readme_has_the_figures_of_the_stored_results():
     assert "| {:.0f} ms | **{:.0f} ms** |".format(*bf16_ms) in readme
     nf4_figures = [
         stored(nf4_file, nf4, f"{arm}, NF4", metric)
-        for arm in ("PEFT", "accelerated PEFT")
+        for arm in ("PEFT", "accelerated PEFT, MLP fused")
         for metric in ("peak_mib", "ms")
     ]
     assert "| {:.0f} MiB, {:,.0f} ms | **{:.0f} MiB, {:,.0f} ms** |".format(*nf4_figures) in readme
@@ -172,6 +172,16 @@ def test_the_experts_page_has_the_stored_figures():
             arms = ("frozen, grouped_mm", "PEFT", *ours)
             mib = [stored(file, even, arm, metric) for arm in arms]
             assert f"| {tokens} | {' | '.join(f'{value:.0f}' for value in mib)} |" in text
+    nf4_file = "xeon-avx512bf16-2core/experts_nf4.csv"
+    for tokens in (32, 128):
+        case = f"64 experts, {tokens} rows each, NF4"
+        ratios = [stored(nf4_file, case, f"{arm}, NF4", "over_rival") for arm in ours]
+        assert f"| {tokens}, in NF4 | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
+        arms = ("frozen", *(f"{arm}, NF4" for arm in ("frozen", "PEFT", *ours)))
+        for metric, words in (("peak_mib", "peak"), ("kept_mib", "kept for backward")):
+            mib = [stored(nf4_file, case, arm, metric) for arm in arms]
+            line = f"| {tokens}: {words} | {' | '.join(f'{value:.0f}' for value in mib)} |"
+            assert line in text
     peft_page = (guides / "peft.md").read_text(encoding="utf-8")
     for rows, words in ((256, "{:.2f} times PEFT's time on two cores"), (1024, "{:.2f} and")):
         case = f"DoRA, {rows} rows, bf16"

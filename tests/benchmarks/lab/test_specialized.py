@@ -47,6 +47,7 @@ def test_every_variant_compiles_under_every_triton(version: str) -> None:
     assert status_of("benchmarks.lab.specialized", "--triton", version) == 0
 
 
+@pytest.mark.nightly
 def test_small_cases_are_right_on_the_emulator() -> None:
     assert status_of("tests.ptx_emulator.specialized", "--quick") == 0
 
@@ -57,9 +58,8 @@ def test_every_case_is_right_under_every_triton(version: str) -> None:
     assert status_of("tests.ptx_emulator.specialized", "--triton", version) == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["wgmma-wait", *(pytest.param(name, marks=pytest.mark.nightly) for name in PLANTS[1:])]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_fault_is_found(name: str) -> None:
     assert status_of("tests.ptx_emulator.specialized", "--plant", name) == 1
 
