@@ -117,6 +117,11 @@ def names_of(given: Operands) -> dict[int, str]:
     return {t.data_ptr(): name for name, t in given.items() if t is not None}
 
 
+# Where Linux puts a program that cannot be moved, as Debian's Python is: its heap lies behind it, and
+# so below 4 GiB. No size in a case is as large.
+LOWEST_ADDRESS = 0x400000
+
+
 def renamed(calls: list[Any], names: dict[int, str]) -> list[Any]:
     """Calls with the operands' names for their addresses, and "own" for what a call has allocated."""
 
@@ -124,7 +129,7 @@ def renamed(calls: list[Any], names: dict[int, str]) -> list[Any]:
         if isinstance(argument, bytes):
             address = int.from_bytes(argument[:8], sys.byteorder)
             return names.get(address, "own"), argument[8:]
-        if isinstance(argument, int) and argument > 1 << 32:
+        if isinstance(argument, int) and argument >= LOWEST_ADDRESS:
             return names.get(argument, "own")
         return argument
 
