@@ -225,6 +225,7 @@ def trained_by_trainer(rank: int, world: int, place: Path, way: str) -> list[flo
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.nightly
 @needs_gloo
 def test_accelerates_plugin_for_fsdp2_trains_as_ddp_does(tmp_path):
     (tmp_path / "ddp").mkdir()

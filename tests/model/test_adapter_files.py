@@ -213,6 +213,7 @@ def fail_to_save(model, directory, message):
         save_adapter(model, directory)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dies", [False, True])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_file_that_may_not_grow(tmp_path, old, new, exists, dies):

@@ -16,6 +16,7 @@ pytest.importorskip(
 )
 
 
+@pytest.mark.nightly
 def test_losses_are_equal_and_each_saves_memory():
     """In a process of its own: Liger patches transformers' modules for good."""
     from benchmarks.lab.liger import ARMS, Outcome, table
