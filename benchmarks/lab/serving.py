@@ -131,6 +131,13 @@ def make(directory: Path) -> None:
     save_file(found, directory / "found.safetensors")
 
 
+def expected_without_adapter(model: str, adapter: str | None) -> str:
+    """The name of the log-probabilities in which an adapter, or a merged one, has no part."""
+    if adapter is None and model in MERGED:
+        return ADAPTERS[MERGED[model]]
+    return model
+
+
 def compare(
     directory: Path, serve: Callable[[str, str | None], torch.Tensor | str], models: list[str]
 ) -> None:
@@ -147,10 +154,9 @@ def compare(
             if isinstance(served, str):
                 print(f"{model:16}{adapter or '':18}  refused: {served}")
                 continue
-            base = found[
-                model if adapter else ADAPTERS[MERGED[model]] if model in MERGED else model
-            ]
-            error, effect = (served - expected).abs().max(), (expected - base).abs().max()
+            base = found[expected_without_adapter(model, adapter)]
+            error = (served - expected).abs().max()
+            effect = (expected - base).abs().max()
             print(f"{model:16}{adapter or '':18}{error:24.1e}{effect:18.2f}", flush=True)
 
 
@@ -183,9 +189,11 @@ def llama_cpp(directory: Path, source: Path) -> None:
             return error
         weights = api.llama_model_load_from_file(file.encode(), api.llama_model_default_params())
         params = api.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = 2 * TOKENS
+        for name in ("n_ctx", "n_batch", "n_ubatch"):
+            setattr(params, name, 2 * TOKENS)
         # A cache in float32, and attention in the order of the formula.
-        params.type_k = params.type_v = params.flash_attn_type = 0
+        for name in ("type_k", "type_v", "flash_attn_type"):
+            setattr(params, name, 0)
         context = api.llama_init_from_model(weights, params)
         if adapter:
             file, error = converted(
@@ -199,8 +207,12 @@ def llama_cpp(directory: Path, source: Path) -> None:
         batch = api.llama_batch_init(TOKENS, 0, 1)
         batch.n_tokens = TOKENS
         for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.token[i] = token
+            batch.pos[i] = i
+            batch.logits[i] = 1
+            # One sequence, of number 0.
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
         if api.llama_decode(context, batch) != 0:
             return "llama_decode failed"
         rows = [api.llama_get_logits_ith(context, i)[:VOCABULARY] for i in range(TOKENS)]

@@ -196,16 +196,17 @@ def check_shared(groups: Sequence[ParamGroup], storage: Storage) -> None:
 def find_pairs(groups: Sequence[ParamGroup]) -> list[LoRAPair]:
     """The pairs across all groups, whose names and patterns are checked."""
     for i, group in enumerate(groups):
-        params, of_names = group["params"], len(group["param_names"])
-        if len(params) != of_names:
+        params = group["params"]
+        name_count = len(group["param_names"])
+        if len(params) != name_count:
             remedy = "what is added to or removed from one must be in the other"
-            if 0 < len(params) < of_names and all(p.dim() == 1 for p in params):
+            if 0 < len(params) < name_count and all(p.dim() == 1 for p in params):
                 remedy = (
                     "something put flat tensors in the parameters' place, as DeepSpeed's ZeRO does in stages 1 to 3, and no pair "
                     "can be found in them. Use DistributedDataParallel, fully_shard or ZeRO's stage 0, or torch.optim.AdamW"
                 )
             raise ValueError(
-                f"group {i} has {len(params)} params and {of_names} param_names: {remedy}"
+                f"group {i} has {len(params)} params and {name_count} param_names: {remedy}"
             )
     named = [item for group in groups for item in named_parameters(group)]
     names: set[str] = set()

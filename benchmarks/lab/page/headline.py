@@ -39,13 +39,14 @@ TIME = {"eager (PEFT)": "PEFT", "LoRAFusion": "LoRAFusion", "ours": "this librar
 TOKENS = (16, 64, 256)
 
 ORANGE = "#e07a3f"
-# Every other bar is this library's.
+# Every other label's bar is this library's, and green.
 COLORS = {"frozen": GREY, "PEFT": BLUE, "LoRAFusion": ORANGE}
 BAR = 0.62
 
 
 class Bar(NamedTuple):
     label: str
+    color: str
     value: float
     # What stands behind the bar.
     text: str
@@ -104,7 +105,9 @@ def adapters_ratios(file: Path) -> dict[int, float]:
 
 
 def _draw_memory(axis: Axes, title: str, caption: str, kept: dict[str, float]) -> None:
-    bars = [Bar(label, mib, f" {mib:,.0f} MiB") for label, mib in kept.items()]
+    bars = [
+        Bar(label, COLORS.get(label, GREEN), mib, f" {mib:,.0f} MiB") for label, mib in kept.items()
+    ]
     _draw_bars(axis, bars)
     _finish(axis, title, caption, bars, limit=1.35 * kept["PEFT"])
 
@@ -112,14 +115,19 @@ def _draw_memory(axis: Axes, title: str, caption: str, kept: dict[str, float]) -
 def _draw_predictions(axis: Axes, file: Path) -> None:
     """A line for each range, and a dot at its middle: no bar, since nothing was measured."""
     added = predicted_percent(file)
-    for place, (label, percent) in enumerate(added.items()):
-        color = COLORS.get(label, GREEN)
-        axis.plot([percent.low, percent.high], [place, place], color=color, linewidth=5, alpha=0.4)
-        axis.plot(percent.middle, place, "o", color=color, markersize=10)
     bars = [
-        Bar(label, known.high, f"  {known.middle:.0f} % ({known.low:.0f} to {known.high:.0f})")
+        Bar(
+            label,
+            COLORS.get(label, GREEN),
+            known.high,
+            f"  {known.middle:.0f} % ({known.low:.0f} to {known.high:.0f})",
+        )
         for label, known in added.items()
     ]
+    for place, (bar, known) in enumerate(zip(bars, added.values(), strict=True)):
+        ends = [known.low, known.high]
+        axis.plot(ends, [place, place], color=bar.color, linewidth=5, alpha=0.4)
+        axis.plot(known.middle, place, "o", color=bar.color, markersize=10)
     _finish(
         axis,
         "Time LoRA adds, H100 (predicted)",
@@ -132,9 +140,10 @@ def _draw_predictions(axis: Axes, file: Path) -> None:
 
 def _draw_adapters(axis: Axes, file: Path) -> None:
     ratios = adapters_ratios(file)
-    bars = [Bar("PEFT, one by one", 1.0, " 1")]
+    bars = [Bar("PEFT, one by one", BLUE, 1.0, " 1")]
     bars += [
-        Bar(f"{tokens} tokens each", ratio, f" {ratio:.2f}") for tokens, ratio in ratios.items()
+        Bar(f"{tokens} tokens each", GREEN, ratio, f" {ratio:.2f}")
+        for tokens, ratio in ratios.items()
     ]
     _draw_bars(axis, bars)
     _finish(
@@ -148,8 +157,7 @@ def _draw_adapters(axis: Axes, file: Path) -> None:
 
 def _draw_bars(axis: Axes, bars: list[Bar]) -> None:
     for place, bar in enumerate(bars):
-        color = COLORS.get(bar.label.partition(",")[0], GREEN)
-        axis.barh(place, bar.value, color=color, height=BAR)
+        axis.barh(place, bar.value, color=bar.color, height=BAR)
 
 
 def _finish(axis: Axes, title: str, caption: str, bars: list[Bar], limit: float) -> None:
