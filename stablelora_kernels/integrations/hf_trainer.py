@@ -17,6 +17,7 @@ from stablelora_kernels.integrations.peft import (
     check_accelerate_options,
     restore_peft,
 )
+from stablelora_kernels.nn.fused_loss import skip_logits_in_evaluation
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import clean, innermost
@@ -255,6 +256,8 @@ class AccelerateCallback:
         if model is None:
             raise TypeError("model must be the trainer's nn.Module, got None: it trains no model")
         report = accelerate_peft(model, **self.options)
+        if args.prediction_loss_only:
+            skip_logits_in_evaluation(model.modules())
         if state.is_world_process_zero and not self._has_printed:
             print(f"accelerate_peft: {report}")
             self._has_printed = True

@@ -26,7 +26,7 @@ from stablelora_kernels.model.reports import (
     notes_on_mlps,
     stacks_without_adapter,
 )
-from stablelora_kernels.nn.fused_loss import fuse_losses, unfuse_losses
+from stablelora_kernels.nn.fused_loss import fuse_losses, notes_on_losses, unfuse_losses
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.nn.stacks import stored_parameter
@@ -184,7 +184,7 @@ def accelerate_peft(
     if (fuse_projections or fuse_mlp) and len({row.adapter for row in replaced}) > 1:
         notes.append(ROWS_ARE_NOT_FUSED)
     if fuse_loss:
-        notes += fuse_losses(model, layers.PEFT_LAYERS)
+        notes += notes_on_losses(fuse_losses(model, layers.PEFT_LAYERS))
     return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
 
 

@@ -37,7 +37,7 @@ from stablelora_kernels.nn.experts import (
     LoRAStack,
     StackedWeight,
 )
-from stablelora_kernels.nn.fused_loss import fuse_losses
+from stablelora_kernels.nn.fused_loss import fuse_losses, notes_on_losses
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
 from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer
 from stablelora_kernels.nn.operands import OWN_LAYERS
@@ -89,11 +89,11 @@ def apply_lora(
             ``fuse_mlp`` goes before ``fuse_projections``. A module of experts is computed in one
             op, too, whatever its gate.
         fuse_loss: compute the loss of a causal language model of transformers without its logits
-            (:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). The output of a
-            forward with labels then has a loss, and reading its logits raises RuntimeError. The
-            model's class must be known by what its forward computes between head and loss. The head
-            may have LoRA or be frozen. A note says which model is computed so, or why it is not; a
-            call that the op does not fit computes logits.
+            (:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). In training with
+            labels, the output's ``logits`` are then None. In evaluation, and without labels, the
+            model's own forward runs. The model's class must be known by what its forward computes
+            between head and loss. The head may have LoRA or be frozen. A note says which model is
+            computed so, or why it is not; a call that the op does not fit computes logits.
 
     Returns:
         The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes
@@ -152,7 +152,7 @@ def apply_plan(
         mlps = fuse_mlps(model, OWN_LAYERS)
         notes += notes_on_mlps(mlps)
     if fuse_loss:
-        notes += fuse_losses(model, OWN_LAYERS)
+        notes += notes_on_losses(fuse_losses(model, OWN_LAYERS))
     notes += notes_on_gradients(model) + notes_on_heads(model)
     setattr(model, CONFIG_ATTRIBUTE, config)
     return LoRAReport(rows_of(layers), plan.skipped, *count_parameters(model), tuple(notes), mlps)

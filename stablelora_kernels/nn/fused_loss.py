@@ -1,16 +1,19 @@
-"""``fuse_loss``: compute the loss of a causal language model without its logits.
+"""``fuse_loss``: train a causal language model on its loss without its logits.
 
-A fused model gets a subclass of its class. In a forward with labels, the head hands out what it was
-called with instead of multiplying, and the model's loss function computes the loss of that
-(:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). All else is the model's own
-forward: the shift of labels, ``num_items_in_batch``, a router's loss, the output's class. Each call
-reads the head again; where the op does not fit it, the head and the loss are the model's own.
+A fused model gets a subclass of its class. In training, a forward with labels runs the model's own
+code on a :class:`_Call` in the model's place. There the head keeps its input instead of
+multiplying, and the loss function computes the loss of it
+(:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). All else is the model's: the
+shift of labels, ``num_items_in_batch``, a router's loss, the output's class. The output's
+``logits`` are None, as Liger-Kernel's are. In evaluation, and without labels, the model's own
+forward runs. Each call reads the head again; if the op does not fit it, the model computes logits.
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -20,20 +23,36 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.functional import lora_linear_cross_entropy
-from stablelora_kernels.nn.loss_form import LossForm, Transform, loss_form_of
+from stablelora_kernels.nn.loss_form import LossForm, loss_form_of
 from stablelora_kernels.nn.operands import LayerKind, Operand
 from stablelora_kernels.utils.modules import is_hooked
 
-# The keys of a model's __dict__ that hold its State and, during a forward with labels, its Pending.
+# The key of a model's __dict__ that holds its State.
 ATTRIBUTE = "_stablelora_loss"
-PENDING = "_stablelora_pending_loss"
 # The class attribute that holds the class before.
 _ORIGINAL = "_stablelora_before_loss"
-REFUSAL = (
-    "fuse_loss=True computes the loss without logits, so the output of a forward with labels has none. "
-    "What reads them (compute_metrics, preprocess_logits_for_metrics, prediction_loss_only=False, a label "
-    "smoother) needs a model without it: call accelerate_peft(model) again, without fuse_loss"
+# The key of a model's __dict__ that is there once it has warned of a forward without labels.
+_HAS_WARNED = "_stablelora_warned_of_labels"
+WITHOUT_LABELS = (
+    "fuse_loss=True has no effect on this forward: it got no labels= in training, so it computes all logits. "
+    "A Trainer takes the labels away for label_smoothing_factor and compute_loss_func, and those of DPO and GRPO "
+    "give none"
 )
+
+
+class LanguageModel(NamedTuple):
+    """One language model that ``fuse_loss`` met."""
+
+    # Its first dotted name; "" is the whole model.
+    name: str
+    # Why it goes on computing its loss by itself, or None if it trains without logits.
+    reason: str | None
+
+    def __str__(self) -> str:
+        words = repr(self.name) if self.name else "the model"
+        if self.reason is None:
+            return f"fuse_loss: {words} computes its loss without logits; in training with labels its output's logits are None"
+        return f"fuse_loss: {words} keeps its own loss: {self.reason}"
 
 
 class State(NamedTuple):
@@ -41,60 +60,86 @@ class State(NamedTuple):
 
     form: LossForm
     kind: LayerKind
-    # transformers' ForCausalLMLoss.
-    own_loss: Callable[..., Tensor]
+    # The name of a layer with an adapter; "" if none is known. Once PEFT's merge_and_unload or
+    # unload has replaced it, the model is a plain one again.
+    adapted: str
+    # Whether a forward with labels withholds logits in evaluation too, if it is not told.
+    skips_logits_in_evaluation: bool = False
 
 
-class Withheld(NamedTuple):
+class _Withheld(NamedTuple):
     """A head with what it was called with."""
 
     hidden: Tensor
     operand: Operand
 
 
-class Pending:
-    """A forward with labels: what the head withholds from it, once it is called."""
+class _Call:
+    """A language model in one forward without logits. It lives as long as the call, so threads and
+    replicas do not meet in it.
+    """
 
-    def __init__(self) -> None:
-        self.withheld: Withheld | None = None
+    def __init__(self, model: Any, state: State) -> None:
+        self._model = model
+        self._state = state
+        self.withheld: _Withheld | None = None
+        setattr(self, state.form.head, self._withhold)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
-class WithheldLogits(Tensor):
-    """Stands for the logits that were not computed. Anything but its facts raises RuntimeError."""
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        # Wrappers of a model ask about the tensors of its output: dtype, device, requires_grad.
-        if getattr(func, "__name__", "") != "__get__":
-            raise RuntimeError(REFUSAL)
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return "WithheldLogits()"
-
-
-class _WithholdingHead:
-    """Takes the place of a model's head in a forward with labels."""
-
-    def __init__(self, head: nn.Module, kind: LayerKind, pending: Pending) -> None:
-        self._head = head
-        self._kind = kind
-        self._pending = pending
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        operand = _read(self._head, self._kind, hidden)
+    def _withhold(self, hidden: Tensor) -> Tensor:
+        """What the model gets for its logits."""
+        head = self._model._modules[self._state.form.head]
+        operand = _read(head, self._state.kind, hidden)
         if isinstance(operand, str):
-            y: Tensor = self._head(hidden)
-            return y
-        self._pending.withheld = Withheld(hidden, operand)
-        # What the model does to logits costs nothing.
+            logits: Tensor = head(hidden)
+            return logits
+        self.withheld = _Withheld(hidden, operand)
+        # The model's scale or soft cap of nothing costs nothing.
         return hidden.new_empty(*hidden.shape[:-1], 0)
+
+    def loss_function(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss; the arguments are those of transformers' ``ForCausalLMLoss``."""
+        if self.withheld is None:
+            own: Tensor = self._model.loss_function(logits, labels, *args, **kwargs)
+            return own
+        return self._loss(self.withheld, labels, *args, **kwargs)
+
+    def _loss(
+        self,
+        withheld: _Withheld,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        hidden, operand = withheld
+        weights = operand.weights
+        transform = self._state.form.transform(self._model)
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        loss = lora_linear_cross_entropy(
+            hidden,
+            weights.weight,  # type: ignore[arg-type]
+            shift_labels.reshape(hidden.shape[:-1]).to(hidden.device),
+            bias=weights.bias,
+            lora_A=weights.lora_A,
+            lora_B=weights.lora_B,
+            scaling=weights.scaling,
+            ignore_index=ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+            softcap=transform.softcap,
+            logit_scale=transform.logit_scale,
+            dropout_p=operand.dropout_p or 0.0,
+        )
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
 
 
 def _read(head: nn.Module, kind: LayerKind, hidden: Tensor | None) -> Operand | str:
@@ -120,116 +165,89 @@ def _read(head: nn.Module, kind: LayerKind, hidden: Tensor | None) -> Operand | 
     return operand
 
 
-def _loss(
-    withheld: Withheld,
-    transform: Transform,
-    logits: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: object,
-) -> Tensor:
-    """transformers' ``ForCausalLMLoss`` of a head that is not multiplied. The arguments from
-    ``logits`` on are that function's.
-    """
-    hidden, operand = withheld
-    weights = operand.weights
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    loss = lora_linear_cross_entropy(
-        hidden,
-        weights.weight,  # type: ignore[arg-type]
-        shift_labels.reshape(hidden.shape[:-1]).to(hidden.device),
-        bias=weights.bias,
-        lora_A=weights.lora_A,
-        lora_B=weights.lora_B,
-        scaling=weights.scaling,
-        ignore_index=ignore_index,
-        reduction="mean" if num_items_in_batch is None else "sum",
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        dropout_p=operand.dropout_p or 0.0,
-    )
-    if num_items_in_batch is None:
-        return loss
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch
-
-
 class FusedLoss:
     """A mixin in front of a model's class."""
-
-    @property
-    def loss_function(self: Any) -> Callable[..., Tensor]:
-        state: State = self.__dict__[ATTRIBUTE]
-        pending: Pending | None = self.__dict__.get(PENDING)
-        if pending is None or pending.withheld is None:
-            return state.own_loss
-        return functools.partial(_loss, pending.withheld, state.form.transform(self))
-
-    @loss_function.setter
-    def loss_function(self: Any, value: Callable[..., Tensor]) -> None:
-        # It may read logits.
-        unfuse_losses([self])
-        self.loss_function = value
 
     def __reduce_ex__(self: Any, protocol: Any) -> str | tuple[Any, ...]:
         # Pickles name the original class, since this one has no name in a module.
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         if is_fused(self) and reduced[0] is getattr(copyreg, "__newobj__", None):
-            original = getattr(type(self), _ORIGINAL)
-            arguments = (original, self.__dict__[ATTRIBUTE].form.head)
-            return (_new_instance, arguments, *reduced[2:])
+            return (_new_instance, (getattr(type(self), _ORIGINAL),), *reduced[2:])
         return reduced  # type: ignore[no-any-return]
 
 
 def _forward(
-    model: Any, own_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any,
+    own_forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    """The model's own forward; with labels, without logits."""
+    """The model's own forward; in training with labels, without logits.
+
+    ``skip_logits`` says for one call whether to do without them, as in Liger-Kernel's forwards;
+    transformers' Trainer passes it.
+    """
+    skip_logits = kwargs.pop("skip_logits", None)
     state: State | None = model.__dict__.get(ATTRIBUTE)
-    if state is None or kwargs.get("labels") is None:
+    if state is not None and not _has_adapter(model, state):
+        unfuse_losses([model])
+        state = None
+    if state is None:
         return own_forward(model, *args, **kwargs)
-    pending = Pending()
-    setattr(model, PENDING, pending)
-    try:
-        output = own_forward(model, *args, **kwargs)
-    finally:
-        setattr(model, PENDING, None)
-    if pending.withheld is None:
-        return output
-    return _without_logits(output)
+    if skip_logits is None:
+        skip_logits = model.training or state.skips_logits_in_evaluation
+        if kwargs.get("labels") is None:
+            _warn_without_labels(model)
+            skip_logits = False
+    elif skip_logits and kwargs.get("labels") is None:
+        raise ValueError(f"labels must be given with skip_logits={skip_logits}, got None")
+    if not skip_logits or not _has_known_loss(model):
+        return own_forward(model, *args, **kwargs)
+    wants_tuple = kwargs.get("return_dict") is False
+    if wants_tuple:
+        # A tuple does not tell which of its members are the logits.
+        kwargs["return_dict"] = True
+    call = _Call(model, state)
+    output = own_forward(call, *args, **kwargs)
+    if call.withheld is not None:
+        fields = {name: value for name, value in output.items() if name != "logits"}
+        output = type(output)(**fields)
+    return output.to_tuple() if wants_tuple else output
 
 
-def _without_logits(output: Any) -> Any:
-    """A model's output with :class:`WithheldLogits` in the place of its logits."""
-    withheld = torch.empty(0).as_subclass(WithheldLogits)
-    if isinstance(output, tuple):
-        # The loss comes first.
-        return (output[0], withheld, *output[2:])
-    output.logits = withheld
-    return output
+def _has_adapter(model: nn.Module, state: State) -> bool:
+    """Whether the layer that had an adapter still has one."""
+    layer: nn.Module | None = model
+    for name in state.adapted.split(".") if state.adapted else ():
+        layer = layer._modules.get(name) if layer is not None else None
+    return layer is model or isinstance(layer, state.kind.adapted)
 
 
-def fuse_losses(model: nn.Module, kind: LayerKind) -> list[str]:
-    """Fuse the losses of the language models in ``model``, and return a note on each."""
-    notes = []
+def _warn_without_labels(model: nn.Module) -> None:
+    """Warn, once a model, of a training forward without labels."""
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    if not model.__dict__.get(_HAS_WARNED):
+        model.__dict__[_HAS_WARNED] = True
+        warnings.warn(WITHOUT_LABELS, UserWarning, stacklevel=2)
+
+
+def fuse_losses(model: nn.Module, kind: LayerKind) -> list[LanguageModel]:
+    """Fuse the losses of the language models in ``model``."""
+    models = []
     for name, module in list(model.named_modules()):
         if not _may_be_language_model(module):
             continue
         unfuse_losses([module])
         form = loss_form_of(type(module))  # type: ignore[arg-type]
         reason = form if isinstance(form, str) else _fuse(module, form, kind)
-        words = repr(name) if name else "the model"
-        if reason is None:
-            notes.append(
-                f"fuse_loss: {words} computes its loss without logits; the output of a forward with labels has none"
-            )
-        else:
-            notes.append(f"fuse_loss: {words} computes its loss from logits: {reason}")
+        models.append(LanguageModel(name, reason))
+    return models
+
+
+def notes_on_losses(models: Iterable[LanguageModel]) -> list[str]:
+    """The report's notes on what :func:`fuse_losses` met."""
+    notes = [str(model) for model in models]
     return notes or ["fuse_loss: there is no language model with a head and a loss"]
 
 
@@ -243,32 +261,55 @@ def _may_be_language_model(module: nn.Module) -> bool:
 
 
 def _fuse(module: Any, form: LossForm, kind: LayerKind) -> str | None:
-    """Change the class of ``module``, or return why its logits are needed."""
+    """Change the class of ``module``, or return why it keeps its own loss."""
     if "forward" in module.__dict__:
-        return "its forward was replaced (as accelerate's hooks do)"
+        return f"its forward was replaced by {_source(module.__dict__['forward'])}"
     head = module._modules.get(form.head)
     if head is None:
         return f"it has no module {form.head!r}"
     operand = _read(head, kind, None)
     if isinstance(operand, str):
         return f"{form.head!r} {operand}"
-    own_loss = module.loss_function
-    # _loss repeats no other one.
-    if getattr(own_loss, "__name__", "") != "ForCausalLMLoss":
+    if not _has_known_loss(module):
         return "its loss_function is not transformers' ForCausalLMLoss"
+    layers = module.named_modules()
+    adapted = next((name for name, layer in layers if isinstance(layer, kind.adapted)), "")
     try:
-        module.__class__ = _fused_class(type(module), form.head)
+        module.__class__ = _fused_class(type(module))
     except Exception as error:
         return f"its class {type(module).__name__} can't have a subclass ({error})"
-    module.__dict__[ATTRIBUTE] = State(form, kind, own_loss)
+    module.__dict__[ATTRIBUTE] = State(form, kind, adapted)
     return None
+
+
+def _has_known_loss(model: Any) -> bool:
+    """Whether a model's loss is the one that :class:`_Call` computes."""
+    return getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
+
+
+def _source(function: Any) -> str:
+    """The module whose code a bound, partial or plain function runs, as far as it is known."""
+    while inner := getattr(function, "__func__", None) or getattr(function, "func", None):
+        function = inner
+    name: str = getattr(function, "__globals__", {}).get("__name__", type(function).__name__)
+    return name
+
+
+def skip_logits_in_evaluation(modules: Iterable[nn.Module]) -> None:
+    """Let fused models do without logits in evaluation too, if labels are there and nobody reads
+    logits.
+    """
+    for module in modules:
+        state: State | None = module.__dict__.get(ATTRIBUTE)
+        if state is not None:
+            module.__dict__[ATTRIBUTE] = state._replace(skips_logits_in_evaluation=True)
 
 
 def unfuse_losses(modules: Iterable[nn.Module]) -> None:
     """Give fused models their class back."""
     for module in modules:
         module.__dict__.pop(ATTRIBUTE, None)
-        module.__dict__.pop(PENDING, None)
+        module.__dict__.pop(_HAS_WARNED, None)
         if is_fused(module):
             module.__class__ = getattr(type(module), _ORIGINAL)
 
@@ -279,12 +320,12 @@ def is_fused(module: nn.Module) -> bool:
 
 
 # It keeps no class alive that nothing else refers to.
-_classes: WeakValueDictionary[tuple[type, str], type] = WeakValueDictionary()
+_classes: WeakValueDictionary[type, type] = WeakValueDictionary()
 
 
-def _fused_class(original: type, head: str) -> type:
-    """The subclass of ``original``, of its name, whose attribute ``head`` may withhold."""
-    fused = _classes.get((original, head))
+def _fused_class(original: type) -> type:
+    """The subclass of ``original``, of its name, whose training needs no logits."""
+    fused = _classes.get(original)
     if fused is None:
         own_forward: Callable[..., Any] = original.forward  # type: ignore[attr-defined]
 
@@ -298,25 +339,14 @@ def _fused_class(original: type, head: str) -> type:
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "forward": forward,
-            head: property(lambda self: _head(self, head)),
             _ORIGINAL: original,
         }
         fused = type(original)(original.__name__, (FusedLoss, original), members)
-        _classes[original, head] = fused
+        _classes[original] = fused
     return fused
 
 
-def _head(model: nn.Module, name: str) -> Any:
-    """A fused model's head, or during a forward with labels what takes its place."""
-    head = model._modules[name]
-    pending: Pending | None = model.__dict__.get(PENDING)
-    if pending is None or head is None:
-        return head
-    state: State = model.__dict__[ATTRIBUTE]
-    return _WithholdingHead(head, state.kind, pending)
-
-
-def _new_instance(original: type, head: str) -> object:
+def _new_instance(original: type) -> object:
     """An empty fused instance, for copies and pickles."""
-    fused: Any = _fused_class(original, head)
+    fused: Any = _fused_class(original)
     return fused.__new__(fused)

@@ -11,7 +11,7 @@ Known are forwards of this form, as most of transformers' are::
     ...
     return OUTPUT(loss=loss, logits=logits, ...)
 
-whose other statements read no logits.
+whose other statements read no logits, and which use ``self`` only to read its attributes.
 """
 
 from __future__ import annotations
@@ -80,10 +80,12 @@ def loss_form_of(kind: type) -> LossForm | str:
     except (OSError, TypeError, SyntaxError):
         return f"the source of {kind.__name__}.forward can't be read"
     assert isinstance(function, ast.FunctionDef)
+    unknown = f"{kind.__name__}.forward computes its loss in a way that is not known"
+    if _needs_the_model(function):
+        return unknown
     statements = function.body
     heads = [place for place, statement in enumerate(statements) if _head_of(statement)]
     losses = [place for place, statement in enumerate(statements) if _is_loss(statement)]
-    unknown = f"{kind.__name__}.forward computes its loss in a way that is not known"
     if len(heads) != 1 or len(losses) != 1 or heads > losses:
         return unknown
     head = _head_of(statements[heads[0]])
@@ -97,6 +99,25 @@ def loss_form_of(kind: type) -> LossForm | str:
     if _reads_logits(rest) != 2 or not _returns_logits(statements[-1]):
         return unknown
     return LossForm(head, transform)
+
+
+def _needs_the_model(function: ast.FunctionDef) -> bool:
+    """Whether a forward does more with ``self`` than to read its attributes, so that nothing may
+    stand for it: it passes it on, sets an attribute, calls ``super()``, or records outputs.
+    """
+    if any("capture_outputs" in ast.unparse(decorator) for decorator in function.decorator_list):
+        return True
+    names = [node for node in _nodes(function.body) if isinstance(node, ast.Name)]
+    attributes = [node for node in _nodes(function.body) if isinstance(node, ast.Attribute)]
+    read = sum(
+        isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+        and isinstance(node.ctx, ast.Load)
+        for node in attributes
+    )
+    return read != sum(node.id == "self" for node in names) or any(
+        node.id == "super" for node in names
+    )
 
 
 def _head_of(statement: ast.stmt) -> str | None:

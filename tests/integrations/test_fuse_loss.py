@@ -5,10 +5,17 @@ keeps logits, with the reason.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
+import functools
+import importlib
 import inspect
 import pickle
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +30,8 @@ from tests.helpers.small_models import llama as small_llama
 from tests.helpers.trainer_runs import make_trainer, trained, transformers
 
 peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
+# nn.parallel has a function of this name too.
+replication = importlib.import_module("torch.nn.parallel.replicate")
 TARGETS = ["lm_head", "q_proj", "c_attn", "query_key_value"]
 IDS = torch.randint(3, 30, (2, 9), generator=torch.Generator().manual_seed(2))
 LABELS = IDS.masked_fill(torch.arange(9) < 3, -100)
@@ -141,27 +150,129 @@ def test_no_logits_are_computed():
     made = [result for _, _, result in operators.calls if isinstance(result, Tensor)]
     logits = IDS.numel() * model.config.vocab_size
     assert made and all(t.numel() != logits for t in made)
-    for read in (
-        lambda: output.logits.argmax(-1),
-        lambda: output.logits.detach(),
-        lambda: output[1].float(),
-        lambda: output["logits"] + 1,
-        lambda: torch.softmax(output.logits, -1),
-    ):
-        with pytest.raises(RuntimeError, match=r"fuse_loss=True .*compute_metrics"):
-            read()
-    assert repr(output.logits) == "WithheldLogits()"
-    loss, logits = model(input_ids=IDS, labels=LABELS, return_dict=False)[:2]
-    assert torch.equal(loss, output.loss) and type(logits) is fused_loss.WithheldLogits
+    assert output.logits is None and "logits" not in output
+    assert type(output) is transformers.modeling_outputs.CausalLMOutputWithPast
+    assert output.past_key_values is not None
 
 
-def test_without_labels_it_is_pefts_model():
+def test_tuples_leave_the_logits_out():
+    """As ``to_tuple`` leaves out what is None: of a router's model, aux_loss comes before logits."""
+    for model_type in ("llama", "mixtral"):
+        model = make(model_type)
+        plain = model(input_ids=IDS, labels=LABELS)
+        slk.accelerate_peft(model, fuse_loss=True)
+        answer = model(input_ids=IDS, labels=LABELS, return_dict=False)
+        assert isinstance(answer, tuple) and len(answer) == len(plain.to_tuple()) - 1
+        torch.testing.assert_close(answer[0].double(), plain.loss.double())
+        if model_type == "mixtral":
+            torch.testing.assert_close(answer[1], plain.aux_loss)
+        assert model(input_ids=IDS, labels=LABELS, return_dict=True).logits is None
+
+
+def test_evaluation_and_calls_without_labels_are_pefts():
     model = make()
-    expected = model.eval()(input_ids=IDS).logits
+    expected = model.eval()(input_ids=IDS, labels=LABELS)
     slk.accelerate_peft(model, fuse_loss=True)
-    found = model(input_ids=IDS).logits
-    torch.testing.assert_close(found, expected)
+    for labels in (None, LABELS):
+        output = model(input_ids=IDS, labels=labels)
+        torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(output.loss, expected.loss)
     assert model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False).shape == (2, 11)
+
+
+def test_skip_logits_decides_for_one_call():
+    """Liger-Kernel's keyword, which transformers' Trainer passes."""
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    model.eval()
+    plain = model(input_ids=IDS, labels=LABELS)
+    skipped = model(input_ids=IDS, labels=LABELS, skip_logits=True)
+    assert skipped.logits is None and plain.logits is not None
+    torch.testing.assert_close(skipped.loss.float(), plain.loss)
+    model.train()
+    assert model(input_ids=IDS, labels=LABELS, skip_logits=False).logits.shape == (2, 9, 64)
+    with pytest.raises(ValueError, match="labels must be given with skip_logits=True, got None"):
+        model(input_ids=IDS, skip_logits=True)
+
+
+def test_training_without_labels_warns_once():
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(input_ids=IDS)
+        model(input_ids=IDS, labels=LABELS)
+        model.eval()(input_ids=IDS)
+    model.train()
+    with pytest.warns(UserWarning, match=r"fuse_loss=True has no effect .*label_smoothing_factor"):
+        assert model(input_ids=IDS).logits.shape == (2, 9, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=IDS)
+
+
+@pytest.mark.parametrize("method", ["unload", "merge_and_unload"])
+def test_unloaded_models_are_plain(method):
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    assert model(input_ids=IDS, labels=LABELS).logits is None
+    plain = getattr(model, method)()
+    output = plain.train()(input_ids=IDS, labels=LABELS)
+    assert output.logits.shape == (2, 9, 64) and output.loss.requires_grad is False
+    assert type(plain) is transformers.LlamaForCausalLM
+    assert fused_loss.ATTRIBUTE not in vars(plain)
+
+
+def test_threads_train_on_their_own_hidden_states():
+    """Each forward has its own state, also if threads switch between head and loss."""
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    parts = [(IDS[k : k + 1], LABELS[k : k + 1]) for k in range(2)]
+    expected = [model(input_ids=ids, labels=labels).loss.item() for ids, labels in parts]
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+    # Each thread waits for the other between its head and its loss.
+    meeting, own = threading.Barrier(2), fused_loss._Call.loss_function
+
+    def after_both(*args: Any, **kwargs: Any) -> Tensor:
+        meeting.wait(60)
+        return own(*args, **kwargs)
+
+    def loss(part: tuple[Tensor, Tensor]) -> float:
+        return model(input_ids=part[0], labels=part[1]).loss.item()
+
+    with (
+        mock.patch.object(fused_loss._Call, "loss_function", after_both),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert [*pool.map(loss, parts)] == expected
+
+
+def test_replicas_as_data_parallel_makes_them():
+    """A thread a replica, as DataParallel has them; its copies to GPUs are copies on the CPU here."""
+    model = make()
+    expected = results(model)
+    slk.accelerate_peft(model, fuse_loss=True)
+    model.zero_grad()
+
+    def copies(tensors: Any, devices: Any, detach: bool = False) -> list[list[Tensor]]:
+        return [[t.detach().clone() if detach else t * 1 for t in tensors] for _ in devices]
+
+    with mock.patch.object(replication, "_broadcast_coalesced_reshape", copies):
+        replicas = nn.parallel.replicate(model, [0, 1])
+    # Half of each row's labels count in each half of the batch, so the mean of means is the mean.
+    options = [{"input_ids": IDS[k : k + 1], "labels": LABELS[k : k + 1]} for k in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        outputs = [*pool.map(lambda replica, keywords: replica(**keywords), replicas, options)]
+    assert all(output.logits is None for output in outputs)
+    loss = sum(output.loss for output in outputs) / 2
+    loss.backward()
+    torch.testing.assert_close(loss.float(), expected.pop("loss").float())
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(
+                parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name
+            )
 
 
 def test_shift_labels_as_under_context_parallelism():
@@ -267,9 +378,10 @@ def test_heads_that_keep_logits_and_their_reasons():
 
     def own_forward(model: Any) -> None:
         base = model.get_base_model()
-        base.forward = base.forward
+        base.forward = functools.partial(type(base).forward, base)
 
-    assert "forward was replaced" in at_once(_changed(own_forward))
+    # Its name is that of the code that runs, not of what a wrapper says of itself.
+    assert "its forward was replaced by transformers." in at_once(_changed(own_forward))
 
 
 def _changed(change: Any) -> Any:
@@ -286,7 +398,7 @@ def test_a_quantized_head_keeps_logits():
     base.lm_head = linear.to("cpu")
     model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=TARGETS))
     (note,) = notes_on_loss(slk.accelerate_peft(model, fuse_loss=True))
-    assert "quantized weight" in note and "computes its loss from logits" in note
+    assert "quantized weight" in note and "keeps its own loss" in note
 
 
 def test_what_changes_later_is_read_at_each_call():
@@ -311,7 +423,7 @@ def test_what_changes_later_is_read_at_each_call():
     handle.remove()
     assert not has_logits()
     model.get_base_model().loss_function = loss_in_float64
-    assert has_logits() and type(model.get_base_model()) is transformers.LlamaForCausalLM
+    assert has_logits()
 
 
 def test_an_error_in_the_model_leaves_it_usable():
@@ -391,6 +503,10 @@ UNKNOWN = {
     "a tuple": ("Output(loss=loss, logits=logits)", "(loss, logits)"),
     "an addend": ("self.vocab_size)\n", "self.vocab_size)\n        loss = loss + 1\n"),
     "another order": ("(logits, labels,", "(labels, logits,"),
+    "the model passed on": ("self.vocab_size)\n", "self.vocab_size, model=self)\n"),
+    "an attribute that is set": ("    loss = None\n", "    loss = None\n    self.steps = 1\n"),
+    "the class above": ("    logits = self", "    super().check(ids)\n    logits = self"),
+    "outputs that are recorded": ("def forward", "@capture_outputs\ndef forward"),
 }  # fmt: skip
 
 
@@ -434,12 +550,117 @@ def test_the_trainer_trains_as_without_it(tmp_path, bf16):
     assert found[1][2] == pytest.approx(found[0][2], rel=tolerance)
 
 
-def test_metrics_are_refused_by_name(tmp_path):
-    trainer = make_trainer(head_llama(True), tmp_path)
-    trainer.compute_metrics = lambda prediction: {}
-    with pytest.raises(RuntimeError, match=r"fuse_loss=True .*compute_metrics"):
-        trainer.evaluate(trainer.train_dataset)
-    trainer.compute_metrics = None
-    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
-    with pytest.raises(RuntimeError, match="fuse_loss=True"):
-        trainer.predict(trainer.train_dataset)
+def trainer_with_evaluation(**options: Any) -> Any:
+    return transformers.Trainer(**options, eval_dataset=options["train_dataset"])
+
+
+def test_metrics_and_predictions_are_pefts(tmp_path):
+    """Evaluations between the steps of a training, and predict after it."""
+    seen = {}
+    for fused in (False, True):
+        rows_of_logits = []
+
+        def metrics(prediction: Any, rows: list[Any] = rows_of_logits) -> dict[str, float]:
+            rows.append(torch.tensor(prediction.predictions))
+            return {"size": prediction.predictions.size}
+
+        trainer = make_trainer(
+            head_llama(fused), tmp_path / str(fused), made=trainer_with_evaluation, eval_strategy="steps", eval_steps=2,
+        )  # fmt: skip
+        trainer.compute_metrics = metrics
+        trainer.train()
+        predicted = trainer.predict(trainer.train_dataset).predictions
+        seen[fused] = [*rows_of_logits, torch.tensor(predicted)]
+    assert len(seen[True]) == len(seen[False]) > 2
+    for one, other in zip(seen[True], seen[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("only_loss", [False, True])
+def test_prediction_loss_only_evaluates_without_logits(tmp_path, only_loss):
+    """TrainingArguments says that nobody reads logits, and the callback reads it."""
+    trainer = make_trainer(
+        head_llama(False), tmp_path, max_steps=1, prediction_loss_only=only_loss,
+        callbacks=[slk.AccelerateCallback(fuse_loss=True)],
+    )  # fmt: skip
+    trainer.train()
+    op = mock.Mock(wraps=fused_loss.lora_linear_cross_entropy)
+    with mock.patch.object(fused_loss, "lora_linear_cross_entropy", op):
+        found = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert (op.call_count > 0) == only_loss
+    slk.restore_peft(trainer.model)
+    assert found == pytest.approx(trainer.evaluate(trainer.train_dataset)["eval_loss"], rel=1e-5)
+
+
+def own_loss_of_a_script(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """transformers' ``compute_loss_func``."""
+    return transformers.loss.loss_utils.ForCausalLMLoss(
+        outputs.logits,
+        labels,
+        vocab_size=outputs.logits.shape[-1],
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+@pytest.mark.parametrize("reason", ["label_smoothing_factor", "compute_loss_func"])
+def test_what_takes_the_labels_away_trains_as_before_and_warns(tmp_path, reason):
+    found = []
+    for fused in (False, True):
+        changes = {"label_smoothing_factor": 0.1} if reason == "label_smoothing_factor" else {}
+        model = head_llama(fused)
+        trainer = make_trainer(model, tmp_path / str(fused), max_steps=2, **changes)
+        if reason == "compute_loss_func":
+            trainer.compute_loss_func = own_loss_of_a_script
+        context = pytest.warns(UserWarning, match=reason) if fused else contextlib.nullcontext()
+        with context:
+            trainer.train()
+        found.append(trained(model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_sfttrainer_keeps_its_own_loss_and_the_note_says_whose(tmp_path, capsys):
+    """TRL puts a forward of its own, which makes no logits, onto the model."""
+    trl = pytest.importorskip("trl")
+    found = []
+    for callbacks in ([], [slk.AccelerateCallback(fuse_loss=True)]):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            small_llama(pad_token_id=0), peft.LoraConfig(r=3, target_modules=["q_proj"])
+        )
+        place = tmp_path / str(len(callbacks))
+        trainer = make_trainer(model, place, made=trl.SFTTrainer, max_steps=2, callbacks=callbacks)
+        trainer.train()
+        found.append(trained(model))
+    said = capsys.readouterr().out
+    assert "keeps its own loss: its forward was replaced by trl.trainer" in said
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_checkpoints_train_to_the_same_gradients(monkeypatch):
+    """transformers' ``offload=True``, which has moved a layer's input to the host until backward."""
+    enable = transformers.PreTrainedModel.__dict__.get("activation_checkpointing_enable")
+    if enable is None or "offload" not in inspect.signature(enable).parameters:
+        pytest.skip("runs where transformers is 5.17 or newer")
+    modeling = transformers.modeling_utils
+    moved = []
+
+    class Counted(modeling.save_on_cpu):
+        def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
+            moved.append(device_type)
+            # There is no pinned memory without a GPU.
+            super().__init__(pin_memory=False)
+
+    monkeypatch.setattr(modeling, "save_on_cpu", Counted)
+    model = make(target_modules="all-linear")
+    expected = results(model)
+    slk.accelerate_peft(model, fuse_mlp=True, fuse_projections=True, fuse_loss=True)
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False}, offload=True)
+    answer = results(model)
+    assert len(moved) == model.config.num_hidden_layers
+    assert answer.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            answer[name].float(), value.float(), rtol=1e-5, atol=1e-6, msg=name
+        )
