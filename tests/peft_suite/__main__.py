@@ -47,7 +47,8 @@ LORA = "lora and not (adalora or vblora or randlora or gralora or tinylora or de
 QUICK = ("test_custom_models", "test_low_level_api", "test_lora_variants", "test_mixed")
 FILES = (
     *QUICK, "test_decoder_models", "test_encoder_decoder_models", "test_feature_extraction_models", "test_seq_classifier",
-    "test_target_parameters", "test_initialization", "test_lora_conversion", "test_lora_ga", "test_lora_intruders", "test_lorafa", "test_loraplus",
+    "test_target_parameters", "test_initialization", "test_lora_conversion", "test_lora_ga", "test_lora_intruders",
+    "test_lorafa", "test_loraplus",
     "test_bdlora", "test_velora", "test_riemannian_lora", "test_trainable_tokens", "test_tuners_utils", "test_helpers",
     "test_other",
 )  # fmt: skip

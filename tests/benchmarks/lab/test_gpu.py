@@ -118,7 +118,7 @@ def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypat
 # parameters.
 STEPS = (
     "test_doctor", "test_down[1-", "test_down[2-", "test_linear[odd rows-split", "test_linear[even rows-split",
-    "test_linear[few rows-fused", "test_linear[long sum-split", "test_linear[one tile-chained",
+    "test_linear[few rows-fused", "test_linear[one tile-chained", "test_linear[long sum-split",
     "test_linear[many tiles-chained", "test_linear[many tiles of dX-chained", "test_other_ops[group", "test_other_ops[mlp",
     "nf4", "fp8", "test_the_third_call_is_prepared", "test_a_call", "test_on_the_default_stream", "test_optimizer",
     "test_streams_share", "test_chained_launches_beside_other_work", "test_a_second_gpu",
