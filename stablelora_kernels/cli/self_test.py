@@ -126,43 +126,46 @@ def checks() -> list[Check]:
 
 
 def run_checks(device: torch.device) -> Iterator[Result]:
-    """Yield each check's result, on the current backend. A forced kernel and autotuning are turned
-    off meanwhile.
+    """Yield each check's result, on the current backend."""
+    for check in checks():
+        yield run_check(check, device)
+
+
+def run_check(check: Check, device: torch.device) -> Result:
+    """A check's result, on the current backend. A forced kernel and autotuning are turned off
+    meanwhile.
     """
     counts: Counter[str] = Counter()
     if on_triton := backend.resolve_backend(device) == "triton":
         from stablelora_kernels.launch.base import launch_counts as counts
-    for check in checks():
-        begun = time.perf_counter()
-        before = counts.copy()
-        figures: dict[str, Any] = {}
-        problem = None
-        try:
-            # The same masks at each run. The caller's generators keep their states.
-            with (
-                use_kernel("auto"),
-                use_autotune(False),
-                torch.random.fork_rng([device] if device.type == "cuda" else []),
-            ):
-                torch.manual_seed(0)
-                nearest = max(check.run(device), key=lambda deviation: deviation.share)
-            figures = nearest._asdict()
-            if not nearest.error <= nearest.bound:
-                problem = f"{nearest.of} is off by {nearest.error:.3g}, allowed {nearest.bound:.3g}"
-        except Exception as raised:  # doctor reports any failure.
-            problem = " ".join(f"{type(raised).__name__}: {raised}".split())
-        # The counts include the vendor library's products.
-        kernels = sorted(
-            name.removeprefix("_").removesuffix("_kernel")
-            for name in counts - before
-            if name != "vendor"
-        )
-        if on_triton and check.has_kernels and not kernels and problem is None:
-            problem = "no Triton kernel was launched"
-        seconds = round(time.perf_counter() - begun, 3)
-        yield result_of(
-            check.family, check.case, problem, **figures, kernels=kernels, seconds=seconds
-        )
+    begun = time.perf_counter()
+    before = counts.copy()
+    figures: dict[str, Any] = {}
+    problem = None
+    try:
+        # The same masks at each run. The caller's generators keep their states.
+        with (
+            use_kernel("auto"),
+            use_autotune(False),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
+            torch.manual_seed(0)
+            nearest = max(check.run(device), key=lambda deviation: deviation.share)
+        figures = nearest._asdict()
+        if not nearest.error <= nearest.bound:
+            problem = f"{nearest.of} is off by {nearest.error:.3g}, allowed {nearest.bound:.3g}"
+    except Exception as raised:  # doctor reports any failure.
+        problem = " ".join(f"{type(raised).__name__}: {raised}".split())
+    # The counts include the vendor library's products.
+    kernels = sorted(
+        name.removeprefix("_").removesuffix("_kernel")
+        for name in counts - before
+        if name != "vendor"
+    )
+    if on_triton and check.has_kernels and not kernels and problem is None:
+        problem = "no Triton kernel was launched"
+    seconds = round(time.perf_counter() - begun, 3)
+    return result_of(check.family, check.case, problem, **figures, kernels=kernels, seconds=seconds)
 
 
 def result_of(family: str, case: str, problem: str | None, **known: Any) -> Result:

@@ -117,24 +117,23 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         }
 
     def ours(t: Tensors) -> Tensor:
-        product = lora_linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], SCALING)
+        z = lora_linear(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], SCALING)
         with torch.no_grad():
             of_a = t["lora_A"].to(dtype) @ t["weight"].T
             norms = row_norms(square_sums(t["weight"]), of_a, t["lora_A"], t["lora_B"], SCALING)
-        return scale_columns(product, t["magnitude"] / norms, t["bias"])
+        return scale_columns(z, t["magnitude"] / norms, t["bias"])
 
     computed, baselines = results(ours, None), results(dora, None)
     refs = results(dora, torch.float64)
-    weight, lora_A, lora_B = (
-        testing.rounded_operand(inputs[name], dtype) for name in ("weight", "lora_A", "lora_B")
+    operands = (
+        testing.rounded_operand(inputs[name], dtype)
+        for name in ("weight", "bias", "lora_A", "lora_B")
     )
-    layer = RoundedLayer(Arithmetic(dtype), weight, None, lora_A, lora_B, SCALING)
+    layer = RoundedLayer(Arithmetic(dtype), *operands, SCALING)
     norms = (
         inputs["weight"].double() + SCALING * inputs["lora_B"].double() @ inputs["lora_A"].double()
     ).norm(dim=1)
-    rounded = RoundedDoRA(
-        layer, inputs["magnitude"].double(), norms, testing.rounded_operand(inputs["bias"], dtype)
-    )
+    rounded = RoundedDoRA(layer, inputs["magnitude"].double(), norms)
     roundings = {"Y": rounded.forward(testing.as_rows(inputs["x"], dtype))}
     roundings |= {
         f"d{name}": t for name, t in rounded.backward(testing.as_rows(grad, dtype)).items()

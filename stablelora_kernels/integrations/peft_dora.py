@@ -54,26 +54,22 @@ class Dora(NamedTuple):
         return not self.branch.dropout_p and self.branch.fits(x)
 
     def output(self, base: nn.Module, x: Tensor) -> Tensor:
-        """(m / n) Z + bias in the dtype of the base layer's output, for its product and the branch,
-        Z, without a bias.
+        """(m / n) (Z - bias) + bias in the dtype of the base layer's output, for that output and
+        the branch, Z. A new adapter has m = n and B = 0, so the output is the base layer's.
         """
         operand = base_operand(base, x)
         if isinstance(operand, Base):
-            z = self.branch.with_base(operand._replace(bias=None), x)
+            z = self.branch.with_base(operand, x)
             # Quantized base layers return x's dtype, even under autocast.
             dtype = z.dtype if isinstance(operand.weight, Tensor) else x.dtype
         else:
             base_out = base(x)
-            z = self.branch.add_to(self.without_bias(base_out), x)
+            z = self.branch.add_to(base_out, x)
             dtype = base_out.dtype
         # Norms need the digits of the weights, which autocast would take from them.
         with torch.no_grad(), without_autocast(x):
             norms = _row_norms(self, base)
         return scale_columns(z, self.magnitude / norms, self.bias).to(dtype)
-
-    def without_bias(self, base_out: Tensor) -> Tensor:
-        """The base layer's product, from its output."""
-        return base_out if self.bias is None else base_out - self.bias
 
 
 class _MemoryState(NamedTuple):
@@ -118,7 +114,7 @@ def _product(dora: Dora, base: nn.Module, x: Tensor) -> Tensor:
         return base(x)
     # Beside a much larger bias, few digits would be left for the product.
     factor = _LARGEST / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
-    return dora.without_bias(base(x * factor)) / factor
+    return (base(x * factor) - dora.bias) / factor
 
 
 def _sums_of_quantized(dora: Dora, base: nn.Module) -> Tensor:

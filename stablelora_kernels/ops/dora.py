@@ -1,7 +1,8 @@
 """DoRA (arXiv 2402.09353) without a matrix of the weight's size: the norms of the rows of W + s B
 A, and the scale of columns.
 
-    n^2 = |W_n|^2 + 2 s <B_n, (W A^T)_n> + s^2 B_n (A A^T) B_n^T          Y = (m / n) Z + bias,   Z = X W^T + s X A^T B^T
+    n^2 = |W_n|^2 + 2 s <B_n, (W A^T)_n> + s^2 B_n (A A^T) B_n^T
+    Y = f (Z - bias) + bias,   f = m / n,   Z = X W^T + bias + s X A^T B^T
 
 W A^T is the base layer's product for the r rows of A, so W itself may be stored in any form.
 """
@@ -76,34 +77,38 @@ def square_sums_by_products(
 
 class _ScaleColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, z: Tensor, factor: Tensor) -> Tensor:
-        # Saved for dm alone.
-        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, factor)
-        return torch.mul(z, factor, out=torch.empty_like(z))
+    def forward(ctx: Context, z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+        # Z is saved for dm alone.
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, factor, bias)
+        y = torch.mul(z, factor, out=torch.empty_like(z))
+        return y if bias is None else y.add_((1 - factor) * bias)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        z, factor = ctx.saved_tensors
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        z, factor, bias = ctx.saved_tensors
         assert factor is not None
-        dz = None
+        dz, dfactor, dbias = None, None, None
         if ctx.needs_input_grad[0]:
             dz = torch.mul(grad, factor, out=torch.empty_like(grad))
-        if z is None:
-            return dz, None
-        total = torch.zeros_like(factor)
-        grad_blocks = grad.reshape(-1, grad.shape[-1]).split(_ROWS)
-        z_blocks = z.reshape(-1, z.shape[-1]).split(_ROWS)
-        for grad_rows, z_rows in zip(grad_blocks, z_blocks, strict=True):
-            total += (grad_rows.to(factor.dtype) * z_rows).sum(0)
-        return dz, total
+        if z is not None:
+            dfactor = torch.zeros_like(factor)
+            shift = 0.0 if bias is None else bias.to(factor.dtype)
+            grad_blocks = grad.reshape(-1, grad.shape[-1]).split(_ROWS)
+            z_blocks = z.reshape(-1, z.shape[-1]).split(_ROWS)
+            for grad_rows, z_rows in zip(grad_blocks, z_blocks, strict=True):
+                dfactor += (grad_rows.to(factor.dtype) * (z_rows - shift)).sum(0)
+        if bias is not None and ctx.needs_input_grad[2]:
+            total = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=factor.dtype)
+            dbias = ((1 - factor) * total).to(bias.dtype)
+        return dz, dfactor, dbias
 
 
 def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """``factor ∘ Z + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N]; rounded
-    to z's dtype once or twice.
+    """``factor ∘ (Z - bias) + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N];
+    rounded to z's dtype twice at most.
 
-    A bias in another dtype is cast to z's, as in a linear layer under autocast.
+    Where the factor is 1, as it is before the first step of training, this is Z to the bit.
     """
-    y: Tensor = _ScaleColumns.apply(z, factor)  # type: ignore[no-untyped-call]
-    return y if bias is None else y + bias.to(y.dtype)
+    y: Tensor = _ScaleColumns.apply(z, factor, bias)  # type: ignore[no-untyped-call]
+    return y

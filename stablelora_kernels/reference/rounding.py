@@ -301,17 +301,15 @@ class RoundedMLP:
 
 
 class RoundedDoRA:
-    """DoRA: Y = (m / n) Z + bias for a layer's Z, with the magnitudes m and the norms n of the rows
-    of W + s B A.
+    """DoRA: Y = f (Z - bias) + bias, f = m / n, for a layer's Z, which has the bias, with the
+    magnitudes m and the norms n of the rows of W + s B A.
 
     The rounding of n is left out: a norm of K numbers has 1/√K of the relative error of one of
     them.
     """
 
-    def __init__(
-        self, layer: RoundedLayer, magnitude: Tensor, norms: Tensor, bias: Rounded | None
-    ) -> None:
-        self.layer, self.bias = layer, bias
+    def __init__(self, layer: RoundedLayer, magnitude: Tensor, norms: Tensor) -> None:
+        self.layer = layer
         self.norms, self.factor = norms, magnitude / norms
         self.arithmetic = layer.arithmetic
 
@@ -320,15 +318,19 @@ class RoundedDoRA:
         self.z = self.layer.forward(x)
         # The factor is rounded as well.
         y = (self.z * self.factor).stored(storage, times=2)
-        return y if self.bias is None else (y + self.bias).stored(storage)
+        if self.layer.bias is None:
+            return y
+        rest = (self.layer.bias * (1 - self.factor)).stored(self.arithmetic.sums, times=2)
+        return (y + rest).stored(storage)
 
     def backward(self, grad: Rounded) -> dict[str, Rounded]:
         """The gradients of the layer by their operands' names, and that of the magnitudes [N]."""
         storage = self.arithmetic.storage
         gradients = self.layer.backward((grad * self.factor).stored(storage, times=2))
         ones = torch.ones_like(self.z.exact[:, :1])
+        scaled = self.z if self.layer.bias is None else self.z + self.layer.bias * -1.0
         sums = self.arithmetic.product(
-            (grad * self.z).stored(storage).T, Rounded(ones, torch.zeros_like(ones))
+            (grad * scaled).stored(storage).T, Rounded(ones, torch.zeros_like(ones))
         )
         gradients["magnitude"] = (sums.stored(storage) * (1 / self.norms)[:, None]).stored(storage)
         return gradients

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import stablelora_kernels as slk
-from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.testing import cases
 from tests.gpu import test_bring_up, test_cuda_graphs, test_nvidia_tools, test_oracle
 from tests.helpers import gpu_checks
@@ -52,20 +51,42 @@ def test_a_graph_that_computes_only_once_fails(monkeypatch):
         test_cuda_graphs.test_a_call(test_cuda_graphs.SIZES[0], None)
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120"))
-def test_on_a_gpu_the_first_tests_launch_the_kernels_that_they_name(arch):
+# Architecture, processors, and the shared memory that a program may have: NVIDIA's data sheets.
+GPUS = {
+    "A100": ("sm_80", 108, 166_912), "A100, a slice of 42 processors": ("sm_80", 42, 166_912), "A30": ("sm_80", 56, 166_912),
+    "RTX 3060": ("sm_86", 28, 101_376), "RTX 3080": ("sm_86", 68, 101_376), "RTX 3090": ("sm_86", 82, 101_376),
+    "A10": ("sm_86", 72, 101_376), "A40": ("sm_86", 84, 101_376), "L4": ("sm_89", 58, 101_376),
+    "RTX 4070": ("sm_89", 46, 101_376), "RTX 4080": ("sm_89", 76, 101_376), "RTX 4090": ("sm_89", 128, 101_376),
+    "L40S": ("sm_89", 142, 101_376), "H100 SXM, H200": ("sm_90", 132, 232_448), "H100 PCIe": ("sm_90", 114, 232_448),
+    "H20": ("sm_90", 78, 232_448), "H100, a slice of 16 processors": ("sm_90", 16, 232_448),
+    "H100, a slice of 60 processors": ("sm_90", 60, 232_448), "B200": ("sm_100", 148, 232_448),
+    "RTX 5070 Ti": ("sm_120", 70, 101_376), "RTX 5080": ("sm_120", 84, 101_376), "RTX 5090": ("sm_120", 170, 101_376),
+    "GB10": ("sm_121", 48, 101_376),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_on_a_gpu_the_first_tests_launch_the_kernels_that_they_name(gpu):
     """No dry run sees their large sizes."""
+    device = Device(*GPUS[gpu])
     # Without a GPU the tests name the kernels of one that has tensor descriptors.
-    own = "linear_tma" if DEVICES[arch].tma else "linear"
+    of_whole_tiles = "linear_tma" if device.tma else "linear"
     for size, kernel, p in test_bring_up.CALLS:
-        expected = {
-            own if name == test_bring_up.TMA else name
-            for name in test_bring_up.LAUNCHED[size, kernel]
-        }
-        with slk.use_backend("triton"), slk.use_kernel(kernel):
-            found = slk.explain(*test_bring_up.SIZES[size], dropout_p=p, device=arch)
-        launched = {step.kernel.removeprefix("lora_") for step in found.forward + found.backward}
+        launched = test_bring_up.listed_by_dispatch(device, test_bring_up.SIZES[size], kernel, p)
+        if (size, kernel) in test_bring_up.ASKED:
+            assert launched & {of_whole_tiles, "linear_split_k"}, (size, kernel, p)
+            continue
+        named = test_bring_up.LAUNCHED[size, kernel]
+        expected = {of_whole_tiles if name == test_bring_up.TMA else name for name in named}
         assert launched == expected, (size, kernel, p)
+
+
+@pytest.mark.parametrize("gpu", ("A100", "H100 SXM, H200", "B200", "RTX 4090", "RTX 5090"))
+def test_programs_share_sums_in_the_tests_that_ask_dispatch(gpu):
+    for size, kernel in test_bring_up.ASKED:
+        sizes = test_bring_up.SIZES[size]
+        launched = test_bring_up.listed_by_dispatch(Device(*GPUS[gpu]), sizes, kernel, 0.0)
+        assert "linear_split_k" in launched, (size, kernel)
 
 
 SANITIZED = """========= COMPUTE-SANITIZER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -64,6 +65,7 @@ def counted_ops() -> Iterator[Calls]:
     calls = Calls()
 
     def counting(name: str, op: Any) -> Any:
+        @functools.wraps(op)
         def counted(*args: Any, **kwargs: Any) -> Any:
             calls.before()
             result: Any = True

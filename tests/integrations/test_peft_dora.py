@@ -91,6 +91,34 @@ def test_output_and_gradients(dtype, rows, bias, backend, calls):
         )
 
 
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_a_new_adapter_leaves_the_output_to_the_bit(dtype):
+    """As PEFT's does: m / n is 1 for each row, and B is zero."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(500, 300, dtype=dtype))
+    x = torch.randn(70, 500, dtype=dtype)
+    expected = base(x).detach()
+    adapted = config(target_modules=["0"], use_dora=True, r=R, init_lora_weights=True)
+    model = peft.get_peft_model(base, adapted, autocast_adapter_dtype=False)
+    model.base_model.model[0].to(dtype)
+    slk.accelerate_peft(model, strict=True)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [FP64, BF16])
+def test_a_bias_that_trains(dtype, calls):
+    model = one_layer(nn.Linear(K, N, dtype=dtype), dtype, bias="all")
+    x = torch.randn(70, K).to(dtype)
+    exact, own = results(copy.deepcopy(model).double(), x.double()), results(model, x)
+    slk.accelerate_peft(model, strict=True)
+    found = results(model, x)
+    (bias,) = (name for name in found if name.endswith("bias"))
+    assert calls.layers == {"lora_linear": 1} and found[bias].dtype == dtype
+    error, of_peft = ((r[bias].double() - exact[bias]).abs().max().item() for r in (found, own))
+    # A sum over the rows of dY, whose elements are at most 1.
+    assert error <= of_peft + len(x) * torch.finfo(dtype).eps
+
+
 def test_row_norms_in_bfloat16_are_closer_than_pefts():
     model = one_layer(nn.Linear(512, 512).to(BF16), BF16)
     layer = model.base_model.model[0]

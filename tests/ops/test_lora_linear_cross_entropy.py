@@ -4,6 +4,7 @@ often it multiplies by the head.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -164,6 +165,27 @@ def eager(
     flat = logits.float().view(-1, weight.shape[0])
     loss = torch.nn.functional.cross_entropy(flat, labels.reshape(-1), reduction=reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def test_the_kernel_reads_nothing_that_nobody_has_written():
+    """It reads whole rows of the logits' memory, which end behind the vocabulary."""
+    pytest.importorskip("triton", reason="runs where Triton is installed")
+    from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
+
+    vocabulary, rows = 53, 5
+    width = -(-vocabulary // op.ROW_ALIGNMENT) * op.ROW_ALIGNMENT
+    memory = torch.full((rows, width), float("nan"))
+    logits = memory[:, :vocabulary]
+    logits.copy_(torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)))
+    labels = torch.arange(rows)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    losses = torch.empty(rows)
+    settings = SimpleNamespace(
+        ignore_index=-100, softcap=0.0, logit_scale=1.0, unit=1.0, needs_gradient=True
+    )
+    cross_entropy(settings, logits, labels, None, losses).run(memory.device)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    assert memory.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -21,6 +21,7 @@ _LLAMA = _SMALL | {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
+_EXPERTS = _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Some tests expect OPT to have 5 layers and 16 features.
 _OPT = _SMALL | {
     "hidden_size": 16, "num_hidden_layers": 5, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 128,
@@ -42,6 +43,11 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "GPT2LMHeadModel": (_GPT2, [f"{_TINY}GPT2LMHeadModel", f"{_TINY}gpt2", f"{_HF}gpt2"]),
     "GPTJForCausalLM": (_GPT2 | {"rotary_dim": 4}, [f"{_TINY}GPTJForCausalLM"]),
     "LlamaForCausalLM": (_LLAMA, [f"{o}-internal-testing/tiny-random-LlamaForCausalLM" for o in ("trl", "hf", "peft")]),
+    "Llama4ForCausalLM": (
+        _EXPERTS | {"intermediate_size_mlp": 64, "head_dim": 8, "num_experts_per_tok": 1},
+        ["trl-internal-testing/tiny-Llama4ForCausalLM"],
+    ),
+    "GptOssForCausalLM": (_EXPERTS | {"head_dim": 8}, ["trl-internal-testing/tiny-GptOssForCausalLM"]),
     "Qwen2ForCausalLM": (_LLAMA, ["peft-internal-testing/tiny-dummy-qwen2"]),
     "MistralForCausalLM": (_LLAMA, [f"{_HF}MistralForCausalLM"]),
     "Gemma3ForCausalLM": (_LLAMA | {"head_dim": 8}, [f"{_HF}Gemma3ForCausalLM"]),

@@ -11,12 +11,19 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.helpers.op_calls import Calls
 
 OUTCOMES, ACCELERATE = "STABLELORA_SUITE_OUTCOMES", "STABLELORA_SUITE_ACCELERATE"
 _outcomes: dict[str, str] = {}
 _counts: Counter[str] = Counter()
+# Stays open until the process ends.
+_stack = ExitStack()
+_calls: list[Calls] = []
 
 
 class _Always(dict[str, int]):
@@ -37,43 +44,37 @@ def pytest_configure() -> None:
 
 
 def _accelerate_every_model() -> None:
-    """Call ``accelerate_peft`` on every model into which PEFT has put an adapter."""
+    """Call ``accelerate_peft``, as the README's first example does, on every model into which PEFT
+    has put an adapter, and count the ops that run.
+    """
+    # Not as tests.helpers: PEFT's package of tests has that name.
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from helpers.op_calls import counted_ops
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTuner
 
     import stablelora_kernels as slk
-    from stablelora_kernels.integrations import peft_experts, peft_layers, peft_operands
+    from stablelora_kernels.nn import fused_experts
 
     inject_adapter = BaseTuner.inject_adapter
+    experts_mlp_op = fused_experts.lora_experts_mlp_op
 
     @functools.wraps(inject_adapter)
     def injected_and_accelerated(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = inject_adapter(self, model, *args, **kwargs)
         if any(isinstance(module, LoraLayer) for module in model.modules()):
-            _counts["accelerated rows of reports"] += len(slk.accelerate_peft(model).replaced)
+            report = slk.accelerate_peft(model, fuse_mlp=True)
+            _counts["accelerated rows of reports"] += len(report.replaced)
         return result
+
+    @functools.wraps(experts_mlp_op)
+    def counted_experts_mlp(*args: Any) -> Any:
+        _counts["calls of lora_experts_mlp"] += 1
+        return experts_mlp_op(*args)
 
     BaseTuner.inject_adapter = injected_and_accelerated
-    places = {
-        peft_layers: ("lora_linear_if",),
-        peft_operands: ("lora_linear", "lora_branch"),
-        peft_experts: ("lora_experts",),
-    }
-    for module, names in places.items():
-        for name in names:
-            setattr(module, name, _counted(name, getattr(module, name)))
-
-
-def _counted(name: str, op: Any) -> Any:
-    # Keep its name: tests pickle these models.
-    @functools.wraps(op)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = op(*args, **kwargs)
-        if result is not None:
-            _counts[f"calls of {name.removesuffix('_if')}"] += 1
-        return result
-
-    return call
+    fused_experts.lora_experts_mlp_op = counted_experts_mlp
+    _calls.append(_stack.enter_context(counted_ops()))
 
 
 def pytest_collection_finish() -> None:
@@ -92,5 +93,8 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_sessionfinish() -> None:
+    for calls in _calls:
+        _counts.update({f"calls of {op}": count for op, count in calls.layers.items()})
+        _counts["calls of lora_mlp"] += len(calls.mlps)
     content = {"outcomes": _outcomes, "counts": _counts}
     Path(os.environ[OUTCOMES]).write_text(json.dumps(content), encoding="utf-8")

@@ -7,7 +7,7 @@ decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +85,8 @@ def specialized_run(p: Product, device: torch.device, pairs: bool) -> Run:
     return partial(launch.run, device)
 
 
-def branch_first_run(p: Product, device: torch.device) -> Run:
-    """The launches of the strategy "vendor", in which the product adds to the branch.
+def branch_first(p: Product, device: torch.device) -> list[Any]:
+    """The launches of the strategy "vendor", in which the product, the last, adds to the branch.
 
     Raises:
         UnavailableError: this version adds the branch to the product instead.
@@ -95,12 +95,35 @@ def branch_first_run(p: Product, device: torch.device) -> Run:
     last = launches[-1]
     if not (isinstance(last, VendorProduct) and last.add):
         raise UnavailableError("this version has no strategy in which the branch comes first")
+    return launches
+
+
+def run_of(launches: Sequence[Any], device: torch.device) -> Run:
+    """One run of all ``launches``."""
 
     def run() -> None:
         for launch in launches:
             launch.run(device)
 
     return run
+
+
+def branch_first_run(p: Product, device: torch.device) -> Run:
+    """The branch, and the vendor's product onto it.
+
+    Raises:
+        UnavailableError: as :func:`branch_first`.
+    """
+    return run_of(branch_first(p, device), device)
+
+
+def branch_alone_run(p: Product, device: torch.device) -> Run:
+    """All launches of :func:`branch_first` but the vendor's product.
+
+    Raises:
+        UnavailableError: as :func:`branch_first`.
+    """
+    return run_of(branch_first(p, device)[:-1], device)
 
 
 def runs(

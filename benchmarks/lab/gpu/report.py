@@ -14,7 +14,7 @@ from benchmarks.lab.predict.ceilings import load_gpu
 from benchmarks.lab.predict.rivals import Shape
 
 # The sections of the first tests, in order.
-FIRST = ("doctor", "kernels", "launches")
+FIRST = ("smoke", "doctor", "kernels", "launches")
 # A timing's modes; and the phases of a layer that is taken apart: many launches in a graph, or one.
 GRAPH, EAGER = "graph", "eager"
 MANY_LAUNCHES, ONE_LAUNCH = "many launches", "one launch"
@@ -25,7 +25,7 @@ USED = (
     "m", "n_out", "k", "r", "dropout", "mode", "test", "note", "figure", "waits", "throttle", "sm_mhz", "state", "dtype",
 )  # fmt: skip
 # Rows of which targets speak: ours in CUDA graphs, 4096 x 4096 at rank 16; and of tests.
-LAYER = "section == 'layer' and arm == 'ours' and mode == 'graph' and n_out == 4096 and k == 4096 and r == 16"
+LAYER = "section in ('headline', 'layer') and arm == 'ours' and mode == 'graph' and n_out == 4096 and k == 4096 and r == 16"
 BACKWARD = f"{LAYER} and dropout == 0.1 and m in {MANY} and phase == 'backward'"
 FORWARD = f"{LAYER} and dropout == 0 and m in {FEW} and phase == 'forward'"
 LAUNCHES, BYTES = "test_a_call_launches_what_explain_lists", "test_fewer_bytes_than_eager"
@@ -97,7 +97,7 @@ TARGETS = (
 def targets(rows: pd.DataFrame) -> list[str]:
     """Return verdicts: one bad figure misses a target, and so many good ones meet it."""
     times = rows[rows.metric.isna() | (rows.metric == "us")]
-    key, found = ["case", "phase", "mode"], []
+    key, found = ["section", "case", "phase", "mode"], []
     for arm in ("eager LoRA", "frozen nn.Linear"):
         times = times.join(times[times.arm == arm].set_index(key)["median"].rename(arm), on=key)
     ratios = {
@@ -111,6 +111,33 @@ def targets(rows: pd.DataFrame) -> list[str]:
         result = result if values.between(least, most).all() else MISSED
         found.append(f"{result}: {words}: {', '.join(f'{value:.4g}' for value in values)}")
     return found
+
+
+def headline(times: pd.DataFrame) -> str:
+    """Return the medians of the headline's arms, in microseconds, and as shares of the frozen
+    layer's: forward, backward and both.
+    """
+    timed = times[(times.section == "headline") & (times["mode"] == GRAPH)]
+    if timed.empty:
+        return UNKNOWN
+    us = timed.pivot_table("median", ["phase", "arm"], ["dropout", "m"], sort=False)
+    blocks = [us.round(1).to_string()]
+    if "frozen nn.Linear" in us.index.get_level_values("arm"):
+        frozen = us.xs("frozen nn.Linear", level="arm")
+        whole = us[us.index.get_level_values("phase").isin(frozen.index)]
+        blocks.append(
+            f"Over the frozen layer:\n{whole.div(frozen, level='phase').round(3).to_string()}"
+        )
+    return "\n\n".join(blocks)
+
+
+def job(rows: pd.DataFrame) -> str:
+    """Return the job's figures, a column for each arm."""
+    of_job = rows[(rows.section == "job") & rows.metric.notna()]
+    if of_job.empty:
+        return UNKNOWN
+    wide = of_job.pivot_table("median", ["phase", "metric"], "arm", sort=False)
+    return wide.to_string(float_format=lambda value: f"{value:.4g}")
 
 
 def losses(times: pd.DataFrame) -> pd.DataFrame:
@@ -198,7 +225,7 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     times = rows[(rows.metric == "us") & (rows.status == OK)]
     tests = rows[rows.section.isin(FIRST) & rows.test.notna()]
     versions = rows[rows.section == "versions"][["case", "note"]].fillna("")
-    others = times[~times.section.isin(["layer", "apart", "specialized"])].pivot_table(
+    others = times[~times.section.isin(["headline", "layer", "apart", "specialized"])].pivot_table(
         "median", ["section", "case", "phase", "mode", "arm"]
     )
     # A dry run's figures could be mistaken for measurements.
@@ -208,6 +235,8 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
         clock = f"{times.sm_mhz.describe().to_string()}\n{times.throttle.value_counts()}"
     parts = {
         "Versions": "\n".join(versions.agg("\n".join, axis=1)).strip(),
+        "The headline, us": headline(times),
+        "The job: python -m benchmarks": job(rows),
         "Targets": "\n".join(verdicts),
         "The experiment: open questions": "" if dry else "\n".join(experiment.verdicts(times)),
         "The experiment, us": experiment_times(times),

@@ -11,6 +11,11 @@ GRAPHED_STEP = "tests/gpu/test_graphed_step.py"
 COMPETING = "tests/gpu/test_competing_stream.py"
 
 DOCTOR = (f"{BRING_UP}::test_doctor",)
+# A layer without dropout and with it, and the optimizer: enough to time the headline.
+SMOKE = tuple(
+    f"{BRING_UP}::test_doctor[{check}]"
+    for check in ("lora_linear, many rows, bf16", "lora_linear, dropout, bf16", "stable_adamw, 3 steps, fp32")
+)  # fmt: skip
 # S; the product by pointers and by TMA; fused and split-K; chained; groups, MLPs, quantized
 # weights.
 KERNELS = (

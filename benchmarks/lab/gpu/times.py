@@ -50,8 +50,12 @@ EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
 # Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate
 # products.
 FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
+# The vendor's product, written and added to what is there, by beta; and all of our launches that
+# come before it if it is added.
+PRODUCTS = {"addmm_, beta 0": 0.0, "addmm_, beta 1": 1.0}
+BRANCH_ALONE = "branch alone"
 # Arms that are timed in one mode alone. These optimizers wait for the host.
-ONLY_GRAPH = (*STRATEGIES[1:], *FORCED)
+ONLY_GRAPH = (*STRATEGIES[1:], *FORCED, *PRODUCTS, BRANCH_ALONE)
 ROLES = dict.fromkeys(
     (BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival"
 ) | dict.fromkeys(ONLY_GRAPH, "")
@@ -69,7 +73,7 @@ BLOCK = (
     (4096, 14336),
 )
 # All arms are timed for so many seconds an arm and phase, in turns, and for five rounds at least.
-SECONDS = 0.03
+SECONDS, HEADLINE_SECONDS = 0.03, 0.2
 
 
 def arms_of(
@@ -97,8 +101,10 @@ def arms_of(
     return found | {name: partial(build, ours, kernels) for name, kernels in forced.items()}
 
 
-def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return the suite's arms, and ours by each kernel that can compute it."""
+def layer_arms(
+    device: Device, m: int, n_out: int, k: int, r: int, dropout: float, rivals: Iterable[str]
+) -> Arms:
+    """Return the frozen layer, ``rivals``, ours, and ours by each kernel that can compute it."""
     more = r, BF16, BF16, dropout > 0
     forward, backward = (
         possible_strategies(call)
@@ -106,11 +112,38 @@ def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) ->
     )
     # A kernel that can compute backward alone runs behind dispatch's forward.
     forced = {kernel: (kernel if kernel in forward else "auto", kernel) for kernel in backward}
+    case = LayerCase(m, k, n_out, r, "bf16", device.device, dropout)
+    return arms_of(case, (FROZEN, *rivals, OURS), forced, OURS)
 
+
+def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
+    """Return the suite's arms, and ours by each kernel that can compute it."""
     # A compilation takes about 12 seconds.
     compiled = (PEFT_COMPILED,) if m in (2048, 8192) and n_out == k == 4096 and r == 16 else ()
-    case = LayerCase(m, k, n_out, r, "bf16", device.device, dropout)
-    return arms_of(case, (FROZEN, BY_HAND, PEFT, OURS, *compiled), forced, OURS)
+    return layer_arms(device, m, n_out, k, r, dropout, (BY_HAND, PEFT, *compiled))
+
+
+def headline(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
+    """Return the arms of :func:`layer` without the compiled one, and what the strategy "vendor" is
+    made of: the branch, and the vendor's product, which writes or adds.
+    """
+    shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
+    calls = parts.calls(shape, partial(random, device))
+    by_phase = {"forward": calls.forward, "dX": calls.backward}
+
+    def product(beta: float) -> Phases:
+        return {
+            phase: partial(p.y.addmm_, p.x, p.w.t(), beta=beta) for phase, p in by_phase.items()
+        }
+
+    def branch() -> Phases:
+        return {
+            phase: experiment.branch_alone_run(p, device.device) for phase, p in by_phase.items()
+        }
+
+    arms = layer_arms(device, m, n_out, k, r, dropout, (BY_HAND, PEFT))
+    arms |= {name: partial(product, beta) for name, beta in PRODUCTS.items()}
+    return arms | {BRANCH_ALONE: branch}
 
 
 def random(device: Device, *size: int, dtype: torch.dtype) -> Tensor:
@@ -237,7 +270,7 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
     """Build the arms, for each mode anew, and time all of them in turns."""
     case = " ".join(f"{name} {value}" for name, value in sizes.items())
     taken_apart = make in (apart, specialized)
-    by_copies = make is layer or taken_apart
+    by_copies = make in (layer, headline) or taken_apart
     count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if by_copies else 1
     copies, runs = [make(device, **sizes) for _ in range(count)], dict[Name, Arm]()
     for mode, arm in product((GRAPH, EAGER), copies[0]):
@@ -262,7 +295,8 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
             status = SKIPPED if role_of(arm) in ("base", "rival") else FAILED
             note = traceback.format_exc()[-NOTE_LENGTH:]
             yield {"case": case, "arm": arm, "mode": mode, "status": status, "note": note}
-    times, load = device.time(runs, SECONDS * len(runs))
+    seconds = HEADLINE_SECONDS if make is headline else SECONDS
+    times, load = device.time(runs, seconds * len(runs))
     for (mode, phase, arm), (seconds, host) in [*times.items(), *backwards(times)]:
         named = partial(record, case, phase, arm, role=role_of(arm))
         yield named("us", [1e6 * each for each in seconds]) | {"mode": mode, **load}
@@ -282,6 +316,8 @@ DOUBTS = [
     *((m, 4096, 4096, 16, 0.0) for m in (128, 256, 384)),
     *((m, 4096, 14336, 16, 0.1) for m in (512, 4096)),
 ]
+# The README's headline, and the same layer with fewer rows and without dropout.
+HEADLINE = [(m, 4096, 4096, 16, p) for p in DROPOUT for m in (8192, 2048)]
 SHAPES = [(m, *nk, r, p) for m, nk, r, p in product(ROWS, SIZES, RANKS, DROPOUT)]
 # Those that the targets name come first.
 SHAPES.sort(key=lambda s: 2 * (s[1:3] != (4096, 4096)) + (s[3] != 16) + (s[0] not in MANY + FEW))
@@ -296,9 +332,10 @@ SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
         [(70, 48, 32, 8, 0.1)],
         [(s.m, s.n, s.k, s.r, s.p) for s in parts.SHAPES],
     ),
+    headline: ([(70, 48, 32, 8, 0.1)], HEADLINE),
     layer: (
         [(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)],
-        dict.fromkeys(SHAPES[:12] + DOUBTS + SHAPES),
+        dict.fromkeys(HEADLINE + SHAPES[:12] + DOUBTS + SHAPES),
     ),
     modules: (
         [("mlp", 70, 72, 48, 4, 0.1), ("projections", 70, (32, 16), 48, 4, 0.1)],

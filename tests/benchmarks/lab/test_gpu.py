@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -19,9 +20,10 @@ pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import __main__ as command
-from benchmarks.lab.gpu import report, stages
+from benchmarks.lab.gpu import report, stages, times
 from benchmarks.lab.predict import parts
 from benchmarks.lab.predict.ceilings import load_gpu
+from stablelora_kernels.cli.self_test import checks
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.gpu.test_nvidia_tools import WATCHED
@@ -45,18 +47,13 @@ def processes() -> str:
     return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
+LAYER_ARMS = {
+    "frozen nn.Linear", "eager LoRA", "PEFT", "ours", "fused", "chained", "split", "vendor",
+}  # fmt: skip
 ARMS = {
     "step": {"AdamW fused", "StableLoRAAdamW"},
-    "layer": {
-        "frozen nn.Linear",
-        "eager LoRA",
-        "PEFT",
-        "ours",
-        "fused",
-        "chained",
-        "split",
-        "vendor",
-    },
+    "layer": LAYER_ARMS,
+    "headline": LAYER_ARMS | {"addmm_, beta 0", "addmm_, beta 1", "branch alone"},
 }
 
 
@@ -82,7 +79,7 @@ def test_a_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     )
     graphs = pd.concat(found.values()).query("metric == 'us' and mode == 'graph' and median > 0")
     arms = graphs.groupby("section").arm.agg(set)
-    sections = {"specialized", "apart", "layer", "mlp", "projections", "step"}
+    sections = {"headline", "specialized", "apart", "layer", "mlp", "projections", "step"}
     assert {*arms.index} == sections and dict(arms[[*ARMS]]) == ARMS
 
 
@@ -118,7 +115,7 @@ def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypat
 # parameters.
 STEPS = (
     "test_doctor", "test_down[1-", "test_down[2-", "test_linear[odd rows-split", "test_linear[even rows-split",
-    "test_linear[few rows-fused", "test_linear[long sum-split", "test_linear[one tile-chained",
+    "test_linear[few rows-fused", "test_linear[one tile-chained", "test_linear[long sum-split",
     "test_linear[many tiles-chained", "test_linear[many tiles of dX-chained", "test_other_ops[group", "test_other_ops[mlp",
     "nf4", "fp8", "test_the_third_call_is_prepared", "test_a_call", "test_on_the_default_stream", "test_optimizer",
     "test_streams_share", "test_chained_launches_beside_other_work", "test_a_second_gpu",
@@ -223,6 +220,13 @@ ENDS = {
 }
 
 
+FIRST_ROW = {"section": "versions", "case": "torch, Triton, ptxas", "status": "ok", "note": ""}
+
+
+def run_sections(names: list[str], out: Path, budget: float) -> pd.DataFrame:
+    return command.run(names, out, budget, {"gpu": "x"}, dry=False, first=FIRST_ROW)
+
+
 # A test that hangs takes all of its section's time.
 @pytest.mark.parametrize(
     "status", ["failed", "ok", pytest.param("begun", marks=pytest.mark.nightly)]
@@ -232,17 +236,73 @@ def test_a_section_leaves_a_row_for_each_test_that_began(status, tmp_path, monke
     (tmp_path / "test_some.py").write_text(TESTS.format(end))
     sections = {
         name: (1.0, [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)])
-        for name in ("memcheck", "b")
+        for name in ("smoke", "b")
     }
     monkeypatch.setattr(command, "SECTIONS", sections)
-    rows = command.run(["memcheck", "b"], tmp_path, 2 * seconds, {"gpu": "x"}, dry=False)
+    rows = run_sections(["smoke", "b"], tmp_path, 2 * seconds)
     # A failure in the first ends the run.
-    assert {*rows.section} == {"memcheck"} and rows.note.dropna().iloc[-1].endswith(note)
+    assert {*rows.section} == {"versions", "smoke"} and rows.note.dropna().iloc[-1].endswith(note)
     found = rows.set_index(rows.test.fillna(rows.case)).status
     assert (found["a"], found["test_bad"], found["test_ends"]) == ("ok", "failed", status)
     assert ("test_later" in found) == (status == "ok")
-    assert "memcheck test_bad  : E   ValueError: broken here" in report.failures(rows)
-    assert "16384" in (tmp_path / "memcheck.csv").read_text() and "sleep 6789" not in processes()
+    assert "smoke test_bad  : E   ValueError: broken here" in report.failures(rows)
+    assert "16384" in (tmp_path / "smoke.csv").read_text() and "sleep 6789" not in processes()
+
+
+LATER = """
+import pathlib, tarfile
+OUT = pathlib.Path({!r})
+def test_what_is_on_disk_by_now():
+    assert "memcheck test_bad" in (OUT / "summary.md").read_text()
+    with tarfile.open(OUT / (OUT.name + ".tar.gz")) as archive:
+        names = archive.getnames()
+    assert {{OUT.name + "/memcheck.csv", OUT.name + "/memcheck.log", OUT.name + "/summary.md"}} <= {{*names}}
+"""
+
+
+def test_a_sanitizers_failure_ends_nothing_and_each_section_leaves_a_summary_and_an_archive(
+    tmp_path, monkeypatch
+):
+    out = tmp_path / "gpu"
+    out.mkdir()
+    (tmp_path / "test_some.py").write_text(TESTS.format("pass"))
+    (tmp_path / "test_later.py").write_text(LATER.format(str(out)))
+    files = {"memcheck": "test_some.py", "dram": "test_later.py"}
+    sections = {
+        name: (1.0, [str(tmp_path / file), "--rootdir", str(tmp_path)])
+        for name, file in files.items()
+    }
+    monkeypatch.setattr(command, "SECTIONS", sections)
+    rows = run_sections([*files], out, 600.0)
+    assert [*rows[rows.section == "memcheck"].status].count("failed") == 1
+    assert [*rows[rows.section == "dram"].status] == ["ok"], rows.note.dropna().iloc[-1]
+    # The archive has the last section too, and does not hold itself.
+    with tarfile.open(out / "gpu.tar.gz") as archive:
+        names = archive.getnames()
+    kept = (path.relative_to(tmp_path) for path in out.iterdir() if path.suffix != ".gz")
+    assert sorted(names) == sorted(map(str, kept)) and "gpu/dram.csv" in names
+
+
+def test_what_decides_most_comes_first():
+    sections = [*command.SECTIONS]
+    assert sections[:3] == ["smoke", "headline", "job"]
+    assert sections[-4:] == ["memcheck", "synccheck", "initcheck", "racecheck"]
+    assert command.ENDING == ("smoke",)
+    shares = [share for share, _ in command.SECTIONS.values()]
+    # Seconds until the headline has been timed.
+    assert command.BUDGET * sum(shares[:2]) / sum(shares) <= 300
+    headline = [*times.SECTIONS[times.headline][1]]
+    assert sorted(headline) == sorted(
+        (m, 4096, 4096, 16, p) for m in (2048, 8192) for p in (0.0, 0.1)
+    )
+    # The README's own is the first, and first among all layers.
+    assert headline[0] == (8192, 4096, 4096, 16, 0.1) == next(iter(times.SECTIONS[times.layer][1]))
+
+
+def test_three_checks_of_doctor_are_the_first_tests():
+    (doctor,) = stages.DOCTOR
+    of_doctor = {f"{doctor}[{check.family}, {check.case}]" for check in checks()}
+    assert len({*stages.SMOKE}) == 3 and {*stages.SMOKE} < of_doctor
 
 
 ROLES = {"ours": "ours", "frozen nn.Linear": "base", "eager LoRA": "rival", "PEFT": "rival"}
