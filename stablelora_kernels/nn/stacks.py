@@ -9,7 +9,7 @@ module ``FP8Experts`` has its own parameters. Nothing here accesses such a param
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -204,8 +204,8 @@ def _reason_against(name: str, tensor: Tensor | None, gathered: bool) -> str | N
 
 
 def has_hooks_of_others(experts: nn.Module) -> bool:
-    """Whether calling a module of experts may do more than run its class's forward and cache what a
-    parametrization computes.
+    """Whether calling a module of experts may do more than run its class's forward and cache what
+    bitsandbytes' parametrization computes.
     """
     hooks: list[Any] = []
     for attribute in ("_forward_hooks", "_forward_pre_hooks"):
@@ -216,9 +216,7 @@ def has_hooks_of_others(experts: nn.Module) -> bool:
 
 
 def _only_caches(hook: Any) -> bool:
-    return hook in (_start_cache, _end_cache) or (
-        getattr(hook, "__module__", "") == _OF_BITSANDBYTES
-    )
+    return getattr(hook, "__module__", "") == _OF_BITSANDBYTES
 
 
 # Parameters in MXFP4
@@ -236,10 +234,26 @@ def set_mxfp4(
     parametrize.register_parametrization(experts, name, step, unsafe=True)
     experts.register_state_dict_post_hook(partial(_name_as_in_checkpoint, parameter=name))
     experts.register_load_state_dict_pre_hook(partial(_name_as_in_module, parameter=name))
-    if _start_cache not in experts._forward_pre_hooks.values():
-        # A loop over experts would dequantize the stack once for each.
-        experts.register_forward_pre_hook(_start_cache)
-        experts.register_forward_hook(_end_cache, always_call=True)
+    _cache_in_forward(type(experts))
+
+
+def _cache_in_forward(kind: type[nn.Module]) -> None:
+    """Let the forward of ``kind``, a class that parametrize has made for one module, dequantize each
+    stack once. A loop over experts would dequantize it once for each.
+    """
+    if "forward" in vars(kind):
+        # Another stack of the module came first.
+        return
+    inherited = kind.forward
+
+    @wraps(inherited)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Not by hooks: PyTorch calls none after a KeyboardInterrupt, and the cache is one for all
+        # modules of the process.
+        with parametrize.cached():
+            return inherited(self, *args, **kwargs)
+
+    kind.forward = forward
 
 
 def _names_of_mxfp4(prefix: str, parameter: str) -> dict[str, str]:
@@ -265,13 +279,3 @@ def _name_as_in_module(
     for name, in_checkpoint in _names_of_mxfp4(prefix, parameter).items():
         if in_checkpoint in state:
             state[name] = state.pop(in_checkpoint)
-
-
-def _start_cache(module: nn.Module, args: Any) -> None:
-    parametrize._cache_enabled += 1
-
-
-def _end_cache(module: nn.Module, args: Any, output: Any) -> None:
-    parametrize._cache_enabled = max(0, parametrize._cache_enabled - 1)
-    if not parametrize._cache_enabled:
-        parametrize._cache = {}

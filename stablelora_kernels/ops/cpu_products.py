@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from stablelora_kernels.ops.matrices import row_count
 from stablelora_kernels.ops.plans import define_op
@@ -103,7 +104,8 @@ def by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
         # An exported program must run without this package. A compiled graph checks PyTorch's
         # switch when it runs.
         return not torch.compiler.is_exporting()
-    return torch._C._get_mkldnn_enabled()
+    # oneDNN's operator has no forward derivative: PyTorch would take the product for a constant.
+    return torch._C._get_mkldnn_enabled() and forward_ad._current_level < 0
 
 
 # Products. None of them has gradients.

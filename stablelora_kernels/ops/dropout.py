@@ -107,8 +107,17 @@ def _draw_bools(
         return keep.bernoulli_(1 - share, generator=generator)
     # On a CPU, bernoulli_ draws one double per element sequentially. 16 bits per element, four
     # elements per int64 word, are several times faster.
-    words = _random_words(-(-size // _ELEMENTS_PER_WORD), generator)
-    values = words.view(torch.int16)[:size].view(shape)
+    return _bools_of(_random_words(_word_count(size), generator), shape, share)
+
+
+def _word_count(size: int) -> int:
+    """How many random words a mask of so many elements takes."""
+    return -(-size // _ELEMENTS_PER_WORD)
+
+
+def _bools_of(words: Tensor, shape: Sequence[int], share: float) -> Tensor:
+    """A mask of random ``words``."""
+    values = words.view(torch.int16)[: math.prod(shape)].view(shape)
     return values >= round(share * 65536) - 32768
 
 
@@ -191,21 +200,31 @@ def draw_to_keep(x: Tensor, dropout_p: float) -> Drawn:
 
 def draw_for_backward(x: Tensor, dropout_p: float) -> Drawn:
     """Draw x's mask so that :func:`drawn_again` gives it to backward with little memory."""
-    # Positions are small, and so are few bools: a state takes 5,056 bytes. A compiled graph keeps no
-    # state of a generator, and a CUDA graph can't read it.
     size = x.numel()
-    is_kept = _is_small(size) or _are_positions_drawn(size, x.device, drop_share(dropout_p))
-    if is_kept or x.device.type != "cpu" or torch.compiler.is_compiling():
+    share = drop_share(dropout_p)
+    if _is_kept(size, x.device, share):
         return draw_to_keep(x, dropout_p)
-    # Other threads draw from torch's generator too. A generator of the mask's own makes the mask
-    # follow from the state alone, whatever they draw meanwhile; torch's generator then continues
-    # behind it.
-    state = torch.get_rng_state()
+    # A state and the words behind it are read by two calls, between which another thread may draw
+    # from torch's generator. Then the words do not follow from the state, and others are drawn. The
+    # generator is never set back: the other thread would get its numbers twice.
     generator = torch.Generator()
-    generator.set_state(state)
-    mask, share = _draw(x.shape, x.device, dropout_p, generator)
-    torch.set_rng_state(generator.get_state())
-    return Drawn(mask, state, 1 / (1 - share))
+    while True:
+        state = torch.get_rng_state()
+        words = _random_words(_word_count(size), None)
+        generator.set_state(state)
+        if torch.equal(_random_words(1, generator), words[:1]):
+            return Drawn(_bools_of(words, x.shape, share), state, 1 / (1 - share))
+
+
+def _is_kept(size: int, device: torch.device, share: float) -> bool:
+    """Whether :func:`draw_for_backward` keeps a mask of so many elements as it is."""
+    # A compiled graph keeps no state of a generator, and a CUDA graph can't read it.
+    if torch.compiler.is_compiling() or device.type != "cpu" or torch.jit.is_tracing():
+        return True
+    # Positions are small, and so are few bools: a state takes 5,056 bytes. A fake tensor has no
+    # words to compare.
+    is_fake = type(torch.empty(0)) is not Tensor
+    return is_fake or _is_small(size) or _are_positions_drawn(size, device, share)
 
 
 def drawn_again(recipe: Tensor | None, shape: Sequence[int], dropout_p: float) -> Tensor | None:

@@ -49,13 +49,29 @@ def define_op(
 ) -> Callable[[Callable[Arguments, Returned]], Callable[Arguments, Returned]]:
     """Turn the decorated function into the op ``name``. ``fake`` takes its arguments and returns
     outputs without values.
+
+    Under forward-mode differentiation the op raises: PyTorch would take its outputs for constants.
     """
+    qualified = f"{NAMESPACE}::{name}"
+
+    def in_reverse_mode(run: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+        # Inside the op, because a compiled graph calls nothing else of this library.
+        @functools.wraps(run)
+        def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+            if forward_ad._current_level >= 0:
+                raise NotImplementedError(
+                    f"{qualified} must be called outside of forward-mode differentiation (torch.func.jvp, "
+                    f"torch.func.jacfwd, torch.autograd.forward_ad), got level {forward_ad._current_level} of it: the "
+                    "op has no forward derivative; differentiate with backward(), or this part with PyTorch's operators"
+                )
+            return run(*args, **kwargs)
+
+        return checked
 
     def decorate(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-        qualified = f"{NAMESPACE}::{name}"
         torch.library.define(qualified, schema)
-        torch.library.impl(qualified, device_types, function)
-        torch.library.register_fake(qualified, fake)
+        torch.library.impl(qualified, device_types, in_reverse_mode(function))
+        torch.library.register_fake(qualified, in_reverse_mode(fake))
         op: Callable[Arguments, Returned] = getattr(getattr(torch.ops, NAMESPACE), name)
         return op
 

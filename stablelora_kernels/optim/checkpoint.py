@@ -30,6 +30,10 @@ _ADAMW = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturab
 _UNUSED = {"foreach", "differentiable", "fused"}
 
 
+# Of a saved group: its parameters' dtypes. Their moments, float32 either way, do not tell.
+_DTYPES = "param_dtypes"
+
+
 class SavedGroup(Hyper):
     """A parameter group of a state dict, with the keys of its parameters' entries."""
 
@@ -60,8 +64,14 @@ def read(
     loaded_groups = [with_saved(ours, theirs) for ours, theirs in zip(groups, saved, strict=True)]
     check_shared(loaded_groups, storage)
     state = load_state(cast("StateDict", state_dict), saved, groups, pairs, storage)
-    warn_of_differences(saved[0], groups[0])
+    warn_of_differences(saved, groups)
     return Loaded(loaded_groups, state)
+
+
+def add_dtypes(state_dict: StateDict, groups: Sequence[ParamGroup]) -> None:
+    """Add the dtypes of the parameters of ``groups`` to their state dict, in place."""
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        cast("dict[str, object]", saved)[_DTYPES] = [p.dtype for p in group["params"]]
 
 
 # Saved groups
@@ -167,7 +177,7 @@ def with_saved(group: ParamGroup, saved: SavedGroup) -> ParamGroup:
     """
     result: dict[str, object] = {**group}
     for key, value in saved.items():
-        if key in ("params", "param_names", *Storage._fields):
+        if key in ("params", "param_names", _DTYPES, *Storage._fields):
             continue
         old = result.get(key)
         new = deepcopy(value)
@@ -177,26 +187,46 @@ def with_saved(group: ParamGroup, saved: SavedGroup) -> ParamGroup:
     return cast("ParamGroup", result)
 
 
-def warn_of_differences(saved: SavedGroup, group: ParamGroup) -> None:
-    """Warn if loading a state with the group ``saved`` changes what the optimizer with the group
-    ``group`` was asked to do.
+def warn_of_differences(saved: Sequence[SavedGroup], groups: Sequence[ParamGroup]) -> None:
+    """Warn if loading a state with the groups ``saved`` changes what the optimizer of ``groups`` was
+    asked to do, or if its parameters are of other dtypes than they were.
     """
-    messages = []
-    asked = group["max_grad_norm"]
-    if asked is not None and asked != saved["max_grad_norm"]:
+    messages = _changed_dtypes(saved, groups)
+    first = saved[0]
+    asked = groups[0]["max_grad_norm"]
+    if asked is not None and asked != first["max_grad_norm"]:
         messages.append(
-            f"max_grad_norm was {asked} and is {saved['max_grad_norm']} now, as the other hyperparameters of the loaded state; "
+            f"max_grad_norm was {asked} and is {first['max_grad_norm']} now, as the other hyperparameters of the loaded state; "
             "set optimizer.max_grad_norm after loading to change it"
         )
     for name in Storage._fields:
-        here = group.get(name)
-        there = saved.get(name, here)
+        here = groups[0].get(name)
+        there = first.get(name, here)
         if there != here:
             messages.append(
                 f"the loaded state was saved with {name}={there}; it was converted, since this optimizer has {name}={here}"
             )
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=7)
+
+
+def _changed_dtypes(saved: Sequence[SavedGroup], groups: Sequence[ParamGroup]) -> list[str]:
+    """What to say of the parameters whose dtype is not the one of which the state was saved."""
+    changed = []
+    for theirs, ours in zip(saved, groups, strict=True):
+        # AdamW's groups and those of earlier versions have no dtypes.
+        dtypes = cast("Sequence[torch.dtype] | None", theirs.get(_DTYPES))
+        for (name, p), dtype in zip(named_parameters(ours), dtypes or (), strict=bool(dtypes)):
+            if p.dtype != dtype:
+                changed.append(f"{name!r} was {dtype} and is {p.dtype} now")
+    if not changed:
+        return []
+    more = f", as are {counted(len(changed) - 1, 'other parameter')}" if len(changed) > 1 else ""
+    return [
+        f"the loaded state is that of parameters of another dtype, so the run will not repeat the saved one: {changed[0]}{more}. "
+        "Convert them before the optimizer is made. PEFT's load_adapter, which transformers' Trainer resumes by, "
+        "makes adapters float32 unless it is given autocast_adapter_dtype=False"
+    ]
 
 
 # Saved state

@@ -466,7 +466,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """
         # Without a collective: perhaps not all ranks save.
         self._checked_norms(local_only=True)
-        return super().state_dict()
+        state_dict = super().state_dict()
+        checkpoint.add_dtypes(cast("checkpoint.StateDict", state_dict), self._groups)
+        return state_dict
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -476,8 +478,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
         Hyperparameters become the saved ones, ``max_grad_norm`` included. AdamW's state has none of
         Stable-LoRA's own, which stay, and no pair has latched in it. ``moments_dtype`` and
-        ``master_weights`` stay: the state is converted. A warning says so, and another says if the
-        saved ``max_grad_norm`` replaces one that this optimizer was given.
+        ``master_weights`` stay: the state is converted. A warning says so. Others say if the saved
+        ``max_grad_norm`` replaces one that this optimizer was given, and if a parameter is of
+        another dtype than the one of which the state was saved.
 
         Raises:
             ValueError: the state belongs to another optimizer or to other parameters; nothing has

@@ -4,6 +4,7 @@ the whole one to the bit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -233,3 +234,32 @@ def test_resumes_to_the_bit(runs, case):
     else:
         assert not (folder / "model.safetensors").exists()
         assert all(".lora_" in key for key in load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("keeps_dtype", [False, True])
+def test_adapters_in_bfloat16_resume_to_the_bit_or_with_a_warning(tmp_path, keeps_dtype):
+    """PEFT's load_adapter makes them float32, by which the Trainer resumes; training.md has the line
+    that keeps them.
+    """
+
+    def in_bfloat16():
+        torch.manual_seed(0)
+        model = small_llama(vocab_size=trainer_runs.WORDS).bfloat16()
+        config = trainer_runs.peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        return trainer_runs.peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    whole = train(in_bfloat16(), tmp_path / "whole", SETTINGS, save_strategy="steps", save_steps=3)
+    resumed = in_bfloat16()
+    if keeps_dtype:
+        resumed.load_adapter = functools.partial(resumed.load_adapter, autocast_adapter_dtype=False)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(resumed, tmp_path / "resumed", SETTINGS, resume=checkpoint)
+    named = [w for w in told if "was torch.bfloat16 and is torch.float32 now" in str(w.message)]
+    assert len(named) == (not keeps_dtype)
+    if keeps_dtype:
+        of_whole = {n: p for n, p in whole.model.named_parameters() if p.requires_grad}
+        for name, p in resumed.named_parameters():
+            assert not p.requires_grad or p.equal(of_whole[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import stablelora_kernels as slk
 from stablelora_kernels.nn.experts import LoRAExperts
+from stablelora_kernels.nn.stacks import MXFP4Parametrization
 from stablelora_kernels.testing.cases import BF16, FP32
 from tests.helpers.moe_models import IDS, E, build, results, stacks, transformers, with_lora
 from tests.helpers.packed_stacks import mxfp4
@@ -129,6 +132,52 @@ def test_it_trains_with_lora(by_peft, checkpointing, fuse_mlp, tmp_path):
     with adapted[0].disable_adapter() if by_peft else slk.disable_lora(adapted[0]):
         assert adapted[0](input_ids=IDS).logits.equal(frozen)
     assert not torch.nn.utils.parametrize._cache_enabled
+
+
+class Experts(torch.nn.Module):
+    """Two experts, whose forward reads the stack once for each."""
+
+    # What forward raises at its end.
+    error: BaseException | None = None
+
+    def __init__(self, columns: int = 32) -> None:
+        super().__init__()
+        self.up_proj = torch.nn.Parameter(torch.zeros(2, 8, columns), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.up_proj[0].t() + x @ self.up_proj[1].t()
+        if self.error is not None:
+            raise self.error
+        return y
+
+
+# Of the stack of Experts, which is of 1.5 then.
+PACKED_STACK = {
+    "experts.up_proj_blocks": torch.full((2, 8, 1, 16), 0x33, dtype=torch.uint8),
+    "experts.up_proj_scales": torch.full((2, 8, 1), 127, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), SystemExit(), ValueError()], ids=repr)
+def test_interrupted_experts_leave_no_cache(error, tmp_path, monkeypatch):
+    """The cache is one for all parametrized modules. Left on, others go on with old values."""
+    model = torch.nn.ModuleDict({"experts": Experts()})
+    slk.load_packed_experts(model, write(PACKED_STACK, tmp_path))
+    monkeypatch.setattr(Experts, "error", error)
+    computed = []
+    own = MXFP4Parametrization.forward
+    monkeypatch.setattr(
+        MXFP4Parametrization, "forward", lambda *args: computed.append(1) or own(*args)
+    )
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        assert model.experts(torch.ones(1, 32)).equal(torch.full((1, 8), 2 * 32 * 1.5))
+    assert len(computed) == 1, "each read of the stack has dequantized it"
+    assert not parametrize._cache_enabled and not parametrize._cache
+    other = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))
+    before = other.weight.detach().clone()
+    with torch.no_grad():
+        other.parametrizations.weight.original0.mul_(5)
+    torch.testing.assert_close(other.weight, 5 * before)
 
 
 def test_our_files_are_those_of_plain_experts_and_merging_is_refused(tmp_path):

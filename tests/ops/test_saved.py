@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from stablelora_kernels.ops import dropout
 from stablelora_kernels.testing.cases import (
     BF16,
     FP32,
@@ -211,25 +212,71 @@ def test_a_mask_drawn_again_is_the_mask(case, backend):
         assert_close(results(*call), right)
 
 
-def test_another_thread_may_draw_while_a_mask_is_drawn(monkeypatch):
-    """Backward has forward's masks, whatever is drawn from torch's generator once its state has
-    been read.
+def numbers(count):
+    """From torch's generator, each of 62 bits: two alike are one that was given twice."""
+    return torch.randint(2**62, (count,))
+
+
+def while_a_mask_is_drawn(monkeypatch, do):
+    """Call ``do`` whenever dropout has read the generator's state, five times in all, as another
+    thread would. Its results.
     """
+    read_state = torch.get_rng_state
+    done = []
+
+    def read():
+        state = read_state()
+        if len(done) < 5:
+            done.append(do())
+        return state
+
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    return done
+
+
+def test_another_thread_may_draw_while_a_mask_is_drawn(monkeypatch):
+    """It gets no number twice, and backward has forward's masks."""
     case = DRAWN_AGAIN.but(backend="torch")
-    expected, leaf = run(case), leaves(case, make(case))
-    read_state, states = torch.get_rng_state, []
-
-    def read_before_another_thread_draws():
-        states.append(read_state())
-        torch.rand(1000)
-        return states[-1]
-
+    leaf = leaves(case, make(case))
+    masks = []
+    own_bools = dropout._bools_of
+    monkeypatch.setattr(
+        dropout, "_bools_of", lambda *args: masks.append(own_bools(*args)) or masks[-1]
+    )
     torch.manual_seed(case.seed)
     with monkeypatch.context() as patch, forced(case):
-        patch.setattr(torch, "get_rng_state", read_before_another_thread_draws)
-        ys = ours(case, leaf)
-    assert len(states) == 3
-    assert_close(results(case, ys, leaf), expected)
+        drawn = while_a_mask_is_drawn(patch, lambda: numbers(5000))
+        (y,) = ours(case, leaf)
+    assert len(drawn) == 5
+    drawn.append(numbers(100_000))
+    assert torch.cat(drawn).unique().numel() == 125_000
+    of_forward = [*masks]
+    assert len(of_forward) == 3
+    y.backward(leaf["grad2"])
+    again = masks[3:]
+    assert len(again) == 3
+    for mask in of_forward:
+        assert any(mask.equal(other) for other in again if other.shape == mask.shape)
+
+
+def test_two_threads_draw_masks_of_their_own(monkeypatch):
+    """Where the second reads the generator's state behind the first, before the first draws."""
+    x = torch.empty(130, 72)
+    read_state = torch.get_rng_state
+    second = []
+
+    def read():
+        state = read_state()
+        if not second:
+            second.append(None)
+            second[0] = dropout.draw_for_backward(x, 0.4)
+        return state
+
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    first = dropout.draw_for_backward(x, 0.4)
+    assert not first.mask.equal(second[0].mask)
+    for drawn in (first, second[0]):
+        assert dropout.drawn_again(drawn.recipe, x.shape, 0.4).equal(drawn.mask)
 
 
 SEVERAL_WORDS = (

@@ -205,7 +205,10 @@ def test_a_state_is_converted(backend, name, source):
         warnings.simplefilter("always")
         optimizer.load_state_dict(given.state_dict())
     was = storage if adamw else given.storage
-    assert [str(w.message).split(", since")[0] for w in told] == [
+    dtype, old_dtype = (params_of(each)[0].dtype for each in (optimizer, given))
+    # AdamW's state has no dtypes of parameters.
+    of_dtypes = [] if adamw or dtype == old_dtype else ["the loaded state is that of parameters"]
+    assert [re.split(", since| of another dtype", str(w.message))[0] for w in told] == of_dtypes + [
         f"the loaded state was saved with {name}={old}; it was converted"
         for name, old, new in zip(storage._fields, was, storage, strict=True)
         if old != new
@@ -235,6 +238,30 @@ def test_a_state_is_converted(backend, name, source):
     take_step(1, optimizer)
     assert all(state["step"].item() == steps + 1 for state in optimizer.state.values())
     assert all(("master" in state) == row.masters for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize(
+    ("was", "now"), [(torch.bfloat16, FP32), (FP32, torch.bfloat16), (FP32, FP32)], ids=str
+)
+def test_parameters_of_another_dtype_are_named(was, now, masters):
+    """As PEFT's load_adapter makes them, which a resumed Trainer calls."""
+    given = StableLoRAAdamW(make_pairs(dtype=was), master_weights=masters)
+    take_step(0, given)
+    optimizer = StableLoRAAdamW(make_pairs(dtype=now), master_weights=masters)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        # As it comes back from a file.
+        optimizer.load_state_dict(saved_and_loaded(given.state_dict()))
+    message = f"'layer0.lora_A' was {was} and is {now} now, as are 7 other parameters"
+    assert len(told) == (was != now)
+    assert all(message in str(w.message) and w.filename == __file__ for w in told)
+    assert "param_dtypes" not in optimizer.param_groups[0]
+    earlier = given.state_dict()
+    del earlier["param_groups"][0]["param_dtypes"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(earlier)
 
 
 # States of other optimizers, models and versions
