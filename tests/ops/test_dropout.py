@@ -125,7 +125,7 @@ def test_masks_of_one_size_fit_each_other():
     assert len({mask.shape for mask in masks}) == 1
     assert len({len(mask.unique()) for mask in masks}) > 10
     for mask in masks:
-        assert torch.equal(mask.sort().values, mask) and 0 <= mask[0] and mask[-1] < size
+        assert torch.equal(mask.sort().values, mask) and mask[0] >= 0 and mask[-1] < size
 
 
 def test_a_mask_without_a_dropped_element(monkeypatch):
