@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -98,6 +100,30 @@ def test_a_class_in_place_of_an_instance_takes_the_defaults(tmp_path):
 def test_wrong_options_are_refused_at_once(options, message):
     with pytest.raises(TypeError, match=message):
         slk.AccelerateCallback(**options)
+
+
+class Named(slk.AccelerateCallback):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("kind", [slk.AccelerateCallback, Named])
+def test_it_is_pickled_and_copied(kind, tmp_path):
+    """As spawn, joblib and Ray Tune do with a Trainer's callbacks."""
+    callback = kind(restore=True, fuse_mlp=True)
+    for each in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert type(each) is type(callback) and isinstance(each, transformers.TrainerCallback)
+        assert each is not callback and vars(each) == vars(callback)
+    model = llama("peft")
+    callback = pickle.loads(pickle.dumps(kind()))
+    make_trainer(model, tmp_path, callbacks=[callback], max_steps=1).train()
+    assert linear_classes(model).isdisjoint(OF_PEFT)
+
+
+def test_a_fresh_process_unpickles_it(tmp_path):
+    file = tmp_path / "callback"
+    file.write_bytes(pickle.dumps(slk.AccelerateCallback(fuse_mlp=True)))
+    code = f"import pickle; print(pickle.loads(open({str(file)!r}, 'rb').read()).options)"
+    assert printed(code).splitlines()[-1] == "{'fuse_mlp': True}"
 
 
 def test_a_model_without_lora_is_an_error_before_the_first_step(tmp_path):

@@ -618,7 +618,7 @@ def test_beams_need_each_name_as_often():
     names = ["b", "a"]
     with (
         slk.adapters_of_rows(model, names),
-        pytest.raises(ValueError, match="where generate runs 3 beams .* give each name 3 times"),
+        pytest.raises(ValueError, match=r"where generate runs 3 beams .* give each name 3 times"),
     ):
         model.generate(input_ids=ids, **settings)
     with slk.adapters_of_rows(model, (name for name in names for _ in range(3))):
@@ -673,7 +673,7 @@ def test_an_adapter_that_is_deleted_within_the_context():
         ):
             model(IDS)
     with (
-        pytest.raises(ValueError, match="must be '__base__' or adapters of the model.* got 'b'"),
+        pytest.raises(ValueError, match=r"must be '__base__' or adapters of the model.* got 'b'"),
         slk.adapters_of_rows(model, ["b", "b"]),
     ):
         pass

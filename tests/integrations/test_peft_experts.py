@@ -416,7 +416,7 @@ def test_the_report_says_what_is_fused():
     model = with_lora(build("qwen2_moe"), target_modules="all-linear")
     notes = slk.accelerate_peft(model, fuse_mlp=True).notes
     assert "computed in one op each: 1 x MLP of 4 experts; 1 x gated MLP (silu)" in notes
-    assert slk.accelerate_peft(model).mlps == ()
+    assert slk.accelerate_peft(model, fuse_mlp=False).mlps == ()
 
 
 def test_global_hooks_and_an_x_of_another_type_take_two_ops(calls, nodes):
@@ -509,6 +509,10 @@ def test_other_modules_are_named():
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     report = slk.accelerate_peft(model)
     assert {row.name.rpartition(".")[2] for row in report.skipped} == {"gate"}
+    with pytest.raises(
+        ValueError, match=r'TopKRouter is not .*; PEFT\'s "all-linear" adapts routers too'
+    ):
+        slk.accelerate_peft(model, strict=True)
     assert (
         "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'"
         in str(report)

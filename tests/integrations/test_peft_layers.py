@@ -93,6 +93,39 @@ def test_what_is_not_understood_is_named_and_stays_pefts(backend, calls):
     assert slk.accelerate_peft(make(), strict=True).skipped == ()
 
 
+FUSES_NOTHING = {
+    "no MLP": (
+        lambda: make(), {"fuse_mlp": True}, "fuse_mlp found no gated MLP with LoRA"
+    ),
+    "MLPs that are called otherwise": (
+        lambda: make(model=llama(hidden_act="relu6"), target_modules="all-linear"),
+        {"fuse_mlp": True},
+        r"fuse_mlp computes no MLP in one op: .*layers.0.mlp, .*layers.1.mlp: ",
+    ),
+    "no language model": (
+        lambda: make(), {"fuse_loss": True}, "fuse_loss: there is no language model"
+    ),
+    "a head that trains": (
+        lambda: make(model=llama(), modules_to_save=["lm_head"]),
+        {"fuse_loss": True},
+        "fuse_loss: 'base_model.model' computes its loss from logits: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "fusion", "reason"), FUSES_NOTHING.values(), ids=FUSES_NOTHING)
+def test_strict_refuses_a_fusion_without_effect(build, fusion, reason):
+    model = build()
+    before = [(type(m), {*m.__dict__}) for m in model.modules()]
+    with pytest.raises(ValueError, match=f"^strict=True, but {reason}"):
+        slk.accelerate_peft(model, strict=True, **fusion)
+    assert [(type(m), {*m.__dict__}) for m in model.modules()] == before
+    # So does a later call that keeps the fusion.
+    assert slk.accelerate_peft(model, **fusion).replaced
+    with pytest.raises(ValueError, match=f"^strict=True, but {reason}"):
+        slk.accelerate_peft(model, strict=True)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_variants_are_named():
     model = make(model=llama(pad_token_id=0), task_type="CAUSAL_LM", alora_invocation_tokens=[1])
