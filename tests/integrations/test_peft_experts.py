@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -517,6 +519,29 @@ def test_other_modules_are_named():
         "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'"
         in str(report)
     )
+
+
+def test_threads_may_share_a_model():
+    """PEFT's own forward puts the adapters into the weights for the time of a call, so its threads
+    break each other.
+    """
+    model = with_lora(build("qwen3_moe"))
+    slk.accelerate_peft(model, strict=True)
+    batches = [torch.randint(3, 17, (2, 7)) for _ in range(4)]
+
+    def logits(batch):
+        with torch.no_grad():
+            return model(input_ids=batch).logits
+
+    alone = [logits(batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for found in [pool.submit(lambda: [*map(logits, batches)]) for _ in range(12)]:
+                assert all(map(torch.equal, found.result(), alone))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def quantized_q_proj(input_activations: bool) -> Any:
