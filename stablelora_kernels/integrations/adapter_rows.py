@@ -5,8 +5,10 @@ and ``losses_of_rows``, each adapter's loss. Importing needs no peft.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from stablelora_kernels.utils.modules import check_module
 
 
 @contextmanager
-def adapters_of_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+def adapters_of_rows(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Within the ``with`` block, row i of each batch runs adapter ``names[i]`` of an accelerated PEFT
     model, in training and in evaluation::
 
@@ -37,7 +39,8 @@ def adapters_of_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     rows, with that adapter's rank, scaling, targets and dropout. Each adapter gets the gradients
     that it would get alone. Which adapter is active does not count; that an adapter's parameters
     require gradients does: :meth:`StableLoRAAdamW.from_model(model, adapters=...)
-    <stablelora_kernels.StableLoRAAdamW.from_model>` sees to it.
+    <stablelora_kernels.StableLoRAAdamW.from_model>` sees to it. With gradients on, a ``UserWarning``
+    names adapters that are frozen beside others that train, once each.
 
     Call backward within the block. Gradient checkpointing runs layers again there, and raises
     outside of it. Blocks nest: the inner names hold until the inner block ends.
@@ -51,36 +54,56 @@ def adapters_of_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         names: one for each row of the batch, the first dimension of each layer's input. The rows of
             one adapter lie together. ``"__base__"`` is the model without an adapter, as for
             reference log-probabilities. A layer without a row's adapter computes the base product
-            alone.
+            alone. Where ``generate`` repeats rows, for beams or several sequences, each name comes as
+            often.
 
     Raises:
         ImportError, TypeError: as :func:`accelerate_peft`; or ``names`` are no strings.
         ValueError: the rows of one adapter do not lie together; the model has no such adapter; or a
             module cannot run it on rows of its own: DoRA, experts, embeddings, ``modules_to_save``,
             a bias in lora_B, merged adapters, and layers that are not accelerated. Within the block:
-            the batch has another number of rows.
+            the batch has another number of rows, or an adapter of ``names`` was deleted.
         RuntimeError: another thread has a block of this model open.
     """
-    rows = Rows(ranges_of(names))
-    state = _state_of(_layers_by_rows(model, {row.adapter for row in rows.ranges}))
+    ranges = ranges_of(names)
+    parts = _parts_by_rows(model, {row.adapter for row in ranges})
+    rows = Rows(ranges, {name: layer.lora_A for name, layer in parts.holders.items()})  # type: ignore[misc]
+    state = _state_of(parts.layers)
+    _warn_of_frozen(parts, state)
     before = state.change(rows)
-    try:
+    with ExitStack() as hooks:
+        hooks.callback(state.change, before)
+        for embedding in parts.embeddings:
+            hooks.callback(embedding.register_forward_pre_hook(rows.note_tokens).remove)
         yield
-    finally:
-        state.change(before)
 
 
-def _layers_by_rows(model: nn.Module, names: Collection[str]) -> list[nn.Module]:
-    """The accelerated layers of ``model``, all of whose PEFT modules can run ``names`` by rows."""
+class _Parts(NamedTuple):
+    """What a context needs of a model."""
+
+    # The accelerated layers.
+    layers: list[nn.Module]
+    # For each adapter that is named, one of the layers that have it.
+    holders: dict[str, nn.Module]
+    # They see how many tokens each row has.
+    embeddings: list[nn.Embedding]
+
+
+def _parts_by_rows(model: nn.Module, names: Collection[str]) -> _Parts:
+    """The parts of ``model``, all of whose PEFT modules can run ``names`` by rows."""
     layers = layers_module("adapters_of_rows")
     from stablelora_kernels.integrations import peft_rows
 
     check_module(model)
     adapters = set(names) - {BASE}
     known: set[str] = set()
-    accelerated = []
-    for name, module in peft_rows.peft_modules(model):
+    parts = _Parts([], {}, [])
+    for name, module in peft_rows.modules_outside_adapters(model):
         held = {*peft_rows.adapters_held(module)}
+        if not held:
+            if isinstance(module, nn.Embedding):
+                parts.embeddings.append(module)
+            continue
         known |= held
         is_accelerated = type(module) in layers.ORIGINAL
         reason = peft_rows.reason_against_rows(module, adapters, is_accelerated)
@@ -89,7 +112,9 @@ def _layers_by_rows(model: nn.Module, names: Collection[str]) -> list[nn.Module]
         if reason is not None:
             raise ValueError(f"adapters_of_rows cannot run {name!r} by rows: {reason}")
         if is_accelerated:
-            accelerated.append(module)
+            parts.layers.append(module)
+            for adapter in (adapters & held) - parts.holders.keys():
+                parts.holders[adapter] = module
     if not known:
         raise ValueError(
             f"model must have PEFT LoRA layers, got a {type(model).__name__} without any"
@@ -99,7 +124,36 @@ def _layers_by_rows(model: nn.Module, names: Collection[str]) -> list[nn.Module]
         raise ValueError(
             f"names must be {BASE!r} or adapters of the model, {list_some(sorted(map(repr, known)))}, got {unknown[0]!r}"
         )
-    return accelerated
+    return parts
+
+
+def _warn_of_frozen(parts: _Parts, state: RowsState) -> None:
+    """Warn of named adapters that are frozen where others train."""
+    if not torch.is_grad_enabled():
+        return
+    frozen = sorted(
+        name
+        for name, layer in parts.holders.items()
+        if name not in state.warned and not any(p.requires_grad for p in _pair(layer, name))
+    )
+    if not frozen or not any(p.requires_grad for layer in parts.layers for p in layer.parameters()):
+        return
+    state.warned.update(frozen)
+    one = len(frozen) == 1
+    warnings.warn(
+        f"adapters_of_rows: {'adapter' if one else 'adapters'} {list_some([*map(repr, frozen)])} "
+        f"{'is' if one else 'are'} frozen, so {'its' if one else 'their'} rows train nothing. "
+        "StableLoRAAdamW.from_model(model, adapters=...) unfreezes the adapters that it trains; PEFT freezes all but the "
+        "active one, and a Trainer's own optimizer takes that one alone",
+        UserWarning,
+        # This function, the generator and contextlib's __enter__ lie between.
+        stacklevel=4,
+    )
+
+
+def _pair(layer: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """A and B of an adapter of a layer."""
+    return [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]  # type: ignore[index, union-attr]
 
 
 def _is_of_expert(name: str) -> bool:

@@ -119,7 +119,21 @@ class StableLoRAAdamWFactory:
         return StableLoRAAdamW(groups, **kwargs)
 
 
-class StabilityCallback:
+class _Callback:
+    """A base of callbacks, whose instances derive from transformers' ``TrainerCallback`` too. Their
+    class is made when there is an instance, because importing this module needs no transformers.
+    """
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return _new_callback(cls)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles name the class that a module has.
+        (named, _) = type(self).__bases__
+        return _new_callback, (named,), self.__dict__
+
+
+class StabilityCallback(_Callback):
     """Adds the stability of the pairs to the log entries of Hugging Face's Trainer.
 
     Whatever the Trainer reports to (TensorBoard, wandb, ...) gets the values in the entry of the
@@ -152,10 +166,6 @@ class StabilityCallback:
             one.
         ImportError: transformers is not installed.
     """
-
-    def __new__(cls, *args: object, **kwargs: object) -> StabilityCallback:
-        kind: Any = cls
-        return object.__new__(_as_transformers_callback(kind))
 
     def __init__(self, trainer: Trainer) -> None:
         if not callable(getattr(trainer, "log", None)) or not hasattr(trainer, "optimizer"):
@@ -211,7 +221,7 @@ class StabilityCallback:
             state.log_history[-1].update(values)
 
 
-class AccelerateCallback:
+class AccelerateCallback(_Callback):
     """Calls :func:`~stablelora_kernels.accelerate_peft` on the Trainer's model when training begins.
 
     It is one argument of a Trainer of transformers or TRL, or of LLaMA-Factory's ``run_exp``, for
@@ -233,10 +243,6 @@ class AccelerateCallback:
         ImportError: transformers is not installed.
         ValueError: when training begins, as :func:`~stablelora_kernels.accelerate_peft`.
     """
-
-    def __new__(cls, *args: object, **kwargs: object) -> AccelerateCallback:
-        kind: Any = cls
-        return object.__new__(_as_transformers_callback(kind))
 
     def __init__(self, *, restore: bool = False, **options: bool) -> None:
         check_accelerate_options("AccelerateCallback", options, others=("restore",))
@@ -273,6 +279,11 @@ class AccelerateCallback:
         """Restore the model if that was asked for."""
         if self.restore and model is not None:
             restore_peft(model)
+
+
+def _new_callback(cls: type) -> Any:
+    """An empty instance of a callback's class, which derives from ``TrainerCallback`` too."""
+    return object.__new__(_as_transformers_callback(cls))
 
 
 @functools.cache

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -26,12 +26,17 @@ from stablelora_kernels.model.reports import (
     notes_on_mlps,
     stacks_without_adapter,
 )
-from stablelora_kernels.nn.fused_loss import fuse_losses, notes_on_losses, unfuse_losses
+from stablelora_kernels.nn.fused_loss import (
+    LanguageModel,
+    fuse_losses,
+    notes_on_losses,
+    unfuse_losses,
+)
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.nn.stacks import stored_parameter
 from stablelora_kernels.utils.extras import import_extra, release
-from stablelora_kernels.utils.modules import check_module, in_fully_sharded
+from stablelora_kernels.utils.modules import check_module, in_fully_sharded, innermost
 from stablelora_kernels.utils.validation import check_bool, no_argument
 
 if TYPE_CHECKING:
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+# The key of a model's __dict__ that holds which fusions were asked for, by keyword.
+FUSIONS = "_stablelora_fusions"
 # The report's note on a model with several adapters.
 ROWS_ARE_NOT_FUSED = (
     "within adapters_of_rows, fused projections and MLPs compute layer by layer, "
@@ -50,9 +57,9 @@ def accelerate_peft(
     model: nn.Module,
     *,
     strict: bool = False,
-    fuse_projections: bool = False,
-    fuse_mlp: bool = False,
-    fuse_loss: bool = False,
+    fuse_projections: bool | None = None,
+    fuse_mlp: bool | None = None,
+    fuse_loss: bool | None = None,
 ) -> LoRAReport:
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
@@ -60,7 +67,8 @@ def accelerate_peft(
     changes. It reads the layer's state at each call, so adapters may be added, switched, scaled,
     disabled, merged and deleted afterwards. Calls that it does not support run PEFT's own forward.
     Layers that PEFT adds later are not accelerated until this is called again; calling it twice
-    changes nothing.
+    changes nothing. A fusion that is not given, or None, stays as the model's last call asked for it;
+    at first it is off.
 
     On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also
     holds for bitsandbytes' 4-bit and torchao's float8 weights. Any other base layer (otherwise
@@ -79,7 +87,7 @@ def accelerate_peft(
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers.
         strict: raise unless every adapter of every PEFT layer runs on this library's ops, and
-            trains.
+            trains; ``fuse_mlp`` computes an MLP in one op; and ``fuse_loss`` needs no logits.
         fuse_projections: compute projection groups together, as
             :func:`~stablelora_kernels.apply_lora` does. Each of their layers then holds a reference
             to its group, and their parent a hook, until :func:`restore_peft`, which must come
@@ -99,14 +107,17 @@ def accelerate_peft(
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or a fusion is neither a bool nor None.
         ValueError: the model has no PEFT LoRA layers; ``strict`` is set and something would be
-            skipped; or ``lora_experts`` does not fit packed experts, which PEFT's own forward would
+            skipped or not be fused; or ``lora_experts`` does not fit packed experts, which PEFT's own forward would
             compute wrongly. Nothing is changed then.
         RuntimeError: the model is within :func:`adapters_of_rows`.
     """
     layers = layers_module()
     _check_no_rows(model, "accelerate_peft")
+    before = _fusions_of(model)
+    given = {"fuse_projections": fuse_projections, "fuse_mlp": fuse_mlp, "fuse_loss": fuse_loss}
+    fusions = before | {k: check_bool(k, v) for k, v in given.items() if v is not None}
     experts = _experts()
     accelerated: list[nn.Module] = []
     replaced: list[ReplacedModule] = []
@@ -154,15 +165,34 @@ def accelerate_peft(
         raise ValueError(f"strict=True, but {faults[0]}")
     if strict and skipped:
         text = list_some([f"{module.name} ({module.reason})" for module in skipped])
+        if any("Router" in module.reason for module in skipped):
+            text += (
+                '; PEFT\'s "all-linear" adapts routers too, so name the layers to leave them out'
+            )
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
     for fault in faults:
         warnings.warn(fault, UserWarning, stacklevel=2)
+    untouched = {
+        module for module in model.modules() if not _is_accelerated(module, layers, experts)
+    }
     for module in accelerated:
         module.__class__ = layers.KNOWN.get(type(module), type(module))
     for outermost in stacks.values():
         experts.accelerate(model, outermost)  # type: ignore[union-attr]
     _unfuse(model)
-    notes = faults + _unmatched(model)
+    fused = _fuse(model, fusions, layers)
+    refusal = _refusal(fused, fusions) if strict else None
+    if refusal is not None:
+        # What fuses is known only once it is tried.
+        _unfuse(model)
+        _restore(model, untouched, layers, experts)
+        _fuse(model, before, layers)
+        raise ValueError(f"strict=True, but {refusal}")
+    for module in model.modules():
+        module.__dict__.pop(FUSIONS, None)
+    if any(fusions.values()):
+        innermost(model).__dict__[FUSIONS] = fusions
+    notes = faults + _unmatched(model, wrappers)
     if any(parameter.requires_grad for parameter in model.parameters()):
         notes += notes_on_heads(model)
     notes += _notes_on_stacks(model, wrappers)
@@ -170,7 +200,33 @@ def accelerate_peft(
         notes.append(
             f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}"
         )
-    if fuse_projections:
+    notes += fused.notes
+    makes_groups = fusions["fuse_projections"] or fusions["fuse_mlp"]
+    if makes_groups and len({row.adapter for row in replaced}) > 1:
+        notes.append(ROWS_ARE_NOT_FUSED)
+    counts = count_parameters(model)
+    return LoRAReport(tuple(replaced), tuple(skipped), *counts, tuple(notes), fused.mlps)
+
+
+class _Fused(NamedTuple):
+    """What the fusions of a call did."""
+
+    notes: list[str]
+    mlps: tuple[GatedMLP, ...]
+    losses: tuple[LanguageModel, ...]
+
+
+def _fusions_of(model: nn.Module) -> dict[str, bool]:
+    """The fusions that the last call on the model, or on what it wraps, has asked for."""
+    check_module(model)
+    kept = (module.__dict__[FUSIONS] for module in model.modules() if FUSIONS in module.__dict__)
+    return next(kept, {"fuse_projections": False, "fuse_mlp": False, "fuse_loss": False})
+
+
+def _fuse(model: nn.Module, fusions: Mapping[str, bool], layers: ModuleType) -> _Fused:
+    """Fuse the layers of an accelerated model."""
+    notes: list[str] = []
+    if fusions["fuse_projections"]:
         named = {
             name: module
             for name, module in model.named_modules()
@@ -178,14 +234,26 @@ def accelerate_peft(
         }
         notes += make_projection_groups(model, named, layers.PEFT_LAYERS)
     mlps: tuple[GatedMLP, ...] = ()
-    if fuse_mlp:
+    if fusions["fuse_mlp"]:
         mlps = fuse_mlps(model, layers.PEFT_LAYERS)
         notes += notes_on_mlps(mlps)
-    if (fuse_projections or fuse_mlp) and len({row.adapter for row in replaced}) > 1:
-        notes.append(ROWS_ARE_NOT_FUSED)
-    if fuse_loss:
-        notes += notes_on_losses(fuse_losses(model, layers.PEFT_LAYERS))
-    return LoRAReport(tuple(replaced), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
+    losses: tuple[LanguageModel, ...] = ()
+    if fusions["fuse_loss"]:
+        losses = fuse_losses(model, layers.PEFT_LAYERS)
+        notes += notes_on_losses(losses)
+    return _Fused(notes, mlps, losses)
+
+
+def _refusal(fused: _Fused, fusions: Mapping[str, bool]) -> str | None:
+    """Why ``strict`` does not accept what the fusions did, or None."""
+    if fusions["fuse_mlp"] and all(mlp.reason is not None for mlp in fused.mlps):
+        if not fused.mlps:
+            return "fuse_mlp found no gated MLP with LoRA"
+        return f"fuse_mlp computes no MLP in one op: {list_some(by_reason(fused.mlps))}"
+    if fusions["fuse_loss"]:
+        kept = [loss for loss in fused.losses if loss.reason is not None]
+        return notes_on_losses(kept)[0] if kept or not fused.losses else None
+    return None
 
 
 def check_accelerate_options(
@@ -254,9 +322,9 @@ def _unfuse(model: nn.Module) -> None:
     unfuse_losses(model.modules())
 
 
-def _unmatched(model: nn.Module) -> list[str]:
+def _unmatched(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> list[str]:
     """A note on each adapter whose target_modules name something that matches no module, of which
-    PEFT says nothing.
+    PEFT says nothing, or whose target_parameters match no parameter.
 
     Under "all-linear" PEFT lists every linear layer there, also those that ``exclude_modules`` or
     ``modules_to_save`` keep out.
@@ -273,6 +341,19 @@ def _unmatched(model: nn.Module) -> list[str]:
         note = unmatched_names(getattr(config, "target_modules", None), names)
         if note:
             notes.append(f"{note} (adapter {adapter!r})")
+        adapted = [
+            f"{name.replace('.base_layer', '')}.{wrapper.parameter_name}"
+            for name, wrapper in wrappers.items()
+            if adapter in wrapper.lora_A
+        ]
+        note = unmatched_names(
+            getattr(config, "target_parameters", None), adapted, "target_parameters"
+        )
+        if note:
+            notes.append(
+                f"{note} (adapter {adapter!r}): PEFT finds parameters that are packed, as experts in 4 bits, by their full "
+                "names alone"
+            )
     return notes
 
 
@@ -285,17 +366,35 @@ def restore_peft(model: nn.Module) -> None:
     Raises:
         ImportError, TypeError, RuntimeError: as :func:`accelerate_peft`.
     """
-    original = layers_module().ORIGINAL
-    experts = _experts()
-    check_module(model)
+    layers = layers_module()
     _check_no_rows(model, "restore_peft")
     _unfuse(model)
-    for module in [*model.modules()]:
+    modules = [*model.modules()]
+    for module in modules:
         module.__dict__.pop(ATTRIBUTE, None)
-        if type(module) in original:
-            module.__class__ = original[type(module)]
-        elif experts is not None and type(module) is experts.AcceleratedExperts:
-            experts.restore(model, module)
+        module.__dict__.pop(FUSIONS, None)
+    _restore(model, modules, layers, _experts())
+
+
+def _is_accelerated(module: nn.Module, layers: ModuleType, experts: ModuleType | None) -> bool:
+    """Whether a layer, or a stack of experts, runs on the ops."""
+    return type(module) in layers.ORIGINAL or (
+        experts is not None and type(module) is experts.AcceleratedExperts
+    )
+
+
+def _restore(
+    model: nn.Module,
+    modules: Collection[nn.Module],
+    layers: ModuleType,
+    experts: ModuleType | None,
+) -> None:
+    """Give those of ``modules`` that are accelerated their own class back."""
+    for module in modules:
+        if type(module) in layers.ORIGINAL:
+            module.__class__ = layers.ORIGINAL[type(module)]
+        elif _is_accelerated(module, layers, experts):
+            experts.restore(model, module)  # type: ignore[union-attr]
 
 
 def _check_no_rows(model: nn.Module, function: str) -> None:

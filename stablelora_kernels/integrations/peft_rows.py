@@ -36,18 +36,18 @@ def adapters_held(module: nn.Module) -> Collection[str]:
     return ()
 
 
-def peft_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of PEFT's that hold adapters, by their dotted names; a few for each layer of the
-    model, however many adapters it has.
+def modules_outside_adapters(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``model`` by their dotted names, without those that adapters consist of: as many,
+    however many adapters it has.
     """
-    if adapters_held(model):
-        yield name, model
+    yield name, model
     children = model._modules
     if isinstance(model, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         children = {child: children[child] for child in ("base_layer",) if child in children}
     for child_name, child in children.items():
         if child is not None:
-            yield from peft_modules(child, f"{name}.{child_name}" if name else child_name)
+            child_name = f"{name}.{child_name}" if name else child_name
+            yield from modules_outside_adapters(child, child_name)
 
 
 def reason_against_rows(module: Any, adapters: Collection[str], is_accelerated: bool) -> str | None:
@@ -103,6 +103,7 @@ def output_by_rows(
     branches = []
     for name, start, end in rows.ranges:
         if name not in layer._modules["lora_A"]._modules:
+            rows.check_not_deleted(name)
             continue
         branch = read_rows_branch(layer, name)
         if isinstance(branch, str):

@@ -232,7 +232,7 @@ def _warn_without_labels(model: nn.Module) -> None:
         warnings.warn(WITHOUT_LABELS, UserWarning, stacklevel=2)
 
 
-def fuse_losses(model: nn.Module, kind: LayerKind) -> list[LanguageModel]:
+def fuse_losses(model: nn.Module, kind: LayerKind) -> tuple[LanguageModel, ...]:
     """Fuse the losses of the language models in ``model``."""
     models = []
     for name, module in list(model.named_modules()):
@@ -242,7 +242,7 @@ def fuse_losses(model: nn.Module, kind: LayerKind) -> list[LanguageModel]:
         form = loss_form_of(type(module))  # type: ignore[arg-type]
         reason = form if isinstance(form, str) else _fuse(module, form, kind)
         models.append(LanguageModel(name, reason))
-    return models
+    return tuple(models)
 
 
 def notes_on_losses(models: Iterable[LanguageModel]) -> list[str]:

@@ -5,7 +5,7 @@ one of two kinds, which differ in their dtype:
 
     bool, of x's shape     which elements are kept
     int32, of one size     the positions of the elements that are dropped, in x's rows one behind
-                           another, ascending
+                           another, ascending; the last one fills the tensor up
 
 Positions are fewer than elements: up to a probability of POSITIONS_UP_TO it takes less time to draw
 them, to keep them for backward and to apply them. Compiled code draws the bool kind alone, because
@@ -66,9 +66,12 @@ def scalings_after_dropout(scalings: Sequence[float], dropout_p: float) -> tuple
 
 def _is_small(size: int) -> bool:
     """Whether a mask of so many elements takes its time for calls of operators, rather than for its
-    elements.
+    elements. It counts as small in torch.jit.trace, which records neither views in another dtype nor
+    a generator's state.
     """
-    return not torch.compiler.is_compiling() and size <= BERNOULLI_UP_TO
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or size <= BERNOULLI_UP_TO
 
 
 def draw_keep(x: Tensor, dropout_p: float) -> tuple[Tensor, float]:
@@ -133,12 +136,12 @@ def _random_words(count: int, generator: torch.Generator | None) -> Tensor:
 
 def _are_positions_drawn(size: int, device: torch.device, share: float) -> bool:
     """Whether a mask of so many elements is positions."""
-    # First, because a compiled graph would hold what it compares of a size.
-    if torch.compiler.is_compiling():
+    # First, because a compiled or traced graph would hold what it compares of a size.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if size < POSITIONS_FROM or size >= 2**31 or share == 0 or share > POSITIONS_UP_TO:
         return False
-    if device.type != "cpu" or torch.jit.is_tracing():
+    if device.type != "cpu":
         return False
     # A fake tensor has no values to count.
     return type(torch.empty(0)) is Tensor
@@ -149,6 +152,9 @@ def _draw_positions(size: int, share: float, generator: torch.Generator | None) 
 
     The distance from one success to the next is geometric, so it is ceil(log(u) / log(1 - share))
     for a uniform u.
+
+    The last position comes several times, so that two masks have one size: a checkpoint that keeps no
+    state of the generator draws another mask in backward, and requires the sizes of forward.
     """
     expected = size * share
     # More than so many come once in a billion masks.
@@ -162,9 +168,13 @@ def _draw_positions(size: int, share: float, generator: torch.Generator | None) 
         distances = uniform.double().add_(2.0**-25).log_().mul_(1 / math.log1p(-share)).ceil_()
         ends = distances.cumsum(0).add_(last)
         inside = int(torch.searchsorted(ends, size))
-        positions.append(ends[:inside].int())
         if inside < count:
+            last = float(ends[inside - 1]) if inside else last
+            # Without a success there is no position to repeat.
+            ends = ends[:0] if last < 0 else ends.clamp_(max=last)
+            positions.append(ends.int())
             return positions[0] if len(positions) == 1 else torch.cat(positions)
+        positions.append(ends.int())
         last = float(ends[-1])
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +103,30 @@ def test_wrong_options_are_refused_at_once(options, message):
         slk.AccelerateCallback(**options)
 
 
+class Named(slk.AccelerateCallback):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("kind", [slk.AccelerateCallback, Named])
+def test_it_is_pickled_and_copied(kind, tmp_path):
+    """As spawn, joblib and Ray Tune do with a Trainer's callbacks."""
+    callback = kind(restore=True, fuse_mlp=True)
+    for each in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert type(each) is type(callback) and isinstance(each, transformers.TrainerCallback)
+        assert each is not callback and vars(each) == vars(callback)
+    model = llama("peft")
+    callback = pickle.loads(pickle.dumps(kind()))
+    make_trainer(model, tmp_path, callbacks=[callback], max_steps=1).train()
+    assert linear_classes(model).isdisjoint(OF_PEFT)
+
+
+def test_a_fresh_process_unpickles_it(tmp_path):
+    file = tmp_path / "callback"
+    file.write_bytes(pickle.dumps(slk.AccelerateCallback(fuse_mlp=True)))
+    code = f"import pickle; print(pickle.loads(open({str(file)!r}, 'rb').read()).options)"
+    assert printed(code).splitlines()[-1] == "{'fuse_mlp': True}"
+
+
 def test_a_model_without_lora_is_an_error_before_the_first_step(tmp_path):
     torch.manual_seed(0)
     model = llama("ours")
@@ -118,6 +145,8 @@ def test_without_transformers_it_says_what_to_install():
     assert printed(code).startswith("AccelerateCallback needs transformers: pip install")
 
 
+# All that the callback reads of TrainingArguments.
+ARGS = SimpleNamespace(prediction_loss_only=False)
 FUSED = {"fuse_mlp": True, "fuse_projections": True}
 
 
@@ -145,7 +174,7 @@ def two(rank: int, world: int, place: Path, way: str) -> tuple[list[torch.Tensor
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     callback = slk.AccelerateCallback(strict=True, **FUSED)
     state = transformers.TrainerState(is_world_process_zero=rank == 0)
-    callback.on_train_begin(None, state, None, model=model)
+    callback.on_train_begin(ARGS, state, None, model=model)
     ids = torch.tensor([row["input_ids"] for row in rows()[2 * rank : 2 * rank + 2]])
     with counted_ops() as calls:
         wrapped(input_ids=ids, labels=ids).loss.backward()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
 from stablelora_kernels.integrations.peft import ROWS_ARE_NOT_FUSED
@@ -390,6 +393,64 @@ def test_a_context_is_one_threads():
     assert len(errors) == 2
 
 
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.q_proj, x, use_reentrant=False)
+
+
+def make_nodes(count: int) -> None:
+    """As many nodes of autograd's, which numbers those of each thread."""
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(count):
+        x * 2
+
+
+def in_a_thread(function: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_threads_number_autograds_nodes_by_themselves():
+    """A thread's numbers may fall into the block of another thread, or of one that has ended."""
+    lora = {"target_modules": ["q_proj"]}
+    model = make(("b", lora), model=Checkpointed(), **lora)
+    slk.accelerate_peft(model)
+    x = torch.randn(2, 5, 8)
+
+    def block() -> None:
+        make_nodes(5)
+        with slk.adapters_of_rows(model, ["default", "b"]):
+            make_nodes(200)
+            model(x).sum().backward()
+
+    def outside() -> None:
+        make_nodes(50)
+        model(x).sum().backward()
+
+    for within in (in_a_thread, lambda function: function()):
+        within(block)
+        # Some of these threads get the number of the one that has ended.
+        for _ in range(4):
+            in_a_thread(outside)
+
+
+def test_backward_in_another_thread():
+    """A thread that has called no layer, as autograd's for a GPU, runs the nodes of another one."""
+    lora = {"target_modules": ["q_proj"]}
+    model = make(("b", lora), model=Checkpointed(), **lora)
+    slk.accelerate_peft(model)
+    x = torch.randn(2, 5, 8)
+    with slk.adapters_of_rows(model, ["default", "b"]):
+        in_a_thread(model(x).sum().backward)
+        late = model(x).sum()
+    with pytest.raises(RuntimeError, match="call backward within the adapters_of_rows"):
+        in_a_thread(late.backward)
+
+
 def test_copies_and_files_of_a_model_are_outside_of_its_context():
     model = make(("b", {}))
     slk.accelerate_peft(model)
@@ -475,6 +536,100 @@ def test_flattened_inputs_have_all_tokens():
             model(x, torch.tensor([0, 1, 5, 9]))
 
 
+TINY = {
+    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def bert() -> nn.Module:
+    return transformers.BertModel(transformers.BertConfig(**TINY, intermediate_size=16))
+
+
+def opt() -> nn.Module:
+    sizes = {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**TINY, **sizes))
+
+
+def pooled(output) -> Tensor:
+    return output.pooler_output
+
+
+def logits(output) -> Tensor:
+    return output.logits
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "read"),
+    [(bert, "all-linear", pooled), (bert, ["pooler.dense"], pooled), (opt, ["fc1", "fc2"], logits)],
+    ids=["BERT", "BERT's pooler alone", "OPT's MLPs alone"],
+)
+def test_matrices_of_rows_and_of_all_tokens(build, targets, read):
+    """BERT's pooler gets [rows, K], and OPT's MLPs get [rows * tokens, K], as the first layers too."""
+    torch.manual_seed(0)
+    lora = {"target_modules": targets}
+    model = make(("b", lora), model=build(), **lora).double()
+    slk.accelerate_peft(model)
+    names, ids = ["default", "default", "b", "__base__"], torch.randint(50, (4, 7))
+    with slk.adapters_of_rows(model, names):
+        found = read(model(input_ids=ids))
+    expected = []
+    for row, name in enumerate(names):
+        model.set_adapter("default" if name == "__base__" else name)
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            expected.append(read(model(input_ids=ids[row : row + 1])))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-12)
+    assert not any(len({*module._forward_pre_hooks}) for module in model.modules())
+
+
+def test_a_matrix_with_several_times_the_rows_is_no_flattened_batch():
+    """Unless an embedding, or another layer, has shown that each row has so many tokens."""
+    model = make(
+        ("b", {"target_modules": ["0"]}), model=nn.Sequential(nn.Linear(8, 8)), target_modules=["0"]
+    )
+    slk.accelerate_peft(model)
+    error = pytest.raises(
+        ValueError,
+        match=r"must have 2 rows, .* got an input of shape \[4, 8\]: if it is a flattened batch, an embedding",
+    )
+    with slk.adapters_of_rows(model, ["b", "default"]):
+        assert model(torch.randn(2, 8)).shape == (2, 8)
+        with error:
+            model(torch.randn(4, 8))
+    lora = {"target_modules": ["fc1"]}
+    model = make(("b", lora), model=opt(), **lora)
+    slk.accelerate_peft(model)
+    with slk.adapters_of_rows(model, ["b", "default"]):
+        with pytest.raises(
+            ValueError, match=r"must have 2 rows, .* got an input of shape \[28, 16\]"
+        ):
+            model(torch.randint(50, (4, 7)))
+        model(torch.randint(50, (2, 7)))
+        with pytest.raises(
+            ValueError, match=r"or 14 of a flattened batch.* got an input of shape \[28, 16\]$"
+        ):
+            model(torch.randint(50, (4, 7)))
+
+
+def test_beams_need_each_name_as_often():
+    model = three_adapters(dtype=torch.float32).eval()
+    slk.accelerate_peft(model)
+    ids = torch.randint(1, 40, (2, 5))
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
+    names = ["b", "a"]
+    with (
+        slk.adapters_of_rows(model, names),
+        pytest.raises(ValueError, match=r"where generate runs 3 beams .* give each name 3 times"),
+    ):
+        model.generate(input_ids=ids, **settings)
+    with slk.adapters_of_rows(model, (name for name in names for _ in range(3))):
+        found = model.generate(input_ids=ids, **settings)
+    expected = []
+    for row, name in zip(ids.split(1), names, strict=True):
+        model.set_adapter(name)
+        expected.append(model.generate(input_ids=row, **settings))
+    assert torch.equal(found, torch.cat(expected))
+
+
 # Refusals.
 
 
@@ -485,6 +640,8 @@ def test_flattened_inputs_have_all_tokens():
         ([], ValueError, "one name for each row of the batch, got none"),
         ("bb", TypeError, "one string for each row of the batch, got 'bb'"),
         (["b", 1], TypeError, "one string for each row"),
+        (None, TypeError, "one string for each row of the batch, got None"),
+        (iter(["b", "default", "b"]), ValueError, "'b' has row 2 again"),
         (["b", "B"], ValueError, "must be '__base__' or adapters of the model, 'b', 'default', got 'B'"),
     ],
 )  # fmt: skip
@@ -503,6 +660,53 @@ def test_a_batch_of_another_size():
         pytest.raises(ValueError, match=r"must have 3 rows, .* got an input of shape \[2, 5, 8\]"),
     ):
         model(IDS)
+
+
+def test_an_adapter_that_is_deleted_within_the_context():
+    """Its rows would get the base model."""
+    model = make(("b", {}))
+    slk.accelerate_peft(model)
+    with slk.adapters_of_rows(model, ["b", "__base__"]):
+        model.delete_adapter("b")
+        with pytest.raises(
+            ValueError, match="adapters of the model, got 'b', which was deleted within"
+        ):
+            model(IDS)
+    with (
+        pytest.raises(ValueError, match=r"must be '__base__' or adapters of the model.* got 'b'"),
+        slk.adapters_of_rows(model, ["b", "b"]),
+    ):
+        pass
+
+
+def warnings_of(model: nn.Module, names: list[str]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with slk.adapters_of_rows(model, names):
+            model(IDS)
+    assert all(warning.filename == __file__ for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_frozen_adapters_beside_one_that_trains_are_named_once():
+    model = make(("b", {}), ("c", {}))
+    slk.accelerate_peft(model)
+    with torch.no_grad():
+        assert warnings_of(model, ["b", "default"]) == []
+    (message,) = warnings_of(model, ["b", "default"])
+    assert "adapter 'b' is frozen, so its rows train nothing" in message
+    (message,) = warnings_of(model, ["b", "c"])
+    assert "adapter 'c' is frozen" in message
+    assert warnings_of(model, ["b", "c"]) == warnings_of(model, ["default", "__base__"]) == []
+
+
+def test_a_model_that_trains_nothing_or_all_warns_of_nothing():
+    model = make(("b", {}))
+    slk.accelerate_peft(model)
+    model.requires_grad_(False)
+    assert warnings_of(model, ["b", "default"]) == []
+    slk.StableLoRAAdamW.from_model(model, adapters={"default": {}, "b": {}})
+    assert warnings_of(model, ["b", "default"]) == []
 
 
 class Routed(nn.Module):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -416,7 +418,7 @@ def test_the_report_says_what_is_fused():
     model = with_lora(build("qwen2_moe"), target_modules="all-linear")
     notes = slk.accelerate_peft(model, fuse_mlp=True).notes
     assert "computed in one op each: 1 x MLP of 4 experts; 1 x gated MLP (silu)" in notes
-    assert slk.accelerate_peft(model).mlps == ()
+    assert slk.accelerate_peft(model, fuse_mlp=False).mlps == ()
 
 
 def test_global_hooks_and_an_x_of_another_type_take_two_ops(calls, nodes):
@@ -509,10 +511,37 @@ def test_other_modules_are_named():
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     report = slk.accelerate_peft(model)
     assert {row.name.rpartition(".")[2] for row in report.skipped} == {"gate"}
+    with pytest.raises(
+        ValueError, match=r'TopKRouter is not .*; PEFT\'s "all-linear" adapts routers too'
+    ):
+        slk.accelerate_peft(model, strict=True)
     assert (
         "  1 x down_proj: 4 experts of 48 -> 32, r 8, alpha 8, scaling 1, adapter 'default'"
         in str(report)
     )
+
+
+def test_threads_may_share_a_model():
+    """PEFT's own forward puts the adapters into the weights for the time of a call, so its threads
+    break each other.
+    """
+    model = with_lora(build("qwen3_moe"))
+    slk.accelerate_peft(model, strict=True)
+    batches = [torch.randint(3, 17, (2, 7)) for _ in range(4)]
+
+    def logits(batch):
+        with torch.no_grad():
+            return model(input_ids=batch).logits
+
+    alone = [logits(batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for found in [pool.submit(lambda: [*map(logits, batches)]) for _ in range(12)]:
+                assert all(map(torch.equal, found.result(), alone))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def quantized_q_proj(input_activations: bool) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import stablelora_kernels as slk
+from stablelora_kernels.utils.memory import saved_for_backward
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
 from tests.helpers.processes import printed
 from tests.helpers.quantized_weights import conv1d
@@ -91,6 +92,39 @@ def test_what_is_not_understood_is_named_and_stays_pefts(backend, calls):
     del layers.wrapped.forward
     assert_equal_to_pefts(model)
     assert slk.accelerate_peft(make(), strict=True).skipped == ()
+
+
+FUSES_NOTHING = {
+    "no MLP": (
+        lambda: make(), {"fuse_mlp": True}, "fuse_mlp found no gated MLP with LoRA"
+    ),
+    "MLPs that are called otherwise": (
+        lambda: make(model=llama(hidden_act="relu6"), target_modules="all-linear"),
+        {"fuse_mlp": True},
+        r"fuse_mlp computes no MLP in one op: .*layers.0.mlp, .*layers.1.mlp: ",
+    ),
+    "no language model": (
+        lambda: make(), {"fuse_loss": True}, "fuse_loss: there is no language model"
+    ),
+    "a head that trains": (
+        lambda: make(model=llama(), modules_to_save=["lm_head"]),
+        {"fuse_loss": True},
+        "fuse_loss: 'base_model.model' keeps its own loss: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "fusion", "reason"), FUSES_NOTHING.values(), ids=FUSES_NOTHING)
+def test_strict_refuses_a_fusion_without_effect(build, fusion, reason):
+    model = build()
+    before = [(type(m), {*m.__dict__}) for m in model.modules()]
+    with pytest.raises(ValueError, match=f"^strict=True, but {reason}"):
+        slk.accelerate_peft(model, strict=True, **fusion)
+    assert [(type(m), {*m.__dict__}) for m in model.modules()] == before
+    # So does a later call that keeps the fusion.
+    assert slk.accelerate_peft(model, **fusion).replaced
+    with pytest.raises(ValueError, match=f"^strict=True, but {reason}"):
+        slk.accelerate_peft(model, strict=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -284,3 +318,74 @@ def test_an_input_that_must_not_be_cast_is_pefts_own_error(casts):
     model.base_model.model[0].cast_input_dtype_enabled = casts
     with nullcontext() if casts else pytest.raises(RuntimeError, match="same dtype"):
         model(x)
+
+
+def test_a_frozen_A_keeps_no_input_for_backward():
+    """LoRA-FA: its gradient alone needs x. B's needs A x, of r numbers a row."""
+    model, x = one_layer(torch.float32)
+    slk.accelerate_peft(model)
+    size, rows, r = 4, x.shape[0], 8
+
+    def kept() -> int:
+        return saved_for_backward(lambda: model(x), [*model.parameters()])
+
+    assert kept() == size * (rows * r + x.numel())
+    model.base_model.model[0].lora_A.requires_grad_(False)
+    assert kept() == size * rows * r
+
+
+VISION = {
+    "ViT": (
+        "ViTForImageClassification",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    ),
+    "DINOv2": (
+        "Dinov2Model",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    ),
+    "Swin": (
+        "SwinModel",
+        {
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "image_size": 32,
+            "patch_size": 4,
+            "window_size": 4,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), VISION.values(), ids=VISION)
+def test_vision_transformers_are_pefts(kind, sizes):
+    transformers = pytest.importorskip(
+        "transformers", reason="runs where transformers is installed: pip install .[test]"
+    )
+    torch.manual_seed(0)
+    kind = getattr(transformers, kind)
+    model = make(model=kind(kind.config_class(**sizes)), target_modules="all-linear").double()
+    images = torch.randn(2, 3, sizes["image_size"], sizes["image_size"]).double()
+
+    def step() -> dict[str, torch.Tensor]:
+        return results(model, model(pixel_values=images)[0])
+
+    expected = step()
+    assert not slk.accelerate_peft(model, strict=True).skipped
+    found = step()
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, value in found.items():
+        assert (value - expected[name]).norm() <= 1e-9 * expected[name].norm(), name

@@ -95,6 +95,48 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
 
 
+def test_names_that_are_not_whole_match_nothing_and_the_report_says_so():
+    """PEFT finds packed parameters by their whole names alone."""
+    model, plain = in_4_bits(wide("qwen3_moe"))
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    options = {"target_modules": ["q_proj"], "target_parameters": names}
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        model = with_lora(model, **options)
+    note = (
+        "target_parameters 'experts.down_proj', 'experts.gate_up_proj' match nothing (adapter 'default'): PEFT finds "
+        "parameters that are packed, as experts in 4 bits, by their full names alone"
+    )
+    assert note in slk.accelerate_peft(model).notes
+    assert slk.accelerate_peft(with_lora(plain, **options)).notes == ()
+
+
+def test_a_refusal_of_strict_changes_nothing():
+    """What fuses is known only once it is tried, when the wrappers are nested as plain ones."""
+    model, _ = pair("qwen3_moe")
+    model.get_base_model().lm_head.register_forward_hook(lambda *args: None)
+
+    def facts():
+        slots = [{*module.__dict__} for module in model.modules()]
+        return [*model.named_parameters()], [type(module) for module in model.modules()], slots
+
+    before = facts()
+    refused = pytest.raises(
+        ValueError,
+        match=r"strict=True, but fuse_loss: .* keeps its own loss: 'lm_head' has hooks",
+    )
+    with refused:
+        slk.accelerate_peft(model, strict=True, fuse_mlp=True, fuse_loss=True)
+    assert facts() == before
+    # An accelerated model stays as it is.
+    assert slk.accelerate_peft(model, strict=True, fuse_mlp=True).mlps
+    accelerated = facts()
+    with refused:
+        slk.accelerate_peft(model, strict=True, fuse_mlp=False, fuse_loss=True)
+    assert facts() == accelerated and slk.accelerate_peft(model).mlps
+    slk.restore_peft(model)
+    assert facts() == before
+
+
 @pytest.mark.parametrize(
     "family",
     [pytest.param(f, marks=() if f in FAMILIES[:5] else pytest.mark.nightly) for f in FAMILIES],

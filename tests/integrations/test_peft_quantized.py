@@ -299,3 +299,34 @@ def test_layers_that_give_their_input_no_gradient_are_named_and_refused(quantize
             ).notes
             == ()
         )
+
+
+def test_layers_of_quantization_aware_training_keep_their_own_product(calls):
+    """torchao's fake-quantized layers: the branch is ours, and all trains as with PEFT."""
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="runs where torchao is installed: pip install .[test]"
+    )
+    qat = pytest.importorskip(
+        "torchao.quantization.qat", reason="runs where torchao has qat: pip install .[test]"
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    qat_config = qat.QATConfig(quantization.Int8DynamicActivationIntxWeightConfig(), step="prepare")
+    quantization.quantize_(model, qat_config)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+    )
+    assert type(model.base_model.model[0].base_layer).__name__ == "FakeQuantizedLinear"
+    x = torch.randn(5, 64)
+
+    def step():
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        return [y, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    expected = step()
+    slk.accelerate_peft(model, strict=True)
+    for value, right in zip(step(), expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-3)
+    assert calls.layers == {"lora_branch": 2}

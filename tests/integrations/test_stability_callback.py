@@ -4,6 +4,8 @@ them.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +51,22 @@ class Metrics(transformers.Trainer):
     def log(self, logs, start_time=None):
         super().log({**logs, "seen": self.seen}, start_time)
         self.seen = 0
+
+
+class Bare:
+    """What a callback needs of a trainer."""
+
+    optimizer = None
+
+    def log(self) -> None: ...
+
+
+def test_it_is_pickled_with_its_trainer():
+    trainer = Bare()
+    trainer.callback = slk.StabilityCallback(trainer)
+    for each in (pickle.loads(pickle.dumps(trainer)), copy.deepcopy(trainer)):
+        assert type(each.callback) is type(trainer.callback)
+        assert each is not trainer and each.callback.trainer is each
 
 
 def in_training(entries) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import stablelora_kernels as slk
 from tests.helpers.gated_mlps import LIBRARIES, adapted, assert_same, base_of, step
+from tests.helpers.peft_models import peft
 from tests.helpers.small_models import llama as small_llama
 from tests.helpers.small_models import lora_config, refused
 
@@ -226,6 +227,45 @@ def test_fsdp2(fusion, library, around, mesh, calls):
     )
 
 
+@each_fusion
+def test_a_call_without_the_keyword_keeps_what_was_asked_for(fusion):
+    """Also of a copy, of a pickle and of a wrapper, and with the other fusion."""
+    model, plain = pair("PEFT", fusion)
+    fused = classes_and_hooks(model)
+    assert fused != classes_and_hooks(plain)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        slk.accelerate_peft(each, **{fusion: None})
+        assert classes_and_hooks(each) == fused
+    slk.accelerate_peft(torch.nn.DataParallel(model))
+    assert classes_and_hooks(model) == fused
+    (other,) = FUSED.keys() - {fusion}
+    notes = slk.accelerate_peft(model, **{other: True}).notes
+    assert set(NOTES.values()) <= {*notes}
+    assert NOTES[fusion] in slk.accelerate_peft(model, **{other: False}).notes
+    # What was turned off stays off.
+    slk.accelerate_peft(model, **{fusion: False})
+    assert NOTES[fusion] not in slk.accelerate_peft(model).notes
+    assert classes_and_hooks(model) == classes_and_hooks(plain)
+
+
+@each_fusion
+def test_layers_of_a_later_adapter_are_fused(fusion):
+    """As the guide says: accelerate again after add_adapter."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    slk.accelerate_peft(model, **{fusion: True})
+    model.add_adapter("b", peft.LoraConfig(r=2, target_modules=TARGETS))
+    model.set_adapter("b")
+    assert NOTES[fusion] in slk.accelerate_peft(model).notes
+
+
+def test_what_is_no_bool_is_refused():
+    model, _ = make("PEFT")
+    before = classes_and_hooks(model)
+    with pytest.raises(TypeError, match="fuse_mlp must be a bool, got 1 of type int"):
+        slk.accelerate_peft(model, fuse_mlp=1)
+    assert classes_and_hooks(model) == before
+
+
 @each_library
 @each_fusion
 def test_it_is_given_back(fusion, library, calls):
@@ -241,7 +281,7 @@ def test_it_is_given_back(fusion, library, calls):
     model, plain = pair(library, fusion)
     fused, accelerated = classes_and_hooks(model), classes_and_hooks(plain)
     assert fused != accelerated
-    slk.accelerate_peft(model)
+    slk.accelerate_peft(model, **{fusion: False})
     assert classes_and_hooks(model) == accelerated
     for _ in range(2):
         slk.accelerate_peft(model, **{fusion: True})
@@ -254,7 +294,11 @@ def test_it_is_given_back(fusion, library, calls):
         ]
         assert fusion == "fuse_projections" or b"stablelora_kernels" not in pickle.dumps(unloaded)
     slk.restore_peft(model), slk.restore_peft(plain)
-    assert classes_and_hooks(model) == classes_and_hooks(plain)
+    restored = classes_and_hooks(model)
+    assert restored == classes_and_hooks(plain)
+    slk.accelerate_peft(model)
+    assert classes_and_hooks(model) == accelerated
+    slk.restore_peft(model)
     assert torch.equal(unloaded(IDS).logits, llama()(IDS).logits) and calls.fused == []
 
 

@@ -107,13 +107,34 @@ def test_no_mask_ends_early(monkeypatch):
     # At every tenth of the distances, which have a mean of 1 / p otherwise, it is the longest.
     longest = math.ceil(math.log(2.0**-25) / math.log1p(-p))
     expected = size / (0.9 / p + 0.1 * longest)
-    assert abs(len(positions) - expected) < 0.05 * expected
+    assert abs(len(positions.unique()) - expected) < 0.05 * expected
     assert positions[-1] > size - 3 * longest
 
 
 def test_more_positions_than_a_draw_has(monkeypatch):
     uniform_of(monkeypatch, lambda t: t.fill_(1 - 2.0**-24))
-    assert torch.equal(dropout._draw_positions(5000, 0.1, None), torch.arange(5000).int())
+    positions = dropout._draw_positions(5000, 0.1, None)
+    assert torch.equal(positions.unique(), torch.arange(5000).int())
+
+
+def test_masks_of_one_size_fit_each_other():
+    """The last position fills a mask up, which changes no element."""
+    size, p = 1 << 15, 0.1
+    torch.manual_seed(0)
+    masks = [dropout._draw_positions(size, p, None) for _ in range(20)]
+    assert len({mask.shape for mask in masks}) == 1
+    assert len({len(mask.unique()) for mask in masks}) > 10
+    for mask in masks:
+        assert torch.equal(mask.sort().values, mask) and mask[0] >= 0 and mask[-1] < size
+
+
+def test_a_mask_without_a_dropped_element(monkeypatch):
+    """Where no position is, none is repeated."""
+    uniform_of(monkeypatch, lambda t: t.zero_())
+    positions = dropout._draw_positions(100, 0.1, None)
+    x = torch.ones(10, 10)
+    assert torch.equal(dropout.masked(x, positions), x)
+    assert torch.equal(dropout.mask_(x.clone(), positions.long()), x)
 
 
 @every_op
@@ -205,6 +226,50 @@ def test_checkpoints_see_the_same_masks(op, reentrant, positions):
         return checkpoint(layer, *(leaf[name] for name in names), use_reentrant=reentrant)
 
     assert_close(run(case, call=call), run(case))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_may_drop_the_generators_state(reentrant):
+    """Backward then draws another mask, and computes the gradients of that one, as with nn.Dropout."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256, dtype=FP64, requires_grad=True)
+    weight, lora_A, lora_B = (
+        torch.randn(n, k, dtype=FP64) for n, k in ((8, 256), (4, 256), (8, 4))
+    )
+    drawn = []
+
+    def layer(x):
+        drawn.append(torch.get_rng_state())
+        return lora_linear(x, weight, None, lora_A, lora_B, 1.7, 0.1)
+
+    settings = {"use_reentrant": reentrant, "preserve_rng_state": False}
+    checkpoint(layer, x, **settings).sum().backward()
+    assert len(drawn) == 2 and not torch.equal(*drawn)
+    torch.set_rng_state(drawn[1])
+    keep, share = draw_keep(x, 0.1)
+    of_branch = torch.ones(128, 8, dtype=FP64) @ lora_B @ lora_A * keep * (1.7 / (1 - share))
+    torch.testing.assert_close(x.grad, torch.ones(128, 8, dtype=FP64) @ weight + of_branch)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("p", [0.1, 0.4])
+def test_torch_jit_trace_draws_the_other_kind(p):
+    """A mask anew at each call, although a trace holds no view in another dtype."""
+    torch.manual_seed(0)
+    weight, lora_A, lora_B = torch.randn(8, 512), torch.randn(4, 512), torch.randn(8, 4)
+    x = torch.randn(64, 512)
+    traced = torch.jit.trace(
+        lambda x: lora_linear(x, weight, None, lora_A, lora_B, 1.0, p), (x,), check_trace=False
+    )
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        y = traced(x)
+        torch.manual_seed(seed)
+        share = dropout.drop_share(p)
+        keep = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - share)
+        exact = [t.double() for t in (x, weight, lora_A, lora_B)]
+        expected = exact[0] @ exact[1].T + exact[0] * keep @ exact[2].T @ exact[3].T / (1 - share)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_a_group_has_the_masks_of_its_projections():
