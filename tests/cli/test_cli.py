@@ -127,6 +127,20 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys):
     assert f"All {2 * len(self_test.checks())} checks passed." in out
 
 
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_on_a_gpu_doctor_says_first_how_long_compiling_takes(interpreting, capsys, monkeypatch):
+    def run_checks(device):
+        print("The first check begins.")
+        yield self_test.result_of("a kernel", "a case", None)
+
+    monkeypatch.setattr(doctor, "_report_findings", lambda device, report: "triton")
+    monkeypatch.setattr(doctor, "run_checks", run_checks)
+    monkeypatch.setattr(doctor.backend, "INTERPRETING", interpreting)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    before, _, _ = capsys.readouterr().out.partition("The first check begins.")
+    assert ("two to three minutes of one core" in " ".join(before.split())) == (not interpreting)
+
+
 def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatch):
     # This process has read its environment, a new one has not.
     check_environment()

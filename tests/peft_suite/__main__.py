@@ -2,7 +2,7 @@
 and with it.
 
     python -m tests.peft_suite            every file below; writes benchmarks/results/peft_suite.csv
-    python -m tests.peft_suite --quick    custom models and the low-level API, under 3 minutes; writes nothing
+    python -m tests.peft_suite --quick    layers, a Llama, experts and DoRA, in two minutes; writes nothing
     python -m tests.peft_suite --dry      say what would be run
 
 The tests come from the installed PEFT's source distribution on PyPI, which is downloaded once,
@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -44,10 +45,20 @@ SHA256 = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc85620345
 NEEDED = ("datasets", "diffusers", "parameterized", "scipy", "attr", "transformers", "pytest")
 # Leave out other methods with LoRA in their names.
 LORA = "lora and not (adalora or vblora or randlora or gralora or tinylora or delora or unilora or xlora)"
-QUICK = ("test_custom_models", "test_low_level_api", "test_lora_variants", "test_mixed")
+QUICK = (
+    "test_custom_models", "test_low_level_api", "test_lora_variants", "test_mixed", "test_decoder_models",
+    "test_target_parameters", "test_initialization",
+)  # fmt: skip
+# Of these files: layers, a Llama, experts, DoRA, and the low-level API.
+QUICK_TESTS = (
+    "test_low_level_api or test_lora_variants or test_mixed or (test_initialization and dora) or (test_custom_models and ("
+    "TestMultipleActiveAdapters or test_training_custom_models or test_disable_adapters_with_merging or test_safe_merge or "
+    "test_forward_bfloat16_no_autocast)) or ((test_target_parameters or LlamaForCausalLM) and (test_training_decoders or "
+    "test_merge_layers or test_disable_adapter or test_mixed_adapter_batches or test_load_multiple_adapters))"
+)
 FILES = (
-    *QUICK, "test_decoder_models", "test_encoder_decoder_models", "test_feature_extraction_models", "test_seq_classifier",
-    "test_target_parameters", "test_initialization", "test_lora_conversion", "test_lora_ga", "test_lora_intruders",
+    *QUICK, "test_encoder_decoder_models", "test_feature_extraction_models", "test_seq_classifier",
+    "test_lora_conversion", "test_lora_ga", "test_lora_intruders",
     "test_lorafa", "test_loraplus",
     "test_bdlora", "test_velora", "test_riemannian_lora", "test_trainable_tokens", "test_tuners_utils", "test_helpers",
     "test_other",
@@ -160,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m tests.peft_suite", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    add("--quick", action="store_true", help="only a share of the tests, see QUICK_TESTS")
     add("--files", nargs="+", choices=FILES, metavar="FILE", help="only these")
     add("-k", dest="keyword", default=LORA, help="pytest's -k (%(default)s)")
     add(
@@ -173,8 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dry", action="store_true", help="say what would be run, and stop")
     args = parser.parse_args(argv)
     files = args.files or (QUICK if args.quick else FILES)
+    keyword = f"({args.keyword}) and ({QUICK_TESTS})" if args.quick else args.keyword
     if args.dry:
-        print(" ".join(command(files, args.keyword)))
+        print(shlex.join(command(files, keyword)))
         return 0
     version = metadata.version("peft")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -189,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = args.keep or Path(scratch)
         try:
             unpack(fetch(Asset("peft", version, 1, SHA256[version], sdist=True))[0], directory)
-            off, on = run_both(directory, files, args.keyword, args.backend)
+            off, on = run_both(directory, files, keyword, args.backend)
         except (AssetError, RuntimeError) as error:
             print(error, file=sys.stderr)
             return 2
