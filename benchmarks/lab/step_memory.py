@@ -3,8 +3,8 @@ one head.
 
 A step has two moments that can be its peak:
 
-    the loss                 the graphs of all layers, and what the last norm, the head and the loss take
-    the last layer's turn    the graphs of all other layers, and what this layer takes forward or backward
+    the loss          the graphs of all layers, and what the last norm, the head and the loss take
+    the last layer    the graphs of all other layers, and what this layer takes forward or backward
 
 With gradient checkpointing a layer's graph is its input alone until backward computes the layer
 again. Weights, gradients of A and B, and the optimizer's state are not counted here.
@@ -28,11 +28,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaConfig
@@ -40,7 +41,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.common.arms import MLP_FUSED, adapt
+from benchmarks.common.arms import FROZEN, MLP_FUSED, PEFT, adapt
 from benchmarks.common.memory import Block, LiveBytes
 from benchmarks.lab.stand_ins import LIGER, counted_attention, liger_loss
 from stablelora_kernels import functional
@@ -54,14 +55,25 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 CPU = "cpu"
 # How the loss is computed: from logits, by this library's op, or by Liger-Kernel's.
 FROM_LOGITS, WITHOUT_LOGITS, LIGER_LOSS = "from logits", "fuse_loss", "Liger's loss"
-LOSS, TURN = "the loss", "the last layer's turn"
+LOSS, LAST_LAYER = "the loss", "the last layer"
+
+
+class Shape(NamedTuple):
+    """A Llama's sizes, by transformers' names."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
 
 
 class Step(NamedTuple):
     """A training step of one sequence."""
 
-    # transformers' names of a Llama's sizes.
-    shape: dict[str, int]
+    shape: Shape
     # Of ``benchmarks.common.arms``.
     arm: str
     loss: str = FROM_LOGITS
@@ -69,6 +81,8 @@ class Step(NamedTuple):
     dropout: float = 0.0
     # Whether adapters are float32 or of the weights' dtype.
     float32: bool = True
+    # Whether frozen weights of the layers are in NF4.
+    nf4: bool = False
     # Whether Liger-Kernel's norms, rotary embedding and SwiGLU take the place of the model's.
     liger: bool = False
     dtype: torch.dtype = torch.bfloat16
@@ -80,10 +94,6 @@ class Step(NamedTuple):
     def device(self) -> str:
         return CPU if self.where == CPU else "meta"
 
-    @property
-    def layers(self) -> int:
-        return self.shape["num_hidden_layers"]
-
 
 # Bytes by term.
 Terms = dict[str, float]
@@ -91,15 +101,23 @@ Terms = dict[str, float]
 
 def moments(step: Step, tokens: int) -> dict[str, Terms]:
     """By moment, the bytes of the terms that are alive then."""
-    layer = count_layer(step, tokens)
-    head = count_head(step, tokens)
+    # What a count does not depend on is left out, so that it is found again.
+    other_layer = step.nf4 and step.arm == PEFT
+    layer = count_layer(step._replace(loss=FROM_LOGITS, nf4=other_layer), tokens)
+    head = count_head(
+        Step(step.shape, FROZEN, step.loss, liger=step.liger, dtype=step.dtype, where=step.where),
+        tokens,
+    )
     graph = "inputs of checkpointed layers" if step.checkpointing else "graphs of other layers"
     positions = {"positions": positions_bytes(step, tokens)}
     return {
         LOSS: positions
-        | {graph: step.layers * layer.kept}
+        | {graph: step.shape.num_hidden_layers * layer.kept}
         | {"the last norm, the head and the loss": head.peak},
-        TURN: positions | {graph: (step.layers - 1) * layer.kept} | terms_of(step, layer.at_peak),
+        LAST_LAYER: positions
+        | {graph: (step.shape.num_hidden_layers - 1) * layer.kept}
+        | terms_of(step, layer.at_peak)
+        | {"a dequantized weight": dequantized_bytes(step)},
     }
 
 
@@ -110,19 +128,27 @@ def peak(step: Step, tokens: int) -> float:
 
 def positions_bytes(step: Step, tokens: int) -> float:
     """The cosines and sines of the rotary embedding, and the index of each token."""
-    angles = 2 * step.dtype.itemsize * step.shape["head_dim"]
+    angles = 2 * step.dtype.itemsize * step.shape.head_dim
     return tokens * (angles + torch.int64.itemsize)
 
 
+def dequantized_bytes(step: Step) -> float:
+    """The largest weight of NF4, which its product reads dequantized, in our kernels above 256 rows
+    and in bitsandbytes.
+    """
+    sizes = step.shape.hidden_size * step.shape.intermediate_size
+    return step.dtype.itemsize * sizes if step.nf4 else 0.0
+
+
 FORWARD, BACKWARD = "forward", "backward"
-INNER, FLOAT32, OTHER = "the MLP's inner width", "float32 copies", "other activations"
+INNER, FLOAT32, OTHER = "tensors of the MLP's width", "other float32 tensors", "other tensors"
 
 
 def terms_of(step: Step, blocks: Sequence[Block]) -> Terms:
     """A layer's memory by what it holds, and by whether forward or backward made it."""
     terms: Terms = defaultdict(float)
     for block in blocks:
-        if block.shape[-1:] == (step.shape["intermediate_size"],):
+        if block.shape[-1:] == (step.shape.intermediate_size,):
             kind = INNER
         elif block.dtype == torch.float32 and step.dtype != torch.float32:
             kind = FLOAT32
@@ -139,12 +165,13 @@ class Counted(NamedTuple):
     at_peak: tuple[Block, ...]
 
 
+@cache
 def count_layer(step: Step, tokens: int) -> Counted:
     """One decoder layer, forward and backward."""
     with ExitStack() as stack:
         stack.enter_context(_parts_of(step))
         config = LlamaConfig(
-            **step.shape, attn_implementation="sdpa" if step.where == CPU else "counted"
+            **step.shape._asdict(), attn_implementation="sdpa" if step.where == CPU else "counted"
         )
         with torch.device(step.device):
             layer: Any = LlamaDecoderLayer(config, 0).to(step.dtype).requires_grad_(False)
@@ -158,14 +185,15 @@ def count_layer(step: Step, tokens: int) -> Counted:
         return _count(step, tokens, run, owned, step.checkpointing)
 
 
+@cache
 def count_head(step: Step, tokens: int) -> Counted:
     """The last norm, a frozen head and the loss."""
-    vocabulary = step.shape["vocab_size"]
+    vocabulary = step.shape.vocab_size
     with ExitStack() as stack:
         stack.enter_context(_parts_of(step))
         with torch.device(step.device):
-            norm: Any = modeling_llama.LlamaRMSNorm(step.shape["hidden_size"])
-            head = nn.Linear(step.shape["hidden_size"], vocabulary, bias=False)
+            norm: Any = modeling_llama.LlamaRMSNorm(step.shape.hidden_size)
+            head = nn.Linear(step.shape.hidden_size, vocabulary, bias=False)
             labels = torch.zeros(1, tokens, dtype=torch.int64)
         for module in (norm, head):
             module.to(step.dtype).requires_grad_(False)
@@ -191,7 +219,7 @@ def _count(
     checkpointing: bool = False,
 ) -> Counted:
     """Run forward and backward on an x that lives as long as ``run`` keeps it."""
-    shape = (1, tokens, step.shape["hidden_size"])
+    shape = (1, tokens, step.shape.hidden_size)
     with torch.device(step.device):
         seed = torch.zeros(1, dtype=step.dtype, requires_grad=True)
     with LiveBytes([*exclude, seed]) as live:
@@ -208,7 +236,8 @@ def _count(
             y = checkpoint(forward, x, use_reentrant=False, preserve_rng_state=keeps_state)
         else:
             y = forward(x)
-        total = _After.apply(y)
+        with live.phase(FORWARD):
+            total = _After.apply(y)
         del y
         del x
         kept = live.live
@@ -266,6 +295,11 @@ def _parts_of(step: Step) -> Iterator[None]:
             (plans.PlannedOp, "__call__", plan),
             (Launch, "run", lambda launch, given: None),
         ]
+    if step.nf4:
+        # PEFT's layers around a bitsandbytes layer have a forward of their own.
+        from peft.tuners.lora.bnb import Linear4bit
+
+        patches.append((lora.Linear, "forward", Linear4bit.forward))
     if step.liger:
         names = {"LlamaMLP"} if step.arm.endswith(MLP_FUSED) else set()
         patches += [(modeling_llama, name, LIGER[name]) for name in LIGER.keys() - names]
