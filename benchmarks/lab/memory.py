@@ -27,10 +27,12 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from contextlib import ExitStack
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -40,7 +42,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, ORANGE, RED, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, markdown
 from benchmarks.lab import step_memory
 from benchmarks.lab.cluster_plan import ADAPTER, BF16, MODELS, NF4, count
@@ -166,12 +168,23 @@ def draw(
 # One decoder layer, counted.
 
 FUSED = ACCELERATED + MLP_FUSED
+
+
+class LayerRow(NamedTuple):
+    """An arm, and whether Liger-Kernel's norms, rotary embedding and SwiGLU are the model's."""
+
+    arm: str
+    liger: bool = False
+
+
 LAYER_ROWS = {
-    FROZEN: "frozen",
-    PEFT: "PEFT",
-    PLAIN: PLAIN,
-    ACCELERATED: "`accelerate_peft`",
-    FUSED: "`accelerate_peft`, `fuse_mlp`",
+    LayerRow(FROZEN): "frozen",
+    LayerRow(PEFT): "PEFT",
+    LayerRow(PEFT, liger=True): "PEFT, Liger-Kernel",
+    LayerRow(PLAIN): PLAIN,
+    LayerRow(ACCELERATED): "`accelerate_peft`",
+    LayerRow(FUSED): "`accelerate_peft`, `fuse_mlp`",
+    LayerRow(FUSED, liger=True): "the same, Liger-Kernel",
 }
 # Dropout, and whether adapters are float32 (PEFT's default) or bfloat16.
 COLUMNS = {
@@ -187,25 +200,31 @@ def saved_mib(
     float32: bool = True,
     sizes: dict[str, int] = MODELS["llama-8b"],
     tokens: int = 4096,
+    liger: bool = False,
 ) -> float:
     """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of
     rank 16, one sequence.
     """
     AttentionInterface.register("counted", counted_attention)
     config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
-    with torch.device("meta"):
-        layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
-        x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        angles = torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16)
-    model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
-    owned = [*model.parameters(), *model.buffers(), angles]
-    return saved_for_backward(lambda: layer(x, position_embeddings=(angles, angles)), owned) / MIB
+    with ExitStack() as stack:
+        for target, name, part in step_memory.liger_patches(arm) if liger else ():
+            stack.enter_context(mock.patch.object(target, name, part))
+        with torch.device("meta"):
+            layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
+            x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            angles = torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16)
+        model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
+        owned = [*model.parameters(), *model.buffers(), angles]
+        forward = partial(layer, x, position_embeddings=(angles, angles))
+        return saved_for_backward(forward, owned) / MIB
 
 
 def layer_counts() -> pd.DataFrame:
     """By row and column, the MiB that a layer of an 8B Llama saves on 4,096 tokens."""
     found = {
-        name: [saved_mib(arm, *column) for arm in LAYER_ROWS] for name, column in COLUMNS.items()
+        name: [saved_mib(row.arm, *column, liger=row.liger) for row in LAYER_ROWS]
+        for name, column in COLUMNS.items()
     }
     return pd.DataFrame(found, index=[*LAYER_ROWS.values()])
 
@@ -332,7 +351,7 @@ def arguments_table() -> str:
     heads = [f"{words}{comma}" for comma in ("", ", checkpointing") for words in ARGUMENTS]
     cells = [["most tokens", *heads]]
     for arm in (PEFT, ACCELERATED, FUSED):
-        row = [LAYER_ROWS[arm]]
+        row = [LAYER_ROWS[LayerRow(arm)]]
         for checkpointing, given in product((False, True), ARGUMENTS.values()):
             run = Run("Llama 3.1 8B", "NF4", checkpointing, given._replace(arm=arm))
             row.append(f"{run.most_tokens(24):,}")
@@ -405,10 +424,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         title: kept(dropout, **LLAMA_8B) / MIB
         for title, dropout in (("no dropout", False), ("dropout", True))
     }
-    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", "#e07a3f", RED, "#7a1f3d", GREEN)
+    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", ORANGE, RED, "#7a1f3d", GREEN)
     draw(mlp, colors, (11.0, 4.3), "fused-mlp-memory.png")
     layer = {title: pd.DataFrame(np.diag(values), counts.index) for title, values in counts.items()}
-    draw(layer, (GREY, BLUE, GREEN, GREEN), (11.0, 2.4), "memory.png")
+    layer_colors = (GREY, BLUE, BLUE, ORANGE, GREEN, GREEN, GREEN)
+    draw(layer, layer_colors, (11.0, 3.4), "memory.png")
 
 
 if __name__ == "__main__":

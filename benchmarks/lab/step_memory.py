@@ -301,12 +301,19 @@ def _parts_of(step: Step) -> Iterator[None]:
 
         patches.append((lora.Linear, "forward", Linear4bit.forward))
     if step.liger:
-        names = {"LlamaMLP"} if step.arm.endswith(MLP_FUSED) else set()
-        patches += [(modeling_llama, name, LIGER[name]) for name in LIGER.keys() - names]
+        patches += liger_patches(step.arm)
     with ExitStack() as stack:
         for target, name, value in patches:
             stack.enter_context(mock.patch.object(target, name, value))
         yield
+
+
+def liger_patches(arm: str) -> list[tuple[Any, str, Any]]:
+    """What Liger-Kernel replaces in transformers' file of Llama. The op of ``fuse_mlp`` takes the
+    place of Liger's MLP.
+    """
+    kept = {"LlamaMLP"} if arm.endswith(MLP_FUSED) else set()
+    return [(modeling_llama, name, LIGER[name]) for name in sorted(LIGER.keys() - kept)]
 
 
 def _opened_loss(*args: Any) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ def measured_peak(step: Step) -> int | None:
     model.train()
     base.enable_input_require_grads()
     if step.checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(step.shape.vocab_size, (1, TOKENS))
     is_ours = step.arm.startswith(ACCELERATED)
     if is_ours and step.loss == WITHOUT_LOGITS:
