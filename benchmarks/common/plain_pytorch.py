@@ -2,7 +2,8 @@
 
 It keeps for backward about what the library keeps: no float32 copies of activations, one byte for
 each element of dropout's masks, and of a gated MLP its input and the outputs of gate and up. It is
-no product: a model has one adapter, plain weights, no bias in B and no variant such as DoRA.
+no product: a model has one adapter, on all three layers of an MLP or on none, plain weights, no bias
+in B and no variant such as DoRA.
 """
 
 from __future__ import annotations
@@ -96,6 +97,6 @@ def use_plain_pytorch(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, lora.Linear):
             module.forward = partial(_call, _Linear, [module], None)
-        elif hasattr(module, "gate_proj"):
+        elif isinstance(getattr(module, "gate_proj", None), lora.Linear):
             parts = [module.gate_proj, module.up_proj, module.down_proj]
             module.forward = partial(_call, _MLP, parts, module.act_fn)
