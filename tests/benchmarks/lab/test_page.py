@@ -295,6 +295,14 @@ def test_the_text_of_will_it_fit_has_the_tables_figures():
     gains = [gain("NF4", True, 80, memory.BEST, name) for name in memory.SHAPES]
     assert f"it fits {min(gains):.2f} to {max(gains):.2f} times as many" in text
     float32 = memory.ARGUMENTS["Liger-Kernel"]
-    with_checkpoints, without = (gain("NF4", each, 24, float32, llama) for each in (True, False))
+    with_checkpoints, without = (gain("bf16", each, 80, float32, llama) for each in (True, False))
     assert f"fits {with_checkpoints:.2f} times PEFT's tokens with checkpointing" in text
-    assert f"and {without:.1f} times without it" in text
+    assert f"and {without:.2f} times without it" in text
+    plain = [
+        memory.Run(llama, "bf16", checkpointing, given._replace(arm=memory.PLAIN)).most_tokens(80)
+        / memory.Run(llama, "bf16", checkpointing, given._replace(arm=memory.FUSED)).most_tokens(80)
+        for checkpointing, given in ((False, memory.DEFAULT), (False, float32), (True, float32))
+    ]
+    assert plain[0] == 1
+    assert f"{plain[1]:.2f} times as many with Liger-Kernel" in text
+    assert f"With checkpointing they fit {plain[2]:.2f} times as many" in text
