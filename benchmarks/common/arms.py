@@ -1,5 +1,5 @@
-"""The arms that benchmarks compare: a frozen model, PEFT's adapters, the same under
-``accelerate_peft``, and our layers.
+"""The arms that benchmarks compare: a frozen model, PEFT's adapters, the same under a few lines of
+plain PyTorch and under ``accelerate_peft``, and our layers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import nn
 import stablelora_kernels as slk
 
 FROZEN, PEFT, ACCELERATED, OURS = "frozen", "PEFT", "accelerated PEFT", "ours"
+# The yardstick, by the lines of code of ``benchmarks/common/plain_pytorch.py``.
+PLAIN = "72 lines of PyTorch"
 # What follows the name of an arm that computes several layers in one op.
 MLP_FUSED, PROJECTIONS_FUSED = ", MLP fused", ", projections fused"
 
@@ -45,9 +47,10 @@ def adapt(
         "fuse_mlp": comma + fused == MLP_FUSED,
         "fuse_projections": comma + fused == PROJECTIONS_FUSED,
     }
-    if layers not in (FROZEN, PEFT, ACCELERATED, OURS) or (bool(fused) != any(fuse.values())):
+    every_arm = (FROZEN, PEFT, PLAIN, ACCELERATED, OURS)
+    if layers not in every_arm or (bool(fused) != any(fuse.values())):
         raise ValueError(
-            f"arm must be {FROZEN}, {PEFT}, {ACCELERATED} or {OURS}, perhaps fused, got {arm!r}"
+            f"arm must be {', '.join(every_arm[:-1])} or {OURS}, perhaps fused, got {arm!r}"
         )
     options: dict[str, Any] = {"r": r, "lora_alpha": alpha or 2 * r, "lora_dropout": dropout}
     options["target_modules"] = list(targets)
@@ -63,6 +66,10 @@ def adapt(
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(**options), autocast_adapter_dtype=float32)
+        if layers == PLAIN:
+            from benchmarks.common.plain_pytorch import use_plain_pytorch
+
+            use_plain_pytorch(model)
         if layers == ACCELERATED:
             report = slk.accelerate_peft(model, strict=True, **fuse)
     if (

@@ -3,13 +3,16 @@ memory, and by formula.
 
     python -m benchmarks.lab.memory [--draw]
 
-prints four tables in seconds; ``--draw`` draws the first two into docs/_static:
+prints six tables in half a minute; ``--draw`` draws the first two into docs/_static:
 
 - a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with
 hooks
 - one decoder layer of that model, counted by hooks
-- *Will it fit?*: a training step's memory, and the most tokens that fit 24 and 80 GiB
-- the same with ``fuse_loss``, for models of large vocabularies
+- *Will it fit?*: a training step's memory at its peak, and the most tokens that fit 24 and 80 GiB
+(``benchmarks.lab.step_memory`` counts them)
+- which argument gains how many tokens
+- which tensors are alive at the peak
+- a step with logits and with ``fuse_loss``, for models of large vocabularies
 
 The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction``
 saves G and U (src/liger_kernel/ops/swiglu.py), and Unsloth's ``LoRA_MLP`` saves x, G and U
@@ -24,9 +27,12 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -34,12 +40,28 @@ import torch
 from transformers import AttentionInterface, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, adapt
+from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, RED, STYLE, plt, save
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, ORANGE, RED, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, markdown
-from benchmarks.lab.cluster_plan import ADAPTER, BF16, LOGITS, MODELS, NF4, Model, count
-from stablelora_kernels.ops.lora_linear_cross_entropy import GPU_LOGIT_BYTES
+from benchmarks.lab import step_memory
+from benchmarks.lab.cluster_plan import ADAPTER, BF16, MODELS, NF4, count
+
+# Not read here: scripts that judge the pages' figures take these from this file.
+from benchmarks.lab.cluster_plan import LOGITS as LOGITS
+from benchmarks.lab.stand_ins import counted_attention
+from benchmarks.lab.step_memory import (
+    FROM_LOGITS,
+    LAST_LAYER,
+    LIGER_LOSS,
+    LINEAR,
+    LOSS,
+    WITHOUT_LOGITS,
+    Shape,
+    Step,
+    Terms,
+)
+from stablelora_kernels.ops.lora_linear_cross_entropy import GPU_LOGIT_BYTES as GPU_LOGIT_BYTES
 
 STATIC = RESULTS.parents[1] / "docs" / "_static"
 GIB = 1 << 30
@@ -52,9 +74,9 @@ GROUPS = X, G, U, ACT, H, COPIES, MASKS, SMALL = (
 )  # fmt: skip
 # Llama 3's 8B, and the tokens of one step.
 LLAMA_8B, LAYERS = {"M": 8192, "K": 4096, "F": 14336, "r": 16}, 32
-# Bytes by unit: of "MK", "MF" and "Mr".
-Terms = dict[str, dict[str, float]]
-_GATED: Terms = {G: {"MF": 2}, U: {"MF": 2}}
+# Bytes by group, and by unit: of "MK", "MF" and "Mr".
+Groups = dict[str, dict[str, float]]
+_GATED: Groups = {G: {"MF": 2}, U: {"MF": 2}}
 # PyTorch's SiLU keeps its input, and the product both factors.
 _SILU = _GATED | {ACT: {"MF": 2}}
 # PEFT casts each layer's input to the adapter's dtype; A's product keeps the cast, or what dropout
@@ -63,7 +85,7 @@ _PEFT, _PEFT_DROPOUT = {COPIES: {"MK": 8, "MF": 4}, SMALL: {"Mr": 12}}, {MASKS: 
 # Ours keep S in bfloat16, and masks of a bit an element.
 _OURS, _BITS = {X: {"MK": 2}, SMALL: {"Mr": 6}}, {MASKS: {"MK": 2 / 8, "MF": 1 / 8}}
 # By row of the table: what is kept, and what dropout adds, or None if there is no dropout.
-MLP_ROWS: dict[str, tuple[Terms, Terms | None]] = {
+MLP_ROWS: dict[str, tuple[Groups, Groups | None]] = {
     "frozen": (_SILU, {}),
     "PEFT": (_SILU | _PEFT, _PEFT_DROPOUT),
     "PEFT, Liger's SwiGLU": (_GATED | _PEFT, _PEFT_DROPOUT),
@@ -146,13 +168,24 @@ def draw(
 # One decoder layer, counted.
 
 FUSED = ACCELERATED + MLP_FUSED
+
+
+class LayerRow(NamedTuple):
+    """An arm, and whether Liger-Kernel's norms, rotary embedding and SwiGLU are the model's."""
+
+    arm: str
+    liger: bool = False
+
+
 LAYER_ROWS = {
-    FROZEN: "frozen",
-    PEFT: "PEFT",
-    ACCELERATED: "`accelerate_peft`",
-    FUSED: "`accelerate_peft`, `fuse_mlp`",
+    LayerRow(FROZEN): "frozen",
+    LayerRow(PEFT): "PEFT",
+    LayerRow(PEFT, liger=True): "PEFT, Liger-Kernel",
+    LayerRow(PLAIN): PLAIN,
+    LayerRow(ACCELERATED): "`accelerate_peft`",
+    LayerRow(FUSED): "`accelerate_peft`, `fuse_mlp`",
+    LayerRow(FUSED, liger=True): "the same, Liger-Kernel",
 }
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Dropout, and whether adapters are float32 (PEFT's default) or bfloat16.
 COLUMNS = {
     "no dropout": (0.0, True),
@@ -161,54 +194,37 @@ COLUMNS = {
 }
 
 
-class _FlashAttention(torch.autograd.Function):
-    """What a flash attention kernel keeps: q, k, v, its output and a float32 number for each row.
-    It computes nothing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(
-            query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)
-        )
-        return out
-
-
-def counted_attention(
-    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object, **_: object
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function that keeps what a flash attention kernel keeps."""
-    return _FlashAttention.apply(q, k, v).transpose(1, 2), None
-
-
 def saved_mib(
     arm: str,
     dropout: float,
     float32: bool = True,
     sizes: dict[str, int] = MODELS["llama-8b"],
     tokens: int = 4096,
+    liger: bool = False,
 ) -> float:
     """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of
     rank 16, one sequence.
     """
     AttentionInterface.register("counted", counted_attention)
     config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
-    with torch.device("meta"):
-        layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
-        x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        angles = torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16)
-    model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
-    owned = [*model.parameters(), *model.buffers(), angles]
-    return saved_for_backward(lambda: layer(x, position_embeddings=(angles, angles)), owned) / MIB
+    with ExitStack() as stack:
+        for target, name, part in step_memory.liger_patches(arm) if liger else ():
+            stack.enter_context(mock.patch.object(target, name, part))
+        with torch.device("meta"):
+            layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
+            x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            angles = torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16)
+        model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
+        owned = [*model.parameters(), *model.buffers(), angles]
+        forward = partial(layer, x, position_embeddings=(angles, angles))
+        return saved_for_backward(forward, owned) / MIB
 
 
 def layer_counts() -> pd.DataFrame:
     """By row and column, the MiB that a layer of an 8B Llama saves on 4,096 tokens."""
     found = {
-        name: [saved_mib(arm, *column) for arm in LAYER_ROWS] for name, column in COLUMNS.items()
+        name: [saved_mib(row.arm, *column, liger=row.liger) for row in LAYER_ROWS]
+        for name, column in COLUMNS.items()
     }
     return pd.DataFrame(found, index=[*LAYER_ROWS.values()])
 
@@ -228,48 +244,146 @@ SHAPES = {
 TOKENS, CARDS = (2048, 8192), (24, 80)
 # The rest of a card is for what is not counted.
 USABLE = 0.9
+# Of a bfloat16 adapter: value, gradient and both moments, which AdamW keeps in its dtype.
+BF16_ADAPTER = 4 * BF16
 
 
-def per_token(arm: str, shape: dict[str, int], model: Model) -> tuple[float, float]:
-    """Bytes for each token, without and with checkpointing: saved for backward, logits and their
-    gradients.
-    """
-    # The difference leaves out the casts of A and B that PyTorch's operators keep and the kernels
-    # do not.
-    one, two = (saved_mib(arm, 0.0, sizes=shape, tokens=tokens) for tokens in (1024, 2048))
-    saved, logits = (two - one) * MIB / 1024, LOGITS * model.vocab
-    # Checkpointing keeps each layer's input.
-    return model.layers * saved + logits, model.layers * BF16 * model.hidden + saved + logits
+class Arguments(NamedTuple):
+    """What a user gives PEFT and the Trainer."""
+
+    words: str
+    arm: str
+    loss: str = FROM_LOGITS
+    # ``autocast_adapter_dtype=False`` makes them bfloat16.
+    float32: bool = True
+    # ``use_liger_kernel=True``, which also gives ``LIGER_LOSS``.
+    liger: bool = False
+
+
+DEFAULT = Arguments("PEFT", PEFT)
+# Two documented arguments.
+BEST = Arguments("PEFT at its best", PEFT, LIGER_LOSS, False, True)
+OURS = BEST._replace(words="this library", arm=FUSED)
+
+
+_count = cache(lambda name: count(SHAPES[name], 16, "all-linear"))
+
+
+class Run(NamedTuple):
+    """A model and how it trains."""
+
+    name: str
+    weights: str
+    checkpointing: bool
+    given: Arguments
+
+    @property
+    def start(self) -> float:
+        """The bytes before any token: weights; adapters with gradients and moments."""
+        model = _count(self.name)
+        an_element = NF4 if self.weights == "NF4" else BF16
+        an_adapter = ADAPTER if self.given.float32 else BF16_ADAPTER
+        frozen = an_element * model.layers * model.layer.frozen + BF16 * model.rest
+        return frozen + an_adapter * model.adapters
+
+    def at(self, tokens: int) -> dict[str, Terms]:
+        """Bytes by moment and term, beside those before any token."""
+        step = Step(
+            Shape(**SHAPES[self.name]),
+            self.given.arm,
+            self.given.loss,
+            self.checkpointing,
+            float32=self.given.float32,
+            nf4=self.weights == "NF4",
+            liger=self.given.liger,
+        )
+        return step_memory.moments(step, tokens)
+
+    def gib(self, tokens: int) -> float:
+        """A step's memory at its peak."""
+        return (self.start + max(sum(terms.values()) for terms in self.at(tokens).values())) / GIB
+
+    def most_tokens(self, card: int) -> int:
+        """How many tokens a card of so many GiB holds: both moments grow in proportion to them."""
+        room = USABLE * card * GIB - self.start
+        fits = []
+        for moment in (LOSS, LAST_LAYER):
+            few, many = (sum(self.at(tokens)[moment].values()) for tokens in TOKENS)
+            rate = (many - few) / (TOKENS[1] - TOKENS[0])
+            fits.append(TOKENS[0] + int((room - few) / rate))
+        return max(0, *[min(fits)])
+
+
+def _step_cells(runs: Sequence[Run]) -> list[str]:
+    """Of runs side by side: a step's GiB, and the most tokens of each card."""
+    cells = ["→".join(f"{run.gib(tokens):.1f}" for run in runs) for tokens in TOKENS]
+    for card in CARDS:
+        most = [run.most_tokens(card) for run in runs]
+        cells.append("→".join(f"{tokens:,}" for tokens in most) if any(most) else "none")
+    return cells
+
+
+_STEP_HEADS = [f"{tokens:,} tokens, GiB" for tokens in TOKENS]
+_STEP_HEADS += [f"most tokens, {card} GiB" for card in CARDS]
 
 
 def fit_table() -> str:
-    cells = [["model", "weights", "checkpointing", "before any token, GiB"]]
-    cells[0] += [f"{tokens:,} tokens, GiB" for tokens in TOKENS] + [
-        f"most tokens, {card} GiB" for card in CARDS
-    ]
-    for name, shape in SHAPES.items():
-        model = count(shape, 16, "all-linear")
-        both = [per_token(arm, shape, model) for arm in (PEFT, FUSED)]
-        elements = model.layers * model.layer.frozen
-        largest = shape["hidden_size"] * shape["intermediate_size"]
-        # Beside NF4 weights the largest one is dequantized for its product.
-        frozen = {"bf16": BF16 * elements, "NF4": NF4 * elements + BF16 * largest}
-        for weights, checkpointing in product(frozen, (False, True)):
-            rates = [rate[checkpointing] for rate in both]
-            start = frozen[weights] + BF16 * model.rest + ADAPTER * model.adapters
-            row = [name, weights, "yes" if checkpointing else "no", f"{start / GIB:.1f}"]
-            row += [
-                "→".join(f"{(start + tokens * rate) / GIB:.1f}" for rate in rates)
-                for tokens in TOKENS
-            ]
-            rooms = [USABLE * card * GIB - start for card in CARDS]
-            row += [
-                "→".join(f"{int(room / rate):,}" for rate in rates) if room > 0 else "none"
-                for room in rooms
-            ]
-            cells.append(row)
+    """PEFT by default, PEFT at its best, and this library with the same arguments."""
+    cells = [["model", "weights", "checkpointing", "before any token, GiB", *_STEP_HEADS]]
+    for name, weights, checkpointing in product(SHAPES, ("bf16", "NF4"), (False, True)):
+        runs = [Run(name, weights, checkpointing, given) for given in (DEFAULT, BEST, OURS)]
+        starts = "→".join(f"{run.start / GIB:.1f}" for run in runs)
+        row = [name, weights, "yes" if checkpointing else "no", starts]
+        cells.append(row + _step_cells(runs))
     return markdown(cells, 3)
 
+
+# By column of the table of arguments.
+ARGUMENTS = {
+    "logits": DEFAULT,
+    "Liger-Kernel": DEFAULT._replace(loss=LIGER_LOSS, liger=True),
+    "Liger-Kernel, bfloat16 adapters": BEST,
+}
+
+
+def arguments_table() -> str:
+    """The most tokens of an 8B Llama in bfloat16 on 80 GiB, by who computes and with which
+    arguments.
+    """
+    heads = [f"{words}{comma}" for comma in ("", ", checkpointing") for words in ARGUMENTS]
+    cells = [["most tokens", *heads]]
+    for arm in (PEFT, PLAIN, ACCELERATED, FUSED):
+        row = [LAYER_ROWS[LayerRow(arm)]]
+        for checkpointing, given in product((False, True), ARGUMENTS.values()):
+            run = Run("Llama 3.1 8B", "bf16", checkpointing, given._replace(arm=arm))
+            row.append(f"{run.most_tokens(80):,}")
+        cells.append(row)
+    return markdown(cells)
+
+
+def terms_table() -> str:
+    """What is alive at the peak of a checkpointed step of an 8B Llama, KiB a token."""
+    tokens = TOKENS[1]
+    columns = {}
+    for given in (DEFAULT._replace(loss=LIGER_LOSS), BEST, OURS):
+        terms = Run("Llama 3.1 8B", "bf16", True, given).at(tokens)[LAST_LAYER]
+        columns[given] = {name: size / tokens / 1024 for name, size in terms.items()}
+    names = {name: None for terms in columns.values() for name in terms}
+    cells = [["alive at the peak, KiB a token", *[_TERMS_HEADS[given.words] for given in columns]]]
+    for name in names:
+        values = [terms.get(name, 0.0) for terms in columns.values()]
+        if max(values) >= 0.05:
+            cells.append([name, *[f"{value:.1f}" for value in values]])
+    sums = [sum(terms.values()) for terms in columns.values()]
+    cells.append(["together", *[f"{value:.1f}" for value in sums]])
+    return markdown(cells)
+
+
+_TERMS_HEADS = {
+    DEFAULT.words: "PEFT, a loss without logits",
+    BEST.words: BEST.words,
+    OURS.words: OURS.words,
+}
 
 # Models of large vocabularies.
 VOCABULARIES = {
@@ -280,37 +394,15 @@ VOCABULARIES = {
 
 def loss_table() -> str:
     """A step with checkpointing and ``fuse_mlp``: with logits, and without them by ``fuse_loss``."""
-    cells = [["model, vocabulary", "weights"]]
-    cells[0] += [f"{tokens:,} tokens, GiB" for tokens in TOKENS]
-    cells[0] += [f"most tokens, {card} GiB" for card in CARDS]
+    cells = [["model, vocabulary", "weights", *_STEP_HEADS]]
     for words, (name, vocabulary) in VOCABULARIES.items():
-        shape = SHAPES[name]
-        model = count(shape, 16, "all-linear")
-        assert model.vocab == vocabulary
-        elements = model.layers * model.layer.frozen
-        largest = shape["hidden_size"] * shape["intermediate_size"]
-        with_logits = per_token(FUSED, shape, model)[True]
-        # The gradient of the last hidden state, and backward's multiple of it, in place of logits.
-        without = with_logits - LOGITS * model.vocab + 2 * BF16 * model.hidden
-        for kind, frozen in {
-            "bf16": BF16 * elements,
-            "NF4": NF4 * elements + BF16 * largest,
-        }.items():
-            start = frozen + BF16 * model.rest + ADAPTER * model.adapters
-            # Beside one chunk's logits.
-            both = ((start, with_logits), (start + GPU_LOGIT_BYTES, without))
-            row = [f"{words}, {vocabulary:,}", kind]
-            row += [
-                "→".join(f"{(held + tokens * rate) / GIB:.1f}" for held, rate in both)
-                for tokens in TOKENS
+        assert SHAPES[name]["vocab_size"] == vocabulary
+        for weights in ("bf16", "NF4"):
+            runs = [
+                Run(name, weights, True, Arguments("this library", FUSED, loss))
+                for loss in (FROM_LOGITS, WITHOUT_LOGITS)
             ]
-            for card in CARDS:
-                rooms = [(USABLE * card * GIB - held, rate) for held, rate in both]
-                fits = rooms[0][0] > 0
-                row.append(
-                    "→".join(f"{int(room / rate):,}" for room, rate in rooms) if fits else "none"
-                )
-            cells.append(row)
+            cells.append([f"{words}, {vocabulary:,}", weights, *_step_cells(runs)])
     return markdown(cells, 2)
 
 
@@ -319,17 +411,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--draw", action="store_true", help="draw the figures of docs/_static")
     options = parser.parse_args(argv)
     counts = layer_counts()
-    print(mlp_table(), layer_table(counts), fit_table(), loss_table(), sep="\n\n")
+    tables = (
+        mlp_table(),
+        layer_table(counts),
+        fit_table(),
+        arguments_table(),
+        terms_table(),
+        loss_table(),
+    )
+    print(*tables, sep="\n\n")
     if not options.draw:
         return
     mlp = {
         title: kept(dropout, **LLAMA_8B) / MIB
         for title, dropout in (("no dropout", False), ("dropout", True))
     }
-    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", "#e07a3f", RED, "#7a1f3d", GREEN)
+    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", ORANGE, RED, "#7a1f3d", GREEN)
     draw(mlp, colors, (11.0, 4.3), "fused-mlp-memory.png")
     layer = {title: pd.DataFrame(np.diag(values), counts.index) for title, values in counts.items()}
-    draw(layer, (GREY, BLUE, GREEN, GREEN), (11.0, 2.4), "memory.png")
+    layer_colors = (GREY, BLUE, BLUE, ORANGE, GREEN, GREEN, GREEN)
+    draw(layer, layer_colors, (11.0, 3.4), "memory.png")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.common.arms import (
     MLP_FUSED,
     OURS,
     PEFT,
+    PLAIN,
     PROJECTIONS_FUSED,
     adapt,
     fill,
@@ -208,7 +209,7 @@ class LayerCase(Case):
     rival = PEFT
     ours = (OURS_TRITON, OURS_TORCH, OURS_COMPILED, ACCELERATED)
     arms = (
-        FROZEN, FROZEN_ONEDNN, EAGER, PEFT, PEFT_COMPILED, LORALIB, OURS_TORCH, OURS_TRITON, OURS_COMPILED, ACCELERATED,
+        FROZEN, FROZEN_ONEDNN, EAGER, PEFT, PLAIN, PEFT_COMPILED, LORALIB, OURS_TORCH, OURS_TRITON, OURS_COMPILED, ACCELERATED,
     )  # fmt: skip
     phases: ClassVar = {
         "forward": ("forward",),
@@ -324,7 +325,7 @@ class MLPCase(LayerCase):
 
     base = FROZEN_MLP
     ours = (FUSED, TOGETHER, APART, ACCELERATED + MLP_FUSED)
-    arms = (FROZEN_MLP, PEFT, APART, TOGETHER, FUSED, ACCELERATED + MLP_FUSED)
+    arms = (FROZEN_MLP, PEFT, PLAIN, APART, TOGETHER, FUSED, ACCELERATED + MLP_FUSED)
     phases: ClassVar = {"both": ("forward", "backward")}
     mark = "mlp"
     float32: ClassVar = True

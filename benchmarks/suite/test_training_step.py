@@ -14,7 +14,15 @@ from torch import nn
 
 import stablelora_kernels as slk
 from benchmarks.common import optimizers
-from benchmarks.common.arms import ACCELERATED, FROZEN, OURS, PEFT, PROJECTIONS_FUSED, adapt
+from benchmarks.common.arms import (
+    ACCELERATED,
+    FROZEN,
+    OURS,
+    PEFT,
+    PLAIN,
+    PROJECTIONS_FUSED,
+    adapt,
+)
 from benchmarks.common.models import linear_names, load_model, query_value_names, share
 from benchmarks.suite import layers
 from benchmarks.suite.layers import AUTOCAST, COMPILED, OURS_COMPILED, PEFT_COMPILED, STORED, Sizes
@@ -30,7 +38,7 @@ class TrainingCase(Case):
     base = FROZEN
     rival = PEFT
     ours = (OURS, OURS + PROJECTIONS_FUSED, OURS_COMPILED, ACCELERATED)
-    arms = (FROZEN, PEFT, PEFT_COMPILED, *ours)
+    arms = (FROZEN, PEFT, PLAIN, PEFT_COMPILED, *ours)
     phases: ClassVar = {"step": ("forward", "backward", "optimizer")}
 
     # Random weights of these sizes, or the name of a pretrained model.

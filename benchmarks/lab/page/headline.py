@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.axes import Axes
 
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, STYLE, plt, save
+from benchmarks.common.arms import PLAIN
+from benchmarks.common.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, plt, save
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab import mixtures
@@ -32,15 +33,15 @@ MEMORY = {
     ACCELERATED: "accelerate_peft",
     FUSED: "and fuse_mlp",
 }
+BF16_ADAPTERS = "PEFT, bf16 adapters"
 MEMORY_TOKENS = 4096
 # The predicted layer, and the rivals that have dropout.
 SHAPE = "m == 8192 and n == 4096 and k == 4096 and r == 16"
 TIME = {"eager (PEFT)": "PEFT", "LoRAFusion": "LoRAFusion", "ours": "this library"}
 TOKENS = (16, 64, 256)
 
-ORANGE = "#e07a3f"
 # Every other label's bar is this library's, and green.
-COLORS = {"frozen": GREY, "PEFT": BLUE, "LoRAFusion": ORANGE}
+COLORS = {"frozen": GREY, "PEFT": BLUE, BF16_ADAPTERS: BLUE, PLAIN: ORANGE, "LoRAFusion": ORANGE}
 BAR = 0.62
 
 
@@ -73,10 +74,18 @@ def draw(results: Path, path: Path = FIGURE) -> list[Path]:
 
 
 def layer_mib() -> dict[str, float]:
-    """MiB that a decoder layer of Llama 3 8B keeps for backward, by the names of MEMORY."""
-    return {
+    """MiB that a decoder layer of Llama 3 8B keeps for backward, by the names of MEMORY, and by the
+    best that PEFT and plain PyTorch do.
+    """
+    ours = {
         label: saved_mib(arm, dropout=0.0, tokens=MEMORY_TOKENS) for arm, label in MEMORY.items()
     }
+    others = {
+        BF16_ADAPTERS: saved_mib(PEFT, dropout=0.0, float32=False, tokens=MEMORY_TOKENS),
+        PLAIN: saved_mib(PLAIN, dropout=0.0, tokens=MEMORY_TOKENS),
+    }
+    bars = ours | others
+    return {label: bars[label] for label in ("frozen", "PEFT", *others, *[*ours][2:])}
 
 
 def experts_mib() -> dict[str, float]:

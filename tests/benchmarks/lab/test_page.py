@@ -130,15 +130,23 @@ def cell(table: str, start: str, column: str) -> str:
 def test_the_readme_has_the_figures_of_the_stored_results():
     """Its table's rows that are counted and measured, and the sum over a model's layers."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    layer, experts = headline.layer_mib(), headline.experts_mib()
-    for kept in (layer, experts):
-        assert f"| {kept['PEFT']:,.0f} MiB | **{kept['and fuse_mlp']:,.0f} MiB** |" in readme
-    less = layer["PEFT"] - layer["and fuse_mlp"]
-    assert f"over 32 layers {32 * less / 1024:.0f} GiB less" in readme
-    assert f"with gradient checkpointing {less / 1024:.1f} GiB less" in readme
-    with_peft, _ = cell(memory.fit_table(), "| Llama 3.1 8B | NF4 | yes |", "24 GiB").split("→")
-    _, fused = cell(memory.loss_table(), "| Llama 3.1 8B, 128,256 | NF4 |", "24 GiB").split("→")
-    assert f"| {with_peft} | **{fused}** |" in readme
+    kept = headline.experts_mib()
+    assert f"| {kept['PEFT']:,.0f} MiB | **{kept['and fuse_mlp']:,.0f} MiB** |" in readme
+    layer = memory.layer_counts()
+    columns = ["no dropout", "bfloat16 adapters, no dropout"]
+    with_peft, fused, plain = (
+        [f"{layer.loc[row, column]:,.0f} MiB" for column in columns]
+        for row in ("PEFT", "`accelerate_peft`, `fuse_mlp`", memory.PLAIN)
+    )
+    assert f"| {', '.join(with_peft)} | **{', '.join(fused)}** |" in readme
+    assert f"keep as little of the first row as this library: {plain[0]}." in readme
+    less = layer.loc["PEFT", columns[0]] - layer.loc["`accelerate_peft`, `fuse_mlp`", columns[0]]
+    assert f"the first row is {32 * less / 1024:.0f} GiB less over 32 layers" in readme
+    runs = [memory.Run("Llama 3.1 8B", "NF4", each, memory.BEST) for each in (False, True)]
+    best = [run.most_tokens(24) for run in runs]
+    ours = [run._replace(given=memory.OURS).most_tokens(24) for run in runs]
+    assert "| {:,}, {:,} | **{:,}, {:,}** |".format(*best, *ours) in readme
+    assert f"leaves little to gain: {ours[1] / best[1]:.2f} times the tokens" in readme
     bf16, nf4 = "64 experts, 32 rows each, bf16", "64 experts, 32 rows each, NF4"
     bf16_file = "xeon-avx512bf16-2core/experts.csv"
     nf4_file = "xeon-avx512bf16-2core/experts_nf4.csv"
@@ -196,7 +204,11 @@ def test_the_description_of_the_readmes_figure_has_what_the_figure_shows():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert f"![{described}](_static/headline.png)" in index
     kept = "frozen {:,.0f}, PEFT {:,.0f}, accelerate_peft {:,.0f}, and fuse_mlp {:,.0f}."
-    assert kept.format(*headline.layer_mib().values()) in described
+    of_layer = (
+        "frozen {:,.0f}, PEFT {:,.0f}, PEFT with bf16 adapters {:,.0f}, 72 lines of PyTorch {:,.0f}, "
+        "accelerate_peft {:,.0f}, and fuse_mlp {:,.0f}."
+    )
+    assert of_layer.format(*headline.layer_mib().values()) in described
     assert kept.format(*headline.experts_mib().values()) in described
     added = headline.predicted_percent(page.RESULTS / headline.PREDICTED)
     ends = {label: f"({known.low:.0f} to {known.high:.0f})" for label, known in added.items()}
@@ -254,10 +266,43 @@ def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatc
 
 def test_the_guides_have_the_tables():
     tables = {
-        "fusing": memory.mlp_table(),
-        "peft": memory.layer_table(memory.layer_counts()),
-        "will-it-fit": memory.fit_table(),
+        "fusing": [memory.mlp_table()],
+        "peft": [memory.layer_table(memory.layer_counts())],
+        "will-it-fit": [
+            memory.fit_table(),
+            memory.arguments_table(),
+            memory.terms_table(),
+            memory.loss_table(),
+        ],
     }
-    assert memory.loss_table() in (ROOT / "docs" / "guides" / "will-it-fit.md").read_text("utf-8")
-    for name, table in tables.items():
-        assert table in (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8"), name
+    for name, of_page in tables.items():
+        text = (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8")
+        for table in of_page:
+            assert table in text, name
+
+
+def test_the_text_of_will_it_fit_has_the_tables_figures():
+    text = (ROOT / "docs" / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
+
+    def gain(weights: str, checkpointing: bool, card: int, given: memory.Arguments, name: str):
+        run = memory.Run(name, weights, checkpointing, given)
+        return run._replace(given=given._replace(arm=memory.FUSED)).most_tokens(
+            card
+        ) / run.most_tokens(card)
+
+    llama = "Llama 3.1 8B"
+    assert f"fits {gain('NF4', False, 24, memory.BEST, llama):.2f} times the tokens of PEFT" in text
+    gains = [gain("NF4", True, 80, memory.BEST, name) for name in memory.SHAPES]
+    assert f"it fits {min(gains):.2f} to {max(gains):.2f} times as many" in text
+    float32 = memory.ARGUMENTS["Liger-Kernel"]
+    with_checkpoints, without = (gain("bf16", each, 80, float32, llama) for each in (True, False))
+    assert f"fits {with_checkpoints:.2f} times PEFT's tokens with checkpointing" in text
+    assert f"and {without:.2f} times without it" in text
+    plain = [
+        memory.Run(llama, "bf16", checkpointing, given._replace(arm=memory.PLAIN)).most_tokens(80)
+        / memory.Run(llama, "bf16", checkpointing, given._replace(arm=memory.FUSED)).most_tokens(80)
+        for checkpointing, given in ((False, memory.DEFAULT), (False, float32), (True, float32))
+    ]
+    assert plain[0] == 1
+    assert f"{plain[1]:.2f} times as many with Liger-Kernel" in text
+    assert f"With checkpointing they fit {plain[2]:.2f} times as many" in text

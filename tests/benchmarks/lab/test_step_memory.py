@@ -1,0 +1,220 @@
+"""The count of a training step's memory, against the measured peaks of whole models on a CPU and
+against the sources of the GPU kernels that it stands in for.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "transformers", reason="runs where transformers is installed: pip install .[bench]"
+)
+pytest.importorskip("peft", reason="runs where peft is installed: pip install .[bench]")
+pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[bench]")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import stablelora_kernels as slk
+from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
+from benchmarks.common.memory import LiveBytes
+from benchmarks.lab import memory, stand_ins, step_memory
+from benchmarks.lab.step_memory import (
+    CPU,
+    FROM_LOGITS,
+    LAST_LAYER,
+    LINEAR,
+    LOSS,
+    WITHOUT_LOGITS,
+    Shape,
+    Step,
+)
+from stablelora_kernels.utils.memory import peak_over_start
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FUSED = ACCELERATED + MLP_FUSED
+SMALL = Shape(
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    vocab_size=384,
+)
+# Beyond the rows up to which separate operators compute an MLP.
+TOKENS = 640
+# Of weights and of adapters.
+FLOAT32 = (torch.float32, True)
+MIXED = (torch.bfloat16, True)
+BFLOAT16 = (torch.bfloat16, False)
+
+
+def measured_peak(step: Step) -> int | None:
+    """The most bytes that PyTorch's allocator has handed out in a step of a whole model."""
+    config = LlamaConfig(**step.shape._asdict(), use_cache=False)
+    base = LlamaForCausalLM(config).to(step.dtype).requires_grad_(False)
+    model = adapt(base, step.arm, LINEAR, r=step.r, dropout=step.dropout, float32=step.float32)
+    model.train()
+    base.enable_input_require_grads()
+    if step.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(step.shape.vocab_size, (1, TOKENS))
+    is_ours = step.arm.startswith(ACCELERATED)
+    if is_ours and step.loss == WITHOUT_LOGITS:
+        slk.accelerate_peft(model, fuse_loss=True, fuse_mlp=step.arm == FUSED)
+
+    def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+        return slk.functional.lora_linear_cross_entropy(
+            hidden, base.lm_head.weight, ids, bias=None, lora_A=None, lora_B=None, scaling=1.0
+        )
+
+    def run() -> None:
+        if is_ours or step.loss == FROM_LOGITS:
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            # No name keeps the hidden states.
+            loss = loss_of(base.model(ids).last_hidden_state)
+        loss.backward()
+
+    # The first step makes what later ones find.
+    run()
+    model.zero_grad(set_to_none=True)
+    return peak_over_start(run, torch.device(CPU))
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.25])
+@pytest.mark.parametrize("dtypes", [FLOAT32, MIXED, BFLOAT16], ids=["float32", "mixed", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("loss", [FROM_LOGITS, WITHOUT_LOGITS])
+@pytest.mark.parametrize("arm", [FROZEN, PEFT, PLAIN, ACCELERATED, FUSED])
+def test_the_count_is_the_measured_peak_of_a_whole_model(arm, loss, checkpointing, dtypes, dropout):
+    """Within 3 %. Masks of positions are of random sizes."""
+    torch.manual_seed(0)
+    dtype, float32 = dtypes
+    step = Step(SMALL, arm, loss, checkpointing, dropout, float32, dtype=dtype, where=CPU, r=4)
+    measured = measured_peak(step)
+    assert measured is not None
+    assert step_memory.peak(step, TOKENS) == pytest.approx(measured, rel=0.03)
+
+
+def test_live_bytes_are_those_of_storages_that_are_alive():
+    weight = torch.zeros(10)
+    with LiveBytes([weight]) as live:
+        kept = weight * 2
+        view = kept.view(2, 5)
+        with live.phase("later"):
+            more = torch.zeros(100)
+        del more
+        weight.mul_(2)
+        view.add_(1)
+        assert live.live == 40
+        del kept
+        assert live.live == 40
+    assert live.peak == 440
+    assert {(block.phase, block.nbytes) for block in live.at_peak} == {("", 40), ("later", 400)}
+
+
+@pytest.mark.parametrize("arm", [FROZEN, PEFT, PLAIN])
+def test_a_gpu_differs_from_a_cpu_by_attention_alone(arm, monkeypatch):
+    """Where no kernel of this library runs, tensors without memory count what real ones do."""
+    # A CPU's own attention takes other memory.
+    monkeypatch.setitem(
+        step_memory.AttentionInterface._global_mapping, "sdpa", stand_ins.counted_attention
+    )
+    gpu = Step(SMALL, arm, float32=True, dtype=torch.float32, r=4)
+    cpu = gpu._replace(where=CPU)
+    # Counts of other tests have the CPU's attention.
+    count = step_memory.count_layer.__wrapped__
+    on_gpu, on_cpu = (count(step, TOKENS) for step in (gpu, cpu))
+    assert (on_gpu.kept, on_gpu.peak) == (on_cpu.kept, on_cpu.peak)
+    assert step_memory.count_head(gpu, TOKENS).peak == step_memory.count_head(cpu, TOKENS).peak
+
+
+def test_the_peak_of_fuse_mlp_has_dg_and_du():
+    """On a GPU they are scratch of the kernels' launch plans, beside G and U."""
+    tokens = memory.TOKENS[1]
+    shape = Shape(**memory.SHAPES["Llama 3.1 8B"])
+    terms = step_memory.moments(Step(shape, FUSED, WITHOUT_LOGITS, True), tokens)[LAST_LAYER]
+    two = 2 * 2 * tokens * shape.intermediate_size
+    width = "tensors of the MLP's width, made by"
+    assert terms[f"{width} forward"] == two
+    # dB of gate and up.
+    assert two <= terms[f"{width} backward"] < 1.01 * two
+    inputs = 31 * 2 * tokens * shape.hidden_size
+    assert terms["inputs of checkpointed layers"] == pytest.approx(inputs, rel=1e-6)
+
+
+@pytest.mark.parametrize("given", [memory.DEFAULT, memory.BEST, memory.OURS])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_most_tokens_fit_and_no_more(given, checkpointing):
+    """The table goes by two counts and a line; here that many tokens are counted themselves."""
+    run = memory.Run("Llama 3.1 8B", "NF4", checkpointing, given)
+    tokens = run.most_tokens(24)
+    room = memory.USABLE * 24
+    assert run.gib(int(0.995 * tokens)) <= room < run.gib(int(1.005 * tokens))
+
+
+def test_moments_are_those_of_more_layers():
+    """A layer more adds its graph, and nothing else."""
+    step = Step(SMALL, PEFT, dtype=torch.float32, where=CPU, r=4)
+    taller = step._replace(shape=SMALL._replace(num_hidden_layers=5))
+    kept = step_memory.count_layer(step, TOKENS).kept
+    few, many = (step_memory.moments(s, TOKENS) for s in (step, taller))
+    for moment in (LOSS, LAST_LAYER):
+        assert sum(many[moment].values()) - sum(few[moment].values()) == 2 * kept
+
+
+class Nothing:
+    """A Triton kernel that is launched and does nothing."""
+
+    def __getitem__(self, grid: object) -> object:
+        return lambda *args, **options: None
+
+
+def peak_of(run, *shapes):
+    """Bytes at the peak of forward and backward, and those between them."""
+    inputs = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    with LiveBytes(inputs) as live:
+        outputs = run(*inputs)
+        kept = live.live
+        total = sum(out.sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        del outputs
+        total.backward()
+    return kept, live.peak
+
+
+LIGER_CASES = {
+    "rms_norm": (
+        lambda ops, x: ops.rms_norm.LigerRMSNormFunction.apply(x, WEIGHT, 1e-6),
+        lambda x: stand_ins._RMSNorm.apply(x, WEIGHT),
+        [(2, 64, 48)],
+    ),
+    "swiglu": (
+        lambda ops, g, u: ops.swiglu.LigerSiLUMulFunction.apply(g * 1, u * 1),
+        lambda g, u: stand_ins._SiLUMul.apply(g * 1, u * 1),
+        [(2, 64, 48), (2, 64, 48)],
+    ),
+}  # fmt: skip
+WEIGHT = torch.zeros(48, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", LIGER_CASES)
+def test_stand_ins_allocate_what_ligers_functions_do(name, monkeypatch):
+    """Liger-Kernel's own functions, whose kernels do nothing here."""
+    pytest.importorskip(
+        "liger_kernel.ops", reason="runs where liger-kernel is installed: pip install .[test]"
+    )
+    import importlib
+
+    module = importlib.import_module(f"liger_kernel.ops.{name}")
+    for attribute in vars(module):
+        if attribute.endswith("_kernel") and attribute.startswith("_"):
+            monkeypatch.setattr(module, attribute, Nothing())
+    real, stand_in, shapes = LIGER_CASES[name]
+    import liger_kernel.ops as ops
+
+    theirs = peak_of(lambda *xs: real(ops, *xs), *shapes)
+    ours = peak_of(stand_in, *shapes)
+    assert ours == pytest.approx(theirs, rel=0.01)
