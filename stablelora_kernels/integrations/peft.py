@@ -109,8 +109,8 @@ def accelerate_peft(
         ImportError: peft is not installed, or is older than 0.16.
         TypeError: ``model`` is not a module, or a fusion is neither a bool nor None.
         ValueError: the model has no PEFT LoRA layers; ``strict`` is set and something would be
-            skipped or not be fused; or ``lora_experts`` does not fit packed experts, which PEFT's own forward would
-            compute wrongly. Nothing is changed then.
+            skipped, or a fusion would have no effect; or ``lora_experts`` does not fit packed
+            experts, which PEFT's own forward would compute wrongly. Nothing is changed then.
         RuntimeError: the model is within :func:`adapters_of_rows`.
     """
     layers = layers_module()
@@ -166,9 +166,7 @@ def accelerate_peft(
     if strict and skipped:
         text = list_some([f"{module.name} ({module.reason})" for module in skipped])
         if any("Router" in module.reason for module in skipped):
-            text += (
-                '; PEFT\'s "all-linear" adapts routers too, so name the layers to leave them out'
-            )
+            text += '; "all-linear" adapts routers too, so name the layers instead'
         raise ValueError(f"strict=True, but PEFT's own forward would go on computing {text}")
     for fault in faults:
         warnings.warn(fault, UserWarning, stacklevel=2)
@@ -350,10 +348,9 @@ def _unmatched(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> list[s
             getattr(config, "target_parameters", None), adapted, "target_parameters"
         )
         if note:
-            notes.append(
-                f"{note} (adapter {adapter!r}): PEFT finds parameters that are packed, as experts in 4 bits, by their full "
-                "names alone"
-            )
+            notes.append(f"{note} (adapter {adapter!r})")
+            if any(name.endswith(".parametrizations") for name in names):
+                notes[-1] += ": PEFT finds experts in 4 bits by their full names alone"
     return notes
 
 
