@@ -245,7 +245,9 @@ def test_adapters_in_bfloat16_resume_to_the_bit_or_with_a_warning(tmp_path, keep
     def in_bfloat16():
         torch.manual_seed(0)
         model = small_llama(vocab_size=trainer_runs.WORDS).bfloat16()
-        config = trainer_runs.peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+        config = trainer_runs.peft.LoraConfig(
+            r=3, target_modules=["q_proj"], init_lora_weights=False
+        )
         torch.manual_seed(0)
         return trainer_runs.peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
