@@ -56,6 +56,8 @@ def main() -> None:
         max_steps=args.steps,
         learning_rate=args.lr,
         warmup_steps=args.steps // 10,
+        # evaluate() before train() would keep the Trainer from DDP under torchrun.
+        eval_on_start=True,
         per_device_train_batch_size=4,
         logging_steps=10,
         bf16=on_gpu,
@@ -70,14 +72,14 @@ def main() -> None:
         # Optional: Stable-LoRA and AdamW in one kernel, with the settings of the arguments.
         optimizer_cls_and_kwargs=slk.StableLoRAAdamWFactory.from_args(arguments),
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    print(
-        f"held-out loss {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after {args.steps} steps"
-    )
-    # PEFT's files: PeftModel.from_pretrained loads them.
-    model.save_pretrained(args.out / "adapter")
-    print(f"adapter in {args.out / 'adapter'}")
+    after = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        before = next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
+        print(f"held-out loss {before:.3f} before, {after:.3f} after {args.steps} steps")
+        # PEFT's files: PeftModel.from_pretrained loads them.
+        model.save_pretrained(args.out / "adapter")
+        print(f"adapter in {args.out / 'adapter'}")
 
 
 if __name__ == "__main__":

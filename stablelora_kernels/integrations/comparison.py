@@ -5,8 +5,7 @@ no peft.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.integrations.peft import (
     accelerate_peft,
     check_accelerate_options,
@@ -117,9 +117,11 @@ def compare(
 
     A step is ``model(**batch).loss.backward()`` in training mode, without the optimizer. Both arms
     take turns in shuffled order in this process, after three rounds of warm-up. They are copies of
-    the modules that share the model's parameters, so no weight is held twice. Gradients and the
-    state of the random generators come back afterwards. To measure under autocast, call this inside
-    ``torch.autocast(...)``.
+    the modules that share the memory of the model's parameters and of packed weights in buffers, so
+    no weight is held twice. Other buffers, which forward may write to, are copied once for both
+    arms. Hooks of parameters, such as those by which an optimizer steps in backward, do not run. The
+    state of the random generators comes back afterwards. To measure under autocast, call this
+    inside ``torch.autocast(...)``.
 
     Args:
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers, accelerated or not.
@@ -131,8 +133,8 @@ def compare(
         ImportError: peft is not installed, or is older than 0.16.
         TypeError: ``model`` is no module, ``batch`` is no mapping, or ``accelerate_peft`` has no
             keyword of such a name.
-        ValueError: the model has no PEFT LoRA layers, is sharded, or returns no loss for ``batch``;
-            ``rounds`` is below 6; or as ``accelerate_peft`` with ``strict``.
+        ValueError: the model has no PEFT LoRA layers or nothing that trains, is sharded, or returns
+            no loss for ``batch``; ``rounds`` is below 6; or as ``accelerate_peft`` with ``strict``.
     """
     check_accelerate_options("compare", options, others=("rounds",))
     check_int("rounds", rounds, minimum=MIN_SAMPLES_OF_INTERVAL)
@@ -146,13 +148,19 @@ def compare(
         raise ValueError(
             "model must not be sharded, got parameters that are DTensors: compare copies its modules"
         )
-    of_peft = _copy_sharing_parameters(inner)
+    if not any(parameter.requires_grad for parameter in inner.parameters()):
+        raise ValueError(
+            "model must have parameters that require gradients, got none: a frozen adapter has no training step; load it "
+            "with is_trainable=True, or call model.set_adapter(name)"
+        )
+    of_peft = _copy_sharing_weights(inner)
     restore_peft(of_peft)
-    accelerated = _copy_sharing_parameters(inner)
+    # Of this copy, not of the model: so both arms share the copied buffers.
+    accelerated = _copy_sharing_weights(of_peft, shares_buffers=True)
     report = accelerate_peft(accelerated, **options)
     arms = {PEFT: of_peft.train(), ACCELERATED: accelerated.train()}
     device = next(inner.parameters()).device
-    with _gradients_and_generators_kept(inner, device):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         steps = {name: _step(arm, batch) for name, arm in arms.items()}
         seconds = interleave(steps, warmup=WARMUP, iters=rounds)
         costs = {
@@ -171,23 +179,25 @@ def compare(
     )
 
 
-def _copy_sharing_parameters(model: nn.Module) -> nn.Module:
-    """A copy of the modules and buffers around the same parameters."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+def _copy_sharing_weights(model: nn.Module, shares_buffers: bool = False) -> nn.Module:
+    """A copy of the modules around the same weights. ``shares_buffers``: around all buffers, too."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        # Of the same memory, but without hooks and gradient.
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach()) if parameter.requires_grad else parameter
+        )
+    for buffer in model.buffers():
+        if shares_buffers or _holds_packed_weights(buffer):
+            memo[id(buffer)] = buffer
     return copy.deepcopy(model, memo)
 
 
-@contextmanager
-def _gradients_and_generators_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put gradients and the states of the generators back at the end."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+def _holds_packed_weights(buffer: Tensor) -> bool:
+    """Whether a buffer is what GPTQ, AWQ and others pack weights into, which no forward writes to.
+    Statistics and counters, which a forward does write to, are small or of PyTorch's floats.
+    """
+    return buffer.numel() * buffer.itemsize >= MIB and buffer.dtype not in FLOAT_DTYPES
 
 
 def _step(arm: nn.Module, batch: Mapping[str, Any]) -> Callable[[], None]:
@@ -202,7 +212,9 @@ def _step(arm: nn.Module, batch: Mapping[str, Any]) -> Callable[[], None]:
 
 def _drop_gradients(arm: nn.Module) -> None:
     for parameter in arm.parameters():
-        parameter.grad = None
+        # Those that are frozen are the model's own.
+        if parameter.requires_grad:
+            parameter.grad = None
 
 
 def _peak(step: Callable[[], None], arm: nn.Module, device: torch.device) -> int | None:

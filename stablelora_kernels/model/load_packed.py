@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from stablelora_kernels.functional import FLOAT_DTYPES
 from stablelora_kernels.model.reports import list_some
 from stablelora_kernels.nn.stacks import is_packed, set_mxfp4
 from stablelora_kernels.utils.extras import import_extra
@@ -22,6 +24,8 @@ _BLOCKS = "_blocks"
 _SCALES = "_scales"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+# Columns that share a scale.
+_GROUP = 32
 
 
 class _PackedStack(NamedTuple):
@@ -61,9 +65,10 @@ def load_packed_experts(model: nn.Module, path: str | os.PathLike[str]) -> list[
     Raises:
         ImportError: safetensors is not installed.
         TypeError: ``model`` is no module.
-        ValueError: the directory has no such checkpoint or no stack in MXFP4, its index names a file
-            of another directory, a stack does not fit the model's parameter, or a parameter on the
-            meta device is not in the checkpoint. Nothing is changed then.
+        ValueError: the directory has no such checkpoint or no stack in MXFP4, a file is damaged, its
+            index names a file of another directory, a stack does not fit the model's parameter, or
+            a parameter on the meta device is not in the checkpoint, or there in a dtype that is
+            nothing without its scale. Nothing is changed then.
     """
     check_module(model)
     with ExitStack() as opened:
@@ -85,27 +90,54 @@ def load_packed_experts(model: nn.Module, path: str | os.PathLike[str]) -> list[
 def _open_files(directory: Path, opened: ExitStack) -> dict[str, Any]:
     """The open file of each tensor of a checkpoint, by the tensor's name."""
     safetensors = import_extra("safetensors", "adapters", "a checkpoint in MXFP4")
-    if (directory / _INDEX).is_file():
-        places = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({*places.values()})
-        # A checkpoint from elsewhere must not open other files of this machine.
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(
-                f"{_INDEX} must name files of its own directory, got {list_some(outside)} in {str(directory)!r}"
-            )
-    else:
-        names = [_WEIGHTS]
+    index = directory / _INDEX
+    places = _places_in(index) if index.is_file() else None
+    names = [_WEIGHTS] if places is None else sorted({*places.values()})
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ValueError(
             f"path must be a directory with {list_some(missing)}, got {str(directory)!r}"
         )
-    files = {}
+    files: dict[str, Any] = {}
     for name in names:
-        file = opened.enter_context(safetensors.safe_open(directory / name, framework="pt"))
-        files.update(dict.fromkeys(file.keys(), file))
+        try:
+            file = opened.enter_context(safetensors.safe_open(directory / name, framework="pt"))
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"path must hold files of safetensors, got a damaged {str(directory / name)!r}: {error}"
+            ) from None
+        held = {*file.keys()}
+        # Of a tensor that several files hold, the one of the file that the index names.
+        of_file = held if places is None else {key for key in places if places[key] == name}
+        if of_file - held:
+            raise ValueError(
+                f"{str(directory / name)!r} must hold the tensors that {_INDEX} says, got none by the name of "
+                f"{list_some(sorted(of_file - held))}"
+            )
+        files.update(dict.fromkeys(of_file, file))
     return files
+
+
+def _places_in(index: Path) -> dict[str, str]:
+    """The file's name of each tensor, by an index."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"path must hold an index in JSON, got a damaged {str(index)!r}: {error}"
+        ) from None
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(
+            f"'weight_map' of {str(index)!r} must map the names of tensors to those of files, got {reprlib.repr(places)}"
+        )
+    # A checkpoint from elsewhere must not open other files of this machine.
+    outside = [name for name in sorted({*places.values()}) if Path(name).name != name]
+    if outside:
+        raise ValueError(
+            f"{_INDEX} must name files of its own directory, got {list_some(outside)} in {str(index.parent)!r}"
+        )
+    return places
 
 
 def _stacks_of(
@@ -139,7 +171,12 @@ def _check_sizes(experts: nn.Module, parameter: str, name: str, files: Mapping[s
     count, rows, columns = weight.shape
     if getattr(experts, "is_transposed", False):
         rows, columns = columns, rows
-    groups = [count, rows, columns // 32]
+    if columns % _GROUP:
+        raise ValueError(
+            f"{name} must have a multiple of {_GROUP} columns, of which MXFP4 stores groups, got {columns} in "
+            f"{list(weight.shape)}"
+        )
+    groups = [count, rows, columns // _GROUP]
     for key, sizes in ((name + _BLOCKS, [*groups, 16]), (name + _SCALES, groups)):
         stored = files[key].get_slice(key)
         if stored.get_shape() != sizes:
@@ -169,9 +206,16 @@ def _values_of(
         if name not in files:
             missing[parameter] = name
             continue
-        shape = files[name].get_slice(name).get_shape()
+        value = files[name].get_slice(name)
+        shape = value.get_shape()
         if shape != list(parameter.shape):
             raise ValueError(f"{name} must be {list(parameter.shape)}, got {shape}")
+        # A weight of 8 bits is nothing without its scale, which a cast would not apply.
+        dtype = (value[:0] if shape else files[name].get_tensor(name)).dtype
+        if dtype != parameter.dtype and not {dtype, parameter.dtype} <= {*FLOAT_DTYPES}:
+            raise ValueError(
+                f"{name} must be {parameter.dtype}, or a float of 16 to 64 bits for another one, got {dtype}"
+            )
         values[name] = parameter
         stored.add(parameter)
     lacking = [name for parameter, name in missing.items() if parameter not in stored]

@@ -233,8 +233,14 @@ class Head:
             columns = z[:, block]
             bias = None if self.bias is None else self.bias[block]
             multiply_into(columns, hidden, self._rows(block).t(), bias)
-            if s is not None and self.lora_B is not None:
-                columns.addmm_(s, self.lora_B[block].t(), alpha=self.scaling)
+            if s is None or self.lora_B is None:
+                continue
+            lora_B = self.lora_B[block].t()
+            if self.scaling == 0:
+                # With alpha 0, BLAS does not read S and B, whatever they hold.
+                columns.add_(torch.mm(s, lora_B), alpha=self.scaling)
+            else:
+                columns.addmm_(s, lora_B, alpha=self.scaling)
         return z
 
     def hidden_gradient(self, dz: Tensor) -> Tensor:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
+
+# The file descriptor that C++ libraries write to.
+_STDERR = 2
 
 
 def saved_for_backward(run: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
@@ -44,8 +50,14 @@ def peak_over_start(run: Callable[[], object], device: torch.device) -> int | No
         return torch.cuda.max_memory_allocated(device) - start
     if device.type != "cpu":
         return None
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    profile = torch.autograd.profiler.profile(profile_memory=True)
+    with _without_kinetos_lines():
+        profile.__enter__()
+    try:
         run()
+    finally:
+        with _without_kinetos_lines():
+            profile.__exit__(None, None, None)
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     allocated = 0
@@ -54,3 +66,27 @@ def peak_over_start(run: Callable[[], object], device: torch.device) -> int | No
         allocated += event.nbytes()
         peak = max(peak, allocated)
     return peak
+
+
+@contextmanager
+def _without_kinetos_lines() -> Iterator[None]:
+    """Drop what Kineto, the library of PyTorch's profiler, logs as it starts and stops. It writes to
+    the process's stderr; what others write there meanwhile comes afterwards.
+    """
+    try:
+        stderr = os.dup(_STDERR)
+    except OSError:
+        # The process has closed it.
+        yield
+        return
+    with TemporaryFile() as written:
+        os.dup2(written.fileno(), _STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, _STDERR)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if not line.startswith(b"USDT:"):
+                    os.write(_STDERR, line)

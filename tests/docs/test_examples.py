@@ -330,6 +330,43 @@ def test_the_file_to_copy_runs_outside_the_clone(
     assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
+# Starts the example and saves what each process has trained.
+OF_EACH_PROCESS = """
+import os, torch, transformers
+train = transformers.Trainer.train
+def train_and_save(trainer):
+    train(trainer)
+    trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    torch.save(trained, f"trained-{os.environ['RANK']}")
+transformers.Trainer.train = train_and_save
+import one_file
+one_file.main()
+"""
+
+
+@needs_gloo
+def test_the_file_to_copy_trains_one_adapter_in_many_processes(
+    files: list[str], tmp_path: Path, elsewhere: dict[str, str]
+) -> None:
+    """evaluate() before train() would leave each process to its own gradients."""
+    shutil.copy(ROOT / "examples" / "one_file.py", tmp_path)
+    (tmp_path / "start.py").write_text(OF_EACH_PROCESS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    small = ["--steps", "4", "--length", "16", "--out", str(tmp_path / "run")]
+    line = [sys.executable, *launcher, "start.py", *files, *small]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=elsewhere)
+    assert done.returncode == 0, done.stderr[-8000:]
+    first, second = (torch.load(tmp_path / f"trained-{rank}") for rank in range(2))
+    assert first.keys() == second.keys() and any(p.any() for n, p in first.items() if "lora_B" in n)
+    assert all(p.equal(second[name]) for name, p in first.items())
+    assert done.stdout.count("held-out loss") == 1
+    (saved,) = (tmp_path / "run" / "adapter").glob("adapter_model.safetensors")
+    assert all(
+        value.equal(first[name.replace(".weight", ".default.weight")])
+        for name, value in load_file(saved).items()
+    )
+
+
 def test_learning_rates_trains_eight_adapters(files: list[str], tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     small = ["--steps", "3", "--length", "16", "--rank", "2", "--out", str(out)]

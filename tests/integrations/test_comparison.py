@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 
 import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.utils.memory import peak_over_start, saved_for_backward
+from stablelora_kernels.utils.memory import (
+    _without_kinetos_lines,
+    peak_over_start,
+    saved_for_backward,
+)
 from stablelora_kernels.utils.timing import median_interval
 from tests.helpers.trainer_runs import llama, rows
 
@@ -44,6 +49,70 @@ def test_the_model_stays_as_it_was(kind):
     comparison = slk.compare(model, batch(), rounds=6, fuse_projections=True)
     assert state_of(model) == before
     assert len(comparison.report.replaced) == 4
+
+
+def test_optimizers_in_hooks_of_parameters_do_not_step():
+    model = llama("peft")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        p.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: optimizer.step())
+    before = [p.detach().clone() for p in trained]
+    slk.compare(model, batch(), rounds=6)
+    assert all(p.equal(q) for p, q in zip(trained, before, strict=True))
+    # They are still there.
+    model(**batch()).loss.backward()
+    assert not all(p.equal(q) for p, q in zip(trained, before, strict=True))
+
+
+class Normalized(torch.nn.Module):
+    """A model with statistics and packed weights in buffers. It notes their addresses in SEEN."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.norm = torch.nn.BatchNorm1d(7)
+        self.register_buffer("table", torch.zeros(MIB))
+        self.register_buffer("qweight", torch.ones(MIB, dtype=torch.int32))
+
+    def forward(self, input_ids, **kwargs):
+        SEEN.append({name: buffer.data_ptr() for name, buffer in self.named_buffers()})
+        self.norm(input_ids.float())
+        self.table += 1
+        return self.inner(input_ids=input_ids, **kwargs)
+
+
+SEEN: list[dict[str, int]] = []
+
+
+def test_buffers_of_packed_weights_are_shared_and_others_copied_once():
+    model = Normalized(llama("peft"))
+    before = state_of(model)
+    values = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    SEEN.clear()
+    slk.compare(model, batch(), rounds=6)
+    assert state_of(model) == before
+    assert all(buffer.equal(values[name]) for name, buffer in model.named_buffers())
+    assert len(SEEN) == 2 * (3 + 6 + 2)
+    for name, buffer in model.named_buffers():
+        (address,) = {seen[name] for seen in SEEN}
+        assert (address == buffer.data_ptr()) == (name == "qweight"), name
+
+
+def test_a_frozen_adapter_is_refused():
+    model = llama("peft").requires_grad_(False)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="model must have parameters that require gradients, got"):
+        slk.compare(model, batch(), rounds=6)
+    assert state_of(model) == before
+
+
+def test_the_profiler_logs_nothing_and_swallows_nothing(capfd):
+    slk.compare(llama("peft"), batch(), rounds=6)
+    assert "profiler_st" not in capfd.readouterr().err
+    with _without_kinetos_lines():
+        os.write(2, b"USDT: a line of Kineto's\nanother line\n")
+    assert capfd.readouterr().err == "another line\n"
 
 
 def test_an_error_leaves_it_as_it_was_too():

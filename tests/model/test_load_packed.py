@@ -252,6 +252,14 @@ WRONG = [
         put("lm_head.weight", torch.zeros(3, 64)),
         r"lm_head.weight must be \[64, 64\], got \[3, 64\]",
     ),
+    (
+        put("lm_head.weight", torch.zeros(64, 64).to(torch.float8_e4m3fn)),
+        r"lm_head.weight must be torch.float32, or a float of .* got torch.float8_e4m3fn",
+    ),
+    (
+        put("lm_head.weight", torch.zeros(64, 64, dtype=torch.int8)),
+        r"lm_head.weight must be torch.float32, or a float of .* got torch.int8",
+    ),
 ]
 
 
@@ -303,3 +311,57 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path):
         with pytest.raises(ValueError, match="must name files of its own directory, got"):
             slk.load_packed_experts(model, directory)
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("columns", [40, 63])
+def test_a_stack_of_other_columns_is_not_cut(columns, tmp_path):
+    model = torch.nn.ModuleDict({"experts": Experts(columns)})
+    with pytest.raises(ValueError, match=rf"must have a multiple of 32 columns, .* got {columns}"):
+        slk.load_packed_experts(model, write(PACKED_STACK, tmp_path))
+    assert model.experts.up_proj.shape == (2, 8, columns)
+
+
+def test_a_tensor_of_two_files_comes_from_the_one_that_the_index_names(tmp_path):
+    blocks, scales = PACKED_STACK
+    other = {blocks: torch.zeros_like(PACKED_STACK[blocks])}
+    for first, second in (("a", "b"), ("b", "a")):
+        save_file({blocks: PACKED_STACK[blocks]}, tmp_path / f"{first}.safetensors")
+        save_file(other | {scales: PACKED_STACK[scales]}, tmp_path / f"{second}.safetensors")
+        places = {blocks: f"{first}.safetensors", scales: f"{second}.safetensors"}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+        model = torch.nn.ModuleDict({"experts": Experts()})
+        slk.load_packed_experts(model, tmp_path)
+        assert model.experts.up_proj.equal(torch.full((2, 8, 32), 1.5))
+
+
+INDEX = "model.safetensors.index.json"
+# By the name of the file, its content and what the error says.
+DAMAGED = [
+    (INDEX, b"", "path must hold an index in JSON, got a damaged .*: Expecting value"),
+    (INDEX, b"\xff", "path must hold an index in JSON, got a damaged .*: 'utf-8' codec"),
+    (INDEX, b'{"a":' * 100_000, "path must hold an index in JSON, got a damaged .*: maximum rec"),
+    (INDEX, b"[]", "'weight_map' of .* must map the names of tensors .* got None"),
+    (INDEX, b"{}", "'weight_map' of .* must map the names of tensors .* got None"),
+    (INDEX, b'{"weight_map": 5}', "'weight_map' of .* must map .* got 5"),
+    (INDEX, b'{"weight_map": {"a": true}}', "'weight_map' of .* must map .* got {'a': True}"),
+    (INDEX, b'{"weight_map": {"a": ["b"]}}', r"'weight_map' of .* must map .* got {'a': \['b'\]}"),
+    (
+        INDEX,
+        b'{"weight_map": {"a": "model.safetensors"}}',
+        "'.*model.safetensors' must hold the tensors that model.safetensors.index.json says, got "
+        "none by the name of a",
+    ),
+    ("model.safetensors", b"", "path must hold files of safetensors, got a damaged .*: "),
+    ("model.safetensors", b"\x40\0\0\0\0\0\0\0{", "path must hold files of .* damaged .*: "),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
+def test_a_damaged_file_is_named(name, content, message, tmp_path):
+    model = torch.nn.ModuleDict({"experts": Experts()})
+    write(PACKED_STACK, tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        slk.load_packed_experts(model, tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert not model.experts.up_proj.any()

@@ -5,6 +5,9 @@ often it multiplies by the head.
 from __future__ import annotations
 
 from types import SimpleNamespace
+
+
+import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -273,7 +276,10 @@ def test_no_label_counts(rows, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_not_a_number_in_gives_not_a_number_out(backend):
+@pytest.mark.parametrize("scaling", [SCALING, 0.0])
+def test_not_a_number_in_gives_not_a_number_out(scaling, backend, monkeypatch):
+    """Also through a branch whose scaling is 0, since 0 times NaN is NaN."""
+    monkeypatch.setattr(sys.modules[__name__], "SCALING", scaling)
     for name in ("hidden", "weight", "bias", "lora_A", "lora_B"):
         case = Loss(reduction="none", ignored=1000)
         given = make(case)
