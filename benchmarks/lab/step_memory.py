@@ -47,7 +47,6 @@ from benchmarks.lab.stand_ins import LIGER, counted_attention, liger_loss
 from stablelora_kernels import functional
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.ops import lora_linear_cross_entropy as cross_entropy
 from stablelora_kernels.ops import lora_mlp_torch, plans
 
@@ -281,6 +280,9 @@ def _parts_of(step: Step) -> Iterator[None]:
         (lora_mlp_torch, "_activation_backward", _activation_backward),
     ]
     if step.where != CPU:
+        # Launch plans need Triton, which is optional.
+        from stablelora_kernels.launch.base import Launch
+
         device = DEVICES[step.where]
         answer = backend.Answer("triton", "counted as on a GPU")
 

@@ -4,6 +4,7 @@ is what hooks count.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
@@ -35,6 +36,11 @@ from benchmarks.lab import memory
 from benchmarks.lab.page import __main__ as page
 from benchmarks.lab.page import headline
 from tests.helpers.processes import ROOT
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
+)
 
 
 def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, capsys):
@@ -127,6 +133,7 @@ def cell(table: str, start: str, column: str) -> str:
     return row.split("|")[place].strip()
 
 
+@needs_triton
 def test_the_readme_has_the_figures_of_the_stored_results():
     """Its table's rows that are counted and measured, and the sum over a model's layers."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -264,6 +271,7 @@ def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatc
     assert found == kept
 
 
+@needs_triton
 def test_the_guides_have_the_tables():
     tables = {
         "fusing": [memory.mlp_table()],
@@ -281,6 +289,7 @@ def test_the_guides_have_the_tables():
             assert table in text, name
 
 
+@needs_triton
 def test_the_text_of_will_it_fit_has_the_tables_figures():
     text = (ROOT / "docs" / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
 
