@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ def peak_over_start(run: Callable[[], object], device: torch.device) -> int | No
         return torch.cuda.max_memory_allocated(device) - start
     if device.type != "cpu":
         return None
-    profile = torch.autograd.profiler.profile(profile_memory=True)
+    # PyTorch's stubs do not know what events have.
+    profile: Any = torch.autograd.profiler.profile(profile_memory=True)
     with _without_kinetos_lines():
         profile.__enter__()
     try:
