@@ -4,10 +4,8 @@ often it multiplies by the head.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-
 import sys
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
