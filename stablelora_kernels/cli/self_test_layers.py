@@ -125,11 +125,11 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
 
     computed, baselines = results(ours, None), results(dora, None)
     refs = results(dora, torch.float64)
-    operands = (
+    weight, bias, lora_A, lora_B = (
         testing.rounded_operand(inputs[name], dtype)
         for name in ("weight", "bias", "lora_A", "lora_B")
     )
-    layer = RoundedLayer(Arithmetic(dtype), *operands, SCALING)
+    layer = RoundedLayer(Arithmetic(dtype), weight, bias, lora_A, lora_B, SCALING)
     norms = (
         inputs["weight"].double() + SCALING * inputs["lora_B"].double() @ inputs["lora_A"].double()
     ).norm(dim=1)
