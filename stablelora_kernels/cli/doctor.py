@@ -54,8 +54,8 @@ VARIABLES = (
 )
 # Compiled for an H100 without a GPU: 93 kernels took 134 s of one core.
 COMPILES = (
-    "The first self-test on a GPU compiles about 90 kernels: two to three minutes of one core. Triton keeps them, so that later ones take "
-    "seconds."
+    "The first self-test on a GPU compiles about 90 kernels: two to three minutes of one core. "
+    "Triton keeps them, so that later self-tests take seconds."
 )
 IN_INTERPRETER = "the Triton kernels in Triton's interpreter"
 

@@ -5,12 +5,15 @@ what it refuses.
 from __future__ import annotations
 
 import io
+import re
+import shlex
 import tarfile
 
 import pytest
 
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 
+from benchmarks.common.assets import AssetError
 from tests.peft_suite import __main__ as suite
 from tests.peft_suite import hub
 
@@ -85,6 +88,42 @@ def test_a_run_that_breaks_is_no_result(tmp_path, monkeypatch):
     )
     with pytest.raises(RuntimeError, match=r"did not run \(pytest's exit status 0\):\nbroken"):
         suite.run_both(tmp_path / "run", ["test_mixed"], suite.LORA, "torch")
+
+
+def test_a_file_that_cannot_be_collected_is_no_result(tmp_path, monkeypatch):
+    """pytest ends with 2 then, and the plugin has written the outcomes of no test: all alike."""
+    monkeypatch.setattr(hub, "MODELS", {})
+    (tmp_path / "run").mkdir()
+    suite.unpack(sdist(tmp_path / "peft.tar.gz"), tmp_path / "run")
+    code = f"import os, sys; open(os.environ[{suite.OUTCOMES!r}], 'w').write('{{}}'); sys.exit(2)"
+    monkeypatch.setattr(suite, "command", lambda files, keyword: [suite.sys.executable, "-c", code])
+    with pytest.raises(RuntimeError, match=r"did not run \(pytest's exit status 2\)"):
+        suite.run_both(tmp_path / "run", ["test_mixed"], suite.LORA, "torch")
+
+
+def test_without_a_network_it_fails_and_says_so(capsys, monkeypatch):
+    (version,) = suite.SHA256
+
+    def fetch(asset):
+        raise AssetError(f"could not download {asset.package}=={asset.version}")
+
+    monkeypatch.setattr(suite, "NEEDED", ())
+    monkeypatch.setattr(suite.metadata, "version", lambda name: version)
+    monkeypatch.setattr(suite, "fetch", fetch)
+    assert suite.main(["--quick"]) == 2
+    assert f"could not download peft=={version}" in capsys.readouterr().err
+
+
+def test_the_extra_pins_a_release_whose_tests_are_known():
+    extra = (suite.ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("peft-suite = [")
+    assert re.search(r'"peft==(.+?)"', extra[2])[1] in suite.SHA256
+
+
+def test_quick_is_a_share_of_the_files(capsys):
+    assert {*suite.QUICK} < {*suite.FILES}
+    assert suite.main(["--quick", "--dry"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[words.index("-k") + 1] == f"({suite.LORA}) and ({suite.QUICK_TESTS})"
 
 
 def test_what_is_missing_is_named(capsys, monkeypatch):
