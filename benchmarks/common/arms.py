@@ -71,7 +71,12 @@ def adapt(
 
             use_plain_pytorch(model)
         if layers == ACCELERATED:
-            report = slk.accelerate_peft(model, strict=True, **fuse)
+            # strict would refuse a fuse_mlp that finds no MLP.
+            report = slk.accelerate_peft(model, strict=every_mlp, **fuse)
+            if report.skipped:
+                raise ValueError(
+                    f"every layer must run on the ops for {arm!r}, got {report.skipped}"
+                )
     if (
         every_mlp
         and fuse["fuse_mlp"]
