@@ -9,6 +9,7 @@ import re
 import shlex
 import tarfile
 
+import pandas as pd
 import pytest
 
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
@@ -117,6 +118,18 @@ def test_without_a_network_it_fails_and_says_so(capsys, monkeypatch):
 def test_the_extra_pins_a_release_whose_tests_are_known():
     extra = (suite.ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("peft-suite = [")
     assert re.search(r'"peft==(.+?)"', extra[2])[1] in suite.SHA256
+
+
+def test_the_pages_state_the_passes_of_the_stored_table():
+    counts = pd.read_csv(suite.RESULTS)
+    passes = counts.passed.str.split("/", expand=True).astype(int).sum()
+    assert passes[0] == passes[1] and not counts.different.any()
+    (version,) = suite.SHA256
+    for page in ("README.md", "docs/guides/peft.md"):
+        text = (suite.ROOT / page).read_text(encoding="utf-8")
+        assert re.search(
+            rf"PEFT {re.escape(version)}'s own LoRA tests\b.*\b{passes[0]:,} pass", text
+        ), page
 
 
 def test_quick_is_a_share_of_the_files(capsys):
