@@ -55,7 +55,8 @@ class Dora(NamedTuple):
 
     def output(self, base: nn.Module, x: Tensor) -> Tensor:
         """(m / n) (Z - bias) + bias in the dtype of the base layer's output, for that output and
-        the branch, Z. A new adapter has m = n and B = 0, so the output is the base layer's.
+        the branch, Z. A new adapter has B = 0 and, beside float32 weights, m = n: the output is
+        then the base layer's.
         """
         operand = base_operand(base, x)
         if isinstance(operand, Base):

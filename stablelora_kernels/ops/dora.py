@@ -108,7 +108,7 @@ def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """``factor ∘ (Z - bias) + bias`` for Z [..., N], factor [N] in float32 or float64 and bias [N];
     rounded to z's dtype twice at most.
 
-    Where the factor is 1, as it is before the first step of training, this is Z to the bit.
+    Where the factor is 1, as for a new adapter beside float32 weights, this is Z to the bit.
     """
     y: Tensor = _ScaleColumns.apply(z, factor, bias)  # type: ignore[no-untyped-call]
     return y
