@@ -329,7 +329,7 @@ def main(given: Sequence[str] | None = None) -> int:
     capability = (9, 0) if dry else torch.cuda.get_device_capability()
     verdict = backend.UNKNOWN if dry else backend.verdict_of(torch.cuda.current_device())
     machine["ptxas"] = ptxas_version(capability)
-    first = versions(machine, capability, verdict.problem)
+    first = versions(machine, capability, verdict.problem) | {"dry": "dry" if dry else ""}
     write_records(out / "versions.csv", [first], machine)
     say(first["case"])
     if verdict.problem and not options.anyway:
