@@ -25,7 +25,12 @@ import torch
 
 from stablelora_kernels._version import __version__
 from stablelora_kernels.cli.common import CommandError, Report, device_of
-from stablelora_kernels.cli.self_test import Result, result_of, run_checks
+from stablelora_kernels.cli.self_test import (
+    Result,
+    result_of,
+    run_checks,
+    run_checks_in_processes,
+)
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES, arch_of
 from stablelora_kernels.dispatch.settings import check_environment, get_backend, use_backend
@@ -52,10 +57,13 @@ VARIABLES = (
     "STABLELORA_CACHE",
     "TRITON_INTERPRET",
 )
+# Each has a context of its own on the GPU, of some hundred MiB.
+PROCESSES = min(4, len(os.sched_getaffinity(0)))
 # Compiled for an H100 without a GPU: 93 kernels took 134 s of one core.
 COMPILES = (
-    "The first self-test on a GPU compiles about 90 kernels: two to three minutes of one core. "
-    "Triton keeps them, so that later self-tests take seconds."
+    "The first self-test on a GPU compiles about 90 kernels: two to three minutes of one core, "
+    f"which {PROCESSES} process{'es' if PROCESSES > 1 else ''} share here. Triton keeps the kernels, "
+    "so that later self-tests take seconds."
 )
 IN_INTERPRETER = "the Triton kernels in Triton's interpreter"
 
@@ -78,17 +86,17 @@ def run(args: argparse.Namespace, report: Report) -> int:
         raise CommandError(f"--interpret runs the kernels in Triton's interpreter, but {problem}")
     name = _report_findings(device, report)
     interpreting = name == "triton" and backend.INTERPRETING
+    compiling = name == "triton" and not interpreting
     # The results of each self-test, which come as its checks run.
     self_tests: dict[str, Iterator[Result]] = {}
     if name is not None:
         subject = "PyTorch's operators" if name == "torch" else "the Triton kernels"
-        self_tests[IN_INTERPRETER if interpreting else f"{subject} on {device}"] = run_checks(
-            device
-        )
+        running = run_checks_in_processes(device, PROCESSES) if compiling else run_checks(device)
+        self_tests[IN_INTERPRETER if interpreting else f"{subject} on {device}"] = running
     if args.interpret and not interpreting:
         self_tests[IN_INTERPRETER] = _interpreted()
     report.data["self_tests"] = []
-    if name == "triton" and not interpreting:
+    if compiling:
         report.text("", COMPILES)
     for title, running in self_tests.items():
         results: list[Result] = []

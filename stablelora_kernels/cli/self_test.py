@@ -4,11 +4,15 @@ repository's tests use.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,7 +27,12 @@ from stablelora_kernels.cli.self_test_layers import (
     check_shape,
 )
 from stablelora_kernels.dispatch import backend
-from stablelora_kernels.dispatch.settings import use_autotune, use_kernel
+from stablelora_kernels.dispatch.settings import (
+    get_backend,
+    use_autotune,
+    use_backend,
+    use_kernel,
+)
 from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
@@ -129,6 +138,31 @@ def run_checks(device: torch.device) -> Iterator[Result]:
     """Yield each check's result, on the current backend."""
     for check in checks():
         yield run_check(check, device)
+
+
+def run_checks_in_processes(device: torch.device, count: int) -> Iterator[Result]:
+    """:func:`run_checks` by ``count`` processes, in the same order. On a GPU that has not run the
+    kernels before, nearly all of the time is the compiler's, which uses one core a process.
+    """
+    checks_of = [(check.family, check.case) for check in checks()]
+    done = 0
+    # A process that is forked could not use the GPU.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context) as pool:
+        try:
+            names = repeat(str(device)), repeat(get_backend())
+            for result in pool.map(_run_numbered, range(len(checks_of)), *names):
+                yield result
+                done += 1
+        except BrokenProcessPool as error:
+            # A kernel may end its process. The pool does not say which of those left it was.
+            for family, case in checks_of[done:]:
+                yield result_of(family, case, f"a process of the self-test ended early: {error}")
+
+
+def _run_numbered(number: int, device: str, backend_name: str) -> Result:
+    with use_backend(backend_name):
+        return run_check(checks()[number], torch.device(device))
 
 
 def run_check(check: Check, device: torch.device) -> Result:

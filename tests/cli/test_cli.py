@@ -9,10 +9,12 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import COMMANDS, doctor, main, self_test, self_test_layers
@@ -128,17 +130,50 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys):
 
 
 @pytest.mark.parametrize("interpreting", [False, True])
-def test_on_a_gpu_doctor_says_first_how_long_compiling_takes(interpreting, capsys, monkeypatch):
-    def run_checks(device):
-        print("The first check begins.")
+def test_on_a_gpu_doctor_says_how_long_compiling_takes_and_compiles_in_processes(
+    interpreting, capsys, monkeypatch
+):
+    def run_checks(device, *processes):
+        print(f"The first check begins: {processes}.")
         yield self_test.result_of("a kernel", "a case", None)
 
     monkeypatch.setattr(doctor, "_report_findings", lambda device, report: "triton")
     monkeypatch.setattr(doctor, "run_checks", run_checks)
+    monkeypatch.setattr(doctor, "run_checks_in_processes", run_checks)
     monkeypatch.setattr(doctor.backend, "INTERPRETING", interpreting)
     assert main(["doctor", "--device", "cpu"]) == 0
-    before, _, _ = capsys.readouterr().out.partition("The first check begins.")
+    before, _, after = capsys.readouterr().out.partition("The first check begins: ")
     assert ("two to three minutes of one core" in " ".join(before.split())) == (not interpreting)
+    assert after.startswith("()." if interpreting else f"({doctor.PROCESSES},).")
+
+
+@pytest.mark.nightly
+def test_processes_give_the_results_of_one():
+    with slk.use_backend("torch"):
+        alone = [*self_test.run_checks(torch.device("cpu"))]
+        shared = [*self_test.run_checks_in_processes(torch.device("cpu"), 2)]
+    for one, other in zip(alone, shared, strict=True):
+        assert other | {"seconds": 0} == one | {"seconds": 0} and other["passed"]
+
+
+def test_a_process_that_a_kernel_ends_fails_the_checks_that_are_left(monkeypatch):
+    class Pool:
+        def __init__(self, *_): ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+
+        def map(self, function, numbers, *_):
+            yield self_test.result_of("first", "case", None)
+            raise BrokenProcessPool("it was terminated abruptly")
+
+    monkeypatch.setattr(self_test, "ProcessPoolExecutor", Pool)
+    results = [*self_test.run_checks_in_processes(torch.device("cpu"), 2)]
+    assert len(results) == len(self_test.checks())
+    assert [result["passed"] for result in results] == [True] + [False] * (len(results) - 1)
+    assert "ended early: it was terminated abruptly" in results[1]["problem"]
 
 
 def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatch):
