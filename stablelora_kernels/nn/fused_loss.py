@@ -83,10 +83,10 @@ class _Call:
         self._model = model
         self._state = state
         self.withheld: _Withheld | None = None
-        setattr(self, state.form.head, self._withhold)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        # A bound method in __dict__ would be a cycle: hidden states would live until Python finds it.
+        return self._withhold if name == self._state.form.head else getattr(self._model, name)
 
     def _withhold(self, hidden: Tensor) -> Tensor:
         """What the model gets for its logits."""

@@ -812,7 +812,9 @@ def test_the_report_says_that_rows_are_not_fused():
     model = make(("b", {}), model=llama(), target_modules="all-linear")
     assert ROWS_ARE_NOT_FUSED in slk.accelerate_peft(model, fuse_mlp=True).notes
     assert ROWS_ARE_NOT_FUSED in slk.accelerate_peft(model, fuse_projections=True).notes
-    assert ROWS_ARE_NOT_FUSED not in slk.accelerate_peft(model).notes
+    assert ROWS_ARE_NOT_FUSED in slk.accelerate_peft(model).notes
+    plain = slk.accelerate_peft(model, fuse_mlp=False, fuse_projections=False)
+    assert ROWS_ARE_NOT_FUSED not in plain.notes
     one = make(model=llama(), target_modules="all-linear")
     assert ROWS_ARE_NOT_FUSED not in slk.accelerate_peft(one, fuse_mlp=True).notes
 

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import inspect
 import pickle
@@ -153,6 +154,19 @@ def test_no_logits_are_computed():
     assert output.logits is None and "logits" not in output
     assert type(output) is transformers.modeling_outputs.CausalLMOutputWithPast
     assert output.past_key_values is not None
+
+
+def test_a_forward_leaves_nothing_to_the_garbage_collector():
+    """Hidden states that a cycle held would live until Python looks for cycles."""
+    model = make()
+    slk.accelerate_peft(model, fuse_loss=True)
+    gc.collect()
+    gc.disable()
+    try:
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+        assert not [thing for thing in gc.get_objects() if type(thing) is fused_loss._Call]
+    finally:
+        gc.enable()
 
 
 def test_tuples_leave_the_logits_out():
