@@ -218,6 +218,7 @@ def stop_between_the_renames(arguments, dies):
     main(arguments)
 
 
+@pytest.mark.nightly
 @needs_fork
 def test_what_an_interrupted_or_killed_merge_left_is_put_right(tmp_path, capsys, monkeypatch):
     prepare(tmp_path)

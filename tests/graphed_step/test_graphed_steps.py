@@ -40,7 +40,10 @@ if SMALL:
     OPTIONS["dropout"] = {"dropout": 0.3}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    ["plain", *(pytest.param(n, marks=pytest.mark.nightly) for n in OPTIONS if n != "plain")],
+)
 def test_calls_are_eager_steps(name, graphs):
     """The lr is a number that changes at each step."""
     _, optimizer, _ = assert_eager_steps(
@@ -150,7 +153,9 @@ def test_a_backward_pass_through_what_a_replay_overwrote_is_refused():
         loss.backward()
 
 
-@pytest.mark.parametrize("kind", ["PEFT's layers", "our layers"])
+@pytest.mark.parametrize(
+    "kind", ["PEFT's layers", pytest.param("our layers", marks=pytest.mark.nightly)]
+)
 def test_a_hugging_face_model_takes_its_batch_as_a_dict(kind, graphs):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(32, (2, 5), generator=generator) for _ in range(5)]

@@ -26,6 +26,8 @@ needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux",
     reason="runs on Linux where PyTorch has gloo",
 )
+# What most targets import. Forked processes share it; where it is missing, the server goes on without.
+_IN_CHILDREN = ("peft", "transformers.models.llama.modeling_llama", "transformers.trainer")
 
 
 def spawn(target: Callable[..., Any], world: int, directory: Path, *args: Any) -> list[Any]:
@@ -34,7 +36,7 @@ def spawn(target: Callable[..., Any], world: int, directory: Path, *args: Any) -
     They are forked from one that has imported much and run nothing.
     """
     multiprocessing.set_forkserver_preload(
-        [__name__, "torch.distributed.fsdp", "stablelora_kernels"]
+        [__name__, "torch.distributed.fsdp", "stablelora_kernels", *_IN_CHILDREN]
     )
     mp.start_processes(
         _one_rank, (target, world, str(directory), args), nprocs=world, start_method="forkserver"

@@ -144,7 +144,10 @@ def test_every_case(arch: str, schedule: str) -> None:
     emulate(*schedule.replace("--warps ", apart).split(), "--arch", arch)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    "arch",
+    ["sm_80", "sm_90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("sm_100", "sm_120"))],
+)
 def test_every_planted_fault_changes_the_ptx(arch: str) -> None:
     """Of each kernel that a plant names. Compiled, not run: whether the emulator finds the faults
     is the night's.

@@ -482,6 +482,7 @@ def train(model: Any, rank: int, world: int, fuse: bool) -> dict[str, torch.Tens
 
 
 @needs_gloo
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("library", ["ours", "PEFT"])
 def test_fully_shard(library, fuse, tmp_path):

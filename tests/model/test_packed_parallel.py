@@ -79,6 +79,7 @@ def train(
 
 
 @needs_gloo
+@pytest.mark.covering
 @pytest.mark.parametrize("way", ["DDP", "fully_shard"])
 @pytest.mark.parametrize("library", ["ours", "PEFT"])
 @pytest.mark.parametrize("stored", STORED)

@@ -174,7 +174,7 @@ def counted(args):
 @pytest.mark.parametrize(
     ("gpu", "kernel"),
     [
-        ("h100", "r16 64x64 dropout"),
+        pytest.param("h100", "r16 64x64 dropout", marks=pytest.mark.nightly),
         *(
             pytest.param(gpu, "", marks=pytest.mark.nightly)
             for gpu in ("h100", "a100", "b200", "4090", "5090")
@@ -420,7 +420,9 @@ def test_each_row_of_dispatchs_tables_names_its_prediction():
 OTHERS = ("a100", "b200", "4090", "5090")
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [OTHERS[0], *(pytest.param(name, marks=pytest.mark.nightly) for name in OTHERS[1:])]
+)
 def test_other_gpus_have_tables(name):
     gpu = load_gpu(name)
     for dropout, m in itertools.product((True, False), (2048, 8192)):

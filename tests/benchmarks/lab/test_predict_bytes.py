@@ -81,6 +81,7 @@ def build(op: str, form: str, arch: str, kernel: str, p: float) -> Case | None:
     )  # fmt: skip
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "case",
     table(

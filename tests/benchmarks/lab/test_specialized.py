@@ -36,6 +36,7 @@ runpy.run_module({module!r}, run_name="__main__")
     return done.returncode
 
 
+@pytest.mark.nightly
 def test_it_compiles_without_spills_or_serialized_products() -> None:
     """By day, the branch alone and by pairs of CTAs."""
     assert status_of("benchmarks.lab.specialized", "--only", "branch") == 0
@@ -121,6 +122,7 @@ assert launch_counts["specialized_product_kernel"] == expected, launch_counts
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_its_operands_are_those_of_todays_kernels() -> None:
     """Y, and dX with a mask, from the package's own calls on the emulator, against float64."""
     done = python("""
