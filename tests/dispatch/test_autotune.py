@@ -91,7 +91,7 @@ def test_the_fastest_is_taken_and_right(timer, launched, fast, kernel, launches)
 
 @pytest.mark.parametrize(
     ("dtype", "rows"),
-    [(BF16, 5), (BF16, 70), pytest.param(FP32, 70, marks=pytest.mark.nightly)],
+    [(BF16, 5), *(pytest.param(dtype, 70, marks=pytest.mark.nightly) for dtype in (BF16, FP32))],
     ids=str,
 )
 def test_every_candidate_gives_the_right_result(timer, dtype, rows):

@@ -213,7 +213,7 @@ def fail_to_save(model, directory, message):
         save_adapter(model, directory)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("dies", [False, True])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_file_that_may_not_grow(tmp_path, old, new, exists, dies):
@@ -349,6 +349,7 @@ def save_repeatedly(model, directory):
         save_adapter(model, directory)
 
 
+@pytest.mark.nightly
 def test_two_writers_and_a_reader(tmp_path, old, new):
     """Every load while two processes save, and the last one, is one of the two adapters."""
     directory, expected, appeared = tmp_path / "adapter", (output(old), output(new)), False
