@@ -27,10 +27,11 @@ from benchmarks.common.arms import (
     MLP_FUSED,
     OURS,
     PEFT,
+    PLAIN,
     PROJECTIONS_FUSED,
     adapt,
 )
-from benchmarks.common.memory import saved_for_backward
+from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.records import read_records
 from benchmarks.lab import memory
 from benchmarks.lab.page import __main__ as page
@@ -114,6 +115,24 @@ def test_the_performance_page_has_the_figures_of_the_main_jobs():
                 else " |"
             )
             assert value + spread in text, (file, row)
+
+
+def test_the_performance_page_has_the_yardsticks_times_and_bytes():
+    text = page.PAGE.with_name("performance.md").read_text(encoding="utf-8")
+    rows = read_records(page.RESULTS / "epyc-avx2-2core" / "suite_mlp.csv")
+    rows = rows[rows["arm"].isin((PLAIN, ACCELERATED + MLP_FUSED))]
+    cells = rows.set_index(["case", "arm", "metric"])
+    lines = []
+    for case in rows["case"].unique():
+        line = ""
+        for arm in (PLAIN, ACCELERATED + MLP_FUSED):
+            time = cells.loc[case, arm, "over_rival"]
+            kept = cells.loc[case, arm, "saved_bytes"]["median"] / MIB
+            line += (
+                f" | {time['median']:.2f} ({time['q1']:.2f} to {time['q3']:.2f}); {kept:.0f} MiB"
+            )
+        lines.append(line + " |\n")
+    assert len(lines) == 4 and all(line in text for line in lines), lines
 
 
 def stored(file: str, case: str, arm: str, metric: str) -> float:
