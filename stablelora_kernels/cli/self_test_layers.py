@@ -125,11 +125,18 @@ def check_dora(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
 
     computed, baselines = results(ours, None), results(dora, None)
     refs = results(dora, torch.float64)
-    weight, bias, lora_A, lora_B = (
-        testing.rounded_operand(inputs[name], dtype)
+    operands = {
+        name: testing.rounded_operand(inputs[name], dtype)
         for name in ("weight", "bias", "lora_A", "lora_B")
+    }
+    layer = RoundedLayer(
+        Arithmetic(dtype),
+        operands["weight"],
+        operands["bias"],
+        operands["lora_A"],
+        operands["lora_B"],
+        SCALING,
     )
-    layer = RoundedLayer(Arithmetic(dtype), weight, bias, lora_A, lora_B, SCALING)
     norms = (
         inputs["weight"].double() + SCALING * inputs["lora_B"].double() @ inputs["lora_A"].double()
     ).norm(dim=1)

@@ -409,7 +409,7 @@ def make_nodes(count: int) -> None:
         x * 2
 
 
-def in_a_thread(function: Callable[[], object]) -> object:
+def in_a_thread(function: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
@@ -427,15 +427,20 @@ def test_threads_number_autograds_nodes_by_themselves():
             make_nodes(200)
             model(x).sum().backward()
 
-    def outside() -> None:
+    def outside() -> list[torch.Tensor]:
+        model.zero_grad()
         make_nodes(50)
         model(x).sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
 
+    expected = outside()
+    assert expected
     for within in (in_a_thread, lambda function: function()):
         within(block)
         # Some of these threads get the number of the one that has ended.
         for _ in range(4):
-            in_a_thread(outside)
+            for grad, alone in zip(in_a_thread(outside), expected, strict=True):
+                assert torch.equal(grad, alone)
 
 
 def test_backward_in_another_thread():
