@@ -116,8 +116,8 @@ def accelerate_peft(
     layers = layers_module()
     _check_no_rows(model, "accelerate_peft")
     before = _fusions_of(model)
-    given = {"fuse_projections": fuse_projections, "fuse_mlp": fuse_mlp, "fuse_loss": fuse_loss}
-    fusions = before | {k: check_bool(k, v) for k, v in given.items() if v is not None}
+    asked = {"fuse_projections": fuse_projections, "fuse_mlp": fuse_mlp, "fuse_loss": fuse_loss}
+    fusions = before | {k: check_bool(k, v) for k, v in asked.items() if v is not None}
     experts = _experts()
     accelerated: list[nn.Module] = []
     replaced: list[ReplacedModule] = []

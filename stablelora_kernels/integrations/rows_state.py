@@ -147,7 +147,7 @@ class RowsState:
         self._thread = 0
         # The changes of each thread that has called a layer.
         self._changes: dict[int, deque[_Change]] = {}
-        self._own = threading.local()
+        self._of_thread = threading.local()
 
     def __deepcopy__(self, memo: dict[int, object]) -> RowsState:
         # A copy of a model is outside of the context.
@@ -175,14 +175,14 @@ class RowsState:
         self._thread = thread
         before = self.rows
         self.rows = rows
-        self._own_changes().append(_Change(torch._C._autograd._get_sequence_nr(), rows))
+        self._changes_of_thread().append(_Change(torch._C._autograd._get_sequence_nr(), rows))
         return before
 
-    def _own_changes(self) -> deque[_Change]:
+    def _changes_of_thread(self) -> deque[_Change]:
         """The changes of the thread that asks."""
-        changes: deque[_Change] | None = getattr(self._own, "changes", None)
+        changes: deque[_Change] | None = getattr(self._of_thread, "changes", None)
         if changes is None:
-            changes = self._own.changes = deque(maxlen=_REMEMBERED)
+            changes = self._of_thread.changes = deque(maxlen=_REMEMBERED)
             # They replace those of a thread that has ended and had the same number.
             self._changes[threading.get_ident()] = changes
         return changes
@@ -204,7 +204,7 @@ class RowsState:
             raise RuntimeError(
                 f"thread {threading.get_ident()} calls a model whose adapters_of_rows thread {self._thread} has opened"
             )
-        self._own_changes()
+        self._changes_of_thread()
         return self.rows
 
     def _rows_in_backward(self) -> Rows | None:
@@ -214,9 +214,9 @@ class RowsState:
             number = node._sequence_nr()
             # On a CPU, backward runs in the thread that calls it, usually that of the forward. A
             # thread that has called no layer, as autograd's own for a GPU, runs nodes of any thread.
-            own: deque[_Change] | None = getattr(self._own, "changes", None)
-            threads = [*self._changes.values()] if own is None else [own]
-            if all(_rows_at(changes, number) is not self.rows for changes in threads):
+            changes: deque[_Change] | None = getattr(self._of_thread, "changes", None)
+            threads = [*self._changes.values()] if changes is None else [changes]
+            if all(_rows_at(history, number) is not self.rows for history in threads):
                 raise RuntimeError(
                     "backward runs a checkpointed layer again under other names than its forward had: call backward within "
                     "the adapters_of_rows of the forward, and each forward's own"

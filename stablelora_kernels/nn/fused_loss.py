@@ -102,8 +102,8 @@ class _Call:
     def loss_function(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The loss; the arguments are those of transformers' ``ForCausalLMLoss``."""
         if self.withheld is None:
-            own: Tensor = self._model.loss_function(logits, labels, *args, **kwargs)
-            return own
+            loss: Tensor = self._model.loss_function(logits, labels, *args, **kwargs)
+            return loss
         return self._loss(self.withheld, labels, *args, **kwargs)
 
     def _loss(
