@@ -5,17 +5,7 @@ from typing import TYPE_CHECKING
 from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
 from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.dispatch.settings import (
-    get_autotune,
-    get_backend,
-    get_kernel,
-    set_autotune,
-    set_backend,
-    set_kernel,
-    use_autotune,
-    use_backend,
-    use_kernel,
-)
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.explanation import Explanation, explain
 from stablelora_kernels.graphed_step import GraphedStep
 from stablelora_kernels.integrations.adapter_rows import adapters_of_rows, losses_of_rows
@@ -69,9 +59,6 @@ __all__ = [
     "disable_lora",
     "explain",
     "functional",
-    "get_autotune",
-    "get_backend",
-    "get_kernel",
     "load_adapter",
     "load_packed_experts",
     "lora_pairs",
@@ -83,13 +70,8 @@ __all__ = [
     "remove_lora",
     "restore_peft",
     "save_adapter",
-    "set_autotune",
-    "set_backend",
-    "set_kernel",
+    "settings",
     "unmerge_lora",
-    "use_autotune",
-    "use_backend",
-    "use_kernel",
 ]
 
 

@@ -124,6 +124,6 @@ def _backend_of(hidden: Tensor) -> str:
     backend = resolve_backend(hidden.device)
     if backend == "triton" and hidden.dtype == torch.float64:
         raise TypeError(
-            "hidden is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
+            "hidden is torch.float64, which the Triton kernels do not compute in; set slk.settings.backend = 'torch'"
         )
     return backend

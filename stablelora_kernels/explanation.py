@@ -17,7 +17,6 @@ from stablelora_kernels.dispatch import backend, problem, rules
 from stablelora_kernels.dispatch.backend import explain_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.dispatch.settings import get_autotune, get_kernel
 from stablelora_kernels.ops.autograd import read_by_backward
 from stablelora_kernels.ops.lora_linear_triton import (
     LinearBackwardCall,
@@ -70,15 +69,15 @@ class Explanation(NamedTuple):
     Attributes:
         backend: "triton" or "torch".
         arch: the GPU, as "sm_90"; empty on the PyTorch backend.
-        forward_kernel: the strategy: "fused", "chained", "split" or "vendor"; "torch" on the PyTorch
-            backend. With a quantized weight, "in_loop", or "dequantize, " and one of the others.
-            For fused projections, "together: " or "apart: " and each one's. For the branch alone,
-            "chained" or "split". For several M, "by rows: " and "vendor" for the product of all
-            rows, then each adapter's.
+        forward_strategy: "few_rows", "one_launch" or "branch_first"; "torch" on the PyTorch backend.
+            With a quantized weight, "in_loop", or "dequantize, " and one of the others. For fused
+            projections, "together: " or "apart: " and each one's. For the branch alone,
+            "one_launch" or "two_launches". For several M, "by rows: " and "vendor" for the product
+            of all rows, then each adapter's.
         forward_reason: the reason for that strategy.
         forward: its launches, a :class:`~stablelora_kernels.explanation.Step` each; empty on the
             PyTorch backend.
-        backward_kernel: likewise for dX, dA and dB.
+        backward_strategy: likewise for dX, dA and dB.
         backward_reason: the reason for that strategy.
         backward: its launches.
         backend_reason: the reason for the backend. It says so if the installed Triton is not proven
@@ -87,10 +86,10 @@ class Explanation(NamedTuple):
 
     backend: str
     arch: str
-    forward_kernel: str
+    forward_strategy: str
     forward_reason: str
     forward: tuple[Step, ...]
-    backward_kernel: str
+    backward_strategy: str
     backward_reason: str
     backward: tuple[Step, ...]
     backend_reason: str = ""
@@ -101,7 +100,7 @@ class Explanation(NamedTuple):
         lines = [f"backend {self.backend}{place}{reason}"]
         for name in ("forward", "backward"):
             lines.append(
-                f"{name}: {getattr(self, name + '_kernel')} ({getattr(self, name + '_reason')})"
+                f"{name}: {getattr(self, name + '_strategy')} ({getattr(self, name + '_reason')})"
             )
             for number, step in enumerate(getattr(self, name), 1):
                 how = (
@@ -191,15 +190,15 @@ def explain(
     dropout = dropout_p > 0
     forwards = [Call("forward", M, n, K, ranks[0], dtype, lora_dtype, dropout) for n in ns]
     backwards = [Call("backward", M, K, n, ranks[0], dtype, lora_dtype, dropout) for n in ns]
-    forward_strategy = _strategy(gpu, forwards, weight)
-    backward_strategy = _strategy(gpu, backwards, weight)
+    forward_strategy = _strategy(forwards, weight)
+    backward_strategy = _strategy(backwards, weight)
     return Explanation(
         backend="triton",
         arch=gpu.arch,
-        forward_kernel=forward_strategy.words,
+        forward_strategy=forward_strategy.words,
         forward_reason=forward_strategy.reason,
         forward=tuple(map(_step, forward)),
-        backward_kernel=backward_strategy.words,
+        backward_strategy=backward_strategy.words,
         backward_reason=backward_strategy.reason,
         backward=tuple(map(_step, backward)),
         backend_reason=backend_reason,
@@ -258,10 +257,10 @@ def _by_rows(
     return Explanation(
         backend="triton",
         arch=gpu.arch,
-        forward_kernel=strategies["forward"].words,
+        forward_strategy=strategies["forward"].words,
         forward_reason=strategies["forward"].reason,
         forward=tuple(map(_step, forward)),
-        backward_kernel=strategies["backward"].words,
+        backward_strategy=strategies["backward"].words,
         backward_reason=strategies["backward"].reason,
         backward=tuple(map(_step, backward)),
         backend_reason=backend_reason,
@@ -312,7 +311,7 @@ class _Strategy(NamedTuple):
     reason: str
 
 
-def _strategy(gpu: Device, calls: Sequence[Call], weight: str | NF4Weight | FP8Weight) -> _Strategy:
+def _strategy(calls: Sequence[Call], weight: str | NF4Weight | FP8Weight) -> _Strategy:
     """The strategy of a forward or a backward, or those of fused projections; ``weight`` as for
     :func:`linear_launches`.
     """
@@ -320,21 +319,17 @@ def _strategy(gpu: Device, calls: Sequence[Call], weight: str | NF4Weight | FP8W
     if weight == "none":
         branch = rules.choose_branch(call)
         return _Strategy(branch.strategy, branch.reason)
-    choices = [rules.choose(gpu, call) for call in calls]
+    choices = [rules.choose(call) for call in calls]
     if len(calls) > 1:
-        sharing = rules.choose_group(calls, choices)
+        sharing = rules.choose_group(calls)
         how = "together" if sharing.shared else "apart"
         strategies = ", ".join(choice.strategy for choice in choices)
         return _Strategy(f"{how}: {strategies}", sharing.reason)
     product = choices[0]
     if isinstance(weight, str):
-        reason = product.reason
-        # A forced strategy is not measured against others.
-        if get_autotune() and get_kernel() == "auto":
-            reason += "; autotuning is on and may replace this by what it measures"
-        return _Strategy(product.strategy, reason)
+        return _Strategy(product.strategy, product.reason)
     layout = weight.stored.layout
-    reading = rules.choose_quantized(gpu, call, layout.bits, layout.aligned)
+    reading = rules.choose_quantized(call, layout.bits, layout.aligned)
     if reading.strategy == "in_loop":
         return _Strategy(reading.strategy, reading.reason)
     return _Strategy(

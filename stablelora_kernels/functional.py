@@ -441,7 +441,7 @@ def _backend_of(x: Tensor, projections: Sequence[Projection], base: Tensor | Non
 def _refuse_float64(name: str, tensor: Tensor) -> None:
     if tensor.dtype == torch.float64:
         raise TypeError(
-            f"{name} is torch.float64, which the Triton kernels do not compute in; call use_backend('torch')"
+            f"{name} is torch.float64, which the Triton kernels do not compute in; set slk.settings.backend = 'torch'"
         )
 
 

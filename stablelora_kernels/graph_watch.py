@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as torch_optimizer
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.settings import get_autotune, get_backend, get_kernel, tf32_allowed
+from stablelora_kernels.dispatch.settings import settings, tf32_allowed
 from stablelora_kernels.optim.snapshot import Snapshot, first_difference, same_objects
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.utils.modules import HOOKS
@@ -117,9 +117,9 @@ class Watch:
     def _settings(self) -> dict[str, object]:
         """By their names, values that a capture turns into constants."""
         values: dict[str, object] = {
-            "backend": get_backend(),
-            "kernel": get_kernel(),
-            "autotune": get_autotune(),
+            "backend": settings.backend,
+            "strategy": settings.strategy,
+            "first_use": settings.first_use,
             "TensorFloat-32 in float32 products": tf32_allowed(),
             "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
             "global module hooks": bool(_has_any_global_hook()),
@@ -178,7 +178,7 @@ def check_capturable(model: nn.Module, optimizer: StableLoRAAdamW) -> None:
     ):
         raise ValueError(
             "optimizer must step on Triton's kernels to be captured, got float64 parameters or the backend "
-            f"{get_backend()!r}: PyTorch's operators read from the GPU"
+            f"{settings.backend!r}: PyTorch's operators read from the GPU"
         )
 
 

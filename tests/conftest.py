@@ -131,7 +131,7 @@ def leading(request: pytest.FixtureRequest, backend: str) -> tuple[int, ...]:
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends in turn, each in force during the test."""
-    from stablelora_kernels.dispatch.settings import use_backend
+    from stablelora_kernels.dispatch.settings import settings
 
-    with use_backend(request.param):
+    with settings(backend=request.param):
         yield request.param

@@ -77,7 +77,7 @@ LONG = [
 
 @pytest.mark.parametrize(("kind", "backend", "count"), LONG)
 def test_long_runs_hold_no_more_memory(kind: str, backend: str, count: int) -> None:
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         flat_while(endurance.make(Setting(kind, backend, p=0.1)), count)
 
 
@@ -168,7 +168,7 @@ ROUNDS = [
 @pytest.mark.parametrize(("backend", "rounds"), ROUNDS)
 def test_threads_with_objects_of_their_own(backend: str, rounds: int) -> None:
     """Forward, backward and steps; each thread sees what it would see alone."""
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         made = [
             [endurance.make(Setting(kind, backend)) for kind in (LAYERS, GROUP, LOW)]
             for _ in range(5)
@@ -187,7 +187,7 @@ def test_threads_with_objects_of_their_own(backend: str, rounds: int) -> None:
 @pytest.mark.parametrize(("backend", "rounds"), ROUNDS)
 def test_threads_that_share_a_layer_for_inference(backend: str, rounds: int, kind: str) -> None:
     s = Setting(kind, backend)
-    with slk.use_backend(backend), torch.no_grad():
+    with slk.settings(backend=backend), torch.no_grad():
         model = endurance.make_layers(s).eval()
         expected = [model(endurance.make_input(s, seed)) for seed in range(4)]
 
@@ -208,18 +208,18 @@ def test_threads_that_share_a_layer_for_inference(backend: str, rounds: int, kin
 
 def test_settings_of_threads_hold_for_the_process_and_end_with_their_blocks() -> None:
     """Blocks that overlap at random: whenever none is open, the setting is the one from before."""
-    before = slk.get_backend(), slk.get_kernel(), slk.get_autotune()
+    before = slk.settings.backend, slk.settings.strategy, slk.get_autotune()
 
     def work(i: int) -> None:
         generator = random.Random(i)
         for _ in range(500):
             with (
-                slk.use_backend(generator.choice(["torch", "triton"])),
-                slk.use_kernel(generator.choice(["split", "fused", "vendor"])),
+                slk.settings(backend=generator.choice(["torch", "triton"])),
+                slk.settings(strategy=generator.choice(["split", "fused", "vendor"])),
                 slk.use_autotune(generator.choice([True, False])),
             ):
-                assert slk.get_backend() in ("torch", "triton")
-                assert slk.get_kernel() != "auto"
+                assert slk.settings.backend in ("torch", "triton")
+                assert slk.settings.strategy != "auto"
 
     in_threads(work)
-    assert (slk.get_backend(), slk.get_kernel(), slk.get_autotune()) == before
+    assert (slk.settings.backend, slk.settings.strategy, slk.get_autotune()) == before

@@ -74,7 +74,7 @@ def test_x_enters_few_files_and_comes_back_to_none_more_than_twice() -> None:
     layer = slk.LoRALinear(64, 48, r=8, dtype=BF16)
     x = torch.randn(70, 64, dtype=BF16, requires_grad=True)
     plans.clear()
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         cold, _, warm = (walk(lambda: layer(x), x) for _ in range(3))
     # Prepared launches are given addresses; in the interpreter they are made anew, of tensors.
     warm = [path for path in warm if path != "launch/base.py"]

@@ -149,7 +149,7 @@ class HostLayerCase(HostCase):
 
         def repeated(call: Callable[[], Any]) -> Callable[[], None]:
             def run() -> None:
-                with slk.use_backend("triton" if on_triton else "torch"):
+                with slk.settings(backend="triton" if on_triton else "torch"):
                     for _ in range(CALLS):
                         call()
 
@@ -180,7 +180,7 @@ class HostLayerCase(HostCase):
         if arm != OURS_TRITON or self.kind != "layer" or self.precision != "bf16":
             return {}
         calls, found = dict.fromkeys(("first", "second", "later"), self.shared[arm]), []
-        with slk.use_backend("triton"):
+        with slk.settings(backend="triton"):
             for _ in range(CALLS):
                 plans.clear()
                 found.append(seconds_of(calls, calls))
@@ -249,7 +249,7 @@ class HostStepCase(HostCase):
                 p.grad = grad
 
         def run() -> None:
-            with slk.use_backend("triton"):
+            with slk.settings(backend="triton"):
                 step()
 
         return {"prepare": prepare, "step": run}

@@ -193,12 +193,12 @@ def choose_backend(name: str, device: torch.device) -> None:
         raise Unavailable(
             "Triton's kernels need a GPU; times in its interpreter say nothing about them"
         )
-    with settings.use_backend(name):
+    with settings.settings(backend=name):
         try:
             backend.resolve_backend(device)
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
-    slk.set_backend(name)
+    slk.settings.backend = name
 
 
 @dataclass(frozen=True)
@@ -252,10 +252,10 @@ class LayerCase(Case):
             frozen = self.frozen().to(stored).requires_grad_(False)
             x = torch.randn(self.rows, self.k, dtype=stored, requires_grad=True)
         grads = [torch.randn_like(out) for out in self._forward([*frozen.children()], x.detach())]
-        self.shared.update(backend=slk.get_backend(), frozen=frozen, x=x, grads=grads, models={})
+        self.shared.update(backend=slk.settings.backend, frozen=frozen, x=x, grads=grads, models={})
 
     def close(self) -> None:
-        slk.set_backend(self.shared["backend"])
+        slk.settings.backend = self.shared["backend"]
         super().close()
 
     def build(self, arm: str) -> Parts:
@@ -272,7 +272,7 @@ class LayerCase(Case):
         leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
 
         def prepare() -> None:
-            slk.set_backend(use)
+            slk.settings.backend = use
             out.clear()
             for tensor in leaves:
                 tensor.grad = None
@@ -294,7 +294,7 @@ class LayerCase(Case):
         if arm in COMPILED:
             return {}
         model, x = self.shared["models"][arm], self.shared["x"]
-        with slk.use_backend(BACKENDS.get(arm, "auto")):
+        with slk.settings(backend=BACKENDS.get(arm, "auto")):
             saved = saved_for_backward(
                 lambda: self._forward([*model.children()], x), [*model.parameters()]
             )

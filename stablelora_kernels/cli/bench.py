@@ -26,7 +26,7 @@ from stablelora_kernels.cli.common import (
     positive,
 )
 from stablelora_kernels.dispatch import backend
-from stablelora_kernels.dispatch.settings import BACKENDS, get_backend, use_backend
+from stablelora_kernels.dispatch.settings import BACKENDS, settings
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.testing import DTYPES, forward_backward, layer_arms, make_pairs
@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dropout", type=dropout, default=0.0, metavar="P", help="of the LoRA branch (default: 0)"
     )
-    backends = f"{', '.join(BACKENDS)} (default: {get_backend()})"
+    backends = f"{', '.join(BACKENDS)} (default: {settings.backend})"
     parser.add_argument(
-        "--backend", choices=BACKENDS, default=get_backend(), metavar="NAME", help=backends
+        "--backend", choices=BACKENDS, default=settings.backend, metavar="NAME", help=backends
     )
     parser.add_argument(
         "--device", help="a torch device (default: the GPU if there is one, else the CPU)"
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Report) -> int:
     """Time the layer and the optimizer against their baselines, and print verdicts."""
     device = device_of(args)
-    with use_backend(args.backend):
+    with settings(backend=args.backend):
         with failing(RuntimeError):
             name = backend.resolve_backend(device)
         if name == "triton" and backend.INTERPRETING:

@@ -33,7 +33,7 @@ from stablelora_kernels.cli.self_test import (
 )
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES, arch_of
-from stablelora_kernels.dispatch.settings import check_environment, get_backend, use_backend
+from stablelora_kernels.dispatch.settings import check_environment, settings
 from stablelora_kernels.utils.threads import ONE_THREAD
 from stablelora_kernels.utils.timing import version_of
 from stablelora_kernels.utils.validation import counted
@@ -52,8 +52,8 @@ OPTIONAL = {
 }
 VARIABLES = (
     "STABLELORA_BACKEND",
-    "STABLELORA_KERNEL",
-    "STABLELORA_AUTOTUNE",
+    "STABLELORA_STRATEGY",
+    "STABLELORA_FIRST_USE",
     "STABLELORA_CACHE",
     "TRITON_INTERPRET",
 )
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, report: Report) -> int:
     report.data["ok"] = ok = name is not None and bool(passed) and all(passed)
     if name is None:
         verdict = (
-            f"The backend {get_backend()!r} can't run here, so calls of this library will raise."
+            f"The backend {settings.backend!r} can't run here, so calls of this library will raise."
         )
     elif all(passed):
         verdict = f"All {len(passed)} checks passed."
@@ -132,7 +132,7 @@ def _report_findings(device: torch.device, report: Report) -> str | None:
         variable: os.environ[variable] for variable in VARIABLES if variable in os.environ
     }
     versions, optional = _versions(), {package: version_of(package) for package in OPTIONAL}
-    chosen = {"device": str(device), "set": get_backend(), "name": name, "reason": reason}
+    chosen = {"device": str(device), "set": settings.backend, "name": name, "reason": reason}
     report.data = {"version": __version__, "backend": chosen, "environment": environment}
     report.data |= {"versions": versions, "optional": optional}
     report.text(f"Backend on {device}: {name or 'none'}, since {reason}")
@@ -247,6 +247,6 @@ def _interpreted() -> Iterator[Result]:
 def print_checks() -> None:
     """Run the Triton kernels on the CPU and print one line of JSON per check."""
     check_environment()
-    with use_backend("triton"):
+    with settings(backend="triton"):
         for result in run_checks(torch.device("cpu")):
             print(json.dumps(result), flush=True)

@@ -27,12 +27,7 @@ from stablelora_kernels.cli.self_test_layers import (
     check_shape,
 )
 from stablelora_kernels.dispatch import backend
-from stablelora_kernels.dispatch.settings import (
-    get_backend,
-    use_autotune,
-    use_backend,
-    use_kernel,
-)
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
@@ -150,7 +145,7 @@ def run_checks_in_processes(device: torch.device, count: int) -> Iterator[Result
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context) as pool:
         try:
-            names = repeat(str(device)), repeat(get_backend())
+            names = repeat(str(device)), repeat(settings.backend)
             for result in pool.map(_run_numbered, range(len(checks_of)), *names):
                 yield result
                 done += 1
@@ -161,7 +156,7 @@ def run_checks_in_processes(device: torch.device, count: int) -> Iterator[Result
 
 
 def _run_numbered(number: int, device: str, backend_name: str) -> Result:
-    with use_backend(backend_name):
+    with settings(backend=backend_name):
         return run_check(checks()[number], torch.device(device))
 
 
@@ -179,8 +174,8 @@ def run_check(check: Check, device: torch.device) -> Result:
     try:
         # The same masks at each run. The caller's generators keep their states.
         with (
-            use_kernel("auto"),
-            use_autotune(False),
+            # First use would give PyTorch's result in place of a wrong one.
+            settings(strategy="auto", first_use="off"),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
             torch.manual_seed(0)

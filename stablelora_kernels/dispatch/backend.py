@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.dispatch.settings import get_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.utils.extras import release
 
 MIN_TRITON = (3, 6)
@@ -148,7 +148,7 @@ TRITON_VERSION = _triton_version()
 # Triton 3.6 and 3.7.0 put no fence between a copy to shared memory by threads and a product that
 # reads it through the asynchronous proxy (triton-lang/triton#9610).
 TRITON_FENCES_COPIES = TRITON_VERSION is None or release(TRITON_VERSION, 3) >= (3, 7, 1)
-_FORCED = "the backend is forced (set_backend or STABLELORA_BACKEND)"
+_FORCED = "the backend is forced (slk.settings or STABLELORA_BACKEND)"
 _warned: set[str] = set()
 
 
@@ -181,7 +181,7 @@ def resolve_backend(device: torch.device) -> str:
 
 def explain_backend(device: torch.device) -> Answer:
     """The answer of :func:`resolve_backend` and its reason in words, without a warning."""
-    name = get_backend()
+    name = settings.backend
     if name == "torch":
         return Answer("torch", _FORCED)
     if device.type == "meta":
@@ -233,7 +233,7 @@ def _automatic(index: int) -> Answer:
     if problem:
         remedy = "install a newer triton" if TRITON_PROBLEM else verdict.remedy
         reason = f"{problem}, so this GPU runs PyTorch's operators, with more launches and memory traffic"
-        choice = "call set_backend('torch') to choose this"
+        choice = "set slk.settings.backend = 'torch' to choose this"
         return Answer("torch", reason, f"{remedy}, or {choice}" if remedy else choice)
     return Answer("triton", _joined("'auto' takes the Triton kernels on a GPU", verdict.taken_as))
 
@@ -241,7 +241,7 @@ def _automatic(index: int) -> Answer:
 def _forced(index: int) -> Answer:
     verdict = verdict_of(index)
     if verdict.problem:
-        advice = verdict.remedy or "call set_backend('auto') for PyTorch's operators"
+        advice = verdict.remedy or "set slk.settings.backend = 'auto' for PyTorch's operators"
         return Answer("triton", f"{_FORCED}, although {verdict.problem}", advice)
     return Answer("triton", _joined(_FORCED, verdict.taken_as))
 

@@ -1,8 +1,4 @@
-"""The process-wide settings: backend, strategy and autotune.
-
-The public names say "kernel" for the strategy (``use_kernel``, ``STABLELORA_KERNEL``, and in an
-``Explanation`` ``forward_kernel``). Inside the package a kernel is a function on the GPU, and a
-strategy says which launches compute a call (``dispatch/rules.py``).
+"""The process-wide settings: backend, strategy and first use.
 
 An environment variable gives each its start value. It is read at first use, so that importing the
 package never raises.
@@ -12,23 +8,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 
-from stablelora_kernels.utils.validation import check_bool, check_choice
+from stablelora_kernels.utils.validation import check_choice
 
 BACKENDS = ("auto", "triton", "torch")
-# "auto" asks the table of rules.
-STRATEGIES = ("auto", "fused", "chained", "split", "vendor")
+# "auto" asks the table of rules, or what first use has measured.
+STRATEGIES = ("auto", "few_rows", "one_launch", "branch_first")
+FIRST_USES = ("auto", "on", "tiles", "off")
 # By setting, what its environment variable may say and the value that this stands for; the default
 # comes first.
-_VALUES: dict[str, dict[str, Any]] = {
+_VALUES: dict[str, dict[str, str]] = {
     "backend": {name: name for name in BACKENDS},
-    "kernel": {name: name for name in STRATEGIES},
-    "autotune": {"0": False, "1": True},
+    "strategy": {name: name for name in STRATEGIES},
+    "first_use": {name: name for name in FIRST_USES} | {"0": "off", "1": "on"},
 }
 
 
@@ -37,47 +33,47 @@ class _Setting:
         self.name = name
         # None: the environment's. torch.compile guards on a plain attribute; a context variable
         # would break its graph.
-        self.value: Any = None
+        self.value: str | None = None
         # The process's value, at 0, and those of the open blocks, the last one in force. Blocks of
         # two threads may overlap, so each takes out its own.
-        self._values: dict[int, Any] = {0: None}
+        self._values: dict[int, str | None] = {0: None}
         self._lock = threading.Lock()
 
-    def get(self) -> Any:
+    def get(self) -> str:
         return _start_value(self.name) if self.value is None else self.value
 
-    def _alone(self) -> AbstractContextManager[Any]:
+    def _alone(self) -> AbstractContextManager[object]:
         # torch.compile cannot trace a lock, and traces in one thread.
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
-    def set(self, value: Any) -> None:
+    def set(self, value: str) -> None:
         """Set the process's value or, within a block, the block's."""
         with self._alone():
             self._values[max(self._values)] = self.value = value
 
-    @contextmanager
-    def use(self, value: Any) -> Iterator[None]:
-        """Put ``value`` in force for a block. The block that began last has precedence, in whatever
-        order blocks end.
+    def enter(self, value: str) -> int:
+        """Put ``value`` in force for a block, and return the block's number. The block that began
+        last has precedence, in whatever order blocks end.
         """
         with self._alone():
             block = max(self._values) + 1
             self._values[block] = self.value = value
-        try:
-            yield
-        finally:
-            with self._alone():
-                del self._values[block]
-                self.value = self._values[max(self._values)]
+        return block
+
+    def leave(self, block: int) -> None:
+        """End a block."""
+        with self._alone():
+            del self._values[block]
+            self.value = self._values[max(self._values)]
 
 
 _backend = _Setting("backend")
-_kernel = _Setting("kernel")
-_autotune = _Setting("autotune")
-_start_values: dict[str, Any] = {}
+_strategy = _Setting("strategy")
+_first_use = _Setting("first_use")
+_start_values: dict[str, str] = {}
 
 
-def _start_value(name: str) -> Any:
+def _start_value(name: str) -> str:
     if name not in _start_values:
         values, variable = _VALUES[name], f"STABLELORA_{name.upper()}"
         # An empty value means unset, as for most programs.
@@ -107,85 +103,108 @@ def tf32_allowed() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
-def in_force() -> tuple[Any, ...]:
+def in_force() -> tuple[str | bool | None, ...]:
     """What was set of all settings, None for the environment's value: equal in two calls that the
     settings treat alike.
     """
-    return (_backend.value, _kernel.value, _autotune.value, tf32_allowed())
+    return (_backend.value, _strategy.value, _first_use.value, tf32_allowed())
 
 
-def get_backend() -> str:
-    """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
-    return _backend.get()
+@contextmanager
+def _block(values: Sequence[tuple[_Setting, str]]) -> Iterator[None]:
+    """Put ``values`` in force for a block."""
+    entered = [(setting, setting.enter(value)) for setting, value in values]
+    try:
+        yield
+    finally:
+        for setting, number in entered:
+            setting.leave(number)
 
 
-def set_backend(name: str) -> None:
-    """Set the process-wide backend.
+class Settings:
+    """The process-wide settings, as attributes that can be read and set::
 
-    ``"auto"`` takes the Triton kernels for tensors on a GPU and PyTorch's fused operators on a CPU;
-    ``"triton"`` and ``"torch"`` force one. The start value is the environment variable
-    ``STABLELORA_BACKEND``, or ``"auto"``. Another name raises ValueError.
+        slk.settings.backend = "torch"
+
+    and for the body of a ``with`` statement, in all threads. The last block entered is in force::
+
+        with slk.settings(backend="triton", strategy="one_launch"):
+            ...
+
+    A value that a setting does not take raises ValueError. The start values are those of the
+    environment variables ``STABLELORA_BACKEND``, ``STABLELORA_STRATEGY`` and
+    ``STABLELORA_FIRST_USE``, or ``"auto"``.
     """
-    _backend.set(check_choice("backend", name, BACKENDS))
+
+    # A misspelled name raises AttributeError.
+    __slots__ = ()
+
+    @property
+    def backend(self) -> str:
+        """``"auto"`` takes the Triton kernels for tensors on a GPU and PyTorch's operators on a
+        CPU; ``"triton"`` and ``"torch"`` force one.
+        """
+        return _backend.get()
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        _backend.set(check_choice("backend", name, BACKENDS))
+
+    @property
+    def strategy(self) -> str:
+        """In which launches a call that runs on Triton computes the branch and the product.
+
+        ``"one_launch"``: the first programs of the launch compute S = x @ A.T, and the others wait
+        for it before they add the branch. ``"branch_first"``: the branch, then the product by the
+        vendor's library, which adds to it. ``"few_rows"``: up to 64 rows, one launch in which each
+        program computes the S that it needs. ``"auto"``: one launch where that can be, unless first
+        use has measured that another strategy is faster. A call that a forced strategy can't do
+        raises ValueError.
+        """
+        return _strategy.get()
+
+    @strategy.setter
+    def strategy(self, name: str) -> None:
+        _strategy.set(check_choice("strategy", name, STRATEGIES))
+
+    @property
+    def first_use(self) -> str:
+        """What the first call of each kind does on a GPU.
+
+        ``"on"``: it proves the kernels there, on values of its own, against PyTorch's operators,
+        and it times the strategies that can do the call. ``"tiles"``: it also times each strategy
+        with other tiles, which compiles for seconds. ``"off"``: neither. ``"auto"``: on for a GPU,
+        off in Triton's interpreter, which with ``"on"`` proves and does not time.
+
+        What it finds is kept under ``~/.cache/stablelora-kernels`` (or the environment's
+        ``STABLELORA_CACHE``) for this GPU, driver, torch, Triton and version. The environment
+        variable also takes ``1`` and ``0`` for on and off.
+        """
+        return _first_use.get()
+
+    @first_use.setter
+    def first_use(self, name: str) -> None:
+        _first_use.set(check_choice("first_use", name, FIRST_USES))
+
+    def __call__(
+        self,
+        *,
+        backend: str | None = None,
+        strategy: str | None = None,
+        first_use: str | None = None,
+    ) -> AbstractContextManager[None]:
+        """Put what is given in force for the body of a ``with`` statement."""
+        values: list[tuple[_Setting, str]] = []
+        if backend is not None:
+            values.append((_backend, check_choice("backend", backend, BACKENDS)))
+        if strategy is not None:
+            values.append((_strategy, check_choice("strategy", strategy, STRATEGIES)))
+        if first_use is not None:
+            values.append((_first_use, check_choice("first_use", first_use, FIRST_USES)))
+        return _block(values)
+
+    def __repr__(self) -> str:
+        return f"settings(backend={self.backend!r}, strategy={self.strategy!r}, first_use={self.first_use!r})"
 
 
-def use_backend(name: str) -> AbstractContextManager[None]:
-    """Like :func:`set_backend`, for the body of a ``with`` statement, in all threads. The last
-    block entered is in force.
-    """
-    return _backend.use(check_choice("backend", name, BACKENDS))
-
-
-def get_kernel() -> str:
-    """The strategy in force: ``"auto"`` or the one that was forced."""
-    return _kernel.get()
-
-
-def set_kernel(name: str) -> None:
-    """Force one strategy on every call that runs on Triton, process-wide, or give the choice back
-    with ``"auto"``.
-
-    ``"fused"``: every program of the product computes the S that it needs. ``"chained"``: one
-    launch, whose first programs compute S, and whose others wait for it before they add the branch.
-    ``"split"``: the same in two launches. ``"vendor"``: the branch, then the product by the
-    vendor's library, which adds to it. The start value is the environment variable
-    ``STABLELORA_KERNEL``, or ``"auto"``. Another name raises ValueError, and so does a call that
-    the forced strategy can't do.
-    """
-    _kernel.set(check_choice("kernel", name, STRATEGIES))
-
-
-def use_kernel(name: str) -> AbstractContextManager[None]:
-    """Like :func:`set_kernel`, for the body of a ``with`` statement, in all threads. The last block
-    entered is in force.
-    """
-    return _kernel.use(check_choice("kernel", name, STRATEGIES))
-
-
-def get_autotune() -> bool:
-    """Whether calls are tuned."""
-    return _autotune.get()
-
-
-def set_autotune(on: bool) -> None:
-    """Tune every later call that runs on Triton, process-wide, or leave the choice to the table
-    again.
-
-    The first call of a size measures every strategy that can do it. That takes seconds, most of
-    them in the compiler. The answer is kept under ``~/.cache/stablelora-kernels`` (or the
-    environment's ``STABLELORA_CACHE``) for this GPU and these versions. The start value is the
-    environment variable ``STABLELORA_AUTOTUNE``, ``0`` or ``1``, or off. A value that is no bool
-    raises TypeError.
-
-    The table still decides where results must not depend on a clock
-    (``torch.use_deterministic_algorithms``), where a strategy is forced, and while a CUDA graph
-    captures a size that was not measured before.
-    """
-    _autotune.set(check_bool("autotune", on))
-
-
-def use_autotune(on: bool) -> AbstractContextManager[None]:
-    """Like :func:`set_autotune`, for the body of a ``with`` statement, in all threads. The last
-    block entered is in force.
-    """
-    return _autotune.use(check_bool("autotune", on))
+settings = Settings()

@@ -10,15 +10,13 @@ says otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from stablelora_kernels.dispatch import autotune, rules, tiles
+from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice, input_precision
-from stablelora_kernels.dispatch.settings import get_autotune
 from stablelora_kernels.dispatch.tiles import Plan, Tile
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
@@ -77,7 +75,8 @@ class ForwardCall(NamedTuple):
 
 
 def forward_launches(device: Device, call: ForwardCall, choice: Choice | None = None) -> Launches:
-    """The launches of a forward. ``choice``: of the only projection; the table's by default."""
+    """The launches of a forward. ``choice``: of every projection that it can be; the table's by default.
+    """
     projections = call.projections
     ranks = [p.rank for p in projections]
     s = call.s
@@ -103,8 +102,8 @@ def member_launches(
     device: Device, members: Sequence[Product], choice: Choice | None = None
 ) -> Launches:
     """The launches of a forward of projections of one x."""
-    choices = _choices(device, members, choice)
-    shared = len(members) > 1 and rules.choose_group([p.call for p in members], choices).shared
+    choices = [choose(p, choice) for p in members]
+    shared = len(members) > 1 and rules.choose_group([p.call for p in members]).shared
     launches: Launches = [lora_down(device, members)] if shared else []
     for p, chosen in zip(members, choices, strict=True):
         launches += product_launches(device, p, chosen, s_ready=shared)
@@ -160,12 +159,13 @@ def backward_launches(
     else:
         plains = [dequantized(p) for p in call.projections]
     members = _backward_members(call, [plain.projection for plain in plains])
-    choices = _choices(device, members, choice)
+    choices = [choose(p, choice) for p in members]
     # One launch for the dA of all.
-    shared = len(members) > 1 and all(da is not None for da in results.das)
-    if shared:
-        of_products = choices if results.dx is not None else ()
-        shared = rules.choose_group([p.call for p in members], of_products).shared
+    shared = (
+        len(members) > 1
+        and all(da is not None for da in results.das)
+        and rules.choose_group([p.call for p in members]).shared
+    )
     launches: Launches = []
     for index, (p, chosen, plain) in enumerate(zip(members, choices, plains, strict=True)):
         if index > 0 or (call.adds and p.wanted):
@@ -204,53 +204,46 @@ def _backward_members(call: BackwardCall, projections: Sequence[Projection]) -> 
     ]
 
 
-def _choices(device: Device, members: Sequence[Product], choice: Choice | None) -> list[Choice]:
-    """Each member's strategy, or ``choice`` for all of them."""
-    if choice is not None:
-        return [choice for _ in members]
-    return [_choose(device, p, alone=len(members) == 1) for p in members]
+def choose(p: Product, choice: Choice | None) -> Choice:
+    """The strategy of ``p``: that of ``choice`` if it can be, or else the table's.
 
-
-def _choose(device: Device, p: Product, alone: bool) -> Choice:
-    """The strategy of ``p``. ``alone``: without other projections of one x, so that autotuning may
-    measure it, with its dA and dB.
+    Of a quantized weight that is dequantized first, it is that of the product behind.
     """
-    if isinstance(p.w, Stored):
-        return rules.choose_quantized(device, p.call, p.w.layout.bits, p.w.layout.aligned)
     if p.w is None:
         return rules.choose_branch(p.call)
-    tuned = None
-    if alone and p.wanted and get_autotune():
-        w = p.w if p.call.direction == "forward" else p.w.t()
-        build = partial(product_launches, device, p)
-        tuned = autotune.choose(device, p.call, build, p.y, p.x, w, p.bias)
-    return tuned or rules.choose(device, p.call)
+    if choice is not None and choice.strategy in rules.possible_strategies(p.call):
+        # Without a branch there is nothing to choose.
+        return choice if p.call.r else rules.choose(p.call)
+    if isinstance(p.w, Stored):
+        layout = p.w.layout
+        reading = rules.choose_quantized(p.call, layout.bits, layout.aligned)
+        if reading.strategy == "in_loop":
+            return reading
+    return rules.choose(p.call)
 
 
 def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool = False) -> Launches:
     """The launches for ``p`` by the strategy of ``choice``, and for its dA and dB.
 
     dB goes with a separate dS, so that dY is read once, and dA with dX. ``s_ready``: an earlier
-    launch has filled ``p.s``. "fused" would compute it again.
+    launch has filled ``p.s``.
     """
     strategy = choice.strategy
     if isinstance(p.w, Stored):
-        return _quantized_launches(device, p, p.w, strategy)
-    # Without dX only "chained" is of use.
-    if not p.wanted and (p.s is None or strategy != "chained"):
+        return _quantized_launches(device, p, p.w, choice)
+    # Without dX only one launch for the branch is of use.
+    if not p.wanted and (p.s is None or strategy != "one_launch"):
         return _gradients_alone(device, p)
-    rules.check_possible(p.call, strategy)
-    if strategy == "vendor":
+    if strategy == "branch_first":
         return _with_vendors(device, p, s_ready)
-    if strategy == "fused" and p.call.r:
-        product = linear(device, p._replace(da=None), choice.tile, load_s=False)
-        return [product, *_gradients(device, p)]
+    if strategy == "few_rows" and p.call.r:
+        return [linear(device, p, choice.tile, load_s=False)]
     if s_ready or not p.call.r:
         return [linear(device, p, choice.tile, load_s=True)]
     p = _with_s(p)
-    if strategy == "chained":
-        return [linear(device, p, choice.tile, load_s=True, chained=True)]
-    return [lora_down(device, [p]), linear(device, p, choice.tile, load_s=True)]
+    if strategy == "two_launches":
+        return [lora_down(device, [p]), linear(device, p, choice.tile, load_s=True)]
+    return [linear(device, p, choice.tile, load_s=True, chained=True)]
 
 
 def _with_s(p: Product) -> Product:
@@ -258,12 +251,13 @@ def _with_s(p: Product) -> Product:
     return p if p.s is not None else p._replace(s=scratch(p.x, p.call.m, p.call.r))
 
 
-def _quantized_launches(device: Device, p: Product, weight: Stored, strategy: str) -> Launches:
-    """The launches for ``p`` with a quantized ``weight``, by "dequantize" or "in_loop"."""
-    if strategy == "dequantize":
+def _quantized_launches(device: Device, p: Product, weight: Stored, choice: Choice) -> Launches:
+    """The launches for ``p`` with a quantized ``weight``, "in_loop", or dequantized before the
+    launches of another strategy.
+    """
+    if choice.strategy != "in_loop":
         w = scratch(p.x, weight.layout.n, weight.layout.k)
         plain = p._replace(w=w if p.call.direction == "forward" else w.t())
-        choice = rules.choose(device, p.call)
         return [dequantize(w, weight), *product_launches(device, plain, choice)]
     p = _with_s(p)
     # The launch of S computes dB.

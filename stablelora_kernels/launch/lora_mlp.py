@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import Device, cdiv
-from stablelora_kernels.dispatch.rules import input_precision
+from stablelora_kernels.dispatch.rules import Choice, input_precision
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.gate_up import (
     _gated_activation_kernel,
@@ -48,6 +48,7 @@ from stablelora_kernels.launch.lora_linear import (
     Gradients,
     Plain,
     backward_launches,
+    choose,
     member_launches,
     product_launches,
 )
@@ -99,8 +100,12 @@ class MLPForwardCall(NamedTuple):
     s_down: Tensor | None
 
 
-def mlp_forward_launches(device: Device, call: MLPForwardCall) -> Launches:
-    """The launches of a forward."""
+def mlp_forward_launches(
+    device: Device, call: MLPForwardCall, choice: Choice | None = None
+) -> Launches:
+    """The launches of a forward. ``choice``: of every product that it can be, and by one kernel
+    gate and up have only its "one_launch"; the table's by default.
+    """
     x = call.x
     dequantizer = _Dequantizer(x, call.projections, slots=2)
     lora_B = call.projections[0].lora_B
@@ -119,11 +124,11 @@ def mlp_forward_launches(device: Device, call: MLPForwardCall) -> Launches:
         members.append(
             _product(call, i, plain.projection, x, h if output is None else output, s_of_p)
         )
-    launches += _gate_and_up(device, call, members, h)
+    launches += _gate_and_up(device, call, members, h, choice)
     plain = dequantizer.plain(call.projections[2])
     down = _product(call, 2, plain.projection, h, call.y, call.s_down)
     launches += plain.launches
-    launches += product_launches(device, down, rules.choose(device, down.call))
+    launches += product_launches(device, down, choose(down, choice))
     return launches
 
 
@@ -143,22 +148,28 @@ def _product(
 
 
 def _gate_and_up(
-    device: Device, call: MLPForwardCall, members: Sequence[Product], h: Tensor
+    device: Device,
+    call: MLPForwardCall,
+    members: Sequence[Product],
+    h: Tensor,
+    choice: Choice | None,
 ) -> Launches:
     """The launches from X to H, of the products ``members`` with plain weights."""
     largest = members[0].call._replace(r=max(p.call.r for p in members))
-    choice = rules.choose_gate_up(device, largest, described=_all_described(call.x, h, members))
-    if choice.kernel == rules.SEPARATE:
+    is_described = _all_described(call.x, h, members)
+    strategy = None if choice is None else choice.strategy
+    gate_up = rules.choose_gate_up(device, largest, is_described, strategy)
+    if gate_up.kernel == rules.SEPARATE:
         members = [p._replace(y=scratch(call.x, *h.shape)) if p.y is h else p for p in members]
-        launches = member_launches(device, members)
-        launches.append(_activation(members, h, call.activation, choice.reason))
+        launches = member_launches(device, members, choice)
+        launches.append(_activation(members, h, call.activation, gate_up.reason))
         return launches
-    if rules.choose_group([p.call for p in members], [None, None]).shared:
+    if rules.choose_group([p.call for p in members]).shared:
         launches = [lora_down(device, members)]
     else:
         launches = [lora_down(device, [p]) for p in members if p.call.r]
     keep = call.g is not None
-    if choice.kernel == "tma":
+    if gate_up.kernel == "tma":
         launches.append(_gate_up_by_descriptors(device, members, h, call.activation, keep))
     else:
         launches.append(_gate_up_by_pointers(device, members, h, call.activation, keep))
@@ -189,8 +200,12 @@ class MLPBackwardCall(NamedTuple):
     results: Gradients
 
 
-def mlp_backward_launches(device: Device, call: MLPBackwardCall) -> Launches:
-    """The launches of a backward: down's, with dG and dU in place of dH, then gate's and up's."""
+def mlp_backward_launches(
+    device: Device, call: MLPBackwardCall, choice: Choice | None = None
+) -> Launches:
+    """The launches of a backward: down's, with dG and dU in place of dH, then gate's and up's.
+    ``choice``: of every product that it can be; the table's by default.
+    """
     results = call.results
     wanted = Gradients(results.dx, results.das[:2], results.dbs[:2])
     need_h = any(t is not None for t in (wanted.dx, *wanted.das, *wanted.dbs))
@@ -219,7 +234,7 @@ def mlp_backward_launches(device: Device, call: MLPBackwardCall) -> Launches:
         gate=jobs.Gate(g, u, du),
     )
     launches = [*plain.launches]
-    launches += product_launches(device, down, rules.choose(device, down.call))
+    launches += product_launches(device, down, choose(down, choice))
     if dg is None:
         return launches
     projections = call.projections[:2]
@@ -235,7 +250,7 @@ def mlp_backward_launches(device: Device, call: MLPBackwardCall) -> Launches:
         dropout_p=call.dropout_p,
         results=wanted,
     )
-    launches += backward_launches(device, gate_and_up, dequantized=dequantizer.plain)
+    launches += backward_launches(device, gate_and_up, choice, dequantizer.plain)
     return launches
 
 

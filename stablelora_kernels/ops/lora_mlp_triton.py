@@ -204,7 +204,7 @@ def lora_mlp_fwd(
         s=results.s if is_saved else None,
         s_down=results.s_down if is_saved else None,
     )
-    return lora_mlp.mlp_forward_launches(device, forward)
+    return lora_mlp.mlp_forward_launches(device, forward, choice)
 
 
 def _allocate_backward(call: MLPBackwardCall) -> MLPBackwardResults:
@@ -268,4 +268,4 @@ def lora_mlp_bwd(
         activation=settings.activation,
         results=Gradients(dx, das, dbs),
     )
-    return lora_mlp.mlp_backward_launches(device, backward)
+    return lora_mlp.mlp_backward_launches(device, backward, choice)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.settings import get_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.engine import Member
 from stablelora_kernels.optim.options import Storage
 from stablelora_kernels.optim.snapshot import Change, Gradients, Snapshot, versions_of
@@ -107,7 +107,7 @@ def make_engines(
 def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:
     """The class of the engine that takes the step of the ``members`` on ``device``."""
     has_float64 = any(member.param.dtype is torch.float64 for member in members)
-    if has_float64 and get_backend() == "triton":
+    if has_float64 and settings.backend == "triton":
         raise TypeError("backend 'triton' has no float64 optimizer step; use 'auto' or 'torch'")
     return TorchStep if has_float64 or resolve_backend(device) == "torch" else TritonStep
 

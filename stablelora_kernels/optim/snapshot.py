@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stablelora_kernels.dispatch.settings import get_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.groups import ParamGroup
 from stablelora_kernels.optim.options import LIVE, Number, reads_from_memory
 from stablelora_kernels.optim.state import Entry, with_strides_of
@@ -221,7 +221,7 @@ class Snapshot:
         return cls(
             params=[list(group["params"]) for group in groups],
             memory=list(map(Tensor.data_ptr, params)),
-            backend=get_backend(),
+            backend=settings.backend,
             built=list(map(_built_values, groups)),
             uploaded=list(map(_uploaded_values, groups)),
             tensors=_live_tensors(groups, on_cpu),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import Rule
-from stablelora_kernels.dispatch.settings import use_backend, use_kernel
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.functional import (
     LoRAWeights,
@@ -74,7 +74,7 @@ class Case:
     backend: str = "triton"
     kernel: str = "auto"
     # Of backward, if it is another.
-    backward_kernel: str | None = None
+    backward_strategy: str | None = None
     # The GPU that the interpreter stands in for.
     arch: str | None = None
     processors: int | None = None
@@ -296,8 +296,8 @@ def ours(case: Case, operands: Operands) -> tuple[Tensor, ...]:
 def forced(case: Case) -> Iterator[None]:
     """The backend, the kernel, the GPU and the tile that the case names."""
     with ExitStack() as stack:
-        stack.enter_context(use_backend(case.backend))
-        stack.enter_context(use_kernel(case.kernel))
+        stack.enter_context(settings(backend=case.backend))
+        stack.enter_context(settings(strategy=case.strategy))
         if case.arch is not None:
             stack.enter_context(pretend_gpu(case.arch, case.processors))
         if case.tile is not None:
@@ -331,7 +331,7 @@ def results(case: Case, ys: Sequence[Tensor], leaf: Operands) -> Results:
     grads = [leaf[f"grad{i}"].to(y.dtype) for i, y in used]
     # The gradient of what an in-place operator makes of an output is that of the output before.
     outputs = [y.add_(1) if case.in_place else y for _, y in used]
-    backward = use_kernel(case.backward_kernel) if case.backward_kernel else nullcontext()
+    backward = settings(strategy=case.backward_strategy) if case.backward_strategy else nullcontext()
     with backward, torch.autocast(case.device_type, BF16, enabled=case.backward_in_autocast):
         torch.autograd.backward(outputs, grads)
     names = [name for name in case.wanted_names if isinstance(leaf.get(name), Tensor)]

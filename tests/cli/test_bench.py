@@ -19,10 +19,10 @@ SMALL = [*CPU, *(text for name, value in SIZES.items() for text in (f"--{name}",
 
 
 def test_it_times_every_arm(capsys):
-    before = slk.get_backend()
+    before = slk.settings.backend
     assert main(["bench", *SMALL, "--json", "--dtype", "bf16", "--dropout", "0.25"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert slk.get_backend() == before
+    assert slk.settings.backend == before
     assert report["settings"] == SIZES | {
         "dtype": "bf16",
         "dropout": 0.25,

@@ -99,7 +99,7 @@ def every_kernel() -> set[str]:
 
 @pytest.mark.parametrize("name", ON)
 def test_doctor_tests_every_kernel_family(name, capsys):
-    with slk.use_backend("auto" if name == "torch" else name):
+    with slk.settings(backend="auto" if name == "torch" else name):
         report = doctor_json(capsys)
     assert report["ok"] is True and report["backend"]["name"] == name
     assert name == "triton" or "'auto' takes PyTorch's operators" in report["backend"]["reason"]
@@ -122,7 +122,7 @@ def test_doctor_interprets_in_a_process_of_its_own(capsys):
     pytest.importorskip(
         "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
     )
-    with slk.use_backend("torch"):
+    with slk.settings(backend="torch"):
         assert main(["doctor", "--device", "cpu", "--interpret"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and all(f"Self-test of {place}" in out for place in ON.values())
@@ -149,7 +149,7 @@ def test_on_a_gpu_doctor_says_how_long_compiling_takes_and_compiles_in_processes
 
 @pytest.mark.nightly
 def test_processes_give_the_results_of_one():
-    with slk.use_backend("torch"):
+    with slk.settings(backend="torch"):
         alone = [*self_test.run_checks(torch.device("cpu"))]
         shared = [*self_test.run_checks_in_processes(torch.device("cpu"), 2)]
     for one, other in zip(alone, shared, strict=True):
@@ -244,7 +244,7 @@ def test_planted_faults_fail_the_self_test(capsys, monkeypatch, fault):
     first_of = {check.family: check for check in reversed(self_test.checks())}
     monkeypatch.setattr(self_test, "checks", lambda: [*first_of.values()])
     monkeypatch.setattr(module, name, partial(wrong, getattr(module, name)))
-    with slk.use_backend("triton" if fault == "no kernel" else "torch"):
+    with slk.settings(backend="triton" if fault == "no kernel" else "torch"):
         report = doctor_json(capsys, status=1)
     failed = [check for check in report["self_tests"][0]["checks"] if not check["passed"]]
     assert {check["family"] for check in failed} == families and not report["ok"]
@@ -257,7 +257,7 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
     # Read before, so that no other test runs with "split".
     check_environment()
     monkeypatch.setenv("STABLELORA_KERNEL", "split")
-    with slk.use_backend("torch"):
+    with slk.settings(backend="torch"):
         assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert (
@@ -272,7 +272,7 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
 
 def test_a_backend_that_cannot_run_is_told_of(capsys, monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETING", False)
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         report = doctor_json(capsys, status=1)
         assert main(["doctor", "--device", "cpu"]) == 1
     assert report["backend"]["name"] is None and "TRITON_INTERPRET=1" in report["backend"]["reason"]

@@ -41,8 +41,8 @@ def timer(tmp_path):
     """Tuning is on, with an empty cache and a timer that is set by hand."""
     with (
         tuned_by_hand(tmp_path) as fake,
-        slk.use_backend("triton"),
-        slk.use_kernel("auto"),
+        slk.settings(backend="triton"),
+        slk.settings(strategy="auto"),
         slk.use_autotune(True),
     ):
         yield fake
@@ -259,7 +259,7 @@ def deterministic_algorithms():
 
 OFF = {
     "not asked for": lambda: slk.use_autotune(False),
-    "another kernel": lambda: slk.use_kernel("split"),
+    "another kernel": lambda: slk.settings(strategy="split"),
     "deterministic": deterministic_algorithms,
     "captured": lambda: patch.object(autotune, "_capturing", lambda y: True),
 }
@@ -373,7 +373,7 @@ from stablelora_kernels.testing import make_inputs
 measured = []
 autotune.measure = lambda run: measured.append(run) or 1.0
 device = "cuda" if torch.cuda.is_available() else "cpu"
-slk.set_backend("triton")
+slk.settings.backend = "triton"
 for rows in (70, 5):
     inputs = make_inputs((rows, 64), 80, 8, dtype=torch.bfloat16, device=device)
     lora_linear(*(inputs[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), 1.7)

@@ -72,11 +72,11 @@ def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu_where_triton_needs_its_inter
         ("auto", CPU, "torch"), ("auto", CUDA, "triton"), ("torch", CUDA, "torch"), ("triton", CPU, "triton"),
         ("triton", CUDA, "triton"),
     ):  # fmt: skip
-        with slk.use_backend(name):
+        with slk.settings(backend=name):
             assert warned(device) == (chosen, [])
     monkeypatch.setattr(backend, "INTERPRETING", False)
     with (
-        slk.use_backend("triton"),
+        slk.settings(backend="triton"),
         pytest.raises(RuntimeError, match=r"on a tensor on cpu.*TRITON_INTERPRET=1"),
     ):
         backend.resolve_backend(CPU)
@@ -86,12 +86,12 @@ def test_a_gpu_without_a_usable_triton_is_warned_of(monkeypatch, machine):
     machine((9, 0))
     monkeypatch.setattr(backend, "TRITON_PROBLEM", "Triton is not installed")
     with (
-        slk.use_backend("auto"),
+        slk.settings(backend="auto"),
         pytest.warns(RuntimeWarning, match="Triton is not installed, so .* install a newer"),
     ):
         assert backend.resolve_backend(CUDA) == "torch"
     with (
-        slk.use_backend("triton"),
+        slk.settings(backend="triton"),
         pytest.raises(RuntimeError, match="can't run: Triton is not installed"),
     ):
         backend.resolve_backend(CUDA)
@@ -175,7 +175,7 @@ def test_the_table_has_a_row_for_each_gpu_that_the_kernels_are_compiled_for():
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (13, 0)])
 def test_a_gpu_for_which_no_triton_will_do_takes_pytorchs_operators(capability, machine):
     machine(capability)
-    with slk.use_backend("auto"):
+    with slk.settings(backend="auto"):
         chosen, (message,) = warned()
         reason = backend.explain_backend(CUDA).reason
     name = f"{capability[0]}.{capability[1]}"
@@ -183,7 +183,7 @@ def test_a_gpu_for_which_no_triton_will_do_takes_pytorchs_operators(capability, 
     assert reason.endswith(
         "so this GPU runs PyTorch's operators, with more launches and memory traffic"
     )
-    assert message == f"stablelora_kernels: {reason}; call set_backend('torch') to choose this"
+    assert message == f"stablelora_kernels: {reason}; set slk.settings.backend = 'torch' to choose this"
 
 
 RAISED = backend.ROWS[2]._replace(triton=(3, 7, 1))
@@ -194,23 +194,23 @@ def test_a_triton_that_is_too_old_for_a_gpu_is_not_used_there(monkeypatch, machi
     monkeypatch.setattr(backend, "ROWS", (*backend.ROWS[:2], RAISED, *backend.ROWS[3:]))
     machine((9, 0), (8, 0), triton="3.7.0")
     wrong = "Triton 3.7.0 makes wrong code of these kernels for compute capability 9.0 (H100, H200, GH200)"
-    with slk.use_backend("auto"):
+    with slk.settings(backend="auto"):
         chosen, (message,) = warned(torch.device("cuda", 0))
         assert chosen == "torch" and message == (
             f"stablelora_kernels: {wrong}, so this GPU runs PyTorch's operators, with more launches and memory traffic; "
-            "install Triton 3.7.1 or newer, or call set_backend('torch') to choose this"
+            "install Triton 3.7.1 or newer, or set slk.settings.backend = 'torch' to choose this"
         )
         assert warned(torch.device("cuda", 1)) == ("triton", [])
         # The current device is the first, which was warned of.
         assert warned(CUDA) == ("torch", [])
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         chosen, (message,) = warned()
         assert chosen == "triton" and message == (
-            f"stablelora_kernels: the backend is forced (set_backend or STABLELORA_BACKEND), although {wrong}; "
+            f"stablelora_kernels: the backend is forced (slk.settings or STABLELORA_BACKEND), although {wrong}; "
             "install Triton 3.7.1 or newer"
         )
         assert warned(torch.device("cuda", 1)) == ("triton", [])
-    with slk.use_backend("torch"):
+    with slk.settings(backend="torch"):
         assert warned() == ("torch", [])
 
 
@@ -218,17 +218,17 @@ def test_a_triton_that_is_too_old_for_a_gpu_is_not_used_there(monkeypatch, machi
 def test_a_triton_that_is_new_enough_is_used(monkeypatch, machine, version):
     monkeypatch.setattr(backend, "ROWS", (*backend.ROWS[:2], RAISED, *backend.ROWS[3:]))
     machine((9, 0), triton=version)
-    with slk.use_backend("auto"):
+    with slk.settings(backend="auto"):
         assert warned() == ("triton", [])
 
 
 def test_a_forced_backend_runs_on_a_t4(machine):
     machine((7, 5))
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         chosen, (message,) = warned()
     assert (
         chosen == "triton"
-        and "7.5 (T4, RTX 2080); call set_backend('auto') for PyTorch's operators" in message
+        and "7.5 (T4, RTX 2080); set slk.settings.backend = 'auto' for PyTorch's operators" in message
     )
 
 
@@ -239,7 +239,7 @@ def test_a_gpu_is_asked_once(monkeypatch, machine):
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0)
     )
-    with slk.use_backend("auto"):
+    with slk.settings(backend="auto"):
         for device in (CUDA, torch.device("cuda", 0), CUDA):
             assert backend.resolve_backend(device) == "triton"
     assert asked == [0]
@@ -249,7 +249,7 @@ def test_amds_gpus_have_no_compute_capability(monkeypatch, machine):
     machine((9, 4))
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", None)
-    with slk.use_backend("auto"):
+    with slk.settings(backend="auto"):
         assert warned() == ("triton", [])
 
 
@@ -261,7 +261,7 @@ def test_a_compiled_model_is_warned_once_and_has_no_graph_break(monkeypatch):
         return x + 1 if backend.resolve_backend(torch.device("cuda", 0)) == "triton" else x + 2
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
-    with slk.use_backend("auto"), warnings.catch_warnings(record=True) as caught:
+    with slk.settings(backend="auto"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [compiled(torch.zeros(size)).sum() for size in (1, 2)] == [2, 4]
     assert ["T4" in str(message.message) for message in caught] == [True]
@@ -272,7 +272,7 @@ def test_a_compiled_model_is_warned_once_and_has_no_graph_break(monkeypatch):
 
 def test_explain_and_doctor_say_that_a_gpu_is_too_old(machine):
     machine((7, 5))
-    with slk.use_backend("auto"):
+    with slk.settings(backend="auto"):
         text = str(slk.explain(8, 64, 64, 8))
     wrong = "Triton 3.9.0 makes scalar code, which spills registers, of these kernels for compute capability 7.5 (T4, RTX 2080)"
     assert text.startswith(f"backend torch ({wrong}, so this GPU runs PyTorch's operators")
@@ -285,7 +285,7 @@ def test_explain_and_doctor_say_which_row_a_newer_gpu_takes(machine):
     )
     machine((10, 3), (9, 0))
     taken = "compute capability 10.3 (B300) is taken as 10.0"
-    with slk.use_backend("auto"):
+    with slk.settings(backend="auto"):
         found, other = slk.explain(8, 64, 64, 8), slk.explain(8, 64, 64, 8, device="cuda:1")
     assert found.arch == "sm_103" and found.forward
     assert str(found).startswith(

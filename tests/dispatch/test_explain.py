@@ -23,7 +23,7 @@ another_gpu = pytest.mark.skipif(
 def explained(case):
     """explain()'s answer for a call."""
     (m, k), n, quantized = case.shape, case.sizes, case.quantized[0]
-    with slk.use_kernel(case.kernel):
+    with slk.settings(strategy=case.strategy):
         return slk.explain(
             m, n if case.op == "group" else n[0], k, case.ranks[0], case.dtype, case.p, lora_dtype=case.lora_dtype,
             device=case.arch, branch_only=case.op == "branch", quantized=quantized and quantized.split()[0],
@@ -134,9 +134,9 @@ def test_explain_says_what_decided():
         assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith(
             "may replace this by what it measures"
         )
-        with slk.use_kernel("split"):
+        with slk.settings(strategy="split"):
             assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == rules.FORCED
-    with slk.use_backend("torch"):
+    with slk.settings(backend="torch"):
         found = slk.explain(8, 16, 16, 4, device="cpu")
     assert (found.backend, found.forward, found.backward) == ("torch", (), ())
     assert "PyTorch's operators; device='sm_90' lists an H100's launches" in str(found)

@@ -34,14 +34,14 @@ def test_what_is_chosen_may_be_asked_for(device):
     for (m, n, k, r), (direction, dtype, dropout) in itertools.product(sizes, kinds):
         given = call(direction, m, n, k, r, dtype, dropout)
         chosen = choose(device, given)
-        with slk.use_kernel(chosen.strategy):
+        with slk.settings(strategy=chosen.strategy):
             assert choose(device, given).strategy == chosen.strategy, given
     # Any that can do a call may be forced on it; what it cannot do is refused:
     # tests/ops/test_errors.py.
     for kernel in STRATEGIES[1:]:
-        with slk.use_kernel(kernel):
+        with slk.settings(strategy=kernel):
             assert choose(device, call(r=8)).strategy == kernel
-            with slk.use_kernel("auto"):
+            with slk.settings(strategy="auto"):
                 assert choose(device, call(m=1)).strategy == "fused"
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.state import load_moment
 from stablelora_kernels.reference.optimizer import (
@@ -140,7 +140,7 @@ class Life(RuleBasedStateMachine):
                 p.grad.view(-1)[0] = float(kind)
         expected, eager = self.one_step(FP64), self.one_step(FP32)
         before = [p.detach().clone() for p in self.params]
-        with use_backend(self.backend):
+        with settings(backend=self.backend):
             self.optimizer.step()
         for name, p, old, exact, plain in zip(
             NAMES, self.params, before, expected, eager, strict=True

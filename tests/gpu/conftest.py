@@ -87,7 +87,7 @@ def triton_backend(stream: None) -> Iterator[None]:
 
     End this process if the test leaves the GPU unusable, as an illegal address does.
     """
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         yield
     try:
         if not SMALL:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels import StableLoRAAdamW, use_backend
+from stablelora_kernels import StableLoRAAdamW, settings
 from stablelora_kernels.cli.self_test import checks, run_check
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import Device, device_of
@@ -179,7 +179,7 @@ def test_loss_without_logits(dtype, reduction):
     for backend, kind in (("triton", dtype), ("torch", dtype), ("torch", torch.float64)):
         leaves = {name: t.to(DEVICE, dtype).to(kind).requires_grad_() for name, t in drawn.items()}
         hidden = leaves.pop("hidden")
-        with use_backend(backend):
+        with settings(backend=backend):
             loss = lora_linear_cross_entropy(
                 hidden, weight.to(kind), labels, **leaves, scaling=2.0, reduction=reduction, softcap=30.0
             )  # fmt: skip

@@ -185,5 +185,5 @@ def test_fewer_bytes_than_eager(tmp_path, record_property):
 
 
 if __name__ == "__main__":
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         run_once(sys.argv[1])

@@ -17,7 +17,7 @@ import stablelora_kernels as slk
 def on_triton(one_thread: None) -> Iterator[None]:
     if torch.cuda.is_available():
         pytest.skip("a GPU has real graphs: tests/gpu/test_graphed_step.py")
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         yield
 
 

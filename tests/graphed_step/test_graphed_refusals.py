@@ -46,7 +46,7 @@ from tests.helpers.precision import switched
 
 
 def on_pytorchs_operators(model: nn.Module, optimizer: slk.StableLoRAAdamW) -> None:
-    with slk.use_backend("torch"):
+    with slk.settings(backend="torch"):
         graphed(model, optimizer)
 
 
@@ -299,8 +299,8 @@ CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[A
     r"model.0.weight has other memory than before": lambda m, o: changed(
         m[0].weight, "data", m[0].weight.data.clone()
     ),
-    r"backend was 'triton' and is 'torch'": lambda m, o: slk.use_backend("torch"),
-    r"kernel was 'auto' and is 'split'": lambda m, o: slk.use_kernel("split"),
+    r"backend was 'triton' and is 'torch'": lambda m, o: slk.settings(backend="torch"),
+    r"kernel was 'auto' and is 'split'": lambda m, o: slk.settings(strategy="split"),
     r"autotune was False and is True": lambda m, o: slk.use_autotune(True),
     r"deterministic algorithms was False and is True": lambda m, o: deterministic(),
     r"TensorFloat-32 in float32 products was False and is True": lambda m, o: switched(TF32),
@@ -327,7 +327,7 @@ CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[A
 @pytest.fixture(scope="module")
 def shared() -> Any:
     """One captured step for all changes, each of which is taken back."""
-    with slk.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
+    with slk.settings(backend="triton"), pytest.MonkeyPatch.context() as patch:
         graphs = use_graphs(patch)
         yield captured(), graphs
 

@@ -174,7 +174,7 @@ def test_a_hugging_face_model_takes_its_batch_as_a_dict(kind, graphs):
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_not_enabled_every_step_is_eager(backend, graphs):
     made = partial(make, capturable=False, shrink_schedule=lambda step: 0.1 / step)
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         assert_eager_steps(batches(4), made=made, enabled=False)
     assert graphs.captures == 0
 

@@ -120,7 +120,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def go_on(work: Work, backend: str, first: int = 0, count: int = 4) -> str:
     """The digest of some steps."""
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         return digest(t for step in range(first, first + count) for t in work(step))
 
 
@@ -131,7 +131,7 @@ def digests(settings: Iterable[Setting]) -> list[str]:
 
 def infer(s: Setting, count: int) -> list[str]:
     """A worker's part of a data loader: outputs without gradients."""
-    with slk.use_backend(s.backend), torch.no_grad():
+    with slk.settings(backend=s.backend), torch.no_grad():
         model = make_layers(s)
         return [digest([model(make_input(s, seed))]) for seed in range(count)]
 

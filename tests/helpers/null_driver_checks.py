@@ -142,7 +142,7 @@ def operands(case: Case = LINEAR) -> Operands:
 
 def one_call(given: Operands, case: Case = LINEAR) -> None:
     """Forward and backward."""
-    with slk.use_kernel(case.kernel):
+    with slk.settings(strategy=case.strategy):
         torch.autograd.backward(ours(case, given), [given[f"grad{i}"] for i in case.outputs()])
 
 
@@ -252,7 +252,7 @@ def main(only_mlp: bool = False) -> int:
     if problem := null_driver_problem():
         print(f"the null driver can't run: {problem}")
         return 77
-    with null_driver(), slk.use_backend("triton"):
+    with null_driver(), slk.settings(backend="triton"):
         recorder = Recorder()
         if only_mlp:
             check_case(recorder, MLP)

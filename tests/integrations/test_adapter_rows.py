@@ -200,7 +200,7 @@ def test_launches_and_one_optimizer_launch():
         "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
     )
     names = ["default", *(f"lr{i}" for i in range(7))]
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         model = make(*((name, {}) for name in names[1:])).train()
         slk.accelerate_peft(model)
         settings = {name: {"lr": 10.0**-i} for i, name in enumerate(names)}

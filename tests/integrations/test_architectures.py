@@ -120,7 +120,7 @@ def test_a_sample_is_pefts(model_type, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["falcon", "gpt2"])
 def test_a_sample_on_triton_is_pefts(model_type, tmp_path):
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         check(model_type, build(model_type, BY_TYPE[model_type]), tmp_path)
 
 

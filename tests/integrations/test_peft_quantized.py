@@ -151,7 +151,7 @@ def test_what_only_the_layer_itself_computes(options, change, settles, calls):
         twin, x, (own.lora_A["default"].weight, own.lora_B["default"].weight), grad
     )
     slk.accelerate_peft(model, strict=True)
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         for name, value in run_layer(model, x, pair, grad).items():
             assert value.dtype == expected[name].dtype
             assert_close(value, expected[name])
@@ -166,7 +166,7 @@ def test_a_weight_packed_for_inference_on_a_cpu_is_the_layers(calls, monkeypatch
     layer.base_layer.weight.quant_state.packing_format_for_cpu = True
     monkeypatch.setattr(type(layer.base_layer), "forward", lambda self, x: torch.zeros(5, N))
     slk.accelerate_peft(model, strict=True)
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         model(torch.randn(5, K))
     assert calls.layers == {"lora_branch": 1}
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim import rounding
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
@@ -199,7 +199,7 @@ def test_16_bytes_are_read_at_a_time_of_aligned_tensors_alone() -> None:
     for is_aligned in (True, False):
         if not is_aligned:
             first.grad = memory[1:].view_as(first)
-        with use_backend("triton"):
+        with settings(backend="triton"):
             optimizer.step()
         (engine,) = optimizer._devices.engines
         variants = dict(zip(engine.params, engine.memory.addresses[:, 1].tolist(), strict=True))
@@ -217,7 +217,7 @@ def test_both_backends_round_with_the_same_noise(dtype: torch.dtype) -> None:
         optimizer = StableLoRAAdamW(
             make_pairs([(4, 9, 600)], dtype), lr=0.5, weight_decay=2.0**-8, shrink_ratio=0.0, seed=7
         )
-        with use_backend(backend):
+        with settings(backend=backend):
             for _ in range(3):
                 take_step(0, optimizer, scale=0.0)
         results.append(optimizer.pairs[0].A.detach())

@@ -129,7 +129,7 @@ def train(
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=0.01, eps=1e-2, shrink_ratio=0.1, seed=7)
     generator = torch.Generator().manual_seed(1)
     found: dict[str, Any] = {}
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         for step in range(STEPS):
             x, grad = (
                 torch.randn(ROWS, LENGTH, WIDTH, generator=generator)[rows, tokens]
@@ -195,7 +195,7 @@ def masks(rank: int, backend: str) -> None:
     what came next.
     """
     model, plain = lora_model(dropout=0.5, after=cut_in_two), lora_model(dropout=0.5)
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         torch.manual_seed(5)
         expected = plain[0].up(torch.ones(64, WIDTH)).detach()
         torch.manual_seed(5)

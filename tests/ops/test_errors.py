@@ -241,12 +241,12 @@ def test_float64_does_not_fall_back_silently(op):
         each: good[each]._replace(lora_A=None, lora_B=None) for each in PROJECTIONS if op == "mlp"
     }
     stored = {"weight": testing.nf4_weight(4, 6, 64, True)} if op == "linear" else {}
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         for changes in ({}, bare, stored):
             refuses(
                 op, only, changes, TypeError, rf"{name} is torch.float64.*use_backend\('torch'\)"
             )
-    with slk.use_backend("torch"):
+    with slk.settings(backend="torch"):
         found = FUNCTIONS[op](**good)
         assert (found[0] if op == "group" else found).dtype == FP64
 
@@ -265,5 +265,5 @@ HIGH = {"up.lora_A": zeros(130, 24), "up.lora_B": zeros(40, 130)}
 )
 def test_a_kernel_that_cannot_do_the_call_is_refused(op, kernel, changes, message):
     """Before a launch of the same call."""
-    with slk.use_backend("triton"), slk.use_kernel(kernel):
+    with slk.settings(backend="triton"), slk.settings(strategy=kernel):
         refuses(op, arguments(op), changes, ValueError, message, drawn=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.functional import (
     LoRAWeights,
     lora_branch,
@@ -173,7 +173,7 @@ def test_kernels_refuse(op, trains, form):
         pytest.skip("runs on a CPU, in Triton's interpreter: its operands are there")
     call = calls(FEW_ROWS, trains, FP32)[op]
     x, direction = (t.float() for t in operands_of(FEW_ROWS))
-    with use_backend("triton"):
+    with settings(backend="triton"):
         call(x)
         with pytest.raises(RuntimeError, match=r"forward-mode differentiation|jvp|functorch"):
             form(call, x, direction)

@@ -193,7 +193,7 @@ def test_the_kernel_reads_nothing_that_nobody_has_written():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case, backend):
     given = make(case)
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         found = results(case, given, lora_linear_cross_entropy)
     exact = results(case, in_dtype(case, given, FP64), lora_linear_cross_entropy_ref)
     usual = results(case, in_dtype(case, given, None), eager)
@@ -264,7 +264,7 @@ def test_no_label_counts(rows, backend):
     case = Loss(shape=(rows, 32), ignored=1)
     for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
         given = make(case)
-        with slk.use_backend(backend):
+        with slk.settings(backend=backend):
             found = results(case._replace(reduction=reduction), given, lora_linear_cross_entropy)
         usual = eager(**{name: given[name] for name in given if name != "grad"}, scaling=SCALING,
                       reduction=reduction, softcap=None, logit_scale=1.0)  # fmt: skip
@@ -283,7 +283,7 @@ def test_not_a_number_in_gives_not_a_number_out(scaling, backend, monkeypatch):
         given = make(case)
         with torch.no_grad():
             given[name][0] = torch.nan
-        with slk.use_backend(backend):
+        with slk.settings(backend=backend):
             found = results(case, given, lora_linear_cross_entropy)
         is_nan = found["loss"].isnan()
         if name == "hidden":
@@ -293,7 +293,7 @@ def test_not_a_number_in_gives_not_a_number_out(scaling, backend, monkeypatch):
     given = make(case)
     with torch.no_grad():
         given["hidden"][1] = torch.nan
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         found = results(case, given, lora_linear_cross_entropy)
     assert found["loss"].isnan().nonzero().tolist() == [[1]]
     assert found["hidden"].isnan().any(1).nonzero().tolist() == [[1]]
@@ -360,7 +360,7 @@ def test_errors_name_the_argument_and_both_values(changes, error, words):
 
 def test_float64_is_refused_by_name_on_triton():
     given = make(Loss(FP64, FP64))
-    with slk.use_backend("triton"), pytest.raises(TypeError, match=r"hidden is torch\.float64"):
+    with slk.settings(backend="triton"), pytest.raises(TypeError, match=r"hidden is torch\.float64"):
         call(Loss(), given)
 
 
@@ -428,7 +428,7 @@ def test_labels_and_gradients_of_any_strides(backend):
     expected = results(case, given | {"grad": torch.ones(37)}, lora_linear_cross_entropy)
     labels = given["labels"].repeat_interleave(2)[::2]
     grad = torch.ones(1).expand(37)
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         found = results(case, given | {"labels": labels, "grad": grad}, lora_linear_cross_entropy)
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], msg=name)
@@ -440,7 +440,7 @@ def test_backward_may_run_again(backend):
         case = Loss(BF16, FP32, reduction=reduction)
         given = make(case)
         leaves = [given[name] for name in LEAVES]
-        with slk.use_backend(backend):
+        with slk.settings(backend=backend):
             loss = call(case, given).sum()
             first = torch.autograd.grad(loss, leaves, retain_graph=True)
             second = torch.autograd.grad(2 * loss, leaves)
@@ -512,7 +512,7 @@ def test_checkpointing(reduction, reentrant):
 def test_opcheck_and_torch_compile_without_a_break(reduction, backend):
     case = Loss(reduction=reduction, softcap=3.0)
     given = make(case)
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         with Operators() as operators:
             expected = results(case, given, lora_linear_cross_entropy)
         calls = [each for each in operators.calls if each[0].namespace == "stablelora_kernels"]

@@ -277,7 +277,7 @@ def test_each_branch_is_one_launch_each_way():
         "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
     )
     given = make("many rows", (BF16, FP32))
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         # The third call runs prepared launches.
         for _ in range(3):
             with count_launches() as forward:
@@ -332,7 +332,7 @@ def test_explain_counts_the_launches():
     explanation = slk.explain([256, 1, 40], 512, 1024, ranks, dropout_p=0.1, device="sm_90")
     for steps, words in (
         (explanation.forward, explanation.forward_kernel),
-        (explanation.backward, explanation.backward_kernel),
+        (explanation.backward, explanation.backward_strategy),
     ):
         assert words == "by rows: vendor, chained, chained, chained"
         assert [step.kernel for step in steps] == ["vendor", *["lora_linear"] * 3]

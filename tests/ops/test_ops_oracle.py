@@ -200,7 +200,7 @@ NAMED = [
     ),
     # Dropout's mask on the branch of dX, with dS beside dX and before it.
     *(
-        Case("linear", (rows, 72), (80,), (r,), BF16, lora, p=0.2, kernel="split", backward_kernel=kernel, arch=arch)
+        Case("linear", (rows, 72), (80,), (r,), BF16, lora, p=0.2, kernel="split", backward_strategy=kernel, arch=arch)
         for rows, r, lora, kernel, arch in (
             (9, 3, FP32, "fused", OLD), (70, 16, BF16, "fused", NEW), (70, 33, FP32, "split", OLD),
             (9, 16, BF16, "split", NEW), (70, 33, FP32, "fused", NEW),
@@ -280,7 +280,7 @@ def test_outputs_that_nobody_uses(rows, backend):
         found = []
         for call in (ours, separately):
             leaf = leaves(case, make(case))
-            with slk.use_backend(backend):
+            with slk.settings(backend=backend):
                 ys = call(case, leaf)
             torch.autograd.backward([ys[i] for i in used], [leaf[f"grad{i}"] for i in used])
             found.append(

@@ -52,7 +52,7 @@ from stablelora_kernels.launch import prepared as prepared_launches
 
 @pytest.fixture(autouse=True)
 def on_triton():
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         yield
     torch._dynamo.reset()
 

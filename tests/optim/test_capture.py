@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.launch import base
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[RecordedGraphs]:
-    with use_backend("triton"):
+    with settings(backend="triton"):
         yield RecordedGraphs(monkeypatch)
 
 

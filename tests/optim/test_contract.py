@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.model.apply import apply_lora
 from stablelora_kernels.optim.options import LIVE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -112,7 +112,7 @@ def test_a_step_on_triton_is_one_launch(option):
     """Two if it clips, or if the parameters' norms have to be measured."""
     step, sums = {"_stable_adamw_kernel": 1}, {"_square_sums_kernel": 1}
     optimizer, found = option.optimizer(), []
-    with use_backend("triton"):
+    with settings(backend="triton"):
         for seed in range(3):
             if seed == 2:
                 optimizer.refresh()

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import StableAdamWRef
@@ -146,7 +146,7 @@ def test_the_reference_decides_alike(a, b, stop_condition):
     options = {"lr": 0.0, "shrink_ratio": 0.25, "stop_condition": stop_condition}
     oracle = StableAdamWRef(in_float64(pairs), **options)
     optimizer = StableLoRAAdamW(pairs, **options)
-    with use_backend("torch"):
+    with settings(backend="torch"):
         for step in range(3):
             take_step_with(oracle, optimizer, step)
     assert_close_to(oracle, optimizer, atol=0.0)

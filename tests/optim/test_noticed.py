@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.options import LIVE
 from stablelora_kernels.optim.snapshot import Snapshot
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
@@ -223,14 +223,14 @@ def test_a_change_is_noticed(backend, name, storage):
 def test_another_backend_is_taken():
     optimizer = trained("float32")
     for name in ("triton", "triton", "torch", "triton"):
-        with use_backend(name), count_launches() as made:
+        with settings(backend=name), count_launches() as made:
             optimizer.step()
         assert bool(made) == (name == "triton")
 
 
 def test_other_gradients_are_no_write_by_others():
     """The step after it measures no norm anew, which would be a launch more."""
-    with use_backend("triton"):
+    with settings(backend="triton"):
         optimizer = trained("float32")
         for change in (GRADIENTS["no gradient"], GRADIENTS["another gradient"]):
             change(optimizer, optimizer.pairs[0].B)

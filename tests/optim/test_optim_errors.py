@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import make_pairs
 from tests.helpers.steps import take_step
@@ -181,5 +181,5 @@ def test_a_clip_is_checked_where_it_is_set():
 
 def test_there_is_no_float64_step_on_triton():
     optimizer = StableLoRAAdamW(make_pairs(dtype=torch.float64))
-    with use_backend("triton"), pytest.raises(TypeError, match="no float64 optimizer step"):
+    with settings(backend="triton"), pytest.raises(TypeError, match="no float64 optimizer step"):
         take_step(0, optimizer)

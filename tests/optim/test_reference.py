@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from stablelora_kernels.dispatch.settings import use_backend
+from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import (
     DEVICE,
@@ -54,7 +54,7 @@ def test_steps_are_the_references(path, name, dtype):
     start = [q.clone() for q in oracle.params]
     for step in range(STEPS):
         backend = ("torch", "triton")[step // 2 % 2] if path == "in turn" else path
-        with use_backend(backend):
+        with settings(backend=backend):
             optimizer.zero_grad()
             optimizer.step()
             # Of norms above and below the bound that clips them.

@@ -152,7 +152,7 @@ def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], 
     for name, (dtype, backend, settings) in CASES.items():
         for way in WAYS[world]:
             if name in FEW or way == WAYS[world][0]:
-                with slk.use_backend(backend):
+                with slk.settings(backend=backend):
                     named = distributed(named_parameters(dtype), world, way)
                     found[name, way] = train(named, overflows=rank == world - 1, **settings)
     return found
@@ -161,7 +161,7 @@ def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], 
 @functools.cache
 def in_one_process(name: str) -> dict[str, Any]:
     dtype, backend, settings = CASES[name]
-    with slk.use_backend(backend):
+    with slk.settings(backend=backend):
         return train(named_parameters(dtype), **settings)
 
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from stablelora_kernels import StableLoRAAdamW, testing, use_autotune, use_backend, use_kernel
+from stablelora_kernels import StableLoRAAdamW, settings, testing
 from stablelora_kernels.dispatch import autotune
 from stablelora_kernels.dispatch.problem import Call, Device
 from stablelora_kernels.dispatch.rules import Choice
@@ -85,7 +85,7 @@ def run_case(case: Case, schedule: Schedule) -> Outcome:
     # A case that failed may have left counts behind.
     workspace._in_use.clear()
     try:
-        with use_kernel(case.kernel), emulated(schedule, case.processors) as log:
+        with settings(strategy=case.strategy), emulated(schedule, case.processors) as log:
             errors = case.run()
         left = sum(int(buffer.count_nonzero()) for buffer in workspace._in_use.values())
         errors["counters left"] = float(left), 0.5
@@ -229,7 +229,7 @@ def cross_entropy(
     for name, kind in (("triton", dtype), ("torch", FP64)):
         # In float64 the operands are the same numbers.
         leaves = [t.to(dtype).to(kind).requires_grad_() for t in (hidden, bias, lora_A, lora_B)]
-        with use_backend(name):
+        with settings(backend=name):
             loss = lora_linear_cross_entropy(
                 leaves[0], weight.to(dtype).to(kind), labels, bias=leaves[1], lora_A=leaves[2], lora_B=leaves[3],
                 scaling=SCALING, reduction=reduction, softcap=softcap, logit_scale=0.7,
@@ -259,7 +259,7 @@ def optimizer(
     """
     made, latches = [], []
     for name in ("triton", "torch"):
-        with use_backend(name), ExitStack() as stack:
+        with settings(backend=name), ExitStack() as stack:
             pairs = make_pairs([*shapes], dtype)
             if way == "sharded":
                 pairs = stack.enter_context(_sharded(pairs))

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from stablelora_kernels import functional, use_backend
+from stablelora_kernels import functional, settings
 from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.kernels import common
 from stablelora_kernels.launch.base import Launch
@@ -84,5 +84,5 @@ def emulated(schedule: Schedule, processors: int | None = None) -> Iterator[Log]
             torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()
         )
         torch.use_deterministic_algorithms(True, warn_only=True)
-        stack.enter_context(use_backend("triton"))
+        stack.enter_context(settings(backend="triton"))
         yield log

@@ -89,7 +89,7 @@ def arms_of(
 
         def call(*names: str) -> None:
             for name in names:
-                with slk.use_backend("triton"), slk.use_kernel(kernels[name == "backward"]):
+                with slk.settings(backend="triton"), slk.settings(strategy=kernels[name == "backward"]):
                     parts[name]()
             # It drops the outputs and gradients.
             parts["prepare"]()
@@ -367,7 +367,7 @@ def test_times(
     make: Callable[..., Arms], values: Any, device: Device, record_property: Any
 ) -> None:
     sizes = dict(zip([*signature(make).parameters][1:], values, strict=True))
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         for row in measure(device, make, sizes):
             record_property("row", sizes | row)
     # Raises if the GPU is unusable, as after an illegal address.

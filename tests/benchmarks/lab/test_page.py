@@ -283,7 +283,7 @@ def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatc
         mlp = LlamaMLP(config).to(torch.bfloat16).requires_grad_(False)
         x = torch.zeros(1, m, k, dtype=torch.bfloat16, requires_grad=True)
     adapt(nn.ModuleDict({"mlp": mlp}), arm, memory.LINEAR[-3:], r=r, dropout=dropout).train()
-    with slk.use_backend("triton"):
+    with slk.settings(backend="triton"):
         found = saved_for_backward(lambda: mlp(x), [*mlp.parameters()])
     kept = memory.kept(dropout > 0, **sizes).loc[ROWS[arm]].sum()
     # A frozen MLP does not keep x; of others a test's x has no other owner.
