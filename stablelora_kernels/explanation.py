@@ -18,18 +18,22 @@ from stablelora_kernels.dispatch.backend import explain_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.autograd import read_by_backward
-from stablelora_kernels.ops.lora_linear_triton import (
+from stablelora_kernels.ops.lora_linear_call import (
     LinearBackwardCall,
     LinearBackwardSettings,
     LinearForwardCall,
     LinearForwardSettings,
+)
+from stablelora_kernels.ops.lora_linear_triton import (
     lora_linear_bwd,
     lora_linear_fwd,
 )
-from stablelora_kernels.ops.lora_rows_triton import (
+from stablelora_kernels.ops.lora_rows_call import (
     RowsBackwardCall,
     RowsForwardCall,
     RowsSettings,
+)
+from stablelora_kernels.ops.lora_rows_triton import (
     lora_rows_bwd,
     lora_rows_fwd,
 )

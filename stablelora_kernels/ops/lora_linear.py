@@ -38,17 +38,19 @@ from stablelora_kernels.ops.autograd import (
 from stablelora_kernels.ops.cpu_products import few_rows, is_few
 from stablelora_kernels.ops.dropout import draw_seed, scalings_after_dropout
 from stablelora_kernels.ops.formulas import plain_operators
-from stablelora_kernels.ops.lora_linear_facts import LinearFacts, Needs
-from stablelora_kernels.ops.lora_linear_torch import lora_linear_torch
-from stablelora_kernels.ops.lora_linear_triton import (
+from stablelora_kernels.ops.lora_linear_call import (
     LinearBackwardCall,
     LinearBackwardSettings,
     LinearForwardResults,
     LinearForwardSettings,
     branches_in,
+    split_s,
+)
+from stablelora_kernels.ops.lora_linear_facts import LinearFacts, Needs
+from stablelora_kernels.ops.lora_linear_torch import lora_linear_torch
+from stablelora_kernels.ops.lora_linear_triton import (
     lora_linear_bwd,
     lora_linear_fwd,
-    split_s,
 )
 from stablelora_kernels.ops.plans import Entry, tensors_of
 from stablelora_kernels.projection import (

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from stablelora_kernels.ops.lora_linear_triton import (
+from stablelora_kernels.ops.lora_linear_call import (
     LinearBackwardSettings,
     LinearForwardSettings,
 )

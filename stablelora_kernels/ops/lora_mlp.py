@@ -28,12 +28,14 @@ from stablelora_kernels.ops.autograd import (
 )
 from stablelora_kernels.ops.dropout import draw_dropout, draw_seed, masked
 from stablelora_kernels.ops.lora_linear import lora_linear_op
-from stablelora_kernels.ops.lora_mlp_facts import MLPFacts, Options, facts_of
-from stablelora_kernels.ops.lora_mlp_torch import ACTIVATIONS, lora_mlp_torch
-from stablelora_kernels.ops.lora_mlp_triton import (
+from stablelora_kernels.ops.lora_mlp_call import (
     MLPForwardResults,
     OfThree,
     each_mask,
+)
+from stablelora_kernels.ops.lora_mlp_facts import MLPFacts, Options, facts_of
+from stablelora_kernels.ops.lora_mlp_torch import ACTIVATIONS, lora_mlp_torch
+from stablelora_kernels.ops.lora_mlp_triton import (
     lora_mlp_bwd,
     lora_mlp_fwd,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.ops.cpu_products import is_few
 from stablelora_kernels.ops.dropout import scalings_after_dropout
-from stablelora_kernels.ops.lora_mlp_triton import (
+from stablelora_kernels.ops.lora_mlp_call import (
     MLPBackwardSettings,
     MLPForwardSettings,
     OfThree,

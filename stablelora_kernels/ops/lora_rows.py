@@ -23,10 +23,12 @@ from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, wide_product, without_autocast
 from stablelora_kernels.ops.dropout import draw_seed, draw_to_keep, scalings_after_dropout
 from stablelora_kernels.ops.formulas import Saved, Wanted, add_branch_, gradients_of
-from stablelora_kernels.ops.lora_rows_triton import (
+from stablelora_kernels.ops.lora_rows_call import (
     RowsBackwardCall,
     RowsForwardCall,
     RowsSettings,
+)
+from stablelora_kernels.ops.lora_rows_triton import (
     lora_rows_bwd,
     lora_rows_fwd,
 )

@@ -331,7 +331,9 @@ def results(case: Case, ys: Sequence[Tensor], leaf: Operands) -> Results:
     grads = [leaf[f"grad{i}"].to(y.dtype) for i, y in used]
     # The gradient of what an in-place operator makes of an output is that of the output before.
     outputs = [y.add_(1) if case.in_place else y for _, y in used]
-    backward = settings(strategy=case.backward_strategy) if case.backward_strategy else nullcontext()
+    backward = (
+        settings(strategy=case.backward_strategy) if case.backward_strategy else nullcontext()
+    )
     with backward, torch.autocast(case.device_type, BF16, enabled=case.backward_in_autocast):
         torch.autograd.backward(outputs, grads)
     names = [name for name in case.wanted_names if isinstance(leaf.get(name), Tensor)]
