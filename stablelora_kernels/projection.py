@@ -4,10 +4,12 @@ hand on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from stablelora_kernels.quantized import FP8Weight, Layout, NF4Weight, Stored
@@ -35,6 +37,17 @@ class Projection(NamedTuple):
     def rank(self) -> int:
         """r, 0 without a branch."""
         return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+
+def s_unit(dtype: torch.dtype, scaling: float) -> float:
+    """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than
+    X A^T in float16.
+    """
+    if dtype != torch.float16 or not 1 < abs(scaling) < math.inf:
+        return 1.0
+    fraction, exponent = math.frexp(scaling)
+    # Far from float32's limits, where the kernels scale sums by it.
+    return 2.0 ** min(exponent - (abs(fraction) == 0.5), 64)
 
 
 class Operands(NamedTuple):

@@ -476,3 +476,33 @@ def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> Plan
     block_r = rank_block(call.r, block_limit)
     tile = fit(tile, device, tile.BLOCK_K * (tile.BLOCK_M + 2 * tile.BLOCK_N) * item, stored)
     return Plan(tile, reason, block_r, tiles_of(call, tile), column_parts=parts)
+
+
+def tiles_to_try(device: Device, call: Call) -> list[Tile]:
+    """Tiles of the product worth trying besides the table's."""
+    size = call.dtype.itemsize
+    if call.m <= problem.SMALL_M:
+        # 8 to 32 KiB of W a stage: less leaves the memory idle, more leaves no room for stages. The
+        # plan sets BLOCK_M.
+        sizes = [
+            (n, k) for n in (32, 64, 128) for k in (64, 128, 256) if 8 <= n * k * size / 1024 <= 32
+        ]
+        return [Tile(16, n, k, 4, 4) for n, k in sizes]
+    if size == 4:
+        return [Tile(32, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)]
+    tiles = [
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 128, 64, 4, 4),
+        Tile(128, 64, 64, 4, 4),
+    ]
+    if 100 <= device.generation < 120:
+        # The table has the wider one for descriptors. Through pointers none is proven: where tensor
+        # memory is too small, the compiler returns an empty kernel.
+        return tiles
+    tiles.append(Tile(64, 256, 64, 8, 3))
+    if device.nvidia:
+        # Without descriptors, the registers and a small shared memory have room for shallow steps
+        # only.
+        tiles.append(Tile(128, 256, 64, 8, 3) if device.tma else Tile(128, 256, 32, 8, 4))
+    return tiles

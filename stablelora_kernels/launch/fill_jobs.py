@@ -4,7 +4,6 @@ jobs (``kernels/lora/jobs.py``): the functions here fill them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.workspace import counters, scratch
-from stablelora_kernels.projection import Projection
+from stablelora_kernels.projection import Projection, s_unit
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
 from stablelora_kernels.utils.tensors import drop_share
 
@@ -69,17 +68,6 @@ class Product(NamedTuple):
     # Of a gated MLP: Y is dH, and Z stands for act(G) ∘ U.
     activation: str = ""
     gate: Gate | None = None
-
-
-def s_unit(dtype: torch.dtype, scaling: float) -> float:
-    """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than
-    X A^T in float16.
-    """
-    if dtype != torch.float16 or not 1 < abs(scaling) < math.inf:
-        return 1.0
-    fraction, exponent = math.frexp(scaling)
-    # Far from float32's limits, where the kernels scale sums by it.
-    return 2.0 ** min(exponent - (abs(fraction) == 0.5), 64)
 
 
 def _branch_of(p: Projection) -> tuple[Tensor, Tensor]:

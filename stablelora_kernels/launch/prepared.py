@@ -23,6 +23,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stablelora_kernels.dispatch.tallies import Tally
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import (
     Argument,
@@ -421,7 +422,9 @@ class Prepared:
         results: Sequence[Result],
         launches: Launches,
         taken: Workspace,
+        tally: Tally,
     ) -> None:
+        self._tally = tally
         self._places = _places_of(results)
         outputs = [*_tensors_in(results)]
         if not all(output.is_contiguous() for output in outputs):
@@ -445,6 +448,7 @@ class Prepared:
         It trusts that the layouts are those of the preparation, and that no capture records the
         stream.
         """
+        self._tally.calls += 1
         device = self._device
         empty = torch.empty_strided
         allocated = [
@@ -480,16 +484,18 @@ class Prepared:
 
 
 def prepare(
-    operands: Sequence[Tensor | None], call: Callable[[], tuple[Sequence[Result], Launches]]
+    operands: Sequence[Tensor | None],
+    call: Callable[[], tuple[Sequence[Result], Launches]],
+    tally: Tally,
 ) -> Prepared | None:
     """Prepare the launches of ``call``, of which these are the ``operands``, without running them;
-    None if that can't be.
+    None if that can't be. ``tally`` counts the runs.
 
     ``call`` returns results, tensors and lists of tensors, and the launches that fill them.
     """
     with workspace.noted() as taken:
         results, launches = call()
     try:
-        return Prepared(operands, results, launches, taken)
+        return Prepared(operands, results, launches, taken, tally)
     except NotPreparable:
         return None

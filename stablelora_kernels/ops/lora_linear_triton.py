@@ -20,6 +20,7 @@ from stablelora_kernels.ops.lora_linear_call import (
     branches_in,
     split_s,
 )
+from stablelora_kernels.ops.lora_linear_proof import BACKWARD, FORWARD
 from stablelora_kernels.ops.matrices import as_matrix, row_count
 from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
 from stablelora_kernels.projection import LORA_AS, LORA_BS, projections_of
@@ -45,6 +46,7 @@ def _allocate_forward(call: LinearForwardCall) -> LinearForwardResults:
     "float dropout_p, bool save_s, bool save_mask) -> (Tensor[], Tensor[], Tensor[])",
     OpTypes(LinearForwardCall, LinearForwardCall.of, LinearForwardSettings, LinearForwardResults),
     _allocate_forward,
+    FORWARD,
 )
 def lora_linear_fwd(
     device: Device,
@@ -99,6 +101,7 @@ def _contiguous_like(tensors: Sequence[Tensor]) -> list[Tensor]:
         LinearBackwardCall, LinearBackwardCall.of, LinearBackwardSettings, LinearBackwardResults
     ),
     _allocate_backward,
+    BACKWARD,
 )
 def lora_linear_bwd(
     device: Device,

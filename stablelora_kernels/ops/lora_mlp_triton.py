@@ -21,6 +21,7 @@ from stablelora_kernels.ops.lora_mlp_call import (
     each_mask,
     with_branches,
 )
+from stablelora_kernels.ops.lora_mlp_proof import BACKWARD, FORWARD
 from stablelora_kernels.ops.matrices import as_matrix, row_count
 from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
 from stablelora_kernels.projection import (
@@ -65,6 +66,7 @@ def _allocate_forward(call: MLPForwardCall) -> MLPForwardResults:
     "str activation, bool save, bool[] stores_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     OpTypes(MLPForwardCall, MLPForwardCall.of, MLPForwardSettings, MLPForwardResults),
     _allocate_forward,
+    FORWARD,
 )
 def lora_mlp_fwd(
     device: Device, call: MLPForwardCall, results: MLPForwardResults, choice: Choice | None
@@ -126,6 +128,7 @@ def _needed_like(tensors: Sequence[Tensor | None], needed: OfThree, grad: Tensor
     "bool[] need_b) -> (Tensor, Tensor[], Tensor[])",
     OpTypes(MLPBackwardCall, MLPBackwardCall.of, MLPBackwardSettings, MLPBackwardResults),
     _allocate_backward,
+    BACKWARD,
 )
 def lora_mlp_bwd(
     device: Device, call: MLPBackwardCall, results: MLPBackwardResults, choice: Choice | None

@@ -17,6 +17,7 @@ from stablelora_kernels.ops.lora_rows_call import (
     RowsForwardResults,
     RowsSettings,
 )
+from stablelora_kernels.ops.lora_rows_proof import BACKWARD, FORWARD
 from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
 from stablelora_kernels.projection import Projection
 
@@ -42,6 +43,7 @@ def _allocate_forward(call: RowsForwardCall) -> RowsForwardResults:
     "float[] scalings, float[] dropout_ps, bool need_x, bool need_ab) -> (Tensor[], Tensor[])",
     OpTypes(RowsForwardCall, RowsForwardCall.of, RowsSettings, RowsForwardResults),
     _allocate_forward,
+    FORWARD,
 )
 def lora_rows_fwd(
     device: Device, call: RowsForwardCall, results: RowsForwardResults, choice: Choice | None
@@ -92,6 +94,7 @@ def _allocate_backward(call: RowsBackwardCall) -> RowsBackwardResults:
     "int[] starts, int[] ends, float[] scalings, float[] dropout_ps, bool need_x, bool need_ab) -> (Tensor[], Tensor[])",
     OpTypes(RowsBackwardCall, RowsBackwardCall.of, RowsSettings, RowsBackwardResults),
     _allocate_backward,
+    BACKWARD,
 )
 def lora_rows_bwd(
     device: Device, call: RowsBackwardCall, results: RowsBackwardResults, choice: Choice | None

@@ -29,8 +29,12 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from stablelora_kernels.dispatch import problem, settings
+from stablelora_kernels.dispatch.first_use import OPERATORS
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.tallies import tally_of
+from stablelora_kernels.ops.first_use import Decision, Subject, decide
+from stablelora_kernels.ops.proofs import Oracle, plainly
 
 NAMESPACE = "stablelora_kernels"
 # Most entries. The oldest half of them goes when it is reached.
@@ -90,6 +94,8 @@ class Entry:
     # Whether a call has run. A first call is not worth a preparation: batches may be of new sizes
     # all the time.
     seen: bool = False
+    # How the op's calls run, once one has run.
+    decision: Decision | None = None
     # None: not prepared yet. False: it can't be.
     prepared: Any = None
 
@@ -138,7 +144,7 @@ def key_of(kind: Any, args: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     # A tensor's facts have its device's number, not its type.
     key.append(first.is_cuda)
-    # Autotuning leaves the choice to the table where results must not depend on a clock.
+    # First use leaves the choice to the table where results must not depend on a clock.
     key.append(torch._C._get_deterministic_algorithms())
     return tuple(key)
 
@@ -268,6 +274,7 @@ class PlannedOp(Generic[CallT, ResultsT]):
         types: OpTypes[CallT, ResultsT],
         allocate: Callable[[CallT], ResultsT],
         build: Callable[[Device, CallT, ResultsT, Choice | None], Launches],
+        oracle: Oracle,
     ) -> None:
         arguments = schema[1 : schema.index(") ->")].split(", ")
         kinds = [argument.split()[0] for argument in arguments]
@@ -275,6 +282,7 @@ class PlannedOp(Generic[CallT, ResultsT]):
         self._types = types
         self._allocate = allocate
         self._build = build
+        self.subject = Subject(name, self.plan, oracle)
         # How many arguments come before the settings.
         self._settings_from = sum(kind.startswith("Tensor") for kind in kinds)
         self._op = define_op(name, schema, self._fake)(self._run)
@@ -338,10 +346,27 @@ class PlannedOp(Generic[CallT, ResultsT]):
         entry = find(key) or remember(key, "triton")
         if entry is not None and (entry.prepared or self._prepare(entry, device, call)):
             return tuple(entry.prepared.run(tensors))
-        results, launches = self.plan(problem.device_of(device), call)
+        decision = None if entry is None else entry.decision
+        if decision is None:
+            decision = self._decide(entry, device, call)
+        tally_of(self.subject.name, decision.strategy, decision.reason).calls += 1
+        if decision.strategy == OPERATORS:
+            with plainly(device):
+                return tuple(self.subject.oracle.by_operators(call))
+        results, launches = self.plan(problem.device_of(device), call, decision.choice)
         for launch in launches:
             launch.run(device)
         return tuple(results)
+
+    def _decide(self, entry: Entry | None, device: torch.device, call: CallT) -> Decision:
+        """How a call runs, which the first one of its kind finds out."""
+        first = next(t for t in tensors_of(call) if t is not None)
+        if not first.numel():
+            return Decision("nothing", "no elements")
+        decision = decide(self.subject, device, call)
+        if entry is not None:
+            entry.decision = decision
+        return decision
 
     def _fake(self, *args: Any) -> tuple[Any, ...]:
         return tuple(self._allocate(self._call_of(args)))
@@ -372,8 +397,12 @@ class PlannedOp(Generic[CallT, ResultsT]):
             from stablelora_kernels.launch.prepared import prepare
 
             call = _with_distinct_addresses(call)
-            plan = functools.partial(self.plan, problem.device_of(device), call)
-            entry.prepared = prepare(tensors_of(call), plan) or False
+            decision = entry.decision
+            if decision is None or decision.strategy == OPERATORS:
+                return entry.prepared
+            plan = functools.partial(self.plan, problem.device_of(device), call, decision.choice)
+            tally = tally_of(self.subject.name, decision.strategy, decision.reason)
+            entry.prepared = prepare(tensors_of(call), plan, tally) or False
         entry.seen = True
         return entry.prepared
 
@@ -408,6 +437,7 @@ def define_launches(
     schema: str,
     types: OpTypes[CallT, ResultsT],
     allocate: Callable[[CallT], ResultsT],
+    oracle: Oracle,
 ) -> Callable[
     [Callable[[Device, CallT, ResultsT, Choice | None], Launches]], PlannedOp[CallT, ResultsT]
 ]:
@@ -416,10 +446,11 @@ def define_launches(
     The schema has the arguments of ``types.call`` but the last, and then those of
     ``types.settings``. The first tensor has a row for each of X.
 
-    ``allocate`` returns the op's results without values, tensors and lists of tensors. The function
+    ``allocate`` returns the op's results without values, tensors and lists of tensors. ``oracle``
+    proves the launches at their first use. The function
     takes a :class:`~.dispatch.problem.Device`, the call, the results and a
     :class:`~.dispatch.rules.Choice` or None, and returns the launches that fill the results. There
     is at least one row.
     """
 
-    return lambda build: PlannedOp(name, schema, types, allocate, build)
+    return lambda build: PlannedOp(name, schema, types, allocate, build, oracle)

@@ -305,16 +305,19 @@ def philox_ref(seed: int, counter: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def dropout_keep_ref(rows: int, columns: int, dropout_p: float, seed: int) -> Tensor:
-    """The Triton kernels' keep-mask, bool [rows, columns], bit for bit.
+def dropout_keep_ref(rows: int | Tensor, columns: int, dropout_p: float, seed: int) -> Tensor:
+    """The Triton kernels' keep-mask, bool [rows, columns], bit for bit; or its rows of these
+    numbers, int64 [rows].
 
     Element (i, j) takes word j mod 8 div 2 of the Philox counter i·ceil(columns / 8) + j div 8, its
     lower half if j is even, else its upper one. It is kept if the half's lower 15 bits are at least
     min(round(p·32768), 32767).
     """
     groups = -(-columns // 8)
-    words = philox_ref(seed, torch.arange(rows * groups, dtype=torch.int64))
-    halves = torch.stack((words, words >> 16), dim=-1).reshape(rows, groups * 8)
+    numbers = torch.arange(rows) if isinstance(rows, int) else rows
+    counters = numbers[:, None] * groups + torch.arange(groups, device=numbers.device)
+    words = philox_ref(seed, counters)
+    halves = torch.stack((words, words >> 16), dim=-1).reshape(len(numbers), groups * 8)
     return (halves[:, :columns] & 0x7FFF) >= min(round(dropout_p * 32768), 32767)
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +90,12 @@ class Rounded:
         return Rounded(self.value * factor.value, deviation, self.errors | factor.errors)
 
     def rounded(self, amount: Tensor) -> Rounded:
-        """The same after one more rounding, with a standard deviation of ``amount`` per element."""
+        """The same after one more rounding, with a standard deviation of ``amount`` per element.
+
+        Without autograd the errors are not noted, and only the deviation is known.
+        """
+        if not torch.is_grad_enabled():
+            return Rounded(self.value, torch.hypot(self.deviation, amount))
         # Equal numbers are rounded alike, such as those in all rows behind an expanded x.
         distinct, place = self.exact.float().unique(return_inverse=True)
         error = torch.zeros_like(distinct, dtype=torch.float64).requires_grad_()
@@ -146,10 +152,12 @@ def variance_of_product(a: Rounded, b: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Arithmetic:
     """Sums have the digits of ``sums``; operands and intermediate results are stored as
-    ``storage``.
+    ``storage``. The relative error of each factor of a product has the standard deviation
+    ``of_factors``: TensorFloat-32 drops digits.
     """
 
     storage: torch.dtype
+    of_factors: float = 0.0
 
     @property
     def sums(self) -> torch.dtype:
@@ -158,6 +166,9 @@ class Arithmetic:
     def product(self, a: Rounded, b: Rounded) -> Rounded:
         """``a b``, summed but not stored."""
         variance = variance_of_product(a, b.exact) + variance_of_product(b.T, a.exact.T).T
+        if self.of_factors:
+            squares = a.exact.square() @ b.exact.square()
+            variance = variance + 2 * self.of_factors**2 * squares
         product = Rounded(a.value @ b.value, variance.sqrt(), a.errors | b.errors)
         canceling = CANCELING * (a.exact.abs() @ b.exact.abs())
         agreeing = AGREEING * math.sqrt(a.exact.shape[-1]) * product.exact.abs()
@@ -238,15 +249,37 @@ class RoundedLayer:
             )
         if self.lora_A is None or self.lora_B is None:
             return gradients
-        # The product is rounded, and rounded again as it is scaled.
-        ds = (product(grad, self.lora_B) * self.scaling).stored(storage, times=2)
-        branch = self.masked(product(ds, self.lora_A).stored(storage))
-        gradients["x"] = (
-            (gradients["x"] + branch).stored(storage) if self.weight is not None else branch
-        )
-        gradients["lora_A"] = product(ds.T, self.dropped).stored(storage)
+        ds = self.grad_s(grad)
+        gradients["x"] = self._with_branch(gradients.get("x"), ds)
+        gradients["lora_A"] = self.grad_a(ds, self.dropped)
         gradients["lora_B"] = (product(grad.T, self.s) * self.scaling).stored(storage, times=2)
         return gradients
+
+    def grad_s(self, grad: Rounded) -> Rounded:
+        """dS [M, r] of a layer with a branch."""
+        assert self.lora_B is not None
+        product = self.arithmetic.product(grad, self.lora_B)
+        # It is rounded, and rounded again as it is scaled.
+        return (product * self.scaling).stored(self.arithmetic.storage, times=2)
+
+    def grad_x(self, grad: Rounded, ds: Rounded) -> Rounded:
+        """dX [M, K] of a layer with a branch."""
+        base = None
+        if self.weight is not None:
+            base = self.arithmetic.product(grad, self.weight).stored(self.arithmetic.storage)
+        return self._with_branch(base, ds)
+
+    def _with_branch(self, base: Rounded | None, ds: Rounded) -> Rounded:
+        assert self.lora_A is not None
+        storage = self.arithmetic.storage
+        branch = self.masked(self.arithmetic.product(ds, self.lora_A).stored(storage))
+        return branch if base is None else (base + branch).stored(storage)
+
+    def grad_a(self, ds: Rounded, dropped: Rounded, dtype: torch.dtype | None = None) -> Rounded:
+        """dA [r, K] for the X that the branch has read, masked; stored as ``dtype`` or as
+        intermediate results are.
+        """
+        return self.arithmetic.product(ds.T, dropped).stored(dtype or self.arithmetic.storage)
 
 
 def total(terms: Sequence[Rounded], dtype: torch.dtype) -> Rounded:
@@ -269,7 +302,7 @@ class RoundedMLP:
 
     def forward(self, x: Rounded) -> Rounded:
         self.g, self.u = self.gate.forward(x), self.up.forward(x)
-        self.act, self.slope = self._activated(self.g)
+        self.act, self.slope = activated(self.g, self.activation, self.arithmetic)
         return self.down.forward((self.act * self.u).stored(self.arithmetic.storage))
 
     def backward(self, grad: Rounded) -> list[dict[str, Rounded]]:
@@ -284,20 +317,26 @@ class RoundedMLP:
         of_gate["x"] = total([of_gate["x"], of_up["x"]], storage)
         return [of_gate, of_up, of_down]
 
-    def _activated(self, g: Rounded) -> tuple[Rounded, Rounded]:
-        """act(G), and its derivative."""
-        act, slope, curvature = derivatives(g.exact, self.activation)
-        sums = self.arithmetic.sums
-        # An argument's size bounds act's, and 1 is about the largest slope.
-        of_act = deviation_of_rounding(g.exact, sums) * math.sqrt(OF_ACTIVATION)
-        of_slope = deviation_of_rounding(torch.ones_like(act), sums) * math.sqrt(OF_ACTIVATION)
-        # The errors of G pass on by the derivatives.
-        error = g.value - g.exact
-        acts = Rounded(act + slope * error, g.deviation * slope.abs(), g.errors).rounded(of_act)
-        slopes = Rounded(
-            slope + curvature * error, g.deviation * curvature.abs(), g.errors
-        ).rounded(of_slope)
-        return acts.stored(self.arithmetic.storage), slopes
+
+class Activated(NamedTuple):
+    act: Rounded
+    slope: Rounded
+
+
+def activated(g: Rounded, activation: str, arithmetic: Arithmetic) -> Activated:
+    """act(G), and its derivative."""
+    act, slope, curvature = derivatives(g.exact, activation)
+    sums = arithmetic.sums
+    # An argument's size bounds act's, and 1 is about the largest slope.
+    of_act = deviation_of_rounding(g.exact, sums) * math.sqrt(OF_ACTIVATION)
+    of_slope = deviation_of_rounding(torch.ones_like(act), sums) * math.sqrt(OF_ACTIVATION)
+    # The errors of G pass on by the derivatives.
+    error = g.value - g.exact
+    acts = Rounded(act + slope * error, g.deviation * slope.abs(), g.errors).rounded(of_act)
+    slopes = Rounded(slope + curvature * error, g.deviation * curvature.abs(), g.errors).rounded(
+        of_slope
+    )
+    return Activated(acts.stored(arithmetic.storage), slopes)
 
 
 class RoundedDoRA:
@@ -338,8 +377,9 @@ class RoundedDoRA:
 
 def derivatives(g: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """act(g), act'(g) and act''(g)."""
-    g = g.detach().requires_grad_()
-    act = activation_ref(g, activation)
-    (slope,) = torch.autograd.grad(act.sum(), g, create_graph=True)
-    (curvature,) = torch.autograd.grad(slope.sum(), g)
+    with torch.enable_grad():
+        g = g.detach().requires_grad_()
+        act = activation_ref(g, activation)
+        (slope,) = torch.autograd.grad(act.sum(), g, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), g)
     return act.detach(), slope.detach(), curvature

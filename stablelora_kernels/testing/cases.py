@@ -72,7 +72,7 @@ class Case:
     p: float = 0.0
     training: bool = True
     backend: str = "triton"
-    kernel: str = "auto"
+    strategy: str = "auto"
     # Of backward, if it is another.
     backward_strategy: str | None = None
     # The GPU that the interpreter stands in for.

@@ -1,0 +1,265 @@
+"""What a proof of kernels needs, whatever the op: stand-ins for a call's operands, a sample of its
+rows, and how far a result may be off.
+
+A user's own numbers may hide a fault: B starts at zero, so that a first call has no branch to see.
+So a proof runs on operands of the call's layouts whose branch is as large as the base product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.dispatch.problem import Call
+from stablelora_kernels.dispatch.settings import tf32_allowed
+from stablelora_kernels.projection import WEIGHTS, Projection
+from stablelora_kernels.quantized import Stored
+from stablelora_kernels.reference import dropout_keep_ref, unpack_mask
+from stablelora_kernels.reference.rounding import Arithmetic, Rounded, dequantized, operand
+from stablelora_kernels.utils.tensors import drop_share
+
+# By how many standard deviations of its rounding an element may be off, and all of them in the root
+# of the mean square. A right element is never off by half as many, and one that a kernel left out, or
+# took from another place, by hundreds; right ones are off by less than one in the mean.
+DEVIATIONS = 16.0
+MEAN_DEVIATIONS = 4.0
+# One row in so many is compared, so that each tile has one.
+EVERY = 16
+# In the blocks of so many rows, the samples are these places: across all blocks, every place of a
+# matrix instruction's rows.
+_STEP = 7
+# Elements of float64 copies at a time.
+_ELEMENTS = 1 << 23
+
+
+class Unprovable(Exception):
+    """The call's frozen operands can't show what a kernel does, such as a weight with NaN in it."""
+
+
+class Compared(NamedTuple):
+    """A sample of a result, and what it must be."""
+
+    name: str
+    out: Tensor
+    expected: Rounded
+
+    def fault(self) -> str:
+        """What is wrong, in words, or ""."""
+        if not self.out.numel():
+            return ""
+        exact = self.expected.exact.reshape(self.out.shape)
+        deviation = self.expected.deviation.reshape(self.out.shape)
+        error = (self.out.double() - exact).abs().nan_to_num(nan=math.inf)
+        # Where both are zero, the share is NaN.
+        shares = (error / deviation).nan_to_num(nan=0.0, posinf=math.inf)
+        place = int(shares.argmax())
+        if shares.flatten()[place].item() > DEVIATIONS:
+            bound = DEVIATIONS * deviation.flatten()[place].item()
+            return f"{self.name} is off by {error.flatten()[place].item():.3g}, allowed {bound:.3g}"
+        # Of few elements, the mean is not far below the largest.
+        allowed = MEAN_DEVIATIONS + DEVIATIONS / math.sqrt(self.out.numel())
+        mean = shares.square().mean().sqrt().item()
+        if mean > allowed:
+            return f"{self.name} is off by {mean:.3g} deviations in the mean, allowed {allowed:.3g}"
+        return ""
+
+
+def _nothing(call: Any) -> Sequence[Tensor]:
+    return ()
+
+
+def _nothing_known(call: Any) -> Call | None:
+    return None
+
+
+class Oracle(NamedTuple):
+    """What first use asks of an op. ``Any`` stands for the records of its calls and results."""
+
+    # The call on stand-ins, equal ones each time.
+    stand_ins: Callable[[Any], Any]
+    # What the results of such a call must be, and faults in words: of the call as it was before, its
+    # results, and the operands that its launches have written to.
+    compare: Callable[[Any, Any, Sequence[Tensor]], Iterator[Compared | str]]
+    # The results by PyTorch's operators, with the masks that the call's seeds draw.
+    by_operators: Callable[[Any], Any]
+    # The names of the strategies that may do the call, the table's first.
+    strategies: Callable[[Any], list[str]]
+    # The operands that its launches write to.
+    written: Callable[[Any], Sequence[Tensor]] = _nothing
+    # What dispatch knows of the only product with a plain weight, if there is one.
+    product: Callable[[Any], Call | None] = _nothing_known
+
+
+class StandIns:
+    """Draws operands of the layouts of a call's own. The generators of torch are left alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, t: Tensor, deviation: float = 1.0) -> Tensor:
+        """Normal numbers in the layout of ``t``."""
+        memory, view = like(t)
+        memory.normal_(0.0, deviation, generator=self._generator)
+        return view
+
+    def of(self, t: Tensor | None, deviation: float = 1.0) -> Tensor | None:
+        """The same, or None for None."""
+        return None if t is None else self.normal(t, deviation)
+
+    def sampled(self, t: Tensor, rows: Tensor) -> Tensor:
+        """Normal numbers in these ``rows`` of [..., N] alone, and zeros in all others: what sums
+        over rows then adds up is the sample's.
+        """
+        drawn = self.normal(t)
+        if is_expanded(t):
+            return drawn
+        others = torch.ones(t.shape[:-1].numel(), dtype=torch.bool, device=t.device)
+        others[rows] = False
+        drawn[others.view(t.shape[:-1])] = 0.0
+        return drawn
+
+
+def like(t: Tensor) -> tuple[Tensor, Tensor]:
+    """New memory, and the view of it with the shape, strides and alignment of ``t``."""
+    before = t.data_ptr() % 16 // t.itemsize
+    last = sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
+    memory = t.new_empty(before + max(last, -1) + 1)
+    return memory, memory.as_strided(t.shape, t.stride(), before)
+
+
+def is_expanded(t: Tensor) -> bool:
+    """Whether elements of ``t`` share memory."""
+    return any(
+        length > 1 and stride == 0 for length, stride in zip(t.shape, t.stride(), strict=True)
+    )
+
+
+def sample_of(count: int, device: torch.device) -> Tensor:
+    """The numbers of the rows that are compared, of ``count``: all of a few, or one of each sixteen,
+    at another place in each block of them, and the last one.
+    """
+    if count <= 4 * EVERY:
+        return torch.arange(count, device=device)
+    blocks = torch.arange(-(-count // EVERY), device=device)
+    rows = blocks * EVERY + blocks * _STEP % EVERY
+    return torch.cat([rows.clamp(max=count - 1), rows.new_tensor([count - 1])]).unique()
+
+
+def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
+    """How kernels compute in ``dtype``."""
+    # TensorFloat-32 has 10 bits behind the point, and may cut the others off.
+    of_factors = 2.0**-10 if dtype == torch.float32 and tf32_allowed() else 0.0
+    return Arithmetic(dtype, of_factors)
+
+
+def frozen(p: Projection) -> Tensor | None:
+    """The weight of a projection, if it has one; a quantized one in float32."""
+    weight = p.weight
+    if isinstance(weight, Stored):
+        return weight.dequantize(torch.float32)
+    assert weight is None or isinstance(weight, Tensor)
+    return weight
+
+
+def size_of_base(weight: Tensor | None) -> float:
+    """The standard deviation of a base product's elements for standard normal inputs; 1 of a branch
+    alone.
+    """
+    if weight is None:
+        return 1.0
+    size = torch.linalg.vector_norm(weight, dtype=torch.float32).item() / math.sqrt(weight.shape[0])
+    if not math.isfinite(size):
+        raise Unprovable("the weight has elements that are not finite")
+    return size or 1.0
+
+
+class Pair(NamedTuple):
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+def branch_like(draw: StandIns, p: Projection, size: float) -> Pair:
+    """A and B of a projection that has them, whose branch has elements of the standard deviation
+    ``size`` for standard normal inputs.
+    """
+    assert p.lora_A is not None and p.lora_B is not None
+    rank, columns = p.lora_A.shape
+    of_a = 1 / math.sqrt(max(columns, 1))
+    of_b = size / (math.sqrt(max(rank, 1)) * (abs(p.scaling) or 1.0))
+    return Pair(draw.normal(p.lora_A, of_a), draw.normal(p.lora_B, of_b))
+
+
+def with_stand_ins(
+    draw: StandIns, operands: Sequence[Tensor | None], projections: Sequence[Projection]
+) -> list[Tensor | None]:
+    """``operands``, those of the projections, with stand-ins for all but the weights."""
+    replaced: list[Tensor | None] = []
+    for data, p in zip(operands[WEIGHTS], projections, strict=True):
+        size = size_of_base(frozen(p))
+        replaced += (data, draw.of(p.bias, size))
+        replaced += (None, None) if p.lora_A is None else branch_like(draw, p, size)
+    return replaced
+
+
+def blocks_of(columns: int, rows: int) -> Iterator[slice]:
+    """Columns of a matrix with ``rows``, so many at a time that float64 copies stay small."""
+    step = max(16, _ELEMENTS // max(rows, 1))
+    for start in range(0, columns, step):
+        yield slice(start, min(start + step, columns))
+
+
+def multiplied(part: Tensor | None, p: Projection, dtype: torch.dtype) -> Rounded | None:
+    """A part of the :func:`frozen` weight of ``p`` as a kernel multiplies it in ``dtype``."""
+    if part is None:
+        return None
+    is_quantized = isinstance(p.weight, Stored)
+    return dequantized(part.double(), dtype) if is_quantized else operand(part, dtype)
+
+
+def side_by_side(parts: Sequence[Rounded]) -> Rounded:
+    """Columns of one matrix."""
+    value = torch.cat([part.value for part in parts], 1)
+    return Rounded(value, torch.cat([part.deviation for part in parts], 1))
+
+
+class Kept(NamedTuple):
+    """What dropout keeps of the sampled rows, and what of it is wrong."""
+
+    keep: Tensor
+    fault: str
+
+
+def kept_rows(mask: Tensor | None, seed: Tensor, rows: Tensor, columns: int, p: float) -> Kept:
+    """Sampled rows of the mask that ``seed`` draws. ``mask``: what a kernel has stored of it."""
+    drawn = dropout_keep_ref(rows, columns, drop_share(p), int(seed))
+    if mask is None or torch.equal(unpack_mask(mask[rows], columns), drawn):
+        return Kept(drawn, "")
+    return Kept(drawn, "dropout's mask is not the one that its seed draws")
+
+
+def packed(keep: Tensor) -> Tensor:
+    """A mask, bool [M, K], as kernels store it: see ``reference.unpack_mask``."""
+    rows, columns = keep.shape
+    bits = torch.nn.functional.pad(keep.int(), (0, -columns % 32)).view(rows, -1, 32)
+    places = torch.arange(32, dtype=torch.int32, device=keep.device)
+    return (bits << places).sum(-1, dtype=torch.int32)
+
+
+def drawn_mask(x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
+    """The mask of x [M, K] that ``seed`` draws, bool; None without dropout."""
+    if seed is None or not p:
+        return None
+    rows = torch.arange(x.shape[0], device=x.device)
+    return dropout_keep_ref(rows, x.shape[1], drop_share(p), int(seed))
+
+
+@contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """PyTorch's operators as they are written: no autograd, no autocast."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
