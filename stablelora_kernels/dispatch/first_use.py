@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -26,8 +28,11 @@ from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.dispatch.tiles import Tile
 
-# PyTorch's operators, among the names of strategies.
+logger = logging.getLogger("stablelora_kernels")
+
+# Among the names of strategies: PyTorch's operators, and the only one of the loss and the optimizer.
 OPERATORS = "torch"
+ONE_LAUNCH = "one_launch"
 
 
 @dataclass
@@ -180,6 +185,58 @@ def retired_on(device: torch.device) -> list[Retired]:
         for (of_gpu, op, strategy), fault in [*_retired.items()]
         if of_gpu == gpu and fault
     ]
+
+
+class Unprovable(Exception):
+    """The call's frozen operands can't show what a kernel does, such as a weight with NaN in it."""
+
+
+def may_run(device: torch.device) -> bool:
+    """Whether launches may run that are not the call's. A capture would record them."""
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def prove(
+    kind: Kind,
+    device: torch.device,
+    finding: Finding,
+    strategy: str,
+    find_fault: Callable[[], str],
+) -> None:
+    """Note in ``finding`` what ``find_fault`` finds wrong with a strategy, and retire it then.
+
+    The name of a strategy that is tried with another tile has the tile behind a comma; it is not
+    retired.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            fault = find_fault()
+        except Unprovable as error:
+            logger.info("%s by %s is not proven: %s", kind.op, strategy, error)
+            return
+        except torch.OutOfMemoryError:
+            logger.warning("%s by %s is not proven: the GPU's memory is full", kind.op, strategy)
+            return
+        # The compiler and the driver raise many kinds.
+        except Exception as error:
+            fault = " ".join(f"{type(error).__name__}: {error}".split())
+    finding.faults[strategy] = fault
+    if fault and "," not in strategy:
+        retire(kind.op, strategy, device, fault)
+
+
+def fault_at_first_use(kind: Kind, device: torch.device, find_fault: Callable[[], str]) -> str:
+    """Why a call that has one strategy alone must not take its kernels, or "". The first call of a
+    kind finds out.
+    """
+    if not is_on(device):
+        return ""
+    fault = fault_of(kind.op, ONE_LAUNCH, device)
+    finding = finding_of(kind, device) or Finding()
+    if not fault and ONE_LAUNCH not in finding.faults and may_run(device):
+        prove(kind, device, finding, ONE_LAUNCH, find_fault)
+        keep(kind, device, finding)
+    return fault or finding.faults.get(ONE_LAUNCH, "")
 
 
 def findings_on(device: torch.device) -> dict[Kind, Finding]:

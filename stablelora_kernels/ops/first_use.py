@@ -14,7 +14,6 @@ fastest is taken, unless it gains less than a tie.
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -29,9 +28,7 @@ from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import settings, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.ops.proofs import Compared, Oracle, Unprovable, plainly
-
-logger = logging.getLogger("stablelora_kernels")
+from stablelora_kernels.ops.proofs import Compared, Oracle, plainly
 
 # A strategy must be faster than the table's by more than this share. Less is noise, which would
 # make answers differ from run to run.
@@ -40,7 +37,7 @@ TIE = 0.02
 BUDGET_MS = 10.0
 TURNS = (3, 10)
 # The record's fields whose sizes do not follow the rows of x.
-_FIXED = {"operands", "scales", "lora_As", "lora_Bs", "seeds"}
+_FIXED = {"operands", "scales", "lora_As", "lora_Bs"}
 # Settings of an op on which neither code nor time depends.
 _NUMBERS = {"scalings", "starts", "ends", "dropout_p", "dropout_ps"}
 
@@ -64,6 +61,8 @@ class Decision(NamedTuple):
     reason: str
     # None: the table's.
     choice: Choice | None = None
+    # Whether what was found out just now may change how other calls run.
+    is_news: bool = False
 
 
 def time_on_gpu(runs: Sequence[Callable[[], None]], device: torch.device) -> list[float]:
@@ -94,7 +93,8 @@ def _once(run: Callable[[], None]) -> float:
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds
 
 
 # Tests replace it.
@@ -112,6 +112,8 @@ def kind_of(op: str, call: Any) -> Kind:
     for name, value in zip(call._fields, call, strict=True):
         if name == "settings":
             words += _settings_words(value)
+        elif name == "seeds":
+            continue
         elif name in _FIXED:
             of_field = value if isinstance(value, (list, tuple)) else [value]
             words.append(f"{name} {' '.join(map(_shape_words, of_field))}")
@@ -181,40 +183,49 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def decide(subject: Subject, device: torch.device, call: Any) -> Decision:
     """How a call runs: by what first use has found, or finds now."""
+    op = subject.name
     strategies = subject.oracle.strategies(call)
     if not first_use.is_on(device):
         return Decision(strategies[0], "first use is off")
-    kind = kind_of(subject.name, call)
-    finding = first_use.finding_of(kind, device)
-    if not _may_run(device):
-        # A capture must not record a proof.
-        return _by_finding(subject.name, device, strategies, finding or Finding())
-    finding = finding or Finding()
-    default = _first_possible(subject.name, device, strategies)
-    is_new = False
-    if default is not None and default not in finding.faults:
-        is_new = True
-        _prove(subject, device, call, finding, default)
-    if _may_time(device) and finding.fastest is None and not finding.faults.get(default or "", ""):
-        is_new = True
-        _time(subject, device, call, finding, strategies)
-    if is_new:
-        first_use.keep(kind, device, finding)
-        logger.info("%s, %s: %s", kind.op, kind.words, finding)
-    if default is not None and finding.faults.get(default):
-        return Decision(
-            OPERATORS, f"{default!r} is wrong on this machine: {finding.faults[default]}"
-        )
-    return _by_finding(subject.name, device, strategies, finding)
+    kind = kind_of(op, call)
+    finding = first_use.finding_of(kind, device) or Finding()
+    default = _first_possible(op, device, strategies)
+    is_news = False
+    # A capture must not record a proof.
+    if default is not None and first_use.may_run(device):
+        is_new = default not in finding.faults
+        if is_new:
+            choice = _choice_of(default, strategies)
+            find_fault = partial(_fault_of, subject, device, call, choice)
+            first_use.prove(kind, device, finding, default, find_fault)
+        if not finding.faults.get(default) and finding.fastest is None and _may_time(device):
+            is_new = True
+            _time(subject, device, call, finding, strategies, kind)
+        if is_new:
+            first_use.keep(kind, device, finding)
+            first_use.logger.info("%s, %s: %s", op, kind.words, finding)
+            is_news = any(finding.faults.values()) or finding.fastest == OPERATORS
+        if finding.faults.get(default):
+            words = f"{default!r} is wrong on this machine: {finding.faults[default]}"
+            return Decision(OPERATORS, words, is_news=is_news)
+    decision = _by_finding(op, device, strategies, finding, _draws(call))
+    return decision._replace(is_news=is_news)
 
 
 def known(subject: Subject, device: torch.device, call: Any) -> Decision:
-    """How a call would run by what is known, without a proof."""
+    """How a call runs by what is known, without a proof. The PyTorch path, too, may take it."""
     strategies = subject.oracle.strategies(call)
     if not first_use.is_on(device):
         return Decision(strategies[0], "first use is off")
     finding = first_use.finding_of(kind_of(subject.name, call), device)
-    return _by_finding(subject.name, device, strategies, finding or Finding())
+    return _by_finding(subject.name, device, strategies, finding or Finding(), draws=False)
+
+
+def _draws(call: Any) -> bool:
+    """Whether a call draws dropout's masks. PyTorch's operators then take long inside the op: they
+    draw the bits that its seeds stand for.
+    """
+    return any(seed is not None for seed in getattr(call, "seeds", ()))
 
 
 def _first_possible(op: str, device: torch.device, strategies: Sequence[str]) -> str | None:
@@ -222,32 +233,49 @@ def _first_possible(op: str, device: torch.device, strategies: Sequence[str]) ->
     return next((name for name in strategies if not first_use.fault_of(op, name, device)), None)
 
 
+def _choice_of(name: str, strategies: Sequence[str], tile: Tile | None = None) -> Choice | None:
+    """The choice of a strategy; None is the table's own."""
+    if name == strategies[0] and tile is None:
+        return None
+    return Choice(name, "", tile)
+
+
 def _by_finding(
-    op: str, device: torch.device, strategies: Sequence[str], finding: Finding
+    op: str, device: torch.device, strategies: Sequence[str], finding: Finding, draws: bool
 ) -> Decision:
+    """How a call runs by a finding. ``draws``: PyTorch's operators run only if nothing else can."""
     default = _first_possible(op, device, strategies)
     if default is None:
         fault = first_use.fault_of(op, strategies[0], device)
         return Decision(OPERATORS, f"{strategies[0]!r} is retired on this machine: {fault}")
-    name = default
-    reason = "not timed"
+    name, reason = default, "not timed"
+    if default != strategies[0]:
+        fault = first_use.fault_of(op, strategies[0], device)
+        reason = f"{strategies[0]!r} is retired on this machine: {fault}"
     is_free = settings.strategy == "auto" and not torch.are_deterministic_algorithms_enabled()
     if finding.fastest is not None and is_free:
-        reason = finding.reason
-        if not first_use.fault_of(op, finding.fastest.split(",")[0], device):
-            name = finding.fastest
+        fastest = _fastest(op, device, finding, draws)
+        if fastest is not None:
+            name, reason = fastest, finding.reason
     if name == OPERATORS:
         return Decision(OPERATORS, reason)
-    tile = finding.tile(name)
     strategy = name.split(",")[0]
-    if strategy == strategies[0] and tile is None:
-        return Decision(strategy, reason)
-    return Decision(strategy, reason, Choice(strategy, reason, tile))
+    choice = _choice_of(strategy, strategies, finding.tile(name))
+    return Decision(strategy, reason, choice)
 
 
-def _may_run(device: torch.device) -> bool:
-    """Whether launches may run that are not the call's."""
-    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+def _fastest(op: str, device: torch.device, finding: Finding, draws: bool) -> str | None:
+    """The fastest strategy that may run, or None."""
+
+    def may_run(name: str) -> bool:
+        if name == OPERATORS:
+            return not draws
+        return not first_use.fault_of(op, name.split(",")[0], device)
+
+    if finding.fastest is not None and may_run(finding.fastest):
+        return finding.fastest
+    others = {name: us for name, us in finding.microseconds.items() if may_run(name)}
+    return min(others, key=others.__getitem__, default=None)
 
 
 def _may_time(device: torch.device) -> bool:
@@ -256,32 +284,6 @@ def _may_time(device: torch.device) -> bool:
         return False
     is_gpu = device.type == "cuda" and not backend.INTERPRETING
     return is_gpu or measure is not time_on_gpu
-
-
-def _prove(
-    subject: Subject,
-    device: torch.device,
-    call: Any,
-    finding: Finding,
-    name: str,
-    choice: Choice | None = None,
-) -> None:
-    """Prove a strategy, and note what is wrong in ``finding``."""
-    with plainly(device):
-        try:
-            fault = _fault_of(subject, device, call, choice)
-        except Unprovable as error:
-            logger.info("%s by %s is not proven: %s", subject.name, name, error)
-            return
-        except torch.OutOfMemoryError:
-            logger.warning("%s by %s is not proven: the GPU's memory is full", subject.name, name)
-            return
-        # The compiler and the driver raise many kinds.
-        except Exception as error:
-            fault = " ".join(f"{type(error).__name__}: {error}".split())
-    finding.faults[name] = fault
-    if fault and name == name.split(",")[0]:
-        first_use.retire(subject.name, name, device, fault)
 
 
 def _fault_of(subject: Subject, device: torch.device, call: Any, choice: Choice | None) -> str:
@@ -326,20 +328,23 @@ def _time(
     call: Any,
     finding: Finding,
     strategies: Sequence[str],
+    kind: Kind,
 ) -> None:
     """Time every strategy that a proof finds right, and PyTorch's operators."""
     choices: dict[str, Choice | None] = {}
-    for place, name in enumerate(strategies):
-        choice = None if place == 0 else Choice(name, "")
+    for name in strategies:
+        choice = _choice_of(name, strategies)
         if first_use.fault_of(subject.name, name, device):
             continue
         if name not in finding.faults:
-            _prove(subject, device, call, finding, name, choice)
+            find_fault = partial(_fault_of, subject, device, call, choice)
+            first_use.prove(kind, device, finding, name, find_fault)
         choices[name] = choice
         for tile in _tiles_to_try(subject, device, call, name):
             tiled = Choice(name, "", tile)
             words = f"{name}, {'x'.join(map(str, tile[:3]))}, {tile.num_warps} warps, {tile.num_stages} stages"
-            _prove(subject, device, call, finding, words, tiled)
+            find_fault = partial(_fault_of, subject, device, call, tiled)
+            first_use.prove(kind, device, finding, words, find_fault)
             finding.tiles[words] = [*tile]
             choices[words] = tiled
     right = {name: choice for name, choice in choices.items() if finding.faults.get(name) == ""}
@@ -352,7 +357,7 @@ def _time(
             runs[OPERATORS] = partial(_discard, subject.oracle.by_operators, call)
             seconds = measure([*runs.values()], device)
         except torch.OutOfMemoryError:
-            logger.warning("%s is not timed: the GPU's memory is full", subject.name)
+            first_use.logger.warning("%s is not timed: the GPU's memory is full", subject.name)
             return
     times = dict(zip(runs, seconds, strict=True))
     table, best = next(iter(times)), min(times, key=times.__getitem__)

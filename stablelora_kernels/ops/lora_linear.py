@@ -215,6 +215,8 @@ def lora_linear_op(
     if facts is None:
         facts = _facts_of(x, projections, base, dropout_p, backend)
         if entry is not None:
+            if _prefers_operators(facts, x, projections, base):
+                facts = _facts_of(x, projections, base, dropout_p, "torch")
             entry.facts = facts
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
@@ -233,6 +235,17 @@ def lora_linear_op(
         ys: tuple[Tensor, ...] = apply(entry, facts, x, base, *tensors)
         return ys
     return _forward(facts, entry, x, base, tensors).ys
+
+
+def _prefers_operators(
+    facts: LinearFacts, x: Tensor, projections: Sequence[Projection], base: Tensor | None
+) -> bool:
+    """Whether first use has found that the PyTorch path should take the call."""
+    if facts.backend == "torch" or facts.strategy == "one by one":
+        return False
+    tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
+    seeds = [None] * len(projections)
+    return lora_linear_fwd.prefers_operators([x, base, *tensors, *seeds], facts.forward)
 
 
 def _facts_of(

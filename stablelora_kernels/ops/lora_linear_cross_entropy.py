@@ -18,11 +18,14 @@ A chunk's logits Z are the only memory of V elements a token. Float32 copies hav
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch.first_use import ONE_LAUNCH, OPERATORS
+from stablelora_kernels.dispatch.tallies import tally_of
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import (
     by_float32,
@@ -32,6 +35,7 @@ from stablelora_kernels.ops.cpu_products import (
     product,
     without_autocast,
 )
+from stablelora_kernels.ops.lora_linear_cross_entropy_proof import Chunk, kernel_fault
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.utils.tensors import cast
 
@@ -264,14 +268,31 @@ def _losses(
 ) -> Tensor:
     """The losses of a chunk. If gradients are needed, dZ takes the place of the logits."""
     if call.backend == "triton":
-        from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
-
         # The kernel reads both with a stride of 1; a gradient of sum()'s is one number.
-        labels = labels.contiguous()
         row_scale = None if row_scale is None else row_scale.contiguous()
-        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        cross_entropy(call, logits, labels, row_scale, losses).run(logits.device)
-        return losses
+        chunk = Chunk(logits, labels.contiguous(), row_scale)
+        options = f"gradient {call.needs_gradient}, softcap {call.softcap != 0}, scaled {row_scale is not None}"
+        by_kernel = partial(_losses_by_kernel, call)
+        by_operators = partial(_losses_by_operators, call)
+        fault = kernel_fault(chunk, options, call.ignore_index, by_kernel, by_operators)
+        if not fault:
+            tally_of("lora_linear_cross_entropy", ONE_LAUNCH, "").calls += 1
+            return by_kernel(chunk)
+        tally_of("lora_linear_cross_entropy", OPERATORS, fault).calls += 1
+    return _losses_by_operators(call, Chunk(logits, labels, row_scale))
+
+
+def _losses_by_kernel(call: CrossEntropyCall, chunk: Chunk) -> Tensor:
+    from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
+
+    logits, labels, row_scale = chunk
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    cross_entropy(call, logits, labels, row_scale, losses).run(logits.device)
+    return losses
+
+
+def _losses_by_operators(call: CrossEntropyCall, chunk: Chunk) -> Tensor:
+    logits, labels, row_scale = chunk
     rows = max(1, FLOAT32_ELEMENTS // call.vocabulary)
     losses = logits.new_empty(logits.shape[0], dtype=sum_dtype(logits.dtype))
     for start in range(0, logits.shape[0], rows):

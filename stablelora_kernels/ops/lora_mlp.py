@@ -175,12 +175,14 @@ def lora_mlp_op(
     if facts is None:
         facts = facts_of(x, projections, options)
         if entry is not None:
+            if _prefers_operators(facts, x, projections):
+                facts = facts_of(x, projections, options._replace(backend="torch"))
             entry.facts = facts
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         members = [None, None, None] if entry is None else facts.members
-        return _one_by_one(x, projections, options, members)
-    if options.backend == "torch":
+        return _one_by_one(x, projections, facts.options, members)
+    if facts.options.backend == "torch":
         return lora_mlp_torch(facts, entry is not None, x, projections)
     operands = operands_of(projections)
     scales = scales_of(projections, facts.forward.layouts)
@@ -192,6 +194,14 @@ def lora_mlp_op(
     apply: Callable[..., Any] = _LoRAMLP.apply if entry is None else _apply_known
     y: Tensor = apply(entry, facts, x, *tensors)
     return y
+
+
+def _prefers_operators(facts: MLPFacts, x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether first use has found that the PyTorch path should take the call."""
+    if facts.options.backend == "torch" or facts.strategy == "one by one":
+        return False
+    tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
+    return lora_mlp_fwd.prefers_operators([x, *tensors, None, None, None], facts.forward)
 
 
 def _one_by_one(

@@ -33,7 +33,7 @@ from stablelora_kernels.dispatch.first_use import OPERATORS
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tallies import tally_of
-from stablelora_kernels.ops.first_use import Decision, Subject, decide
+from stablelora_kernels.ops.first_use import Decision, Subject, decide, known
 from stablelora_kernels.ops.proofs import Oracle, plainly
 
 NAMESPACE = "stablelora_kernels"
@@ -364,9 +364,20 @@ class PlannedOp(Generic[CallT, ResultsT]):
         if not first.numel():
             return Decision("nothing", "no elements")
         decision = decide(self.subject, device, call)
-        if entry is not None:
+        if decision.is_news:
+            # Calls that were prepared may take a strategy that is retired now.
+            clear()
+        elif entry is not None:
             entry.decision = decision
         return decision
+
+    def prefers_operators(self, tensors: Sequence[Tensor | None], settings: OpSettings) -> bool:
+        """Whether first use has found that PyTorch's operators compute such a call in less time, or
+        that the kernels are wrong.
+        """
+        call = self._types.call_of(tensors, settings)
+        first = next(t for t in tensors if t is not None)
+        return first.numel() > 0 and known(self.subject, first.device, call).strategy == OPERATORS
 
     def _fake(self, *args: Any) -> tuple[Any, ...]:
         return tuple(self._allocate(self._call_of(args)))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch.first_use import Unprovable
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.settings import tf32_allowed
 from stablelora_kernels.projection import WEIGHTS, Projection
@@ -35,10 +36,6 @@ EVERY = 16
 _STEP = 7
 # Elements of float64 copies at a time.
 _ELEMENTS = 1 << 23
-
-
-class Unprovable(Exception):
-    """The call's frozen operands can't show what a kernel does, such as a weight with NaN in it."""
 
 
 class Compared(NamedTuple):
@@ -147,7 +144,9 @@ def sample_of(count: int, device: torch.device) -> Tensor:
         return torch.arange(count, device=device)
     blocks = torch.arange(-(-count // EVERY), device=device)
     rows = blocks * EVERY + blocks * _STEP % EVERY
-    return torch.cat([rows.clamp(max=count - 1), rows.new_tensor([count - 1])]).unique()
+    last = rows.new_tensor([count - 1])
+    sample: Tensor = torch.cat([rows.clamp(max=count - 1), last]).unique()
+    return sample
 
 
 def arithmetic_of(dtype: torch.dtype) -> Arithmetic:

@@ -1,0 +1,88 @@
+"""What the kernel of ``lora_linear_cross_entropy`` is proven against at its first use: the op's own
+PyTorch path, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stablelora_kernels.dispatch.first_use import Kind, fault_at_first_use
+from stablelora_kernels.ops.proofs import Compared, StandIns
+from stablelora_kernels.reference.rounding import Rounded, deviation_of_rounding, unit_roundoff
+
+# Each row has a program of its own, so few are enough.
+ROWS = 64
+# The standard deviation of stand-ins for logits: probabilities of every size.
+_SPREAD = 4.0
+# Operations in float32 that round a probability, besides those that grow with the logit.
+_OPERATIONS = 16
+
+
+class Chunk(NamedTuple):
+    """Logits [rows, V], which dZ replaces, with labels and each row's gradient or None."""
+
+    logits: Tensor
+    labels: Tensor
+    row_scale: Tensor | None
+
+
+# Returns the losses of a chunk, and leaves dZ in its logits.
+Losses = Callable[[Chunk], Tensor]
+
+
+def kernel_fault(
+    chunk: Chunk, options: str, ignore_index: int, by_kernel: Losses, by_operators: Losses
+) -> str:
+    """Why the kernel must not compute a chunk, or "". ``options``: what of a call changes its code,
+    in words.
+    """
+    logits = chunk.logits
+    words = f"{str(logits.dtype)[6:]}[{logits.shape[1]}] in rows of {logits.stride(0)}, {options}"
+    kind = Kind("lora_linear_cross_entropy", words)
+
+    def find_fault() -> str:
+        computed = _stand_in(chunk, ignore_index)
+        losses = by_kernel(computed)
+        again = _stand_in(chunk, ignore_index)
+        repeated = by_kernel(again)
+        for compared in _compare(_stand_in(chunk, ignore_index), computed, losses, by_operators):
+            if fault := compared.fault():
+                return fault
+        if torch.equal(losses, repeated) and torch.equal(computed.logits, again.logits):
+            return ""
+        return "two runs on the same operands differ"
+
+    return fault_at_first_use(kind, logits.device, find_fault)
+
+
+def _stand_in(chunk: Chunk, ignore_index: int) -> Chunk:
+    """A few rows of the same layout, equal ones each time."""
+    logits, labels, row_scale = chunk
+    rows = min(ROWS, logits.shape[0])
+    draw = StandIns(logits.device)
+    # Logits are columns of a wider matrix, whose other columns the kernel reads.
+    whole = logits.as_strided((rows, logits.stride(0)), (logits.stride(0), 1))
+    stood_in = draw.normal(whole, _SPREAD)[:, : logits.shape[1]]
+    numbers = torch.arange(rows, device=labels.device)
+    # Every part of the vocabulary, and one row that is ignored.
+    places = (numbers * (logits.shape[1] // rows or 1) % logits.shape[1]).to(labels.dtype)
+    places[rows // 2] = ignore_index
+    return Chunk(stood_in, places, draw.of(None if row_scale is None else row_scale[:rows]))
+
+
+def _compare(
+    before: Chunk, computed: Chunk, losses: Tensor, by_operators: Losses
+) -> Iterator[Compared]:
+    exact = before.logits.double()
+    row_scale = None if before.row_scale is None else before.row_scale.double()
+    expected = by_operators(Chunk(exact, before.labels, row_scale))
+    largest = before.logits.double().abs().amax(1)
+    relative = unit_roundoff(torch.float32) * (_OPERATIONS + largest)
+    yield Compared("the loss", losses, Rounded(expected, relative * (1 + expected.abs())))
+    rounded = deviation_of_rounding(exact, computed.logits.dtype)
+    deviation = torch.hypot(rounded, relative[:, None] * exact.abs())
+    yield Compared("dZ", computed.logits, Rounded(exact, deviation))
