@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
+from stablelora_kernels.dispatch.first_use import ONE_LAUNCH, OPERATORS
 from stablelora_kernels.dispatch.settings import settings
+from stablelora_kernels.dispatch.tallies import Tally, tally_of
 from stablelora_kernels.optim.engine import Member
 from stablelora_kernels.optim.options import Storage
+from stablelora_kernels.optim.proof import step_fault
 from stablelora_kernels.optim.snapshot import Change, Gradients, Snapshot, versions_of
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
@@ -23,8 +26,12 @@ from stablelora_kernels.utils.tensors import local
 class DeviceEngines:
     """The engines, one a device."""
 
-    def __init__(self, engines: Sequence[TorchStep | TritonStep]) -> None:
+    def __init__(
+        self, engines: Sequence[TorchStep | TritonStep], tallies: Sequence[Tally] = ()
+    ) -> None:
         self.engines = engines
+        # Of the steps of each engine.
+        self._tallies = tallies
         self.on_cpu = all(engine.device.type == "cpu" for engine in engines)
         self.any_triton = any(isinstance(engine, TritonStep) for engine in engines)
         # The parameters, and their shards, whose versions tell that someone else wrote to them. An
@@ -52,7 +59,8 @@ class DeviceEngines:
         """Take one step on every device; arguments as
         :meth:`~stablelora_kernels.optim.torch_step.TorchStep.step`, on any device.
         """
-        for engine in self.engines:
+        for engine, tally in zip(self.engines, self._tallies, strict=True):
+            tally.calls += 1
             its_gradients = gradients
             if len(self.engines) > 1:
                 its_gradients = Gradients.of(
@@ -97,11 +105,19 @@ def make_engines(
     # Before an engine is made: a device may be refused.
     classes = {device: _engine_class(device, members) for device, members in by_device.items()}
     engines = []
+    tallies = []
     for device, members in by_device.items():
         zero = torch.zeros((), dtype=torch.int32, device=device)
         skipped = skipped_on_device.setdefault(device, zero)
-        engines.append(classes[device](members, pairs, storage, skipped))
-    return DeviceEngines(engines)
+        engine_class = classes[device]
+        fault = ""
+        if engine_class is TritonStep:
+            fault = step_fault(members, pairs, storage)
+            engine_class = TorchStep if fault else TritonStep
+        engines.append(engine_class(members, pairs, storage, skipped))
+        strategy = ONE_LAUNCH if engine_class is TritonStep else OPERATORS
+        tallies.append(tally_of("stable_adamw", strategy, fault))
+    return DeviceEngines(engines, tallies)
 
 
 def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:
