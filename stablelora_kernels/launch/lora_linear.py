@@ -75,8 +75,7 @@ class ForwardCall(NamedTuple):
 
 
 def forward_launches(device: Device, call: ForwardCall, choice: Choice | None = None) -> Launches:
-    """The launches of a forward. ``choice``: of every projection that it can be; the table's by default.
-    """
+    """The launches of a forward. ``choice``: of every projection that it can be; the table's by default."""
     projections = call.projections
     ranks = [p.rank for p in projections]
     s = call.s

@@ -72,7 +72,7 @@ class Case:
     p: float = 0.0
     training: bool = True
     backend: str = "triton"
-    kernel: str = "auto"
+    strategy: str = "auto"
     # Of backward, if it is another.
     backward_strategy: str | None = None
     # The GPU that the interpreter stands in for.
@@ -294,7 +294,7 @@ def ours(case: Case, operands: Operands) -> tuple[Tensor, ...]:
 
 @contextmanager
 def forced(case: Case) -> Iterator[None]:
-    """The backend, the kernel, the GPU and the tile that the case names."""
+    """The backend, the strategy, the GPU and the tile that the case names."""
     with ExitStack() as stack:
         stack.enter_context(settings(backend=case.backend))
         stack.enter_context(settings(strategy=case.strategy))
@@ -331,7 +331,9 @@ def results(case: Case, ys: Sequence[Tensor], leaf: Operands) -> Results:
     grads = [leaf[f"grad{i}"].to(y.dtype) for i, y in used]
     # The gradient of what an in-place operator makes of an output is that of the output before.
     outputs = [y.add_(1) if case.in_place else y for _, y in used]
-    backward = settings(strategy=case.backward_strategy) if case.backward_strategy else nullcontext()
+    backward = (
+        settings(strategy=case.backward_strategy) if case.backward_strategy else nullcontext()
+    )
     with backward, torch.autocast(case.device_type, BF16, enabled=case.backward_in_autocast):
         torch.autograd.backward(outputs, grads)
     names = [name for name in case.wanted_names if isinstance(leaf.get(name), Tensor)]
