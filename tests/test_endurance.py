@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
+from stablelora_kernels.dispatch.settings import STRATEGIES
 from stablelora_kernels.launch import base
 from tests.helpers import endurance
 from tests.helpers.endurance import GROUP, LAYERS, Setting, Work
@@ -208,18 +209,18 @@ def test_threads_that_share_a_layer_for_inference(backend: str, rounds: int, kin
 
 def test_settings_of_threads_hold_for_the_process_and_end_with_their_blocks() -> None:
     """Blocks that overlap at random: whenever none is open, the setting is the one from before."""
-    before = slk.settings.backend, slk.settings.strategy, slk.get_autotune()
+    before = repr(slk.settings)
 
     def work(i: int) -> None:
         generator = random.Random(i)
         for _ in range(500):
             with (
                 slk.settings(backend=generator.choice(["torch", "triton"])),
-                slk.settings(strategy=generator.choice(["split", "fused", "vendor"])),
-                slk.use_autotune(generator.choice([True, False])),
+                slk.settings(strategy=generator.choice(STRATEGIES[1:])),
+                slk.settings(first_use=generator.choice(["on", "off"])),
             ):
                 assert slk.settings.backend in ("torch", "triton")
-                assert slk.settings.strategy != "auto"
+                assert slk.settings.strategy != "auto" and slk.settings.first_use != "auto"
 
     in_threads(work)
-    assert (slk.settings.backend, slk.settings.strategy, slk.get_autotune()) == before
+    assert repr(slk.settings) == before

@@ -62,7 +62,7 @@ def checks() -> list[Check]:
     """Every check. On Hopper and Blackwell they launch every kernel: dispatch chooses them for
     these sizes.
 
-    Only for gate and up in one kernel it wants larger sizes, so "split" asks for that.
+    Only for gate and up in one kernel it wants larger sizes, so "one_launch" asks for that.
     """
     calls = {
         ("lora_linear", "few rows, bf16"): Case("linear", (9, 48), (72,), (8,), BF16),
@@ -91,10 +91,10 @@ def checks() -> list[Check]:
         ("lora_mlp", "bf16"): Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16),
         ("lora_mlp", "odd sizes, bf16"): Case("mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16),
         ("lora_mlp", "gate and up in one, bf16"): Case(
-            "mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16, kernel="split"
+            "mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16, strategy="one_launch"
         ),
         ("lora_mlp", "gate and up in one, odd"): Case(
-            "mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16, kernel="split"
+            "mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16, strategy="one_launch"
         ),
         ("lora_mlp", "dropout, fp16"): Case(
             "mlp", (70, 64), (96, 96, 64), (8, 4, 8), FP16, p=DROPOUT
@@ -161,7 +161,7 @@ def _run_numbered(number: int, device: str, backend_name: str) -> Result:
 
 
 def run_check(check: Check, device: torch.device) -> Result:
-    """A check's result, on the current backend. A forced kernel and autotuning are turned off
+    """A check's result, on the current backend. A forced strategy and first use are turned off
     meanwhile.
     """
     counts: Counter[str] = Counter()

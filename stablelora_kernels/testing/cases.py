@@ -294,7 +294,7 @@ def ours(case: Case, operands: Operands) -> tuple[Tensor, ...]:
 
 @contextmanager
 def forced(case: Case) -> Iterator[None]:
-    """The backend, the kernel, the GPU and the tile that the case names."""
+    """The backend, the strategy, the GPU and the tile that the case names."""
     with ExitStack() as stack:
         stack.enter_context(settings(backend=case.backend))
         stack.enter_context(settings(strategy=case.strategy))

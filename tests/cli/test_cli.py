@@ -179,11 +179,11 @@ def test_a_process_that_a_kernel_ends_fails_the_checks_that_are_left(monkeypatch
 def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatch):
     # This process has read its environment, a new one has not.
     check_environment()
-    monkeypatch.setenv("STABLELORA_KERNEL", "best")
+    monkeypatch.setenv("STABLELORA_STRATEGY", "best")
     monkeypatch.setattr(doctor, "run_checks", lambda device: iter(()))
     report = doctor_json(capsys, "--interpret", status=1)
     (check,) = report["self_tests"][1]["checks"]
-    assert "STABLELORA_KERNEL must be one of" in check["problem"] and not check["passed"]
+    assert "STABLELORA_STRATEGY must be one of" in check["problem"] and not check["passed"]
 
 
 def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(tmp_path, monkeypatch):
@@ -254,9 +254,9 @@ def test_planted_faults_fail_the_self_test(capsys, monkeypatch, fault):
 def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeypatch):
     monkeypatch.setattr(cases, "lora_branch", raising)
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else "1.0")
-    # Read before, so that no other test runs with "split".
+    # Read before, so that no other test runs with it.
     check_environment()
-    monkeypatch.setenv("STABLELORA_KERNEL", "split")
+    monkeypatch.setenv("STABLELORA_STRATEGY", "branch_first")
     with slk.settings(backend="torch"):
         assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
         and f"1 of {len(self_test.checks())} checks FAILED." in out
     )
     assert (
-        "  STABLELORA_KERNEL=split\n" in out
+        "  STABLELORA_STRATEGY=branch_first\n" in out
         and "  peft             missing  accelerate_peft\n" in out
     )
 

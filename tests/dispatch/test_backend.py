@@ -183,7 +183,10 @@ def test_a_gpu_for_which_no_triton_will_do_takes_pytorchs_operators(capability, 
     assert reason.endswith(
         "so this GPU runs PyTorch's operators, with more launches and memory traffic"
     )
-    assert message == f"stablelora_kernels: {reason}; set slk.settings.backend = 'torch' to choose this"
+    assert (
+        message
+        == f"stablelora_kernels: {reason}; set slk.settings.backend = 'torch' to choose this"
+    )
 
 
 RAISED = backend.ROWS[2]._replace(triton=(3, 7, 1))
@@ -228,7 +231,8 @@ def test_a_forced_backend_runs_on_a_t4(machine):
         chosen, (message,) = warned()
     assert (
         chosen == "triton"
-        and "7.5 (T4, RTX 2080); set slk.settings.backend = 'auto' for PyTorch's operators" in message
+        and "7.5 (T4, RTX 2080); set slk.settings.backend = 'auto' for PyTorch's operators"
+        in message
     )
 
 

@@ -4,6 +4,8 @@ could be.
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -40,9 +42,10 @@ REGIMES = [
     (70, 130, 0.0),
     (200, 16, 0.0),
 ]
+LARGEST_RANK = {"auto": 130, "few_rows": 64, "one_launch": 128, "branch_first": 130}
 
 
-def build(op, regime, arch, dtype, kernel):
+def build(op, regime, arch, dtype, strategy):
     m, r, p = regime
     count = 3 if op == "group" else 1
     case = Case(
@@ -53,10 +56,10 @@ def build(op, regime, arch, dtype, kernel):
         dtype,
         FP32,
         p=p,
-        kernel=kernel,
+        strategy=strategy,
         arch=arch,
     )
-    if kernel == "chained" and r > 128:
+    if r > LARGEST_RANK[strategy] or (strategy == "few_rows" and (m > 64 or p)):
         return None
     if op in ("nf4", "fp8"):
         return case.but(quantized=(op,)) if m else None
@@ -65,7 +68,7 @@ def build(op, regime, arch, dtype, kernel):
 
 CALLS = table(
     build, op=["linear", "branch", "group", "nf4", "fp8"], regime=REGIMES, arch=[*DEVICES], dtype=[BF16, FP32],
-    kernel=["auto", "chained", "split", "vendor"],
+    strategy=[*LARGEST_RANK],
 )  # fmt: skip
 
 
@@ -108,7 +111,7 @@ def test_the_listed_launches_are_made(case):
     "wanted", [None, ["lora_A0"], ["lora_B0"], ["x"], ["x", "lora_B0"]], ids=str
 )
 @pytest.mark.parametrize("op", ["linear", "branch"])
-def test_a_chained_call_is_one_launch_forward_and_one_backward(op, wanted, regime, arch):
+def test_a_call_is_one_launch_forward_and_one_backward(op, wanted, regime, arch):
     """The budget of launches: whatever the gradients that are wanted, the rows, the rank and the
     dropout.
     """
@@ -117,6 +120,18 @@ def test_a_chained_call_is_one_launch_forward_and_one_backward(op, wanted, regim
         Case(op, (m, 24), (20,), (r,), BF16, FP32, p=p, arch=arch, wanted=wanted)
     )
     assert (forward.total(), backward.total()) == (1, 1)
+
+
+# (out, in) of the linear layers in a block of Llama 3.1 8B.
+LLAMA = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_training_a_llama_is_one_launch_a_layer_and_direction(arch):
+    for m, (n, k), p in product((2048, 4096, 8192, 16384), LLAMA, (0.0, 0.05)):
+        found = slk.explain(m, n, k, 16, dropout_p=p, device=arch)
+        assert (len(found.forward), len(found.backward)) == (1, 1), (m, n, k, p)
+        assert (found.forward_strategy, found.backward_strategy) == ("one_launch", "one_launch")
 
 
 def test_descriptors_are_used_where_they_can_be():
@@ -129,13 +144,9 @@ def test_descriptors_are_used_where_they_can_be():
 
 
 def test_explain_says_what_decided():
-    assert "autotuning" not in str(slk.explain(8, 64, 64, 8, device="sm_90"))
-    with slk.use_autotune(True):
-        assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason.endswith(
-            "may replace this by what it measures"
-        )
-        with slk.settings(strategy="split"):
-            assert slk.explain(8, 64, 64, 8, device="sm_90").forward_reason == rules.FORCED
+    with slk.settings(strategy="one_launch"):
+        found = slk.explain(8, 64, 64, 8, device="sm_90")
+    assert (found.forward_strategy, found.forward_reason) == ("one_launch", rules.FORCED)
     with slk.settings(backend="torch"):
         found = slk.explain(8, 16, 16, 4, device="cpu")
     assert (found.backend, found.forward, found.backward) == ("torch", (), ())

@@ -22,10 +22,9 @@ def call(direction="forward", m=4096, n=4096, k=4096, r=16, dtype=BF16, dropout=
     return Call(direction, m, n, k, r, dtype, FP32, dropout)
 
 
-@on_every_gpu
-def test_what_is_chosen_may_be_asked_for(device):
+def test_what_is_chosen_may_be_asked_for():
     """At each size, also where a row's bounds are: a choice obeys the limits by which a forced
-    kernel is refused.
+    strategy is refused.
     """
     sizes = itertools.product(
         (1, 16, 17, 64, 65, 512, 513, 4096, 4097), (2048, 14336), (1000, 4096), (1, 33, 65, 129)
@@ -33,16 +32,48 @@ def test_what_is_chosen_may_be_asked_for(device):
     kinds = itertools.product(("forward", "backward"), (BF16, FP32), (False, True))
     for (m, n, k, r), (direction, dtype, dropout) in itertools.product(sizes, kinds):
         given = call(direction, m, n, k, r, dtype, dropout)
-        chosen = choose(device, given)
+        chosen = choose(given)
+        assert chosen.strategy in rules.possible_strategies(given), given
         with slk.settings(strategy=chosen.strategy):
-            assert choose(device, given).strategy == chosen.strategy, given
+            assert choose(given).strategy == chosen.strategy, given
     # Any that can do a call may be forced on it; what it cannot do is refused:
     # tests/ops/test_errors.py.
-    for kernel in STRATEGIES[1:]:
-        with slk.settings(strategy=kernel):
-            assert choose(device, call(r=8)).strategy == kernel
+    few = call(m=1, r=8)
+    assert rules.possible_strategies(few) == [*STRATEGIES[1:]]
+    for strategy in STRATEGIES[1:]:
+        with slk.settings(strategy=strategy):
+            assert choose(few) == rules.Choice(strategy, rules.FORCED)
+            # Backward has two of the three.
+            behind = choose(few._replace(direction="backward")).strategy
+            assert behind == ("one_launch" if strategy == "few_rows" else strategy)
             with slk.settings(strategy="auto"):
-                assert choose(device, call(m=1)).strategy == "fused"
+                assert choose(few).strategy == "few_rows"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_single_launch_is_the_default_up_to_its_limits(direction):
+    """And no figure of a GPU is among them."""
+
+    def strategy(**changes):
+        return choose(call(direction)._replace(**changes)).strategy
+
+    for m, n, k, r, dropout in itertools.product(
+        (65, 513, 4097, 100_000), (1024, 14336), (4096, 14336), (1, 16, 128), (False, True)
+    ):
+        assert strategy(m=m, n=n, k=k, r=r, dropout=dropout) == "one_launch"
+    assert strategy(m=tiles.MAX_CHAINED_M) == "one_launch"
+    assert strategy(m=tiles.MAX_CHAINED_M + 1) == "branch_first"
+    assert strategy(r=129) == "branch_first"
+    assert strategy(m=16, r=129) == "branch_first"
+    assert strategy(r=0) == "branch_first"
+    assert strategy(m=17, dtype=FP32) == "branch_first"
+    # A gated MLP's gradients need all of dH at once, also without a branch.
+    assert strategy(gated=True, r=0) == "one_launch"
+    few = "few_rows" if direction == "forward" else "one_launch"
+    assert strategy(m=16, dtype=FP32) == few
+    assert strategy(m=64, r=64) == few
+    for beyond in ({"m": 65, "r": 64}, {"m": 64, "r": 65}, {"m": 64, "dropout": True}):
+        assert strategy(**beyond) == "one_launch"
 
 
 @on_every_gpu
@@ -54,16 +85,13 @@ def test_forms(device):
     assert choose_kernel(device, call(dtype=FP32), described=True) == "pointers"
 
 
-@on_every_gpu
-def test_weights_whose_rows_are_not_aligned_are_dequantized(device):
+def test_weights_whose_rows_are_not_aligned_are_dequantized():
     """In the loop they would be loaded byte by byte, with a scale an element, for which no GPU has
     the shared memory.
     """
     for bits, direction in itertools.product((4, 8), ("forward", "backward")):
         few = call(direction, m=8, n=96, k=70, r=8)
-        chosen = [
-            rules.choose_quantized(device, few, bits, aligned).strategy for aligned in (True, False)
-        ]
+        chosen = [rules.choose_quantized(few, bits, aligned).strategy for aligned in (True, False)]
         assert chosen == ["in_loop", "dequantize"]
 
 
@@ -112,16 +140,10 @@ def test_the_widest_tile_is_taken_where_it_spills_nothing_in_half_the_rounds(dev
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_b200_takes_the_widest_tile_and_the_vendors_product_where_it_is_large(direction):
+def test_a_b200_takes_the_widest_tile(direction):
     """A tile of 128 x 256 and its branch fill tensor memory exactly."""
     b200 = DEVICES["sm_100"]
     large, smaller = call(direction, 1024), call(direction, 1023)
-    assert choose(b200, large).strategy == "vendor" != choose(H100, large).strategy
-    assert choose(b200, smaller).strategy == "chained"
-    # A gated MLP's branch comes after the product, which must gain more.
-    for rows, strategy in ((4096, "vendor"), (4095, "chained")):
-        gated = call("backward", rows)._replace(gated=True)
-        assert choose(b200, gated).strategy == strategy
     for given in (large, smaller, smaller._replace(dropout=True)):
         rows = [rule.choice for rule in tiles.TMA_TILES if rule.applies(b200, given)]
         assert rows[0][:3] == (128, 256, 64)
@@ -201,61 +223,12 @@ def test_reasons_use_a_users_names():
     assert [reason for reason in reasons if private.search(reason) or len(reason) > 200] == []
 
 
-def strategies(device, **sizes):
-    """Of forward and of backward."""
-    return [
-        choose(device, call(direction, **sizes)).strategy for direction in ("forward", "backward")
-    ]
+def test_a_branch_alone_is_one_launch_up_to_its_limits():
+    def strategy(**changes):
+        return rules.choose_branch(call()._replace(**changes)).strategy
 
-
-def test_the_vendors_product_adds_to_the_branch_from_512_rows_on_most_nvidia_gpus():
-    for device in DEVICES.values():
-        if not device.nvidia or device.arch in ("sm_90", "sm_100"):
-            continue
-        for dropout in (False, True):
-            assert strategies(device, m=512, n=8192, dropout=dropout) == ["vendor"] * 2
-            assert strategies(device, m=511, n=14336, dropout=dropout) == ["chained"] * 2
-    # AMD's libraries have no prediction.
-    for arch in ("gfx90a", "gfx942"):
-        assert strategies(DEVICES[arch]) == ["chained"] * 2
-
-
-def test_on_hopper_the_branch_comes_first_where_a_chained_launch_hides_less_than_it_costs():
-    # 4,096 rows are the most without dropout; a mask halves the rows.
-    assert strategies(H100, m=4096) == ["chained", "chained"]
-    assert strategies(H100, m=4097) == ["vendor", "vendor"]
-    assert strategies(H100, m=2048, dropout=True) == ["vendor", "chained"]
-    assert strategies(H100, m=2049, dropout=True) == ["vendor", "vendor"]
-    assert strategies(H100, m=512, dropout=True) == ["chained", "chained"]
-    # So do ranks above 16.
-    assert strategies(H100, m=2048, r=32) == ["chained", "chained"]
-    assert strategies(H100, m=2048, r=33) == ["chained", "vendor"]
-
-
-@on_every_gpu
-def test_a_gated_mlps_gradients_do_not_take_the_branch_first(device):
-    """Their product must end before the branch is added. The table takes the vendor's only where
-    that is faster in any order.
-    """
-    gated = call("backward", m=8192, n=14336, k=4096, dropout=True)._replace(gated=True)
-    expected = "vendor" if device.arch == "sm_100" else "chained"
-    assert choose(device, gated).strategy == expected
-
-
-def test_a_branch_alone_is_one_launch_where_it_reads_its_operands_once():
-    def strategy(**sizes):
-        return rules.choose_branch(call(**sizes)).strategy
-
-    # dY of 20 MiB.
-    most = 20 * 2**20 // (4096 * 2)
-    assert strategy(direction="backward", m=most) == "chained"
-    assert strategy(direction="backward", m=most + 1) == "split"
-    assert strategy(m=tiles.MAX_CHAINED_M) == "chained"
-    assert strategy(m=tiles.MAX_CHAINED_M + 1) == "split"
-    for m, r, expected in (
-        (511, 128, "chained"),
-        (511, 129, "split"),
-        (512, 32, "chained"),
-        (512, 33, "split"),
-    ):
-        assert strategy(m=m, r=r) == expected
+    for direction in ("forward", "backward"):
+        most = {"direction": direction, "m": tiles.MAX_CHAINED_M, "r": 128}
+        assert strategy(**most) == "one_launch"
+        assert strategy(**most | {"m": tiles.MAX_CHAINED_M + 1}) == "two_launches"
+        assert strategy(**most | {"r": 129}) == "two_launches"

@@ -1,4 +1,4 @@
-"""The process-wide settings, by functions and environment variables."""
+"""The process-wide settings, by ``slk.settings`` and environment variables."""
 
 from __future__ import annotations
 
@@ -16,68 +16,108 @@ from stablelora_kernels.dispatch.settings import tf32_allowed
 from tests.helpers.precision import SWITCHES, switched
 from tests.helpers.processes import printed
 
+SETTINGS = {
+    "backend": ("torch", "triton", "'auto', 'triton', 'torch'"),
+    "strategy": ("branch_first", "few_rows", "'auto', 'few_rows', 'one_launch', 'branch_first'"),
+    "first_use": ("off", "tiles", "'auto', 'on', 'tiles', 'off'"),
+}
 
-@pytest.mark.parametrize(
-    ("name", "value", "other", "wrong", "error", "message"),
-    [
-        ("backend", "torch", "triton", "cuda", ValueError, "must be one of 'auto', 'triton', 'torch', got 'cuda'"),
-        ("kernel", "split", "fused", "cuda", ValueError, "must be one of 'auto', 'fused', 'chained', .* got 'cuda'"),
-        ("autotune", True, False, "0", TypeError, "must be a bool, got '0'"),
-    ],
-)  # fmt: skip
-def test_a_setting_holds_for_good_or_for_a_block(name, value, other, wrong, error, message):
-    get, set_, use = (getattr(slk, f"{verb}_{name}") for verb in ("get", "set", "use"))
-    before = get()
-    for call in (set_, lambda given: use(given).__enter__()):
-        with pytest.raises(error, match=f"{name} {message}"):
-            call(wrong)
-    assert get() == before
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_holds_for_good_or_for_a_block(name):
+    value, other, known = SETTINGS[name]
+    before = getattr(slk.settings, name)
+    message = rf"{name} must be one of {known}, got 'cuda'"
+    with pytest.raises(ValueError, match=message):
+        setattr(slk.settings, name, "cuda")
+    with pytest.raises(ValueError, match=message):
+        # Refused where it is written, before the block.
+        slk.settings(**{name: "cuda"})
+    assert getattr(slk.settings, name) == before
     try:
-        set_(value)
-        with pytest.raises(KeyError), use(other):
-            assert get() == other
+        setattr(slk.settings, name, value)
+        with pytest.raises(KeyError), slk.settings(**{name: other}):
+            assert getattr(slk.settings, name) == other
+            assert f"{name}={other!r}" in repr(slk.settings)
             raise KeyError
-        assert get() == value
+        assert getattr(slk.settings, name) == value
     finally:
-        set_(before)
+        setattr(slk.settings, name, before)
+
+
+def test_a_value_set_in_a_block_ends_with_it():
+    before = slk.settings.strategy
+    with slk.settings(strategy="one_launch"):
+        slk.settings.strategy = "branch_first"
+        with slk.settings(first_use="off"):
+            # A block is about what it names.
+            assert slk.settings.strategy == "branch_first"
+    assert slk.settings.strategy == before
+
+
+def test_a_block_may_set_several():
+    before = repr(slk.settings)
+    with slk.settings(backend="triton", strategy="one_launch", first_use="tiles"):
+        inside = repr(slk.settings)
+    assert inside == "settings(backend='triton', strategy='one_launch', first_use='tiles')"
+    with (
+        pytest.raises(ValueError, match="strategy must be"),
+        slk.settings(backend="triton", strategy="fused"),
+    ):
+        pass
+    assert repr(slk.settings) == before
+
+
+def test_a_misspelled_setting_is_refused():
+    with pytest.raises(AttributeError, match="stategy"):
+        slk.settings.stategy = "one_launch"
+    with pytest.raises(AttributeError, match="kernel"):
+        _ = slk.settings.kernel
+    with pytest.raises(TypeError, match="stategy"):
+        slk.settings(stategy="one_launch")
+
+
+PRINT = (
+    "import stablelora_kernels as slk; s = slk.settings; print(s.backend, s.strategy, s.first_use)"
+)
 
 
 def test_environment_variables_set_the_start_values():
-    code = "import stablelora_kernels as slk; print(slk.get_backend(), slk.get_kernel(), slk.get_autotune())"
     known = {
         "STABLELORA_BACKEND": "torch",
-        "STABLELORA_KERNEL": "split",
-        "STABLELORA_AUTOTUNE": "1",
+        "STABLELORA_STRATEGY": "branch_first",
+        "STABLELORA_FIRST_USE": "tiles",
     }
     # An empty one is not set.
     empty = dict.fromkeys(known, "")
     cases = (
-        ({"STABLELORA_AUTOTUNE": "0"}, "auto auto False"),
-        (known, "torch split True"),
-        (empty, "auto auto False"),
+        ({"STABLELORA_FIRST_USE": "0"}, "auto auto off"),
+        ({"STABLELORA_FIRST_USE": "1"}, "auto auto on"),
+        (known, "torch branch_first tiles"),
+        (empty, "auto auto auto"),
     )
     for given, expected in cases:
-        assert printed(code, **given) == expected
+        assert printed(PRINT, **given) == expected
 
 
 def test_a_wrong_environment_raises_at_first_use_and_not_before():
     code = """
 import stablelora_kernels as slk
-for use in (slk.get_backend, slk.get_kernel, slk.get_autotune):
+for name in ("backend", "strategy", "first_use"):
     for _ in range(2):
         try:
-            use()
+            getattr(slk.settings, name)
         except ValueError as error:
             print(error)
-with slk.use_backend("torch"):
+with slk.settings(backend="torch"):
     slk.LoRALinear(4, 3)
-slk.set_kernel("split")
-print(slk.get_kernel())
+slk.settings.strategy = "one_launch"
+print(slk.settings.strategy)
 """
     known = {
         "BACKEND": "'auto', 'triton', 'torch'",
-        "KERNEL": "'auto', 'fused', 'chained', 'split', 'vendor'",
-        "AUTOTUNE": "'0', '1'",
+        "STRATEGY": "'auto', 'few_rows', 'one_launch', 'branch_first'",
+        "FIRST_USE": "'auto', 'on', 'tiles', 'off', '0', '1'",
     }
     expected = [
         f"the environment variable STABLELORA_{name} must be one of {values}, got 'best'"
@@ -85,7 +125,7 @@ print(slk.get_kernel())
         for _ in range(2)
     ]
     found = printed(code, **{f"STABLELORA_{name}": "best" for name in known})
-    assert found.splitlines() == [*expected, "split"]
+    assert found.splitlines() == [*expected, "one_launch"]
 
 
 def test_compiled_code_reads_the_settings_without_compiling_again():
@@ -93,16 +133,16 @@ def test_compiled_code_reads_the_settings_without_compiling_again():
 import torch
 import stablelora_kernels as slk
 def inside(x):
-    with slk.use_backend("auto"):
-        return x + 2 * (slk.get_backend() == "auto") + (slk.get_backend() == "torch")
+    with slk.settings(backend="auto"):
+        return x + 2 * (slk.settings.backend == "auto") + (slk.settings.backend == "torch")
 compile = torch.compile(backend="aot_eager", fullgraph=True)
-call, block = compile(lambda x: x + (slk.get_backend() == "torch")), compile(inside)
+call, block = compile(lambda x: x + (slk.settings.backend == "torch")), compile(inside)
 def compiled(): return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 zero = torch.zeros(())
-print(call(zero).item(), call(zero).item(), slk.get_backend(), call(zero).item(), compiled())
-with slk.use_backend("auto"):
+print(call(zero).item(), call(zero).item(), slk.settings.backend, call(zero).item(), compiled())
+with slk.settings(backend="auto"):
     print(call(zero).item())
-print(call(zero).item(), compiled(), block(zero).item(), slk.get_backend())
+print(call(zero).item(), compiled(), block(zero).item(), slk.settings.backend)
 """
     expected = "1.0 1.0 torch 1.0 1 0.0 1.0 2 2.0 torch"
     assert printed(code, STABLELORA_BACKEND="torch").split() == expected.split()
@@ -110,14 +150,17 @@ print(call(zero).item(), compiled(), block(zero).item(), slk.get_backend())
 
 def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
     """Each block begins before the other ends. Each holds for the whole process, until its own end."""
-    before, first, second = slk.get_backend(), slk.use_backend("torch"), slk.use_backend("triton")
+    before = slk.settings.backend
+    first, second = slk.settings(backend="torch"), slk.settings(backend="triton")
     with ThreadPoolExecutor(1) as other:
         with first:
             other.submit(second.__enter__).result()
-            assert slk.get_backend() == "triton"
-        assert other.submit(slk.get_backend).result() == slk.get_backend() == "triton"
+            assert slk.settings.backend == "triton"
+        assert (
+            other.submit(lambda: slk.settings.backend).result() == slk.settings.backend == "triton"
+        )
         other.submit(second.__exit__, None, None, None).result()
-    assert slk.get_backend() == before
+    assert slk.settings.backend == before
 
 
 MIXTURES = [(), *((name,) for name in SWITCHES), *permutations(SWITCHES, 2)]

@@ -53,7 +53,7 @@ def test_chained_launches_beside_other_work(size, p, record_property):
     ]
     other = nullcontext() if SMALL else torch.cuda.stream(torch.cuda.Stream())
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    with slk.settings(strategy="chained"):
+    with slk.settings(strategy="one_launch"):
         first = run(case, given)
         if not SMALL:
             torch.cuda.synchronize()

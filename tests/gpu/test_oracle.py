@@ -1,4 +1,4 @@
-"""Forward and backward of every kernel: against float64, bounded by eager PyTorch's own error, and
+"""Forward and backward by every strategy: against float64, bounded by eager PyTorch's own error, and
 the same bits in every run.
 
 Dropout's mask is the one that the reference draws.
@@ -17,7 +17,7 @@ from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case
 from stablelora_kernels.testing.expectations import ACTIVATIONS
 from tests.helpers import case_checks, gpu_checks
-from tests.helpers.gpu_checks import DEVICE, SMALL, by_kernel, keep_rows, linear, make, record
+from tests.helpers.gpu_checks import DEVICE, SMALL, by_strategy, keep_rows, linear, make, record
 
 pytestmark = pytest.mark.gpu
 poisoned = pytest.mark.usefixtures("poisoned_outputs")
@@ -45,11 +45,11 @@ if SMALL:
     TIMED = [linear(16, 64, 32, 8, 0.1, BF16, BF16)]
 
 
-def by_every_kernel(made: list[Case]) -> list[Case]:
+def by_every_strategy(made: list[Case]) -> list[Case]:
     return [
         forced
-        for case, kernel in product(made, STRATEGIES)
-        if (forced := by_kernel(case, kernel)) is not None
+        for case, strategy in product(made, STRATEGIES)
+        if (forced := by_strategy(case, strategy)) is not None
     ]
 
 
@@ -63,7 +63,7 @@ def check(case: Case, record_property: Callable[[str, object], None]) -> None:
         case_checks.assert_close(first, cases.run(case, given))
 
 
-CORE_CASES = by_every_kernel(
+CORE_CASES = by_every_strategy(
     [linear(*shape, p, *dtypes) for shape, dtypes, p in product(CORE, DTYPES, (0.0, 0.1))]
 )
 UGLY_CASES = [linear(*shape, p) for shape, p in product(UGLY, (0.0, 0.1))]
@@ -71,12 +71,12 @@ UGLY_CASES = [linear(*shape, p) for shape, p in product(UGLY, (0.0, 0.1))]
 
 @poisoned
 @pytest.mark.parametrize("case", CORE_CASES + UGLY_CASES, ids=str)
-def test_every_kernel_matches_float64(case, record_property):
+def test_every_strategy_matches_float64(case, record_property):
     check(case, record_property)
 
 
 @poisoned
-@pytest.mark.parametrize("case", by_every_kernel(TIMED), ids=str)
+@pytest.mark.parametrize("case", by_every_strategy(TIMED), ids=str)
 def test_timed_shapes_match_float64(case, record_property):
     check(case, record_property)
 
@@ -93,10 +93,10 @@ if SMALL:
 
 @poisoned
 @pytest.mark.parametrize(("mlp", "activation"), list(product(MLPS, ACTIVATIONS)), ids=str)
-@pytest.mark.parametrize("kernel", ["auto", "split"])
+@pytest.mark.parametrize("strategy", ["auto", "one_launch"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_an_mlp_matches_float64(mlp, activation, kernel, p):
-    case = Case("mlp", *mlp, BF16, FP32, p=p, kernel=kernel, activation=activation)
+def test_an_mlp_matches_float64(mlp, activation, strategy, p):
+    case = Case("mlp", *mlp, BF16, FP32, p=p, strategy=strategy, activation=activation)
     case_checks.check(case, cases.run(case))
 
 
@@ -106,7 +106,9 @@ def test_an_mlp_matches_float64(mlp, activation, kernel, p):
 
 # The last row's offset must exceed this.
 SPAN = 2**14 if SMALL else 2**31
-by_every_forced_kernel = pytest.mark.parametrize("kernel", ("auto",) if SMALL else STRATEGIES[1:])
+by_every_forced_strategy = pytest.mark.parametrize(
+    "strategy", ("auto",) if SMALL else ("one_launch", "branch_first")
+)
 
 
 def skip_if_short_of_memory(elements: int) -> None:
@@ -124,10 +126,10 @@ def skip_if_short_of_memory(elements: int) -> None:
 # One process of pytest-xdist runs all of these, one after the other, because each takes much of the
 # GPU's memory.
 @pytest.mark.xdist_group("large_offsets")
-@by_every_forced_kernel
+@by_every_forced_strategy
 @pytest.mark.parametrize("p", (0.1,) if SMALL else (0.0, 0.1))
 @pytest.mark.parametrize("large", ("Y and dY", "X and dX"))
-def test_large_matrices(large, p, kernel, record_property):
+def test_large_matrices(large, p, strategy, record_property):
     """Contiguous matrices of more than SPAN elements.
 
     The incoming gradient is zero except in the first rows, the last, and those around element SPAN.
@@ -136,7 +138,7 @@ def test_large_matrices(large, p, kernel, record_property):
     width = 64 if SMALL else 16384
     m, middle = SPAN // width + 24, SPAN // width
     n, k = (width, 64) if large == "Y and dY" else (64, width)
-    case = by_kernel(linear(m, n, k, 16, p, BF16, BF16), kernel)
+    case = by_strategy(linear(m, n, k, 16, p, BF16, BF16), strategy)
     skip_if_short_of_memory(2 * m * width)
     some = torch.tensor(
         sorted({*range(8), *range(middle - 8, middle + 8), *range(m - 8, m)}), device=DEVICE

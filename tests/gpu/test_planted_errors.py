@@ -71,22 +71,22 @@ def test_on_a_gpu_the_first_tests_launch_the_kernels_that_they_name(gpu):
     device = Device(*GPUS[gpu])
     # Without a GPU the tests name the kernels of one that has tensor descriptors.
     of_whole_tiles = "linear_tma" if device.tma else "linear"
-    for size, kernel, p in test_bring_up.CALLS:
-        launched = test_bring_up.listed_by_dispatch(device, test_bring_up.SIZES[size], kernel, p)
-        if (size, kernel) in test_bring_up.ASKED:
-            assert launched & {of_whole_tiles, "linear_split_k"}, (size, kernel, p)
+    for size, strategy, p in test_bring_up.CALLS:
+        launched = test_bring_up.listed_by_dispatch(device, test_bring_up.SIZES[size], strategy, p)
+        if (size, strategy) in test_bring_up.ASKED:
+            assert launched & {of_whole_tiles, "linear_split_k"}, (size, strategy, p)
             continue
-        named = test_bring_up.LAUNCHED[size, kernel]
+        named = test_bring_up.LAUNCHED[size, strategy]
         expected = {of_whole_tiles if name == test_bring_up.TMA else name for name in named}
-        assert launched == expected, (size, kernel, p)
+        assert launched == expected, (size, strategy, p)
 
 
 @pytest.mark.parametrize("gpu", ("A100", "H100 SXM, H200", "B200", "RTX 4090", "RTX 5090"))
 def test_programs_share_sums_in_the_tests_that_ask_dispatch(gpu):
-    for size, kernel in test_bring_up.ASKED:
+    for size, strategy in test_bring_up.ASKED:
         sizes = test_bring_up.SIZES[size]
-        launched = test_bring_up.listed_by_dispatch(Device(*GPUS[gpu]), sizes, kernel, 0.0)
-        assert "linear_split_k" in launched, (size, kernel)
+        launched = test_bring_up.listed_by_dispatch(Device(*GPUS[gpu]), sizes, strategy, 0.0)
+        assert "linear_split_k" in launched, (size, strategy)
 
 
 SANITIZED = """========= COMPUTE-SANITIZER

@@ -300,8 +300,10 @@ CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[A
         m[0].weight, "data", m[0].weight.data.clone()
     ),
     r"backend was 'triton' and is 'torch'": lambda m, o: slk.settings(backend="torch"),
-    r"kernel was 'auto' and is 'split'": lambda m, o: slk.settings(strategy="split"),
-    r"autotune was False and is True": lambda m, o: slk.use_autotune(True),
+    r"strategy was 'auto' and is 'branch_first'": lambda m, o: slk.settings(
+        strategy="branch_first"
+    ),
+    r"first_use was 'auto' and is 'off'": lambda m, o: slk.settings(first_use="off"),
     r"deterministic algorithms was False and is True": lambda m, o: deterministic(),
     r"TensorFloat-32 in float32 products was False and is True": lambda m, o: switched(TF32),
     r"global module hooks was False": lambda m, o: (

@@ -312,7 +312,7 @@ def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Cas
         lora_dtype,
         p=p,
         backend=backend,
-        kernel=pick("auto", "chained", "split", "vendor"),
+        strategy=pick("auto", "one_launch", "branch_first"),
         quantized=quantized,
         bias=several(False, True),
         scalings=several(1.0, 1.7, -0.3, 0.0, 64.0 if op != "mlp" else 1.0),

@@ -1,4 +1,4 @@
-"""Helpers of tests/gpu: cases of ``lora_linear`` at any size by a forced kernel, their error, and
+"""Helpers of tests/gpu: cases of ``lora_linear`` at any size by a forced strategy, their error, and
 CUDA graphs.
 
 Without a CUDA GPU everything here works at small sizes on a CPU, where the kernels run in Triton's
@@ -63,19 +63,21 @@ def make(case: Case) -> Operands:
     }
 
 
-def by_kernel(case: Case, kernel: str) -> Case | None:
-    """``case`` with ``kernel`` in each direction that it can compute, and "auto" in the other; None
-    if it can compute neither.
+def by_strategy(case: Case, strategy: str) -> Case | None:
+    """``case`` with ``strategy`` in each direction that it can do, and "auto" in the other; None if
+    it can do neither.
     """
     m, n, k, r = sizes_of(case)
     calls = [
         Call(direction, m, *sizes, r, case.dtype, case.lora_dtype, case.p > 0)
         for direction, sizes in (("forward", (n, k)), ("backward", (k, n)))
     ]
-    kernels = [
-        kernel if kernel in ("auto", *possible_strategies(call)) else "auto" for call in calls
-    ]
-    return case.but(kernel=kernels[0], backward_kernel=kernels[1]) if kernel in kernels else None
+    forward, backward = (
+        strategy if strategy in ("auto", *possible_strategies(call)) else "auto" for call in calls
+    )
+    if strategy not in (forward, backward):
+        return None
+    return case.but(strategy=forward, backward_strategy=backward)
 
 
 def keep_rows(case: Case, rows: Tensor, seed: int | None = None) -> Tensor:

@@ -38,7 +38,7 @@ MLP = Case(
     BF16,
     FP32,
     p=0.1,
-    kernel="split",
+    strategy="one_launch",
     bias=(False,),
     shared=True,
 )

@@ -103,8 +103,8 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``code`` in a fresh process, which gets none of this one's settings but ``env``."""
     settings = (
         "STABLELORA_BACKEND",
-        "STABLELORA_KERNEL",
-        "STABLELORA_AUTOTUNE",
+        "STABLELORA_STRATEGY",
+        "STABLELORA_FIRST_USE",
         "TRITON_INTERPRET",
     )
     environment = {name: value for name, value in os.environ.items() if name not in settings} | env

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from stablelora_kernels.dispatch import chained, rules, tiles
-from stablelora_kernels.dispatch.problem import DEVICES, Call
+from stablelora_kernels.dispatch.problem import DEVICES, SMALL_M, Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import draw_keep, keep_of
@@ -56,11 +56,11 @@ def any_counter():
 
 SHARING = [
     *(Case("linear", (rows, k), (40,), (8,), BF16, FP32, arch="sm_90") for rows, k in ((5, 1300), (550, 64))),
-    *(Case("linear", (70, 64), (48,), (16,), BF16, FP32, kernel="chained", arch=arch) for arch in ("sm_80", "gfx942")),
+    *(Case("linear", (70, 64), (48,), (16,), BF16, FP32, strategy="one_launch", arch=arch) for arch in ("sm_80", "gfx942")),
     *(
-        Case("mlp", (rows, 136), (72, 72, 16), (8, 20, 3), BF16, FP32, p=0.2, kernel=kernel, arch=arch)
-        for rows, kernel, arch in (
-            (5, "auto", "sm_90"), (70, "chained", "sm_90"), (70, "split", "sm_80"), (70, "vendor", "sm_80"),
+        Case("mlp", (rows, 136), (72, 72, 16), (8, 20, 3), BF16, FP32, p=0.2, strategy=strategy, arch=arch)
+        for rows, strategy, arch in (
+            (5, "auto", "sm_90"), (70, "auto", "sm_90"), (70, "one_launch", "sm_80"), (70, "branch_first", "sm_80"),
         )
     ),
 ]  # fmt: skip
@@ -99,9 +99,8 @@ def test_sums_at_the_same_time_have_counters_of_their_own(rows, counted):
     given = make(Case("linear", (rows, 200), (2000,), (80,), BF16, BF16))
     x, w, a, b, dy = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"))
     projection, s = Projection(w, None, a, b, 1.0), x.new_empty(rows, 80)
-    chained = Choice("chained", "")
     backward = BackwardCall(x, [dy], [projection], [s], [None], 0.0, Gradients(x, [a], [b]))
-    (launch,) = backward_launches(DEVICES["sm_90"], backward, chained)
+    (launch,) = backward_launches(DEVICES["sm_90"], backward, Choice("one_launch", ""))
     counts = {
         name: t
         for name, t in launch.named.items()
@@ -124,22 +123,28 @@ def test_flags_fit_into_a_lane(device, dtype):
     most = Call("forward", tiles.MAX_CHAINED_M, 4096, 4096, 16, dtype, FP32, True)
     rows = chained.chained_plans(device, most, Tile(64, 64, 32, 4, 3), False)[0].tile.BLOCK_M
     assert rows >= 64 and tiles.CHAIN_HEAD + -(-most.m // rows) <= MAX_SHARED_SUMS
-    rules.check_possible(most, "chained")
+    rules.check_possible(most, "one_launch")
     with pytest.raises(ValueError, match=f"up to {most.m} rows, got {most.m + 1}"):
-        rules.check_possible(most._replace(m=most.m + 1), "chained")
+        rules.check_possible(most._replace(m=most.m + 1), "one_launch")
 
 
 # Offsets beyond 32 bits.
 
-KERNELS = [*itertools.product(rules.STRATEGIES[1:], (40, 72), ("sm_80", "sm_90"))]
+STRATEGIES = [
+    (strategy, rows, arch)
+    for strategy, rows, arch in itertools.product(
+        rules.STRATEGIES[1:], (40, 72), ("sm_80", "sm_90")
+    )
+    if strategy != "few_rows" or rows <= SMALL_M
+]
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize(("kernel", "rows", "arch"), KERNELS)
-def test_rows_beyond_2_to_the_31(kernel, rows, arch):
+@pytest.mark.parametrize(("strategy", "rows", "arch"), STRATEGIES)
+def test_rows_beyond_2_to_the_31(strategy, rows, arch):
     """All operands with their last rows more than 2^31 elements behind their first."""
-    r = 40 if kernel == "split" else 24
-    case = Case("linear", (rows, 48), (40,), (r,), BF16, BF16, kernel=kernel, arch=arch)
+    r = 40 if strategy == "one_launch" else 24
+    case = Case("linear", (rows, 48), (40,), (r,), BF16, BF16, strategy=strategy, arch=arch)
     given = make(case)
     wide = dict(given)
     for name in ("x", "weight0", "lora_A0", "lora_B0", "grad0"):
@@ -152,8 +157,8 @@ def test_rows_beyond_2_to_the_31(kernel, rows, arch):
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize(("kernel", "rows", "arch"), KERNELS)
-def test_results_beyond_2_to_the_31(kernel, rows, arch):
+@pytest.mark.parametrize(("strategy", "rows", "arch"), STRATEGIES)
+def test_results_beyond_2_to_the_31(strategy, rows, arch):
     """Y and S stored so far apart; the ops allocate them close together, so the launches are made
     here.
     """
@@ -162,7 +167,7 @@ def test_results_beyond_2_to_the_31(kernel, rows, arch):
     x, w, bias, a, b = (given[name] for name in ("x", "weight0", "bias0", "lora_A0", "lora_B0"))
     y, s = (far(torch.full((rows, size), float("nan"), dtype=BF16), 2**26) for size in (40, 24))
     assert (rows - 1) * y.stride(0) > 2**31
-    projection, choice = Projection(w, bias, a, b, 1.7), Choice(kernel, "")
+    projection, choice = Projection(w, bias, a, b, 1.7), Choice(strategy, "")
     forward = ForwardCall(x, [projection], [None], [None], s, [y], 0.0)
     for launch in forward_launches(DEVICES[arch], forward, choice):
         launch.run(x.device)
@@ -171,14 +176,18 @@ def test_results_beyond_2_to_the_31(kernel, rows, arch):
 
 
 LINEAR = Case("linear", (40, 144), (72,), (24,), BF16, BF16)
-MLP = Case("mlp", (70, 144), (72, 72, 16), (8, 8, 8), BF16, FP32, kernel="split", arch="sm_80")
+GROUP = Case("group", (70, 144), (72, 72), (24, 8), BF16, BF16, arch="sm_80")
+MLP = Case(
+    "mlp", (70, 144), (72, 72, 16), (8, 8, 8), BF16, FP32, strategy="one_launch", arch="sm_80"
+)
 
 
 @pytest.mark.parametrize(
     ("case", "names"),
     [
-        *((LINEAR.but(kernel=kernel, arch=arch), ["x", "weight0", "lora_A0", "lora_B0"])
-          for kernel, arch in (("fused", "sm_80"), ("chained", "sm_90"), ("split", "sm_80"))),
+        *((LINEAR.but(strategy=strategy, arch=arch), ["x", "weight0", "lora_A0", "lora_B0"])
+          for strategy, arch in (("few_rows", "sm_80"), ("one_launch", "sm_90"), ("one_launch", "sm_80"))),
+        (GROUP, ["x", "weight1", "lora_B0"]),
         (MLP, ["x"]),
         (MLP, ["weight0", "weight1"]),
     ],

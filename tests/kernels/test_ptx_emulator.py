@@ -82,7 +82,7 @@ def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
 
 def test_kernels_of_blackwell() -> None:
     """By day, of few rows: products in tensor memory, packed float32."""
-    emulate("--quick", "--arch", "sm_100,sm_120", only=("linear fused",))
+    emulate("--quick", "--arch", "sm_100,sm_120", only=("linear few_rows",))
 
 
 @pytest.mark.nightly
@@ -92,7 +92,7 @@ def test_programs_wait_as_on_amds_gpus() -> None:
 import triton.language as tl
 from stablelora_kernels.kernels.lora import chain
 chain.INTERPRETING = tl.constexpr(True)"""
-    emulate("--quick", "--arch", "sm_80", only=("linear chained",), before=patched)
+    emulate("--quick", "--arch", "sm_80", only=("linear one_launch",), before=patched)
 
 
 @pytest.mark.nightly
@@ -129,7 +129,7 @@ from tests.ptx_emulator.cases import cases, run_case
 from tests.ptx_emulator.machine import Schedule
 from tests.ptx_emulator.plants import without_barriers_of_triton
 runner.edits[:] = [without_barriers_of_triton]
-names = ("linear chained bf16/fp32 M130 r16 p0.1", "linear bf16/fp32 M33 K520 r16 p0.1, long sum")
+names = ("linear one_launch bf16/fp32 M130 r16 p0.1", "linear bf16/fp32 M33 K520 r16 p0.1, long sum")
 outcomes = [run_case(case, Schedule(warps="first")) for case in cases() if case.name in names]
 wrong = [line for outcome in outcomes if not outcome.right for line in (outcome.words, *outcome.log.faults.lines())]
 assert len(outcomes) == 2 and not wrong, wrong

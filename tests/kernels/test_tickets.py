@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product as product_of
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x
 from triton.runtime import interpreter
 
 from stablelora_kernels.dispatch.problem import DEVICES, cdiv
-from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.dispatch.rules import STRATEGIES, Choice
 from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
@@ -33,15 +34,19 @@ pytestmark = [
 
 # On a GPU of so few processors, each program has several tiles, and the last of them not equally
 # many.
-TILES = Case("linear", (140, 48), (104,), (16,), BF16, FP32, arch="sm_90", processors=3, tile=TINY)
+TILES = Case(
+    "linear", (140, 48), (104,), (16,), BF16, FP32, strategy="one_launch", arch="sm_90", processors=3, tile=TINY
+)  # fmt: skip
 CASES = [
-    *(TILES.but(kernel=kernel, p=p) for kernel in ("chained", "split") for p in (0.0, 0.2)),
-    TILES.but(kernel="fused", dtype=FP16, lora_dtype=FP16),
+    *(TILES.but(p=p) for p in (0.0, 0.2)),
+    # S has a launch of its own.
+    *(TILES.but(op="group", sizes=(104, 40), ranks=(16, 4), p=p) for p in (0.0, 0.2)),
+    TILES.but(dtype=FP16, lora_dtype=FP16),
     # More programs than tiles in backward; one program for all tiles.
-    TILES.but(kernel="split", shape=(140, 32), processors=5),
-    TILES.but(kernel="chained", processors=1),
+    TILES.but(shape=(140, 32), processors=5),
+    TILES.but(processors=1),
     Case(
-        "mlp", (140, 48), (104, 104, 48), (8, 4, 3), BF16, FP32, kernel="split", arch="sm_90",
+        "mlp", (140, 48), (104, 104, 48), (8, 4, 3), BF16, FP32, strategy="one_launch", arch="sm_90",
         processors=2, tile=TINY,
     ),
 ]  # fmt: skip
@@ -88,15 +93,19 @@ def test_a_tile_does_not_depend_on_who_draws_it(case: Case) -> None:
 
 
 def product(rows: int, processors: int) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """The launch of a forward that reads S, its Y, and Y as it must be."""
+    """The launch of a forward that reads S, its Y, and Y as it must be.
+
+    It is the first of two projections', whose S one launch computes.
+    """
     case = Case("linear", (rows, 64), (264,), (16,), BF16, BF16)
     given = make(case)
     x, w, a, b = (given[name] for name in ("x", "weight0", "lora_A0", "lora_B0"))
     y = torch.full((rows, 264), float("nan"), dtype=BF16)
-    s = torch.empty(rows, 16, dtype=BF16)
-    call = ForwardCall(x, [Projection(w, None, a, b, 1.0)], [None], [None], s, [y], 0.0)
+    s = torch.empty(rows, 32, dtype=BF16)
+    projections, none = [Projection(w, None, a, b, 1.0)] * 2, [None] * 2
+    call = ForwardCall(x, projections, none, none, s, [y, torch.empty_like(y)], 0.0)
     device = DEVICES["sm_90"]._replace(processors=processors)
-    down, launch = forward_launches(device, call, Choice("split", ""))
+    down, launch, _ = forward_launches(device, call)
     assert isinstance(down, Launch) and isinstance(launch, Launch)
     down.run(x.device)
     exact = x.double() @ w.double().T + (x.double() @ a.double().T) @ b.double().T
@@ -150,10 +159,10 @@ def test_no_program_of_a_product_has_fixed_tiles(arch: str) -> None:
     by_kernel: dict[str, set[bool]] = {}
     device = DEVICES[arch]
     for rows in (8, 512, 8192):
-        for kernel in ("split", "fused", "chained"):
-            choices = (Choice(kernel, ""), Choice(kernel, ""))
+        for strategy, n in product_of(STRATEGIES[1:], (4096, (4096, 4096))):
+            choices = (Choice(strategy, ""), Choice(strategy, ""))
             forward, backward = linear_launches(
-                device, rows, 4096, 4096, 16, (BF16, FP32), 0.0, choices=choices
+                device, rows, n, 4096, 16, (BF16, FP32), 0.0, choices=choices
             )
             for launch in forward + backward:
                 if persistent(launch):

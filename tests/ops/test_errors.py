@@ -244,26 +244,32 @@ def test_float64_does_not_fall_back_silently(op):
     with slk.settings(backend="triton"):
         for changes in ({}, bare, stored):
             refuses(
-                op, only, changes, TypeError, rf"{name} is torch.float64.*use_backend\('torch'\)"
+                op,
+                only,
+                changes,
+                TypeError,
+                rf"{name} is torch.float64.*slk.settings.backend = 'torch'",
             )
     with slk.settings(backend="torch"):
         found = FUNCTIONS[op](**good)
         assert (found[0] if op == "group" else found).dtype == FP64
 
 
-HIGH = {"up.lora_A": zeros(130, 24), "up.lora_B": zeros(40, 130)}
+MANY = {"x": zeros(65, 6), "dropout_p": 0.0}
+HIGH = {"down.lora_A": zeros(130, 40), "down.lora_B": zeros(20, 130)}
 
 
 @pytest.mark.parametrize(
-    ("op", "kernel", "changes", "message"),
+    ("op", "strategy", "changes", "message"),
     [
-        ("linear", "fused", {}, "'fused' was asked for, but it has no dropout"),
-        ("mlp", "fused", {}, "'fused' was asked for, but it has no dropout"),
-        ("mlp", "fused", HIGH | {"dropout_p": 0.0}, "it takes ranks up to 64, got 130"),
-        ("mlp", "chained", HIGH, "'chained' was asked for, but it takes ranks up to 128, got 130"),
+        ("linear", "few_rows", {}, "'few_rows' was asked for, but it has no dropout"),
+        ("linear", "few_rows", MANY, "'few_rows' was asked for, but it takes rows up to 64, got 65"),
+        ("mlp", "few_rows", {}, "'few_rows' was asked for, but it has no dropout"),
+        ("mlp", "few_rows", HIGH | {"x": zeros(5, 24), "dropout_p": 0.0}, "it takes ranks up to 64, got 130"),
+        ("mlp", "one_launch", HIGH, "'one_launch' was asked for, but it takes ranks up to 128, got 130"),
     ],
-)
-def test_a_kernel_that_cannot_do_the_call_is_refused(op, kernel, changes, message):
+)  # fmt: skip
+def test_a_strategy_that_cannot_do_the_call_is_refused(op, strategy, changes, message):
     """Before a launch of the same call."""
-    with slk.settings(backend="triton"), slk.settings(strategy=kernel):
+    with slk.settings(backend="triton", strategy=strategy):
         refuses(op, arguments(op), changes, ValueError, message, drawn=True)

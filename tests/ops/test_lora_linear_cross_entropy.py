@@ -360,7 +360,10 @@ def test_errors_name_the_argument_and_both_values(changes, error, words):
 
 def test_float64_is_refused_by_name_on_triton():
     given = make(Loss(FP64, FP64))
-    with slk.settings(backend="triton"), pytest.raises(TypeError, match=r"hidden is torch\.float64"):
+    with (
+        slk.settings(backend="triton"),
+        pytest.raises(TypeError, match=r"hidden is torch\.float64"),
+    ):
         call(Loss(), given)
 
 

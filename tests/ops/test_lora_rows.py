@@ -331,10 +331,10 @@ def test_explain_counts_the_launches():
     ranks = [16, 3, 64]
     explanation = slk.explain([256, 1, 40], 512, 1024, ranks, dropout_p=0.1, device="sm_90")
     for steps, words in (
-        (explanation.forward, explanation.forward_kernel),
+        (explanation.forward, explanation.forward_strategy),
         (explanation.backward, explanation.backward_strategy),
     ):
-        assert words == "by rows: vendor, chained, chained, chained"
+        assert words == "by rows: vendor, one_launch, one_launch, one_launch"
         assert [step.kernel for step in steps] == ["vendor", *["lora_linear"] * 3]
         assert all(" add " in step.variant for step in steps[1:])
     alone = slk.explain([8] * 4, 512, 1024, 16, device="sm_80", branch_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -38,7 +38,6 @@ from stablelora_kernels.testing.cases import (
     ours,
     run,
 )
-from tests.helpers.autotuning import tuned_by_hand
 from tests.helpers.case_checks import assert_close, run_recorded
 from tests.helpers.cases import OPS, small
 from tests.helpers.launches import count_launches, without_plans
@@ -60,24 +59,6 @@ def on_triton():
 # Which calls share them.
 
 
-@pytest.fixture
-def timed(tmp_path):
-    """Autotuning finds the vendor's product faster than every kernel."""
-    with tuned_by_hand(tmp_path) as timer:
-        timer.fast["vendor"] = 1e-6
-        yield
-
-
-@contextmanager
-def tuned_deterministically():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with slk.use_autotune(True):
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
-tuned = {"within": lambda: slk.use_autotune(True)}
-deterministic = {"within": tuned_deterministically}
 CALL = Case("linear", (70, 64), (48,), (8,), BF16, FP32)
 MLP = {
     "op": "mlp",
@@ -103,9 +84,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "training": ({"p": 0.2}, {"p": 0.2, "training": False}),
     "grad mode": ({"within": torch.no_grad}, {}),
     "backend": ({}, {"backend": "torch"}),
-    "kernel": ({}, {"kernel": "split"}),
-    "autotune": ({}, tuned),
-    "determinism": (tuned, deterministic),
+    "strategy": ({}, {"strategy": "branch_first"}),
     "a mask that gate and up share": (MLP, MLP | {"shared": True}),
 } | {
     name: ({"dtype": FP32}, {"dtype": FP32, "within": partial(switched, name)})
@@ -121,13 +100,10 @@ def called(
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_call_does_not_take_anothers_launches(pair, timed):
+def test_a_call_does_not_take_anothers_launches(pair):
     first, other = PAIRS[pair]
     with without_plans():
-        # Twice: autotuning launches more in the first call.
-        _, (before, _), _, (launches, results) = (
-            called(**call) for call in (first, first, other, other)
-        )
+        (before, _), (launches, results) = called(**first), called(**other)
     assert before != launches
     for _ in range(3):
         called(**first)
@@ -348,7 +324,7 @@ def test_a_copy_that_a_launcher_makes_is_made_in_each_call():
 
 def test_a_group_computes_its_s_once():
     """In one launch, which reads x once; the products read what it stored."""
-    case = small("group", 70, kernel="split", arch="sm_80", backend="triton")
+    case = small("group", 70, strategy="one_launch", arch="sm_80")
     given = leaves(case, make(case))
     with forced(case), count_launches() as made:
         ours(case, given)

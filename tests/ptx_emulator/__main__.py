@@ -33,24 +33,24 @@ FROM_REGISTERS = (
     "linear bf16/bf16 M33 N96 K160 r16 p0.1", "linear bf16/fp32 M130 r16 p0.1, X shifted",
     "mlp bf16 M130 r16 p0.0, 2 processors",
 )  # fmt: skip
-# Besides these: sums that programs share at once, a tile that only autotuning takes, two blocks of
+# Besides these: sums that programs share at once, a tile that only first use takes, two blocks of
 # ranks. The tests run them at night alone, then under every Triton.
 LONG = (
     *FROM_REGISTERS,
-    "linear chained bf16/fp32 M520 N520 K64 r16 p0.0, shared sums", "linear bf16/fp32 M200 N264 r16 p0.1, autotuned 64 x 256",
+    "linear one_launch bf16/fp32 M520 N520 K64 r16 p0.0, shared sums", "linear bf16/fp32 M200 N264 r16 p0.1, measured 64 x 256",
     "linear bf16/fp32 M96 N72 K64 r100 p0.1",
 )  # fmt: skip
 # Each kernel, the optimizer's included, in few cases.
 QUICK = (
-    "linear fused bf16/fp32 M5 N64 K512 r16", "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
-    "linear chained bf16/fp32 M130 r16 p0.1", "linear chained bf16/fp32 M200 N96 K800 r16 p0.1, 9 processors",
-    "linear split bf16/fp32 M130 r16 p0.0", "branch bf16 M33 r16 p0.0", "linear vendor bf16/fp32 M130 r16 p0.1",
+    "linear few_rows bf16/fp32 M5 N64 K512 r16", "linear bf16/fp32 M33 K520 r16 p0.1, long sum",
+    "linear one_launch bf16/fp32 M130 r16 p0.1", "linear one_launch bf16/fp32 M200 N96 K800 r16 p0.1, 9 processors",
+    "linear branch_first bf16/fp32 M130 r200 p0.1", "branch bf16 M33 r16 p0.0", "linear branch_first bf16/fp32 M130 r16 p0.1",
     "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
     "cross_entropy bf16 M7 V5000 mean softcap None", "cross_entropy fp16 M5 V4096 none softcap 5.0",
     "optimizer fp32, sharded, latching",
     # Tiles by ticket, of more programs than are resident.
-    "linear split bf16/fp32 M300 N520 r16 p0.0, 6 processors",
+    "linear one_launch bf16/fp32 M300 N520 r16 p0.0, 6 processors",
     *LONG,
 )  # fmt: skip
 NOTHING_FITS, NOTHING_PLANTED = 2, 3

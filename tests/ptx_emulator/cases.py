@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stablelora_kernels import StableLoRAAdamW, settings, testing
-from stablelora_kernels.dispatch import autotune
-from stablelora_kernels.dispatch.problem import Call, Device
+from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.functional import lora_linear_cross_entropy
@@ -55,7 +54,7 @@ class Case(NamedTuple):
 
     name: str
     run: Callable[[], Errors]
-    kernel: str = "auto"
+    strategy: str = "auto"
     processors: int | None = None
     precision: str = "highest"
 
@@ -169,15 +168,9 @@ def linear(
     return _errors_of(case, given)
 
 
-def autotuned(choice: Choice, run: Callable[[], Errors]) -> Errors:
-    """``run`` as if autotuning had found ``choice``, for the calls that have it among their
-    candidates.
-    """
-
-    def choose(device: Device, call: Call, *operands: Any) -> Choice | None:
-        return choice if choice in autotune.candidates(device, call).values() else None
-
-    with use_autotune(True), mock.patch.object(autotune, "choose", choose):
+def with_tile(tile: Tile, run: Callable[[], Errors]) -> Errors:
+    """``run`` as if first use had measured that one launch with this tile is the fastest way."""
+    with mock.patch.object(rules, "choose", lambda call: Choice("one_launch", "", tile)):
         return run()
 
 
@@ -353,82 +346,85 @@ def cases() -> Iterator[Case]:
                     f"linear {WORDS[dtype]}/{WORDS[lora]} M{m} N{n} K{k} r{r} p{p}",
                     partial(linear, m, n, k, r, dtype, lora, p),
                 )
-    for kernel in ("split", "fused", "vendor", "chained"):
+    for strategy in ("few_rows", "branch_first", "one_launch"):
         for m, p, r in (
             (33, 0.0, 16),
+            (33, 0.0, 48),
             (130, 0.0, 16),
             (130, 0.1, 16),
             (130, 0.0, 48),
             (130, 0.1, 48),
         ):
-            if not (kernel == "fused" and p):
+            if strategy != "few_rows" or m == 33:
                 yield Case(
-                    f"linear {kernel} bf16/fp32 M{m} r{r} p{p}",
+                    f"linear {strategy} bf16/fp32 M{m} r{r} p{p}",
                     partial(linear, m, 96, 160, r, p=p),
-                    kernel,
+                    strategy,
                 )
-        if kernel in ("split", "fused"):
+        if strategy != "branch_first":
             yield Case(
-                f"linear {kernel} bf16/fp32 M5 N64 K512 r16",
+                f"linear {strategy} bf16/fp32 M5 N64 K512 r16",
                 partial(linear, 5, 64, 512, 16),
-                kernel,
+                strategy,
             )
-        if kernel != "chained":
-            yield Case(
-                f"linear {kernel} bf16/bf16 M130 r16",
-                partial(linear, 130, 96, 160, 16, BF16, BF16),
-                kernel,
-            )
-    yield Case(
-        "linear split bf16/fp32 M130 r200 p0.1", partial(linear, 130, 96, 160, 200, p=0.1), "split"
-    )
+        m = 33 if strategy == "few_rows" else 130
+        yield Case(
+            f"linear {strategy} bf16/bf16 M{m} r16",
+            partial(linear, m, 96, 160, 16, BF16, BF16),
+            strategy,
+        )
     # The branch that the vendor's product adds to: behind a launch of S, in blocks of ranks, without a
     # bias, and beside branches that share S.
     for p in (0.0, 0.1):
         yield Case(
-            f"linear vendor bf16/fp32 M130 r200 p{p}",
+            f"linear branch_first bf16/fp32 M130 r200 p{p}",
             partial(linear, 130, 96, 160, 200, p=p),
-            "vendor",
+            "branch_first",
         )
     yield Case(
-        "linear vendor fp16/fp16 M130 r16 p0.1, no bias",
+        "linear branch_first fp16/fp16 M130 r16 p0.1, no bias",
         partial(linear, 130, 96, 160, 16, FP16, FP16, 0.1, bias=False),
-        "vendor",
+        "branch_first",
     )
     yield Case(
-        "group vendor bf16 M130 r16+8+4 p0.1",
+        "group branch_first bf16 M130 r16+8+4 p0.1",
         partial(group, 130, (96, 64, 32), 64, (16, 8, 4), p=0.1),
-        "vendor",
+        "branch_first",
     )
     # Few processors: several tiles a program, the widest tile.
-    for kernel, p in (("auto", 0.0), ("auto", 0.1), ("split", 0.0), ("split", 0.1), ("fused", 0.0)):
-        name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 2 processors"
-        yield Case(name, partial(linear, 300, 520, 160, 16, p=p), kernel, processors=2)
+    for p in (0.0, 0.1):
+        name = f"linear bf16/fp32 M300 N520 r16 p{p}, 2 processors"
+        yield Case(name, partial(linear, 300, 520, 160, 16, p=p), processors=2)
+        # S comes from a launch of its own.
+        name = f"group bf16 M300 N520+264 K160 r16 p{p}, 2 processors"
+        yield Case(name, partial(group, 300, (520, 264), 160, (16, 16), p=p), processors=2)
     # Programs that begin when others have drawn their tiles, if fewer are resident.
-    for kernel, p in (("split", 0.0), ("chained", 0.1)):
-        name = f"linear {kernel} bf16/fp32 M300 N520 r16 p{p}, 6 processors"
-        yield Case(name, partial(linear, 300, 520, 160, 16, p=p), kernel, processors=6)
+    for p in (0.0, 0.1):
+        name = f"linear one_launch bf16/fp32 M300 N520 r16 p{p}, 6 processors"
+        yield Case(name, partial(linear, 300, 520, 160, 16, p=p), "one_launch", processors=6)
     # The widest that is read through pointers, forward and backward.
-    for kernel, r in (("chained", 40), ("split", 16)):
-        name = f"linear {kernel} bf16/fp32 M300 N496 r{r} p0.0, 3 processors"
-        yield Case(name, partial(linear, 300, 496, 160, r), kernel, processors=3)
+    for r in (40, 16):
+        name = f"linear one_launch bf16/fp32 M300 N496 r{r} p0.0, 3 processors"
+        yield Case(name, partial(linear, 300, 496, 160, r), "one_launch", processors=3)
+    name = "group bf16 M300 N496+496 K160 r40 p0.0, 3 processors"
+    yield Case(name, partial(group, 300, (496, 496), 160, (40, 40)), processors=3)
     # One program for two tiles of S, or two of dS and one of dB.
     for n, k, p, processors in ((800, 96, 0.0, 9), (96, 800, 0.1, 9), (800, 96, 0.0, 3)):
-        name = f"linear chained bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
-        yield Case(name, partial(linear, 200, n, k, 16, p=p), "chained", processors)
+        name = f"linear one_launch bf16/fp32 M200 N{n} K{k} r16 p{p}, {processors} processors"
+        yield Case(name, partial(linear, 200, n, k, 16, p=p), "one_launch", processors)
     # S, dB and dA whose parts programs share, each with counters of its own, beside those of the
     # chain.
     for p in (0.0, 0.1):
-        name = f"linear chained bf16/fp32 M520 N520 K64 r16 p{p}, shared sums"
-        yield Case(name, partial(linear, 520, 520, 64, 16, p=p), "chained")
+        name = f"linear one_launch bf16/fp32 M520 N520 K64 r16 p{p}, shared sums"
+        yield Case(name, partial(linear, 520, 520, 64, 16, p=p), "one_launch")
     # A tile of S has more rows than the product's.
     for p in (0.0, 0.1):
         run = partial(
-            autotuned,
-            Choice("chained", "", Tile(64, 256, 64, 8, 3)),
+            with_tile,
+            Tile(64, 256, 64, 8, 3),
             partial(linear, 200, 264, 160, 16, p=p),
         )
-        yield Case(f"linear bf16/fp32 M200 N264 r16 p{p}, autotuned 64 x 256", run, processors=5)
+        yield Case(f"linear bf16/fp32 M200 N264 r16 p{p}, measured 64 x 256", run, processors=5)
     for m, k, p in (
         (1, 1024, 0.0),
         (5, 520, 0.0),
@@ -452,9 +448,10 @@ def cases() -> Iterator[Case]:
             )
     for name in every:
         for how in ("far rows", "far columns"):
-            for kernel, m in (("auto", 33), ("auto", 130), ("split", 130)):
-                run = partial(linear, m, 96, 160, 16, p=0.1, layouts={name: how})
-                yield Case(f"linear {kernel} bf16/fp32 M{m} r16 p0.1, {name} {how}", run, kernel)
+            for strategy, m, r in (("auto", 33, 16), ("auto", 130, 16), ("branch_first", 130, 200)):
+                run = partial(linear, m, 96, 160, r, p=0.1, layouts={name: how})
+                words = f"linear {strategy} bf16/fp32 M{m} r{r} p0.1, {name} {how}"
+                yield Case(words, run, strategy)
     for m in (33, 130):
         yield Case(
             f"linear bf16/fp32 M{m} N71 K67 r3 p0.1, odd sizes",
@@ -474,9 +471,9 @@ def cases() -> Iterator[Case]:
             run = partial(linear, m, n, k, r, FP32, FP32, p)
             yield Case(f"linear {words} M{m} N{n} K{k} r{r} p{p}", run, precision=precision)
         yield Case(
-            f"linear split {words} M70",
+            f"linear one_launch {words} M70",
             partial(linear, 70, 72, 96, 16, FP32, FP32, 0.1),
-            "split",
+            "one_launch",
             precision=precision,
         )
     for m, r, p, dtype in (
@@ -496,13 +493,11 @@ def cases() -> Iterator[Case]:
         )
     for p in (0.0, 0.1):
         name = f"group split-K bf16 M66 N64+32+32 K1024 r16 p{p}"
-        yield Case(name, partial(group, 66, (64, 32, 32), 1024, (16,) * 3, p=p), "split")
-    for kernel in ("auto", "split"):
-        yield Case(
-            f"group {kernel} bf16 M130 N64+64 r48 p0.1",
-            partial(group, 130, (64, 64), 96, (48, 48), p=0.1),
-            kernel,
-        )
+        yield Case(name, partial(group, 66, (64, 32, 32), 1024, (16,) * 3, p=p))
+    yield Case(
+        "group bf16 M130 N64+64 r48 p0.1",
+        partial(group, 130, (64, 64), 96, (48, 48), p=0.1),
+    )
     for m, p, dtype in ((33, 0.1, BF16), (130, 0.0, BF16), (130, 0.1, BF16), (70, 0.1, FP32)):
         yield Case(
             f"mlp {WORDS[dtype]} M{m} r16+8+4 p{p}", partial(mlp, m, 96, 64, 80, dtype=dtype, p=p)
@@ -512,7 +507,7 @@ def cases() -> Iterator[Case]:
             f"mlp {activation} bf16 M130 p0.1",
             partial(mlp, 130, 96, 64, 80, p=0.1, activation=activation),
         )
-    yield Case("mlp split bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1), "split")
+    yield Case("mlp one_launch bf16 M130 p0.1", partial(mlp, 130, 96, 64, 80, p=0.1), "one_launch")
     yield Case(
         "mlp bf16 M130 p0.1, shared A", partial(mlp, 130, 96, 64, 80, (16,) * 3, p=0.1, shared=True)
     )

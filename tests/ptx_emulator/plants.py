@@ -70,8 +70,11 @@ def _one_more(found: re.Match[str]) -> str:
     return f"{found[1]}{int(found[2]) + 1}"
 
 
-_CHAINED, _SPLIT = "linear chained bf16/fp32 M130 r16 p0.1", "linear split bf16/fp32 M130 r16 p0.1"
-_TICKETS = "linear split bf16/fp32 M300 N520 r16 p0.0, 6 processors"
+_CHAINED, _APART_S = (
+    "linear one_launch bf16/fp32 M130 r16 p0.1",
+    "linear branch_first bf16/fp32 M130 r200 p0.1",
+)
+_TICKETS = "linear one_launch bf16/fp32 M300 N520 r16 p0.0, 6 processors"
 _LONG = "linear bf16/fp32 M33 K520 r16 p0.1, long sum"
 _OPTIMIZER = "optimizer bf16, masters, clipped"
 _SPLIT_K = "_lora_linear_split_k_kernel"
@@ -87,8 +90,8 @@ PLANTS = {
     "split-k-acquire": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".release."),
     "split-k-scope": Plant(_LONG, _SPLIT_K, "common.py", r"\.gpu\.acq_rel\.", ".cta.acq_rel."),
     "split-k-copies": Plant(_LONG, _SPLIT_K, "linear_split_k.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
-    "down-copies": Plant(_SPLIT, _DOWN, "thin_products.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
-    "down-buffers": Plant(_SPLIT, _DOWN, "thin_products.py", _BARRIER, schedule=_APART),
+    "down-copies": Plant(_APART_S, _DOWN, "thin_products.py", r"(cp\.async\.wait_group\s+)(\d+)", _one_more),
+    "down-buffers": Plant(_APART_S, _DOWN, "thin_products.py", _BARRIER, schedule=_APART),
     "flag-release": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.release\.", ".relaxed.", AMPERE),
     "flag-acquire": Plant(_CHAINED, "_lora_linear_kernel", "chain.py", r"\.acquire\.", ".relaxed.", AMPERE),
     "flag-barrier": Plant(_CHAINED, "_lora_linear_kernel", "common.py", _BARRIER, "", AMPERE, Schedule(warps="first")),
@@ -97,15 +100,15 @@ PLANTS = {
     "tma-flag-acquire": Plant(_CHAINED, _TMA, "chain.py", r"\.acquire\.", ".relaxed.", WITH_TMA),
     "ticket-barrier": Plant(_TICKETS, _TMA, "tickets.py", _BARRIER, "", WITH_TMA, _APART),
     "ticket-reset": Plant(_TICKETS, _TMA, "tickets.py", r"@%p\d+ red\.global[^;]*;", "", WITH_TMA),
-    "proxy-fence": Plant(_SPLIT, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", WITH_TMA),
-    "wgmma-wait": Plant(_SPLIT, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
-    "wgmma-fence": Plant(_SPLIT, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
-    "load-bytes": Plant(_SPLIT, _TMA, "linear_tma.py", r"(expect_tx\.shared\S* _, \[%r\d+\], )(\d+)", _one_more, WITH_TMA),
-    "store-wait": Plant(_SPLIT, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", WITH_TMA),
-    "tcgen05-wait-for-stores": Plant(_SPLIT, _TMA, "common.py", r"tcgen05\.wait::st\.sync\.aligned;", "", TCGEN05),
-    "tcgen05-wait-for-loads": Plant(_SPLIT, _TMA, "linear_tma.py", r"tcgen05\.wait::ld\.sync\.aligned;", "", TCGEN05),
-    "tcgen05-fence": Plant(_SPLIT, _TMA, "common.py", r"fence\.proxy\.async\.shared::cta;", "", TCGEN05),
+    "proxy-fence": Plant(_CHAINED, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", WITH_TMA),
+    "wgmma-wait": Plant(_CHAINED, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
+    "wgmma-fence": Plant(_CHAINED, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
+    "load-bytes": Plant(_CHAINED, _TMA, "linear_tma.py", r"(expect_tx\.shared\S* _, \[%r\d+\], )(\d+)", _one_more, WITH_TMA),
+    "store-wait": Plant(_CHAINED, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", WITH_TMA),
+    "tcgen05-wait-for-stores": Plant(_CHAINED, _TMA, "common.py", r"tcgen05\.wait::st\.sync\.aligned;", "", TCGEN05),
+    "tcgen05-wait-for-loads": Plant(_CHAINED, _TMA, "linear_tma.py", r"tcgen05\.wait::ld\.sync\.aligned;", "", TCGEN05),
+    "tcgen05-fence": Plant(_CHAINED, _TMA, "common.py", r"fence\.proxy\.async\.shared::cta;", "", TCGEN05),
     # The thread arrives itself, before its products have ended.
-    "tcgen05-early-arrival": Plant(_SPLIT, _TMA, "common.py", r"tcgen05\.commit\.\S+ (\[%r\d+\]);", _ARRIVAL, TCGEN05),
-    "tcgen05-deallocation": Plant(_SPLIT, _TMA, "linear_tma.py", r"@%p\d+ tcgen05\.dealloc\.[^;]*;", "", TCGEN05),
+    "tcgen05-early-arrival": Plant(_CHAINED, _TMA, "common.py", r"tcgen05\.commit\.\S+ (\[%r\d+\]);", _ARRIVAL, TCGEN05),
+    "tcgen05-deallocation": Plant(_CHAINED, _TMA, "linear_tma.py", r"@%p\d+ tcgen05\.dealloc\.[^;]*;", "", TCGEN05),
 }  # fmt: skip

@@ -152,7 +152,7 @@ def losses(times: pd.DataFrame) -> pd.DataFrame:
 
 
 def regrets(times: pd.DataFrame) -> pd.DataFrame:
-    """Return by direction how much longer dispatch's kernel takes than the fastest, less 1: calls,
+    """Return by direction how much longer dispatch's strategy takes than the fastest, less 1: calls,
     mean and worst.
     """
     timed = times[
@@ -245,7 +245,7 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
         "Predicted for an H100, and measured: a layer taken apart, us": ""
         if dry
         else estimates(times).to_string(index=False),
-        "The tables' choice against the best kernel (regret)": regrets(times).to_string(),
+        "The table's choice against the best strategy (regret)": regrets(times).to_string(),
         "Where we lose, us: the worst": losses(times).head(30).to_string(index=False),
         "MLPs, projections, training steps, optimizers, us": others.to_string(),
         "Clock, MHz, and reasons for a lower one": clock,

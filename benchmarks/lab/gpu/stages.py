@@ -16,8 +16,8 @@ SMOKE = tuple(
     f"{BRING_UP}::test_doctor[{check}]"
     for check in ("lora_linear, many rows, bf16", "lora_linear, dropout, bf16", "stable_adamw, 3 steps, fp32")
 )  # fmt: skip
-# S; the product by pointers and by TMA; fused and split-K; chained; groups, MLPs, quantized
-# weights.
+# S; a branch onto the vendor's product; few rows; one launch by pointers, by TMA and by split-K;
+# groups, MLPs, quantized weights.
 KERNELS = (
     f"{BRING_UP}::test_down",
     f"{BRING_UP}::test_linear",

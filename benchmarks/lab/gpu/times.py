@@ -49,7 +49,7 @@ BF16 = torch.bfloat16
 EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
 # Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate
 # products.
-FORCED = {"one op, in one kernel": "split", "one op, vendor's products": "vendor"}
+FORCED = {"one op, in one kernel": "one_launch", "one op, vendor's products": "branch_first"}
 # The vendor's product, written and added to what is there, by beta; and all of our launches that
 # come before it if it is added.
 PRODUCTS = {"addmm_, beta 0": 0.0, "addmm_, beta 1": 1.0}
@@ -79,52 +79,57 @@ SECONDS, HEADLINE_SECONDS = 0.03, 0.2
 def arms_of(
     case: LayerCase, arms: Iterable[str], forced: Mapping[str, tuple[str, str]], ours: str
 ) -> Arms:
-    """Return ``arms`` of a case of the suite, and ``ours`` by the kernels in ``forced``, of forward
-    and backward.
+    """Return ``arms`` of a case of the suite, and ``ours`` by the strategies in ``forced``, of
+    forward and backward.
     """
     case.open()
 
-    def build(arm: str, kernels: tuple[str, str]) -> Phases:
+    def build(arm: str, strategies: tuple[str, str]) -> Phases:
         parts = case.build(arm)
 
         def call(*names: str) -> None:
             for name in names:
-                with slk.settings(backend="triton"), slk.settings(strategy=kernels[name == "backward"]):
+                strategy = strategies[name == "backward"]
+                with slk.settings(backend="triton", strategy=strategy):
                     parts[name]()
             # It drops the outputs and gradients.
             parts["prepare"]()
 
-        forward = "forward" if kernels[0] == kernels[1] else "dispatch's forward"
-        return {forward: partial(call, "forward"), "both": partial(call, "forward", "backward")}
+        phases = {"forward": partial(call, "forward")}
+        # A strategy of the forward alone has no backward.
+        if strategies[0] == strategies[1]:
+            phases["both"] = partial(call, "forward", "backward")
+        return phases
 
     found = {arm: partial(build, arm, ("auto", "auto")) for arm in arms}
-    return found | {name: partial(build, ours, kernels) for name, kernels in forced.items()}
+    return found | {name: partial(build, ours, strategies) for name, strategies in forced.items()}
 
 
 def layer_arms(
     device: Device, m: int, n_out: int, k: int, r: int, dropout: float, rivals: Iterable[str]
 ) -> Arms:
-    """Return the frozen layer, ``rivals``, ours, and ours by each kernel that can compute it."""
+    """Return the frozen layer, ``rivals``, ours, and ours by each strategy that can do it."""
     more = r, BF16, BF16, dropout > 0
     forward, backward = (
         possible_strategies(call)
         for call in (Call("forward", m, n_out, k, *more), Call("backward", m, k, n_out, *more))
     )
-    # A kernel that can compute backward alone runs behind dispatch's forward.
-    forced = {kernel: (kernel if kernel in forward else "auto", kernel) for kernel in backward}
+    forced = {
+        strategy: (strategy, strategy if strategy in backward else "auto") for strategy in forward
+    }
     case = LayerCase(m, k, n_out, r, "bf16", device.device, dropout)
     return arms_of(case, (FROZEN, *rivals, OURS), forced, OURS)
 
 
 def layer(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return the suite's arms, and ours by each kernel that can compute it."""
+    """Return the suite's arms, and ours by each strategy that can do it."""
     # A compilation takes about 12 seconds.
     compiled = (PEFT_COMPILED,) if m in (2048, 8192) and n_out == k == 4096 and r == 16 else ()
     return layer_arms(device, m, n_out, k, r, dropout, (BY_HAND, PEFT, *compiled))
 
 
 def headline(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return the arms of :func:`layer` without the compiled one, and what the strategy "vendor" is
+    """Return the arms of :func:`layer` without the compiled one, and what "branch_first" is
     made of: the branch, and the vendor's product, which writes or adds.
     """
     shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
@@ -184,11 +189,11 @@ class MLP(MLPCase):
 
 def modules(device: Device, kind: str, m: int, n_out: Any, k: int, r: int, dropout: float) -> Arms:
     """Return the suite's arms of projections of one x, or of a gated MLP, with the one op by forced
-    kernels.
+    strategies.
     """
     make: type[LayerCase] = {"mlp": MLP, "projections": ProjectionsCase}[kind]
     case = make(m, k, n_out, r, "bf16", device.device, dropout)
-    forced = {arm: (kernel, kernel) for arm, kernel in FORCED.items()} if kind == "mlp" else {}
+    forced = {arm: (strategy,) * 2 for arm, strategy in FORCED.items()} if kind == "mlp" else {}
     return arms_of(case, case.arms, forced, case.ours[0])
 
 
@@ -251,14 +256,14 @@ def captured(device: Device, rows: int, width: int, layers: int, dropout: float)
 
 
 def role_of(arm: str) -> str:
-    """Return records' role. A forced kernel has none."""
+    """Return records' role. A forced strategy has none."""
     return ROLES.get(arm, "base" if arm.startswith("frozen") else "ours")
 
 
 def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
     for (mode, phase, arm), both in times.items():
         if phase == "both":
-            forward = times.get((mode, "forward", arm)) or times[mode, "dispatch's forward", arm]
+            forward = times[mode, "forward", arm]
             device, host = (
                 [b - f for b, f in zip(*each, strict=True)]
                 for each in zip(both, forward, strict=True)
@@ -309,8 +314,8 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
 
 
 DROPOUT, STATES = (0.1, 0.0), ("shrinking", "latched")
-# What predictions cannot decide: one launch, two or the vendor's product for many rows; S beside a
-# product of few rows at ranks of 32 and 64; split-K from 65 rows up; long sums.
+# What no limit decides: one launch or the vendor's product for many rows; S beside a product of few
+# rows at ranks of 32 and 64; split-K from 65 rows up; long sums.
 DOUBTS = [
     *((m, n, 4096, r, 0.0) for m, r, n in product((16, 64), (32, 64), (4096, 14336))),
     *((m, 4096, 4096, 16, 0.0) for m in (128, 256, 384)),
@@ -334,7 +339,7 @@ SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
     ),
     headline: ([(70, 48, 32, 8, 0.1)], HEADLINE),
     layer: (
-        [(16, 32, 32, 8, 0.1), (70, 32, 32, 8, 0.0)],
+        [(16, 32, 32, 8, 0.0), (70, 32, 32, 8, 0.1)],
         dict.fromkeys(HEADLINE + SHAPES[:12] + DOUBTS + SHAPES),
     ),
     modules: (

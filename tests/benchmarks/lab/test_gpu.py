@@ -47,12 +47,10 @@ def processes() -> str:
     return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
-LAYER_ARMS = {
-    "frozen nn.Linear", "eager LoRA", "PEFT", "ours", "fused", "chained", "split", "vendor",
-}  # fmt: skip
+LAYER_ARMS = {"frozen nn.Linear", "eager LoRA", "PEFT", "ours", "one_launch", "branch_first"}
 ARMS = {
     "step": {"AdamW fused", "StableLoRAAdamW"},
-    "layer": LAYER_ARMS,
+    "layer": LAYER_ARMS | {"few_rows"},
     "headline": LAYER_ARMS | {"addmm_, beta 0", "addmm_, beta 1", "branch alone"},
 }
 
@@ -114,9 +112,10 @@ def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypat
 # The steps of the first tests, in order: a kernel's name or a test's, with the words of its
 # parameters.
 STEPS = (
-    "test_doctor", "test_down[1-", "test_down[2-", "test_linear[odd rows-split", "test_linear[even rows-split",
-    "test_linear[few rows-fused", "test_linear[one tile-chained", "test_linear[long sum-split",
-    "test_linear[many tiles-chained", "test_linear[many tiles of dX-chained", "test_other_ops[group", "test_other_ops[mlp",
+    "test_doctor", "test_down[1-", "test_down[2-", "test_linear[high rank-branch_first",
+    "test_linear[few rows-few_rows", "test_linear[odd rows-branch_first", "test_linear[odd rows-one_launch",
+    "test_linear[one tile-one_launch", "test_linear[even rows-one_launch", "test_linear[many tiles-one_launch",
+    "test_linear[many tiles of dX-one_launch", "test_linear[long sum-one_launch", "test_other_ops[group", "test_other_ops[mlp",
     "nf4", "fp8", "test_the_third_call_is_prepared", "test_a_call", "test_on_the_default_stream", "test_optimizer",
     "test_streams_share", "test_chained_launches_beside_other_work", "test_a_second_gpu",
 )  # fmt: skip
@@ -379,9 +378,9 @@ def test_targets_are_met_missed_or_not_measured(rows, expected):
 
 
 def test_losses_and_regret():
-    arms = {"frozen nn.Linear": 1.0, "eager LoRA": 4.0, "PEFT": 2.5, "ours": 5.0, "split": 4.0}
+    arms = {"frozen nn.Linear": 1.0, "eager LoRA": 4.0, "PEFT": 2.5, "ours": 5.0, "one_launch": 4.0}
     times = pd.DataFrame([timed(*arm, m, "forward") for arm in arms.items() for m in (64, 16)])
-    times.loc[(times.arm == "split") & (times.m == 16), "median"] = 5.0
+    times.loc[(times.arm == "one_launch") & (times.m == 16), "median"] = 5.0
     lost = report.losses(times[times.m == 64])
     assert lost[["arm", "ratio"]].to_numpy().tolist() == [["PEFT", 2.0], ["eager LoRA", 1.25]]
     assert report.regrets(times).loc["forward"].tolist() == [2, 0.125, 0.25]
