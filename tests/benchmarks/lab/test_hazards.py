@@ -373,7 +373,7 @@ def _replaced(text: str, there: str, instead: str, place: int) -> str:
 
 HAZARDS = """
 import runpy, sys
-sys.argv = ["-m", "--triton", {!r}, "--hazards", "--arch", {!r}]
+sys.argv = ["-m", "--triton", {!r}, "--arch", {!r}]
 runpy.run_module("benchmarks.lab.compile_report", run_name="__main__")
 """
 
