@@ -1,5 +1,5 @@
 """Bytes, multiply-adds and launches of a LoRA layer, and the least time that a data sheet allows:
-arithmetic that anyone can check with a pencil. Nothing is measured, and nothing predicted.
+arithmetic that anyone can check with a pencil. Nothing is measured.
 
     python -m benchmarks.lab.arithmetic
 

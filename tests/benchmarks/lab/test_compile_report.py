@@ -168,16 +168,39 @@ def test_other_tritons_keep_no_bounds_but_those_of_the_gpu(monkeypatch) -> None:
     ]
 
 
-def test_a_fault_of_one_launch_fails_the_check(monkeypatch, capsys) -> None:
-    """Its figures are printed, if it has any, and all faults at the end."""
-    good, bad = label_of(HOPPER), label_of(AMPERE)
-    compiled = {good: report.Compiled(CLEAN, []), bad: report.Compiled({}, ["a race"])}
-    monkeypatch.setattr(report, "check", compiled.__getitem__)
-    assert report.run([good]) == 0 and "0 faults in 1 launches" in capsys.readouterr().out
-    assert report.run([good, bad]) == 1
-    first, *_, fault, last = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{HOPPER}: registers 96, shared_bytes 65536, mma HGMMA")
-    assert fault == f"{AMPERE}: a race" and last.endswith("1 faults in 2 launches")
+def test_a_fault_of_one_launch_fails_the_command(monkeypatch, capsys) -> None:
+    """A launch's figures are printed, if it has any, and all faults at the end."""
+    compiled = {
+        "lora_down | r16 | sm_90 | bf16": report.Compiled(CLEAN, []),
+        "lora_down | r32 | sm_90 | bf16": report.Compiled({}, ["a race"]),
+        "lora_linear | r16 | sm_90 | bf16": report.Compiled(CLEAN, ["serialized: X", "spills"]),
+    }
+    by_label = {label_of(words): found for words, found in compiled.items()}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(report, "jobs", lambda arch: by_label)
+    monkeypatch.setattr(report, "check", by_label.__getitem__)
+    assert report.main(["--arch", "sm_90"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    figures = "registers 96, shared_bytes 65536, mma HGMMA.64x16x16 HGMMA.64x64x16"
+    assert lines[0].startswith(f"lora_down | r16 | sm_90 | bf16: {figures}")
+    assert lines[1].startswith("lora_linear | r16 | sm_90 | bf16: registers 96")
+    assert lines[2:] == [
+        "",
+        "lora_down | r32 | sm_90 | bf16: a race",
+        "lora_linear | r16 | sm_90 | bf16: serialized: X",
+        "lora_linear | r16 | sm_90 | bf16: spills",
+        f"Triton {triton.__version__}: 3 faults in 3 launches",
+    ]
+    del by_label[label_of("lora_down | r32 | sm_90 | bf16")]
+    assert report.main(["--arch", "sm_90", "--kernel", "lora_down"]) == 0
+    assert "0 faults in 1 launches" in capsys.readouterr().out
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        report.main([])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
 def test_code_that_does_not_compile_or_may_be_wrong_is_a_fault(monkeypatch) -> None:

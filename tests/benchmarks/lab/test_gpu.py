@@ -294,7 +294,7 @@ def test_what_decides_most_comes_first():
     assert sorted(headline) == sorted(
         (m, 4096, 4096, 16, p) for m in (2048, 8192) for p in (0.0, 0.1)
     )
-    # The README's own is the first, and first among all layers.
+    # The one with most rows and dropout is the first, and first among all layers.
     assert headline[0] == (8192, 4096, 4096, 16, 0.1) == next(iter(times.SECTIONS[times.layer][1]))
 
 
