@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
-import triton
 
 from benchmarks.common.tritons import PINNED
 from benchmarks.lab.compile_report import hazards_amd, machine_code, report
