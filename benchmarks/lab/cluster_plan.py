@@ -1,5 +1,5 @@
 """Memory and traffic of a LoRA run over several machines, before anyone rents them. Nothing is
-measured.
+measured, and no time is forecast.
 
 python -m benchmarks.lab.cluster_plan --checkpointing                      Llama 70B, four machines of eight GPUs
 python -m benchmarks.lab.cluster_plan --model DIRECTORY --nodes 2          a Llama of your own, by its config.json
@@ -298,8 +298,8 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--matrix-rate",
         type=float,
-        default=790e12,
-        help="bfloat16 operations a second of a GPU's products: an H100's",
+        default=989e12,
+        help="bfloat16 operations a second of a GPU: by the data sheet of an H100 SXM",
     )
     args = parser.parse_args(argv)
     for name in ("nodes", "gpus", "tokens", "r", "nvlink", "network", "matrix_rate"):
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.model}: {whole.frozen / 1e9:.2f}e9 frozen parameters, {whole.adapters / 1e6:.1f}e6 in adapters of rank {args.r}; "
         f"{args.nodes} x {args.gpus} GPUs, {args.tokens} tokens a GPU and step, activations "
         f"{'checkpointed' if args.checkpointing else 'kept'}\n\n{table(found, compute, args)}\n\n"
-        "Predicted, not measured. Memory is without CUDA's and NCCL's own and what the allocator cannot use."
+        "Counted, not measured. Memory is without CUDA's and NCCL's own and what the allocator cannot use."
     )
 
 

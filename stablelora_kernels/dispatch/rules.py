@@ -51,7 +51,7 @@ RULES = (
     Rule(lambda c: c.dtype == torch.float32 and c.m > 16,
          "branch_first", "float32, more than 16 rows: Triton has no exact float32 matrix instruction"),
     Rule(lambda c: c.r > MAX_CHAINED_R,
-         "branch_first", f"above rank {MAX_CHAINED_R}: the low-rank product does not fit in the registers beside the other one"),
+         "branch_first", f"above rank {MAX_CHAINED_R}: the low-rank product does not fit in registers beside the product"),
     Rule(lambda c: c.m > MAX_CHAINED_M,
          "branch_first", f"more than {MAX_CHAINED_M} rows: one launch has no flags for more blocks of 64"),
     Rule(_can_take_few_rows,

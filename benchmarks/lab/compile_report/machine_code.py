@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.lab.compile_report import hazards, hazards_amd, hazards_fences, hazards_sass
@@ -47,8 +45,7 @@ def source(launch: Any, arch: str) -> tuple[ASTSource, Any]:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, given = bind(*launch.args, **launch.compiled_with)
     options, *rest = kernel._pack_args(backend, given, bound, specialization, given)
-    make = GluonASTSource if kernel.is_gluon() else ASTSource
-    return make(kernel, *rest), options
+    return ASTSource(kernel, *rest), options
 
 
 def words(launch: Any, arch: str) -> tuple[str, ...]:
@@ -92,33 +89,9 @@ def compile_launch(launch: Any, arch: str) -> Any:
 
 
 def source_digest(launch: Any, arch: str) -> str:
-    """A digest of the input of :func:`compile_launch`, which takes no time: equal digests mean
-    equal code.
-    """
-    return _digest(launch, arch, source(launch, arch)[0].hash())
-
-
-def code_digest(launch: Any, arch: str) -> str:
-    """A digest of the intermediate code of ``launch`` after inlining: equal digests mean equal
-    code. It takes 0.1 to 0.2 s.
-
-    Edits that leave the code of a variant as it was, such as an argument that the variant does not
-    have, keep its digest.
-    """
-    backend = make_backend(target(arch))
-    (built, options) = source(launch, arch)
-    context = ir.context()
-    stages = {}
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    implementation = backend.get_codegen_implementation(options)
-    module = built.make_ir(target(arch), options, implementation, backend.get_module_map(), context)
-    backend.add_stages(stages, options, built.language)
-    return _digest(launch, arch, stages["ttir"](module, {}).str_nodebug())
-
-
-def _digest(launch: Any, arch: str, code: str) -> str:
-    words = f"{triton.__version__} {arch} {sorted(launch.options.items())} {code}"
+    """A digest of the input of :func:`compile_launch`: equal digests mean equal code."""
+    options = sorted(launch.options.items())
+    words = f"{triton.__version__} {arch} {options} {source(launch, arch)[0].hash()}"
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
@@ -139,11 +112,6 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def cuobjdump(cubin: bytes) -> str:
     """Resources and instructions of a cubin, by the tool in Triton's wheel."""
     return _run(_TOOLS / "cuobjdump", ["--dump-resource-usage", "-sass"], cubin).stdout
-
-
-def nvdisasm(cubin: bytes) -> str:
-    """Instructions of a cubin with labels and source lines, likewise."""
-    return _run(_TOOLS / "nvdisasm", ["-g", "-c"], cubin).stdout
 
 
 def serialized(ptx: str) -> str:
@@ -167,7 +135,7 @@ _GCN_ACCESS = re.compile(
 
 
 def read(compiled: Any) -> dict[str, Any]:
-    """The report's columns that come from the code.
+    """The figures of the report that come from the code.
 
     ``mma``: the instructions of a kernel's products by shape, ``HGMMA.64x256x16``: the matrix
     units', else FFMA. ``load_bits`` and ``store_bits``: means over the accesses in the text to

@@ -94,7 +94,6 @@ SECTIONS: dict[str, tuple[float, list[str]]] = {
     "projections": (30, [*TIMES, "projections"]),
     "captured": (50, [*TIMES, "captured"]),
     "step": (50, [*TIMES, "step"]),
-    "specialized": (80, ["benchmarks/lab/gpu/experiment.py", *TIMES, "specialized"]),
     "dram": (60, [*TOOLS, "fewer_bytes"]),
     "memcheck": (110, [*TOOLS, "memcheck"]),
     "synccheck": (50, [*TOOLS, "synccheck"]),

@@ -7,11 +7,8 @@ from __future__ import annotations
 import pandas as pd
 
 from benchmarks.common.records import COLUMNS
-from benchmarks.lab.gpu import verdicts as experiment
+from benchmarks.lab.gpu.parts import DIFFERENCES
 from benchmarks.lab.gpu.rows import FAILED, INTERRUPTED, OK, Row
-from benchmarks.lab.predict import parts
-from benchmarks.lab.predict.ceilings import load_gpu
-from benchmarks.lab.predict.rivals import Shape
 
 # The sections of the first tests, in order.
 FIRST = ("smoke", "doctor", "kernels", "launches")
@@ -166,44 +163,17 @@ def regrets(times: pd.DataFrame) -> pd.DataFrame:
     return (ours / fastest - 1).groupby("phase").agg(["size", "mean", "max"])
 
 
-def estimates(times: pd.DataFrame) -> pd.DataFrame:
-    """Return the launches of layers that are taken apart, and differences of two: what an H100 was
-    predicted to take at least, at the middle and at most, and what was measured; us. ``off``: how
-    far outside that range.
+def taken_apart(times: pd.DataFrame) -> pd.DataFrame:
+    """Return the times of the launches of layers that are taken apart, and differences of two; us.
+    A launch is timed in a graph of many, and alone.
     """
-    rows, gpu = [], load_gpu("h100")
-    for (m, n, k, r, p), timed in times[times.section == "apart"].groupby(
-        ["m", "n_out", "k", "r", "dropout"]
-    ):
-        measured = timed.pivot_table("median", "arm", "phase")
-        found = {
-            name: tuple(each)
-            for name, each in zip(measured.index, measured.to_numpy(), strict=True)
-        }
-        found |= parts.differences(found)
-        shape = Shape(int(m), int(n), int(k), int(r), p > 0, wide_adapters=False)
-        for name, known in parts.predicted(gpu, shape).items():
-            if name in found:
-                of = dict(zip(measured.columns, found[name], strict=True))
-                took = of.get(MANY_LAUNCHES, float("nan"))
-                off = took / known.high - 1 if took > known.high else min(0.0, took / known.low - 1)
-                rows.append(
-                    {
-                        "m": int(m),
-                        "dropout": p,
-                        "launch": name,
-                        **known._asdict(),
-                        **of,
-                        "off": off,
-                    }
-                )
-    return pd.DataFrame(rows).round(2)
-
-
-def experiment_times(times: pd.DataFrame) -> str:
-    """Return the medians of the experiment's arms, by rows and dropout."""
-    timed = times[times.section == "specialized"]
-    return timed.pivot_table("median", "arm", ["dropout", "m"]).round(1).to_string()
+    us = times[times.section == "apart"].pivot_table(
+        "median", "arm", ["dropout", "m", "phase"], sort=False
+    )
+    for name, (more, less) in DIFFERENCES.items():
+        if {more, less} <= {*us.index}:
+            us.loc[name] = us.loc[more] - us.loc[less]
+    return us.round(2)
 
 
 def failures(rows: pd.DataFrame) -> str:
@@ -225,7 +195,7 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
     times = rows[(rows.metric == "us") & (rows.status == OK)]
     tests = rows[rows.section.isin(FIRST) & rows.test.notna()]
     versions = rows[rows.section == "versions"][["case", "note"]].fillna("")
-    others = times[~times.section.isin(["headline", "layer", "apart", "specialized"])].pivot_table(
+    others = times[~times.section.isin(["headline", "layer", "apart"])].pivot_table(
         "median", ["section", "case", "phase", "mode", "arm"]
     )
     # A dry run's figures could be mistaken for measurements.
@@ -238,13 +208,9 @@ def page(rows: pd.DataFrame, machine: Row, dry: bool) -> str:
         "The headline, us": headline(times),
         "The job: python -m benchmarks": job(rows),
         "Targets": "\n".join(verdicts),
-        "The experiment: open questions": "" if dry else "\n".join(experiment.verdicts(times)),
-        "The experiment, us": experiment_times(times),
         "The first tests, in order up to the first that failed": count(tests, "test"),
         "Failed": failures(rows) or "nothing",
-        "Predicted for an H100, and measured: a layer taken apart, us": ""
-        if dry
-        else estimates(times).to_string(index=False),
+        "A layer taken apart, us": taken_apart(times).to_string(),
         "The table's choice against the best strategy (regret)": regrets(times).to_string(),
         "Where we lose, us: the worst": losses(times).head(30).to_string(index=False),
         "MLPs, projections, training steps, optimizers, us": others.to_string(),

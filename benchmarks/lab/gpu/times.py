@@ -25,14 +25,11 @@ import stablelora_kernels as slk
 from benchmarks.common import optimizers
 from benchmarks.common.arms import OURS, PEFT
 from benchmarks.common.records import record
-from benchmarks.lab.gpu import experiment
+from benchmarks.lab.gpu import parts
 from benchmarks.lab.gpu.device import MOST_CALLS, WARMUP, Arm, Device, Run, Samples
+from benchmarks.lab.gpu.parts import Shape, UnavailableError
 from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, MANY_LAUNCHES, ONE_LAUNCH
 from benchmarks.lab.gpu.rows import FAILED, NOTE_LENGTH, SKIPPED, Row
-from benchmarks.lab.predict import parts
-from benchmarks.lab.predict.layer_time import RANKS, ROWS, SIZES
-from benchmarks.lab.predict.rivals import Shape
-from benchmarks.lab.specialized.support import UnavailableError
 from benchmarks.suite.layers import EAGER as BY_HAND
 from benchmarks.suite.layers import FROZEN, PEFT_COMPILED, LayerCase, MLPCase, ProjectionsCase
 from stablelora_kernels.dispatch.problem import Call, device_of
@@ -132,8 +129,7 @@ def headline(device: Device, m: int, n_out: int, k: int, r: int, dropout: float)
     """Return the arms of :func:`layer` without the compiled one, and what "branch_first" is
     made of: the branch, and the vendor's product, which writes or adds.
     """
-    shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
-    calls = parts.calls(shape, partial(random, device))
+    calls = parts.calls(Shape(m, n_out, k, r, dropout), partial(random, device))
     by_phase = {"forward": calls.forward, "dX": calls.backward}
 
     def product(beta: float) -> Phases:
@@ -142,8 +138,10 @@ def headline(device: Device, m: int, n_out: int, k: int, r: int, dropout: float)
         }
 
     def branch() -> Phases:
+        known = device_of(device.device)
         return {
-            phase: experiment.branch_alone_run(p, device.device) for phase, p in by_phase.items()
+            phase: partial(parts.run_all, parts.branch_first(known, p)[:-1], device.device)
+            for phase, p in by_phase.items()
         }
 
     arms = layer_arms(device, m, n_out, k, r, dropout, (BY_HAND, PEFT))
@@ -158,26 +156,15 @@ def random(device: Device, *size: int, dtype: torch.dtype) -> Tensor:
 
 
 def apart(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return each job of a layer's forward and backward as a launch, which is timed among many and
-    alone.
+    """Return each job of a layer's forward and backward as a launch, and the branch ahead of the
+    vendor's product: timed among many and alone.
     """
 
-    shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
-    found = parts.launches(device_of(device.device), shape, partial(random, device))
-    runs = {name: partial(launch.run, device.device) for name, launch in found.items()}
-    return {
-        name: partial(dict, {MANY_LAUNCHES: run, ONE_LAUNCH: run}) for name, run in runs.items()
-    }
-
-
-def specialized(device: Device, m: int, n_out: int, k: int, r: int, dropout: float) -> Arms:
-    """Return the experiment's launches."""
-    shape = Shape(m, n_out, k, r, dropout > 0, wide_adapters=False)
-
     def build(make_run: Callable[[], Run]) -> Phases:
-        return {MANY_LAUNCHES: make_run()}
+        return dict.fromkeys((MANY_LAUNCHES, ONE_LAUNCH), make_run())
 
-    runs = experiment.runs(device.device, shape, partial(random, device))
+    shape = Shape(m, n_out, k, r, dropout)
+    runs = parts.runs(device_of(device.device), device.device, shape, partial(random, device))
     return {name: partial(build, make_run) for name, make_run in runs.items()}
 
 
@@ -274,8 +261,8 @@ def backwards(times: Mapping[Name, Samples]) -> Iterator[tuple[Name, Samples]]:
 def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[Row]:
     """Build the arms, for each mode anew, and time all of them in turns."""
     case = " ".join(f"{name} {value}" for name, value in sizes.items())
-    taken_apart = make in (apart, specialized)
-    by_copies = make in (layer, headline) or taken_apart
+    taken_apart = make is apart
+    by_copies = make in (layer, headline, apart)
     count = device.replicas(2 * sizes["n_out"] * sizes["k"]) if by_copies else 1
     copies, runs = [make(device, **sizes) for _ in range(count)], dict[Name, Arm]()
     for mode, arm in product((GRAPH, EAGER), copies[0]):
@@ -313,6 +300,10 @@ def measure(device: Device, make: Callable[..., Arms], sizes: Row) -> Iterator[R
             }
 
 
+# (N, K) of q_proj and of down_proj and gate_proj, in a model of 1 and one of 8 billion parameters.
+SIZES = ((2048, 2048), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
+ROWS = (1, 16, 64, 512, 2048, 4096, 8192, 16384)
+RANKS = (8, 16, 64, 128)
 DROPOUT, STATES = (0.1, 0.0), ("shrinking", "latched")
 # What no limit decides: one launch or the vendor's product for many rows; S beside a product of few
 # rows at ranks of 32 and 64; split-K from 65 rows up; long sums.
@@ -321,7 +312,7 @@ DOUBTS = [
     *((m, 4096, 4096, 16, 0.0) for m in (128, 256, 384)),
     *((m, 4096, 14336, 16, 0.1) for m in (512, 4096)),
 ]
-# The README's headline, and the same layer with fewer rows and without dropout.
+# A layer whose bytes docs/results/arithmetic.md counts, also with fewer rows and without dropout.
 HEADLINE = [(m, 4096, 4096, 16, p) for p in DROPOUT for m in (8192, 2048)]
 SHAPES = [(m, *nk, r, p) for m, nk, r, p in product(ROWS, SIZES, RANKS, DROPOUT)]
 # Those that the targets name come first.
@@ -331,11 +322,7 @@ PROJECTED = ((4096, 1024, 1024), (14336, 14336))
 SECTIONS: dict[Callable[..., Arms], tuple[Iterable[Any], Iterable[Any]]] = {
     apart: (
         [(70, 48, 32, 8, 0.1), (70, 48, 32, 8, 0.0)],
-        [(s.m, s.n, s.k, s.r, s.p) for s in parts.SHAPES],
-    ),
-    specialized: (
-        [(70, 48, 32, 8, 0.1)],
-        [(s.m, s.n, s.k, s.r, s.p) for s in parts.SHAPES],
+        parts.SHAPES,
     ),
     headline: ([(70, 48, 32, 8, 0.1)], HEADLINE),
     layer: (

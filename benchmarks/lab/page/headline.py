@@ -1,9 +1,10 @@
 """The README's figure, in four panels: what an 8B Llama's layer and a layer's experts keep for
-backward (counted), the time that LoRA adds on an H100 (predicted), and the time of a step that
+backward (counted), the bytes that LoRA moves through memory (counted), and the time of a step that
 trains eight adapters (measured).
 
 ``python -m benchmarks.lab.page`` draws it from ``benchmarks.lab.memory``,
-``benchmarks.lab.mixtures`` and the results stored in benchmarks/results.
+``benchmarks.lab.mixtures``, ``benchmarks.lab.arithmetic`` and the results stored in
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -12,19 +13,16 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 from matplotlib.axes import Axes
 
-from benchmarks.common.arms import PLAIN
+from benchmarks.common.arms import OURS, PLAIN
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, plt, save
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
-from benchmarks.lab import mixtures
+from benchmarks.lab import arithmetic, mixtures
 from benchmarks.lab.memory import ACCELERATED, FROZEN, FUSED, PEFT, saved_mib
-from benchmarks.lab.predict.ceilings import Range
 
 FIGURE = RESULTS.parents[1] / "docs" / "_static" / "headline.png"
-PREDICTED = Path("predicted-h100") / "predicted_dropout_0.1.csv"
 ADAPTERS = Path("xeon-avx512bf16-2core") / "adapters_of_rows.csv"
 
 MEMORY = {
@@ -35,13 +33,11 @@ MEMORY = {
 }
 BF16_ADAPTERS = "PEFT, bf16 adapters"
 MEMORY_TOKENS = 4096
-# The predicted layer, and the rivals that have dropout.
-SHAPE = "m == 8192 and n == 4096 and k == 4096 and r == 16"
-TIME = {"eager (PEFT)": "PEFT", "LoRAFusion": "LoRAFusion", "ours": "this library"}
+MOVED = {PEFT: "PEFT", PLAIN: PLAIN, OURS: "this library"}
 TOKENS = (16, 64, 256)
 
 # Every other label's bar is this library's, and green.
-COLORS = {"frozen": GREY, "PEFT": BLUE, BF16_ADAPTERS: BLUE, PLAIN: ORANGE, "LoRAFusion": ORANGE}
+COLORS = {"frozen": GREY, "PEFT": BLUE, BF16_ADAPTERS: BLUE, PLAIN: ORANGE}
 BAR = 0.62
 
 
@@ -57,7 +53,7 @@ def draw(results: Path, path: Path = FIGURE) -> list[Path]:
     """Draw the figure to ``path``, if what it shows is in ``results``, which is
     benchmarks/results.
     """
-    if not all((results / file).is_file() for file in (PREDICTED, ADAPTERS)):
+    if not (results / ADAPTERS).is_file():
         return []
     # Large type: a README shows the figure at about 830 pixels.
     with plt.rc_context(STYLE | {"axes.grid": False, "font.size": 13}):
@@ -66,9 +62,13 @@ def draw(results: Path, path: Path = FIGURE) -> list[Path]:
         caption = "One {} for backward: 4,096 tokens, bfloat16, r 16, without dropout"
         layer = caption.format("Llama-3-8B layer keeps")
         experts = caption.format("Qwen3-30B-A3B layer's experts keep")
-        _draw_memory(axes[0, 0], "Memory of a layer (counted)", layer, layer_mib())
-        _draw_memory(axes[0, 1], "Memory of experts (counted)", experts, experts_mib())
-        _draw_predictions(axes[1, 0], results / PREDICTED)
+        _draw_counted(axes[0, 0], "Memory of a layer (counted)", layer, layer_mib(), "MiB")
+        _draw_counted(axes[0, 1], "Memory of experts (counted)", experts, experts_mib(), "MiB")
+        moved = (
+            "Beyond the frozen 4096 x 4096 layer, forward and backward: 8,192 tokens, "
+            "bfloat16, r 16, without dropout"
+        )
+        _draw_counted(axes[1, 0], "Bytes LoRA moves (counted)", moved, moved_mb(), "MB")
         _draw_adapters(axes[1, 1], results / ADAPTERS)
     return [save(figure, path)]
 
@@ -96,12 +96,15 @@ def experts_mib() -> dict[str, float]:
     }
 
 
-def predicted_percent(file: Path) -> dict[str, Range]:
-    """What LoRA adds to the frozen layer's predicted time, in percent, by the names of TIME."""
-    row = pd.read_csv(file).query(SHAPE).iloc[0]
+def moved_mb() -> dict[str, float]:
+    """MB that LoRA reads and writes in forward and backward of a 4096 x 4096 layer, beyond what the
+    frozen layer does, by the names of MOVED.
+    """
+    layer = arithmetic.LAYERS[0]
+    frozen = sum(arithmetic.moved(FROZEN, layer, dropout=False))
     return {
-        label: Range(*(100 * row[f"{arm} {end}"] - 100 for end in Range._fields))
-        for arm, label in TIME.items()
+        label: (sum(arithmetic.moved(arm, layer, dropout=False)) - frozen) / 1e6
+        for arm, label in MOVED.items()
     }
 
 
@@ -113,38 +116,15 @@ def adapters_ratios(file: Path) -> dict[int, float]:
     return {tokens: ratios[f"8 adapters x {tokens} tokens, bf16"] for tokens in TOKENS}
 
 
-def _draw_memory(axis: Axes, title: str, caption: str, kept: dict[str, float]) -> None:
+def _draw_counted(
+    axis: Axes, title: str, caption: str, counts: dict[str, float], unit: str
+) -> None:
     bars = [
-        Bar(label, COLORS.get(label, GREEN), mib, f" {mib:,.0f} MiB") for label, mib in kept.items()
+        Bar(label, COLORS.get(label, GREEN), count, f" {count:,.0f} {unit}")
+        for label, count in counts.items()
     ]
     _draw_bars(axis, bars)
-    _finish(axis, title, caption, bars, limit=1.35 * kept["PEFT"])
-
-
-def _draw_predictions(axis: Axes, file: Path) -> None:
-    """A line for each range, and a dot at its middle: no bar, since nothing was measured."""
-    added = predicted_percent(file)
-    bars = [
-        Bar(
-            label,
-            COLORS.get(label, GREEN),
-            known.high,
-            f"  {known.middle:.0f} % ({known.low:.0f} to {known.high:.0f})",
-        )
-        for label, known in added.items()
-    ]
-    for place, (bar, known) in enumerate(zip(bars, added.values(), strict=True)):
-        ends = [known.low, known.high]
-        axis.plot(ends, [place, place], color=bar.color, linewidth=5, alpha=0.4)
-        axis.plot(known.middle, place, "o", color=bar.color, markersize=10)
-    _finish(
-        axis,
-        "Time LoRA adds, H100 (predicted)",
-        "Percent of a frozen 4096 x 4096 layer: 8,192 rows, bfloat16, r 16, dropout 0.1. "
-        "Dot: our time model's estimate; line: its range",
-        bars,
-        limit=1.6 * added["PEFT"].high,
-    )
+    _finish(axis, title, caption, bars, limit=1.35 * max(counts.values()))
 
 
 def _draw_adapters(axis: Axes, file: Path) -> None:

@@ -21,12 +21,11 @@ from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS
 from benchmarks.lab.gpu import __main__ as command
 from benchmarks.lab.gpu import report, stages, times
-from benchmarks.lab.predict import parts
-from benchmarks.lab.predict.ceilings import load_gpu
 from stablelora_kernels.cli.self_test import checks
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.utils.threads import ONE_THREAD
 from tests.gpu.test_nvidia_tools import WATCHED
+from tests.helpers.processes import python
 
 # On a GPU the command itself is the test. A dry run hides the GPU from its processes, but this
 # process cannot.
@@ -77,7 +76,7 @@ def test_a_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     )
     graphs = pd.concat(found.values()).query("metric == 'us' and mode == 'graph' and median > 0")
     arms = graphs.groupby("section").arm.agg(set)
-    sections = {"headline", "specialized", "apart", "layer", "mlp", "projections", "step"}
+    sections = {"headline", "apart", "layer", "mlp", "projections", "step"}
     assert {*arms.index} == sections and dict(arms[[*ARMS]]) == ARMS
 
 
@@ -294,7 +293,7 @@ def test_what_decides_most_comes_first():
     assert sorted(headline) == sorted(
         (m, 4096, 4096, 16, p) for m in (2048, 8192) for p in (0.0, 0.1)
     )
-    # The README's own is the first, and first among all layers.
+    # The one with most rows and dropout is the first, and first among all layers.
     assert headline[0] == (8192, 4096, 4096, 16, 0.1) == next(iter(times.SECTIONS[times.layer][1]))
 
 
@@ -339,28 +338,56 @@ def results(
     return [*rows, timed("ours", us, 0, "step", section="step", state="shrinking", dtype="float32")]
 
 
-def test_what_was_predicted_stands_beside_what_was_measured():
-    """S measured as at the high end; dX alone within its range and dX with dA 30 us above it, so
-    dA's tail is what was wrong.
-    """
-    shape = parts.Shape(2048, 4096, 4096, 16, True, wide_adapters=False)
-    known = parts.predicted(load_gpu("h100"), shape)
-    took = {
-        "S": known["S"].high,
-        "dX": known["dX"].middle,
-        "dX and dA": known["dX and dA"].high + 30,
-    }
+def test_a_layer_taken_apart_has_differences_of_two_launches():
+    took = {"dX": 90.0, "dX and dA": 120.5, "S": 9.0}
     rows = [
-        timed(arm, us, 2048, phase, section="apart")
+        timed(arm, us + (phase == report.ONE_LAUNCH), 2048, phase, section="apart")
         for phase in (report.MANY_LAUNCHES, report.ONE_LAUNCH)
         for arm, us in took.items()
     ]
-    found = report.estimates(pd.DataFrame(rows)).set_index("launch")
-    assert [*found.index] == ["S", "dX", "dX and dA", "dA's tail"] and (
-        found.low <= found.high
-    ).all()
-    assert found.off["S"] == found.off["dX"] == 0 < found.off["dX and dA"] < found.off["dA's tail"]
+    us = report.taken_apart(pd.DataFrame(rows))
+    assert [*us.index] == ["dX", "dX and dA", "S", "dA's tail"]
+    many = us[0.1, 2048, report.MANY_LAUNCHES]
+    assert many.tolist() == [90.0, 120.5, 9.0, 30.5]
+    assert us[0.1, 2048, report.ONE_LAUNCH].tolist() == [91.0, 121.5, 10.0, 30.5]
     assert "dA's tail" in report.page(pd.DataFrame(rows), {"gpu": "x"}, dry=False)
+
+
+LAUNCHED = """
+import torch
+from benchmarks.common.null_driver import null_driver, null_driver_problem
+if problem := null_driver_problem():
+    print(problem)
+    raise SystemExit(77)
+from benchmarks.lab.gpu import parts
+from stablelora_kernels.dispatch.problem import DEVICES
+from stablelora_kernels.launch.base import launch_counts
+
+def make(*size, dtype):
+    return (torch.randn if dtype.is_floating_point else torch.zeros)(*size, dtype=dtype)
+
+with null_driver():
+    shape = parts.Shape(300, 512, 256, 16, {})
+    runs = parts.runs(DEVICES["sm_90"], torch.device("cpu"), shape, make)
+    for build in runs.values():
+        before = sum(launch_counts.values())
+        run = build()
+        run()
+        assert sum(launch_counts.values()) > before or run.func == parts.run_all
+print(*runs, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("dropout", [0.1, pytest.param(0.0, marks=pytest.mark.nightly)])
+def test_every_part_launches_over_the_null_driver(dropout: float) -> None:
+    """Triton's own launcher takes the arguments of each."""
+    done = python(LAUNCHED.format(dropout))
+    if done.returncode == 77:
+        pytest.skip(f"the null driver can't run: {done.stdout.strip()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    of_differences = {part for pair in report.DIFFERENCES.values() for part in pair}
+    without_mask = {"S, its mask not stored"} if not dropout else set()
+    assert of_differences - without_mask <= {*done.stdout.splitlines()}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
-import triton
 
 from benchmarks.common.tritons import PINNED
 from benchmarks.lab.compile_report import hazards_amd, machine_code, report
@@ -242,31 +241,6 @@ def test_no_row_has_a_fault(code: str, text: str, words: str, monkeypatch) -> No
         machine_code.read(SimpleNamespace(asm=asm))
 
 
-def test_only_faults_are_printed(monkeypatch, capsys) -> None:
-    variants = {
-        "r16": {"serialized": ""},
-        "r32": "R4 is lost",
-        "r64": {"serialized": "C7511 X"},
-        "r128": "not compiled: Y",
-    }
-    rows = {("lora_down", variant, "sm_90", "bf16"): row for variant, row in variants.items()}
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(report, "make_row", rows.__getitem__)
-    monkeypatch.setattr(report, "jobs", lambda arch: rows)
-    assert report.main(["--hazards", "--arch", "sm_90"]) == 1
-    *faults, summary = capsys.readouterr().out.splitlines()
-    assert faults == [
-        "lora_down | r32 | sm_90 | bf16: R4 is lost",
-        "lora_down | r64 | sm_90 | bf16: serialized: C7511 X",
-        "lora_down | r128 | sm_90 | bf16: not compiled: Y",
-    ]
-    assert summary == f"Triton {triton.__version__}: 3 of 4 rows have a fault"
-    monkeypatch.setattr(report, "jobs", lambda arch: [*rows][:1])
-    assert report.main(["--hazards", "--arch", "sm_90"]) == 0
-    with pytest.raises(SystemExit):
-        report.main(["--hazards", "--check"])
-
-
 def test_a_jump_that_cannot_be_followed() -> None:
     text = IN_FLIGHT.format(group="", wait="BRX R4 -0x40")
     with pytest.raises(ValueError, match="cannot follow BRX R4 -0x40 at 0x50"):
@@ -373,7 +347,7 @@ def _replaced(text: str, there: str, instead: str, place: int) -> str:
 
 HAZARDS = """
 import runpy, sys
-sys.argv = ["-m", "--triton", {!r}, "--hazards", "--arch", {!r}]
+sys.argv = ["-m", "--triton", {!r}, "--arch", {!r}]
 runpy.run_module("benchmarks.lab.compile_report", run_name="__main__")
 """
 
