@@ -33,6 +33,7 @@ from stablelora_kernels.model import (
 from stablelora_kernels.nn import LoRALinear, MergeError
 from stablelora_kernels.optim import PairStability, StabilityLogger, StableLoRAAdamW, plot_stability
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
+from stablelora_kernels.status import Status, status
 
 __all__ = [
     "AccelerateCallback",
@@ -50,6 +51,7 @@ __all__ = [
     "StabilityLogger",
     "StableLoRAAdamW",
     "StableLoRAAdamWFactory",
+    "Status",
     "__version__",
     "accelerate_peft",
     "adapters_of_rows",
@@ -71,6 +73,7 @@ __all__ = [
     "restore_peft",
     "save_adapter",
     "settings",
+    "status",
     "unmerge_lora",
 ]
 

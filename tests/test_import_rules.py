@@ -24,7 +24,7 @@ LEVELS = (
     {"launch"},
     {"ops", "optim"},
     {"cross_entropy"},
-    {"functional", "explanation", "graph_watch"},
+    {"functional", "explanation", "graph_watch", "status"},
     {"nn", "graphed_step"},
     {"model", "tensor_parallel", "testing"},
     {"integrations"},
@@ -81,6 +81,13 @@ def ours(*parts: str) -> tuple[str, ...]:
 
 
 ALL, TRITON = (PACKAGE, "benchmarks", "tests", "examples"), ours("kernels", "launch")
+PROOFS = ours(
+    "ops.proofs",
+    "ops.lora_linear_proof",
+    "ops.lora_mlp_proof",
+    "ops.lora_rows_proof",
+    "ops.lora_linear_cross_entropy_proof",
+)
 # Tests and benchmarks/lab may take kernels and launches apart.
 RULES = (
     Rule("only launch/ imports kernels/", ALL, ours("kernels"), (*TRITON, "tests", "benchmarks.lab")),
@@ -89,8 +96,8 @@ RULES = (
     Rule("dispatch/ imports neither launch/ nor ops/", ours("dispatch"), ours("launch", "ops")),
     Rule("dispatch/ imports Triton only inside functions", ours("dispatch"), ("triton",), eager=True),
     Rule("nn/ does not import optim/", ours("nn"), ours("optim")),
-    Rule("only tests, testing/ and the self-test import reference/", ALL, ours("reference"),
-         (*ours("__init__", "reference", "testing", "cli.self_test", "cli.self_test_layers"), "tests")),
+    Rule("only tests, testing/, first use's proofs and the self-test import reference/", ALL, ours("reference"),
+         (*ours("__init__", "reference", "testing", "cli.self_test", "cli.self_test_layers"), *PROOFS, "tests")),
     Rule("only tests import cli/", ALL, ours("cli"), (*ours("cli", "__main__"), "tests")),
     Rule("only benchmarks.lab, its tests and the PTX emulator import benchmarks.lab", ALL, ("benchmarks.lab",),
          ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 
 @dataclass(eq=False, slots=True)
@@ -27,3 +29,17 @@ def tally_of(op: str, strategy: str, reason: str) -> Tally:
 def tallies() -> list[Tally]:
     """All that have a call."""
     return [tally for tally in [*_tallies.values()] if tally.calls]
+
+
+# By module: the reasons why another library's forward computed its calls, and how often.
+_fallbacks: WeakKeyDictionary[object, Counter[str]] = WeakKeyDictionary()
+
+
+def note_fallback(module: object, reason: str) -> None:
+    """Count a call that another library's forward computes."""
+    _fallbacks.setdefault(module, Counter())[reason] += 1
+
+
+def fallbacks_of(module: object) -> Counter[str]:
+    """How many calls of ``module`` another library's forward has computed, by reason."""
+    return _fallbacks.get(module, Counter())

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from stablelora_kernels.dispatch.tallies import note_fallback
 from stablelora_kernels.integrations.peft_faults import fault_of_packed
 from stablelora_kernels.integrations.peft_operands import is_observed
 from stablelora_kernels.integrations.peft_wrappers import (
@@ -89,6 +90,8 @@ class AcceleratedExperts(FusableExperts, ParamWrapper):
         fault = fault_of_packed(self) if self._has_effect() else None
         if fault is not None:
             raise RuntimeError(f"{reason}, and {fault}")
+        if not torch.compiler.is_compiling():
+            note_fallback(self, reason)
         return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def module_of_experts(self) -> nn.Module:

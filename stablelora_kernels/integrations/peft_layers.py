@@ -20,6 +20,7 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from stablelora_kernels.dispatch.tallies import note_fallback
 from stablelora_kernels.functional import LoRAWeights, lora_linear_if
 from stablelora_kernels.integrations.peft_dora import Dora, is_dora, read_dora
 from stablelora_kernels.integrations.peft_operands import (
@@ -198,6 +199,24 @@ def _output_by_rows(
     return output_by_rows(layer, rows, x, args, _for_base(kwargs))
 
 
+def _reason_for_peft(layer: PeftLayer, x: Tensor, kwargs: dict[str, object]) -> str:
+    """Why PEFT's own forward computes a call of an accelerated layer."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    if kwargs.get("adapter_names") is not None:
+        return "adapter_names chooses an adapter for each row"
+    if is_observed(layer):
+        return "its modules are observed"
+    adapters = read_adapters(layer, layer.active_adapters)
+    if isinstance(adapters, str):
+        return adapters
+    if not adapters:
+        return "no adapter is active"
+    return f"the op does not compute x of {x.dtype} on {x.device.type} with them"
+
+
 class Accelerated(RunsRows):
     """A mixin in front of a PEFT class. Calls that it does not support run that class's forward."""
 
@@ -219,7 +238,11 @@ class Accelerated(RunsRows):
                     y = group.output(self, x)
                 if y is None:
                     y = output_of(self, x)
-        return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
+        if y is not None:
+            return y
+        if not torch.compiler.is_compiling():
+            note_fallback(self, _reason_for_peft(self, x, kwargs))
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def _mixed_batch_forward(
         self: Any, x: Tensor, *args: object, adapter_names: list[str], **kwargs: object

@@ -52,7 +52,7 @@ from stablelora_kernels.ops.lora_linear_triton import (
     lora_linear_bwd,
     lora_linear_fwd,
 )
-from stablelora_kernels.ops.plans import Entry, tensors_of
+from stablelora_kernels.ops.plans import Entry, tally_of_operators, tensors_of
 from stablelora_kernels.projection import (
     BIASES,
     LORA_AS,
@@ -217,6 +217,8 @@ def lora_linear_op(
         if entry is not None:
             if _prefers_operators(facts, x, projections, base):
                 facts = _facts_of(x, projections, base, dropout_p, "torch")
+            if facts.backend == "torch" and facts.strategy != "one by one":
+                facts = facts._replace(tally=tally_of_operators("lora_linear", x.device))
             entry.facts = facts
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
@@ -225,6 +227,8 @@ def lora_linear_op(
             lora_linear_op(x, (p,), None, dropout_p, backend, member)[0]
             for p, member in zip(projections, members, strict=True)
         ]
+    if facts.tally is not None:
+        facts.tally.calls += 1
     if facts.strategy == "plain operators":
         return (plain_operators(x, projections[0], base, dropout_p),)
     if facts.backend == "torch":

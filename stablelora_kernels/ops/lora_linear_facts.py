@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from stablelora_kernels.dispatch.tallies import Tally
 from stablelora_kernels.ops.lora_linear_call import (
     LinearBackwardSettings,
     LinearForwardSettings,
@@ -45,3 +46,5 @@ class LinearFacts(NamedTuple):
     backward: LinearBackwardSettings
     # "one by one": the projections' own entries.
     members: tuple[Entry, ...]
+    # Of calls on the PyTorch path that have a key.
+    tally: Tally | None = None

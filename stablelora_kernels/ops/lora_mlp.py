@@ -39,7 +39,7 @@ from stablelora_kernels.ops.lora_mlp_triton import (
     lora_mlp_bwd,
     lora_mlp_fwd,
 )
-from stablelora_kernels.ops.plans import Entry
+from stablelora_kernels.ops.plans import Entry, tally_of_operators
 from stablelora_kernels.projection import (
     LORA_AS,
     LORA_BS,
@@ -177,11 +177,15 @@ def lora_mlp_op(
         if entry is not None:
             if _prefers_operators(facts, x, projections):
                 facts = facts_of(x, projections, options._replace(backend="torch"))
+            if facts.options.backend == "torch" and facts.strategy != "one by one":
+                facts = facts._replace(tally=tally_of_operators("lora_mlp", x.device))
             entry.facts = facts
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         members = [None, None, None] if entry is None else facts.members
         return _one_by_one(x, projections, facts.options, members)
+    if facts.tally is not None:
+        facts.tally.calls += 1
     if facts.options.backend == "torch":
         return lora_mlp_torch(facts, entry is not None, x, projections)
     operands = operands_of(projections)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch import problem
+from stablelora_kernels.dispatch.tallies import Tally
 from stablelora_kernels.ops.cpu_products import is_few
 from stablelora_kernels.ops.dropout import scalings_after_dropout
 from stablelora_kernels.ops.lora_mlp_call import (
@@ -78,6 +79,8 @@ class MLPFacts(NamedTuple):
     backward: MLPBackwardSettings
     # "one by one": the projections' own entries.
     members: Sequence[Entry | None]
+    # Of calls on the PyTorch path that have a key.
+    tally: Tally | None = None
 
 
 def facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> MLPFacts:

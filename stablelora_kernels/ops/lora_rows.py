@@ -33,7 +33,7 @@ from stablelora_kernels.ops.lora_rows_triton import (
     lora_rows_fwd,
 )
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
-from stablelora_kernels.ops.plans import tensors_of
+from stablelora_kernels.ops.plans import tally_of_operators, tensors_of
 from stablelora_kernels.projection import Projection, split
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 
@@ -117,6 +117,8 @@ def lora_rows(
     if backend == "triton":
         scalings = [scalings_after_dropout([b.scaling], b.dropout_p)[0] for b in branches]
         settings = settings._replace(scalings=tuple(scalings))
+    if backend == "torch" and not torch.compiler.is_compiling():
+        tally_of_operators("lora_rows", x.device).calls += 1
     facts = _Facts(backend, settings, x.dtype, tuple([b.lora_A.dtype for b in branches]))
     apply: Callable[..., Tensor] = _LoRARows.apply
     return apply(facts, x, weight, bias, base, *pairs)

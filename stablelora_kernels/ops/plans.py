@@ -29,10 +29,11 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from stablelora_kernels.dispatch import problem, settings
+from stablelora_kernels.dispatch.backend import explain_backend
 from stablelora_kernels.dispatch.first_use import OPERATORS
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.dispatch.tallies import tally_of
+from stablelora_kernels.dispatch.tallies import Tally, tally_of
 from stablelora_kernels.ops.first_use import Decision, Subject, decide, known
 from stablelora_kernels.ops.proofs import Oracle, plainly
 
@@ -434,6 +435,13 @@ def _with_distinct_addresses(call: CallT) -> CallT:
 
     replaced: CallT = tree_map_only(Tensor, distinct, call)
     return replaced
+
+
+def tally_of_operators(op: str, device: torch.device) -> Tally:
+    """The tally of an op's calls on ``device`` that PyTorch's operators compute."""
+    answer = explain_backend(device)
+    chosen = answer.reason if answer.backend == "torch" else "first use has chosen them"
+    return tally_of(op, OPERATORS, chosen)
 
 
 def _stand_in(t: Tensor) -> Tensor:
