@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch import backend, problem, rules
+from stablelora_kernels.dispatch import backend, first_use, problem, rules
 from stablelora_kernels.dispatch.backend import explain_backend
+from stablelora_kernels.dispatch.first_use import OPERATORS
 from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.autograd import read_by_backward
+from stablelora_kernels.ops.first_use import NOT_TIMED
 from stablelora_kernels.ops.lora_linear_call import (
     LinearBackwardCall,
     LinearBackwardSettings,
@@ -37,7 +39,8 @@ from stablelora_kernels.ops.lora_rows_triton import (
     lora_rows_bwd,
     lora_rows_fwd,
 )
-from stablelora_kernels.projection import Projection, layouts_of, operands_of, scales_of
+from stablelora_kernels.ops.plans import PlannedOp
+from stablelora_kernels.projection import BIASES, Projection, layouts_of, operands_of, scales_of
 from stablelora_kernels.quantized import FP8Weight, NF4Weight
 from stablelora_kernels.utils.validation import check_float, check_int
 
@@ -133,12 +136,12 @@ def explain(
     with all three gradients.
 
     With ``branch_only``, those of ``lora_branch``: onto a product that another layer has computed,
-    whose launches are not listed. Autotuning and forced strategies do not affect these.
+    whose launches are not listed. Forced strategies do not affect these.
 
     The op's own planner makes the list, on tensors without memory; nothing runs and no GPU is
     needed. The list holds for contiguous tensors at addresses that are multiples of 16 bytes;
-    others take the kernels that read through pointers. With autotuning on, you get the table's
-    answer, and the reasons say that a measurement may replace it.
+    others take the kernels that read through pointers. On a GPU of this machine it is what first
+    use has found there for such a call, if there was one; the reason then has the times.
 
     Args:
         M: rows of x, its leading sizes flattened. Several numbers are the rows of several adapters,
@@ -175,38 +178,73 @@ def explain(
         _check_sizes(m, ns, K, rank, dropout_p)
     _check_dtypes(dtype, lora_dtype)
     _check_weight(quantized, branch_only)
-    gpu, backend_reason = _gpu(device)
+    machine = _machine(device)
+    gpu = machine.gpu
     if gpu is None:
         why = "the backend is PyTorch's operators; device='sm_90' lists an H100's launches"
-        return Explanation("torch", "", "torch", why, (), "torch", why, (), backend_reason)
+        return Explanation("torch", "", "torch", why, (), "torch", why, (), machine.reason)
     if not isinstance(M, int):
         return _by_rows(
-            gpu, ms, ns[0], K, ranks, (dtype, lora_dtype), dropout_p, branch_only, backend_reason
+            gpu, ms, ns[0], K, ranks, (dtype, lora_dtype), dropout_p, branch_only, machine.reason
         )
     weight: str | NF4Weight | FP8Weight = "plain"
     if branch_only:
         weight = "none"
     elif quantized is not None:
         weight = quantized_weight(quantized, ns[0], K)
-    forward, backward = linear_launches(
-        gpu, M, ns, K, ranks[0], (dtype, lora_dtype), dropout_p, weight
-    )
+    dtypes = (dtype, lora_dtype)
+    calls = linear_calls(M, ns, K, ranks[0], dtypes, dropout_p, weight)
     dropout = dropout_p > 0
     forwards = [Call("forward", M, n, K, ranks[0], dtype, lora_dtype, dropout) for n in ns]
     backwards = [Call("backward", M, K, n, ranks[0], dtype, lora_dtype, dropout) for n in ns]
-    forward_strategy = _strategy(forwards, weight)
-    backward_strategy = _strategy(backwards, weight)
+    forward = _planned(lora_linear_fwd, machine, calls.forward, _strategy(forwards, weight))
+    backward = _planned(lora_linear_bwd, machine, calls.backward, _strategy(backwards, weight))
     return Explanation(
         backend="triton",
         arch=gpu.arch,
-        forward_strategy=forward_strategy.words,
-        forward_reason=forward_strategy.reason,
-        forward=tuple(map(_step, forward)),
-        backward_strategy=backward_strategy.words,
-        backward_reason=backward_strategy.reason,
-        backward=tuple(map(_step, backward)),
-        backend_reason=backend_reason,
+        forward_strategy=forward.strategy.words,
+        forward_reason=forward.strategy.reason,
+        forward=forward.steps,
+        backward_strategy=backward.strategy.words,
+        backward_reason=backward.strategy.reason,
+        backward=backward.steps,
+        backend_reason=machine.reason,
     )
+
+
+def _without_biases(operands: Sequence[Tensor | None]) -> list[Tensor | None]:
+    others = [*operands]
+    others[BIASES] = [None for _ in others[BIASES]]
+    return others
+
+
+class _Planned(NamedTuple):
+    strategy: _Strategy
+    steps: tuple[Step, ...]
+
+
+def _planned(
+    op: PlannedOp[Any, Any], machine: _Machine, call: Any, strategy: _Strategy
+) -> _Planned:
+    """The launches of a call: the table's, by ``strategy``, or those that first use has found to be
+    faster on this machine.
+    """
+    assert machine.gpu is not None
+    choice = None
+    if machine.here is not None and first_use.is_on(machine.here):
+        # A layer without a bias is another kind of call.
+        for of_kind in (call, call._replace(operands=_without_biases(call.operands))):
+            decision = op.known(machine.here, of_kind)
+            if decision.reason == NOT_TIMED:
+                continue
+            if decision.strategy == OPERATORS:
+                return _Planned(_Strategy(OPERATORS, decision.reason), ())
+            choice = decision.choice
+            words = strategy.words if choice is None else choice.strategy
+            strategy = _Strategy(words, decision.reason)
+            break
+    launches = op.plan(machine.gpu, call, choice)[1]
+    return _Planned(strategy, tuple(map(_step, launches)))
 
 
 def _row_counts(
@@ -341,17 +379,24 @@ def _strategy(calls: Sequence[Call], weight: str | NF4Weight | FP8Weight) -> _St
     )
 
 
-def _gpu(device: torch.device | str | None) -> tuple[Device | None, str]:
-    """The GPU for ``device``, or None if PyTorch's operators would run, and the reason for the
-    backend.
-    """
+class _Machine(NamedTuple):
+    """The GPU, or None if PyTorch's operators would run, and the reason for the backend."""
+
+    gpu: Device | None
+    reason: str
+    # The device, if it is one of this machine.
+    here: torch.device | None = None
+
+
+def _machine(device: torch.device | str | None) -> _Machine:
+    """What ``device`` is."""
     if isinstance(device, str) and device in problem.DEVICES:
         if backend.TRITON_PROBLEM is not None:
             raise RuntimeError(
                 f"device={device!r} asks for launches of Triton kernels, but {backend.TRITON_PROBLEM}"
             )
         gpu = problem.DEVICES[device]
-        return gpu, _reason_if_named(gpu)
+        return _Machine(gpu, _reason_if_named(gpu))
     try:
         here = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -363,7 +408,7 @@ def _gpu(device: torch.device | str | None) -> tuple[Device | None, str]:
         )
     answer = explain_backend(here)
     gpu_here = problem.device_of(here) if answer.backend == "triton" else None
-    return gpu_here, answer.reason
+    return _Machine(gpu_here, answer.reason, here)
 
 
 def _reason_if_named(gpu: Device) -> str:
@@ -385,15 +430,20 @@ def _step(launch: Any) -> Step:
     return Step(name, launch.variant, launch.reason, launch.grid, **launch.options)
 
 
-def linear_launches(
-    device: Device, m: int, n: int | Sequence[int], k: int, r: int, dtypes: DTypes, dropout_p: float,
-    weight: str | NF4Weight | FP8Weight = "plain", choices: Sequence[Choice | None] = (None, None), where: str = "meta",
-) -> Ways:  # fmt: skip
-    """The forward's and the backward's launches on [m, k] rows with a [n, k] weight and a bias;
-    several n are a projection group.
+class LinearCalls(NamedTuple):
+    """The calls of a forward and of its backward, on tensors without values."""
+
+    forward: LinearForwardCall
+    backward: LinearBackwardCall
+
+
+def linear_calls(
+    m: int, n: int | Sequence[int], k: int, r: int, dtypes: DTypes, dropout_p: float,
+    weight: str | NF4Weight | FP8Weight = "plain", where: str = "meta",
+) -> LinearCalls:  # fmt: skip
+    """The calls on [m, k] rows with a [n, k] weight and a bias; several n are a projection group.
 
     ``weight``: "plain", "nf4", "fp8", a quantized weight, or "none" for a branch alone.
-    ``choices``: strategies in place of the table's, forward and backward.
     """
     ns = (n,) if isinstance(n, int) else tuple(n)
     projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
@@ -402,7 +452,7 @@ def linear_launches(
     x = _zeros(where, m, k, of=dtypes[0])
     operands = operands_of(projections)
     scales = scales_of(projections, layouts)
-    call = LinearForwardCall(
+    forward = LinearForwardCall(
         x=x,
         base=_zeros(where, m, ns[0], of=dtypes[0]) if weight == "none" else None,
         operands=operands,
@@ -412,8 +462,8 @@ def linear_launches(
             layouts, scalings, dropout_p, save_s=True, save_mask=dropout_p > 0
         ),
     )
-    results, forward = lora_linear_fwd.plan(device, call, choices[0])
-    backward_call = LinearBackwardCall(
+    results = lora_linear_fwd.allocate(forward)
+    backward = LinearBackwardCall(
         x=x,
         grads=results.ys,
         operands=read_by_backward(operands, weights=True),
@@ -424,7 +474,19 @@ def linear_launches(
             layouts, scalings, dropout_p, need_x=True, need_a=True, need_b=True
         ),
     )
-    backward = lora_linear_bwd.plan(device, backward_call, choices[1])[1]
+    return LinearCalls(forward, backward)
+
+
+def linear_launches(
+    device: Device, m: int, n: int | Sequence[int], k: int, r: int, dtypes: DTypes, dropout_p: float,
+    weight: str | NF4Weight | FP8Weight = "plain", choices: Sequence[Choice | None] = (None, None), where: str = "meta",
+) -> Ways:  # fmt: skip
+    """The forward's and the backward's launches of :func:`linear_calls`. ``choices``: strategies in
+    place of the table's, forward and backward.
+    """
+    calls = linear_calls(m, n, k, r, dtypes, dropout_p, weight, where)
+    forward = lora_linear_fwd.plan(device, calls.forward, choices[0])[1]
+    backward = lora_linear_bwd.plan(device, calls.backward, choices[1])[1]
     return forward, backward
 
 

@@ -33,6 +33,8 @@ from stablelora_kernels.ops.proofs import Compared, Oracle, plainly
 # A strategy must be faster than the table's by more than this share. Less is noise, which would
 # make answers differ from run to run.
 TIE = 0.02
+# The reason for a strategy where no clock has decided.
+NOT_TIMED = "not timed"
 # Milliseconds of timing for a kind of call, and the fewest and the most turns.
 BUDGET_MS = 10.0
 TURNS = (3, 10)
@@ -248,7 +250,7 @@ def _by_finding(
     if default is None:
         fault = first_use.fault_of(op, strategies[0], device)
         return Decision(OPERATORS, f"{strategies[0]!r} is retired on this machine: {fault}")
-    name, reason = default, "not timed"
+    name, reason = default, NOT_TIMED
     if default != strategies[0]:
         fault = first_use.fault_of(op, strategies[0], device)
         reason = f"{strategies[0]!r} is retired on this machine: {fault}"

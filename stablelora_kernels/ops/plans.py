@@ -34,7 +34,7 @@ from stablelora_kernels.dispatch.first_use import OPERATORS
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tallies import Tally, tally_of
-from stablelora_kernels.ops.first_use import Decision, Subject, decide, known
+from stablelora_kernels.ops.first_use import NOT_TIMED, Decision, Subject, decide, known
 from stablelora_kernels.ops.proofs import Oracle, plainly
 
 NAMESPACE = "stablelora_kernels"
@@ -219,6 +219,10 @@ def _prepared_for(key: tuple[Any, ...] | None) -> Any:
     return None if entry is None else entry.prepared
 
 
+# Of a call without elements.
+_NOTHING = Decision("nothing", NOT_TIMED)
+
+
 class OpSettings(Protocol):
     """An op's arguments that are no tensors, in a named tuple that can be hashed."""
 
@@ -281,7 +285,8 @@ class PlannedOp(Generic[CallT, ResultsT]):
         kinds = [argument.split()[0] for argument in arguments]
         self._name = f"{NAMESPACE}::{name}"
         self._types = types
-        self._allocate = allocate
+        # The results of a call, without values.
+        self.allocate = allocate
         self._build = build
         self.subject = Subject(name, self.plan, oracle)
         # How many arguments come before the settings.
@@ -327,7 +332,7 @@ class PlannedOp(Generic[CallT, ResultsT]):
         """
         # The first tensor of each op has a row for each of X.
         first = next(t for t in tensors_of(call) if t is not None)
-        results = self._allocate(call)
+        results = self.allocate(call)
         if not first.numel():
             tree_map_only(Tensor, Tensor.zero_, tuple(results))
             return results, []
@@ -363,7 +368,7 @@ class PlannedOp(Generic[CallT, ResultsT]):
         """How a call runs, which the first one of its kind finds out."""
         first = next(t for t in tensors_of(call) if t is not None)
         if not first.numel():
-            return Decision("nothing", "no elements")
+            return _NOTHING
         decision = decide(self.subject, device, call)
         if decision.is_news:
             # Calls that were prepared may take a strategy that is retired now.
@@ -378,10 +383,15 @@ class PlannedOp(Generic[CallT, ResultsT]):
         """
         call = self._types.call_of(tensors, settings)
         first = next(t for t in tensors if t is not None)
-        return first.numel() > 0 and known(self.subject, first.device, call).strategy == OPERATORS
+        return self.known(first.device, call).strategy == OPERATORS
+
+    def known(self, device: torch.device, call: CallT) -> Decision:
+        """How a call runs on ``device`` by what first use knows, which runs nothing."""
+        first = next(t for t in tensors_of(call) if t is not None)
+        return known(self.subject, device, call) if first.numel() else _NOTHING
 
     def _fake(self, *args: Any) -> tuple[Any, ...]:
-        return tuple(self._allocate(self._call_of(args)))
+        return tuple(self.allocate(self._call_of(args)))
 
     def _call_of(self, args: Sequence[Any]) -> CallT:
         """The op's call, of the arguments in its schema's order."""
