@@ -12,7 +12,12 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch.first_use import Kind, fault_at_first_use
 from stablelora_kernels.ops.proofs import Compared, StandIns
-from stablelora_kernels.reference.rounding import Rounded, deviation_of_rounding, unit_roundoff
+from stablelora_kernels.reference.rounding import (
+    Arithmetic,
+    Rounded,
+    deviation_of_rounding,
+    unit_roundoff,
+)
 
 # Each row has a program of its own, so few are enough.
 ROWS = 64
@@ -77,12 +82,15 @@ def _stand_in(chunk: Chunk, ignore_index: int) -> Chunk:
 def _compare(
     before: Chunk, computed: Chunk, losses: Tensor, by_operators: Losses
 ) -> Iterator[Compared]:
+    arithmetic = Arithmetic(computed.logits.dtype)
     exact = before.logits.double()
     row_scale = None if before.row_scale is None else before.row_scale.double()
     expected = by_operators(Chunk(exact, before.labels, row_scale))
     largest = before.logits.double().abs().amax(1)
     relative = unit_roundoff(torch.float32) * (_OPERATIONS + largest)
-    yield Compared("the loss", losses, Rounded(expected, relative * (1 + expected.abs())))
+    yield Compared(
+        "the loss", losses, Rounded(expected, relative * (1 + expected.abs())), arithmetic
+    )
     rounded = deviation_of_rounding(exact, computed.logits.dtype)
     deviation = torch.hypot(rounded, relative[:, None] * exact.abs())
-    yield Compared("dZ", computed.logits, Rounded(exact, deviation))
+    yield Compared("dZ", computed.logits, Rounded(exact, deviation), arithmetic)

@@ -119,10 +119,10 @@ def compare_forward(
             yield kept.fault
         y = as_matrix(results.ys[i])
         expected = rounded_output(arithmetic, sample, p, keep, base, y.dtype)
-        yield Compared(f"Y{i}", y[rows], expected)
+        yield Compared(f"Y{i}", y[rows], expected, arithmetic)
         s = every_s[i]
         if s is not None:
-            yield Compared(f"S{i}", s[rows], rounded_s(arithmetic, sample, p, keep))
+            yield Compared(f"S{i}", s[rows], rounded_s(arithmetic, sample, p, keep), arithmetic)
 
 
 def forward_by_operators(call: LinearForwardCall) -> LinearForwardResults:
@@ -234,13 +234,15 @@ def compare_backward(
             dropped = x if keep is None else x * keep.double()
             layer = RoundedLayer(arithmetic, None, None, None, None, p.scaling)
             da = layer.grad_a(ds, dropped, p.lora_A.dtype)
-            yield Compared(f"dA{i}", results.das[i], da)
+            yield Compared(f"dA{i}", results.das[i], da, arithmetic)
         if settings.need_b:
             s = every_s[i]
             assert s is not None
-            yield Compared(f"dB{i}", results.dbs[i], rounded_grad_b(arithmetic, grad, s[rows], p))
+            yield Compared(
+                f"dB{i}", results.dbs[i], rounded_grad_b(arithmetic, grad, s[rows], p), arithmetic
+            )
     if settings.need_x:
-        yield Compared("dX", as_matrix(results.dx)[rows], total(of_x, dtype))
+        yield Compared("dX", as_matrix(results.dx)[rows], total(of_x, dtype), arithmetic)
 
 
 def backward_by_operators(call: LinearBackwardCall) -> LinearBackwardResults:

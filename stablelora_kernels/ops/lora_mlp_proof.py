@@ -106,16 +106,18 @@ def compare_forward(
     act = activated(g, settings.activation, arithmetic).act
     h = (act * u).stored(arithmetic.storage)
     if settings.save:
-        yield Compared("G", as_matrix(results.g)[rows], g)
-        yield Compared("U", as_matrix(results.u)[rows], u)
+        yield Compared("G", as_matrix(results.g)[rows], g, arithmetic)
+        yield Compared("U", as_matrix(results.u)[rows], u, arithmetic)
         s_of_gate, s_of_up = results.s.split_with_sizes([gate.rank, up.rank], 1)
         for name, s, read, p, keep in (
             ("S of gate", s_of_gate, sample, gate, keeps[0]),
             ("S of up", s_of_up, sample, up, keeps[1]),
             ("S of down", results.s_down, h, down, keeps[2]),
         ):
-            yield Compared(name, s[rows], rounded_s(arithmetic, read, p, keep))
-    yield Compared("Y", as_matrix(results.y)[rows], rounded_output(arithmetic, h, down, keeps[2]))
+            yield Compared(name, s[rows], rounded_s(arithmetic, read, p, keep), arithmetic)
+    yield Compared(
+        "Y", as_matrix(results.y)[rows], rounded_output(arithmetic, h, down, keeps[2]), arithmetic
+    )
 
 
 class _Output(NamedTuple):
@@ -218,11 +220,11 @@ def _compare_branch(
         dropped = member.read if member.keep is None else member.read * member.keep.double()
         layer = RoundedLayer(arithmetic, None, None, None, None, p.scaling)
         expected = layer.grad_a(ds, dropped, p.lora_A.dtype)
-        yield Compared(f"dA of {member.name}", da, expected)
+        yield Compared(f"dA of {member.name}", da, expected, arithmetic)
     if db.numel():
         assert member.s is not None
         expected = rounded_grad_b(arithmetic, grad, member.s, p)
-        yield Compared(f"dB of {member.name}", db, expected)
+        yield Compared(f"dB of {member.name}", db, expected, arithmetic)
 
 
 def compare_backward(
@@ -267,7 +269,7 @@ def compare_backward(
         if settings.need_x:
             of_x.append(rounded_grad_x(arithmetic, of_p, ds, p, keeps[i]))
     if settings.need_x:
-        yield Compared("dX", as_matrix(results.dx)[rows], total(of_x, storage))
+        yield Compared("dX", as_matrix(results.dx)[rows], total(of_x, storage), arithmetic)
 
 
 class _Gradients(NamedTuple):

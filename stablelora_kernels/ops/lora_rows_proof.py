@@ -91,10 +91,13 @@ def compare_forward(
             yield kept.fault
         base = operand(call.y[rows][sample], call.y.dtype)
         expected = rounded_output(arithmetic, x, p, keep, base, call.y.dtype)
-        yield Compared(f"Y of branch {i}", written[0][rows][sample], expected)
+        yield Compared(f"Y of branch {i}", written[0][rows][sample], expected, arithmetic)
         if settings.need_ab:
             yield Compared(
-                f"S of branch {i}", results.s[i][sample], rounded_s(arithmetic, x, p, keep)
+                f"S of branch {i}",
+                results.s[i][sample],
+                rounded_s(arithmetic, x, p, keep),
+                arithmetic,
             )
 
 
@@ -151,7 +154,9 @@ def compare_backward(
             before = operand(call.dx[rows][sample], call.dx.dtype)
             branch = rounded_grad_x(arithmetic, grad, ds, p, keep)
             after = written[0][rows][sample]
-            yield Compared(f"dX of branch {i}", after, (before + branch).stored(call.dx.dtype))
+            yield Compared(
+                f"dX of branch {i}", after, (before + branch).stored(call.dx.dtype), arithmetic
+            )
         if call.settings.need_ab:
             assert call.x is not None
             x = operand(call.x[rows][sample], dtype)
@@ -159,9 +164,9 @@ def compare_backward(
             da = RoundedLayer(arithmetic, None, None, None, None, p.scaling).grad_a(
                 ds, dropped, p.lora_A.dtype
             )
-            yield Compared(f"dA of branch {i}", results.das[i], da)
+            yield Compared(f"dA of branch {i}", results.das[i], da, arithmetic)
             db = rounded_grad_b(arithmetic, grad, call.s[i][sample], p)
-            yield Compared(f"dB of branch {i}", results.dbs[i], db)
+            yield Compared(f"dB of branch {i}", results.dbs[i], db, arithmetic)
 
 
 def backward_by_operators(call: RowsBackwardCall) -> RowsBackwardResults:

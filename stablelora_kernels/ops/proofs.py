@@ -21,7 +21,13 @@ from stablelora_kernels.dispatch.settings import tf32_allowed
 from stablelora_kernels.projection import WEIGHTS, Projection
 from stablelora_kernels.quantized import Stored
 from stablelora_kernels.reference import dropout_keep_ref, unpack_mask
-from stablelora_kernels.reference.rounding import Arithmetic, Rounded, dequantized, operand
+from stablelora_kernels.reference.rounding import (
+    Arithmetic,
+    Rounded,
+    dequantized,
+    operand,
+    unit_roundoff,
+)
 from stablelora_kernels.utils.tensors import drop_share
 
 # By how many standard deviations of its rounding an element may be off, and all of them in the root
@@ -29,6 +35,8 @@ from stablelora_kernels.utils.tensors import drop_share
 # took from another place, by hundreds; right ones are off by less than one in the mean.
 DEVIATIONS = 16.0
 MEAN_DEVIATIONS = 4.0
+# By how many roundings all elements may be too large or too small together.
+ROUNDINGS = 4.0
 # One row in so many is compared, so that each tile has one.
 EVERY = 16
 # In the blocks of so many rows, the samples are these places: across all blocks, every place of a
@@ -44,6 +52,7 @@ class Compared(NamedTuple):
     name: str
     out: Tensor
     expected: Rounded
+    arithmetic: Arithmetic
 
     def fault(self) -> str:
         """What is wrong, in words, or ""."""
@@ -63,7 +72,21 @@ class Compared(NamedTuple):
         mean = shares.square().mean().sqrt().item()
         if mean > allowed:
             return f"{self.name} is off by {mean:.3g} deviations in the mean, allowed {allowed:.3g}"
-        return ""
+        return self._fault_of_scale(exact, deviation)
+
+    def _fault_of_scale(self, exact: Tensor, deviation: Tensor) -> str:
+        """What is wrong with the size of the result as a whole, in words, or ""."""
+        square = exact.square().sum().item()
+        if not square or not math.isfinite(square):
+            return ""
+        error = abs((self.out.double() * exact).sum().item() / square - 1)
+        # One rounding may be that of every element: of the only S, for one.
+        unit = max(unit_roundoff(self.arithmetic.storage), self.arithmetic.of_factors, 2.0**-18)
+        chance = DEVIATIONS * (deviation * exact).square().sum().sqrt().item() / square
+        allowed = ROUNDINGS * unit + chance
+        if error <= allowed:
+            return ""
+        return f"{self.name} is {error:.2%} too large or too small, allowed {allowed:.2%}"
 
 
 def _nothing(call: Any) -> Sequence[Tensor]:
