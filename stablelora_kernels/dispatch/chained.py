@@ -117,7 +117,7 @@ def _deeper(
     many bytes in flight.
     """
     buffers = product.num_stages if device.tma else product.num_stages - 1
-    product_bytes = buffers * linear_stage(call, product, 0, True)
+    product_bytes = buffers * linear_stage(call, product)
     # The product's memory serves S and dB first.
     unusable = max(device.shared_limit - product_bytes, other_bytes)
     deep = fit(tile._replace(num_stages=7), device, bytes_a_stage, unusable)

@@ -123,8 +123,9 @@ SMALL_M = 64
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Most projections that share one read of X: q, k and v.
 MAX_GROUP = 3
-# Largest rank of a fused kernel, which keeps S in registers as one block.
-MAX_FUSED_R = 64
+# Largest block of ranks beside a product's accumulator: the largest rank where programs compute S
+# themselves, and of projections that share a launch for S.
+MAX_BLOCK_R = 64
 # Up to so many rows, a product's own loop dequantizes W.
 IN_LOOP_M = 128
 # Largest rank of a chained launch, whose programs of S have the product's registers: one block of

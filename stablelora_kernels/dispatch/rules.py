@@ -36,7 +36,7 @@ def _can_take_few_rows(c: Call) -> bool:
     """Whether programs may each compute the S that they need: a forward of few rows, without
     dropout, whose ranks fit in registers.
     """
-    few = c.m <= problem.SMALL_M and c.r <= problem.MAX_FUSED_R
+    few = c.m <= problem.SMALL_M and c.r <= problem.MAX_BLOCK_R
     return few and c.direction == "forward" and not c.dropout
 
 
@@ -156,10 +156,10 @@ def choose_group(calls: Sequence[Call]) -> Sharing:
             False,
             f"up to {problem.SMALL_M} rows: x stays in the L2 cache, so one read of it gains nothing",
         )
-    if max(call.r for call in calls) > problem.MAX_FUSED_R:
+    if max(call.r for call in calls) > problem.MAX_BLOCK_R:
         return Sharing(
             False,
-            f"rank above {problem.MAX_FUSED_R}: sums of several projections do not fit in registers",
+            f"rank above {problem.MAX_BLOCK_R}: sums of several projections do not fit in registers",
         )
     return Sharing(True, "one read of x serves all projections")
 
@@ -172,7 +172,7 @@ def check_possible(call: Call, strategy: str) -> None:
                 "strategy 'few_rows' was asked for, but it has no dropout; 'one_launch' and 'branch_first' have"
             )
         _check_limit(strategy, "rows", call.m, problem.SMALL_M)
-        _check_limit(strategy, "ranks", call.r, problem.MAX_FUSED_R)
+        _check_limit(strategy, "ranks", call.r, problem.MAX_BLOCK_R)
     if strategy == "one_launch":
         _check_limit(strategy, "rows", call.m, MAX_CHAINED_M)
         _check_limit(strategy, "ranks", call.r, MAX_CHAINED_R)

@@ -45,8 +45,8 @@ TMA_TILES = (
     Rule(lambda d, c: True, Tile(128, 256, 64, 8, 3), "the widest tile: it reads a third less than 128 x 128 tiles"),
 )  # fmt: skip
 
-# Y's tiles read through pointers (lora_linear).
-LINEAR_TILES = (
+# A branch alone (lora_linear), which reads its base once in any tile.
+BRANCH_TILES = (
     Rule(lambda d, c: c.dtype == torch.float32, Tile(64, 64, 32, 4, 3), "float32: no larger tile fits in registers"),
     Rule(lambda d, c: d.shared_limit < 200_000 and c.r > 32, Tile(64, 128, 64, 4, 3),
          "rank above 32: a 128 x 128 tile would not fit in registers or shared memory"),
@@ -56,7 +56,7 @@ LINEAR_TILES = (
 
 def _widest_pays(device: Device, call: Call) -> bool:
     """Whether 128 x 256 tiles read through pointers spill no registers and take no more time by
-    operations, where S is read.
+    operations.
     """
     # A mask, a gated MLP's gradients and loads of single elements would spill beside this
     # accumulator.
@@ -80,12 +80,11 @@ def _widest_pays(device: Device, call: Call) -> bool:
     )
 
 
-# Likewise, with a W and an S that is read. A fused S would spill; a branch alone reads its base
-# once in any tile.
-S_READ_TILES = (
+# Y's tiles read through pointers (lora_linear).
+LINEAR_TILES = (
     Rule(_widest_pays, Tile(128, 256, 32, 8, 4),
          "the widest tile: it reads a quarter less than 128 x 128 tiles, in half as many rounds"),
-    *LINEAR_TILES,
+    *BRANCH_TILES,
 )  # fmt: skip
 
 # Y for few rows or columns (lora_linear_split_k); up to 64 rows linear_split_k_plan sets BLOCK_M.
@@ -262,11 +261,11 @@ def bytes_of(call: Call, elements: int, of_lora: int = 0) -> int:
     return elements * call.dtype.itemsize + of_lora * call.lora_dtype.itemsize
 
 
-def linear_stage(call: Call, tile: Tile, block_r: int, load_s: bool) -> int:
-    """Bytes of shared memory for a step of Y's main loop, which computes S as well unless it is
-    read.
+def linear_stage(call: Call, tile: Tile, block_r: int = 0) -> int:
+    """Bytes of shared memory for a step of Y's main loop, and of S with ``block_r`` ranks if it
+    computes that too.
     """
-    return tile.BLOCK_K * bytes_of(call, tile.BLOCK_M + tile.BLOCK_N, 0 if load_s else block_r)
+    return tile.BLOCK_K * bytes_of(call, tile.BLOCK_M + tile.BLOCK_N, block_r)
 
 
 def down_plan(device: Device, call: Call, projections: int = 1) -> Plan:
@@ -286,19 +285,19 @@ MAX_CHAINED_M = 64 * (MAX_SHARED_SUMS - CHAIN_HEAD)
 
 
 def linear_plan(
-    device: Device, call: Call, load_s: bool, measured: Tile | None = None, has_w: bool = True
+    device: Device, call: Call, measured: Tile | None = None, has_w: bool = True
 ) -> Plan:
-    """For Y through pointers. ``load_s``: S is read; without ``has_w`` the branch is alone."""
-    table = S_READ_TILES if load_s and has_w else LINEAR_TILES
+    """For Y through pointers. Without ``has_w`` the branch is alone."""
+    table = LINEAR_TILES if has_w else BRANCH_TILES
     tile, reason = pick_tile(table, device, call, measured)
     # A wider block of ranks would spill registers beside the widest accumulator, or beside a mask
     # without Hopper's units.
     widest = tile.BLOCK_M * tile.BLOCK_N > 128 * 128
-    narrow = load_s and (widest or (call.masked and not device.tma))
-    block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
+    narrow = widest or (call.masked and not device.tma)
+    block_r = rank_block(call.r, 32 if narrow else problem.MAX_BLOCK_R)
     # The branch's operands need shared memory too.
     branch = block_r * bytes_of(call, tile.BLOCK_M, tile.BLOCK_N)
-    tile = fit(tile, device, linear_stage(call, tile, block_r, load_s), branch)
+    tile = fit(tile, device, linear_stage(call, tile), branch)
     return Plan(tile, reason, block_r, tiles_of(call, tile))
 
 
@@ -308,17 +307,19 @@ def tiles_of(call: Call, tile: Tile) -> int:
 
 
 def linear_split_k_plan(
-    device: Device, call: Call, load_s: bool, measured: Tile | None = None
+    device: Device, call: Call, measured: Tile | None = None, computes_s: bool = False
 ) -> Plan:
-    """For Y of few rows or columns, whose tiles programs share."""
+    """For Y of few rows or columns, whose tiles programs share. ``computes_s``: and which compute
+    the S that they need.
+    """
     tile, reason = pick_tile(SPLIT_K_TILES, device, call, measured)
     few = call.m <= problem.SMALL_M
     if few:
         # All rows are in one tile.
         tile = tile._replace(BLOCK_M=16 if call.m <= 16 else 64)
     # A wider block of ranks beside a mask would spill registers.
-    narrow = load_s and call.masked and not (few or device.tma)
-    block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
+    narrow = call.masked and not (few or device.tma)
+    block_r = rank_block(call.r, 32 if narrow else problem.MAX_BLOCK_R)
     tiles = tiles_of(call, tile)
     steps = cdiv(call.k, tile.BLOCK_K)
     if few:
@@ -328,20 +329,17 @@ def linear_split_k_plan(
         splits = plan_split_k(device, tiles, steps, programs=programs)
     else:
         splits = fill_split_k(device, tiles, steps)
-    tile = fit(tile, device, linear_stage(call, tile, block_r, load_s))
+    tile = fit(tile, device, linear_stage(call, tile, block_r if computes_s else 0))
     return Plan(tile, reason, block_r, tiles, splits)
 
 
-def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | None = None) -> Plan:
+def linear_tma_plan(device: Device, call: Call, measured: Tile | None = None) -> Plan:
     """For Y through descriptors, by programs that take tile after tile."""
     tile, reason = pick_tile(TMA_TILES, device, call, measured)
-    if not load_s and call.r > 32 and tile.BLOCK_N > 128 and measured is None:
-        tile = Tile(128, 128, 64, 8, 4)
-        reason = "rank above 32: the widest tile would not fit in registers"
     # A wider block of ranks would spill registers beside the widest accumulator and float32's casts
     # or a mask.
-    narrow = load_s and tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
-    block_r = rank_block(call.r, 32 if narrow else problem.MAX_FUSED_R)
+    narrow = tile.BLOCK_N > 128 and (call.lora_dtype != call.dtype or call.masked)
+    block_r = rank_block(call.r, 32 if narrow else problem.MAX_BLOCK_R)
     # A mask is read by words of 32 columns. Beside it, a gated MLP's gradients or 32 ranks would
     # spill in wider parts.
     parts = 2
@@ -353,7 +351,7 @@ def linear_tma_plan(device: Device, call: Call, load_s: bool, measured: Tile | N
     # memory too.
     stored = 4 if call.gated else 1
     finish = bytes_of(call, stored * tile.BLOCK_M * columns + block_r * (tile.BLOCK_M + columns))
-    tile = fit(tile, device, linear_stage(call, tile, block_r, load_s), finish)
+    tile = fit(tile, device, linear_stage(call, tile), finish)
     return Plan(tile, reason, block_r, tiles_of(call, tile), column_parts=parts)
 
 
@@ -364,7 +362,7 @@ def linear_quantized_plan(device: Device, call: Call, bits: int) -> Plan:
     if call.m <= problem.SMALL_M:
         rows = 16 if call.m <= 16 else 64
     tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, rows))
-    block_r = rank_block(call.r, problem.MAX_FUSED_R)
+    block_r = rank_block(call.r, problem.MAX_BLOCK_R)
     # In shared memory: every stage's X and stored W; W once in float32 and once in X's dtype; the
     # branch's operands.
     stage = tile.BLOCK_K * (bytes_of(call, tile.BLOCK_M) + tile.BLOCK_N * bits // 8)
@@ -464,7 +462,7 @@ def gate_up_plan(device: Device, call: Call, tma: bool, activation: str) -> Plan
     # A wider block of ranks, or wider parts, would spill registers beside two accumulators. GELU's
     # erf takes most of them.
     erf = activation == "gelu"
-    block_limit = problem.MAX_FUSED_R
+    block_limit = problem.MAX_BLOCK_R
     parts = 1
     stored = 0
     if tma:

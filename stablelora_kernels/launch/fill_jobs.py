@@ -379,10 +379,13 @@ class BranchJob(NamedTuple):
     tile: jobs.BranchTile
 
 
-def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> BranchJob:
-    """The branch of ``p`` with ranks in blocks of ``block_r``. ``load_s``: S is read."""
+def branch_job(p: Product, block_r: int, precision: str, computes_s: bool = False) -> BranchJob:
+    """The branch of ``p`` with ranks in blocks of ``block_r``.
+
+    ``computes_s``: the product's own loop computes S, which is stored if it is wanted.
+    """
     s = p.s
-    if s is None and load_s:
+    if s is None and not computes_s:
         # Rank 0: nothing is read, but a pointer still needs a type.
         s = p.y
     up = matrix(p.up)
@@ -397,7 +400,7 @@ def branch_job(p: Product, block_r: int, load_s: bool, precision: str) -> Branch
         scaling=p.scaling,
         R=p.call.r,
     )
-    return BranchJob(branch, jobs.BranchTile(block_r, load_s, p.unit, precision))
+    return BranchJob(branch, jobs.BranchTile(block_r, p.unit, precision))
 
 
 # Rows of tiles that run column by column, see ``tile_of``.
@@ -428,7 +431,6 @@ def described_tile(
         GROUP_M=GROUP_M,
         PARTS=plan.column_parts,
         TRANS_W=trans_w,
-        TRANS_DOWN=False,
         ADD=False,
         GATE=activation,
         PRECISION=precision,

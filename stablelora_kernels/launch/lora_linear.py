@@ -236,13 +236,13 @@ def product_launches(device: Device, p: Product, choice: Choice, s_ready: bool =
     if strategy == "branch_first":
         return _with_vendors(device, p, s_ready)
     if strategy == "few_rows" and p.call.r:
-        return [linear(device, p, choice.tile, load_s=False)]
+        return [linear(device, p, choice.tile, computes_s=True)]
     if s_ready or not p.call.r:
-        return [linear(device, p, choice.tile, load_s=True)]
+        return [linear(device, p, choice.tile)]
     p = _with_s(p)
     if strategy == "two_launches":
-        return [lora_down(device, [p]), linear(device, p, choice.tile, load_s=True)]
-    return [linear(device, p, choice.tile, load_s=True, chained=True)]
+        return [lora_down(device, [p]), linear(device, p, choice.tile)]
+    return [linear(device, p, choice.tile, chained=True)]
 
 
 def _with_s(p: Product) -> Product:
@@ -312,15 +312,21 @@ class _ProductKernel(NamedTuple):
 
 
 def linear(
-    device: Device, p: Product, tile: Tile | None, *, load_s: bool, chained: bool = False
+    device: Device,
+    p: Product,
+    tile: Tile | None,
+    *,
+    chained: bool = False,
+    computes_s: bool = False,
 ) -> Launch:
     """The product, if it has a W, and the branch, with dA if wanted.
 
-    S is read, or else computed and, if wanted, stored. ``chained``: earlier programs of the launch
-    compute the S that is read, and dB if wanted. ``tile``: a measured one.
+    S is read. ``chained``: earlier programs of the launch compute it, and dB if wanted.
+    ``computes_s``: each program computes the S that it needs and, if wanted, one stores it.
+    ``tile``: a measured one.
     """
     call = p.call
-    by = _product_kernel(device, p, tile, load_s)
+    by = _product_kernel(device, p, tile, computes_s)
     plan = by.plan
     tile = plan.tile
     ahead = Ahead()
@@ -328,7 +334,7 @@ def linear(
         # The product's last round may leave processors to S. A branch alone is over too soon.
         spare = -plan.tiles % device.processors if p.wanted and by.loops else 0
         ahead = fill_jobs.chain_ahead(device, p, tile, spare)
-    branch = fill_jobs.branch_job(p, plan.block_r, load_s, by.tile.PRECISION)
+    branch = fill_jobs.branch_job(p, plan.block_r, by.tile.PRECISION, computes_s)
     da = fill_jobs.co_scheduled_da(device, p, tile.num_warps)
     programs = by.programs if p.wanted else 0
     arguments: Arguments = {
@@ -359,7 +365,7 @@ def linear(
         "DA": da.tile,
     }
     flags = flag_words(
-        fused=not load_s,
+        few_rows=computes_s,
         chained=chained,
         alone=p.w is None,
         masked=call.masked,
@@ -373,8 +379,12 @@ def linear(
     return planned(by.kernel, words, plan, all_programs, arguments, constants)
 
 
-def _product_kernel(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _ProductKernel:
-    """The kernel that dispatch chooses, with its tile, or with a measured ``tile``."""
+def _product_kernel(
+    device: Device, p: Product, tile: Tile | None, computes_s: bool
+) -> _ProductKernel:
+    """The kernel that dispatch chooses, with its tile, or with a measured ``tile``. With
+    ``computes_s`` the rows are few, and only split-K can.
+    """
     assert not isinstance(p.w, Stored)
     kernel = "pointers"
     if p.w is not None:
@@ -383,45 +393,41 @@ def _product_kernel(device: Device, p: Product, tile: Tile | None, load_s: bool)
             whole_tiles += p.gate
         kernel = rules.choose_kernel(device, p.call, described=all(map(described, whole_tiles)))
     if kernel == "tma":
-        return _by_descriptors(device, p, tile, load_s)
+        return _by_descriptors(device, p, tile)
     if kernel == "split_k":
-        return _by_split_k(device, p, tile, load_s)
-    return _by_pointers(device, p, tile, load_s)
+        return _by_split_k(device, p, tile, computes_s)
+    return _by_pointers(device, p, tile)
 
 
-def _pointer_arguments(p: Product, load_s: bool) -> Arguments:
+def _pointer_arguments(p: Product) -> Arguments:
     """The product's operands through pointers."""
     assert not isinstance(p.w, Stored)
-    return {
-        "w": matrix(p.w),
-        "down": matrix(None if load_s else p.down),
-        "y": matrix(p.y),
-        "base": p.base,
-    }
+    return {"w": matrix(p.w), "y": matrix(p.y), "base": p.base}
 
 
-def _by_pointers(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _ProductKernel:
+def _by_pointers(device: Device, p: Product, tile: Tile | None) -> _ProductKernel:
     """The product by the kernel that reads every matrix through pointers."""
-    plan = tiles.linear_plan(device, p.call, load_s, tile, has_w=p.w is not None)
+    plan = tiles.linear_plan(device, p.call, tile, has_w=p.w is not None)
     precision = input_precision(device, p.call.dtype)
     return _ProductKernel(
         kernel=_lora_linear_kernel,
         plan=plan,
         programs=plan.programs,
-        arguments=_pointer_arguments(p, load_s),
+        arguments=_pointer_arguments(p),
         tile=product_tile(p, plan.tile, precision, p.activation),
         loops=p.w is not None,
     )
 
 
-def _by_split_k(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _ProductKernel:
+def _by_split_k(device: Device, p: Product, tile: Tile | None, computes_s: bool) -> _ProductKernel:
     """The product by the kernel in which several programs share a tile's sum over K."""
-    plan = tiles.linear_split_k_plan(device, p.call, load_s, tile)
+    plan = tiles.linear_split_k_plan(device, p.call, tile, computes_s)
     transposed = p.call.direction == "backward"
     precision = input_precision(device, p.call.dtype, transposed)
     elements = plan.tile.BLOCK_M * (plan.tile.BLOCK_N + plan.block_r)
     sums = fill_jobs.shared_sums(plan, elements, p.x, workspace.Y_LANE)
-    arguments = _pointer_arguments(p, load_s)
+    arguments = _pointer_arguments(p)
+    arguments["down"] = matrix(p.down if computes_s else None)
     arguments.update(parts=sums.parts, counter=sums.counter, SPLITS=plan.splits)
     return _ProductKernel(
         kernel=_lora_linear_split_k_kernel,
@@ -433,29 +439,21 @@ def _by_split_k(device: Device, p: Product, tile: Tile | None, load_s: bool) -> 
     )
 
 
-def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool) -> _ProductKernel:
-    """The product by the kernel that reads X, W and A through tensor descriptors."""
+def _by_descriptors(device: Device, p: Product, tile: Tile | None) -> _ProductKernel:
+    """The product by the kernel that reads X and W through tensor descriptors."""
     call = p.call
     assert isinstance(p.w, Tensor)
-    plan = tiles.linear_tma_plan(device, call, load_s, tile)
+    plan = tiles.linear_tma_plan(device, call, tile)
     tile = plan.tile
     columns = tile.BLOCK_N // plan.column_parts
     w = rows_contiguous(p.w)
-    down = rows_contiguous(p.down)
-    # A float32 DOWN passes through registers to be rounded, with a descriptor or without.
-    described_down = not load_s and call.lora_dtype == call.dtype and described(down.matrix)
-    down_desc = None
-    if described_down:
-        down_desc = descriptor(down.matrix, plan.block_r, tile.BLOCK_K, down.transposed)
     arguments: Arguments = {
         "x_desc": descriptor(p.x, tile.BLOCK_M, tile.BLOCK_K),
         "w_desc": descriptor(w.matrix, tile.BLOCK_N, tile.BLOCK_K, w.transposed),
-        "down_desc": down_desc,
         "y_desc": descriptor(p.y, tile.BLOCK_M, columns),
         "g_desc": None,
         "u_desc": None,
         "du_desc": None,
-        "down": matrix(None if load_s or described_down else p.down),
         "tickets": counters(1, p.x.device, workspace.Y_LANE),
     }
     if p.gate is not None:
@@ -471,5 +469,5 @@ def _by_descriptors(device: Device, p: Product, tile: Tile | None, load_s: bool)
         # They stay and draw tile after tile.
         programs=min(plan.tiles, device.processors),
         arguments=arguments,
-        tile=constants._replace(TRANS_DOWN=down.transposed, ADD=p.base is not None),
+        tile=constants._replace(ADD=p.base is not None),
     )

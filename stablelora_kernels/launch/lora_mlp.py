@@ -349,8 +349,8 @@ class _Branches:
 
     def __init__(self, members: Sequence[Product], block_r: int, precision: str) -> None:
         gate, up = members
-        gate_branch = branch_job(gate, block_r, True, precision)
-        up_branch = branch_job(up, block_r, True, precision)
+        gate_branch = branch_job(gate, block_r, precision)
+        up_branch = branch_job(up, block_r, precision)
         self.arguments: Arguments = {
             "branch_g": gate_branch.branch,
             "branch_u": up_branch.branch,

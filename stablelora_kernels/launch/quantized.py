@@ -67,7 +67,7 @@ def quantized(device: Device, p: Product, weight: Stored) -> Launch:
     precision = input_precision(device, call.dtype, transposed=backward)
     sums = shared_sums(plan, tile.BLOCK_M * tile.BLOCK_N, p.x, workspace.Y_LANE)
     packed = _packed(weight)
-    branch = branch_job(p, plan.block_r, True, precision)
+    branch = branch_job(p, plan.block_r, precision)
     arguments: Arguments = {
         "x": matrix(p.x),
         "w": packed.weight,

@@ -105,23 +105,23 @@ def test_65_to_400_rows_fill_the_gpu(arch, direction):
     for m in range(65, 401):
         given = call(direction, m)
         if choose_kernel(device, given, described=True) == "split_k":
-            plan = tiles.linear_split_k_plan(device, given, load_s=True)
+            plan = tiles.linear_split_k_plan(device, given)
             assert plan.splits > 1 and tiles.filled(device, plan.tiles * plan.splits) >= 0.7
         elif device.tma:
-            assert tiles.linear_tma_plan(device, given, True).tiles >= 0.7 * device.processors
+            assert tiles.linear_tma_plan(device, given).tiles >= 0.7 * device.processors
         else:
-            assert tiles.filled(device, tiles.linear_plan(device, given, True).tiles) >= 0.7
+            assert tiles.filled(device, tiles.linear_plan(device, given).tiles) >= 0.7
     if arch == "sm_90":
         # As many programs as powers of two allow.
         for m in (65, 128, 129, 256):
-            plan = tiles.linear_split_k_plan(device, call(direction, m), load_s=True)
+            plan = tiles.linear_split_k_plan(device, call(direction, m))
             assert plan.tiles * plan.splits == 128
 
 
 @on_every_gpu
 def test_the_widest_tile_is_taken_where_it_spills_nothing_in_half_the_rounds(device):
-    def taken(given, load_s=True, has_w=True):
-        return tiles.linear_plan(device, given, load_s, has_w=has_w).tile[:3] == (128, 256, 32)
+    def taken(given, has_w=True):
+        return tiles.linear_plan(device, given, has_w=has_w).tile[:3] == (128, 256, 32)
 
     wide = device.arch in ("sm_80", "sm_86", "sm_89", "sm_120")
     for direction in ("forward", "backward"):
@@ -134,8 +134,8 @@ def test_the_widest_tile_is_taken_where_it_spills_nothing_in_half_the_rounds(dev
         assert taken(one_more) == wide and not taken(one_more._replace(m=one_more.m + 1))
         others = {"dtype": FP32}, {"gated": True}, {"n": 4104}, {"k": 4097}, {"n": 128}
         assert not any(taken(given._replace(**other)) for other in others)
-        assert not taken(given, load_s=False) and not taken(given, has_w=False)
-    plan = tiles.linear_plan(device, call(m=32_768, r=128), True)
+        assert not taken(given, has_w=False)
+    plan = tiles.linear_plan(device, call(m=32_768, r=128))
     assert plan.block_r == (32 if device.arch == "sm_80" else 64)
 
 

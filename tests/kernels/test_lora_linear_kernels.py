@@ -124,7 +124,7 @@ def test_flags_fit_into_a_lane(device, dtype):
     rows = chained.chained_plans(device, most, Tile(64, 64, 32, 4, 3), False)[0].tile.BLOCK_M
     assert rows >= 64 and tiles.CHAIN_HEAD + -(-most.m // rows) <= MAX_SHARED_SUMS
     rules.check_possible(most, "one_launch")
-    with pytest.raises(ValueError, match=f"up to {most.m} rows, got {most.m + 1}"):
+    with pytest.raises(ValueError, match=f"rows up to {most.m}, got {most.m + 1}"):
         rules.check_possible(most._replace(m=most.m + 1), "one_launch")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.lab.mlp_launches import mlp_launches
-from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, MAX_FUSED_R, Device
+from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, SMALL_M, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.kernels.stable_adamw import tables
@@ -98,14 +98,12 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
     for m, (n, k), r, p in product(
         ROWS, SIZES if device.arch == FULL else SIZES[:1], ranks, DROPOUT
     ):
-        # The table's choice; for many rows also the kernels that only force or autotuning selects.
+        # The table's choice, and those that first use may prefer to it.
         choices: list[tuple[Choice | None, Choice | None]] = [(None, None)]
         if m == last:
-            choices.append((Choice("vendor", ""), Choice("vendor", "")))
-        if m == last and dtype != FP32 and r <= MAX_FUSED_R:
-            choices.append((None if p else Choice("fused", ""), Choice("fused", "")))
-        if m == last and dtype != FP32 and r <= MAX_CHAINED_R:
-            choices.append((Choice("chained", ""), Choice("chained", "")))
+            choices.append((Choice("branch_first", ""), Choice("branch_first", "")))
+        if m <= SMALL_M and r <= MAX_CHAINED_R:
+            choices.append((Choice("one_launch", ""), Choice("one_launch", "")))
         # 128 are few rows with many processors; the other dtypes stand beside the default ones in
         # all other rows.
         for pair in choices if m != 128 or default else ():
@@ -128,15 +126,11 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
                 (lambda named: "PACKED.NF4" in named),
                 linear_launches(device, m, 4096, k, r, dtypes, p, kind),
             )
-    for r, kernel in (
-        ((16, "fused"), (16, "split"), (64, "split"))
-        if device.tma and dtype != FP32 and ranks
-        else ()
-    ):
-        yield every, [[_broadcast(device, dtype, lora, r, kernel)]]
+    for r in (16, 64) if device.tma and dtype != FP32 and ranks else ():
+        yield every, [[_broadcast(device, dtype, lora, r)]]
 
 
-def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, kernel: str) -> Any:
+def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int) -> Any:
     """A forward of one row repeated by expand(), which no descriptor can hold: what the pointers'
     kernel is for on Hopper.
     """
@@ -152,7 +146,7 @@ def _broadcast(device: Device, dtype: torch.dtype, lora: torch.dtype, r: int, ke
         seeds=[None],
         settings=LinearForwardSettings((), (1.0,), 0.0, save_s=False, save_mask=False),
     )
-    launch = lora_linear_fwd.plan(device, call, Choice(kernel, ""))[1][-1]
+    launch = lora_linear_fwd.plan(device, call, Choice("one_launch", ""))[1][-1]
     return launch._replace(variant=f"{launch.variant} broadcast")
 
 

@@ -30,7 +30,7 @@ programs for dA run with those for dX. Arguments that several kernels take:
     threshold             dropout: the number below which 15 random bits drop an element
     SPLITS                programs that share a tile's sum, through parts (float32 scratch) and
                           counter (int32 zeros)
-    branch, BRANCH        S UP^T, of S that is read, or computed beside the product
+    branch, BRANCH        S UP^T, of S that is read, or that a program of few rows computes
     chain                 with S: this launch has S_PROGRAMS for S and dB too, in the order that
                           ``chain`` makes
     PRODUCTS              programs of the product; those of dA follow

@@ -21,7 +21,7 @@ from stablelora_kernels.kernels.lora.tickets import request_tile, requested_tile
 @triton.jit
 def _with_branch(acc, branch, bias, rows, cols, M, N, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
     """acc + S UP^T + bias."""
-    acc = add_branch(acc, None, branch, rows, cols, 0, False, M, N, BLOCK_N, BRANCH)
+    acc = add_branch(acc, branch, rows, cols, 0, M, N, BLOCK_N, BRANCH)
     if bias is not None:
         acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     return acc

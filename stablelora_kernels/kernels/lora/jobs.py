@@ -117,7 +117,7 @@ class Branch(NamedTuple):
     """(S UP^T) ∘ keep: S [M, R] with rows of ``stride_s``, UP [N, R] like a ``Matrix``; keep is
     all ones or stored.
 
-    A launch that computes S beside its product scales it and, if s is not None, stores it.
+    A product that computes S in its own loop scales it and, if s is not None, stores it.
     """
 
     s: Any
@@ -131,10 +131,9 @@ class Branch(NamedTuple):
 
 
 class BranchTile(NamedTuple):
-    """LOAD_S: S is read, not computed beside the product. UNIT: what a stored 1 of S means."""
+    """UNIT: what a stored 1 of S means."""
 
     BLOCK_R: int
-    LOAD_S: bool
     UNIT: float
     PRECISION: str
 
@@ -162,7 +161,7 @@ class Tile(NamedTuple):
 
 
 class DescribedTile(NamedTuple):
-    """A product's through tensor descriptors. TRANS_W: they hold W^T; TRANS_DOWN: DOWN^T.
+    """A product's through tensor descriptors. TRANS_W: they hold W^T.
 
     PARTS of a tile's columns are finished one after another. ADD: add to Y's earlier values.
     """
@@ -173,7 +172,6 @@ class DescribedTile(NamedTuple):
     GROUP_M: int
     PARTS: int
     TRANS_W: bool
-    TRANS_DOWN: bool
     ADD: bool
     GATE: str
     PRECISION: str

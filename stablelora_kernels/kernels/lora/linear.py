@@ -23,7 +23,6 @@ from stablelora_kernels.kernels.lora.product import (
 def _lora_linear_kernel(
     x,
     w,
-    down,
     bias,
     y,
     base,
@@ -48,11 +47,11 @@ def _lora_linear_kernel(
     DB: tl.constexpr,
     DA: tl.constexpr,
 ):
-    """Y = X W^T + bias + BASE + (S UP^T) ∘ keep,  S = s' X DOWN^T.
+    """Y = X W^T + bias + BASE + (S UP^T) ∘ keep.
 
-    X [M, K], W [N, K], DOWN [R, K], BASE and Y [M, N].
+    X [M, K], W [N, K], BASE and Y [M, N]. Programs of the launch, or a launch before it, compute S.
 
-    Without a W, there is no product: Y is BASE and the branch alone, for which S is read.
+    Without a W, there is no product: Y is BASE and the branch alone.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
@@ -82,20 +81,17 @@ def _lora_linear_kernel(
     rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K).to(tl.int64)
-    rs = tl.arange(0, BRANCH.BLOCK_R).to(tl.int64)
     row_mask, col_mask = rows < M, cols < N
 
     if TILE.GATE != "":
         prefetch(gate, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    s = tl.zeros((BLOCK_M, BRANCH.BLOCK_R), dtype=tl.float32)
     if w.ptr is not None:
         for k0 in range(0, x.width, BLOCK_K):
-            x_mask, w_mask, down_mask = row_mask[:, None], col_mask[None, :], rs[None, :] < branch.R
+            x_mask, w_mask = row_mask[:, None], col_mask[None, :]
             if not TILE.EVEN_K:
                 x_mask &= k0 + ks[None, :] < x.width
                 w_mask &= k0 + ks[:, None] < x.width
-                down_mask &= k0 + ks[:, None] < x.width
             x_tile = tl.load(
                 x.ptr + rows[:, None] * x.row + (k0 + ks[None, :]) * x.col, mask=x_mask, other=0.0
             )
@@ -103,21 +99,11 @@ def _lora_linear_kernel(
                 w.ptr + cols[None, :] * w.row + (k0 + ks[:, None]) * w.col, mask=w_mask, other=0.0
             )
             acc = dot(x_tile, w_tile, acc, TILE.PRECISION)
-            if not BRANCH.LOAD_S:
-                down_tile = tl.load(
-                    down.ptr + rs[None, :] * down.row + (k0 + ks[:, None]) * down.col,
-                    mask=down_mask,
-                    other=0.0,
-                )
-                s = dot(x_tile, cast(down_tile, x_tile.dtype), s, TILE.PRECISION)
 
     if bias is not None:
         acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     wait_for_s(chain, pid_m * BLOCK_M, branch, M, S)
-    s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
-    acc = add_branch(
-        acc, s_low, branch, rows, cols, pid_n * BLOCK_N, pid_n == 0, M, N, BLOCK_N, BRANCH
-    )
+    acc = add_branch(acc, branch, rows, cols, pid_n * BLOCK_N, M, N, BLOCK_N, BRANCH)
     y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
     y_mask = row_mask[:, None] & col_mask[None, :]
     if base is not None:

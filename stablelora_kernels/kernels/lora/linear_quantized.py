@@ -153,9 +153,7 @@ def _lora_linear_quantized_kernel(
     if last:
         if bias is not None:
             acc += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        acc = add_branch(
-            acc, None, branch, rows, cols, pid_n * BLOCK_N, False, M, N, BLOCK_N, BRANCH
-        )
+        acc = add_branch(acc, branch, rows, cols, pid_n * BLOCK_N, M, N, BLOCK_N, BRANCH)
         y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
         tl.store(
             y_ptrs, cast(acc, y.ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :]

@@ -14,6 +14,7 @@ from stablelora_kernels.kernels.lora.gated import store_gated_grads
 from stablelora_kernels.kernels.lora.product import (
     NOT_SPECIALIZED,
     add_branch,
+    add_ranks,
     product_program,
     wait_for_s,
 )
@@ -51,19 +52,23 @@ def _lora_linear_split_k_kernel(
     DB: tl.constexpr,
     DA: tl.constexpr,
 ):
-    """Y = X W^T + bias + BASE + (S UP^T) ∘ keep,  S = s' X DOWN^T.
+    """Y = X W^T + bias + BASE + (S UP^T) ∘ keep.
 
-    X [M, K], W [N, K], DOWN [R, K], BASE and Y [M, N].
+    X [M, K], W [N, K], BASE and Y [M, N].
 
     As ``_lora_linear_kernel``, with two differences that keep all of the GPU reading W. A program
     computes W X^T, so that W's rows are the long side of the matrix instruction and the few rows of
     X the short one. And SPLITS programs share a tile's K; the last one to finish adds up all parts
     in order.
+
+    With DOWN [R, K], R <= BLOCK_R, each program computes the S = s' X DOWN^T that it needs. Then
+    all rows are in one tile, and no mask drops any.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
+    COMPUTES_S: tl.constexpr = down.ptr is not None
     program = product_program(
         x,
         s_job,
@@ -111,7 +116,7 @@ def _lora_linear_split_k_kernel(
         x_tile = tl.load(x.ptr + rows[:, None] * x.row + k * x.col, mask=x_mask, other=0.0)
         w_tile = tl.load(w.ptr + cols[:, None] * w.row + k * w.col, mask=w_mask, other=0.0)
         acc = dot(w_tile, tl.trans(x_tile), acc, TILE.PRECISION)
-        if not BRANCH.LOAD_S:
+        if COMPUTES_S:
             down_tile = tl.load(
                 down.ptr + rs[None, :] * down.row + (k0 + ks[:, None]) * down.col,
                 mask=down_mask,
@@ -123,17 +128,18 @@ def _lora_linear_split_k_kernel(
                 # in another way.
                 acc = finished(acc)
 
-    acc, s, last = _sum_of_splits(
-        acc, s, parts, counter, tile, split, SPLITS, row_mask, BRANCH.LOAD_S
-    )
+    acc, s, last = _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, COMPUTES_S)
     if last:
         y_tile = tl.trans(acc)
         if bias is not None:
             y_tile += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         wait_for_s(chain, pid_m * BLOCK_M, branch, M, S)
-        s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
-        first, col0 = pid_n == 0, pid_n * BLOCK_N
-        y_tile = add_branch(y_tile, s_low, branch, rows, cols, col0, first, M, N, BLOCK_N, BRANCH)
+        col0 = pid_n * BLOCK_N
+        if COMPUTES_S:
+            s_low = cast(branch.scaling * s, x.ptr.dtype.element_ty)
+            y_tile = _add_branch_of(s_low, y_tile, branch, rows, cols, pid_n == 0, M, N, BRANCH)
+        else:
+            y_tile = add_branch(y_tile, branch, rows, cols, col0, M, N, BLOCK_N, BRANCH)
         y_ptrs = y.ptr + rows[:, None] * y.row + cols[None, :]
         y_mask = row_mask[:, None] & col_mask[None, :]
         if base is not None:
@@ -149,7 +155,26 @@ def _lora_linear_split_k_kernel(
 
 
 @triton.jit
-def _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, LOAD_S: tl.constexpr):
+def _add_branch_of(s, acc, branch, rows, cols, stores, M, N, BRANCH: tl.constexpr):
+    """acc + S UP^T for the S that this program has computed. If it is wanted, a program that
+    ``stores`` it does.
+    """
+    rs = tl.arange(0, BRANCH.BLOCK_R).to(tl.int64)
+    s_mask = (rows[:, None] < M) & (rs[None, :] < branch.R)
+    # Only one of the two conditions is a constant for the compiler.
+    if branch.s is not None:  # noqa: SIM102
+        if stores:
+            tl.store(branch.s + rows[:, None] * branch.stride_s + rs[None, :], s, mask=s_mask)
+    if BRANCH.UNIT != 1.0:
+        acc *= 1.0 / BRANCH.UNIT
+    acc = add_ranks(acc, s, 0, branch, cols, N, BRANCH)
+    if BRANCH.UNIT != 1.0:
+        acc *= BRANCH.UNIT
+    return acc
+
+
+@triton.jit
+def _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, SUMS_S: tl.constexpr):
     """The sums of all SPLITS programs' parts, and whether this program has them: the last to arrive
     adds up, in order.
     """
@@ -169,7 +194,7 @@ def _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, LOAD_S
     last = SPLITS == 1
     if SPLITS > 1:
         tl.store(parts + split * PART + acc_offsets, acc, mask=acc_mask)
-        if not LOAD_S:
+        if SUMS_S:
             tl.store(parts + split * PART + s_offsets, s, mask=s_mask)
         last = arrives_last(counter + tile, SPLITS)
         if last:
@@ -179,7 +204,7 @@ def _sum_of_splits(acc, s, parts, counter, tile, split, SPLITS, row_mask, LOAD_S
                 acc += tl.load(
                     parts + i * PART + acc_offsets, mask=acc_mask, other=0.0, cache_modifier=".cg"
                 )
-                if not LOAD_S:
+                if SUMS_S:
                     s += tl.load(
                         parts + i * PART + s_offsets, mask=s_mask, other=0.0, cache_modifier=".cg"
                     )

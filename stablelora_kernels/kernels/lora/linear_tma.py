@@ -25,12 +25,10 @@ def _lora_linear_tma_kernel(
     x,
     x_desc,
     w_desc,
-    down_desc,
     y_desc,
     g_desc,
     u_desc,
     du_desc,
-    down,
     bias,
     branch,
     gate,
@@ -54,18 +52,17 @@ def _lora_linear_tma_kernel(
     DB: tl.constexpr,
     DA: tl.constexpr,
 ):
-    """Y = X W^T + bias + (S UP^T) ∘ keep,  S = s' X DOWN^T.
+    """Y = X W^T + bias + (S UP^T) ∘ keep.
 
-    X [M, K], W [N, K], DOWN [R, K], Y [M, N].
+    X [M, K], W [N, K], Y [M, N].
 
     As ``_lora_linear_kernel``, but persistent: each program takes tile after tile, see ``tickets``,
-    and finishes it in PARTS parts of its columns. DOWN without a descriptor is read through
-    pointers. The programs of dA run as those of the product free a processor.
+    and finishes it in PARTS parts of its columns. The programs of dA run as those of the product
+    free a processor.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
-    BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     program = product_program(
         x,
         s_job,
@@ -93,13 +90,10 @@ def _lora_linear_tma_kernel(
     while tile < tiles:
         pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, TILE.GROUP_M)
         row0, col0 = pid_m * BLOCK_M, pid_n * BLOCK_N
-        ks = tl.arange(0, BLOCK_K).to(tl.int64)
-        rs = tl.arange(0, BLOCK_R).to(tl.int64)
 
         if TILE.GATE != "":
             prefetch(gate, row0, col0, M, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in range(0, x.width, BLOCK_K):
             x_tile = x_desc.load([row0, k0])
             if TILE.TRANS_W:  # noqa: SIM108 - the arms of a ternary must have one shape
@@ -107,30 +101,14 @@ def _lora_linear_tma_kernel(
             else:
                 w_tile = tl.trans(w_desc.load([col0, k0]))
             acc = dot(x_tile, w_tile, acc, TILE.PRECISION)
-            if not BRANCH.LOAD_S:
-                if down_desc is None:
-                    down_ptrs = down.ptr + rs[None, :] * down.row + (k0 + ks[:, None]) * down.col
-                    down_tile = tl.load(
-                        down_ptrs,
-                        mask=(k0 + ks[:, None] < x.width) & (rs[None, :] < branch.R),
-                        other=0.0,
-                    )
-                elif TILE.TRANS_DOWN:
-                    down_tile = down_desc.load([k0, 0])
-                else:
-                    down_tile = tl.trans(down_desc.load([0, k0]))
-                s = dot(x_tile, cast(down_tile, x_tile.dtype), s, TILE.PRECISION)
 
         rows = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
         wait_for_s(chain, row0, branch, M, S)
-        s_low = cast(branch.scaling * s, x_desc.dtype)
         if branch.mask is None:
             # Onto the whole accumulator: products onto parts of it make ptxas serialize the main
             # loop's WGMMAs.
             cols = col0.to(tl.int64) + tl.arange(0, BLOCK_N)
-            acc = add_branch(
-                acc, s_low, branch, rows, cols, col0, pid_n == 0, M, N, BLOCK_N, BRANCH
-            )
+            acc = add_branch(acc, branch, rows, cols, col0, M, N, BLOCK_N, BRANCH)
         # One part at a time: the masked branch takes fewer registers, and the store of Y less
         # shared memory.
         PART: tl.constexpr = BLOCK_N // TILE.PARTS
@@ -143,7 +121,7 @@ def _lora_linear_tma_kernel(
             y, col = parts[i], col0 + i * PART
             cols = col.to(tl.int64) + tl.arange(0, PART)
             if branch.mask is not None:
-                y = add_branch(y, s_low, branch, rows, cols, col, col == 0, M, N, PART, BRANCH)
+                y = add_branch(y, branch, rows, cols, col, M, N, PART, BRANCH)
             if bias is not None:
                 y += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             if TILE.ADD:

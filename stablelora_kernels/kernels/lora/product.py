@@ -24,13 +24,8 @@ NOT_SPECIALIZED = ["M", "PRODUCTS", "S_PROGRAMS", "S_SPLITS", "DB_SPLITS", "DA_S
 
 
 @triton.jit
-def add_branch(
-    acc, s, branch, rows, cols, col0, first, M, N, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr
-):
-    """acc + (S UP^T) ∘ keep for a tile of Y.
-
-    S is read, or it is ``s``, which the ``first`` tile of its rows stores if it is wanted.
-    """
+def add_branch(acc, branch, rows, cols, col0, M, N, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr):
+    """acc + (S UP^T) ∘ keep for a tile of Y. S is read."""
     BLOCK_R: tl.constexpr = BRANCH.BLOCK_R
     rs = tl.arange(0, BLOCK_R).to(tl.int64)
     total = acc
@@ -40,35 +35,29 @@ def add_branch(
     elif BRANCH.UNIT != 1.0:
         acc *= 1.0 / BRANCH.UNIT
     # One stage, because a pipeline would take the main loop's shared memory.
-    for r0 in tl.range(0, branch.R if BRANCH.LOAD_S else BLOCK_R, BLOCK_R, num_stages=1):
+    for r0 in tl.range(0, branch.R, BLOCK_R, num_stages=1):
         s_mask = (rows[:, None] < M) & (r0 + rs[None, :] < branch.R)
-        if BRANCH.LOAD_S:
-            s_low = tl.load(
-                branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]),
-                mask=s_mask,
-                other=0.0,
-            )
-        else:
-            s_low = s
-            # Only one of the two conditions is a constant for the compiler.
-            if branch.s is not None:  # noqa: SIM102
-                if first:
-                    tl.store(
-                        branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]),
-                        s_low,
-                        mask=s_mask,
-                    )
-        up_mask = (r0 + rs[:, None] < branch.R) & (cols[None, :] < N)
-        up_ptrs = branch.up + cols[None, :] * branch.up_row + (r0 + rs[:, None]) * branch.up_col
-        up = cast(tl.load(up_ptrs, mask=up_mask, other=0.0), s_low.dtype)
+        s_low = tl.load(
+            branch.s + rows[:, None] * branch.stride_s + (r0 + rs[None, :]), mask=s_mask, other=0.0
+        )
         # Without a mask into the product's own accumulator: registers have no room for a second
         # one.
-        acc = dot(s_low, up, acc, BRANCH.PRECISION)
+        acc = add_ranks(acc, s_low, r0, branch, cols, N, BRANCH)
     if BRANCH.UNIT != 1.0:
         acc *= BRANCH.UNIT
     if branch.mask is not None:
         acc = total + tl.where(unpack_words(words, BLOCK_N), acc, 0.0)
     return acc
+
+
+@triton.jit
+def add_ranks(acc, s, r0, branch, cols, N, BRANCH: tl.constexpr):
+    """acc + S UP^T for the block of ranks ``s`` that begins at ``r0``."""
+    rs = tl.arange(0, BRANCH.BLOCK_R).to(tl.int64)
+    up_mask = (r0 + rs[:, None] < branch.R) & (cols[None, :] < N)
+    up_ptrs = branch.up + cols[None, :] * branch.up_row + (r0 + rs[:, None]) * branch.up_col
+    up = cast(tl.load(up_ptrs, mask=up_mask, other=0.0), s.dtype)
+    return dot(s, up, acc, BRANCH.PRECISION)
 
 
 @triton.jit
