@@ -3,10 +3,12 @@ small inputs. The error against a float64 computation must be at most twice the 
 PyTorch, or what rounding allows (the bound).
 
 On a GPU it tests the Triton kernels, on a CPU the PyTorch path. With --interpret it also tests the
-Triton kernels on the CPU, in Triton's interpreter.
+Triton kernels on the CPU, in Triton's interpreter. It lists the kernels that first use has found
+wrong on this machine, whichever process found them; with --report it tests nothing, and prints what
+an issue about them needs.
 
-Exit status: 0 all tests passed; 1 a test failed, or the chosen backend can't run here; 2 a bad
-argument."""
+Exit status: 0 all tests passed; 1 a test failed, first use has found a kernel wrong, or the chosen
+backend can't run here; 2 a bad argument."""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from stablelora_kernels.cli.self_test import (
     run_checks,
     run_checks_in_processes,
 )
-from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch import backend, first_use
 from stablelora_kernels.dispatch.problem import DEVICES, arch_of
 from stablelora_kernels.dispatch.settings import check_environment, settings
 from stablelora_kernels.utils.threads import ONE_THREAD
@@ -75,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also run the Triton kernels in Triton's interpreter",
     )
     parser.add_argument(
+        "--report",
+        action="store_true",
+        help="test nothing; print the machine and what first use has found wrong, to paste into an issue",
+    )
+    parser.add_argument(
         "--device", help="a torch device (default: the GPU if there is one, else the CPU)"
     )
 
@@ -85,6 +92,10 @@ def run(args: argparse.Namespace, report: Report) -> int:
     if args.interpret and (problem := backend.TRITON_PROBLEM or backend.interpreter_problem()):
         raise CommandError(f"--interpret runs the kernels in Triton's interpreter, but {problem}")
     name = _report_findings(device, report)
+    wrong = _report_first_use(device, report)
+    if args.report:
+        report.data["ok"] = name is not None and not wrong
+        return 0 if report.data["ok"] else 1
     interpreting = name == "triton" and backend.INTERPRETING
     compiling = name == "triton" and not interpreting
     # The results of each self-test, which come as its checks run.
@@ -107,13 +118,17 @@ def run(args: argparse.Namespace, report: Report) -> int:
         report.data["self_tests"].append({"on": title, "checks": results})
         _report_results(title, results, report)
     passed = [result["passed"] for test in report.data["self_tests"] for result in test["checks"]]
-    report.data["ok"] = ok = name is not None and bool(passed) and all(passed)
+    report.data["ok"] = ok = name is not None and bool(passed) and all(passed) and not wrong
     if name is None:
         verdict = (
             f"The backend {settings.backend!r} can't run here, so calls of this library will raise."
         )
     elif all(passed):
         verdict = f"All {len(passed)} checks passed."
+        if wrong:
+            verdict += (
+                f" First use has found {counted(len(wrong), 'kernel')} wrong here, see above."
+            )
     else:
         verdict = f"{passed.count(False)} of {counted(len(passed), 'check')} FAILED."
     report.text("", verdict)
@@ -149,6 +164,25 @@ def _report_findings(device: torch.device, report: Report) -> str | None:
         }
     )
     return name
+
+
+def _report_first_use(device: torch.device, report: Report) -> list[first_use.Retired]:
+    """Report what first use has found wrong on this machine, and return it."""
+    wrong: list[first_use.Retired] = []
+    if backend.TRITON_PROBLEM is None:
+        wrong = first_use.retired_on_disk(device)
+    report.data["first_use"] = [retired._asdict() for retired in wrong]
+    if not wrong:
+        return wrong
+    report.text(
+        "",
+        "First use has found these wrong on this machine, and no call takes them. Please report them:",
+        *(f"  {retired.op} by {retired.strategy!r}: {retired.fault}" for retired in wrong),
+        f"  {first_use.made_for(device)}",
+        f"  (files in {first_use.cache_dir()}; without them they are looked at again)",
+        hang=4,
+    )
+    return wrong
 
 
 def _versions() -> dict[str, str]:

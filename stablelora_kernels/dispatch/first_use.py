@@ -187,6 +187,20 @@ def retired_on(device: torch.device) -> list[Retired]:
     ]
 
 
+def retired_on_disk(device: torch.device) -> list[Retired]:
+    """The strategies that any process has found wrong on this machine."""
+    end = f", on {made_for(device)}"
+    known = []
+    for path in sorted(cache_dir().glob("*.json")):
+        # A damaged file may raise anything. Whoever needs its answer looks again.
+        with suppress(Exception):
+            answer = json.loads(path.read_text())
+            if answer["key"].startswith("retired: ") and answer["key"].endswith(end):
+                fields = (str(answer[name]) for name in Retired._fields)
+                known.append(Retired(*fields))
+    return known
+
+
 class Unprovable(Exception):
     """The call's frozen operands can't show what a kernel does, such as a weight with NaN in it."""
 
