@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.ptx_emulator import tcgen05, tma, wgmma
-from tests.ptx_emulator.clusters import Cluster
 from tests.ptx_emulator.memory import EmulationError, Faults, Races, Space, shared_memory
 from tests.ptx_emulator.parse import SIZES, Instruction
-from tests.ptx_emulator.register_pool import RegisterPool
 
 # What a control instruction says: go on; other threads' turn; the group waits or has ended; and it
 # polls, without effect so far. BLOCKED says a CTA none of whose threads can go on.
@@ -61,8 +59,7 @@ class Group:
     mask: Any
     # The only warp or warpgroup that it may be of, where those run apart.
     unit: int = -1
-    # ("bar", number, count), ("mbarrier", address, parity, instruction), ("cluster", barriers passed),
-    # ("registers", warps, number) or ("grid",)
+    # ("bar", number, count), ("mbarrier", address, parity, instruction) or ("grid",)
     waits: tuple[Any, ...] | None = None
     # It has polled in vain.
     tired: bool = False
@@ -81,8 +78,6 @@ class LaunchState:
     shared_bytes: int
     # Tensor maps by their places among the parameters.
     maps: dict[int, Any]
-    # CTAs of a cluster.
-    cluster: int = 1
 
     @property
     def warps(self) -> int:
@@ -95,10 +90,8 @@ class CTA:
     threads.
     """
 
-    def __init__(self, machine: Machine, launch: LaunchState, index: int, cluster: Cluster) -> None:
+    def __init__(self, machine: Machine, launch: LaunchState, index: int) -> None:
         self.machine, self.launch, self.index, self.program = machine, launch, index, launch.program
-        self.cluster = cluster
-        cluster.ctas.append(self)
         n = self.n = self.program.threads
         self.warps = n // 32
         self.first_warp = index * self.warps
@@ -127,9 +120,6 @@ class CTA:
         self.stores: dict[int, Any] = {}
         self.products: dict[int, Any] = {}
         self.tensor_memory = tcgen05.TensorMemory()
-        self.register_pool = RegisterPool(self.warps, self.program.maxnreg)
-        # Threads that have arrived at the cluster's next barrier.
-        self.at_cluster_barrier = np.zeros(n, bool)
 
     # Registers.
 
@@ -211,12 +201,7 @@ class CTA:
 
     def _may_go_on(self, group: Group) -> bool:
         assert group.waits is not None
-        kind, *details = group.waits
-        if kind == "cluster":
-            return self.cluster.barriers_passed > details[0]
-        if kind == "registers":
-            return self.register_pool.has(*details)
-        return kind == "mbarrier" and tma.phase_has_passed(self, *details)
+        return group.waits[0] == "mbarrier" and tma.phase_has_passed(self, *group.waits[1:])
 
     def _merge(self) -> None:
         merged: dict[Any, Group] = {}
@@ -249,34 +234,6 @@ class CTA:
         self.live &= ~group.mask
         self.groups.remove(group)
         self._complete_barriers()
-        self.cluster.complete_barrier()
-        return STOP
-
-    def resize(self, group: Group, number: int, grows: bool, ins: Instruction) -> str:
-        """``setmaxnreg``: give registers back, or wait until the CTA's pool has those that the
-        warps take.
-        """
-        warps = self.full_warps(group.mask, ins)
-        if not self.register_pool.allows(warps, number, grows):
-            detail = f"from {self.register_pool.held[warps]} to {number}"
-            self.machine.faults.add("setmaxnreg the wrong way", ins, detail)
-        if grows and not self.register_pool.has(warps, number):
-            # The instruction begins again.
-            group.waits, group.pc = ("registers", tuple(warps.tolist()), number), ins.pc
-            return STOP
-        self.register_pool.resize(warps, number)
-        return GO
-
-    def arrive_at_cluster(self, group: Group) -> str:
-        self.at_cluster_barrier = self.at_cluster_barrier | group.mask
-        self.cluster.complete_barrier()
-        return GO
-
-    def wait_for_cluster(self, group: Group) -> str:
-        """Wait until all threads of the cluster that live have arrived."""
-        if not (self.at_cluster_barrier & group.mask).any():
-            return GO
-        group.waits = ("cluster", self.cluster.barriers_passed)
         return STOP
 
     def barrier(self, group: Group, number: int, count: int | None) -> str:
@@ -315,10 +272,7 @@ class Machine:
         return landing == "early" or (landing == "random" and self.random.random() < 0.5)
 
     def run(self) -> None:
-        size = self.launch.cluster
-        first_of_each = range(0, int(np.prod(self.launch.grid)), size)
-        # A GPU begins all CTAs of a cluster together.
-        waiting = [range(first, first + size) for first in first_of_each]
+        waiting = [*range(int(np.prod(self.launch.grid)))]
         if self.schedule.order == "reverse":
             waiting.reverse()
         if self.schedule.order == "random":
@@ -328,10 +282,8 @@ class Machine:
         in_vain = 0
         while waiting or active:
             while waiting and len(active) < (self.schedule.resident or len(waiting) + len(active)):
-                cluster = Cluster(self)
-                for index in waiting.pop(0):
-                    cta = CTA(self, self.launch, index, cluster)
-                    active.append((cta, cta.run(), 1.0))
+                cta = CTA(self, self.launch, waiting.pop(0))
+                active.append((cta, cta.run(), 1.0))
             shares = [share for *_, share in active]
             place = (
                 self.random.choices(range(len(active)), shares)[0]
@@ -357,7 +309,7 @@ class Machine:
             in_vain = in_vain + 1 if outcome in (BLOCKED, SPIN) and self.progress == before else 0
             if in_vain > PATIENCE * len(active):
                 states = " || ".join(_state(each) for each, *_ in active[:4])
-                raise EmulationError(f"deadlock, {len(waiting)} clusters have not begun: {states}")
+                raise EmulationError(f"deadlock, {len(waiting)} CTAs have not begun: {states}")
 
 
 def _state(cta: CTA) -> str:

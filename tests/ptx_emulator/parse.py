@@ -87,8 +87,6 @@ class Program:
     name: str
     threads: int
     params: list[Param]
-    # Registers of each thread at launch, if the kernel says so; else 0.
-    maxnreg: int = 0
     # Registers by name: place and type.
     registers: dict[str, tuple[int, str]] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
@@ -110,10 +108,7 @@ def parse(ptx: str) -> Program:
         params.append(Param(name, SIZES[kind] * int(count or 1), offset))
         offset += params[-1].size
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", entry[3])
-    maxnreg = re.search(r"\.maxnreg\s+(\d+)", entry[3])
-    program = Program(
-        entry[1], int(threads[1]) if threads else 0, params, int(maxnreg[1]) if maxnreg else 0
-    )
+    program = Program(entry[1], int(threads[1]) if threads else 0, params)
     # A kernel has all its shared memory behind one symbol.
     program.symbols = {"global_smem": SHARED_BASE} | {param.name: param.offset for param in params}
     _Body(program, files).read(ptx, entry.end())

@@ -16,7 +16,7 @@ from tests.ptx_emulator.memory import EmulationError
 from tests.ptx_emulator.parse import SIZES, Instruction, Program
 
 Control = Callable[[CTA, Group], str]
-CONTROL = ("bra", "brx", "ret", "bar", "barrier", "setmaxnreg")
+CONTROL = ("bra", "brx", "ret", "bar", "barrier")
 
 
 class Run:
@@ -40,7 +40,7 @@ class CompiledProgram:
     """A kernel's ``runs`` by their first pc."""
 
     def __init__(self, program: Program) -> None:
-        self.code, self.threads, self.maxnreg = program.code, program.threads, program.maxnreg
+        self.code, self.threads = program.code, program.threads
         self.registers, self.params, self.labels = program.registers, program.params, program.labels
         self.arithmetic = Arithmetic(program)
         self.shared_granule, self.global_granule = _granules(program.code)
@@ -49,8 +49,6 @@ class CompiledProgram:
             0,
             *program.labels.values(),
             *(ins.pc + 1 for ins in program.code if _is_control(ins)),
-            # A group that waits for registers begins the instruction again.
-            *(ins.pc for ins in program.code if ins.mods[0] == "setmaxnreg"),
         }
         for start in starts - {len(program.code)}:
             self.runs[start] = self._run(start, starts)
@@ -115,8 +113,6 @@ class CompiledProgram:
     def special(self, c: CTA, name: str) -> Any:
         """A special register."""
         base, _, axis = name.partition(".")
-        if name == "%cluster_ctarank":
-            return np.full(c.n, c.cluster.rank(c), np.uint32)
         known = {
             "%tid": (c.all_lanes, 0, 0),
             "%ctaid": c.id,
@@ -147,15 +143,6 @@ class CompiledProgram:
             return lambda c, group: c.exit(group)
         if ins.op.startswith("mbarrier.try_wait"):
             return self._wait_for_phase(ins)
-        if ins.op.startswith("barrier.cluster.arrive"):
-            return lambda c, group: c.arrive_at_cluster(group)
-        if ins.op.startswith("barrier.cluster.wait"):
-            return lambda c, group: c.wait_for_cluster(group)
-        if head == "setmaxnreg":
-            if not self.maxnreg:
-                raise ins.unknown()
-            grows, number = ins.mods[1] == "inc", int(ins.args[0])
-            return lambda c, group: c.resize(group, number, grows, ins)
         if not ins.args[0].isdigit() or ins.op not in ("bar.sync", "barrier.sync"):
             raise ins.unknown()
         number, count = int(ins.args[0]), int(ins.args[1], 0) if len(ins.args) > 1 else None

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.lab.compile_report.machine_code import source, source_digest, target
@@ -124,7 +123,7 @@ def parameters(
         if isinstance(value, Tensor):
             memory += pieces(value, name)
             values.append((value.data_ptr(), kind))
-        elif isinstance(value, TensorDescriptor | GluonDescriptor):
+        elif isinstance(value, TensorDescriptor):
             memory += pieces(value.base, name)
             values.append((_tensor_map(value, next(layouts)), kind))
             values += [(number, "i64") for number in (*value.shape, *value.strides)]
@@ -145,9 +144,7 @@ def parameters(
     return bytes(data), maps, memory
 
 
-def _tensor_map(
-    descriptor: TensorDescriptor | GluonDescriptor, layout: dict[str, Any]
-) -> TensorMap:
+def _tensor_map(descriptor: TensorDescriptor, layout: dict[str, Any]) -> TensorMap:
     base, size = descriptor.base, layout["elem_size"]
     rows, columns = descriptor.shape
     return TensorMap(
@@ -166,11 +163,8 @@ def run(launch: Launch, schedule: Schedule, more: Iterable[tuple[Tensor, str]] =
         )
     program = program_of(compiled)
     data, maps, named = parameters(launch, compiled, program)
-    cluster = launch.options.get("num_ctas", 1)
-    programs, *others = (*launch.grid, 1, 1)[:3]
-    grid = (programs * cluster, *others)
-    shared = compiled.metadata["shared"] or 0
-    state = LaunchState(program, compiled.name, grid, data, shared, maps, cluster)
+    grid = (*launch.grid, 1, 1)[:3]
+    state = LaunchState(program, compiled.name, grid, data, compiled.metadata["shared"] or 0, maps)
     machine = Machine(global_memory(memory + named, program.global_granule), state, schedule)
     machine.run()
     return machine.faults

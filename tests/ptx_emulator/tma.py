@@ -244,40 +244,6 @@ def _expect(words: Arithmetic, ins: Instruction) -> Action:
     return expect
 
 
-def _arrive(words: Arithmetic, ins: Instruction) -> Action:
-    """Arrive, without a use of the phase. An arrival in the cluster's memory is one at the leading
-    CTA: Triton has no other, and clears the rank in the address.
-    """
-    if ins.args[0] != "_" or {"noComplete", "drop"} & {*ins.mods}:
-        raise ins.unknown()
-    at_leading = "shared::cluster" in ins.op
-    address = words.address(ins.args[1])
-    number = words.reader(ins.args[2] if len(ins.args) > 2 else "1", "u32")
-
-    def arrive(c: CTA, mask: Any) -> None:
-        holder = c.cluster.leading if at_leading else c
-        _check_lives(holder, ins)
-        for lane in c.lanes(mask):
-            at = int(address(c)[lane])
-            warp = int(c.warp_of[lane])
-            barrier = mbarrier(holder, at, ins, [warp])
-            count = int(number(c)[lane])
-            if barrier.pending < count:
-                c.machine.faults.add("mbarrier: more arrivals than it expects", ins, f"{at:#x}")
-                continue
-            barrier.bring(c.machine.races.snapshot(warp))
-            barrier.pending -= count
-            barrier.settle(holder)
-
-    return arrive
-
-
-def _check_lives(c: CTA, ins: Instruction) -> None:
-    """Report an access to the shared memory of a CTA that has ended."""
-    if not c.live.any():
-        c.machine.faults.add("shared memory of a CTA that has ended", ins, f"CTA {c.index}")
-
-
 # Copies.
 
 
@@ -312,49 +278,37 @@ def _load(words: Arithmetic, ins: Instruction) -> Action:
     shared = words.address(ins.args[0])
     operand = _operand(words, ins.args[1])
     barrier = words.address(ins.args[2])
-    multicast = "multicast::cluster" in ins.op
-    bits_of_targets = words.reader(ins.args[3], "u16") if multicast else None
 
     def load(c: CTA, mask: Any) -> None:
+        machine, races = c.machine, c.machine.races
         for lane in c.lanes(mask):
-            tensor, column, row = operand(c, lane)
-            to, at = int(shared(c)[lane]), int(barrier(c)[lane])
+            (tensor, *place), to, at = operand(c, lane), int(shared(c)[lane]), int(barrier(c)[lane])
             warp = np.array([c.warp_of[lane]])
-            targets = [c]
-            if bits_of_targets is not None:
-                targets = c.cluster.members(int(bits_of_targets(c)[lane]))
-            for target in targets:
-                _issue_load(target, (tensor, column, row), to, at, warp, ins)
+            mbarrier(c, at, ins, warp)
+            if to % (128 << tensor.swizzle if tensor.swizzle else 128):
+                machine.faults.add("misaligned box in shared memory", ins, f"{to:#x}")
+            there, here, inside = tensor.box(*place, to)
+            if not _bounded(c, here, tensor.size, ins):
+                continue
+            serial, (region,) = races.new_serial(c.first_warp), c.shared.regions
+            races.write(region, _box_granules(region, here, tensor.size), warp, ins, behind=serial)
+            source = there[inside]
+            for each, which in machine.memory.reach(
+                source, source + tensor.size, tensor.size, machine.faults, ins
+            ):
+                races.read(
+                    each,
+                    _box_granules(each, source[which], tensor.size),
+                    warp,
+                    ins,
+                    0,
+                    behind=serial,
+                )
+            c.loads.append(Load(at, there, here, inside, tensor, serial))
+            if machine.lands_early():
+                c.loads[-1].land(c)
 
     return load
-
-
-def _issue_load(
-    target: CTA, box: tuple[TensorMap, int, int], to: int, at: int, warp: Any, ins: Instruction
-) -> None:
-    """Send a box to address ``to`` of ``target``'s shared memory. It completes on the mbarrier at
-    ``at``, of the same CTA. ``warp`` issues it, of this CTA or another one of the cluster.
-    """
-    machine, races = target.machine, target.machine.races
-    tensor, column, row = box
-    _check_lives(target, ins)
-    mbarrier(target, at, ins, warp)
-    if to % (128 << tensor.swizzle if tensor.swizzle else 128):
-        machine.faults.add("misaligned box in shared memory", ins, f"{to:#x}")
-    there, here, inside = tensor.box(column, row, to)
-    if not _bounded(target, here, tensor.size, ins):
-        return
-    serial, (region,) = races.new_serial(target.first_warp), target.shared.regions
-    races.write(region, _box_granules(region, here, tensor.size), warp, ins, behind=serial)
-    source = there[inside]
-    for piece, which in machine.memory.reach(
-        source, source + tensor.size, tensor.size, machine.faults, ins
-    ):
-        granules = _box_granules(piece, source[which], tensor.size)
-        races.read(piece, granules, warp, ins, 0, behind=serial)
-    target.loads.append(Load(at, there, here, inside, tensor, serial))
-    if machine.lands_early():
-        target.loads[-1].land(target)
 
 
 def _store(words: Arithmetic, ins: Instruction) -> Action:
@@ -409,10 +363,6 @@ def _wait(ins: Instruction, c: CTA, mask: Any) -> None:
             del queue.groups[: len(done)]
 
 
-def _nothing(ins: Instruction, c: CTA, mask: Any) -> None:
-    """The barrier behind it orders all that it does."""
-
-
 def _proxy_fence(ins: Instruction, c: CTA, mask: Any) -> None:
     """What these threads have written, or synchronized with, becomes visible to TMA and wgmma."""
     c.machine.races.proxy_fence(np.unique(c.warp_of[c.lanes(mask)]))
@@ -420,8 +370,6 @@ def _proxy_fence(ins: Instruction, c: CTA, mask: Any) -> None:
 
 INSTRUCTIONS: dict[str, Callable[[Arithmetic, Instruction], Action]] = {
     "mbarrier.init": _init, "mbarrier.inval": _invalidate, "mbarrier.arrive.expect_tx": _expect,
-    "mbarrier.arrive.shared::cta": _arrive, "mbarrier.arrive.shared::cluster": _arrive,
-    "fence.mbarrier_init": whole(_nothing),
     "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier": _load, "cp.async.bulk.tensor.2d.global.shared::cta": _store,
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier": _load,
     "cp.async.bulk.commit_group": whole(_commit), "cp.async.bulk.wait_group": whole(_wait),

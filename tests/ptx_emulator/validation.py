@@ -181,7 +181,7 @@ def main(arch: str) -> None:
     """
     said = stuck(arch)
     assert (
-        said.startswith("deadlock, 2 clusters have not begun: CTA ")
+        said.startswith("deadlock, 2 CTAs have not begun: CTA ")
         and said.count("_chain_kernel: runs at") == 2
     ), said
     for name, share, faults, must_find in results(arch):

@@ -220,25 +220,14 @@ def test_code_that_does_not_compile_or_may_be_wrong_is_a_fault(monkeypatch) -> N
     assert report.check(label) == report.Compiled({}, ["a scalar is loaded again"])
 
 
-# Of all launches one in 250.
+# Of all launches one in 250. The nightly test_hazards.py has them all, under every Triton.
 SAMPLE = """
 from benchmarks.lab.compile_report import report
 raise SystemExit(report.run(report.labels_of(report.ARCHS)[::250]))
 """
-ALL = "from benchmarks.lab.compile_report.report import main; raise SystemExit(main(['--arch', '{}']))"
 
 
 @of_this_triton
-@pytest.mark.parametrize(
-    "code",
-    [
-        pytest.param(SAMPLE, id="sample"),
-        *(
-            pytest.param(ALL.format(arch), id=arch, marks=pytest.mark.nightly)
-            for arch in report.ARCHS
-        ),
-    ],
-)
-def test_todays_kernels_have_no_fault(code: str) -> None:
-    done = python(code)
+def test_a_sample_of_todays_kernels_has_no_fault() -> None:
+    done = python(SAMPLE)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
