@@ -43,6 +43,9 @@ _FIXED = {"operands", "scales", "lora_As", "lora_Bs"}
 # Settings of an op on which neither code nor time depends.
 _NUMBERS = {"scalings", "starts", "ends", "dropout_p", "dropout_ps"}
 
+# Settings that say what a forward saves.
+_SAVED = {"save_s", "save_mask", "save", "stores_mask"}
+
 # Builds the results, without values, and the launches that fill them.
 Plan = Callable[[Device, Any, Choice | None], tuple[Any, list[Any]]]
 
@@ -63,6 +66,8 @@ class Decision(NamedTuple):
     reason: str
     # None: the table's.
     choice: Choice | None = None
+    # The name of the strategy with its tile, if there is one.
+    name: str = ""
     # Whether what was found out just now may change how other calls run.
     is_news: bool = False
 
@@ -103,8 +108,19 @@ def _once(run: Callable[[], None]) -> float:
 measure: Callable[[Sequence[Callable[[], None]], torch.device], list[float]] = time_on_gpu
 
 
+def timed_kind_of(op: str, call: Any) -> Kind:
+    """The kind of a call by which times are kept: whatever the forward saves. A checkpointed layer
+    thus takes the same strategy when its forward runs again.
+    """
+    saved = [name for name in call.settings._fields if name in _SAVED]
+    if saved:
+        call = call._replace(settings=call.settings._replace(**dict.fromkeys(saved, None)))
+    words = kind_of(op, call).words
+    return Kind(f"{op}, timed", words + (", tiles" if first_use.tries_tiles() else ""))
+
+
 def kind_of(op: str, call: Any) -> Kind:
-    """The kind of a call: what its launches' code and time depend on, in words.
+    """The kind of a call: what its launches' code depends on, in words.
 
     Rows are rounded up to a power of two, so that batches of any size share few answers. Dropout's
     probability and scalings are left out.
@@ -183,44 +199,92 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
+class _FirstCall(NamedTuple):
+    """A call whose kind is looked at, with what is known of it."""
+
+    subject: Subject
+    device: torch.device
+    call: Any
+    # The names of its strategies, the table's first.
+    strategies: list[str]
+    kind: Kind
+    proof: Finding
+    # The kind by which times are kept, and the times.
+    timed_kind: Kind
+    times: Finding
+
+    @classmethod
+    def of(cls, subject: Subject, device: torch.device, call: Any) -> _FirstCall:
+        kind = kind_of(subject.name, call)
+        timed_kind = timed_kind_of(subject.name, call)
+        return cls(
+            subject,
+            device,
+            call,
+            subject.oracle.strategies(call),
+            kind,
+            first_use.finding_of(kind, device) or Finding(),
+            timed_kind,
+            first_use.finding_of(timed_kind, device) or Finding(),
+        )
+
+    @property
+    def default(self) -> str | None:
+        """The first strategy that is not retired."""
+        return next((name for name in self.strategies if not self.is_retired(name)), None)
+
+    def is_retired(self, name: str) -> bool:
+        strategy = name.split(",")[0]
+        return bool(first_use.fault_of(self.subject.name, strategy, self.device))
+
+    def choice_of(self, name: str, tile: Tile | None = None) -> Choice | None:
+        """The choice of a strategy; None is the table's own."""
+        strategy = name.split(",")[0]
+        if strategy == self.strategies[0] and tile is None:
+            return None
+        return Choice(strategy, "", tile)
+
+    def is_right(self, name: str, tile: Tile | None = None) -> bool:
+        """Whether a strategy is proven, which this finds out."""
+        if name not in self.proof.faults:
+            choice = self.choice_of(name, tile)
+            find_fault = partial(_fault_of, self.subject, self.device, self.call, choice)
+            first_use.prove(self.kind, self.device, self.proof, name, find_fault)
+            first_use.keep(self.kind, self.device, self.proof)
+        return self.proof.faults.get(name) == ""
+
+
 def decide(subject: Subject, device: torch.device, call: Any) -> Decision:
     """How a call runs: by what first use has found, or finds now."""
-    op = subject.name
-    strategies = subject.oracle.strategies(call)
     if not first_use.is_on(device):
-        return Decision(strategies[0], "first use is off")
-    kind = kind_of(op, call)
-    finding = first_use.finding_of(kind, device) or Finding()
-    default = _first_possible(op, device, strategies)
-    is_news = False
+        return Decision(subject.oracle.strategies(call)[0], "first use is off")
+    first = _FirstCall.of(subject, device, call)
+    default = first.default
     # A capture must not record a proof.
-    if default is not None and first_use.may_run(device):
-        is_new = default not in finding.faults
-        if is_new:
-            choice = _choice_of(default, strategies)
-            find_fault = partial(_fault_of, subject, device, call, choice)
-            first_use.prove(kind, device, finding, default, find_fault)
-        if not finding.faults.get(default) and finding.fastest is None and _may_time(device):
-            is_new = True
-            _time(subject, device, call, finding, strategies, kind)
-        if is_new:
-            first_use.keep(kind, device, finding)
-            first_use.logger.info("%s, %s: %s", op, kind.words, finding)
-            is_news = any(finding.faults.values()) or finding.fastest == OPERATORS
-        if finding.faults.get(default):
-            words = f"{default!r} is wrong on this machine: {finding.faults[default]}"
-            return Decision(OPERATORS, words, is_news=is_news)
-    decision = _by_finding(op, device, strategies, finding, _draws(call))
+    if default is None or not first_use.may_run(device):
+        return _by_findings(first, _draws(call))
+    is_right = first.is_right(default)
+    fault = first.proof.faults.get(default)
+    if fault:
+        words = f"{default!r} is wrong on this machine: {fault}"
+        return Decision(OPERATORS, words, is_news=True)
+    is_news = False
+    if is_right and first.times.fastest is None and _may_time(device):
+        _time(first)
+        is_news = first.times.fastest == OPERATORS or any(first.proof.faults.values())
+    decision = _by_findings(first, _draws(call))
+    # Times hold for kinds that were not proven yet.
+    name = decision.name or decision.strategy
+    if name not in (OPERATORS, default) and not first.is_right(name, first.times.tile(name)):
+        return Decision(default, NOT_TIMED, first.choice_of(default), is_news=True)
     return decision._replace(is_news=is_news)
 
 
 def known(subject: Subject, device: torch.device, call: Any) -> Decision:
     """How a call runs by what is known, without a proof. The PyTorch path, too, may take it."""
-    strategies = subject.oracle.strategies(call)
     if not first_use.is_on(device):
-        return Decision(strategies[0], "first use is off")
-    finding = first_use.finding_of(kind_of(subject.name, call), device)
-    return _by_finding(subject.name, device, strategies, finding or Finding(), draws=False)
+        return Decision(subject.oracle.strategies(call)[0], "first use is off")
+    return _by_findings(_FirstCall.of(subject, device, call), draws=False)
 
 
 def _draws(call: Any) -> bool:
@@ -230,53 +294,36 @@ def _draws(call: Any) -> bool:
     return any(seed is not None for seed in getattr(call, "seeds", ()))
 
 
-def _first_possible(op: str, device: torch.device, strategies: Sequence[str]) -> str | None:
-    """The first strategy that is not retired."""
-    return next((name for name in strategies if not first_use.fault_of(op, name, device)), None)
-
-
-def _choice_of(name: str, strategies: Sequence[str], tile: Tile | None = None) -> Choice | None:
-    """The choice of a strategy; None is the table's own."""
-    if name == strategies[0] and tile is None:
-        return None
-    return Choice(name, "", tile)
-
-
-def _by_finding(
-    op: str, device: torch.device, strategies: Sequence[str], finding: Finding, draws: bool
-) -> Decision:
-    """How a call runs by a finding. ``draws``: PyTorch's operators run only if nothing else can."""
-    default = _first_possible(op, device, strategies)
+def _by_findings(first: _FirstCall, draws: bool) -> Decision:
+    """How a call runs by what is known. ``draws``: PyTorch's operators run only if nothing else can."""
+    table = first.strategies[0]
+    default = first.default
+    retired = first_use.fault_of(first.subject.name, table, first.device)
     if default is None:
-        fault = first_use.fault_of(op, strategies[0], device)
-        return Decision(OPERATORS, f"{strategies[0]!r} is retired on this machine: {fault}")
+        return Decision(OPERATORS, f"{table!r} is retired on this machine: {retired}")
     name, reason = default, NOT_TIMED
-    if default != strategies[0]:
-        fault = first_use.fault_of(op, strategies[0], device)
-        reason = f"{strategies[0]!r} is retired on this machine: {fault}"
+    if retired:
+        reason = f"{table!r} is retired on this machine: {retired}"
     is_free = settings.strategy == "auto" and not torch.are_deterministic_algorithms_enabled()
-    if finding.fastest is not None and is_free:
-        fastest = _fastest(op, device, finding, draws)
-        if fastest is not None:
-            name, reason = fastest, finding.reason
+    fastest = _fastest(first, draws) if is_free else None
+    if fastest is not None:
+        name, reason = fastest, first.times.reason
     if name == OPERATORS:
         return Decision(OPERATORS, reason)
-    strategy = name.split(",")[0]
-    choice = _choice_of(strategy, strategies, finding.tile(name))
-    return Decision(strategy, reason, choice)
+    choice = first.choice_of(name, first.times.tile(name))
+    return Decision(name.split(",")[0], reason, choice, name=name)
 
 
-def _fastest(op: str, device: torch.device, finding: Finding, draws: bool) -> str | None:
-    """The fastest strategy that may run, or None."""
+def _fastest(first: _FirstCall, draws: bool) -> str | None:
+    """The fastest strategy that may run; None if nothing was timed."""
 
     def may_run(name: str) -> bool:
-        if name == OPERATORS:
-            return not draws
-        return not first_use.fault_of(op, name.split(",")[0], device)
+        return not draws if name == OPERATORS else not first.is_retired(name)
 
-    if finding.fastest is not None and may_run(finding.fastest):
-        return finding.fastest
-    others = {name: us for name, us in finding.microseconds.items() if may_run(name)}
+    fastest = first.times.fastest
+    if fastest is None or may_run(fastest):
+        return fastest
+    others = {name: us for name, us in first.times.microseconds.items() if may_run(name)}
     return min(others, key=others.__getitem__, default=None)
 
 
@@ -324,36 +371,26 @@ def _run(launches: Sequence[Any], device: torch.device) -> None:
         launch.run(device)
 
 
-def _time(
-    subject: Subject,
-    device: torch.device,
-    call: Any,
-    finding: Finding,
-    strategies: Sequence[str],
-    kind: Kind,
-) -> None:
+def _time(first: _FirstCall) -> None:
     """Time every strategy that a proof finds right, and PyTorch's operators."""
+    subject, device, call = first.subject, first.device, first.call
+    if subject.oracle.written(call):
+        # Each run would add to the call's own operands.
+        return
     choices: dict[str, Choice | None] = {}
-    for name in strategies:
-        choice = _choice_of(name, strategies)
-        if first_use.fault_of(subject.name, name, device):
+    for name in first.strategies:
+        if first.is_retired(name) or not first.is_right(name):
             continue
-        if name not in finding.faults:
-            find_fault = partial(_fault_of, subject, device, call, choice)
-            first_use.prove(kind, device, finding, name, find_fault)
-        choices[name] = choice
+        choices[name] = first.choice_of(name)
         for tile in _tiles_to_try(subject, device, call, name):
-            tiled = Choice(name, "", tile)
             words = f"{name}, {'x'.join(map(str, tile[:3]))}, {tile.num_warps} warps, {tile.num_stages} stages"
-            find_fault = partial(_fault_of, subject, device, call, tiled)
-            first_use.prove(kind, device, finding, words, find_fault)
-            finding.tiles[words] = [*tile]
-            choices[words] = tiled
-    right = {name: choice for name, choice in choices.items() if finding.faults.get(name) == ""}
+            if first.is_right(words, tile):
+                first.times.tiles[words] = [*tile]
+                choices[words] = first.choice_of(name, tile)
     runs: dict[str, Callable[[], None]] = {}
     with plainly(device):
         try:
-            for name, choice in right.items():
+            for name, choice in choices.items():
                 launches = subject.plan(problem.device_of(device), call, choice)[1]
                 runs[name] = partial(_run, launches, device)
             runs[OPERATORS] = partial(_discard, subject.oracle.by_operators, call)
@@ -363,14 +400,16 @@ def _time(
             return
     times = dict(zip(runs, seconds, strict=True))
     table, best = next(iter(times)), min(times, key=times.__getitem__)
-    finding.microseconds = {name: round(of_run * 1e6, 1) for name, of_run in times.items()}
-    shown = finding.microseconds
-    if times[best] < times[table] * (1 - TIE):
-        finding.reason = f"measured: {shown[best]} us, {table!r} {shown[table]} us"
-    else:
+    shown = {name: round(of_run * 1e6, 1) for name, of_run in times.items()}
+    reason = f"measured: {shown[best]} us, {table!r} {shown[table]} us"
+    if times[best] >= times[table] * (1 - TIE):
         best = table
-        finding.reason = f"measured: {shown[table]} us, and no other is more than {TIE:.0%} faster"
-    finding.fastest = best
+        reason = f"measured: {shown[table]} us, and no other is more than {TIE:.0%} faster"
+    first.times.microseconds.update(shown)
+    first.times.fastest = best
+    first.times.reason = reason
+    first_use.keep(first.timed_kind, device, first.times)
+    first_use.logger.info("%s, %s: %s", subject.name, first.timed_kind.words, reason)
 
 
 def _tiles_to_try(subject: Subject, device: torch.device, call: Any, name: str) -> list[Tile]:

@@ -267,7 +267,8 @@ def kept_rows(mask: Tensor | None, seed: Tensor, rows: Tensor, columns: int, p: 
 def packed(keep: Tensor) -> Tensor:
     """A mask, bool [M, K], as kernels store it: see ``reference.unpack_mask``."""
     rows, columns = keep.shape
-    bits = torch.nn.functional.pad(keep.int(), (0, -columns % 32)).view(rows, -1, 32)
+    words = -(-columns // 32)
+    bits = torch.nn.functional.pad(keep.int(), (0, -columns % 32)).view(rows, words, 32)
     places = torch.arange(32, dtype=torch.int32, device=keep.device)
     return (bits << places).sum(-1, dtype=torch.int32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,19 @@ from stablelora_kernels import explanation
 from stablelora_kernels.dispatch import first_use as kept
 from stablelora_kernels.dispatch.first_use import OPERATORS, Finding, Kind
 from stablelora_kernels.dispatch.tallies import tallies
+from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.ops import first_use, plans, proofs
+from stablelora_kernels.ops import lora_linear_cross_entropy as lora_linear_cross_entropy_op
 from stablelora_kernels.ops.lora_linear_proof import FORWARD
 from stablelora_kernels.ops.lora_linear_triton import lora_linear_fwd
+from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.optim import proof
 from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, Case
 from stablelora_kernels.testing.expectations import expectations
+from tests.helpers.optimizers import make_pairs
 from tests.helpers.processes import printed
+from tests.helpers.steps import take_step
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,9 +82,14 @@ def answers() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in files()]
 
 
-def faults() -> dict[str, dict[str, str]]:
+def proven() -> dict[Kind, Finding]:
+    """What is known of kinds but their times."""
     findings = kept.findings_on(torch.device(DEVICE))
-    return {kind.op: finding.faults for kind, finding in findings.items()}
+    return {kind: f for kind, f in findings.items() if not kind.op.endswith("timed")}
+
+
+def faults() -> dict[str, dict[str, str]]:
+    return {kind.op: finding.faults for kind, finding in proven().items()}
 
 
 @pytest.mark.parametrize("case", RIGHT, ids=str)
@@ -570,10 +582,173 @@ def test_tiles_are_timed_if_they_are_asked_for(monkeypatch, clock) -> None:
         for name, expected in expectations(case, operands).items():
             expected.check(results[name], name)
     assert len(seen) == 2 and min(seen) > 4
-    finding = next(
-        f for k, f in kept.findings_on(torch.device(DEVICE)).items() if k.op == "lora_linear_fwd"
+    (times,) = [
+        f
+        for kind, f in kept.findings_on(torch.device(DEVICE)).items()
+        if kind.op == "lora_linear_fwd, timed"
+    ]
+    assert times.fastest in times.tiles and proven_forward().faults[times.fastest] == ""
+
+
+def proven_forward() -> Finding:
+    (finding,) = [f for kind, f in proven().items() if kind.op == "lora_linear_fwd"]
+    return finding
+
+
+def test_a_checkpointed_forward_runs_again_by_the_same_strategy(clock) -> None:
+    """The first run saves nothing, the second one what backward reads. No clock is asked twice."""
+    timer = clock(other=1e-6)
+    layer = slk.LoRALinear(64, 48, r=6, dtype=BF16, device=DEVICE)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(70, 64, dtype=BF16, device=DEVICE, requires_grad=True)
+    with slk.settings(backend="triton"):
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+        timer.seconds = {"table": 1e-6}
+        y.sum().backward()
+    calls = {(t.op, t.strategy): t.calls for t in tallies()}
+    assert calls[("lora_linear_fwd", "branch_first")] == 2 and timer.timed == 2
+    # Both kinds of forward are proven by it.
+    forwards = [f.faults for kind, f in proven().items() if kind.op == "lora_linear_fwd"]
+    assert len(forwards) == 2 and all(f["branch_first"] == "" for f in forwards)
+
+
+def test_what_is_not_proven_is_not_timed(clock) -> None:
+    timer = clock(torch=1e-6)
+    with silent():
+        cases.run(LINEAR.but(broken="weight0"))
+    assert not timer.timed and strategies_run()["lora_linear_fwd"] == "one_launch"
+
+
+def test_an_op_that_writes_to_its_operands_is_proven_and_not_timed(clock) -> None:
+    timer = clock(torch=1e-6)
+    layer, x, expected = rows_layer()
+    with slk.settings(backend="triton"), silent():
+        y = lora_rows(x, layer, None, None, branches_of(layer))
+    torch.testing.assert_close(y, expected)
+    assert not timer.timed and faults()["lora_rows_fwd"] == {"one_launch": ""}
+
+
+def test_a_wrong_kernel_of_rows_gets_pytorchs_result(monkeypatch) -> None:
+    layer, x, expected = rows_layer()
+    run = first_use._run_poisoned
+
+    def spoil(subject: Any, device: Any, call: Any, choice: Any) -> Any:
+        results = run(subject, device, call, choice)
+        call.y[0, 0] += 1
+        return results
+
+    monkeypatch.setattr(first_use, "_run_poisoned", spoil)
+    with slk.settings(backend="triton"), pytest.warns(RuntimeWarning, match="Y of branch 0 is off"):
+        y = lora_rows(x, layer, None, None, branches_of(layer))
+    torch.testing.assert_close(y, expected)
+
+
+def rows_layer() -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, x, and what two branches of BRANCHES give."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 32, generator=generator).to(DEVICE)
+    x = torch.randn(40, 32, generator=generator).to(DEVICE)
+    y = x @ weight.T
+    for branch in branches_of(weight):
+        rows = slice(branch.start, branch.end)
+        y[rows] += branch.scaling * (x[rows] @ branch.lora_A.T @ branch.lora_B.T)
+    return weight, x, y
+
+
+def branches_of(weight: Tensor) -> list[RowsBranch]:
+    generator = torch.Generator().manual_seed(1)
+    pairs = [
+        (torch.randn(r, 32, generator=generator), torch.randn(24, r, generator=generator))
+        for r in (4, 1)
+    ]
+    (a, b), (c, d) = [(p.to(weight.device), q.to(weight.device)) for p, q in pairs]
+    return [RowsBranch(0, 17, a, b, 0.5, 0.0), RowsBranch(20, 40, c, d, 2.0, 0.0)]
+
+
+# The loss and the optimizer
+
+
+def loss_of(hidden: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(53, 16, generator=generator).to(DEVICE)
+    labels = torch.randint(53, (hidden.shape[0],), generator=generator).to(DEVICE)
+    return lora_linear_cross_entropy(
+        hidden, weight, labels, bias=None, lora_A=None, lora_B=None, scaling=1.0
     )
-    assert finding.fastest in finding.tiles and finding.faults[finding.fastest] == ""
+
+
+@pytest.mark.parametrize("spoil", ["the loss", "dZ"])
+def test_a_wrong_loss_kernel_gets_pytorchs_result(spoil, monkeypatch) -> None:
+    hidden = torch.randn(20, 16, device=DEVICE, requires_grad=True)
+    with slk.settings(backend="torch"):
+        expected = loss_of(hidden)
+        (gradient,) = torch.autograd.grad(expected, hidden)
+    by_kernel = lora_linear_cross_entropy_op._losses_by_kernel
+
+    def spoiled_kernel(call: Any, chunk: Any) -> Tensor:
+        losses = by_kernel(call, chunk)
+        target = losses if spoil == "the loss" else chunk.logits
+        target[(0,) * target.dim()] += 0.01
+        return losses
+
+    monkeypatch.setattr(lora_linear_cross_entropy_op, "_losses_by_kernel", spoiled_kernel)
+    with slk.settings(backend="triton"), pytest.warns(RuntimeWarning, match=f"{spoil} is off"):
+        loss = loss_of(hidden)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], gradient)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_grad_norm": 0.5},
+        {"moments_dtype": BF16},
+        {"moments_dtype": torch.uint8},
+        {"master_weights": True},
+        {"stop_condition": "never"},
+        {"lr": torch.tensor(1e-2)},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_a_right_optimizer_step_passes_and_a_wrong_one_is_pytorchs(
+    options, dtype, monkeypatch
+) -> None:
+    def stepped() -> list[Tensor]:
+        optimizer = slk.StableLoRAAdamW(
+            make_pairs([(3, 31, 45), (4, 9, 600)], dtype), **{"lr": 1e-2, **options}
+        )
+        take_step(0, optimizer)
+        return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+    with slk.settings(backend="torch"):
+        expected = stepped()
+    with slk.settings(backend="triton"):
+        with silent_but_for_the_interpreter():
+            right = stepped()
+        step = proof.TritonStep.step
+
+        def wrong(self: Any, *args: Any) -> None:
+            step(self, *args)
+            self.params[0].view(-1)[-1] += 0.1
+
+        kept.forget()
+        shutil.rmtree(kept.cache_dir())
+        monkeypatch.setattr(proof.TritonStep, "step", wrong)
+        with pytest.warns(RuntimeWarning, match="stable_adamw by 'one_launch' is wrong"):
+            fallen_back = stepped()
+    for of_kernel, of_torch, fallen in zip(right, expected, fallen_back, strict=True):
+        assert torch.equal(fallen, of_torch)
+        torch.testing.assert_close(of_kernel, of_torch, rtol=0.02, atol=1e-3)
+
+
+@contextmanager
+def silent_but_for_the_interpreter() -> Iterator[None]:
+    """NumPy warns of casts that the kernel masks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="stablelora_kernels")
+        yield
 
 
 # What the proofs compare
