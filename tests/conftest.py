@@ -25,6 +25,9 @@ from tests.helpers.largest_shares import pytest_terminal_summary  # noqa: F401
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     speed_up_interpreter()
+# Tests judge the kernels themselves: on a GPU first use would give PyTorch's result in place of a
+# wrong one. Its own tests turn it on.
+os.environ.setdefault("STABLELORA_FIRST_USE", "off")
 # PyTorch's own operators are tested with two threads where this process is alone, and with one each
 # where it is not.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

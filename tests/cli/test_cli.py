@@ -18,7 +18,7 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.cli import COMMANDS, doctor, main, self_test, self_test_layers
-from stablelora_kernels.dispatch import backend
+from stablelora_kernels.dispatch import backend, first_use
 from stablelora_kernels.dispatch.settings import check_environment
 from stablelora_kernels.testing import cases
 from stablelora_kernels.utils.threads import ONE_THREAD
@@ -268,6 +268,32 @@ def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeyp
         "  STABLELORA_STRATEGY=branch_first\n" in out
         and "  peft             missing  accelerate_peft\n" in out
     )
+
+
+def test_what_first_use_has_found_wrong_is_listed(capsys, monkeypatch, tmp_path):
+    pytest.importorskip(
+        "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
+    )
+    monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path))
+    with slk.settings(backend="torch"):
+        assert main(["doctor", "--device", "cpu", "--report"]) == 0
+        assert "First use" not in capsys.readouterr().out
+        first_use.forget()
+        with pytest.warns(RuntimeWarning, match="doctor --report"):
+            first_use.retire("lora_mlp_fwd", "one_launch", torch.device("cpu"), "Y is off by 1")
+        first_use.forget()
+        (tmp_path / "first_use" / "damaged.json").write_text("{")
+        assert main(["doctor", "--device", "cpu", "--report"]) == 1
+        out = capsys.readouterr().out
+        assert "lora_mlp_fwd by 'one_launch': Y is off by 1" in out
+        # What an issue needs: versions too, and no test was run.
+        assert f"torch {torch.__version__}, triton" in out and "Self-test" not in out
+        first_of = self_test.checks()[:1]
+        monkeypatch.setattr(self_test, "checks", lambda: first_of)
+        report = doctor_json(capsys, status=1)
+    assert not report["ok"] and report["self_tests"][0]["checks"][0]["passed"]
+    (wrong,) = report["first_use"]
+    assert wrong == {"op": "lora_mlp_fwd", "strategy": "one_launch", "fault": "Y is off by 1"}
 
 
 def test_a_backend_that_cannot_run_is_told_of(capsys, monkeypatch):

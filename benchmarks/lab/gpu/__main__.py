@@ -130,8 +130,11 @@ def versions(machine: Row, capability: Capability, problem: str) -> Row:
     return {"section": "versions", "case": words, "status": OK, "note": problem}
 
 
-def variables(seconds: float, dry: bool) -> dict[str, str]:
-    """Return the environment of a section, with none of our own settings but the tests' watchdog's."""
+def variables(seconds: float, dry: bool, out: Path) -> dict[str, str]:
+    """Return the environment of a section, with none of our own settings but the tests' watchdog's.
+
+    What first use finds is kept among the results, so that the archive has it.
+    """
     ours = ("STABLELORA_", "SLK_", "TRITON_INTERPRET")
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith(ours) or k == "SLK_GPU_WATCHDOG"
@@ -145,7 +148,8 @@ def variables(seconds: float, dry: bool) -> dict[str, str]:
             | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "SLK_GPU_DRY_RUN": "1"}
         )
     # A tool leaves a moment for the report of what it found.
-    return kept | {"SLK_GPU_SECONDS": str(max(1.0, seconds - 5))}
+    seconds_left = str(max(1.0, seconds - 5))
+    return kept | {"SLK_GPU_SECONDS": seconds_left, "STABLELORA_CACHE": str(out.resolve())}
 
 
 def start(name: str, path: Path, log: Path, seconds: float, dry: bool) -> tuple[str, str]:
@@ -172,7 +176,7 @@ def start(name: str, path: Path, log: Path, seconds: float, dry: bool) -> tuple[
     ]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=variables(seconds, dry), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            command, cwd=ROOT, env=variables(seconds, dry, path.parent), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             start_new_session=True,
         )  # fmt: skip
         try:

@@ -98,14 +98,14 @@ def test_a_dry_run_does_not_write_among_the_results(capsys):
     assert "--out must lie outside" in capsys.readouterr().err and not (RESULTS / "h100").exists()
 
 
-def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypatch):
+def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(monkeypatch, tmp_path):
     for name in ONE_THREAD:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    dry = command.variables(60, dry=True)
+    dry = command.variables(60, True, tmp_path)
     assert {name: dry[name] for name in ONE_THREAD} == ONE_THREAD | {"OMP_NUM_THREADS": "3"}
     # A GPU's sections take times of PyTorch's operators too.
-    assert "OPENBLAS_NUM_THREADS" not in command.variables(60, dry=False)
+    assert "OPENBLAS_NUM_THREADS" not in command.variables(60, False, tmp_path)
 
 
 # The steps of the first tests, in order: a kernel's name or a test's, with the words of its
