@@ -86,12 +86,12 @@ def specialized_run(p: Product, device: torch.device, pairs: bool) -> Run:
 
 
 def branch_first(p: Product, device: torch.device) -> list[Any]:
-    """The launches of the strategy "vendor", in which the product, the last, adds to the branch.
+    """The launches of "branch_first", in which the product, the last, adds to the branch.
 
     Raises:
         UnavailableError: this version adds the branch to the product instead.
     """
-    launches = product_launches(device_of(device), p, Choice("vendor", ""))
+    launches = product_launches(device_of(device), p, Choice("branch_first", ""))
     last = launches[-1]
     if not (isinstance(last, VendorProduct) and last.add):
         raise UnavailableError("this version has no strategy in which the branch comes first")
