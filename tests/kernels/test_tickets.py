@@ -165,7 +165,7 @@ def test_no_program_of_a_product_has_fixed_tiles(arch: str) -> None:
                 device, rows, n, 4096, 16, (BF16, FP32), 0.0, choices=choices
             )
             for launch in forward + backward:
-                if persistent(launch):
+                if isinstance(launch, Launch) and persistent(launch):
                     name = launch.kernel.__name__
                     drawn = launch.arguments.get("tickets") is not None
                     by_kernel.setdefault(name, set()).add(drawn)
