@@ -17,7 +17,7 @@ results written once.
 - *Extra X, Y passes* = the same with X, Y, dY and dX alone in both terms of the difference.
 
 The vendor's product counts as reading X, W and bias once and writing Y once: its code is not known.
-The launch that draws dropout's seed, of 8 bytes, is not in the list.
+The launch that draws dropout's seeds, of 16 bytes each, is not in the list.
 """
 
 from __future__ import annotations
