@@ -113,10 +113,12 @@ def lora_linear_group(
     """:func:`lora_linear` for a projection group: up to three projections of one x, such as q, k
     and v, or gate and up.
 
-    It equals separate calls of :func:`lora_linear` in this order, masks included, up to rounding:
-    it sums x's gradients before rounding them, where separate calls round first. Their gradients of
-    x are not stored separately. On Triton all projections share one read of x, forward and
-    backward.
+    It equals separate calls of :func:`lora_linear` in this order up to rounding: it sums x's
+    gradients before rounding them, where separate calls round first. Their gradients of x are not
+    stored separately. On Triton all projections share one read of x, forward and backward.
+    Dropout's masks are those of separate calls too, except with Triton's kernels on a GPU, where
+    one launch draws all seeds.
+
     Up to 64 rows, and above rank 64, the projections are computed one by one; only their gradients
     of x are accumulated in place.
 
@@ -174,8 +176,9 @@ def lora_mlp(
     It keeps x, the outputs G of gate and U of up, each [M, r] product with an A, and dropout's
     masks; backward computes act(G) and act(G) ∘ U again. The PyTorch backend draws masks again that
     would take a byte an element and more than 8 kB. Apart from rounding, it equals separate calls
-    of :func:`lora_linear` for gate, up and down in this order, masks included. If gate and up are
-    given one ``lora_A``, as halves of one stacked projection, they share its mask.
+    of :func:`lora_linear` for gate, up and down in this order, and so do dropout's masks, except
+    with Triton's kernels on a GPU, where one launch draws all seeds. If gate and up are given one
+    ``lora_A``, as halves of one stacked projection, they share its mask.
 
     Separate calls with PyTorch's activation, which keep more, take over where a weight or bias
     requires a gradient; where only one of gate's and up's A, or of their B, requires one; below 64

@@ -33,11 +33,11 @@ from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
-from stablelora_kernels.reference import StableAdamWRef, dropout_keep_ref
+from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.testing import Deviation
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, make, run
-from stablelora_kernels.testing.expectations import expectations
+from stablelora_kernels.testing.expectations import expectations, next_keep
 
 # Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another
 # probability.
@@ -240,8 +240,7 @@ def check_mask(device: torch.device) -> list[Deviation]:
     words = testing.kept_for_backward(y, torch.int32)
     if words is not None and words.dim() == 2:
         torch.manual_seed(0)
-        seed = int(torch.randint(2**63 - 1, (1,), device=device))
-        keep = dropout_keep_ref(m, k, DROPOUT, seed).to(device)
+        keep, _ = next_keep(m, k, DROPOUT, "triton", str(device))
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     kept = int(keep.sum())
     # Five standard deviations of a binomial.

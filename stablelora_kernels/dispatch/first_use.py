@@ -47,6 +47,8 @@ class Finding:
     reason: str = ""
     # Measured tiles, of those that are not the tables'.
     tiles: dict[str, list[int]] = field(default_factory=dict)
+    # Whether the disk had it before this process looked.
+    is_old: bool = field(default=False, compare=False)
 
     def tile(self, name: str) -> Tile | None:
         """The tile of a strategy by this name; None is the table's."""
@@ -104,6 +106,8 @@ def _driver() -> str:
 _findings: dict[tuple[str, Kind], Finding] = {}
 # Faults by GPU, op and strategy; "" of a strategy that is not retired.
 _retired: dict[tuple[str, str, str], str] = {}
+# Those of them that this process has retired.
+_newly_retired: set[tuple[str, str, str]] = set()
 
 
 def cache_dir() -> Path:
@@ -152,6 +156,7 @@ def retire(op: str, strategy: str, device: torch.device, fault: str) -> None:
     gpu = made_for(device)
     retired = Retired(op, strategy, fault)
     _retired[(gpu, op, strategy)] = fault
+    _newly_retired.add((gpu, op, strategy))
     _write(_retired_key(op, strategy, gpu), retired._asdict())
     warnings.warn(
         f"stablelora_kernels: {op} by {strategy!r} is wrong on this machine ({gpu}): {fault}. PyTorch's operators compute "
@@ -175,6 +180,12 @@ def fault_of(op: str, strategy: str, device: torch.device) -> str:
         answer = _read(_retired_key(op, strategy, gpu)) or {}
         fault = _retired[place] = str(answer.get("fault", ""))
     return fault
+
+
+def was_retired_before(op: str, strategy: str, device: torch.device) -> bool:
+    """Whether the disk had a fault of this strategy before this process looked."""
+    place = (made_for(device), op, strategy)
+    return bool(fault_of(op, strategy, device)) and place not in _newly_retired
 
 
 def retired_on(device: torch.device) -> list[Retired]:
@@ -263,6 +274,7 @@ def forget() -> None:
     """Forget what this process knows; the disk keeps it."""
     _findings.clear()
     _retired.clear()
+    _newly_retired.clear()
 
 
 @cache
@@ -301,6 +313,7 @@ def _read_finding(key: str) -> Finding | None:
             tiles={
                 str(name): [int(size) for size in tile] for name, tile in answer["tiles"].items()
             },
+            is_old=True,
         )
         if finding.fastest is not None and finding.fastest not in finding.microseconds:
             raise ValueError(

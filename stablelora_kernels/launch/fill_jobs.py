@@ -46,8 +46,8 @@ class Product(NamedTuple):
     s: Tensor | None
     # [M, N], with unit column stride.
     y: Tensor
-    # X's mask is drawn from the seed, int64 [1], and stored as ``mask`` if that is not None.
-    # Backward reads the mask, see ``reference.unpack_mask``.
+    # X's mask is drawn from the seed's first word, which is int64, and stored as ``mask`` if that is
+    # not None. Backward reads the mask, see ``reference.unpack_mask``.
     seed: Tensor | None
     mask: Tensor | None
     # s' divided by ``unit``.

@@ -46,13 +46,26 @@ def new_mask(x: Tensor, columns: int) -> Tensor:
     return x.new_empty((row_count(x), -(-columns // 32)), dtype=torch.int32)
 
 
-def draw_seed(device: torch.device, dropout_p: float) -> Tensor | None:
-    """The seed of dropout's mask, None without dropout."""
-    if not dropout_p:
-        return None
-    # It stays on the device: there is no synchronization, and a CUDA graph draws a new one at each
+def draw_seeds(device: torch.device, dropout_ps: Sequence[float]) -> list[Tensor | None]:
+    """The seeds of the masks of one call's branches, by one launch; None for one without dropout.
+
+    A seed is int64 [2], of which kernels read the first word: so it begins at a multiple of 16
+    bytes wherever it lies in the draw, and Triton compiles one kernel for all of them.
+
+    Seeds are not drawn ahead for later calls. A checkpoint that sets torch's generator back would
+    compute again with the next seeds of the stock, and a CUDA graph would replay those it holds.
+    """
+    count = len(dropout_ps) - dropout_ps.count(0.0)
+    if not count:
+        return [None] * len(dropout_ps)
+    # They stay on the device: there is no synchronization, and a CUDA graph draws new ones at each
     # replay.
-    return torch.randint(2**63 - 1, (1,), device=device)
+    if count == 1:
+        # A view would take half as long as the draw.
+        drawn = iter([torch.randint(2**63 - 1, (2,), device=device)])
+    else:
+        drawn = iter(torch.randint(2**63 - 1, (count, 2), device=device).unbind())
+    return [next(drawn) if dropout_p else None for dropout_p in dropout_ps]
 
 
 def scalings_after_dropout(scalings: Sequence[float], dropout_p: float) -> tuple[float, ...]:

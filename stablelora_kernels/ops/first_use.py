@@ -281,10 +281,25 @@ def decide(subject: Subject, device: torch.device, call: Any) -> Decision:
 
 
 def known(subject: Subject, device: torch.device, call: Any) -> Decision:
-    """How a call runs by what is known, without a proof. The PyTorch path, too, may take it."""
+    """How a call runs by what is known, without a proof."""
     if not first_use.is_on(device):
         return Decision(subject.oracle.strategies(call)[0], "first use is off")
     return _by_findings(_FirstCall.of(subject, device, call), draws=False)
+
+
+def was_known(subject: Subject, device: torch.device, call: Any) -> bool:
+    """Whether the disk said before this process looked that PyTorch's operators take such a call.
+
+    Then the PyTorch path may take it. In the middle of a step it may not: what it saves for backward
+    and the masks that it draws are others, and a checkpoint may run an earlier forward again.
+    """
+    if not first_use.is_on(device):
+        return False
+    first = _FirstCall.of(subject, device, call)
+    if _by_findings(first, draws=False).strategy != OPERATORS:
+        return False
+    is_old = [first_use.was_retired_before(subject.name, n, device) for n in first.strategies]
+    return all(is_old) or (first.default is not None and first.times.is_old)
 
 
 def _draws(call: Any) -> bool:

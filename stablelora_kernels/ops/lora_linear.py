@@ -7,7 +7,8 @@ choice of the PyTorch path (``lora_linear_torch``).
 
 g is one projection, or each of a projection group: up to three projections of one X (q, k and v;
 gate and up). On Triton a group reads X once for all S and once for all dA. Each projection adds its
-dX to the stored sum. Its masks are those of projections computed one by one.
+dX to the stored sum. Its seeds are drawn at once, also where the projections are computed one by
+one.
 
 A lone branch (``lora_branch``) has a base product BASE in place of X W^T, which another layer has
 computed; its dX has no dY W. The op does not write to BASE: another backward may need it, and the
@@ -36,12 +37,11 @@ from stablelora_kernels.ops.autograd import (
     weight_gradient,
 )
 from stablelora_kernels.ops.cpu_products import few_rows, is_few
-from stablelora_kernels.ops.dropout import draw_seed, scalings_after_dropout
+from stablelora_kernels.ops.dropout import draw_seeds, scalings_after_dropout
 from stablelora_kernels.ops.formulas import plain_operators
 from stablelora_kernels.ops.lora_linear_call import (
     LinearBackwardCall,
     LinearBackwardSettings,
-    LinearForwardResults,
     LinearForwardSettings,
     branches_in,
     split_s,
@@ -67,22 +67,6 @@ from stablelora_kernels.projection import (
 from stablelora_kernels.quantized import Stored
 
 
-def _forward(
-    facts: LinearFacts,
-    entry: Entry | None,
-    x: Tensor,
-    base: Tensor | None,
-    tensors: Sequence[Tensor | None],
-) -> LinearForwardResults:
-    """For x [..., K]. ``tensors``: what ``operands_of`` makes of the projections, then all scales."""
-    settings = facts.forward
-    seeds: list[Tensor | None] = [None] * len(settings.scalings)
-    if settings.dropout_p:
-        # One by one, in the order in which separate projections draw theirs.
-        seeds = [draw_seed(x.device, settings.dropout_p) for _ in settings.scalings]
-    return lora_linear_fwd(entry, [x, base, *tensors, *seeds], settings)
-
-
 class _LinearContext(Context, Protocol):
     facts: LinearFacts
 
@@ -91,8 +75,8 @@ class _LoRALinear(torch.autograd.Function):
     """Gradients of x, the A's and the B's by the formulas; those of weights and biases, if
     required, by plain products.
 
-    ``tensors``: what ``operands_of`` makes of the projections, and then all scales. Either all A's
-    require gradients or none; so do the B's.
+    ``tensors``: what ``operands_of`` makes of the projections, then all scales, and the
+    projections' seeds. Either all A's require gradients or none; so do the B's.
     """
 
     @staticmethod
@@ -105,7 +89,8 @@ class _LoRALinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         needs = facts.needs
-        results = _forward(facts, entry, x, base, tensors)
+        results = lora_linear_fwd(entry, [x, base, *tensors], facts.forward)
+        scales = tensors[facts.operand_count : facts.operand_count + facts.scale_count]
         masks = results.masks
         if not (masks and (needs.x or needs.a)):
             masks = [None] * len(results.ys)
@@ -114,7 +99,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(
             x if needs.a or True in needs.weights else None,
             *read_by_backward(tensors[: facts.operand_count], weights=needs.x),
-            *(tensors[facts.operand_count :] if needs.x else ()),
+            *(scales if needs.x else ()),
             *(results.s if needs.b else ()),
             *masks,
         )
@@ -165,7 +150,8 @@ class _LoRALinear(torch.autograd.Function):
                 for dy, is_needed in zip(dys, needs.biases, strict=True)
             ]
         dbase = dys[0] if facts.is_branch else None
-        return (None, None, dx, dbase, *of_operands, *[None] * facts.scale_count)
+        without_gradient = facts.scale_count + count
+        return (None, None, dx, dbase, *of_operands, *[None] * without_gradient)
 
 
 _apply_known = apply_of_known_calls(_LoRALinear)
@@ -205,11 +191,13 @@ def lora_linear_op(
     dropout_p: float,
     backend: str,
     entry: Entry | None = None,
+    seeds: Sequence[Tensor | None] | None = None,
 ) -> Sequence[Tensor]:
     """The projections' outputs, for checked arguments and a chosen backend; with ``base``, that of
     a lone branch.
 
-    ``entry``: that of the call's key.
+    ``entry``: that of the call's key. ``seeds``: of the projections' masks on Triton, if the call
+    is a part of one that has drawn them.
     """
     facts: LinearFacts | None = None if entry is None else entry.facts
     if facts is None:
@@ -220,12 +208,18 @@ def lora_linear_op(
             if facts.backend == "torch" and facts.strategy != "one by one":
                 facts = facts._replace(tally=tally_of_operators("lora_linear", x.device))
             entry.facts = facts
+    if seeds is None and facts.backend == "triton":
+        # For every strategy: the first forward of a checkpoint, without gradients, may take another
+        # than the second.
+        seeds = draw_seeds(x.device, [dropout_p] * len(projections))
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         members = [None] * len(projections) if entry is None else facts.members
         return [
-            lora_linear_op(x, (p,), None, dropout_p, backend, member)[0]
-            for p, member in zip(projections, members, strict=True)
+            lora_linear_op(
+                x, (p,), None, dropout_p, backend, members[i], seeds and seeds[i : i + 1]
+            )[0]
+            for i, p in enumerate(projections)
         ]
     if facts.tally is not None:
         facts.tally.calls += 1
@@ -233,12 +227,14 @@ def lora_linear_op(
         return (plain_operators(x, projections[0], base, dropout_p),)
     if facts.backend == "torch":
         return lora_linear_torch(facts, entry is not None, x, projections, base)
-    tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
+    assert seeds is not None
+    scales = scales_of(projections, facts.forward.layouts)
+    tensors = [*operands_of(projections), *scales, *seeds]
     if facts.strategy == "with gradients":
         apply: Callable[..., Any] = _LoRALinear.apply if entry is None else _apply_known
         ys: tuple[Tensor, ...] = apply(entry, facts, x, base, *tensors)
         return ys
-    return _forward(facts, entry, x, base, tensors).ys
+    return lora_linear_fwd(entry, [x, base, *tensors], facts.forward).ys
 
 
 def _prefers_operators(

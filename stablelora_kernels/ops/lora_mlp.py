@@ -26,7 +26,7 @@ from stablelora_kernels.ops.autograd import (
     first_derivative,
     read_by_backward,
 )
-from stablelora_kernels.ops.dropout import draw_dropout, draw_seed, masked
+from stablelora_kernels.ops.dropout import draw_dropout, draw_seeds, masked
 from stablelora_kernels.ops.lora_linear import lora_linear_op
 from stablelora_kernels.ops.lora_mlp_call import (
     MLPForwardResults,
@@ -67,38 +67,30 @@ def _forward(
     facts: MLPFacts,
     entry: Entry | None,
     x: Tensor,
-    operands: Sequence[Tensor | None],
-    scales: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     save: bool,
 ) -> _Forward:
-    """For x [..., K], and what ``operands_of`` and ``scales_of`` make of the projections. Masks are
-    drawn from seeds.
-    """
+    """For x [..., K] and ``tensors`` as :class:`_LoRAMLP` takes them."""
     settings = facts.forward
     if not save:
         settings = settings._replace(save=False, stores_mask=(False, False, False))
-    shared_mask = facts.options.shared_mask
-    seeds: list[Tensor | None] = [None, None, None]
-    if settings.dropout_p:
-        seeds = _draw_seeds(x.device, operands[LORA_AS], settings.dropout_p, shared_mask)
-    results = lora_mlp_fwd(entry, [x, *operands, *scales, *seeds], settings)
+    results = lora_mlp_fwd(entry, [x, *tensors], settings)
     masks = each_mask(results.masks, settings.stores_mask)
-    if shared_mask:
+    if facts.options.shared_mask:
         masks[1] = masks[0]
     return _Forward(results, masks)
 
 
 def _draw_seeds(
-    device: torch.device, lora_As: Sequence[Tensor | None], dropout_p: float, shared_mask: bool
+    device: torch.device, projections: Sequence[Projection], options: Options
 ) -> list[Tensor | None]:
     """Gate's, up's and down's seed, None without a branch; up's is gate's for a shared mask."""
-    seeds: list[Tensor | None] = []
-    # In the order in which separate projections draw theirs.
-    for place, lora_A in enumerate(lora_As):
-        if place == 1 and shared_mask:
-            seeds.append(seeds[0])
-        else:
-            seeds.append(None if lora_A is None else draw_seed(device, dropout_p))
+    dropout_ps = [0.0 if p.lora_A is None else options.dropout_p for p in projections]
+    if options.shared_mask:
+        dropout_ps[1] = 0.0
+    seeds = draw_seeds(device, dropout_ps)
+    if options.shared_mask:
+        seeds[1] = seeds[0]
     return seeds
 
 
@@ -107,8 +99,8 @@ class _MLPContext(Context, Protocol):
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """``tensors``: the operands of gate, up and down, and then all scales. Weights and biases get
-    no gradient.
+    """``tensors``: the operands of gate, up and down, then all scales, and gate's, up's and down's
+    seed. Weights and biases get no gradient.
     """
 
     @staticmethod
@@ -117,8 +109,8 @@ class _LoRAMLP(torch.autograd.Function):
     ) -> Tensor:
         needs = facts.needs
         operands = tensors[:_OPERAND_COUNT]
-        scales = tensors[_OPERAND_COUNT:]
-        computed = _forward(facts, entry, x, operands, scales, save=True)
+        scales = tensors[_OPERAND_COUNT : _OPERAND_COUNT + facts.scale_count]
+        computed = _forward(facts, entry, x, tensors, save=True)
         results = computed.results
         gate, up, down = operands[WEIGHTS]
         read = read_by_backward(operands, weights=False)
@@ -151,7 +143,9 @@ class _LoRAMLP(torch.autograd.Function):
         of_operands[LORA_AS] = _if_needed(gradients.das, needs.a)
         of_operands[LORA_BS] = _if_needed(gradients.dbs, needs.b)
         dx = gradients.dx if needs.x else None
-        return (None, None, dx, *of_operands, *[None] * facts.scale_count)
+        # Neither the scales nor the three seeds have one.
+        without_gradient = facts.scale_count + 3
+        return (None, None, dx, *of_operands, *[None] * without_gradient)
 
 
 _apply_known = apply_of_known_calls(_LoRAMLP)
@@ -180,19 +174,22 @@ def lora_mlp_op(
             if facts.options.backend == "torch" and facts.strategy != "one by one":
                 facts = facts._replace(tally=tally_of_operators("lora_mlp", x.device))
             entry.facts = facts
+    seeds: list[Tensor | None] = [None, None, None]
+    if facts.options.backend == "triton":
+        # For every strategy, as ``lora_linear_op`` does.
+        seeds = _draw_seeds(x.device, projections, options)
     if facts.strategy == "one by one":
         # An entry also says that the call is not traced.
         members = [None, None, None] if entry is None else facts.members
-        return _one_by_one(x, projections, facts.options, members)
+        return _one_by_one(x, projections, facts.options, members, seeds)
     if facts.tally is not None:
         facts.tally.calls += 1
     if facts.options.backend == "torch":
         return lora_mlp_torch(facts, entry is not None, x, projections)
-    operands = operands_of(projections)
     scales = scales_of(projections, facts.forward.layouts)
+    tensors = [*operands_of(projections), *scales, *seeds]
     if facts.strategy == "without gradients":
-        return _forward(facts, entry, x, operands, scales, save=False).results.y
-    tensors = [*operands, *scales]
+        return _forward(facts, entry, x, tensors, save=False).results.y
     if torch.compiler.is_compiling():
         tensors = distinct(tensors)
     apply: Callable[..., Any] = _LoRAMLP.apply if entry is None else _apply_known
@@ -209,23 +206,31 @@ def _prefers_operators(facts: MLPFacts, x: Tensor, projections: Sequence[Project
 
 
 def _one_by_one(
-    x: Tensor, projections: Sequence[Projection], options: Options, entries: Sequence[Entry | None]
+    x: Tensor,
+    projections: Sequence[Projection],
+    options: Options,
+    entries: Sequence[Entry | None],
+    seeds: Sequence[Tensor | None],
 ) -> Tensor:
-    """Each projection by an op of its own, and the activation by PyTorch's operators."""
+    """Each projection by an op of its own, and the activation by PyTorch's operators. ``seeds``:
+    those of the masks on Triton.
+    """
     gate, up, down = projections
     if options.shared_mask and options.dropout_p:
         g, u = _with_shared_mask(x, [gate, up], options, entries[:2])
     else:
-        g = _alone(x, gate, options, entries[0])
-        u = _alone(x, up, options, entries[1])
+        g = _alone(x, gate, options, entries[0], seeds[0])
+        u = _alone(x, up, options, entries[1], seeds[1])
     h = ACTIVATIONS[options.activation].forward(g) * u
-    return _alone(h, down, options, entries[2])
+    return _alone(h, down, options, entries[2], seeds[2])
 
 
-def _alone(x: Tensor, p: Projection, options: Options, entry: Entry | None) -> Tensor:
+def _alone(
+    x: Tensor, p: Projection, options: Options, entry: Entry | None, seed: Tensor | None
+) -> Tensor:
     """One projection, with or without a branch."""
     if p.lora_A is not None:
-        return lora_linear_op(x, (p,), None, options.dropout_p, options.backend, entry)[0]
+        return lora_linear_op(x, (p,), None, options.dropout_p, options.backend, entry, [seed])[0]
     if isinstance(p.weight, Tensor):
         return linear(x, p.weight, p.bias)
     assert p.weight is not None

@@ -21,7 +21,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, wide_product, without_autocast
-from stablelora_kernels.ops.dropout import draw_seed, draw_to_keep, scalings_after_dropout
+from stablelora_kernels.ops.dropout import draw_seeds, draw_to_keep, scalings_after_dropout
 from stablelora_kernels.ops.formulas import Saved, Wanted, add_branch_, gradients_of
 from stablelora_kernels.ops.lora_rows_call import (
     RowsBackwardCall,
@@ -254,7 +254,7 @@ def _add_by_kernels(
     x: Tensor, y: Tensor, pairs: Sequence[Tensor], settings: RowsSettings
 ) -> _Added:
     """:func:`_add_by_formulas` by the op."""
-    seeds = [draw_seed(x.device, dropout_p) for dropout_p in settings.dropout_ps]
+    seeds = draw_seeds(x.device, settings.dropout_ps)
     call = RowsForwardCall(x, y, pairs[::2], pairs[1::2], seeds, settings)
     results = lora_rows_fwd(None, tensors_of(call), settings)
     saved = []

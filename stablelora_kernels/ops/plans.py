@@ -34,7 +34,7 @@ from stablelora_kernels.dispatch.first_use import OPERATORS
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tallies import Tally, tally_of
-from stablelora_kernels.ops.first_use import NOT_TIMED, Decision, Subject, decide, known
+from stablelora_kernels.ops.first_use import NOT_TIMED, Decision, Subject, decide, known, was_known
 from stablelora_kernels.ops.proofs import Oracle, plainly
 
 NAMESPACE = "stablelora_kernels"
@@ -378,12 +378,12 @@ class PlannedOp(Generic[CallT, ResultsT]):
         return decision
 
     def prefers_operators(self, tensors: Sequence[Tensor | None], settings: OpSettings) -> bool:
-        """Whether first use has found that PyTorch's operators compute such a call in less time, or
-        that the kernels are wrong.
+        """Whether an earlier process has found that PyTorch's operators compute such a call in less
+        time, or that the kernels are wrong.
         """
         call = self._types.call_of(tensors, settings)
         first = next(t for t in tensors if t is not None)
-        return self.known(first.device, call).strategy == OPERATORS
+        return first.numel() > 0 and was_known(self.subject, first.device, call)
 
     def known(self, device: torch.device, call: CallT) -> Decision:
         """How a call runs on ``device`` by what first use knows, which runs nothing."""

@@ -258,7 +258,7 @@ class Kept(NamedTuple):
 
 def kept_rows(mask: Tensor | None, seed: Tensor, rows: Tensor, columns: int, p: float) -> Kept:
     """Sampled rows of the mask that ``seed`` draws. ``mask``: what a kernel has stored of it."""
-    drawn = dropout_keep_ref(rows, columns, drop_share(p), int(seed))
+    drawn = dropout_keep_ref(rows, columns, drop_share(p), int(seed[0]))
     if mask is None or torch.equal(unpack_mask(mask[rows], columns), drawn):
         return Kept(drawn, "")
     return Kept(drawn, "dropout's mask is not the one that its seed draws")
@@ -278,7 +278,7 @@ def drawn_mask(x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
     if seed is None or not p:
         return None
     rows = torch.arange(x.shape[0], device=x.device)
-    return dropout_keep_ref(rows, x.shape[1], drop_share(p), int(seed))
+    return dropout_keep_ref(rows, x.shape[1], drop_share(p), int(seed[0]))
 
 
 @contextmanager

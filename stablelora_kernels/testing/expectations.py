@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.dropout import draw_keep
+from stablelora_kernels.ops.dropout import draw_keep, draw_seeds
 from stablelora_kernels.reference import dropout_keep_ref, lora_branch_ref, lora_linear_ref
 from stablelora_kernels.reference.lora import lora_mlp_ref
 from stablelora_kernels.reference.rounding import (
@@ -175,8 +175,14 @@ def next_keep(rows: int, width: int, p: float, backend: str, device: str) -> tup
     """
     if backend != "triton":
         return draw_keep(torch.empty(rows, width, device=device), p)
-    seed = int(torch.randint(2**63 - 1, (1,), device=device))
-    return dropout_keep_ref(rows, width, p, seed).to(device), drop_share(p)
+    (seed,) = draw_seeds(torch.device(device), [p])
+    return _keep_of(seed, rows, width, p), drop_share(p)
+
+
+def _keep_of(seed: Tensor | None, rows: int, width: int, p: float) -> Tensor:
+    """The mask [rows, width] that the kernels draw from ``seed``."""
+    assert seed is not None
+    return dropout_keep_ref(rows, width, p, int(seed[0])).to(seed.device)
 
 
 def masks(case: Case, operands: Operands) -> tuple[list[Tensor | None], float]:
@@ -186,16 +192,25 @@ def masks(case: Case, operands: Operands) -> tuple[list[Tensor | None], float]:
     keeps: list[Tensor | None] = []
     torch.manual_seed(case.seed)
     x, p = operands["x"], case.p
-    for i, r in enumerate(case.ranks):
+    drawn = [
+        case.p if r is not None and case.training and not (case.shared and i == 1) else 0.0
+        for i, r in enumerate(case.ranks)
+    ]
+    seeds: list[Tensor | None] = [None] * len(drawn)
+    if case.backend == "triton":
+        # A call draws the seeds of all its masks at once.
+        seeds = draw_seeds(torch.device(case.device), drawn)
+    for i, (seed, of_branch) in enumerate(zip(seeds, drawn, strict=True)):
         width = case.sizes[0] if case.op == "mlp" and i == 2 else x.shape[-1]
-        rows = x.shape[:-1].numel()
-        if r is None or not case.p or not case.training:
-            keeps.append(None)
-        elif case.shared and i == 1:
-            keeps.append(keeps[0])
+        shape = (*x.shape[:-1], width)
+        if not of_branch:
+            keeps.append(keeps[0] if case.shared and i == 1 else None)
+        elif seed is not None:
+            p = drop_share(of_branch)
+            keeps.append(_keep_of(seed, x.shape[:-1].numel(), width, of_branch).view(shape))
         else:
-            keep, p = next_keep(rows, width, case.p, case.backend, case.device)
-            keeps.append(keep.view(*x.shape[:-1], width))
+            keep, p = draw_keep(torch.empty(shape, device=case.device), of_branch)
+            keeps.append(keep)
     return keeps, p
 
 

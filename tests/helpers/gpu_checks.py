@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import possible_strategies
+from stablelora_kernels.ops.dropout import draw_seeds
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, FP32, Case, Operands, Results
@@ -86,7 +87,9 @@ def keep_rows(case: Case, rows: Tensor, seed: int | None = None) -> Tensor:
     """
     if seed is None:
         torch.manual_seed(case.seed)
-        seed = int(torch.randint(2**63 - 1, (1,), device=DEVICE))
+        (drawn,) = draw_seeds(torch.device(DEVICE), [case.p])
+        assert drawn is not None
+        seed = int(drawn[0])
     groups = -(-case.shape[1] // 8)
     words = philox_ref(seed, rows[:, None] * groups + torch.arange(groups, device=rows.device))
     halves = torch.stack((words, words >> 16), dim=-1).reshape(len(rows), groups * 8)

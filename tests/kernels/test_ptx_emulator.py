@@ -261,6 +261,62 @@ tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r0, 32"""
     assert kinds == [] if allowed else kinds == ["tensor memory that a warp may not access"]
 
 
+FENCE = "wgmma.fence.sync.aligned;"
+MOVES = "mov.b32 %r1, %r5; mov.b32 %r2, %r6;"
+# Of accumulators in registers 1 to 4 and 9 to 12, the second with A in registers 5 to 8.
+FIRST = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r2,%r3,%r4}, %rd1, %rd2, 1, 1, 1, 0, 0;"
+SECOND = FIRST.replace("%r1,%r2,%r3,%r4", "%r9,%r10,%r11,%r12")
+OF_REGISTERS = FIRST.replace("%rd1", "{%r13,%r14,%r15,%r16}").replace("1, 0, 0;", "1, 0;")
+MOVES_OF_SECOND = MOVES.replace("%r1,", "%r9,").replace("%r2,", "%r10,")
+ACCUMULATOR, LEFT = "missing wgmma.fence (accumulator)", "missing wgmma.fence (A in registers)"
+
+
+@pytest.mark.parametrize(
+    ("code", "faults"),
+    [
+        (MOVES + FENCE + FIRST, {}),
+        (MOVES + FIRST, {ACCUMULATOR: 4}),
+        (FENCE + MOVES + FIRST, {}),
+        # Of a copy, and of both accumulators ahead of the first product.
+        (FENCE + "mov.b32 %r17, %r5; mov.b32 %r1, %r17;" + FIRST, {}),
+        (FENCE + MOVES + MOVES_OF_SECOND + FIRST + SECOND, {}),
+        (FENCE + "mov.b32 %r13, %r5;" + OF_REGISTERS, {}),
+        # The fence has not ordered these values.
+        (FENCE + "add.u32 %r1, %r5, 1;" + FIRST, {ACCUMULATOR: 1}),
+        (FENCE + "add.u32 %r5, %r5, 1;" + MOVES + FIRST, {ACCUMULATOR: 1}),
+        (FENCE + MOVES + "add.u32 %r1, %r1, 1;" + FIRST, {ACCUMULATOR: 1}),
+        (FENCE + "mov.b32 %r1, 7;" + FIRST, {ACCUMULATOR: 1}),
+        (FENCE + "selp.b32 %r1, %r5, %r6, %p1;" + FIRST, {ACCUMULATOR: 1}),
+        (FENCE + "add.u32 %r13, %r5, 1;" + OF_REGISTERS, {LEFT: 1}),
+        # Copies that ptxas cannot place ahead of the fence's own instruction.
+        (FENCE + FIRST + MOVES_OF_SECOND + SECOND, {ACCUMULATOR: 2}),
+        (FENCE + "@%p1 mov.b32 %r1, %r5;" + FIRST, {ACCUMULATOR: 1}),
+        (FENCE + "bar.sync 0;" + MOVES + FIRST, {ACCUMULATOR: 2}),
+        (FENCE + "@!%p1 bra JOIN; mov.b32 %r17, 1; JOIN: " + MOVES + FIRST, {ACCUMULATOR: 2}),
+        # Behind a wait, its own accumulators alone are ordered.
+        (FENCE + FIRST + "WAIT" + FIRST, {}),
+        (FENCE + FIRST + "WAIT mov.b32 %r9, %r1;" + SECOND, {ACCUMULATOR: 1}),
+    ],
+)
+def test_a_fence_orders_values_and_so_their_copies(code: str, faults: dict[str, int]) -> None:
+    wait = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+    values = "".join(f"add.u32 %r{i}, %r0, {100 * i};" for i in range(1, 18))
+    # Of 64 x 16 and 8 x 16 elements without a swizzle, one behind the other.
+    descriptor = 1024 >> 4 | (128 >> 4) << 16 | (256 >> 4) << 32
+    first = f"mov.u32 %r0, %tid.x; setp.ne.u32 %p1, %r0, 4000; mov.b64 %rd1, {descriptor};"
+    text = f"{first} mov.b64 %rd2, {descriptor + (2048 >> 4)}; {values} {code} {wait}"
+    ptx = PTX.replace("INSTRUCTION;", text.replace("WAIT", wait)).replace("32\n{", "128\n{")
+    ptx = ptx.replace("%r<3>;", "%r<18>; .reg .b64 %rd<3>; .reg .pred %p<2>;")
+    x = torch.zeros(4)
+    launch = LaunchState(CompiledProgram(parse(ptx)), "kernel", (1, 1, 1), bytes(8), 4096, {})
+    machine = Machine(global_memory([(x.data_ptr(), x.nbytes, "x")], 2), launch, Schedule("sm_90"))
+    machine.run()
+    found: dict[str, int] = {}
+    for (kind, _), (count, _) in machine.faults.found.items():
+        found[kind] = found.get(kind, 0) + count
+    assert found == faults
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

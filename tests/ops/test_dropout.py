@@ -1,5 +1,6 @@
-"""Dropout's masks on the PyTorch path that are positions: their statistics, and what the ops make of
-them. ``tests/ops/test_ops_oracle.py`` has the statistics of the other kind.
+"""The seeds of masks on Triton. Dropout's masks on the PyTorch path that are positions: their
+statistics, and what the ops make of them. ``tests/ops/test_ops_oracle.py`` has the statistics of
+the other kind.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from stablelora_kernels import use_backend
 from stablelora_kernels.functional import (
     LoRAWeights,
     lora_branch,
@@ -20,14 +22,84 @@ from stablelora_kernels.functional import (
     lora_mlp,
 )
 from stablelora_kernels.ops import dropout
-from stablelora_kernels.ops.dropout import draw_keep, mask_of_rows
+from stablelora_kernels.ops.dropout import draw_keep, draw_seeds, mask_of_rows
+from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.ops.plans import key_of
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import kept_for_backward
-from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, ours, run
+from stablelora_kernels.testing.cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    FP64,
+    forced,
+    leaves,
+    make,
+    ours,
+    run,
+)
 from tests.helpers.case_checks import assert_close, check
 from tests.helpers.cases import small
+from tests.helpers.operators import Operators
 
 every_op = pytest.mark.parametrize("op", ["linear", "branch", "group", "nf4", "mlp"])
+
+
+# Seeds.
+
+
+def test_seeds_of_one_draw_are_different_and_lie_alike():
+    """Keys of plans and Triton's specialization tell addresses apart by their last four bits."""
+    dropout_ps = [0.5, 0.0, 0.1, 0.2, 0.5]
+    draws = [draw_seeds(torch.device(DEVICE), dropout_ps) for _ in range(3)]
+    for seeds in draws:
+        assert [seed is None for seed in seeds] == [p == 0 for p in dropout_ps]
+        assert all(seed.data_ptr() % 16 == 0 for seed in seeds if seed is not None)
+    words = {int(seed[0]) for seeds in draws for seed in seeds if seed is not None}
+    assert len(words) == 12 and min(words) >= 0
+    keys = {key_of("an op", seeds) for seeds in draws}
+    assert len(keys) == 1 and None not in keys
+    # One seed is no view, and lies as the others do.
+    (alone,) = draw_seeds(torch.device(DEVICE), [0.5])
+    assert key_of("an op", [alone]) == key_of("an op", draws[0][:1])
+
+
+# Some go by separate ops.
+DRAWING = {
+    "a linear": small("linear"),
+    "a lone branch": small("branch"),
+    "a group": small("group"),
+    "a group, one A trains": small("group", wanted=["lora_A0"]),
+    "an MLP": small("mlp"),
+    "an MLP, no branch at up": small("mlp", ranks=(6, None, 4)),
+    "an MLP, one A for gate and up": small("mlp", ranks=(6, 6, 4), shared=True),
+    "an MLP, a weight trains": small("mlp", wanted=["weight0"]),
+    "an MLP, quantized": small("mlp", quantized=("nf4",) * 3, shape=(70, 64), sizes=(64, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_call_draws_its_seeds_at_once(name, trains):
+    """By one launch, by whatever ops it is computed."""
+    case = DRAWING[name].but(p=0.4)
+    leaf = leaves(case, make(case))
+    with forced(case), torch.set_grad_enabled(trains), Operators() as operators:
+        ours(case, leaf)
+    names = [func.name() for func, _, _ in operators.calls]
+    assert names.count("aten::randint") == 1
+    assert not any("bernoulli" in one or "random_" in one for one in names)
+
+
+def test_rows_draw_their_seeds_at_once():
+    branches = [
+        RowsBranch(start, start + 20, torch.randn(r, 24), torch.randn(16, r), 1.0, p)
+        for start, r, p in ((0, 3, 0.4), (20, 1, 0.0), (40, 6, 0.2))
+    ]
+    with use_backend("triton"), Operators() as operators:
+        lora_rows(torch.randn(70, 24), torch.randn(16, 24), None, None, branches)
+    assert [func.name() for func, _, _ in operators.calls].count("aten::randint") == 1
 
 
 @pytest.fixture

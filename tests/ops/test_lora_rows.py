@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -111,11 +112,14 @@ def composed(given: Operands, with_base: bool) -> Tensor:
 
 def by_op(given: Operands, with_base: bool) -> Tensor:
     """The op, with known masks."""
-    seeds = iter([100 + b.start for b in given.branches if b.dropout_p])
     keeps = iter(given.branches)
 
-    def seed(device: torch.device, dropout_p: float) -> Tensor | None:
-        return torch.tensor([next(seeds)], device=device) if dropout_p else None
+    def seeds(device: torch.device, dropout_ps: Sequence[float]) -> list[Tensor | None]:
+        assert [*dropout_ps] == [branch.dropout_p for branch in given.branches]
+        return [
+            torch.tensor([100 + branch.start], device=device) if branch.dropout_p else None
+            for branch in given.branches
+        ]
 
     def draw(x: Tensor, dropout_p: float) -> Drawn:
         branch = next(keeps)
@@ -126,7 +130,7 @@ def by_op(given: Operands, with_base: bool) -> Tensor:
 
     weight, bias = (None, None) if with_base else (given.weight, given.bias)
     with (
-        mock.patch.object(module, "draw_seed", seed),
+        mock.patch.object(module, "draw_seeds", seeds),
         mock.patch.object(module, "draw_to_keep", draw),
     ):
         return lora_rows(given.x, weight, bias, given.base if with_base else None, given.branches)

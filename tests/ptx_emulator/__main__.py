@@ -34,11 +34,11 @@ FROM_REGISTERS = (
     "mlp bf16 M130 r16 p0.0, 2 processors",
 )  # fmt: skip
 # Besides these: sums that programs share at once, a tile that only first use takes, two blocks of
-# ranks. The tests run them at night alone, then under every Triton.
+# ranks, adapters on rows of their own. The tests run them at night alone, then under every Triton.
 LONG = (
     *FROM_REGISTERS,
     "linear one_launch bf16/fp32 M520 N520 K64 r16 p0.0, shared sums", "linear bf16/fp32 M200 N264 r16 p0.1, measured 64 x 256",
-    "linear bf16/fp32 M96 N72 K64 r100 p0.1",
+    "linear bf16/fp32 M96 N72 K64 r100 p0.1", "rows bf16 M33+130 r16+1 p0.25+0.0",
 )  # fmt: skip
 # Each kernel, the optimizer's included, in few cases.
 QUICK = (
@@ -51,6 +51,8 @@ QUICK = (
     "optimizer fp32, sharded, latching",
     # Tiles by ticket, of more programs than are resident.
     "linear one_launch bf16/fp32 M300 N520 r16 p0.0, 6 processors",
+    # Copies of accumulators behind a fence, which are no fault.
+    "linear branch_first bf16/fp32 M1 N40 r1 p0.5",
     *LONG,
 )  # fmt: skip
 NOTHING_FITS, NOTHING_PLANTED = 2, 3

@@ -27,8 +27,11 @@ from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
+from stablelora_kernels.ops.dropout import draw_seeds
+from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
 from stablelora_kernels.optim import staging
 from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import cases as calls
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
 from stablelora_kernels.testing.expectations import expectations
@@ -123,11 +126,17 @@ def _errors_of(case: calls.Case, given: calls.Operands) -> Errors:
     """The errors of a call with the operands ``given``, and their bounds."""
     leaf = calls.leaves(case, given)
     torch.manual_seed(case.seed)
-    results = calls.results(case, calls.ours(case, leaf), leaf)
+    return _deviations(case, given, calls.results(case, calls.ours(case, leaf), leaf))
+
+
+def _deviations(
+    case: calls.Case, given: calls.Operands, results: Results, keep: Tensor | None = None
+) -> Errors:
+    """The errors of a call's ``results``. ``keep``: its mask, if it is not that of a run of it."""
     # TensorFloat-32 has ten bits of fraction, eager PyTorch on a CPU all.
     tf32 = torch.get_float32_matmul_precision() == "high"
     errors = {}
-    for name, expected in expectations(case, given).items():
+    for name, expected in expectations(case, given, keep).items():
         if tf32:
             expected = expected._replace(slope=TF32_SLOPE)
         element, *scale = expected.deviations(results[name], name)
@@ -178,6 +187,51 @@ def branch(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float) -> Erro
     """The branch alone onto a finished product."""
     case = calls.Case("branch", (m, k), (n,), (r,), dtype, FP32, p=p)
     return _errors_of(case, calls.make(case))
+
+
+def rows(*adapters: calls.Case) -> Errors:
+    """Lone branches on rows of their own, onto a finished product, in one call of ``lora_rows``.
+    Between two of them are rows without a branch.
+    """
+    operands = [calls.make(case) for case in adapters]
+
+    def matrix(name: str) -> Tensor:
+        # Each part once more: its first rows are those between.
+        return torch.cat([t for given in operands for t in (given[name], given[name][:3])])
+
+    leaf = {name: matrix(name).requires_grad_() for name in ("x", "base_out")}
+    branches: list[RowsBranch] = []
+    start = 0
+    for case, given in zip(adapters, operands, strict=True):
+        lora_A, lora_B = (given[name].requires_grad_() for name in ("lora_A0", "lora_B0"))
+        end = start + case.shape[0]
+        branches.append(RowsBranch(start, end, lora_A, lora_B, case.scalings[0], case.p))
+        start = end + given["x"][:3].shape[0]
+    torch.manual_seed(0)
+    y = lora_rows(leaf["x"], None, None, leaf["base_out"], branches)
+    pairs = [t for branch in branches for t in (branch.lora_A, branch.lora_B)]
+    dx, dbase, *grads = torch.autograd.grad(y, [*leaf.values(), *pairs], matrix("grad0"))
+    torch.manual_seed(0)
+    seeds = draw_seeds(dx.device, [case.p for case in adapters])
+    errors: Errors = {}
+    between = torch.ones(len(dx), dtype=torch.bool)
+    for i, (case, branch) in enumerate(zip(adapters, branches, strict=True)):
+        own = slice(branch.start, branch.end)
+        between[own] = False
+        results = {
+            "Y0": y.detach()[own],
+            "base_out": dbase[own],
+            "x": dx[own],
+            "lora_A0": grads[2 * i],
+            "lora_B0": grads[2 * i + 1],
+        }
+        seed, keep = seeds[i], None
+        if seed is not None:
+            keep = dropout_keep_ref(*case.shape, case.p, int(seed[0]))
+        found = _deviations(case, operands[i], results, keep)
+        errors |= {f"{name} of branch {i}": one for name, one in found.items()}
+    untouched = torch.equal(y[between], leaf["base_out"][between]) and not dx[between].any()
+    return errors | {"rows without a branch": (float(not untouched), 0.5)}
 
 
 def group(
@@ -391,6 +445,41 @@ def cases() -> Iterator[Case]:
         partial(group, 130, (96, 64, 32), 64, (16, 8, 4), p=0.1),
         "branch_first",
     )
+    # A single rank, whose columns beside it are all zeros: accumulators begin with equal values.
+    for kernel, m, n, k, p, dtype, lora, bias in (
+        ("auto", 5, 64, 96, 0.0, BF16, FP32, True), ("auto", 33, 96, 160, 0.1, BF16, FP32, True),
+        ("auto", 130, 96, 160, 0.1, BF16, BF16, False),
+        ("few_rows", 33, 96, 160, 0.0, BF16, FP32, True), ("one_launch", 130, 96, 160, 0.1, BF16, FP32, True),
+        ("branch_first", 1, 40, 72, 0.5, BF16, FP32, True), ("branch_first", 130, 96, 160, 0.1, BF16, FP32, True),
+        ("branch_first", 130, 96, 160, 0.0, FP16, FP16, False), ("auto", 14, 96, 160, 0.1, FP32, FP32, True),
+    ):  # fmt: skip
+        name = f"linear {kernel} {WORDS[dtype]}/{WORDS[lora]} M{m} N{n} r1 p{p}"
+        run = partial(linear, m, n, k, 1, dtype, lora, p, bias)
+        yield Case(name if bias else f"{name}, no bias", run, kernel)
+    for p in (0.0, 0.1):
+        yield Case(f"branch bf16 M130 r1 p{p}", partial(branch, 130, 96, 160, 1, BF16, p))
+        for m in (33, 130):
+            run = partial(group, m, (96, 64, 32), 64, (1, 1, 1), p=p)
+            yield Case(f"group bf16 M{m} r1+1+1 p{p}", run)
+        yield Case(f"mlp bf16 M130 r1+1+1 p{p}", partial(mlp, 130, 96, 64, 80, (1, 1, 1), p=p))
+    yield Case(
+        "nf4 bf16 M33 N96 K192 r1 p0.1", partial(linear, 33, 96, 192, 1, p=0.1, quantized="nf4")
+    )
+    # Adapters on rows of their own, by the numbers of their rows, ranks and probabilities.
+    for dtype, adapters in (
+        (BF16, ((33, 16, 0.25), (130, 1, 0.0))), (BF16, ((1, 3, 0.0), (150, 20, 0.5), (40, 1, 0.25))),
+        (FP16, ((70, 1, 0.25), (5, 48, 0.0))), (FP32, ((17, 1, 0.0), (33, 4, 0.25))),
+    ):  # fmt: skip
+        words = ["+".join(map(str, column)) for column in zip(*adapters, strict=True)]
+        lora = FP16 if dtype == FP16 else FP32
+        run = partial(
+            rows,
+            *(
+                calls.Case("branch", (m, 96), (72,), (r,), dtype, lora, p=p, seed=place)
+                for place, (m, r, p) in enumerate(adapters)
+            ),
+        )
+        yield Case(f"rows {WORDS[dtype]} M{words[0]} r{words[1]} p{words[2]}", run)
     # Few processors: several tiles a program, the widest tile.
     for p in (0.0, 0.1):
         name = f"linear bf16/fp32 M300 N520 r16 p{p}, 2 processors"

@@ -17,6 +17,8 @@ SIZES = {
     **dict.fromkeys(("b32", "u32", "s32", "f32", "f16x2", "bf16x2"), 4),
     **dict.fromkeys(("b64", "u64", "s64", "f64", "f32x2"), 8),
 }
+# Where threads may part, wait or end.
+CONTROL = ("bra", "brx", "ret", "bar", "barrier", "setmaxnreg")
 # Where a CTA's shared memory begins. TMA and wgmma need multiples of 1,024.
 SHARED_BASE = 1024
 
@@ -70,6 +72,12 @@ class Instruction:
     def shared(self) -> bool:
         """Whether a load, store or atomic accesses shared memory."""
         return any(word.startswith("shared") for word in self.mods)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it ends a straight run of instructions."""
+        may_part = self.mods[0] in CONTROL and self.op != "bar.warp.sync"
+        return may_part or self.op.startswith("mbarrier.try_wait")
 
     def __str__(self) -> str:
         guard = "" if self.guard is None else f"@{'!' * self.negated}{self.guard} "

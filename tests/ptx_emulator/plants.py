@@ -76,6 +76,7 @@ _CHAINED, _APART_S = (
 )
 _TICKETS = "linear one_launch bf16/fp32 M300 N520 r16 p0.0, 6 processors"
 _LONG = "linear bf16/fp32 M33 K520 r16 p0.1, long sum"
+_COPIES = "linear branch_first bf16/fp32 M1 N40 r1 p0.5"
 _OPTIMIZER = "optimizer bf16, masters, clipped"
 _SPLIT_K = "_lora_linear_split_k_kernel"
 _TMA = "_lora_linear_tma_kernel"
@@ -103,6 +104,7 @@ PLANTS = {
     "proxy-fence": Plant(_CHAINED, _TMA, "linear_tma.py", r"fence\.proxy\.async\.shared::cta;", "", WITH_TMA),
     "wgmma-wait": Plant(_CHAINED, _TMA, "common.py", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more, HOPPER),
     "wgmma-fence": Plant(_CHAINED, _TMA, "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
+    "wgmma-fence-of-copies": Plant(_COPIES, "_lora_linear_kernel", "common.py", r"wgmma\.fence\.sync\.aligned;", "", HOPPER),
     "load-bytes": Plant(_CHAINED, _TMA, "linear_tma.py", r"(expect_tx\.shared\S* _, \[%r\d+\], )(\d+)", _one_more, WITH_TMA),
     "store-wait": Plant(_CHAINED, _TMA, "linear_tma.py", r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", WITH_TMA),
     "tcgen05-wait-for-stores": Plant(_CHAINED, _TMA, "common.py", r"tcgen05\.wait::st\.sync\.aligned;", "", TCGEN05),

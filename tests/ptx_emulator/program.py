@@ -16,7 +16,6 @@ from tests.ptx_emulator.memory import EmulationError
 from tests.ptx_emulator.parse import SIZES, Instruction, Program
 
 Control = Callable[[CTA, Group], str]
-CONTROL = ("bra", "brx", "ret", "bar", "barrier")
 
 
 class Run:
@@ -48,20 +47,18 @@ class CompiledProgram:
         starts = {
             0,
             *program.labels.values(),
-            *(ins.pc + 1 for ins in program.code if _is_control(ins)),
+            *(ins.pc + 1 for ins in program.code if ins.is_control),
         }
         for start in starts - {len(program.code)}:
             self.runs[start] = self._run(start, starts)
 
     def _run(self, start: int, starts: set[int]) -> Run:
         end = start
-        while (
-            not _is_control(self.code[end]) and end + 1 < len(self.code) and end + 1 not in starts
-        ):
+        while not self.code[end].is_control and end + 1 < len(self.code) and end + 1 not in starts:
             end += 1
         last = self.code[end]
         code, control = self.code[start : end + 1], None
-        if _is_control(last):
+        if last.is_control:
             code, control = code[:-1], self._control(last)
         # Here, so that an unknown instruction stops the emulator even where no thread comes.
         lines = {
@@ -184,12 +181,6 @@ class CompiledProgram:
             return STOP
 
         return branch
-
-
-def _is_control(ins: Instruction) -> bool:
-    return (ins.mods[0] in CONTROL and ins.op != "bar.warp.sync") or ins.op.startswith(
-        "mbarrier.try_wait"
-    )
 
 
 def _polls(ins: Instruction) -> bool:

@@ -4,6 +4,9 @@ while the threads go on.
 A wgmma reads and writes when its group is waited for. Until then its accumulators hold poison. It
 needs a ``wgmma.fence`` between a thread's write of a register and its own use of that register,
 except for the accumulator of the wgmma before it.
+
+A copy of a register behind the fence is no such write, as long as it is ahead of the first wgmma:
+see :func:`_copies`.
 """
 
 from __future__ import annotations
@@ -97,6 +100,8 @@ class Product:
     accumulators: list[int]
     accumulates: bool
     kind: str
+    # See :func:`_copies`.
+    copies: dict[int, int]
 
 
 @dataclass
@@ -124,9 +129,42 @@ def end(c: CTA) -> None:
         c.machine.faults.add("the CTA ends before its wgmma has", product.ins, "")
 
 
-def _unfenced(c: CTA, group: Warpgroup, lanes: Any, place: int) -> bool:
-    """Whether a register has changed since the last fence."""
-    return group.fenced is None or not np.array_equal(c.R[place][lanes], group.fenced[place][lanes])
+def _unfenced(c: CTA, group: Warpgroup, lanes: Any, place: int, copies: dict[int, int]) -> bool:
+    """Whether a register has changed since the last fence, and is no copy of one that has not."""
+    if group.fenced is None:
+        return True
+    values = c.R[place][lanes]
+    before = (group.fenced[one][lanes] for one in {place, copies.get(place, place)})
+    return not any(np.array_equal(values, fenced) for fenced in before)
+
+
+def _copies(words: Arithmetic, product: Instruction) -> dict[int, int]:
+    """The registers that are copied between the last fence and the first wgmma behind it, each with
+    the one whose value it holds, if all of them and ``product`` are in one straight run.
+
+    PTX names values. Where two accumulators begin with one value, they have two names, and LLVM
+    writes the second one's ``mov`` right ahead of the wgmma, behind the fence. The fence has
+    ordered that value. Its copy is made by ptxas (12.9, 13.0 and 13.4), which places it ahead of the
+    ``WARPGROUP.ARRIVE`` that the HGMMA follows, or adds an ARRIVE behind it. For a copy behind the
+    first wgmma, ptxas ends that one's group, so there a copy needs a fence like any write.
+    """
+    code, labels = words.program.code, words.program.labels
+    targets = {ins.target for ins in code}
+    targets |= {labels[name] for ins in code if ins.mods[0] == "brx" for name in ins.args[2]}
+    first = at = product.pc
+    while code[at].op != "wgmma.fence.sync.aligned" or code[at].guard is not None:
+        if at in targets or at == 0 or code[at - 1].is_control:
+            return {}
+        if code[at].op.startswith("wgmma.mma_async"):
+            first = at
+        at -= 1
+    sources: dict[int, int] = {}
+    for ins in code[at:first]:
+        moves = ins.op in ("mov.b32", "mov.f32") and ins.guard is None
+        if moves and ins.args[1] in words.registers:
+            target, source = map(words.place, ins.args)
+            sources[target] = sources.get(source, source)
+    return sources
 
 
 def _issue(c: CTA, lanes: Any, number: int, group: Warpgroup, product: Product) -> None:
@@ -143,11 +181,11 @@ def _issue(c: CTA, lanes: Any, number: int, group: Warpgroup, product: Product) 
             machine.races.read(
                 region, granules, warps, ins, c.warps + number, behind=product.serial
             )
-        elif any(_unfenced(c, group, lanes, place) for place in operand):
+        elif any(_unfenced(c, group, lanes, place, product.copies) for place in operand):
             machine.faults.add("missing wgmma.fence (A in registers)", ins, f"registers {operand}")
     for place in product.accumulators:
         if place not in group.pending:
-            if _unfenced(c, group, lanes, place):
+            if _unfenced(c, group, lanes, place, product.copies):
                 machine.faults.add("missing wgmma.fence (accumulator)", ins, f"register {place}")
             group.values[place] = c.R[place][lanes]
             c.set(place, POISON, lanes)
@@ -215,6 +253,7 @@ def _multiply(words: Arithmetic, ins: Instruction) -> Action:
     left = None if registers else words.reader(ins.args[1], "u64")
     right, accumulates = words.reader(ins.args[2], "u64"), words.reader(ins.args[3], "pred")
     transposed = [bool(each) for each in numbers[2:]]
+    copies = _copies(words, ins)
 
     def multiply(c: CTA, mask: Any) -> None:
         for lanes, number, group in _warpgroups(c, mask, ins):
@@ -239,7 +278,9 @@ def _multiply(words: Arithmetic, ins: Instruction) -> Action:
                 lanes,
                 number,
                 group,
-                Product(ins, serial, a, b, accumulators, bool(of_all(accumulates)), left_kind),
+                Product(
+                    ins, serial, a, b, accumulators, bool(of_all(accumulates)), left_kind, copies
+                ),
             )
 
     return multiply
