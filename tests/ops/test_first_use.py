@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
 from stablelora_kernels import explanation
@@ -489,21 +491,60 @@ def test_pytorchs_operators_take_a_call_that_they_compute_faster(clock, op) -> N
         for name, expected in expectations(case, operands).items():
             expected.check(results[name], name)
     name = "lora_mlp" if op == "mlp" else "lora_linear"
-    ran = strategies_run()
-    # The first call, inside the op; then the PyTorch path, forward and backward.
-    assert ran[f"{name}_fwd"] == ran[f"{name}_bwd"] == OPERATORS
+    # In this process inside the op, in the next one on the PyTorch path, forward and backward.
+    assert {(t.op, t.strategy): t.calls for t in tallies()} == {
+        (f"{name}_fwd", OPERATORS): 3,
+        (f"{name}_bwd", OPERATORS): 3,
+    }
+    kept.forget()
+    plans.clear()
+    for _ in range(2):
+        results = cases.run(case, operands)
+        for result, expected in expectations(case, operands).items():
+            expected.check(results[result], result)
     assert {t.op: t.calls for t in tallies()}[name] == 2
 
 
-def test_with_dropout_the_first_call_stays_on_the_kernels(clock) -> None:
+def test_with_dropout_this_process_stays_on_the_kernels(clock) -> None:
     """In the op PyTorch's operators would draw the bits that its seeds stand for, which takes long.
-    Later calls take the PyTorch path.
+    The next process takes the PyTorch path.
     """
     clock(torch=1e-6)
     cases.run(LINEAR)
-    assert strategies_run()["lora_linear_fwd"] == "one_launch"
+    cases.run(LINEAR)
+    assert {t.op: (t.strategy, t.calls) for t in tallies()}["lora_linear_fwd"] == ("one_launch", 2)
+    kept.forget()
+    plans.clear()
     cases.run(LINEAR)
     assert {t.op: t.calls for t in tallies()}["lora_linear"] == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("found", ["torch is faster", "a fault", "branch_first is faster"])
+def test_a_checkpoint_that_is_open_while_it_is_found_out_is_right(
+    found, use_reentrant, clock, monkeypatch
+) -> None:
+    """The forward that backward runs again has the masks and the saved tensors of the first."""
+    seconds = {"torch": 1e-6} if found == "torch is faster" else {"other": 1e-6}
+    clock(**seconds)
+    if found == "a fault":
+        spoiled(monkeypatch, by_nan, ("fwd",))
+    layer = slk.LoRALinear(64, 48, r=6, lora_dropout=0.3, dtype=BF16, device=DEVICE)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(70, 64, dtype=BF16, device=DEVICE)
+    gradients = []
+    with warnings.catch_warnings(), slk.settings(backend="triton"):
+        warnings.simplefilter("ignore")
+        for is_checkpointed in (True, False):
+            leaf = x.clone().requires_grad_()
+            layer.zero_grad()
+            torch.manual_seed(5)
+            run = partial(checkpoint, layer, use_reentrant=use_reentrant)
+            y = (run if is_checkpointed else layer)(leaf)
+            y.sum().backward()
+            gradients.append([leaf.grad, layer.lora_A.grad, layer.lora_B.grad])
+    for with_checkpoint, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_checkpoint, without, rtol=0.05, atol=0.05)
 
 
 NOT_TIMED = {
@@ -602,7 +643,7 @@ def test_a_checkpointed_forward_runs_again_by_the_same_strategy(clock) -> None:
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(70, 64, dtype=BF16, device=DEVICE, requires_grad=True)
     with slk.settings(backend="triton"):
-        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+        y = checkpoint(layer, x, use_reentrant=True)
         timer.seconds = {"table": 1e-6}
         y.sum().backward()
     calls = {(t.op, t.strategy): t.calls for t in tallies()}
