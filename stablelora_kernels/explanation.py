@@ -1,7 +1,7 @@
 """The launches of a call, and the reasons, without the call.
 
 The ops' planners get tensors of the meta device, which have no memory, or of another. ``explain``,
-the compile report and the predictions ask here.
+the compile report and the arithmetic ask here.
 """
 
 from __future__ import annotations

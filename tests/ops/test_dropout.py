@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from stablelora_kernels import use_backend
+from stablelora_kernels import settings
 from stablelora_kernels.functional import (
     LoRAWeights,
     lora_branch,
@@ -97,7 +97,7 @@ def test_rows_draw_their_seeds_at_once():
         RowsBranch(start, start + 20, torch.randn(r, 24), torch.randn(16, r), 1.0, p)
         for start, r, p in ((0, 3, 0.4), (20, 1, 0.0), (40, 6, 0.2))
     ]
-    with use_backend("triton"), Operators() as operators:
+    with settings(backend="triton"), Operators() as operators:
         lora_rows(torch.randn(70, 24), torch.randn(16, 24), None, None, branches)
     assert [func.name() for func, _, _ in operators.calls].count("aten::randint") == 1
 
