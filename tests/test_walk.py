@@ -67,7 +67,7 @@ def walk(call: Callable[[], object], x: Tensor) -> list[str]:
     DEVICE == "cuda",
     reason="runs in the interpreter, which gives a launch tensors, on machines without a GPU",
 )
-def test_x_enters_few_files_and_comes_back_to_none_more_than_twice() -> None:
+def test_x_enters_few_files_and_comes_back_to_none_more_than_three_times() -> None:
     pytest.importorskip(
         "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
     )
@@ -83,4 +83,5 @@ def test_x_enters_few_files_and_comes_back_to_none_more_than_twice() -> None:
     assert found and (len({*cold}), len({*warm})) == (int(found[1]), int(found[2]))
     assert len({*cold}) <= 15 and len({*warm}) <= 7
     for path, stays in Counter(cold).items():
-        assert stays <= 3, (path, stays, cold)
+        # To the key, to the op's call, behind its record, and behind first use.
+        assert stays <= 4, (path, stays, cold)

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch.first_use import is_on
 from stablelora_kernels.ops.autograd import (
     Context,
     apply_of_known_calls,
@@ -241,7 +242,7 @@ def _prefers_operators(
     facts: LinearFacts, x: Tensor, projections: Sequence[Projection], base: Tensor | None
 ) -> bool:
     """Whether first use has found that the PyTorch path should take the call."""
-    if facts.backend == "torch" or facts.strategy == "one by one":
+    if facts.backend == "torch" or facts.strategy == "one by one" or not is_on(x.device):
         return False
     tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
     seeds = [None] * len(projections)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from stablelora_kernels.dispatch.first_use import is_on
 from stablelora_kernels.ops.autograd import (
     Context,
     apply_of_known_calls,
@@ -199,7 +200,8 @@ def lora_mlp_op(
 
 def _prefers_operators(facts: MLPFacts, x: Tensor, projections: Sequence[Projection]) -> bool:
     """Whether first use has found that the PyTorch path should take the call."""
-    if facts.options.backend == "torch" or facts.strategy == "one by one":
+    is_alone = facts.strategy == "one by one"
+    if facts.options.backend == "torch" or is_alone or not is_on(x.device):
         return False
     tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
     return lora_mlp_fwd.prefers_operators([x, *tensors, None, None, None], facts.forward)
