@@ -96,8 +96,8 @@ def table() -> str:
     head = ["kind of call", "strategies", "launches of the proof", "of the timing"]
     cells = [[*head, "MiB at the peak", "float64 operations, 10⁹"]]
     for kind, cost in costs().items():
-        # Once to warm up, then in turns.
-        fewest, most = (cost.launches * (1 + turns) for turns in TURNS)
+        # Twice to warm up, then in turns.
+        fewest, most = (cost.launches * (2 + turns) for turns in TURNS)
         cells.append(
             [
                 kind,

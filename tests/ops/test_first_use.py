@@ -653,6 +653,19 @@ def test_a_checkpointed_forward_runs_again_by_the_same_strategy(clock) -> None:
     assert len(forwards) == 2 and all(f["branch_first"] == "" for f in forwards)
 
 
+def test_a_clock_that_fails_costs_the_call_nothing(monkeypatch, caplog) -> None:
+    def full(runs: Any, device: Any) -> list[float]:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(first_use, "measure", full)
+    operands = cases.make(LINEAR)
+    with silent():
+        results = cases.run(LINEAR, operands)
+    for name, expected in expectations(LINEAR, operands).items():
+        expected.check(results[name], name)
+    assert "is not timed: OutOfMemoryError: no memory" in caplog.text
+
+
 def test_what_is_not_proven_is_not_timed(clock) -> None:
     timer = clock(torch=1e-6)
     with silent():
