@@ -121,6 +121,15 @@ def all_counters(device: torch.device) -> Tensor:
     return every_lane
 
 
+def reset_counters(device: torch.device) -> bool:
+    """Set the counters of ``device``'s current stream to 0. Return whether any was not."""
+    every_lane = all_counters(device)
+    was_left = bool(every_lane.any())
+    if was_left:
+        every_lane.zero_()
+    return was_left
+
+
 def _zeros(count: int, device: torch.device) -> list[Tensor]:
     """``count`` buffers, zero for every stream."""
     buffers = torch.zeros(count, LANES * MAX_SHARED_SUMS, dtype=torch.int32, device=device)

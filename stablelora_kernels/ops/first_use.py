@@ -28,7 +28,15 @@ from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import settings, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.ops.proofs import Compared, Oracle, plainly
+from stablelora_kernels.ops.proofs import (
+    MARGIN,
+    Compared,
+    Oracle,
+    is_poisoned,
+    like,
+    plainly,
+    poison,
+)
 
 # A strategy must be faster than the table's by more than this share. Less is noise, which would
 # make answers differ from run to run.
@@ -43,8 +51,9 @@ _FIXED = {"operands", "scales", "lora_As", "lora_Bs"}
 # Settings of an op on which neither code nor time depends.
 _NUMBERS = {"scalings", "starts", "ends", "dropout_p", "dropout_ps"}
 
-# Builds the results, without values, and the launches that fill them.
-Plan = Callable[[Device, Any, Choice | None], tuple[Any, list[Any]]]
+# Builds the results, without values, and the launches that fill them: for a device, a call, a choice,
+# and what places the results elsewhere.
+Plan = Callable[..., tuple[Any, list[Any]]]
 
 
 class Subject(NamedTuple):
@@ -290,6 +299,23 @@ def _may_time(device: torch.device) -> bool:
 
 def _fault_of(subject: Subject, device: torch.device, call: Any, choice: Choice | None) -> str:
     """What is wrong with a strategy, in words, or ""."""
+    from stablelora_kernels.launch import workspace
+
+    was_left = False
+    try:
+        fault = _fault_of_results(subject, device, call, choice)
+    finally:
+        # The counters are those of all ops: what a wrong kernel leaves would spoil right ones.
+        was_left = workspace.reset_counters(device)
+    if was_left and not fault:
+        return "its counters are not 0 behind its launches"
+    return fault
+
+
+def _fault_of_results(
+    subject: Subject, device: torch.device, call: Any, choice: Choice | None
+) -> str:
+    """What is wrong with the results of a strategy, in words, or ""."""
     oracle = subject.oracle
     stand_in = oracle.stand_ins(call)
     copy = oracle.stand_ins(call) if oracle.written(stand_in) else stand_in
@@ -311,11 +337,27 @@ def _fault_of(subject: Subject, device: torch.device, call: Any, choice: Choice 
 
 
 def _run_poisoned(subject: Subject, device: torch.device, call: Any, choice: Choice | None) -> Any:
-    """The results of a call, which were NaN before."""
-    results, launches = subject.plan(problem.device_of(device), call, choice)
-    for t in _tensors_in(results):
-        t.fill_(torch.nan if t.is_floating_point() else -1)
+    """The results of a call. They, the memory around them and the scratch of its launches were NaN
+    before.
+    """
+    from stablelora_kernels.launch import workspace
+
+    around: list[Tensor] = []
+
+    def placed(t: Tensor) -> Tensor:
+        memory, view = like(t)
+        poison(memory)
+        margin = MARGIN // t.itemsize
+        around.extend((memory[:margin], memory[-margin:]))
+        return view
+
+    with workspace.noted() as taken:
+        results, launches = subject.plan(problem.device_of(device), call, choice, placed)
+    for t in taken.scratch:
+        poison(t)
     _run(launches, device)
+    if not all(map(is_poisoned, around)):
+        raise RuntimeError("a kernel has written beyond its results")
     return results
 
 
