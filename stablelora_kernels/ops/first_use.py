@@ -24,7 +24,6 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import backend, first_use, problem, tiles
 from stablelora_kernels.dispatch.first_use import OPERATORS, Finding, Kind
-from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import settings, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile
@@ -299,23 +298,6 @@ def _may_time(device: torch.device) -> bool:
 
 def _fault_of(subject: Subject, device: torch.device, call: Any, choice: Choice | None) -> str:
     """What is wrong with a strategy, in words, or ""."""
-    from stablelora_kernels.launch import workspace
-
-    was_left = False
-    try:
-        fault = _fault_of_results(subject, device, call, choice)
-    finally:
-        # The counters are those of all ops: what a wrong kernel leaves would spoil right ones.
-        was_left = workspace.reset_counters(device)
-    if was_left and not fault:
-        return "its counters are not 0 behind its launches"
-    return fault
-
-
-def _fault_of_results(
-    subject: Subject, device: torch.device, call: Any, choice: Choice | None
-) -> str:
-    """What is wrong with the results of a strategy, in words, or ""."""
     oracle = subject.oracle
     stand_in = oracle.stand_ins(call)
     copy = oracle.stand_ins(call) if oracle.written(stand_in) else stand_in
@@ -337,7 +319,7 @@ def _fault_of_results(
 
 
 def _run_poisoned(subject: Subject, device: torch.device, call: Any, choice: Choice | None) -> Any:
-    """The results of a call. They, the memory around them and the scratch of its launches were NaN
+    """The results of a call. They, the scratch of its launches and the memory around both were NaN
     before.
     """
     from stablelora_kernels.launch import workspace
@@ -351,13 +333,18 @@ def _run_poisoned(subject: Subject, device: torch.device, call: Any, choice: Cho
         around.extend((memory[:margin], memory[-margin:]))
         return view
 
-    with workspace.noted() as taken:
+    with workspace.noted(placed):
         results, launches = subject.plan(problem.device_of(device), call, choice, placed)
-    for t in taken.scratch:
-        poison(t)
-    _run(launches, device)
+    try:
+        _run(launches, device)
+    finally:
+        # The counters are those of all ops. Left as they are, they would spoil right kernels, and
+        # let the next launch wait for ever.
+        was_left = workspace.reset_counters(device)
+    if was_left:
+        raise RuntimeError("its counters are not 0 behind its launches")
     if not all(map(is_poisoned, around)):
-        raise RuntimeError("a kernel has written beyond its results")
+        raise RuntimeError("a kernel has written beyond its results or its scratch")
     return results
 
 

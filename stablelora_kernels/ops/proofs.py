@@ -44,7 +44,7 @@ EVERY = 16
 _STEP = 7
 # Sums over rows are cut into parts of a multiple of so many rows.
 _SEAM = 16
-# Bytes of NaN before and behind a stand-in or a result: wider than what a kernel reads at once.
+# Bytes of NaN before and behind a stand-in, a result or scratch: more than what a kernel reads at once.
 MARGIN = 4096
 # Elements of float64 copies at a time.
 _ELEMENTS = 1 << 23

@@ -176,9 +176,9 @@ def _run(
         if clips is not None:
             _scale(grads, step.norm * clips)
         if not step.is_finite:
-            for grad in grads:
-                if grad is not None:
-                    grad.fill_(torch.nan)
+            for t in grads:
+                if t is not None:
+                    t.fill_(torch.nan)
         engine.step(Gradients.of(grads), step.change, None, None)
     results: dict[str, Tensor] = {"the count of skipped steps": skipped}
     for member in members:

@@ -11,20 +11,20 @@ Exit status 1: something else did.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+from tqdm import tqdm
 
 from tests.mutants.__main__ import PLANTED, ROOT, Fault, planted, read
 
@@ -104,9 +104,7 @@ def groups_of(fault: Fault) -> Sequence[str]:
     """The groups of trials that may show a fault; none if it is not of kernels or launches."""
     if fault.file == "dispatch/settings.py":
         return ()
-    return next(
-        (groups for start, groups in TRIALS_OF.items() if fault.file.startswith(start)), ()
-    )
+    return next((groups for start, groups in TRIALS_OF.items() if fault.file.startswith(start)), ())
 
 
 # In the child.
@@ -131,7 +129,9 @@ def _trials() -> dict[str, list[Trial]]:
         small.but(p=0.3, arch="sm_90"),
         small.but(ranks=(100,), strategy="one_launch", arch="gfx942"),
         TILES.but(p=0.2),
-        small.but(ranks=(16,), sizes=(80,), p=0.2, strategy="branch_first", backward_strategy="one_launch"),
+        small.but(
+            ranks=(16,), sizes=(80,), p=0.2, strategy="branch_first", backward_strategy="one_launch"
+        ),
         Case("linear", (50, 64), (48,), (16,), BF16, FP32, strategy="few_rows", arch="sm_90"),
     ]
     sums = [
@@ -197,7 +197,12 @@ def _trials() -> dict[str, list[Trial]]:
         return Trial(f"loss {case}", run)
 
     def of_step(name: str, dtype: Any) -> Trial:
-        run = lambda: steps.test_steps_are_the_references("triton", name, dtype)  # noqa: E731
+        def run() -> None:
+            # Pairs of the plain one must latch meanwhile.
+            count = steps.STEPS if name == "plain" else 3
+            with mock.patch.object(steps, "STEPS", count):
+                steps.test_steps_are_the_references("triton", name, dtype)
+
         return Trial(f"step {name} {str(dtype)[6:]}", run)
 
     adapters = "bfloat16 with float32 adapters"
@@ -216,7 +221,6 @@ def _trials() -> dict[str, list[Trial]]:
         "loss": [of_loss(case) for case in losses.CASES],
         "step": [
             *(of_step(name, steps.OPTIONS[name].dtypes[0]) for name in STEPS),
-            of_step("plain", BF16),
             of_step("masters-clipped", FP16),
         ],
     }  # fmt: skip
@@ -289,12 +293,18 @@ def _see(trial: Trial) -> _Seen:
 
 def _short(warning: str) -> str:
     """The op, the strategy and the fault of a warning."""
-    op, _, rest = warning.removeprefix("stablelora_kernels: ").partition(" is wrong on this machine (")
+    op, _, rest = warning.removeprefix("stablelora_kernels: ").partition(
+        " is wrong on this machine ("
+    )
     return f"{op}: {rest.partition('): ')[2].partition(chr(46) + ' PyTorch')[0]}"
 
 
-def _outcome_in(tree: Path, fault: Fault, every: bool, connection: Connection) -> None:
-    """Run a fault's trials in this process, and send what became of it."""
+def _outcome_in(
+    tree: Path, id: str, groups: Sequence[str], likely: str, connection: Connection
+) -> None:
+    """Run the trials of ``groups`` in this process until one shows the fault, and send what became of
+    it. The ``likely`` one comes first.
+    """
     sys.path.insert(0, str(tree))
     cache = tempfile.TemporaryDirectory()
     os.environ["STABLELORA_CACHE"] = cache.name
@@ -303,19 +313,16 @@ def _outcome_in(tree: Path, fault: Fault, every: bool, connection: Connection) -
     assert Path(str(slk.__file__)).is_relative_to(tree), "the copy must be imported"
     slk.settings.first_use = "on"
     by_group = _trials()
-    outcome = Outcome(fault.id, NO_EFFECT, "")
-    for trial in [trial for group in groups_of(fault) for trial in by_group[group]]:
-        started = time.monotonic()
+    trials = [trial for group in groups for trial in by_group[group]]
+    outcome = Outcome(id, NO_EFFECT, f"{len(trials)} trials")
+    for trial in sorted(trials, key=lambda trial: trial.name != likely):
         seen = _see(trial)
-        if every:
-            print(f"{time.monotonic() - started:6.1f} s  {trial.name}  {seen}", flush=True)
         if seen.wrong:
-            outcome = Outcome(fault.id, MISSED, f"{trial.name}: {seen.wrong} [{seen.warned}]")
+            outcome = Outcome(id, MISSED, f"{trial.name}: {seen.wrong} [{seen.warned}]")
             break
         if seen.warned:
-            outcome = Outcome(fault.id, CAUGHT, f"{trial.name}; {seen.warned}")
-            if not every:
-                break
+            outcome = Outcome(id, CAUGHT, f"{trial.name}; {seen.warned}")
+            break
     connection.send(outcome)
     cache.cleanup()
 
@@ -323,38 +330,46 @@ def _outcome_in(tree: Path, fault: Fault, every: bool, connection: Connection) -
 # In the parent, which imports PyTorch and Triton for all children.
 
 
-def outcome_of(tree: Path, fault: Fault, every: bool = False) -> Outcome:
-    """What becomes of a fault that is planted in ``tree``."""
+def outcome_of(tree: Path, fault: Fault, likely: str) -> Outcome:
+    """What becomes of a fault that is planted in ``tree``. ``likely``: a trial's name, or ""."""
     path = tree / "stablelora_kernels" / fault.file
     source = path.read_text(encoding="utf-8")
-    path.write_text(planted(source, fault) if fault.old else source, encoding="utf-8")
+    path.write_text(planted(source, fault), encoding="utf-8")
+    try:
+        return outcome_in(tree, fault.id, groups_of(fault), likely)
+    finally:
+        path.write_text(source, encoding="utf-8")
+
+
+def outcome_in(tree: Path, id: str, groups: Sequence[str], likely: str = "") -> Outcome:
+    """What becomes of the trials of ``groups``, in a child."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_outcome_in, args=(tree, fault, every, sender))
+    child = context.Process(target=_outcome_in, args=(tree, id, groups, likely, sender))
     try:
         child.start()
         sender.close()
-        if not receiver.poll(SECONDS * (10 if every else 1)):
+        if not receiver.poll(SECONDS):
             child.kill()
-            return Outcome(fault.id, ENDLESS, f"within {SECONDS} seconds")
-        try:
-            return Outcome(*receiver.recv())
-        except EOFError:
-            return Outcome(fault.id, MISSED, "the process ended")
+            return Outcome(id, ENDLESS, f"within {SECONDS} seconds")
+        return Outcome(*receiver.recv())
+    except EOFError:
+        return Outcome(id, MISSED, "the process ended")
     finally:
         child.join()
-        path.write_text(source, encoding="utf-8")
 
 
 def prepare() -> None:
     """What every child needs, and none may import again: Triton for its interpreter."""
     if "stablelora_kernels" in sys.modules:
-        raise RuntimeError("children must import the package from their copy: run this in a new process")
+        raise RuntimeError(
+            "children must import the package from their copy: run this in a new process"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
     sys.dont_write_bytecode = True
-    from tests.helpers.interpreter import speed_up_interpreter
-
     import torch
+
+    from tests.helpers.interpreter import speed_up_interpreter
 
     speed_up_interpreter()
     torch.set_num_threads(1)
@@ -373,28 +388,42 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("ids", nargs="*", metavar="ID")
     parser.add_argument(
-        "--unplanted", action="store_true", help="run all trials without a fault: first use is silent"
+        "--unplanted",
+        action="store_true",
+        help="run all trials without a fault: first use is silent",
     )
     args = parser.parse_args(argv)
+    every = {fault.id: fault for fault in faults()}
+    if unknown := {*args.ids} - {*every}:
+        parser.error(f"ID must be one of a kernel's or a launch's fault, got {', '.join(unknown)}")
     prepare()
-    every = faults()
-    if args.unplanted:
-        files = [*dict.fromkeys(TRIALS_OF)]
-        every = [Fault(f"NONE{i}", file, None, "", "", "") for i, file in enumerate(files)]
-    by_id = {fault.id: fault for fault in every}
-    chosen = [by_id[id] for id in args.ids] if args.ids else every
-    expected = {} if args.unplanted else {outcome.id: outcome for outcome in recorded()}
+    expected = {outcome.id: outcome for outcome in recorded()}
     others = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copied(Path(folder))
-        for fault in chosen:
-            started = time.monotonic()
-            outcome = outcome_of(tree, fault, args.unplanted)
-            print(f"{outcome}  ({time.monotonic() - started:.0f} s)", flush=True)
-            before = expected.get(fault.id)
-            others += outcome.outcome != (before.outcome if before else NO_EFFECT)
-    print(f"{len(chosen)} faults, {others} with another outcome than recorded")
+        if args.unplanted:
+            groups = dict.fromkeys(group for groups in TRIALS_OF.values() for group in groups)
+            runs = [(lambda group=group: outcome_in(tree, group, (group,))) for group in groups]
+        else:
+            runs = [
+                (lambda fault=every[id]: outcome_of(tree, fault, likely_trial(expected, fault.id)))
+                for id in args.ids or every
+            ]
+        for run in tqdm(runs):
+            outcome = run()
+            tqdm.write(str(outcome), file=sys.stdout)
+            must = NO_EFFECT
+            if not args.unplanted and outcome.id in expected:
+                must = expected[outcome.id].outcome
+            others += outcome.outcome != must
+    print(f"{len(runs)} outcomes, {others} of them other than recorded")
     return bool(others)
+
+
+def likely_trial(expected: dict[str, Outcome], id: str) -> str:
+    """The trial that has shown a fault before, or ""."""
+    is_caught = id in expected and expected[id].outcome == CAUGHT
+    return expected[id].words.partition("; ")[0] if is_caught else ""
 
 
 if __name__ == "__main__":
