@@ -37,12 +37,26 @@ class Chunk(NamedTuple):
     row_scale: Tensor | None
 
 
+class Cap(NamedTuple):
+    """Transforms logits: they are multiplied by ``scale``, and capped at ``softcap`` if it is not 0."""
+
+    softcap: float
+    scale: float
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of the cap in float64, where it is not 0."""
+        if not self.softcap:
+            return 1.0
+        share = (logits.double() * (self.scale / self.softcap)).tanh()
+        return (1 - share.square()).clamp(min=2.0**-52)
+
+
 # Returns the losses of a chunk, and leaves dZ in its logits.
 Losses = Callable[[Chunk], Tensor]
 
 
 def kernel_fault(
-    chunk: Chunk, options: str, ignore_index: int, by_kernel: Losses, by_operators: Losses
+    chunk: Chunk, options: str, ignore_index: int, cap: Cap, by_kernel: Losses, by_operators: Losses
 ) -> str:
     """Why the kernel must not compute a chunk, or "". ``options``: what of a call changes its code,
     in words.
@@ -61,7 +75,8 @@ def kernel_fault(
             return "the loss of a label outside of the vocabulary is a number"
         losses[_UNKNOWN] = repeated[_UNKNOWN] = 0.0
         computed.logits[_UNKNOWN] = again.logits[_UNKNOWN] = 0.0
-        for compared in _compare(_stand_in(chunk, ignore_index), computed, losses, by_operators):
+        before = _stand_in(chunk, ignore_index)
+        for compared in _compare(before, computed, losses, cap, by_operators):
             if fault := compared.fault():
                 return fault
         if torch.equal(losses, repeated) and torch.equal(computed.logits, again.logits):
@@ -88,7 +103,7 @@ def _stand_in(chunk: Chunk, ignore_index: int) -> Chunk:
 
 
 def _compare(
-    before: Chunk, computed: Chunk, losses: Tensor, by_operators: Losses
+    before: Chunk, computed: Chunk, losses: Tensor, cap: Cap, by_operators: Losses
 ) -> Iterator[Compared]:
     arithmetic = Arithmetic(computed.logits.dtype)
     exact = before.logits.double()
@@ -103,5 +118,6 @@ def _compare(
         "the loss", losses, Rounded(expected, relative * (1 + expected.abs())), arithmetic
     )
     rounded = deviation_of_rounding(exact, computed.logits.dtype)
-    deviation = torch.hypot(rounded, relative[:, None] * exact.abs())
+    # Far above the cap, 1 less the square of the share cancels.
+    deviation = torch.hypot(rounded, relative[:, None] * exact.abs() / cap.slope(before.logits))
     yield Compared("dZ", computed.logits, Rounded(exact, deviation), arithmetic)
