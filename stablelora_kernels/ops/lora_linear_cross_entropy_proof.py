@@ -119,5 +119,10 @@ def _compare(
     )
     rounded = deviation_of_rounding(exact, computed.logits.dtype)
     # Far above the cap, 1 less the square of the share cancels.
-    deviation = torch.hypot(rounded, relative[:, None] * exact.abs() / cap.slope(before.logits))
+    parts = exact.abs() / cap.slope(before.logits)
+    # And a label's probability less 1: the loss has its logarithm.
+    at_label = before.labels.where(labels != labels[_IGNORED], 0)[:, None]
+    of_label = parts.gather(1, at_label) / -torch.expm1(-expected[:, None])
+    parts.scatter_(1, at_label, of_label.nan_to_num(nan=0.0, posinf=0.0))
+    deviation = torch.hypot(rounded, relative[:, None] * parts)
     yield Compared("dZ", computed.logits, Rounded(exact, deviation), arithmetic)

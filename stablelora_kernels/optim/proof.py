@@ -56,6 +56,8 @@ _STEPS = (
 )
 # Where a norm clips the gradients, one that is not finite skips the step.
 _SKIPPED = _Step(_GOES_ON, 1.0, is_finite=False)
+# Orders of magnitude between the gradients' elements.
+_ORDERS = 6.0
 # Of each kind of pair, one that shrinks and one that latches: the sizes of A and B.
 _SIZES = ({"A": 1.0, "B": 0.01}, {"A": 0.01, "B": 1.0})
 
@@ -167,11 +169,16 @@ def _run(
     engine = engine_class(members, pairs, storage, skipped)
     clips = members[0].setting.group["max_grad_norm"]
     ids_of_a = {id(pair.A) for pair in pairs}
+    # Elements of any size, as the formats of moments have them.
+    sizes_of = {
+        id(m.param): 10.0 ** -torch.empty_like(m.param).uniform_(0, _ORDERS, generator=generator)
+        for m in members
+    }
     for step in _STEPS if clips is None else (*_STEPS[:2], _SKIPPED, *_STEPS[2:]):
         grads: list[Tensor | None] = []
         for member in members:
             p = member.param
-            grad = torch.empty_like(p).normal_(0.0, 0.1, generator=generator)
+            grad = torch.empty_like(p).normal_(0.0, 0.1, generator=generator).mul_(sizes_of[id(p)])
             grads.append(grad if step.of_a or id(p) not in ids_of_a else None)
         if clips is not None:
             _scale(grads, step.norm * clips)

@@ -157,9 +157,9 @@ def _trials() -> dict[str, list[Trial]]:
         Case("group", (70, 40), (48, 25), (6, 20), BF16, FP32, strategy="branch_first", layouts=in_turn),
         small.but(dtype=FP32),
         small.but(dtype=FP32, shape=(1, 64)),
+        TILES.but(op="group", sizes=(104, 40), ranks=(16, 4), dtype=FP16, lora_dtype=FP16),
     ]  # fmt: skip
     long = [
-        TILES.but(op="group", sizes=(104, 40), ranks=(16, 4), dtype=FP16, lora_dtype=FP16),
         TILES.but(arch="sm_80", ranks=(40,)),
         Case("linear", (200, 96), (800,), (16,), BF16, FP32, strategy="one_launch", arch="sm_90", processors=9),
         Case("linear", (200, 800), (96,), (16,), BF16, FP32, p=0.3, strategy="one_launch", arch="sm_80", processors=9),
