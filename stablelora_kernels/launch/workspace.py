@@ -39,7 +39,8 @@ MAX_BUFFERS = 1024
 class Workspace:
     """What launchers have taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, placed: Callable[[Tensor], Tensor] | None) -> None:
+        self.placed = placed
         self.scratch: list[Tensor] = []
         # Of all lanes.
         self.counters: Tensor | None = None
@@ -49,9 +50,11 @@ _taken: ContextVar[Workspace | None] = ContextVar("taken", default=None)
 
 
 @contextmanager
-def noted() -> Iterator[Workspace]:
-    """Note what this thread's launchers take in the block."""
-    taken = Workspace()
+def noted(placed: Callable[[Tensor], Tensor] | None = None) -> Iterator[Workspace]:
+    """Note what this thread's launchers take in the block. ``placed``: returns the memory that takes
+    the place of scratch.
+    """
+    taken = Workspace(placed)
     token = _taken.set(taken)
     try:
         yield taken
@@ -65,6 +68,8 @@ def scratch(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tens
     """
     memory = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
     if (taken := _taken.get()) is not None:
+        if taken.placed is not None:
+            memory = taken.placed(memory)
         taken.scratch.append(memory)
     return memory
 
@@ -119,6 +124,15 @@ def all_counters(device: torch.device) -> Tensor:
         counters(0, device)
         every_lane = _in_use[_current_stream(device)]
     return every_lane
+
+
+def reset_counters(device: torch.device) -> bool:
+    """Set the counters of ``device``'s current stream to 0. Return whether any was not."""
+    every_lane = all_counters(device)
+    was_left = bool(every_lane.any())
+    if was_left:
+        every_lane.zero_()
+    return was_left
 
 
 def _zeros(count: int, device: torch.device) -> list[Tensor]:

@@ -25,11 +25,18 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import backend, first_use, problem, tiles
 from stablelora_kernels.dispatch.first_use import OPERATORS, Finding, Kind
-from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.settings import settings, tf32_allowed
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.ops.proofs import Compared, Oracle, plainly
+from stablelora_kernels.ops.proofs import (
+    MARGIN,
+    Compared,
+    Oracle,
+    is_poisoned,
+    like,
+    plainly,
+    poison,
+)
 
 # A strategy must be faster than the table's by more than this share. Less is noise, which would
 # make answers differ from run to run.
@@ -48,8 +55,9 @@ _NUMBERS = {"scalings", "starts", "ends", "dropout_p", "dropout_ps"}
 # Settings that say what a forward saves.
 _SAVED = {"save_s", "save_mask", "save", "stores_mask"}
 
-# Builds the results, without values, and the launches that fill them.
-Plan = Callable[[Device, Any, Choice | None], tuple[Any, list[Any]]]
+# Builds the results, without values, and the launches that fill them: for a device, a call, a choice,
+# and what places the results elsewhere.
+Plan = Callable[..., tuple[Any, list[Any]]]
 
 
 class Subject(NamedTuple):
@@ -403,11 +411,32 @@ def _fault_of(subject: Subject, device: torch.device, call: Any, choice: Choice 
 
 
 def _run_poisoned(subject: Subject, device: torch.device, call: Any, choice: Choice | None) -> Any:
-    """The results of a call, which were NaN before."""
-    results, launches = subject.plan(problem.device_of(device), call, choice)
-    for t in _tensors_in(results):
-        t.fill_(torch.nan if t.is_floating_point() else -1)
-    _run(launches, device)
+    """The results of a call. They, the scratch of its launches and the memory around both were NaN
+    before.
+    """
+    from stablelora_kernels.launch import workspace
+
+    around: list[Tensor] = []
+
+    def placed(t: Tensor) -> Tensor:
+        memory, view = like(t)
+        poison(memory)
+        margin = MARGIN // t.itemsize
+        around.extend((memory[:margin], memory[-margin:]))
+        return view
+
+    with workspace.noted(placed):
+        results, launches = subject.plan(problem.device_of(device), call, choice, placed)
+    try:
+        _run(launches, device)
+    finally:
+        # The counters are those of all ops. Left as they are, they would spoil right kernels, and
+        # let the next launch wait for ever.
+        was_left = workspace.reset_counters(device)
+    if was_left:
+        raise RuntimeError("its counters are not 0 behind its launches")
+    if not all(map(is_poisoned, around)):
+        raise RuntimeError("a kernel has written beyond its results or its scratch")
     return results
 
 

@@ -35,7 +35,7 @@ from stablelora_kernels.ops.cpu_products import (
     product,
     without_autocast,
 )
-from stablelora_kernels.ops.lora_linear_cross_entropy_proof import Chunk, kernel_fault
+from stablelora_kernels.ops.lora_linear_cross_entropy_proof import Cap, Chunk, kernel_fault
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.utils.tensors import cast
 
@@ -274,7 +274,8 @@ def _losses(
         options = f"gradient {call.needs_gradient}, softcap {call.softcap != 0}, scaled {row_scale is not None}"
         by_kernel = partial(_losses_by_kernel, call)
         by_operators = partial(_losses_by_operators, call)
-        fault = kernel_fault(chunk, options, call.ignore_index, by_kernel, by_operators)
+        cap = Cap(call.softcap, call.logit_scale)
+        fault = kernel_fault(chunk, options, call.ignore_index, cap, by_kernel, by_operators)
         if not fault:
             tally_of("lora_linear_cross_entropy", ONE_LAUNCH, "").calls += 1
             return by_kernel(chunk)

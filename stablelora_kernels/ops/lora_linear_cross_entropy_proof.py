@@ -19,8 +19,10 @@ from stablelora_kernels.reference.rounding import (
     unit_roundoff,
 )
 
-# Each row has a program of its own, so few are enough.
+# Each row has a program of its own, so few are enough. A chunk of a single one would show nothing.
 ROWS = 64
+# Rows whose labels are ignored, and outside of the vocabulary.
+_IGNORED, _UNKNOWN = 32, 16
 # The standard deviation of stand-ins for logits: probabilities of every size.
 _SPREAD = 4.0
 # Operations in float32 that round a probability, besides those that grow with the logit.
@@ -35,12 +37,26 @@ class Chunk(NamedTuple):
     row_scale: Tensor | None
 
 
+class Cap(NamedTuple):
+    """Transforms logits: they are multiplied by ``scale``, and capped at ``softcap`` if it is not 0."""
+
+    softcap: float
+    scale: float
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of the cap in float64, where it is not 0."""
+        if not self.softcap:
+            return 1.0
+        share = (logits.double() * (self.scale / self.softcap)).tanh()
+        return (1 - share.square()).clamp(min=2.0**-52)
+
+
 # Returns the losses of a chunk, and leaves dZ in its logits.
 Losses = Callable[[Chunk], Tensor]
 
 
 def kernel_fault(
-    chunk: Chunk, options: str, ignore_index: int, by_kernel: Losses, by_operators: Losses
+    chunk: Chunk, options: str, ignore_index: int, cap: Cap, by_kernel: Losses, by_operators: Losses
 ) -> str:
     """Why the kernel must not compute a chunk, or "". ``options``: what of a call changes its code,
     in words.
@@ -54,7 +70,13 @@ def kernel_fault(
         losses = by_kernel(computed)
         again = _stand_in(chunk, ignore_index)
         repeated = by_kernel(again)
-        for compared in _compare(_stand_in(chunk, ignore_index), computed, losses, by_operators):
+        # Of the label outside of the vocabulary, which PyTorch's operators may refuse.
+        if not (losses[_UNKNOWN].isnan() and repeated[_UNKNOWN].isnan()):
+            return "the loss of a label outside of the vocabulary is a number"
+        losses[_UNKNOWN] = repeated[_UNKNOWN] = 0.0
+        computed.logits[_UNKNOWN] = again.logits[_UNKNOWN] = 0.0
+        before = _stand_in(chunk, ignore_index)
+        for compared in _compare(before, computed, losses, cap, by_operators):
             if fault := compared.fault():
                 return fault
         if torch.equal(losses, repeated) and torch.equal(computed.logits, again.logits):
@@ -67,30 +89,40 @@ def kernel_fault(
 def _stand_in(chunk: Chunk, ignore_index: int) -> Chunk:
     """A few rows of the same layout, equal ones each time."""
     logits, labels, row_scale = chunk
-    rows = min(ROWS, logits.shape[0])
+    vocabulary = logits.shape[1]
     draw = StandIns(logits.device)
     # Logits are columns of a wider matrix, whose other columns the kernel reads.
-    whole = logits.as_strided((rows, logits.stride(0)), (logits.stride(0), 1))
-    stood_in = draw.normal(whole, _SPREAD)[:, : logits.shape[1]]
-    numbers = torch.arange(rows, device=labels.device)
-    # Every part of the vocabulary, and one row that is ignored.
-    places = (numbers * (logits.shape[1] // rows or 1) % logits.shape[1]).to(labels.dtype)
-    places[rows // 2] = ignore_index
-    return Chunk(stood_in, places, draw.of(None if row_scale is None else row_scale[:rows]))
+    stood_in = draw.normal(logits.new_empty(ROWS, logits.stride(0)), _SPREAD)[:, :vocabulary]
+    numbers = torch.arange(ROWS, device=labels.device)
+    # Every part of the vocabulary.
+    places = (numbers * (vocabulary // ROWS or 1) % vocabulary).to(labels.dtype)
+    places[_IGNORED] = ignore_index
+    places[_UNKNOWN] = -1 if ignore_index >= 0 else vocabulary
+    scale = None if row_scale is None else row_scale.new_empty(ROWS)
+    return Chunk(stood_in, places, draw.of(scale))
 
 
 def _compare(
-    before: Chunk, computed: Chunk, losses: Tensor, by_operators: Losses
+    before: Chunk, computed: Chunk, losses: Tensor, cap: Cap, by_operators: Losses
 ) -> Iterator[Compared]:
     arithmetic = Arithmetic(computed.logits.dtype)
     exact = before.logits.double()
     row_scale = None if before.row_scale is None else before.row_scale.double()
-    expected = by_operators(Chunk(exact, before.labels, row_scale))
+    labels = before.labels.clone()
+    labels[_UNKNOWN] = labels[_IGNORED]
+    expected = by_operators(Chunk(exact, labels, row_scale))
+    exact[_UNKNOWN] = 0.0
     largest = before.logits.double().abs().amax(1)
     relative = unit_roundoff(torch.float32) * (_OPERATIONS + largest)
     yield Compared(
         "the loss", losses, Rounded(expected, relative * (1 + expected.abs())), arithmetic
     )
     rounded = deviation_of_rounding(exact, computed.logits.dtype)
-    deviation = torch.hypot(rounded, relative[:, None] * exact.abs())
+    # Far above the cap, 1 less the square of the share cancels.
+    parts = exact.abs() / cap.slope(before.logits)
+    # And a label's probability less 1: the loss has its logarithm.
+    at_label = before.labels.where(labels != labels[_IGNORED], 0)[:, None]
+    of_label = parts.gather(1, at_label) / -torch.expm1(-expected[:, None])
+    parts.scatter_(1, at_label, of_label.nan_to_num(nan=0.0, posinf=0.0))
+    deviation = torch.hypot(rounded, relative[:, None] * parts)
     yield Compared("dZ", computed.logits, Rounded(exact, deviation), arithmetic)

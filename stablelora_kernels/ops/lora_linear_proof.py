@@ -35,6 +35,7 @@ from stablelora_kernels.ops.proofs import (
     multiplied,
     packed,
     sample_of,
+    sample_of_sums,
     side_by_side,
     with_stand_ins,
 )
@@ -174,7 +175,7 @@ def _sample_of_backward(call: LinearBackwardCall) -> Tensor:
     if any(is_expanded(grad) for grad in call.grads):
         # All rows have numbers.
         return torch.arange(count, device=grad.device)
-    return sample_of(count, grad.device)
+    return sample_of_sums(count, grad.device)
 
 
 def rounded_grad_x(

@@ -44,6 +44,7 @@ from stablelora_kernels.ops.proofs import (
     kept_rows,
     packed,
     sample_of,
+    sample_of_sums,
     with_stand_ins,
 )
 from stablelora_kernels.projection import Projection, projections_of, s_unit
@@ -177,7 +178,7 @@ def _sample_of_backward(call: MLPBackwardCall) -> Tensor:
     if is_expanded(call.grad):
         # All rows have numbers.
         return torch.arange(count, device=call.grad.device)
-    return sample_of(count, call.grad.device)
+    return sample_of_sums(count, call.grad.device)
 
 
 def backward_stand_ins(call: MLPBackwardCall) -> MLPBackwardCall:

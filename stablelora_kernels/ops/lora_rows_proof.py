@@ -39,6 +39,7 @@ from stablelora_kernels.ops.proofs import (
     kept_rows,
     packed,
     sample_of,
+    sample_of_sums,
 )
 from stablelora_kernels.projection import Projection, s_unit
 from stablelora_kernels.reference import unpack_mask
@@ -55,7 +56,8 @@ def _samples(call: RowsForwardCall | RowsBackwardCall, like: Tensor) -> list[Ten
     counts = [rows.stop - rows.start for rows in call.settings.rows]
     if is_expanded(like):
         return [torch.arange(count, device=like.device) for count in counts]
-    return [sample_of(count, like.device) for count in counts]
+    sample = sample_of if isinstance(call, RowsForwardCall) else sample_of_sums
+    return [sample(count, like.device) for count in counts]
 
 
 def forward_stand_ins(call: RowsForwardCall) -> RowsForwardCall:

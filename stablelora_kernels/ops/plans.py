@@ -323,16 +323,23 @@ class PlannedOp(Generic[CallT, ResultsT]):
         return self._types.results(*results)
 
     def plan(
-        self, device: Device, call: CallT, choice: Choice | None = None
+        self,
+        device: Device,
+        call: CallT,
+        choice: Choice | None = None,
+        placed: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[ResultsT, Launches]:
         """The op's results, without values, and the launches on ``device`` that fill them. Tensors
         may be on the meta device.
 
-        ``choice``: a strategy in place of the table's.
+        ``choice``: a strategy in place of the table's. ``placed``: returns the memory that takes the
+        place of a result's.
         """
         # The first tensor of each op has a row for each of X.
         first = next(t for t in tensors_of(call) if t is not None)
         results = self.allocate(call)
+        if placed is not None:
+            results = tree_map_only(Tensor, placed, results)
         if not first.numel():
             tree_map_only(Tensor, Tensor.zero_, tuple(results))
             return results, []

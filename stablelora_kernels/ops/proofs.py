@@ -42,6 +42,10 @@ EVERY = 16
 # In the blocks of so many rows, the samples are these places: across all blocks, every place of a
 # matrix instruction's rows.
 _STEP = 7
+# Sums over rows are cut into parts of a multiple of so many rows.
+_SEAM = 16
+# Bytes of NaN before and behind a stand-in, a result or scratch: more than what a kernel reads at once.
+MARGIN = 4096
 # Elements of float64 copies at a time.
 _ELEMENTS = 1 << 23
 
@@ -122,9 +126,12 @@ class StandIns:
         self._generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, t: Tensor, deviation: float = 1.0) -> Tensor:
-        """Normal numbers in the layout of ``t``."""
+        """Normal numbers in the layout of ``t``, and NaN around them: in the gaps between its rows,
+        and before and behind it.
+        """
         memory, view = like(t)
-        memory.normal_(0.0, deviation, generator=self._generator)
+        poison(memory)
+        without_repeats(view).normal_(0.0, deviation, generator=self._generator)
         return view
 
     def of(self, t: Tensor | None, deviation: float = 1.0) -> Tensor | None:
@@ -145,11 +152,36 @@ class StandIns:
 
 
 def like(t: Tensor) -> tuple[Tensor, Tensor]:
-    """New memory, and the view of it with the shape, strides and alignment of ``t``."""
-    before = t.data_ptr() % 16 // t.itemsize
+    """New memory, and the view of it with the shape, strides and alignment of ``t``, with MARGIN
+    bytes more on either side.
+    """
+    margin = MARGIN // t.itemsize
+    before = margin + t.data_ptr() % 16 // t.itemsize
     last = sum((length - 1) * stride for length, stride in zip(t.shape, t.stride(), strict=True))
-    memory = t.new_empty(before + max(last, -1) + 1)
+    memory = t.new_empty(before + max(last, -1) + 1 + margin)
     return memory, memory.as_strided(t.shape, t.stride(), before)
+
+
+def poison(memory: Tensor) -> None:
+    """Fill memory with NaN, or with ones in each bit."""
+    # 255 are all bits of an unsigned number, which here has 8.
+    bits = 255 if memory.dtype == torch.uint8 else -1
+    memory.fill_(torch.nan if memory.is_floating_point() else bits)
+
+
+def is_poisoned(memory: Tensor) -> bool:
+    """Whether memory is as :func:`poison` has left it."""
+    if memory.is_floating_point():
+        return bool(memory.isnan().all())
+    return bool((memory == (255 if memory.dtype == torch.uint8 else -1)).all())
+
+
+def without_repeats(t: Tensor) -> Tensor:
+    """A view of ``t`` that has each element once, of those that expand() repeats."""
+    for dim, stride in enumerate(t.stride()):
+        if stride == 0 and t.shape[dim] > 1:
+            t = t.narrow(dim, 0, 1)
+    return t
 
 
 def is_expanded(t: Tensor) -> bool:
@@ -170,6 +202,15 @@ def sample_of(count: int, device: torch.device) -> Tensor:
     last = rows.new_tensor([count - 1])
     sample: Tensor = torch.cat([rows.clamp(max=count - 1), last]).unique()
     return sample
+
+
+def sample_of_sums(count: int, device: torch.device) -> Tensor:
+    """The numbers of the rows of gradients that are not zero, of ``count``: the sample, and both
+    sides of each seam, where one program's sum over rows may end and another's begin.
+    """
+    seams = torch.arange(_SEAM, max(count, _SEAM), _SEAM, device=device)
+    sample: Tensor = torch.cat([sample_of(count, device), seams - 1, seams]).unique()
+    return sample[sample < count]
 
 
 def arithmetic_of(dtype: torch.dtype) -> Arithmetic:

@@ -1,5 +1,5 @@
-"""The kernel of the optimizer's step, proven at its first use: two steps of stand-ins for a sample of
-the parameters, against the step on PyTorch's operators.
+"""The kernel of the optimizer's step, proven at its first use: a few steps of stand-ins for a sample
+of the parameters, against the step on PyTorch's operators.
 
 Not proven are the launches that only some steps have: under a GradScaler, and of sharded parameters.
 """
@@ -29,8 +29,37 @@ _SHARE = 1e-5
 # What is rounded at random, in the same direction by both, goes another way where float32 results
 # differ: by one unit, in so many elements.
 _OTHERWISE = 0.01
+# Then a float32 parameter is off by a part of its update: so many elements, by less than this.
+_ASTRAY = 0.1
 # Live hyperparameters: each has an effect that a difference would show.
 _LIVE = {"lr": 1e-2, "weight_decay": 0.1, "shrink_ratio": 0.05}
+
+
+class _Step(NamedTuple):
+    """A step of the proof."""
+
+    change: Change
+    # The gradients' norm as a share of the one that clips them, if one does.
+    norm: float
+    # Whether an A has a gradient. Its sum of squares then waits for the next step.
+    of_a: bool = True
+    is_finite: bool = True
+
+
+# What the first step leaves: later ones measure no parameter anew.
+_GOES_ON = Change(build=False, hyper=False, gradients=True, written=False)
+_STEPS = (
+    _Step(Change(), 2.0),
+    _Step(_GOES_ON, 0.5),
+    _Step(_GOES_ON, 2.0, of_a=False),
+    _Step(_GOES_ON, 0.5),
+)
+# Where a norm clips the gradients, one that is not finite skips the step.
+_SKIPPED = _Step(_GOES_ON, 1.0, is_finite=False)
+# Orders of magnitude between the gradients' elements.
+_ORDERS = 6.0
+# Of each kind of pair, one that shrinks and one that latches: the sizes of A and B.
+_SIZES = ({"A": 1.0, "B": 0.01}, {"A": 0.01, "B": 1.0})
 
 
 class _Sampled(NamedTuple):
@@ -101,8 +130,9 @@ def _find_fault(sampled: Sequence[_Sampled], storage: Storage) -> str:
     """What is wrong with the kernel's steps, in words, or ""."""
     by_kernel, again = [_run(TritonStep, sampled, storage) for _ in range(2)]
     by_operators = _run(TorchStep, sampled, storage)
+    goes_astray = storage.moments_dtype is not torch.float32
     for name, expected in by_operators.items():
-        fault = _difference(by_kernel[name], expected)
+        fault = _difference(by_kernel[name], expected, goes_astray)
         if fault:
             return f"{name} {fault}"
     for name, value in by_kernel.items():
@@ -114,37 +144,65 @@ def _find_fault(sampled: Sequence[_Sampled], storage: Storage) -> str:
 def _run(
     engine_class: type[TorchStep] | type[TritonStep], sampled: Sequence[_Sampled], storage: Storage
 ) -> dict[str, Tensor]:
-    """Parameters and state behind two steps of stand-ins, by name."""
+    """Parameters and state behind the steps of stand-ins, by name."""
     device = sampled[0].member.param.device
     generator = torch.Generator(device).manual_seed(0)
     settings: dict[int, Setting] = {}
     members: list[Member] = []
+    # By the pair's name.
+    halves: dict[str, dict[str, Tensor]] = {}
     base = 0
-    for position, (role, pair, member) in enumerate(sampled):
-        # A large A and a small B, so that the pair shrinks.
-        size = 0.01 if role == "B" else 1.0
-        values = torch.empty_like(member.param).normal_(0.0, size, generator=generator)
-        setting = settings.setdefault(id(member.setting), _stand_in(member.setting, device))
-        name = f"{role} of pair {pair}" if pair >= 0 else f"parameter {position}"
-        stood_in = Member(values, values, name, position, setting, Shard(base), {})
-        members.append(stood_in)
-        base += values.numel()
-    halves = {(one.role, one.pair): m.param for one, m in zip(sampled, members, strict=True)}
-    pairs = [
-        LoRAPair(f"pair {pair}", p, halves[("B", pair)])
-        for (role, pair), p in halves.items()
-        if role == "A"
-    ]
+    for sizes in _SIZES:
+        for role, pair, member in sampled:
+            values = torch.empty_like(member.param)
+            values.normal_(0.0, sizes.get(role, 1.0), generator=generator)
+            setting = settings.setdefault(id(member.setting), _stand_in(member.setting, device))
+            name = f"parameter {len(members)}"
+            if pair >= 0:
+                of_pair = f"pair {pair} with an A of {sizes['A']}"
+                name = f"{role} of {of_pair}"
+                halves.setdefault(of_pair, {})[role] = values
+            members.append(Member(values, values, name, len(members), setting, Shard(base), {}))
+            base += values.numel()
+    pairs = [LoRAPair(name, of_pair["A"], of_pair["B"]) for name, of_pair in halves.items()]
     skipped = torch.zeros((), dtype=torch.int32, device=device)
     engine = engine_class(members, pairs, storage, skipped)
-    for _ in range(2):
-        grads = [torch.empty_like(m.param).normal_(0.0, 0.1, generator=generator) for m in members]
-        engine.step(Gradients.of([*grads]), Change(), None, None)
-    results: dict[str, Tensor] = {}
+    clips = members[0].setting.group["max_grad_norm"]
+    ids_of_a = {id(pair.A) for pair in pairs}
+    # Elements of any size, as the formats of moments have them.
+    sizes_of = {
+        id(m.param): 10.0 ** -torch.empty_like(m.param).uniform_(0, _ORDERS, generator=generator)
+        for m in members
+    }
+    for step in _STEPS if clips is None else (*_STEPS[:2], _SKIPPED, *_STEPS[2:]):
+        grads: list[Tensor | None] = []
+        for member in members:
+            p = member.param
+            grad = torch.empty_like(p).normal_(0.0, 0.1, generator=generator).mul_(sizes_of[id(p)])
+            grads.append(grad if step.of_a or id(p) not in ids_of_a else None)
+        if clips is not None:
+            _scale(grads, step.norm * clips)
+        if not step.is_finite:
+            for t in grads:
+                if t is not None:
+                    t.fill_(torch.nan)
+        engine.step(Gradients.of(grads), step.change, None, None)
+    results: dict[str, Tensor] = {"the count of skipped steps": skipped}
     for member in members:
         results[member.name] = member.param
         results |= {f"{key} of {member.name}": value for key, value in member.entry.items()}
     return results
+
+
+def _scale(grads: Sequence[Tensor | None], norm: float) -> None:
+    """Give all gradients together this norm, if it is one."""
+    there = [grad for grad in grads if grad is not None]
+    before = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in there])
+    ).item()
+    if before and math.isfinite(norm):
+        for grad in there:
+            grad.mul_(norm / before)
 
 
 def _stand_in(setting: Setting, device: torch.device) -> Setting:
@@ -159,8 +217,10 @@ def _stand_in(setting: Setting, device: torch.device) -> Setting:
     return Setting(group, setting.lr_ratio, ratio)
 
 
-def _difference(value: Tensor, expected: Tensor) -> str:
-    """How a result differs from the one on PyTorch's operators by more than it may, or ""."""
+def _difference(value: Tensor, expected: Tensor, goes_astray: bool) -> str:
+    """How a result differs from the one on PyTorch's operators by more than it may, or "".
+    ``goes_astray``: moments that are rounded at random led to it.
+    """
     if not value.is_floating_point():
         # Counters are equal; codes of 8 bits may be one apart, as what is rounded at random.
         off = (value.int() - expected.int()).abs()
@@ -171,6 +231,8 @@ def _difference(value: Tensor, expected: Tensor) -> str:
     of_parts = _SHARE * size.square().mean().sqrt()
     if value.dtype == torch.float32:
         allowed = _SHARE * size + of_parts
+        if goes_astray:
+            return _rounded_otherwise(error.where(error > allowed, 0.0), error > _ASTRAY)
         if bool((error > allowed).any()):
             return f"is off by {error.max().item():.3g}, allowed {allowed.min().item():.3g} to {allowed.max().item():.3g}"
         return ""

@@ -24,8 +24,9 @@ from stablelora_kernels.dispatch import first_use as kept
 from stablelora_kernels.dispatch.first_use import OPERATORS, Finding, Kind
 from stablelora_kernels.dispatch.tallies import tallies
 from stablelora_kernels.functional import lora_linear_cross_entropy
+from stablelora_kernels.launch import workspace
 from stablelora_kernels.ops import first_use, plans, proofs
-from stablelora_kernels.ops import lora_linear_cross_entropy as lora_linear_cross_entropy_op
+from stablelora_kernels.ops import lora_linear_cross_entropy as cross_entropy
 from stablelora_kernels.ops.lora_linear_proof import FORWARD
 from stablelora_kernels.ops.lora_linear_triton import lora_linear_fwd
 from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
@@ -722,7 +723,7 @@ def branches_of(weight: Tensor) -> list[RowsBranch]:
 # The loss and the optimizer
 
 
-def loss_of(hidden: Tensor) -> Tensor:
+def loss_of_hidden(hidden: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(53, 16, generator=generator).to(DEVICE)
     labels = torch.randint(53, (hidden.shape[0],), generator=generator).to(DEVICE)
@@ -735,9 +736,9 @@ def loss_of(hidden: Tensor) -> Tensor:
 def test_a_wrong_loss_kernel_gets_pytorchs_result(spoil, monkeypatch) -> None:
     hidden = torch.randn(20, 16, device=DEVICE, requires_grad=True)
     with slk.settings(backend="torch"):
-        expected = loss_of(hidden)
+        expected = loss_of_hidden(hidden)
         (gradient,) = torch.autograd.grad(expected, hidden)
-    by_kernel = lora_linear_cross_entropy_op._losses_by_kernel
+    by_kernel = cross_entropy._losses_by_kernel
 
     def spoiled_kernel(call: Any, chunk: Any) -> Tensor:
         losses = by_kernel(call, chunk)
@@ -745,9 +746,9 @@ def test_a_wrong_loss_kernel_gets_pytorchs_result(spoil, monkeypatch) -> None:
         target[(0,) * target.dim()] += 0.01
         return losses
 
-    monkeypatch.setattr(lora_linear_cross_entropy_op, "_losses_by_kernel", spoiled_kernel)
+    monkeypatch.setattr(cross_entropy, "_losses_by_kernel", spoiled_kernel)
     with slk.settings(backend="triton"), pytest.warns(RuntimeWarning, match=f"{spoil} is off"):
-        loss = loss_of(hidden)
+        loss = loss_of_hidden(hidden)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], gradient)
 
@@ -822,6 +823,8 @@ def test_masks_are_packed_as_kernels_store_them() -> None:
     keep = torch.rand(5, 77, generator=torch.Generator().manual_seed(0)) < 0.5
     packed = proofs.packed(keep)
     assert packed.shape == (5, 3) and torch.equal(slk.reference.unpack_mask(packed, 77), keep)
+    # Of a branch without dropout.
+    assert proofs.packed(keep[:0]).shape == (0, 3)
 
 
 def test_findings_of_this_process_can_be_read_back() -> None:
@@ -830,3 +833,122 @@ def test_findings_of_this_process_can_be_read_back() -> None:
     kept.keep(kind, device, finding)
     kept.forget()
     assert kept.finding_of(kind, device) == finding and FORWARD.strategies
+
+
+def test_stand_ins_are_surrounded_by_nan() -> None:
+    draw = proofs.StandIns(torch.device("cpu"))
+    rows = torch.empty(4, 10)[:, 1:6]
+    for t in (rows, rows.t(), rows[:1].expand(4, 5), torch.empty(7)[::2]):
+        stand_in = draw.normal(t)
+        assert stand_in.stride() == t.stride() and stand_in.isfinite().all()
+        memory = torch.empty(0).set_(stand_in.untyped_storage())
+        assert stand_in.data_ptr() % 16 == t.data_ptr() % 16
+        # Written are the elements of the view alone.
+        assert memory.isfinite().sum() == len({*stand_in.flatten().tolist()})
+        margin = proofs.MARGIN // 4
+        assert memory[:margin].isnan().all() and memory[-margin:].isnan().all()
+
+
+def test_gradients_have_rows_on_both_sides_of_a_seam() -> None:
+    for count in (1, 64, 65, 96, 1000):
+        rows = {*proofs.sample_of_sums(count, torch.device("cpu")).tolist()}
+        assert rows >= {*proofs.sample_of(count, torch.device("cpu")).tolist()}
+        assert rows >= {row + side for row in range(16, count, 16) for side in (-1, 0)}
+        assert max(rows) == count - 1
+
+
+def test_counters_that_are_left_are_a_fault_and_spoil_no_other_kernel(monkeypatch) -> None:
+    counters = workspace.all_counters(torch.device(DEVICE))
+    assert not counters.any()
+    run = first_use._run
+
+    def run_and_leave(launches: Any, device: Any) -> None:
+        run(launches, device)
+        counters[5:6].fill_(1)
+
+    monkeypatch.setattr(first_use, "_run", run_and_leave)
+    with pytest.warns(RuntimeWarning, match="its counters are not 0 behind its launches"):
+        cases.run(LINEAR)
+    assert not counters.any()
+
+
+def test_scratch_is_nan_before_a_proof(monkeypatch) -> None:
+    """What a kernel reads before it is written shows, whatever the allocator has left there."""
+    taken: list[Tensor] = []
+    scratch = workspace.scratch
+
+    def noting(*args: Any, **options: Any) -> Tensor:
+        taken.append(scratch(*args, **options))
+        return taken[-1]
+
+    monkeypatch.setattr("stablelora_kernels.launch.lora_linear.scratch", noting)
+    run = first_use._run
+    before: list[bool] = []
+
+    def run_noting(launches: Any, device: Any) -> None:
+        before.extend(bool(t.isnan().all()) for t in taken if t.is_floating_point() and t.numel())
+        taken.clear()
+        run(launches, device)
+
+    monkeypatch.setattr(first_use, "_run", run_noting)
+    with silent():
+        cases.run(LINEAR.but(op="group", sizes=(48, 40), ranks=(6, 6)))
+    assert before and all(before)
+
+
+def loss_of(rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 16, generator=generator).to(DEVICE)
+    weight = torch.randn(50, 16, generator=generator).to(DEVICE)
+    labels = torch.arange(rows, device=DEVICE)
+    with slk.settings(backend="triton"):
+        return lora_linear_cross_entropy(
+            hidden.requires_grad_(),
+            weight,
+            labels,
+            bias=None,
+            lora_A=None,
+            lora_B=None,
+            scaling=1.0,
+        )
+
+
+@pytest.mark.parametrize("change", ["doubled", "label"])
+def test_a_wrong_loss_shows_in_a_call_of_one_row(change, monkeypatch) -> None:
+    """Stand-ins have rows of their own: one that is ignored would be all that the call has."""
+    expected = loss_of(1)
+    kept.forget()
+    (path,) = [path for path in files() if "cross_entropy" in path.read_text()]
+    path.unlink()
+    by_kernel = cross_entropy._losses_by_kernel
+
+    def wrong(call: Any, chunk: Any) -> Tensor:
+        losses = by_kernel(call, chunk)
+        return losses * 2 if change == "doubled" else losses.nan_to_num(nan=1.0)
+
+    monkeypatch.setattr(cross_entropy, "_losses_by_kernel", wrong)
+    match = "the loss is" if change == "doubled" else "outside of the vocabulary is a number"
+    with pytest.warns(RuntimeWarning, match=match):
+        loss = loss_of(1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_kernel_that_writes_beyond_its_results_is_a_fault(monkeypatch) -> None:
+    run = first_use._run
+    written: list[Tensor] = []
+
+    def noting(t: Tensor) -> tuple[Tensor, Tensor]:
+        memory, view = proofs.like(t)
+        written.append(memory)
+        return memory, view
+
+    def run_beyond(launches: Any, device: Any) -> None:
+        run(launches, device)
+        written[-1][-1] = 0
+
+    monkeypatch.setattr(first_use, "like", noting)
+    monkeypatch.setattr(first_use, "_run", run_beyond)
+    with pytest.warns(
+        RuntimeWarning, match="a kernel has written beyond its results or its scratch"
+    ):
+        cases.run(LINEAR)
