@@ -216,7 +216,8 @@ def _add_s(t: _Account, m: int, x: Any, job: Any, tile: Any, splits: int) -> Non
     t.read(x, times=tiles_r)
     for member in job.members:
         t.read(member.down, times=tiles_m)
-        t.read(member.seed, times=tiles_m * tiles_r * splits)
+        # Of a seed, programs read the first word.
+        t.add(member.seed, read=tiles_m * tiles_r * splits, touched=1)
         if member.mask is not None:
             t.add(member.mask, written=member.mask.numel() * tiles_r)
         t.write(member.s)
