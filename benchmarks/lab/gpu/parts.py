@@ -88,17 +88,17 @@ def launches(device: Device, of: Calls) -> dict[str, Any]:
     forward, of_product, backward = of
     without_db = backward._replace(db=None)
     by_name = {
-        "product": linear(device, of_product, None, load_s=True),
-        VENDOR: product_launches(device, of_product, Choice("vendor", ""))[0],
+        "product": linear(device, of_product, None),
+        VENDOR: product_launches(device, of_product, Choice("branch_first", ""))[0],
         "S": lora_down(device, [forward]),
-        "Y from S": linear(device, forward, None, load_s=True),
-        ONE_LAUNCH: linear(device, forward, None, load_s=True, chained=True),
+        "Y from S": linear(device, forward, None),
+        ONE_LAUNCH: linear(device, forward, None, chained=True),
         "dS": lora_down(device, [without_db]),
         "dS and dB": lora_down(device, [backward]),
-        "dX": linear(device, without_db._replace(da=None), None, load_s=True),
-        "dX and dA": linear(device, without_db, None, load_s=True),
+        "dX": linear(device, without_db._replace(da=None), None),
+        "dX and dA": linear(device, without_db, None),
         "dA": weight_grads(device, [without_db]),
-        ONE_LAUNCH_BACKWARD: linear(device, backward, None, load_s=True, chained=True),
+        ONE_LAUNCH_BACKWARD: linear(device, backward, None, chained=True),
     }
     if forward.seed is not None:
         by_name["S, its mask not stored"] = lora_down(device, [forward._replace(mask=None)])
@@ -106,12 +106,12 @@ def launches(device: Device, of: Calls) -> dict[str, Any]:
 
 
 def branch_first(device: Device, p: Product) -> list[Any]:
-    """The launches of the strategy "vendor", in which the product, the last, adds to the branch.
+    """The launches of the strategy "branch_first", in which the product, the last, adds to the branch.
 
     Raises:
         UnavailableError: this version adds the branch to the product instead.
     """
-    ordered = product_launches(device, p, Choice("vendor", ""))
+    ordered = product_launches(device, p, Choice("branch_first", ""))
     last = ordered[-1]
     if not (isinstance(last, VendorProduct) and last.add):
         raise UnavailableError("this version has no strategy in which the branch comes first")
