@@ -170,6 +170,8 @@ def _trials() -> dict[str, list[Trial]]:
     mlp = [
         gated.but(arch="sm_80"),
         gated.but(activation="gelu_tanh", p=0.3, arch="sm_90"),
+        # The vendor's product adds an up without a branch.
+        gated.but(ranks=(8, None, 5)),
         gated.but(activation="gelu", dtype=FP16, p=0.4, strategy="one_launch", arch="sm_90", processors=1),
         gated.but(strategy="branch_first", p=0.2),
         gated.but(shape=(140, 48), sizes=(104, 104, 48), strategy="one_launch", arch="sm_90", processors=2, tile=TINY),
@@ -211,8 +213,8 @@ def _trials() -> dict[str, list[Trial]]:
         "sums": [*map(_of_case, sums)],
         "forms": [*map(_of_case, forms), _of_case(small.but(p=0.3), _in_other_layouts)],
         "long": [*map(_of_case, long)],
-        "gated": [*map(_of_case, mlp[:2])],
-        "mlp": [*map(_of_case, mlp[2:]), _of_case(gated.but(p=0.3), _in_other_layouts)],
+        "gated": [*map(_of_case, mlp[:3])],
+        "mlp": [*map(_of_case, mlp[3:]), _of_case(gated.but(p=0.3), _in_other_layouts)],
         "rows": [
             of_rows("sequences", adapters, True),
             of_rows("primes", "float32", False),
