@@ -304,13 +304,18 @@ class Run(NamedTuple):
         return (self.start + max(sum(terms.values()) for terms in self.at(tokens).values())) / GIB
 
     def most_tokens(self, card: int) -> int:
-        """How many tokens a card of so many GiB holds: both moments grow in proportion to them."""
+        """How many tokens a card of so many GiB holds: both moments grow nearly in proportion to
+        them. The kernels' scratch grows in steps, so the line is corrected where it ends.
+        """
         room = USABLE * card * GIB - self.start
         fits = []
         for moment in (LOSS, LAST_LAYER):
             few, many = (sum(self.at(tokens)[moment].values()) for tokens in TOKENS)
             rate = (many - few) / (TOKENS[1] - TOKENS[0])
-            fits.append(TOKENS[0] + int((room - few) / rate))
+            tokens = TOKENS[0] + int((room - few) / rate)
+            if tokens > TOKENS[1]:
+                tokens += int((room - sum(self.at(tokens)[moment].values())) / rate)
+            fits.append(tokens)
         return max(0, *[min(fits)])
 
 
