@@ -39,7 +39,7 @@ MAX_BUFFERS = 1024
 class Workspace:
     """What launchers have taken."""
 
-    def __init__(self, placed: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, placed: Callable[[Tensor], Tensor] | None = None) -> None:
         self.placed = placed
         self.scratch: list[Tensor] = []
         # Of all lanes.

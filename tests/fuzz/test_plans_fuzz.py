@@ -27,7 +27,7 @@ TIMES = 3
 # What the second and third call of a sequence may take from another call. An op has sizes of its
 # own.
 SETTINGS = [
-    "shape", "dtype", "lora_dtype", "p", "kernel", "layouts", "wanted", "autocast", "in_place", "broken", "seed",
+    "shape", "dtype", "lora_dtype", "p", "strategy", "layouts", "wanted", "autocast", "in_place", "broken", "seed",
 ]  # fmt: skip
 
 

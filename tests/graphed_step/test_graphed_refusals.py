@@ -303,7 +303,7 @@ CHANGES: dict[str, Callable[[Any, slk.StableLoRAAdamW], AbstractContextManager[A
     r"strategy was 'auto' and is 'branch_first'": lambda m, o: slk.settings(
         strategy="branch_first"
     ),
-    r"first_use was 'auto' and is 'off'": lambda m, o: slk.settings(first_use="off"),
+    r"first_use was 'off' and is 'on'": lambda m, o: slk.settings(first_use="on"),
     r"deterministic algorithms was False and is True": lambda m, o: deterministic(),
     r"TensorFloat-32 in float32 products was False and is True": lambda m, o: switched(TF32),
     r"global module hooks was False": lambda m, o: (
