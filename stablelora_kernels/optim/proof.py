@@ -237,7 +237,8 @@ def _difference(value: Tensor, expected: Tensor, goes_astray: bool) -> str:
             return f"is off by {error.max().item():.3g}, allowed {allowed.min().item():.3g} to {allowed.max().item():.3g}"
         return ""
     unit = torch.finfo(value.dtype).eps * torch.maximum(size, value.double().abs())
-    return _rounded_otherwise(error, error > unit + of_parts)
+    of_moments = _ASTRAY if goes_astray else 0.0
+    return _rounded_otherwise(error, error > unit + of_parts + of_moments)
 
 
 def _rounded_otherwise(error: Tensor, too_far: Tensor) -> str:
