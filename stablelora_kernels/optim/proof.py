@@ -238,7 +238,8 @@ def _difference(value: Tensor, expected: Tensor, goes_astray: bool) -> str:
         return ""
     unit = torch.finfo(value.dtype).eps * torch.maximum(size, value.double().abs())
     of_moments = _ASTRAY if goes_astray else 0.0
-    return _rounded_otherwise(error, error > unit + of_parts + of_moments)
+    # Each of the steps may round otherwise by a unit.
+    return _rounded_otherwise(error, error > len(_STEPS) * unit + of_parts + of_moments)
 
 
 def _rounded_otherwise(error: Tensor, too_far: Tensor) -> str:
