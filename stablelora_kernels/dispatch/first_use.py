@@ -142,7 +142,13 @@ def keep(kind: Kind, device: torch.device, finding: Finding) -> None:
 
 
 class Retired(NamedTuple):
-    """A strategy of an op that a proof has found wrong on this machine."""
+    """A strategy of an op that a proof has found wrong on this machine.
+
+    Attributes:
+        op: as in :class:`~stablelora_kernels.status.Calls`.
+        strategy: likewise.
+        fault: what is wrong, in words.
+    """
 
     op: str
     strategy: str
