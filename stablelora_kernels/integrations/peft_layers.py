@@ -120,22 +120,33 @@ def is_dora_beside(layer: PeftLayer) -> bool:
     return len(active) > 1 and any(is_dora(layer, name) for name in active)
 
 
-def output_of(layer: PeftLayer, x: Tensor) -> Tensor | None:
-    """An accelerated layer's output for ``x``, or None if PEFT's own forward must compute it."""
+# Why PEFT's own forward computes a call.
+_OBSERVED = "its modules are observed"
+_NO_ADAPTER = "no adapter is active"
+
+
+def _not_fitting(x: Tensor) -> str:
+    return f"the adapter does not fit x of {x.dtype} on {x.device.type}"
+
+
+def output_of(layer: PeftLayer, x: Tensor) -> Tensor | str:
+    """An accelerated layer's output for ``x``, or why PEFT's own forward must compute it."""
     if is_observed(layer):
-        return None
+        return _OBSERVED
     y = _output_in_one_op(layer, x)
     if y is not None:
         return y
     adapters = read_adapters(layer, layer.active_adapters)
-    if isinstance(adapters, str) or not adapters:
-        return None
+    if isinstance(adapters, str):
+        return adapters
+    if not adapters:
+        return _NO_ADAPTER
     base = layer._modules["base_layer"]
     if isinstance(adapters, Dora):
-        return adapters.output(base, x) if adapters.fits(x) else None
+        return adapters.output(base, x) if adapters.fits(x) else _not_fitting(x)
     first, *others = adapters.values()
     if not all(branch.fits(x) for branch in adapters.values()):
-        return None
+        return _not_fitting(x)
     y = first.output(base, x)
     for branch in others:
         y = branch.add_to(y, x)
@@ -160,25 +171,29 @@ def _output_in_one_op(layer: PeftLayer, x: Tensor) -> Tensor | None:
 
 def output_with_arguments(
     layer: PeftLayer, x: Tensor, args: tuple[object, ...], base_kwargs: dict[str, object]
-) -> Tensor | None:
+) -> Tensor | str:
     """As :func:`output_of` for a call with more arguments, which the base layer takes."""
     branches = _branches_for(layer, layer.active_adapters, x)
+    if isinstance(branches, str):
+        return branches
     if not branches:
-        return None
+        return _NO_ADAPTER
     result = layer._modules["base_layer"](x, *args, **base_kwargs)
     for branch in branches.values():
         result = branch.add_to(result, x)
     return result  # type: ignore[no-any-return]
 
 
-def _branches_for(layer: PeftLayer, names: Iterable[str], x: Tensor) -> dict[str, Branch] | None:
-    """Those adapters of ``names`` that a layer has, or None if PEFT's own forward must compute
-    them for ``x``, as it does DoRA that is not in one op with the base layer.
+def _branches_for(layer: PeftLayer, names: Iterable[str], x: Tensor) -> dict[str, Branch] | str:
+    """Those adapters of ``names`` that a layer has, or why PEFT's own forward must compute them for
+    ``x``, as it does DoRA that is not in one op with the base layer.
     """
-    adapters = "is watched" if is_observed(layer) else read_adapters(layer, names)
-    if isinstance(adapters, (str, Dora)):
-        return None
-    return adapters if all(branch.fits(x) for branch in adapters.values()) else None
+    adapters = _OBSERVED if is_observed(layer) else read_adapters(layer, names)
+    if isinstance(adapters, str):
+        return adapters
+    if isinstance(adapters, Dora):
+        return "DoRA is in one op with the base layer alone"
+    return adapters if all(branch.fits(x) for branch in adapters.values()) else _not_fitting(x)
 
 
 def _for_base(kwargs: dict[str, object]) -> dict[str, object]:
@@ -199,22 +214,26 @@ def _output_by_rows(
     return output_by_rows(layer, rows, x, args, _for_base(kwargs))
 
 
-def _reason_for_peft(layer: PeftLayer, x: Tensor, kwargs: dict[str, object]) -> str:
-    """Why PEFT's own forward computes a call of an accelerated layer."""
+def _output_or_reason(
+    layer: Any, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor | str:
+    """An accelerated layer's output, or why PEFT's own forward must compute it."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapters are merged"
-    if kwargs.get("adapter_names") is not None:
-        return "adapter_names chooses an adapter for each row"
-    if is_observed(layer):
-        return "its modules are observed"
-    adapters = read_adapters(layer, layer.active_adapters)
-    if isinstance(adapters, str):
-        return adapters
-    if not adapters:
-        return "no adapter is active"
-    return f"the op does not compute x of {x.dtype} on {x.device.type} with them"
+    base_kwargs = _for_base(kwargs) if kwargs else kwargs
+    if args or base_kwargs:
+        return output_with_arguments(layer, x, args, base_kwargs)
+    group: ProjectionGroup | None = layer.__dict__.get(ATTRIBUTE)
+    y = None if group is None else group.output(layer, x)
+    return output_of(layer, x) if y is None else y
+
+
+def _note_fallback(layer: PeftLayer, reason: str) -> None:
+    # A traced call is none that runs.
+    if not torch.compiler.is_compiling():
+        note_fallback(layer, reason)
 
 
 class Accelerated(RunsRows):
@@ -224,24 +243,16 @@ class Accelerated(RunsRows):
         """PEFT's forward: base_layer(x) plus the active adapters' branches, in the base layer's
         dtype.
         """
-        y: Tensor | None = None
         rows = rows_of(self)
         if rows is not None and not self.disable_adapters:
             return _output_by_rows(self, rows, x, args, kwargs)
-        if not self.disable_adapters and not self.merged and kwargs.get("adapter_names") is None:
-            base_kwargs = _for_base(kwargs) if kwargs else kwargs
-            if args or base_kwargs:
-                y = output_with_arguments(self, x, args, base_kwargs)
-            else:
-                group: ProjectionGroup | None = self.__dict__.get(ATTRIBUTE)
-                if group is not None:
-                    y = group.output(self, x)
-                if y is None:
-                    y = output_of(self, x)
-        if y is not None:
+        if kwargs.get("adapter_names") is not None:
+            # It checks the names, and calls _mixed_batch_forward.
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        y = _output_or_reason(self, x, args, kwargs)
+        if not isinstance(y, str):
             return y
-        if not torch.compiler.is_compiling():
-            note_fallback(self, _reason_for_peft(self, x, kwargs))
+        _note_fallback(self, y)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def _mixed_batch_forward(
@@ -252,7 +263,8 @@ class Accelerated(RunsRows):
         for name in dict.fromkeys(adapter_names):
             # Empty for "__base__", and for an adapter that this layer does not have.
             branches_of_name = _branches_for(self, [name], x)
-            if branches_of_name is None:
+            if isinstance(branches_of_name, str):
+                _note_fallback(self, branches_of_name)
                 return super()._mixed_batch_forward(  # type: ignore[misc]
                     x, *args, adapter_names=adapter_names, **kwargs
                 )
