@@ -490,10 +490,10 @@ def _time(first: _FirstCall) -> None:
 
 def _tiles_to_try(subject: Subject, device: torch.device, call: Any, name: str) -> list[Tile]:
     """Tiles of a strategy that are timed besides the table's."""
-    product = subject.oracle.product(call)
-    if not first_use.tries_tiles() or product is None or name == "branch_first":
+    products = subject.oracle.products(call)
+    if not first_use.tries_tiles() or len(products) != 1 or name == "branch_first":
         return []
-    return tiles.tiles_to_try(problem.device_of(device), product)
+    return tiles.tiles_to_try(problem.device_of(device), products[0])
 
 
 def _discard(run: Callable[[Any], Any], call: Any) -> None:

@@ -95,7 +95,7 @@ def rounded_s(arithmetic: Arithmetic, x: Rounded, p: Projection, keep: Tensor | 
 
 
 def compare_forward(
-    call: LinearForwardCall, results: LinearForwardResults, written: Sequence[Tensor] = ()
+    call: LinearForwardCall, results: LinearForwardResults, written: Sequence[Tensor]
 ) -> Iterator[Compared | str]:
     """A sample of each result with what it must be, and faults in words."""
     settings = call.settings
@@ -211,7 +211,7 @@ def rounded_grad_b(arithmetic: Arithmetic, grad: Rounded, s: Tensor, p: Projecti
 
 
 def compare_backward(
-    call: LinearBackwardCall, results: LinearBackwardResults, written: Sequence[Tensor] = ()
+    call: LinearBackwardCall, results: LinearBackwardResults, written: Sequence[Tensor]
 ) -> Iterator[Compared | str]:
     """A sample of dX, and each dA and dB whole, with what they must be."""
     settings = call.settings
@@ -287,53 +287,42 @@ def db_of(grad: Tensor, s: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
     return product(grad.t(), s).to(dtype).mul_(unit)
 
 
-def calls_of_forward(call: LinearForwardCall) -> list[Call]:
-    """What dispatch knows of each projection."""
-    x = call.x
-    dropout = call.settings.dropout_p > 0
-    calls = []
-    for p in _projections(call):
+def products_of(
+    direction: str, like: Tensor, projections: Sequence[Projection], dropout_p: float
+) -> list[Call]:
+    """What dispatch knows of each projection's product. ``like``: x, or in backward dY."""
+    products = []
+    for p in projections:
         n, k = branch_sizes(p)
-        dtype = x.dtype if p.lora_A is None else p.lora_A.dtype
-        calls.append(Call("forward", row_count(x), n, k, p.rank, x.dtype, dtype, dropout))
-    return calls
+        if direction == "backward":
+            n, k = k, n
+        dtype = like.dtype if p.lora_A is None else p.lora_A.dtype
+        dropout = dropout_p > 0 and p.rank > 0
+        products.append(Call(direction, row_count(like), n, k, p.rank, like.dtype, dtype, dropout))
+    return products
 
 
-def calls_of_backward(call: LinearBackwardCall) -> list[Call]:
-    """Likewise."""
-    grad = call.grads[0]
-    dropout = call.settings.dropout_p > 0
-    calls = []
-    for p in _projections(call):
-        n, k = branch_sizes(p)
-        dtype = grad.dtype if p.lora_A is None else p.lora_A.dtype
-        calls.append(Call("backward", row_count(grad), k, n, p.rank, grad.dtype, dtype, dropout))
-    return calls
+def _forward_products(call: LinearForwardCall) -> list[Call]:
+    return products_of("forward", call.x, _projections(call), call.settings.dropout_p)
 
 
-def forward_strategies(call: LinearForwardCall) -> list[str]:
-    """The strategies that first use may choose from, the table's first."""
-    return strategies_of(calls_of_forward(call), _projections(call), call.base is not None)
+def _backward_products(call: LinearBackwardCall) -> list[Call]:
+    return products_of("backward", call.grads[0], _projections(call), call.settings.dropout_p)
 
 
-def backward_strategies(call: LinearBackwardCall) -> list[str]:
-    """Likewise."""
+def _forward_strategies(call: LinearForwardCall) -> list[str]:
+    if call.base is not None:
+        return [rules.choose_branch(_forward_products(call)[0]).strategy]
+    return strategies_of(_forward_products(call), _projections(call))
+
+
+def _backward_strategies(call: LinearBackwardCall) -> list[str]:
     if not call.settings.need_x:
         return ["gradients"]
     projections = _projections(call)
-    return strategies_of(calls_of_backward(call), projections, projections[0].weight is None)
-
-
-def _only_product(calls: Sequence[Call], projections: Sequence[Projection]) -> Call | None:
-    return calls[0] if len(calls) == 1 and isinstance(projections[0].weight, Tensor) else None
-
-
-def product_of_forward(call: LinearForwardCall) -> Call | None:
-    return _only_product(calls_of_forward(call), _projections(call))
-
-
-def product_of_backward(call: LinearBackwardCall) -> Call | None:
-    return _only_product(calls_of_backward(call), _projections(call))
+    if projections[0].weight is None:
+        return [rules.choose_branch(_backward_products(call)[0]).strategy]
+    return strategies_of(_backward_products(call), projections)
 
 
 def branch_sizes(p: Projection) -> tuple[int, int]:
@@ -342,17 +331,14 @@ def branch_sizes(p: Projection) -> tuple[int, int]:
     return p.lora_B.shape[0], p.lora_A.shape[1]
 
 
-def strategies_of(
-    calls: Sequence[Call], projections: Sequence[Projection], is_branch: bool = False
-) -> list[str]:
-    """The table's strategy for these projections of one X, and the one that may be faster."""
-    first = calls[0]
-    if is_branch:
-        return [rules.choose_branch(first).strategy]
-    choices = [rules.choose(call).strategy for call in calls]
+def strategies_of(products: Sequence[Call], projections: Sequence[Projection]) -> list[str]:
+    """The strategies that first use may choose from, for these projections: the table's, and the one
+    that may be faster.
+    """
+    choices = [rules.choose(product).strategy for product in products]
     weight = projections[0].weight
-    if len(calls) == 1 and isinstance(weight, Stored):
-        reading = rules.choose_quantized(first, weight.layout.bits, weight.layout.aligned)
+    if len(products) == 1 and isinstance(weight, Stored):
+        reading = rules.choose_quantized(products[0], weight.layout.bits, weight.layout.aligned)
         if reading.strategy == "in_loop":
             choices = ["in_loop"]
     others = ["branch_first"] if {*choices} != {"branch_first"} else []
@@ -363,13 +349,13 @@ FORWARD = Oracle(
     stand_ins=forward_stand_ins,
     compare=compare_forward,
     by_operators=forward_by_operators,
-    strategies=forward_strategies,
-    product=product_of_forward,
+    strategies=_forward_strategies,
+    products=_forward_products,
 )
 BACKWARD = Oracle(
     stand_ins=backward_stand_ins,
     compare=compare_backward,
     by_operators=backward_by_operators,
-    strategies=backward_strategies,
-    product=product_of_backward,
+    strategies=_backward_strategies,
+    products=_backward_products,
 )

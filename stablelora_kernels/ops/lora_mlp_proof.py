@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.dispatch.problem import Call
-from stablelora_kernels.ops.formulas import Wanted, gradients_of, project, to_multiply
+from stablelora_kernels.ops.formulas import Gradients, Wanted, gradients_of, project, to_multiply
 from stablelora_kernels.ops.lora_linear_proof import (
     as_grad_x,
     branch_sizes,
     db_of,
+    products_of,
     rounded_grad_b,
     rounded_grad_s,
     rounded_grad_x,
@@ -273,33 +273,26 @@ def compare_backward(
         yield Compared("dX", as_matrix(results.dx)[rows], total(of_x, storage), arithmetic)
 
 
-class _Gradients(NamedTuple):
-    dx: Tensor | None
-    da: Tensor
-    db: Tensor
-
-
 def _gradients_by_operators(
-    x: Tensor | None,
-    grad: Tensor,
-    member: _Backward,
-    needs: tuple[bool, bool, bool],
-    dx: Tensor | None = None,
-) -> _Gradients:
-    """dX, dA and dB, those that are needed."""
-    need_x, need_a, need_b = needs
+    x: Tensor | None, grad: Tensor, member: _Backward, wanted: Wanted, dx: Tensor | None = None
+) -> Gradients:
+    """The wanted gradients of a projection. ``x``: what it has read."""
     p = member.p
     assert p.lora_A is not None and p.lora_B is not None
-    da = db = grad.new_empty(0)
-    if need_x or need_a:
-        multiply = to_multiply(p, grad.dtype, p.scaling)
-        wanted = Wanted(need_x, need_a, b=False)
-        dx, of_a, _ = gradients_of(x, grad, multiply, None, member.keep, p.lora_A.dtype, wanted, dx)
-        da = da if of_a is None else of_a.contiguous()
-    if need_b:
-        assert member.s is not None
-        db = db_of(grad, member.s, s_unit(grad.dtype, p.scaling), p.lora_B.dtype)
-    return _Gradients(dx, da, db)
+    multiply = to_multiply(p, grad.dtype, p.scaling)
+    gradients = gradients_of(
+        x, grad, multiply, None, member.keep, p.lora_A.dtype, wanted._replace(b=False), dx
+    )
+    if not wanted.b:
+        return gradients
+    assert member.s is not None
+    db = db_of(grad, member.s, s_unit(grad.dtype, p.scaling), p.lora_B.dtype)
+    return gradients._replace(db=db)
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """As a launch leaves a gradient that is not wanted: empty."""
+    return like.new_empty(0) if gradient is None else gradient.contiguous()
 
 
 def backward_by_operators(call: MLPBackwardCall) -> MLPBackwardResults:
@@ -318,11 +311,11 @@ def backward_by_operators(call: MLPBackwardCall) -> MLPBackwardResults:
     needs_h = settings.need_x or any((*settings.need_a[:2], *settings.need_b[:2]))
     member = _Backward("down", down, None, call.s_down, keeps[2])
     of_down = _gradients_by_operators(
-        act * u, grad, member, (needs_h, settings.need_a[2], settings.need_b[2])
+        act * u, grad, member, Wanted(needs_h, settings.need_a[2], settings.need_b[2])
     )
     dx = None
-    das = [grad.new_empty(0), grad.new_empty(0), of_down.da]
-    dbs = [grad.new_empty(0), grad.new_empty(0), of_down.db]
+    das = [grad.new_empty(0), grad.new_empty(0), _or_empty(of_down.da, grad)]
+    dbs = [grad.new_empty(0), grad.new_empty(0), _or_empty(of_down.db, grad)]
     if of_down.dx is not None:
         dh = of_down.dx.to(grad.dtype)
         x = None if call.x is None else as_matrix(call.x)
@@ -332,24 +325,19 @@ def backward_by_operators(call: MLPBackwardCall) -> MLPBackwardResults:
         of_gate_and_up = (activation.backward(dh * u, g), act * dh)
         for i, (p, of_p) in enumerate(zip((gate, up), of_gate_and_up, strict=True)):
             member = _Backward("", p, None, every_s[i], keeps[i])
-            needs = (settings.need_x, settings.need_a[i], settings.need_b[i])
-            gradients = _gradients_by_operators(x, of_p, member, needs, dx)
-            dx, das[i], dbs[i] = gradients
+            wanted = Wanted(settings.need_x, settings.need_a[i], settings.need_b[i])
+            of_member = _gradients_by_operators(x, of_p, member, wanted, dx)
+            dx = of_member.dx
+            das[i] = _or_empty(of_member.da, grad)
+            dbs[i] = _or_empty(of_member.db, grad)
     dx = grad.new_empty(0) if dx is None else as_grad_x(dx, call.grad, gate)
     return MLPBackwardResults(dx, das, dbs)
 
 
 def _strategies(direction: str, call: MLPForwardCall | MLPBackwardCall, like: Tensor) -> list[str]:
-    calls = []
     projections = _projections(call)
-    for p in projections:
-        n, k = branch_sizes(p)
-        if direction == "backward":
-            n, k = k, n
-        dtype = like.dtype if p.lora_A is None else p.lora_A.dtype
-        dropout = call.settings.dropout_p > 0
-        calls.append(Call(direction, row_count(like), n, k, p.rank, like.dtype, dtype, dropout))
-    return strategies_of(calls, projections)
+    products = products_of(direction, like, projections, call.settings.dropout_p)
+    return strategies_of(products, projections)
 
 
 FORWARD = Oracle(

@@ -60,15 +60,28 @@ def _samples(call: RowsForwardCall | RowsBackwardCall, like: Tensor) -> list[Ten
     return [sample(count, like.device) for count in counts]
 
 
+def _stand_in_branches(
+    draw: StandIns, call: RowsForwardCall | RowsBackwardCall
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each A and each B of the call, others of the same layouts."""
+    lora_As, lora_Bs = [], []
+    for p in _branches(call):
+        branch = branch_like(draw, p, 1.0)
+        assert branch.lora_A is not None and branch.lora_B is not None
+        lora_As.append(branch.lora_A)
+        lora_Bs.append(branch.lora_B)
+    return lora_As, lora_Bs
+
+
 def forward_stand_ins(call: RowsForwardCall) -> RowsForwardCall:
     """``call`` on stand-ins of its own layouts."""
     draw = StandIns(call.x.device)
-    pairs = [branch_like(draw, p, 1.0) for p in _branches(call)]
+    lora_As, lora_Bs = _stand_in_branches(draw, call)
     return call._replace(
         x=draw.normal(call.x),
         y=draw.normal(call.y),
-        lora_As=[pair.lora_A for pair in pairs],
-        lora_Bs=[pair.lora_B for pair in pairs],
+        lora_As=lora_As,
+        lora_Bs=lora_Bs,
     )
 
 
@@ -125,13 +138,13 @@ def backward_stand_ins(call: RowsBackwardCall) -> RowsBackwardCall:
     draw = StandIns(call.grad.device)
     samples = zip(_samples(call, call.grad), call.settings.starts, strict=True)
     rows = torch.cat([sample + start for sample, start in samples])
-    pairs = [branch_like(draw, p, 1.0) for p in _branches(call)]
+    lora_As, lora_Bs = _stand_in_branches(draw, call)
     return call._replace(
         grad=draw.sampled(call.grad, rows),
         x=draw.of(call.x),
         dx=draw.of(call.dx),
-        lora_As=[pair.lora_A for pair in pairs],
-        lora_Bs=[pair.lora_B for pair in pairs],
+        lora_As=lora_As,
+        lora_Bs=lora_Bs,
         s=[draw.normal(s) for s in call.s],
     )
 

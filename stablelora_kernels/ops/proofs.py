@@ -93,12 +93,8 @@ class Compared(NamedTuple):
         return f"{self.name} is {error:.2%} too large or too small, allowed {allowed:.2%}"
 
 
-def _nothing(call: Any) -> Sequence[Tensor]:
+def _nothing(call: Any) -> Sequence[Any]:
     return ()
-
-
-def _nothing_known(call: Any) -> Call | None:
-    return None
 
 
 class Oracle(NamedTuple):
@@ -115,8 +111,8 @@ class Oracle(NamedTuple):
     strategies: Callable[[Any], list[str]]
     # The operands that its launches write to.
     written: Callable[[Any], Sequence[Tensor]] = _nothing
-    # What dispatch knows of the only product with a plain weight, if there is one.
-    product: Callable[[Any], Call | None] = _nothing_known
+    # What dispatch knows of the products whose tiles may be tried.
+    products: Callable[[Any], Sequence[Call]] = _nothing
 
 
 class StandIns:
@@ -241,20 +237,16 @@ def size_of_base(weight: Tensor | None) -> float:
     return size or 1.0
 
 
-class Pair(NamedTuple):
-    lora_A: Tensor
-    lora_B: Tensor
-
-
-def branch_like(draw: StandIns, p: Projection, size: float) -> Pair:
-    """A and B of a projection that has them, whose branch has elements of the standard deviation
+def branch_like(draw: StandIns, p: Projection, size: float) -> Projection:
+    """``p`` with another A and B, if it has them, whose branch has elements of the standard deviation
     ``size`` for standard normal inputs.
     """
-    assert p.lora_A is not None and p.lora_B is not None
+    if p.lora_A is None or p.lora_B is None:
+        return p
     rank, columns = p.lora_A.shape
     of_a = 1 / math.sqrt(max(columns, 1))
     of_b = size / (math.sqrt(max(rank, 1)) * (abs(p.scaling) or 1.0))
-    return Pair(draw.normal(p.lora_A, of_a), draw.normal(p.lora_B, of_b))
+    return p._replace(lora_A=draw.normal(p.lora_A, of_a), lora_B=draw.normal(p.lora_B, of_b))
 
 
 def with_stand_ins(
@@ -264,8 +256,8 @@ def with_stand_ins(
     replaced: list[Tensor | None] = []
     for data, p in zip(operands[WEIGHTS], projections, strict=True):
         size = size_of_base(frozen(p))
-        replaced += (data, draw.of(p.bias, size))
-        replaced += (None, None) if p.lora_A is None else branch_like(draw, p, size)
+        branch = branch_like(draw, p, size)
+        replaced += (data, draw.of(p.bias, size), branch.lora_A, branch.lora_B)
     return replaced
 
 
