@@ -246,7 +246,7 @@ class Accelerated(RunsRows):
         rows = rows_of(self)
         if rows is not None and not self.disable_adapters:
             return _output_by_rows(self, rows, x, args, kwargs)
-        if kwargs.get("adapter_names") is not None:
+        if kwargs.get("adapter_names") is not None and not self.disable_adapters:
             # It checks the names, and calls _mixed_batch_forward.
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         y = _output_or_reason(self, x, args, kwargs)
