@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from stablelora_kernels.dispatch import first_use
 from stablelora_kernels.dispatch.backend import INTERPRETING, TRITON_PROBLEM
 from stablelora_kernels.dispatch.first_use import OPERATORS, Finding, Retired
-from stablelora_kernels.dispatch.tallies import fallbacks_of, tallies
+from stablelora_kernels.dispatch.tallies import Tally, fallbacks_of, tallies
 from stablelora_kernels.utils.modules import check_module
 from stablelora_kernels.utils.validation import counted
 
@@ -25,29 +25,6 @@ _WORDS = {
     "gradients": "the gradients of A and B alone",
     OPERATORS: "on PyTorch's operators",
 }
-
-
-@dataclass(frozen=True)
-class Calls:
-    """Calls of one op that ran in one way.
-
-    Attributes:
-        op: "lora_linear_fwd", "lora_linear_bwd", "lora_mlp_fwd", ..., "stable_adamw" for the
-            optimizer's steps. On PyTorch's operators forward and backward are one, "lora_linear".
-        strategy: "one_launch", "branch_first", ...; "torch" for PyTorch's operators.
-        reason: why, or what first use measured.
-        calls: how many, since the process began.
-    """
-
-    op: str
-    strategy: str
-    reason: str
-    calls: int
-
-    def __str__(self) -> str:
-        how = _WORDS.get(self.strategy, self.strategy)
-        reason = f" ({self.reason})" if self.reason else ""
-        return f"{self.calls:,} x {self.op} {how}{reason}"
 
 
 @dataclass(frozen=True)
@@ -77,14 +54,14 @@ class Status:
         faults: what first use found wrong: the op, the strategy and the fault of each.
     """
 
-    calls: tuple[Calls, ...]
+    calls: tuple[Tally, ...]
     fallbacks: tuple[Fallback, ...]
     proven: int
     timed: int
     faults: tuple[Retired, ...]
 
     def __str__(self) -> str:
-        lines = [str(calls) for calls in self.calls] or ["no call has run yet"]
+        lines = [_line_of(tally) for tally in self.calls] or ["no call has run yet"]
         grouped: dict[tuple[str, str], list[Fallback]] = {}
         for fallback in self.fallbacks:
             kind = (fallback.name.rpartition(".")[2], fallback.reason)
@@ -102,6 +79,12 @@ class Status:
         return "\n".join(lines)
 
 
+def _line_of(tally: Tally) -> str:
+    how = _WORDS.get(tally.strategy, tally.strategy)
+    reason = f" ({tally.reason})" if tally.reason else ""
+    return f"{tally.calls:,} x {tally.op} {how}{reason}"
+
+
 def status(model: nn.Module) -> Status:
     """What has run since the process began: how many calls of this library's ops, by which
     strategy, and why; which layers of ``model`` fell back to PEFT's own forward; and what first use
@@ -117,7 +100,8 @@ def status(model: nn.Module) -> Status:
         TypeError: ``model`` is no module.
     """
     check_module(model)
-    calls = [Calls(t.op, t.strategy, t.reason, t.calls) for t in tallies()]
+    # Copies: the process goes on counting.
+    counted_now = [replace(tally) for tally in tallies()]
     fallbacks = [
         Fallback(name, reason, count)
         for name, module in model.named_modules()
@@ -129,7 +113,7 @@ def status(model: nn.Module) -> Status:
         findings += first_use.findings_on(device).values()
         faults += first_use.retired_on(device)
     return Status(
-        calls=tuple(sorted(calls, key=lambda c: (c.op, -c.calls))),
+        calls=tuple(sorted(counted_now, key=lambda t: (t.op, -t.calls))),
         fallbacks=tuple(fallbacks),
         proven=sum(1 for finding in findings if "" in finding.faults.values()),
         timed=sum(1 for finding in findings if finding.microseconds),

@@ -37,7 +37,9 @@ ONE_LAUNCH = "one_launch"
 
 @dataclass
 class Finding:
-    """What is known of a kind of call on one GPU, by the names of strategies."""
+    """What is known of a kind of call on one GPU, by the names of strategies: faults by the kind of
+    its proof, all else by the kind of its times (``ops/first_use.py``).
+    """
 
     # "", or what a proof has found wrong. A strategy that was not proven is not here.
     faults: dict[str, str] = field(default_factory=dict)
@@ -145,7 +147,7 @@ class Retired(NamedTuple):
     """A strategy of an op that a proof has found wrong on this machine.
 
     Attributes:
-        op: as in :class:`~stablelora_kernels.status.Calls`.
+        op: as in :class:`~stablelora_kernels.dispatch.tallies.Tally`.
         strategy: likewise.
         fault: what is wrong, in words.
     """

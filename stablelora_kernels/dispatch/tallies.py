@@ -9,10 +9,17 @@ from weakref import WeakKeyDictionary
 
 @dataclass(eq=False, slots=True)
 class Tally:
-    """Calls of an op that ran in one way. Whoever runs one adds it."""
+    """Calls of one op that ran in one way. Whoever runs one adds it.
+
+    Attributes:
+        op: "lora_linear_fwd", "lora_linear_bwd", "lora_mlp_fwd", ..., "stable_adamw" for the
+            optimizer's steps. On PyTorch's operators forward and backward are one, "lora_linear".
+        strategy: "one_launch", "branch_first", ...; "torch" for PyTorch's operators.
+        reason: why, or what first use measured.
+        calls: how many, since the process began.
+    """
 
     op: str
-    # A strategy, or "torch" for PyTorch's operators.
     strategy: str
     reason: str
     calls: int = 0
