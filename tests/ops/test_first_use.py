@@ -481,6 +481,21 @@ def test_explain_has_the_times_once_they_are_known(clock) -> None:
     assert [step.kernel for step in after.forward] == ["lora_linear", "vendor"]
 
 
+def test_explain_names_a_retired_strategy(clock) -> None:
+    device = torch.device(DEVICE)
+    with slk.settings(backend="triton"):
+        with pytest.warns(RuntimeWarning, match="'one_launch' is wrong"):
+            kept.retire("lora_linear_fwd", "one_launch", device, "Y is off by 1")
+        one = slk.explain(70, 48, 64, 6, BF16, 0.3, device=DEVICE)
+        with pytest.warns(RuntimeWarning, match="'branch_first' is wrong"):
+            kept.retire("lora_linear_fwd", "branch_first", device, "Y is off by 2")
+        both = slk.explain(70, 48, 64, 6, BF16, 0.3, device=DEVICE)
+    reason = "'one_launch' is retired on this machine: Y is off by 1"
+    assert (one.forward_strategy, one.forward_reason) == ("branch_first", reason)
+    assert (both.forward_strategy, both.forward_reason) == ("torch", reason)
+    assert one.backward_strategy == both.backward_strategy == "one_launch" and not both.forward
+
+
 @pytest.mark.parametrize("op", ["linear", "group", "mlp"])
 def test_pytorchs_operators_take_a_call_that_they_compute_faster(clock, op) -> None:
     sizes, ranks = ((48,), (6,)) if op == "linear" else ((48, 48, 24), (6, 3, 20))
