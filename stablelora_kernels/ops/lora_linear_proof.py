@@ -42,7 +42,7 @@ from stablelora_kernels.ops.proofs import (
 from stablelora_kernels.projection import LORA_AS, Projection, projections_of, s_unit
 from stablelora_kernels.quantized import Stored
 from stablelora_kernels.reference import unpack_mask
-from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, operand, total
+from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, operand
 
 
 def _projections(call: LinearForwardCall | LinearBackwardCall) -> list[Projection]:
@@ -243,7 +243,8 @@ def compare_backward(
                 f"dB{i}", results.dbs[i], rounded_grad_b(arithmetic, grad, s[rows], p), arithmetic
             )
     if settings.need_x:
-        yield Compared("dX", as_matrix(results.dx)[rows], total(of_x, dtype), arithmetic)
+        dx = arithmetic.total(of_x, [grad.shape[-1] for grad in call.grads])
+        yield Compared("dX", as_matrix(results.dx)[rows], dx, arithmetic)
 
 
 def backward_by_operators(call: LinearBackwardCall) -> LinearBackwardResults:

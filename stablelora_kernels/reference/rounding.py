@@ -22,6 +22,9 @@ The last line is the rounding of sums over n terms, in any order.
   B)² / 9, of which the root is 0.24 u √n |A B|.
 
 Blocked sums, which processors compute in several parts, round less than either.
+
+A product of n terms is often added to a number that is there, in one sum that begins with it: the
+branch to the base product. Each of the n partial sums is then rounded at about that number's size.
 """
 
 from __future__ import annotations
@@ -174,6 +177,19 @@ class Arithmetic:
         agreeing = AGREEING * math.sqrt(a.exact.shape[-1]) * product.exact.abs()
         return product.rounded(unit_roundoff(self.sums) * torch.hypot(canceling, agreeing))
 
+    def onto(self, start: Rounded, product: Rounded, count: int) -> Rounded:
+        """``start + product``, not stored, as one sum: it begins with ``start``, and the product's
+        ``count`` terms follow.
+        """
+        return start.stored(self.sums, times=count) + product
+
+    def total(self, products: Sequence[Rounded], counts: Sequence[int]) -> Rounded:
+        """The sum of ``products``, of so many terms each, stored after each of them."""
+        running = products[0]
+        for product, count in zip(products[1:], counts[1:], strict=True):
+            running = self.onto(running, product, count).stored(self.storage)
+        return running
+
 
 class RoundedLayer:
     """A layer with its LoRA branch, forward and backward. It remembers what backward reads, as an
@@ -233,7 +249,8 @@ class RoundedLayer:
                 deviation_of_rounding(sums.exact, storage) for sums in (base, branch + self.bias)
             ]
             base = base.rounded(torch.maximum(*amounts))
-        return (base + branch.stored(storage)).stored(dtype or storage)
+        y = self.arithmetic.onto(base, branch.stored(storage), self.lora_A.exact.shape[0])
+        return y.stored(dtype or storage)
 
     def backward(self, grad: Rounded) -> dict[str, Rounded]:
         """The gradients by their operands' names, of x [M, K] too, for an incoming gradient [M, N]."""
@@ -273,21 +290,15 @@ class RoundedLayer:
         assert self.lora_A is not None
         storage = self.arithmetic.storage
         branch = self.masked(self.arithmetic.product(ds, self.lora_A).stored(storage))
-        return branch if base is None else (base + branch).stored(storage)
+        if base is None:
+            return branch
+        return self.arithmetic.onto(base, branch, self.lora_A.exact.shape[0]).stored(storage)
 
     def grad_a(self, ds: Rounded, dropped: Rounded, dtype: torch.dtype | None = None) -> Rounded:
         """dA [r, K] for the X that the branch has read, masked; stored as ``dtype`` or as
         intermediate results are.
         """
         return self.arithmetic.product(ds.T, dropped).stored(dtype or self.arithmetic.storage)
-
-
-def total(terms: Sequence[Rounded], dtype: torch.dtype) -> Rounded:
-    """The sum of ``terms``, rounded to ``dtype`` after each addition."""
-    running = terms[0]
-    for term in terms[1:]:
-        running = (running + term).stored(dtype)
-    return running
 
 
 class RoundedMLP:
@@ -314,7 +325,8 @@ class RoundedMLP:
         dh = of_down["x"]
         of_up = self.up.backward((dh * self.act).stored(storage))
         of_gate = self.gate.backward(((dh * self.u).stored(storage) * self.slope).stored(storage))
-        of_gate["x"] = total([of_gate["x"], of_up["x"]], storage)
+        width = of_down["x"].exact.shape[1]
+        of_gate["x"] = self.arithmetic.total([of_gate["x"], of_up["x"]], [width, width])
         return [of_gate, of_up, of_down]
 
 

@@ -18,7 +18,6 @@ from stablelora_kernels.reference.rounding import (
     Rounded,
     RoundedLayer,
     RoundedMLP,
-    total,
 )
 from stablelora_kernels.testing.bounds import (
     MLP_SLOPES,
@@ -275,9 +274,11 @@ def roundings(
     else:
         outputs = {f"Y{i}": layer.forward(x) for i, layer in enumerate(layers)}
         gradients = [layer.backward(grads[i]) for i, layer in enumerate(layers)]
-        dx = total([of_layer["x"] for of_layer in gradients], storage)
+        of_x = [of_layer["x"] for of_layer in gradients]
+        dx = arithmetic.total(of_x, [grads[i].exact.shape[1] for i in grads])
     if case.shared and "lora_A" in gradients[1]:
-        gradients[0]["lora_A"] = total([of_layer["lora_A"] for of_layer in gradients[:2]], storage)
+        of_a = [of_layer["lora_A"] for of_layer in gradients[:2]]
+        gradients[0]["lora_A"] = arithmetic.total(of_a, [x.exact.shape[0]] * 2)
     named = {
         f"{name}{i}": t
         for i, of_layer in enumerate(gradients)

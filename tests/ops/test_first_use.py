@@ -776,6 +776,7 @@ def test_a_wrong_loss_kernel_gets_pytorchs_result(spoil, monkeypatch) -> None:
         {"max_grad_norm": 0.5},
         {"moments_dtype": BF16},
         {"moments_dtype": torch.uint8},
+        {"moments_dtype": torch.uint8, "lr_ratio_B": 16.0},
         {"master_weights": True},
         {"stop_condition": "never"},
         {"lr": torch.tensor(1e-2)},
