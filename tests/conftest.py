@@ -48,7 +48,6 @@ SMOKE = (
     "tests/optim/test_reference.py",
     "tests/test_import_rules.py",
     "tests/test_testing.py",
-    "tests/test_walk.py",
 )
 
 
