@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         required=True,
-        help="a new directory for the adapter, the log and the plots",
+        help="a new directory for the adapter, the log and the plot",
     )
     add("--steps", type=int, default=48, help="optimizer steps")
     args = parser.parse_args(argv)
@@ -122,12 +122,6 @@ def main(argv: list[str] | None = None) -> None:
                 )
     show("after", model, tokenizer, held_out)
 
-    middle = f".{model.config.num_hidden_layers // 2}."
-    slk.plot_stability(
-        log,
-        args.out / "stability.png",
-        pairs=[pair.name for pair in optimizer.pairs if middle in pair.name],
-    )
     plot_latches(optimizer, args.steps, args.out / "latches.png")
 
     slk.save_adapter(model, args.out / "adapter")

@@ -31,7 +31,7 @@ from stablelora_kernels.model import (
     unmerge_lora,
 )
 from stablelora_kernels.nn import LoRALinear, MergeError
-from stablelora_kernels.optim import PairStability, StabilityLogger, StableLoRAAdamW, plot_stability
+from stablelora_kernels.optim import PairStability, StabilityLogger, StableLoRAAdamW
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 from stablelora_kernels.status import Status, status
 
@@ -66,7 +66,6 @@ __all__ = [
     "lora_pairs",
     "losses_of_rows",
     "merge_lora",
-    "plot_stability",
     "print_trainable_parameters",
     "reference",
     "remove_lora",

@@ -44,8 +44,7 @@ HELP = "which backend runs here and why, versions, and a self-test of every kern
 # Optional packages and the features that need them.
 OPTIONAL = {
     "safetensors": "save_adapter, load_adapter, inspect, merge",
-    "numpy": "save_adapter, plot_stability, doctor --interpret",
-    "matplotlib": "plot_stability",
+    "numpy": "save_adapter, doctor --interpret",
     "peft": "accelerate_peft",
     "transformers": "merge; its Trainer takes StableLoRAAdamW",
     "huggingface_hub": "adapters and models by a hub id",

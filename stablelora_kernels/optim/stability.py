@@ -1,5 +1,5 @@
 """The stability of each pair: its norms over its widths, whether they are stable now, and when the
-pair latched. A log of that, and its plot.
+pair latched. A log of that.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
@@ -18,14 +18,10 @@ from torch import Tensor
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.state import Entry
 from stablelora_kernels.pairs import LoRAPair, is_stable
-from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.tensors import local
 from stablelora_kernels.utils.validation import check_int
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 
 COLUMNS = ("step", "pair", "a_norm", "b_norm", "stable", "latched_at")
@@ -267,117 +263,3 @@ def _open(path: Path) -> TextIO:
         file.write(f"{header}\n")
         file.flush()
     return file
-
-
-def plot_stability(
-    path: str | Path, out: str | Path | None = None, pairs: Iterable[str] | None = None
-) -> Figure:
-    """Plot a CSV file of :class:`StabilityLogger`; needs the extra "plot" (matplotlib).
-
-    The left panel plots each pair's ``||A||_F/n`` against ``||B||_F/m``. A pair starts above the
-    diagonal and stops shrinking on or below it. The right panel plots the ratio of the two over the
-    steps, with a mark at the latch.
-
-    Args:
-        path: the CSV file. If it holds a step twice, as around a resume, the later record counts.
-        out: the path to save the figure to, or None.
-        pairs: the names of the pairs to plot; default: all.
-
-    Returns:
-        The figure, in no window.
-
-    Raises:
-        ValueError: the file holds no records, or none of one of ``pairs``.
-        ImportError: matplotlib is not installed.
-    """
-    series = _read(Path(path))
-    if pairs is not None:
-        wanted = list(pairs)
-        missing = [name for name in wanted if name not in series]
-        if missing:
-            raise ValueError(
-                f"{path} has no pair {missing[0]!r}; it has {', '.join(map(repr, series))}"
-            )
-        series = {name: series[name] for name in wanted}
-    figure: Figure = import_extra("matplotlib.figure", "plot", "plot_stability").Figure(
-        figsize=(9, 4), layout="constrained"
-    )
-    plane, ratio = figure.subplots(1, 2)
-    for name, records in series.items():
-        _draw(plane, ratio, name, records, is_one_of_few=len(series) <= 8)
-    top = max(
-        max(record.a_norm, record.b_norm) for records in series.values() for record in records
-    )
-    plane.plot([0, top], [0, top], color="#444444", linewidth=0.8, linestyle="--")
-    plane.set_xlabel("||B|| / m")
-    plane.set_ylabel("||A|| / n")
-    plane.set_title("A shrinks above the dashed line", fontsize=10)
-    ratio.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
-    ratio.set_xlabel("step")
-    ratio.set_ylabel("(||B|| / m) / (||A|| / n)")
-    count = sum(_latch_of(records) is not None for records in series.values())
-    ratio.set_title(f"{count} of {len(series)} pairs have latched (triangles)", fontsize=10)
-    if len(series) <= 8:
-        plane.legend(fontsize=7)
-    for axes in (plane, ratio):
-        axes.grid(alpha=0.25)
-    if out is not None:
-        figure.savefig(out, dpi=130)
-    return figure
-
-
-class _Record(NamedTuple):
-    """What the log has of a pair at one step."""
-
-    step: int
-    a_norm: float
-    b_norm: float
-    latched_at: int | None
-
-
-def _draw(
-    plane: Axes, ratio: Axes, name: str, records: Sequence[_Record], is_one_of_few: bool
-) -> None:
-    """Draw a pair's line in both panels, and the mark of its latch."""
-    np = import_extra("numpy", "plot", "plot_stability")
-    steps = [record.step for record in records]
-    a = [record.a_norm for record in records]
-    b = [record.b_norm for record in records]
-    (line,) = plane.plot(b, a)
-    b_over_a = [y / x if x else math.nan for x, y in zip(a, b, strict=True)]
-    (ratio_line,) = ratio.plot(steps, b_over_a, color=line.get_color())
-    if is_one_of_few:
-        line.set(marker=".", markersize=4)
-    for drawn in (line, ratio_line):
-        if is_one_of_few:
-            drawn.set(linewidth=1.4, label=name)
-        else:
-            drawn.set(linewidth=0.8, alpha=0.5)
-    latched_at = _latch_of(records)
-    if latched_at is not None:
-        # No record need fall on the latch's step: put the mark on the drawn line.
-        height = np.interp(latched_at, steps, b_over_a)
-        ratio.plot([latched_at], [height], "v", color=line.get_color(), markersize=6)
-
-
-def _latch_of(records: Iterable[_Record]) -> int | None:
-    """The step of the latch by the latest record that has one."""
-    latches = [record.latched_at for record in records if record.latched_at is not None]
-    return latches[-1] if latches else None
-
-
-def _read(path: Path) -> dict[str, list[_Record]]:
-    """The records of every pair, by step; of two of one step the later."""
-    series: dict[str, dict[int, _Record]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            record = _Record(
-                step=int(row["step"]),
-                a_norm=float(row["a_norm"]),
-                b_norm=float(row["b_norm"]),
-                latched_at=int(row["latched_at"]) if row["latched_at"] else None,
-            )
-            series.setdefault(row["pair"], {})[record.step] = record
-    if not series:
-        raise ValueError(f"{path} holds no records")
-    return {name: [records[step] for step in sorted(records)] for name, records in series.items()}

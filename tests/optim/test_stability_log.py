@@ -1,9 +1,8 @@
-"""The record of every pair's norms: CSV, TensorBoard, resuming, and the plot."""
+"""The record of every pair's norms: CSV, TensorBoard, resuming."""
 
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,41 +88,3 @@ def test_bad_arguments_change_nothing(tmp_path):
     log.close()
     with pytest.raises(ValueError, match="closed"):
         log.log()
-
-
-def test_without_matplotlib(tmp_path, monkeypatch):
-    (tmp_path / "log.csv").write_text(
-        "step,pair,a_norm,b_norm,stable,latched_at\n1,layer0,1.0,1.0,0,\n"
-    )
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        ImportError, match=r"plot_stability needs .*: pip install 'stablelora-kernels\[plot\]'"
-    ):
-        slk.plot_stability(tmp_path / "log.csv", tmp_path / "plot.png")
-    assert not (tmp_path / "plot.png").exists()
-
-
-def test_plot(tmp_path):
-    pytest.importorskip(
-        "matplotlib", reason="runs where matplotlib is installed: pip install .[test]"
-    )
-    optimizer, path = make_optimizer(), tmp_path / "log.csv"
-    with slk.StabilityLogger(optimizer, path, every=1):
-        steps(optimizer, 8)
-    figure = slk.plot_stability(path, path.with_name("plot.png"))
-    assert path.with_name("plot.png").stat().st_size > 5000
-    plane, ratio = figure.axes
-    latched = [pair.latched_at for pair in optimizer.stability() if pair.latched]
-    assert ratio.get_title() == f"{len(latched)} of 3 pairs have latched (triangles)"
-    assert (
-        [line.get_xdata()[0] for line in ratio.lines if line.get_marker() == "v"] == latched != []
-    )
-    rows = [row for row in read(path) if row["pair"] == "layer1"]
-    (way,) = (line for line in plane.lines if line.get_label() == "layer1")
-    assert list(way.get_xdata()) == [float(row["b_norm"]) for row in rows]
-    assert list(way.get_ydata()) == [float(row["a_norm"]) for row in rows]
-    with pytest.raises(ValueError, match=r"has no pair 'nothing'; it has 'layer0'"):
-        slk.plot_stability(path, pairs=["nothing"])
-    path.write_text("step,pair,a_norm,b_norm,stable,latched_at\n")
-    with pytest.raises(ValueError, match="holds no records"):
-        slk.plot_stability(path)

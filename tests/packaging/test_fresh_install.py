@@ -51,7 +51,6 @@ model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
 assert len(slk.accelerate_peft(model).replaced) == 1
 model(torch.randn(4, 16)).sum().backward()
 """,
-    "plot": 'slk.plot_stability("stability.csv", "stability.png")',
     "cli": f"""{SAVE}
 import transformers
 config = transformers.LlamaConfig(
