@@ -224,7 +224,7 @@ PLANTED = [
     ("stablelora_kernels/dispatch/rules.py", "def f():\n    import stablelora_kernels.launch.base", "neither launch/"),
     ("stablelora_kernels/nn/linear.py", "from stablelora_kernels.optim import StableLoRAAdamW", "does not import optim/"),
     ("benchmarks/common/models.py", "from stablelora_kernels import reference", "import reference/"),
-    ("benchmarks/common/models.py", "def f():\n    import stablelora_kernels.cli.bench", "only tests import cli/"),
+    ("benchmarks/common/models.py", "def f():\n    import stablelora_kernels.cli.doctor", "only tests import cli/"),
     ("tests/benchmarks/test_suite.py", "import benchmarks.lab.page.page", "only benchmarks.lab, its tests"),
     ("benchmarks/suite/layers.py", "from tests.helpers.cases import check", "only tests import tests"),
     ("stablelora_kernels/model/apply.py", "def f():\n    import safetensors.torch", "by import_extra"),

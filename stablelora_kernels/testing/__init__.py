@@ -4,7 +4,7 @@ baselines to time.
 
 from __future__ import annotations
 
-from stablelora_kernels.testing.arms import EagerLoRA, forward_backward, layer_arms
+from stablelora_kernels.testing.arms import EagerLoRA, layer_arms
 from stablelora_kernels.testing.bounds import (
     DEVIATIONS,
     EPS,
@@ -50,7 +50,6 @@ __all__ = [
     "deviations",
     "expectations",
     "farthest_element",
-    "forward_backward",
     "fp8_weight",
     "keep_of",
     "kept_for_backward",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -39,16 +37,3 @@ def layer_arms(
         ours.lora_B.normal_(std=0.02)
     eager = EagerLoRA(frozen, ours.lora_A.detach(), ours.lora_B.detach(), ours.scaling, dropout)
     return frozen, eager, ours
-
-
-def forward_backward(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    """A function that runs forward and backward once. It first drops the last run's gradients."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def run() -> None:
-        x.grad = None
-        for parameter in parameters:
-            parameter.grad = None
-        module(x).backward(grad)
-
-    return run

@@ -311,7 +311,6 @@ REFUSED = [
     ("doctor --device gpu", {}, "--device must be a torch device, got 'gpu'"),
     ("doctor --device cuda:99", {}, "got 'cuda:99' where PyTorch sees"),
     ("doctor --interpret", {"TRITON_PROBLEM": "Triton is not installed"}, "interpreter, but Triton is not installed"),
-    ("bench --device cpu --backend triton", {"INTERPRETING": True, "TRITON_PROBLEM": None}, "tell nothing of the kernels"),
     ("inspect ./no", {}, "must be a path or a hub id like 'owner/name', got './no'"),
 ]  # fmt: skip
 
