@@ -7,7 +7,6 @@ from stablelora_kernels._version import __version__
 from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.explanation import Explanation, explain
-from stablelora_kernels.graphed_step import GraphedStep
 from stablelora_kernels.integrations.adapter_rows import adapters_of_rows, losses_of_rows
 from stablelora_kernels.integrations.comparison import Comparison, compare
 from stablelora_kernels.integrations.hf_trainer import (
@@ -39,7 +38,6 @@ __all__ = [
     "AccelerateCallback",
     "Comparison",
     "Explanation",
-    "GraphedStep",
     "LoRAConfig",
     "LoRALinear",
     "LoRAPair",

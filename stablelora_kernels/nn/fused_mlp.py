@@ -56,9 +56,7 @@ class GatedMLP:
 
 
 class State(NamedTuple):
-    """How a fused MLP computes. A GraphedStep sees no change in a module that is fused again: equal
-    states are one to it.
-    """
+    """How a fused MLP computes."""
 
     form: Form
     kind: LayerKind

@@ -89,9 +89,6 @@ class ProjectionGroup:
         if output is None:
             self._pending = None
 
-    # So a CUDA graph need not call it again.
-    after_forward.only_after_errors = True  # type: ignore[attr-defined]
-
     def __getstate__(self) -> dict[str, object]:
         # Copies and pickles must not hold pending outputs.
         return self.__dict__ | {"_pending": None}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, TypedDict, TypeGuard, cast
+from typing import Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -61,13 +61,6 @@ class Storage(NamedTuple):
 
     def has_master(self, p: Tensor) -> bool:
         return self.master_weights and p.dtype in LOW_PRECISION
-
-
-def reads_from_memory(value: object, device: torch.device) -> TypeGuard[Tensor]:
-    """Whether an engine on ``device`` reads a live hyperparameter from the tensor that its group
-    holds.
-    """
-    return isinstance(value, Tensor) and value.device == device
 
 
 def _check_number(name: str, value: object, high: float = math.inf) -> Number:

@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import LIVE, Number, reads_from_memory
+from stablelora_kernels.optim.options import LIVE, Number
 from stablelora_kernels.optim.state import Entry, with_strides_of
-from stablelora_kernels.utils.validation import shown
 
 # Options that engines are built from, or checked against as they are built. The seed keys the
 # random rounding.
@@ -65,35 +64,6 @@ def same_objects(now: object, before: object) -> bool:
     """
     with _NO_TENSORS_ARE_EQUAL:
         return now == before
-
-
-def difference(label: str, before: object, now: object) -> str | None:
-    """Says in words that ``label`` has another value; None if it has not. An empty dict, which
-    removed hooks leave behind, is as good as None.
-    """
-    before, now = _none_if_empty(before), _none_if_empty(now)
-    if before is now or same_objects([before], [now]):
-        return None
-    return f"{label} was {_described(before)} and is {_described(now)}"
-
-
-def _none_if_empty(value: object) -> object:
-    return None if isinstance(value, dict) and not value else value
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    return shown(repr(value))
-
-
-def first_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str | None:
-    """Says in words which value by its label was another in ``before``; None if all are the same."""
-    for label in {**before, **now}:
-        words = difference(label, before.get(label, "absent"), now.get(label, "absent"))
-        if words is not None:
-            return words
-    return None
 
 
 class GradientLayout(NamedTuple):
@@ -250,35 +220,6 @@ class Snapshot:
             gradients=self.gradients is None or self.gradients != last.gradients,
             written=self.versions != last.versions,
         )
-
-    def change_for_graph(self, last: Snapshot, device: torch.device) -> str | None:
-        """What has changed since ``last`` of all that a CUDA graph on ``device`` repeats, in words,
-        or None.
-        """
-        if not same_objects(
-            (self.params, self.memory, self.state), (last.params, last.memory, last.state)
-        ):
-            return "optimizer has other parameters or another state than before (add_param_group, load_state_dict, state)"
-        for index in range(len(self.params)):
-            before = last._values_for_graph(index, device)
-            now = self._values_for_graph(index, device)
-            if words := first_difference(before, now):
-                return words
-        return None
-
-    def _values_for_graph(self, index: int, device: torch.device) -> dict[str, object]:
-        """The hyperparameters of a group that a CUDA graph on ``device`` repeats, by their names in
-        a message. Live numbers may change.
-        """
-        assert self.built is not None and self.uploaded is not None
-        values = dict(zip(_UPLOADED, self.uploaded[index], strict=True))
-        values |= zip(_BUILT, self.built[index], strict=True)
-        for name in LIVE:
-            if not reads_from_memory(values[name], device):
-                values[name] = "a number"
-        return {
-            f"optimizer.param_groups[{index}][{name!r}]": value for name, value in values.items()
-        }
 
 
 def _live_tensors(groups: Sequence[ParamGroup], on_cpu: bool) -> list[float]:

@@ -370,7 +370,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._devices.step(gradients, change, grad_scale, found_inf)
         now.state = self._last.state
         self._last = now
-        self._count_write()
+        self._devices.count_write(now)
         # Copies and measurements of a graph exist only once it is replayed.
         if capturing and (change.hyper or change.gradients):
             now.tensors = None
@@ -386,10 +386,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if gradients is not None:
             now.gradients = gradients.layout
         return now
-
-    def _count_write(self) -> None:
-        """Note that the step has written to the parameters, here and for autograd."""
-        self._devices.count_write(self._last)
 
     def _follow_schedule(self) -> int | None:
         """Write this step's shrink ratio into the groups if there is a schedule, and return the

@@ -1,12 +1,10 @@
 """Forward, backward and the optimizer's step in CUDA graphs: replays on new inputs give the same
 bits as eager calls.
 
-All three in one graph: test_graphed_step.
+All three in one graph: test_captured_step.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from stablelora_kernels.testing import cases, keep_of
 from stablelora_kernels.testing.cases import Case, Operands, Results
 from tests.helpers.case_checks import assert_close
 from tests.helpers.gpu_checks import SMALL, capture, check, linear, make, record
-from tests.helpers.graphed_steps import use_graphs
+from tests.helpers.recorded_graphs import use_recorded_graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -88,6 +86,6 @@ def test_backward_of_an_earlier_forward_draws_no_mask_and_a_captured_forward_dra
 test_replays_are_steps = captures.test_replays_are_steps
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return use_graphs(monkeypatch)
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_recorded_graphs(monkeypatch)

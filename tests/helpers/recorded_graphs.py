@@ -1,14 +1,16 @@
-"""A stand-in for ``graphed_step.Graphs`` on a CPU: a capture records PyTorch's operators and the
-optimizer's launches.
+"""``torch.cuda.graph`` on a CPU: torch's own context manager around a stand-in for
+``torch.cuda.CUDAGraph``.
 
-A capture changes nothing, and a replay runs the recorded calls on the same memory, without the
-Python around them. So a value that Python computed is a constant, as in a CUDA graph.
+A capture records PyTorch's operators and the optimizer's launches, and changes nothing. A replay
+runs the recorded calls on the same memory, without the Python around them. So a value that Python
+computed is a constant, as in a CUDA graph, and reading a tensor on the host raises. A layer's op is
+one recorded call: its kernels run in Triton's interpreter, also while the capture records them.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stablelora_kernels.launch.base import launch_counts
 from stablelora_kernels.launch.stable_adamw import Repeated
-from stablelora_kernels.optim import staging
 
 _run = Repeated.run
 
@@ -64,6 +66,7 @@ class Recording(TorchDispatchMode):
 
     def keep(self, launch: Repeated, device: torch.device) -> None:
         """A launch of the optimizer, whose results no operator needs: it is only kept."""
+        launch_counts[launch._launch.kernel.__name__] += 1
         self.calls.append(partial(_run, launch, device))
 
     def undo(self) -> None:
@@ -73,33 +76,48 @@ class Recording(TorchDispatchMode):
             tensor.zero_()
 
 
-class RecordedGraphs:
-    """Graphs of one :class:`~stablelora_kernels.GraphedStep`; ``captures`` and ``replays`` count."""
+class RecordedGraph:
+    """Stands in for ``torch.cuda.CUDAGraph``."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.patch, self.captures, self.replays = patch, 0, 0
-
-    def run(self, function: Callable[[], Tensor]) -> Tensor:
-        return function()
-
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        recording, generator = Recording(), torch.get_rng_state()
-        with self.patch.context() as patch:
-            patch.setattr(staging, "capturing", lambda: True)
-            patch.setattr(Repeated, "run", lambda launch, device: recording.keep(launch, device))
-            if "transformers.masking_utils" in sys.modules:
-                # It asks whether a stream captures, and then reads no mask.
-                patch.setattr("transformers.masking_utils.is_tracing", lambda *args: True)
-            with recording:
-                output = function()
-        with torch.no_grad():
-            recording.undo()
-        torch.set_rng_state(generator)
-        self.captures += 1
-        return lambda: self.replay(recording.calls), output
+    def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.recording, self.generator = Recording(), torch.get_rng_state()
+        self.patch = pytest.MonkeyPatch()
+        # By these the optimizer asks whether a stream captures.
+        self.patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        self.patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        keep = self.recording.keep
+        self.patch.setattr(Repeated, "run", lambda launch, device: keep(launch, device))
+        self.recording.__enter__()
 
     @torch.no_grad()
-    def replay(self, calls: Iterable[Callable[[], None]]) -> None:
-        self.replays += 1
-        for call in calls:
+    def capture_end(self) -> None:
+        self.recording.__exit__(None, None, None)
+        self.patch.undo()
+        self.recording.undo()
+        torch.set_rng_state(self.generator)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for call in self.recording.calls:
             call()
+
+
+def use_recorded_graphs(patch: pytest.MonkeyPatch) -> None:
+    """Let ``torch.cuda.graph`` capture on a CPU while ``patch`` lasts. On a GPU, change nothing."""
+    if torch.cuda.is_available():
+        return
+    patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    # What torch.cuda.graph does around a capture.
+    patch.setattr(torch.cuda.graph, "default_capture_stream", object())
+    patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    patch.setattr(torch.cuda, "synchronize", lambda: None)
+    patch.setattr(torch.cuda, "empty_cache", lambda: None)
+    patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+
+
+def capture(function: Callable[[], Any]) -> tuple[Any, Any]:
+    """Capture ``function``, and return the graph and what the function returns."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+    return graph, output

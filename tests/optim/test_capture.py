@@ -1,8 +1,8 @@
-"""What a CUDA graph does to the optimizer's step alone, without one: a capture is recorded, and a
-replay runs it again.
+"""What a CUDA graph does to the optimizer's step alone, without one: ``torch.cuda.graph`` records a
+capture, and a replay runs it again.
 
 ``test_replays_are_steps`` with real graphs: tests/gpu/test_cuda_graphs.py. With the backward pass,
-whose gradients the graph owns: tests/graphed_step.
+whose gradients the graph owns: tests/test_captured_step.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stablelora_kernels.optim import staging
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
-from tests.helpers.recorded_graphs import RecordedGraphs
+from tests.helpers.recorded_graphs import capture, use_recorded_graphs
 from tests.helpers.steps import latches
 from tests.optim.options import BF16, FP32, FP64, OPTIONS, schedule
 
@@ -45,9 +45,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[RecordedGraphs]:
+def graphs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
+    use_recorded_graphs(monkeypatch)
     with settings(backend="triton"):
-        yield RecordedGraphs(monkeypatch)
+        yield
 
 
 def fill_grads(optimizer: StableLoRAAdamW, seed: int) -> None:
@@ -75,7 +76,7 @@ def optimizers(dtype: torch.dtype = FP32, steps: int = 1, **settings: Any) -> li
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_replays_are_steps(graphs, name, dtype):
+def test_replays_are_steps(name, dtype):
     """New gradients each time, another lr halfway, verdicts of a GradScaler, and pairs that latch
     meanwhile.
     """
@@ -84,7 +85,7 @@ def test_replays_are_steps(graphs, name, dtype):
     for optimizer in both:
         optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0, device=DEVICE), verdict
         optimizer.step()
-    replay, _ = graphs.capture(captured.step)
+    graph, _ = capture(captured.step)
     for turn in range(1, 9):
         verdict.fill_(float(turn == 3))
         for optimizer in both:
@@ -92,7 +93,7 @@ def test_replays_are_steps(graphs, name, dtype):
             if turn == 5:
                 optimizer.param_groups[0]["lr"].fill_(0.2)
         eager.step()
-        replay()
+        graph.replay()
         assert all_equal(snapshot(eager), snapshot(captured)), turn
     assert latches(captured) == latches(eager)
     assert any(latch is not None and latch > 1 for latch in latches(captured).values())
@@ -109,36 +110,36 @@ def a_large_b(optimizer: StableLoRAAdamW) -> None:
 
 
 @pytest.mark.parametrize("change", [new_gradients, a_large_b])
-def test_a_step_does_not_count_on_what_was_only_captured(graphs, change):
+def test_a_step_does_not_count_on_what_was_only_captured(change):
     """A graph that is never replayed has copied no table and measured no norm."""
     eager, captured = optimizers()
     for optimizer in (eager, captured):
         change(optimizer)
-    graphs.capture(captured.step)
+    capture(captured.step)
     for optimizer in (eager, captured):
         optimizer.step()
     assert all_equal(snapshot(eager), snapshot(captured))
     assert any(latches(captured).values()) == (change is a_large_b)
 
 
-def test_memory_is_set_aside_for_some_captures(graphs):
+def test_memory_is_set_aside_for_some_captures():
     optimizer, _ = optimizers()
     # Gradients that must not come back to the same addresses.
     kept = []
 
-    def capture() -> None:
+    def capture_with_new_gradients() -> None:
         new_gradients(optimizer)
         kept.append([p.grad for p in params_of(optimizer)])
-        graphs.capture(optimizer.step)
+        capture(optimizer.step)
 
     for _ in range(6):
-        capture()
+        capture_with_new_gradients()
         optimizer.step()
     with pytest.raises(
         RuntimeError, match=r"no memory is reserved for their table\. Run a step between captures"
     ):
         for _ in range(99):
-            capture()
+            capture_with_new_gradients()
 
 
 def test_no_two_copies_of_captures_share_host_memory(monkeypatch):
@@ -163,14 +164,14 @@ NOT_CAPTURED: dict[str, tuple[int, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", NOT_CAPTURED)
-def test_what_is_not_captured(graphs, name):
+def test_what_is_not_captured(name):
     steps, options, message = NOT_CAPTURED[name]
     optimizer, _ = optimizers(steps=steps, **options)
     optimizer.param_groups[0]["lr"] = 1e-3
     new_gradients(optimizer)
     before = [p.detach().clone() for p in params_of(optimizer)]
     with pytest.raises(RuntimeError, match=message):
-        graphs.capture(optimizer.step)
+        capture(optimizer.step)
     assert all_equal(before, [p.detach() for p in params_of(optimizer)])
 
 

@@ -27,7 +27,7 @@ BACKWARD = f"{LAYER} and dropout == 0.1 and m in {MANY} and phase == 'backward'"
 FORWARD = f"{LAYER} and dropout == 0 and m in {FEW} and phase == 'forward'"
 LAUNCHES, BYTES = "test_a_call_launches_what_explain_lists", "test_fewer_bytes_than_eager"
 STEP = "test == 'test_a_step_of_many_tensors_is_one_launch'"
-GRAPHED_STEP = "section == 'step' and mode == 'graph' and role == 'ours' and state == 'shrinking' and dtype == 'float32'"
+STEP_IN_GRAPH = "section == 'step' and mode == 'graph' and role == 'ours' and state == 'shrinking' and dtype == 'float32'"
 # Words, rows, a column, the least and the most that is right, and the number of figures.
 TARGETS = (
     (
@@ -80,7 +80,7 @@ TARGETS = (
     ),
     (
         "step of an 8B model's 448 tensors, float32, in a graph: us <= 410",
-        GRAPHED_STEP,
+        STEP_IN_GRAPH,
         "median",
         0,
         410,

@@ -7,7 +7,7 @@ from __future__ import annotations
 BRING_UP = "tests/gpu/test_bring_up.py"
 PREPARED = "tests/gpu/test_prepared_launches.py"
 GRAPHS = "tests/gpu/test_cuda_graphs.py"
-GRAPHED_STEP = "tests/gpu/test_graphed_step.py"
+CAPTURED_STEP = "tests/gpu/test_captured_step.py"
 COMPETING = "tests/gpu/test_competing_stream.py"
 
 DOCTOR = (f"{BRING_UP}::test_doctor",)
@@ -29,4 +29,4 @@ THIRD_CALL = f"{PREPARED}::test_the_third_call_is_prepared"
 STREAMS = f"{PREPARED}::test_streams_share_a_plan_and_not_its_counters"
 SECOND_GPU = f"{PREPARED}::test_a_second_gpu_has_launches_of_its_own"
 # The ways of launching.
-LAUNCHES = (THIRD_CALL, GRAPHS, GRAPHED_STEP, OPTIMIZER, STREAMS, COMPETING, SECOND_GPU)
+LAUNCHES = (THIRD_CALL, GRAPHS, CAPTURED_STEP, OPTIMIZER, STREAMS, COMPETING, SECOND_GPU)

@@ -26,7 +26,7 @@ from benchmarks.common import optimizers
 from benchmarks.common.arms import OURS, PEFT
 from benchmarks.common.records import record
 from benchmarks.lab.gpu import parts
-from benchmarks.lab.gpu.device import MOST_CALLS, WARMUP, Arm, Device, Run, Samples
+from benchmarks.lab.gpu.device import MOST_CALLS, Arm, Device, Run, Samples
 from benchmarks.lab.gpu.parts import Shape, UnavailableError
 from benchmarks.lab.gpu.report import EAGER, FEW, GRAPH, MANY, MANY_LAUNCHES, ONE_LAUNCH
 from benchmarks.lab.gpu.rows import FAILED, NOTE_LENGTH, SKIPPED, Row
@@ -43,7 +43,6 @@ Arms = dict[str, Callable[[], Phases]]
 Name = tuple[str, str, str]
 DRY = os.environ.get("SLK_GPU_DRY_RUN") == "1"
 BF16 = torch.bfloat16
-EAGER_STEP, GRAPHED_STEP = "eager step", "GraphedStep"
 # Our op for a gated MLP with gate, up and the activation forced into one kernel, or into separate
 # products.
 FORCED = {"one op, in one kernel": "one_launch", "one op, vendor's products": "branch_first"}
@@ -53,11 +52,11 @@ PRODUCTS = {"addmm_, beta 0": 0.0, "addmm_, beta 1": 1.0}
 BRANCH_ALONE = "branch alone"
 # Arms that are timed in one mode alone. These optimizers wait for the host.
 ONLY_GRAPH = (*STRATEGIES[1:], *FORCED, *PRODUCTS, BRANCH_ALONE)
-ROLES = dict.fromkeys(
-    (BY_HAND, PEFT, PEFT_COMPILED, EAGER_STEP, *optimizers.ARMS), "rival"
-) | dict.fromkeys(ONLY_GRAPH, "")
+ROLES = dict.fromkeys((BY_HAND, PEFT, PEFT_COMPILED, *optimizers.ARMS), "rival") | dict.fromkeys(
+    ONLY_GRAPH, ""
+)
 ROLES[optimizers.OURS] = "ours"
-ONLY_EAGER = (EAGER_STEP, GRAPHED_STEP, optimizers.NAIVE_FOREACH, optimizers.ADAMW_FOREACH)
+ONLY_EAGER = (optimizers.NAIVE_FOREACH, optimizers.ADAMW_FOREACH)
 # (out, in) of the seven linear layers in one of an 8B model's 32 blocks: 448 tensors, 41.9M
 # parameters at r 16.
 BLOCK = (
@@ -222,10 +221,7 @@ def captured(device: Device, rows: int, width: int, layers: int, dropout: float)
     """
     make: dict[str, Any] = {"device": device.device, "dtype": BF16}
 
-    def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x).float().square().mean()
-
-    def build(graphed: bool) -> Phases:
+    def build() -> Phases:
         layer = partial(
             slk.LoRALinear, r=16, lora_dropout=dropout, lora_dtype=torch.float32, **make
         )
@@ -234,12 +230,15 @@ def captured(device: Device, rows: int, width: int, layers: int, dropout: float)
         optimizer = slk.StableLoRAAdamW.from_model(
             model, lr=optimizers.LR, capturable=not device.dry
         )
-        take = slk.GraphedStep(model, optimizer, loss_of, num_warmup_iters=WARMUP, enabled=graphed)
-        for _ in range(WARMUP + 1):
-            take(x)
-        return {"step": partial(take, x)}
 
-    return {EAGER_STEP: partial(build, False), GRAPHED_STEP: partial(build, not device.dry)}
+        def take() -> None:
+            optimizer.zero_grad()
+            model(x).float().square().mean().backward()
+            optimizer.step()
+
+        return {"step": take}
+
+    return {OURS: build}
 
 
 def role_of(arm: str) -> str:

@@ -76,7 +76,7 @@ def test_a_dry_run_executes_every_section_and_measures_nothing(tmp_path):
     )
     graphs = pd.concat(found.values()).query("metric == 'us' and mode == 'graph' and median > 0")
     arms = graphs.groupby("section").arm.agg(set)
-    sections = {"headline", "apart", "layer", "mlp", "projections", "step"}
+    sections = {"headline", "apart", "layer", "mlp", "projections", "captured", "step"}
     assert {*arms.index} == sections and dict(arms[[*ARMS]]) == ARMS
 
 
