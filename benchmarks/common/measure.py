@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stablelora_kernels.utils.timing import machine, shuffled, summarize, synchronize
+from stablelora_kernels.utils.timing import machine, shuffled, synchronize
 
 __all__ = [
     "commit",
@@ -18,7 +18,6 @@ __all__ = [
     "others_cpus",
     "seconds_of",
     "shuffled",
-    "summarize",
     "synchronize",
     "waited_s",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.common.tables import write_text
-from stablelora_kernels.utils.timing import summarize
 
 # ``role`` is "base", "rival" or "ours", or both of the first with a space between; ``n`` the number
 # of samples.
@@ -27,7 +27,11 @@ def record(
 ) -> dict[str, Any]:
     """A row: the median and the quartiles of ``samples``, which a single figure has none of."""
     named = {"case": case, "phase": phase, "arm": arm, "role": role, "metric": metric}
-    found = summarize(samples) if len(samples) > 1 else {"median": samples[0]}
+    found = {"median": samples[0]}
+    if len(samples) > 1:
+        # A shared machine's outliers hardly move these.
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        found = {"median": median, "q1": q1, "q3": q3}
     return {**named, **found, "n": len(samples)}
 
 

@@ -64,18 +64,6 @@ def interleave(
     return samples
 
 
-def summarize(samples: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles, which a shared machine's outliers hardly move."""
-    if not samples:
-        raise ValueError("samples must not be empty")
-    import statistics
-
-    if len(samples) == 1:
-        return dict.fromkeys(("median", "q1", "q3"), float(samples[0]))
-    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3}
-
-
 class Interval(NamedTuple):
     """A median, and the ends of its 95 % confidence interval."""
 
@@ -95,7 +83,7 @@ def median_interval(samples: Sequence[float]) -> Interval:
     The number of samples below the true median is binomial with probability 1/2. So the interval
     leaves out ``outside`` samples at either end, the most whose two tails have at most 5 %.
     """
-    # Imported here, as below: with decimals and fractions it would take time at every start.
+    # Imported here: with decimals and fractions it would take time at every start.
     import statistics
 
     count = len(samples)
