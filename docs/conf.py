@@ -60,24 +60,10 @@ html_show_sphinx = html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-# Classes that LoRALinear.from_linear and apply_lora make: their constructor is not how one gets
-# them.
-MADE = (
-    "nn.LoRAQuantizedLinear",
-    "nn.LoRAConv1D",
-    "nn.LoRABranchLinear",
-    "nn.LoRAShardedLinear",
-    "nn.LoRAExperts",
-    "nn.LoRAStack",
-)
-
-
 def _show_signature(app, what, name, obj, options, signature, return_annotation):
     """A dataclass's ``field(default_factory=dict)`` as ``{}``; Sphinx cannot parse what Python
     prints for it.
     """
-    if name.removeprefix("stablelora_kernels.") in MADE:
-        return "", None
     if signature:
         for kind, empty in (("dict", "{}"), ("list", "[]")):
             signature = re.sub(rf"({kind}\[[^=]*\]) = <factory>", rf"\1 = {empty}", signature)

@@ -171,12 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.model, AutoModelForCausalLM)
     text, held_out = load_tokens(args.text, tokenizer, args.length)
     torch.manual_seed(args.seed)
-    targets = {"target_modules": args.target_modules}
+    options = {"r": args.rank, "lora_alpha": 2 * args.rank, "lora_dropout": args.dropout}
     try:
-        config = slk.LoRAConfig(
-            r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, **targets
-        )
-        say(str(slk.apply_lora(model, config)))
+        say(str(slk.apply_lora(model, args.target_modules, **options)))
     except ValueError as error:
         sys.exit(str(error))
     model.to(device).train()

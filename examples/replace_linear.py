@@ -89,14 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     torch.manual_seed(args.seed)
-    config = slk.LoRAConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        lora_dropout=args.dropout,
-        target_modules=args.target_modules,
-    )
+    options = {"r": args.rank, "lora_alpha": 2 * args.rank, "lora_dropout": args.dropout}
     try:
-        print(slk.apply_lora(model, config))
+        print(slk.apply_lora(model, args.target_modules, **options))
     except ValueError as error:
         sys.exit(f"--target-modules: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -166,13 +161,18 @@ def main(argv: list[str] | None = None) -> None:
     slk.save_adapter(model, args.out / "adapter")
     print(f"adapter in {args.out / 'adapter'}")
 
-    print(slk.merge_lora(model))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, slk.LoRALinear)}
+    for layer in layers.values():
+        layer.merge()
     print(f"merged, the outputs differ by at most {(outputs() - unmerged).abs().max().item():.2g}")
-    slk.unmerge_lora(model)
+    for layer in layers.values():
+        layer.unmerge()
     same = torch.equal(outputs(), unmerged)
     print(f"unmerged, the outputs are {'the same to the bit' if same else 'NOT the same'}")
-    # What you would ship: layers of the kind the model had, with merged weights.
-    slk.remove_lora(model)
+    # What you would ship: plain linear layers with merged weights.
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.to_linear())
     model.save_pretrained(args.out / "merged")
     print(f"merged model in {args.out / 'merged'}")
 

@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     show("before", model, tokenizer, held_out)
 
     torch.manual_seed(0)
-    config = slk.LoRAConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
-    print(slk.apply_lora(model, config))
+    print(slk.apply_lora(model, "all-linear", r=16, lora_alpha=32, lora_dropout=0.05))
 
     optimizer = slk.StableLoRAAdamW.from_model(model, lr=2e-3, shrink_ratio=5e-3, max_grad_norm=1.0)
     schedule = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=5)
@@ -128,7 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     fresh = load_model(args.model, AutoModelForCausalLM)[0].to(device)
     slk.load_adapter(fresh, args.out / "adapter")
     print(f"loaded: held-out loss {held_out_loss(fresh, held_out):.3f}")
-    slk.remove_lora(fresh)
+    for name, module in list(fresh.named_modules()):
+        if isinstance(module, slk.LoRALinear):
+            module.merge()
+            fresh.set_submodule(name, module.to_linear())
     print(f"merged: held-out loss {held_out_loss(fresh, held_out):.3f}")
 
 

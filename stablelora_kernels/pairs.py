@@ -105,9 +105,8 @@ def is_stable(a_norm: float, b_norm: float) -> bool:
 def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[LoRAPair]:
     """The LoRA pairs of a model or of named parameters, in the order of the parameters.
 
-    Works on models made by :func:`~stablelora_kernels.apply_lora` and on PEFT models. LoRA on
-    embeddings (``lora_embedding_A``) and on convolutions (4-dimensional A) is outside the method
-    and is not listed.
+    Works on this library's layers and on PEFT's. LoRA on embeddings (``lora_embedding_A``) and on
+    convolutions (4-dimensional A) is outside the method and is not listed.
 
     Raises:
         ValueError: an A has no B, a B has no A, or their shapes do not fit.
@@ -143,10 +142,8 @@ def stacked_experts(model: nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
         count = getattr(module, "num_experts", 1)
-        if count == 1 or not hasattr(module, "lora_A"):
-            continue
-        # PEFT's have an A for each adapter.
-        adapters = module.lora_A if isinstance(module.lora_A, nn.ModuleDict) else [""]
-        for adapter in adapters:
-            counts[_joined(name, adapter)] = count
+        lora_A = getattr(module, "lora_A", None)
+        # PEFT's wrappers of stacks, which have an A for each adapter.
+        if count > 1 and isinstance(lora_A, nn.ModuleDict):
+            counts |= {_joined(name, adapter): count for adapter in lora_A}
     return counts

@@ -44,7 +44,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Status:
-    """The answer of :func:`status`. ``print(...)`` of it is for reading.
+    """The answer of :func:`~stablelora_kernels.status`. ``print(...)`` of it is for reading.
 
     Attributes:
         calls: the ops' calls in this process, of all its models.

@@ -5,7 +5,7 @@ On a CPU ``tests.helpers.recorded_graphs`` stands in for the graph. It shows tha
 library reads a tensor on the host while a capture goes on, that the library launches the same
 kernels as in an eager step, and that no later step depends on a value that Python computed, such as
 a seed or an address of a gradient. It does not show streams, the graphs' memory pools, and what
-CUDA's driver refuses: tests/gpu/test_captured_step.py does. First use is off here;
+CUDA's driver refuses: tests/gpu/test_captured_step_in_graphs.py does. First use is off here;
 tests/ops/test_first_use.py tests that it neither proves nor times during a capture.
 """
 
@@ -30,7 +30,7 @@ from tests.helpers.recorded_graphs import capture, use_recorded_graphs
 from tests.helpers.steps import latches
 
 pytestmark = pytest.mark.skipif(
-    DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_captured_step.py"
+    DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_captured_step_in_graphs.py"
 )
 SMALL = DEVICE == "cpu"
 SIZES, ROWS, STEPS = ((64, 8, 5), 6, 9) if SMALL else ((512, 384, 256), 96, 40)

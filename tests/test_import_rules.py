@@ -26,7 +26,7 @@ LEVELS = (
     {"cross_entropy"},
     {"functional", "explanation", "status"},
     {"nn"},
-    {"model", "tensor_parallel", "testing"},
+    {"model", "testing"},
     {"integrations"},
     {"__init__"},
     {"cli"},

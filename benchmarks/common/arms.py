@@ -59,7 +59,7 @@ def adapt(
         let_gradients_reach(model, targets)
     elif layers == OURS:
         dtype = next(model.parameters()).dtype
-        report = slk.apply_lora(model, slk.LoRAConfig(**options), **fuse)
+        report = slk.apply_lora(model, **options, **fuse)
         for pair in () if float32 else slk.lora_pairs(model):
             pair.A.data, pair.B.data = pair.A.data.to(dtype), pair.B.data.to(dtype)
     else:

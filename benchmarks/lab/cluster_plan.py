@@ -111,10 +111,13 @@ def count_layer(config: dict[str, int], r: int, targets: Any, tensor: int, token
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with FakeTensorMode():
+        with torch.device("meta"):
             layer = LlamaDecoderLayer(llama, 0)
-            frozen = sum(p.numel() for p in layer.parameters())
-            slk.apply_lora(layer, slk.LoRAConfig(r=r, target_modules=targets))
+        frozen = sum(p.numel() for p in layer.parameters())
+        slk.apply_lora(layer, targets, r=r)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            # Counted as a CPU computes: on the meta device, attention would keep its scores.
+            layer.to_empty(device="cpu")
             x = torch.empty(1, tokens, llama.hidden_size, requires_grad=True)
             positions = LlamaRotaryEmbedding(llama)(x, torch.arange(tokens)[None])
             saved = saved_for_backward(

@@ -112,7 +112,7 @@ def make(directory: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(directory / base)
         torch.manual_seed(1)
         if name == "ours":
-            slk.apply_lora(model, slk.LoRAConfig(r=RANK, lora_alpha=16, target_modules=LINEAR))
+            slk.apply_lora(model, LINEAR, r=RANK, lora_alpha=16)
         else:
             options = ON_EXPERTS if name == "experts" else OPTIONS[name]
             plain = {"r": RANK, "lora_alpha": 16, "target_modules": LINEAR}
@@ -125,9 +125,10 @@ def make(directory: Path) -> None:
             model.save_pretrained(directory / name)
         remember(name, model)
     for name, adapter in MERGED.items():
-        merge = [sys.executable, "-m", "stablelora_kernels", "merge", str(directory / adapter)]
-        into = ["--into", str(directory / ADAPTERS[adapter]), "--out", str(directory / name)]
-        subprocess.run([*merge, *into], check=True)
+        base = transformers.AutoModelForCausalLM.from_pretrained(directory / ADAPTERS[adapter])
+        model = peft.PeftModel.from_pretrained(base, directory / adapter)
+        model.merge_and_unload().save_pretrained(directory / name)
+        shutil.copy(directory / "tokenizer.model", directory / name)
     save_file(found, directory / "found.safetensors")
 
 

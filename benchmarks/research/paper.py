@@ -210,9 +210,7 @@ def build(run: Run) -> tuple[nn.Module, list[slk.LoRAPair], list[torch.optim.Opt
         names &= ATTENTION
     torch.manual_seed(run.seed)
     # The scaling is that of r 8 and alpha 16 at any rank.
-    slk.apply_lora(
-        backbone, slk.LoRAConfig(r=run.r, lora_alpha=2 * run.r, target_modules=sorted(names))
-    )
+    slk.apply_lora(backbone, sorted(names), r=run.r, lora_alpha=2 * run.r)
     pairs = slk.lora_pairs(backbone)
     model = _task(run.model, run.task).model(backbone, run.seed)
     if run.adapters == "bf16":

@@ -151,9 +151,7 @@ def transformers(width: int, seed: int, factor: float) -> Problem:
     """Adapters on the query and value projections, with A's start times ``factor``."""
     model = share(base(width))
     torch.manual_seed(1000 + seed)
-    slk.apply_lora(
-        model, slk.LoRAConfig(r=R, lora_alpha=SCALING * R, target_modules=["q_proj", "v_proj"])
-    )
+    slk.apply_lora(model, ["q_proj", "v_proj"], r=R, lora_alpha=SCALING * R)
     pairs, seen, modules = slk.lora_pairs(model), {}, dict(model.named_modules())
     for pair in pairs:
         pair.A.data.mul_(factor)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from stablelora_kernels._version import __version__
-from stablelora_kernels.cli import doctor, inspect, merge
+from stablelora_kernels.cli import doctor
 from stablelora_kernels.cli.common import CommandError, Report, failing
 from stablelora_kernels.dispatch.settings import check_environment
 
@@ -23,8 +23,6 @@ PROGRAM = "stablelora-kernels"
 # status.
 COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
-    "inspect": inspect,
-    "merge": merge,
 }
 
 
@@ -39,7 +37,7 @@ def _wrapped(description: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Fused LoRA layers and the Stable-LoRA optimizer: checks and adapters from the command line.",
+        description="Fused LoRA layers and the Stable-LoRA optimizer: checks from the command line.",
         epilog=f"'{PROGRAM} COMMAND --help' has a command's options. "
         "Exit status: 0 done, 1 tried and failed, 2 can't be tried, 130 interrupted.",
     )

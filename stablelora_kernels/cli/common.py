@@ -9,24 +9,13 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from stablelora_kernels.model.adapter_files import (
-    CONFIG_NAME,
-    PICKLES,
-    WEIGHTS_NAME,
-    Adapter,
-    read_adapter,
-    read_pair,
-)
 from stablelora_kernels.testing import torch_device
-from stablelora_kernels.utils import hub
 
 
 class CommandError(Exception):
@@ -52,51 +41,10 @@ def failing(*kinds: type[Exception], status: int = 2, before: str = "") -> Itera
         raise CommandError(f"{before}{error}", status) from None
 
 
-def positive(text: str) -> int:
-    """Parse an int of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device that ``--device`` names; without it, the GPU if there is one, else the CPU."""
     with failing(ValueError, before="--"):
         return torch_device(args.device)
-
-
-def find(argument: str, place: str, patterns: Sequence[str]) -> Path:
-    """The path ``place``, or the directory of the hub repository ``place`` with the files that
-    match ``patterns``.
-    """
-    with failing(ImportError, OSError, ValueError):
-        if (path := Path(place)).exists():
-            return path
-        if not hub.is_hub_id(place):
-            raise CommandError(
-                f"{argument} must be a path or a hub id like 'owner/name', got {place!r} (nothing there)"
-            )
-        return hub.from_hub(argument, place, patterns)
-
-
-def load_files(place: str, convert: Callable[[Tensor], Any]) -> Adapter:
-    """Read the adapter that a user names. ``convert`` gets one tensor at a time.
-
-    A weights file may be given alone; the config in its directory counts, if there is one. An
-    adapter that cannot be read ends every command alike, with status 2.
-    """
-    path = find("ADAPTER", place, (CONFIG_NAME, WEIGHTS_NAME))
-    try:
-        if not path.is_file():
-            return read_adapter(path, convert)
-        if path.suffix != ".safetensors":
-            pickled = ": a pickle can run code, so it is refused" if path.suffix in PICKLES else ""
-            raise CommandError(
-                f"ADAPTER must be a directory or a safetensors file, got {place!r}{pickled}"
-            )
-        return read_pair(path.with_name(CONFIG_NAME), path, convert)
-    except (ValueError, ImportError, OSError) as error:
-        raise CommandError(str(error).replace("path must", "ADAPTER must", 1)) from None
 
 
 class Report:
@@ -121,15 +69,12 @@ class Report:
             self.text(f"  {name:{column}}{text}", hang=column + 2)
 
     def table(
-        self, titles: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,),
-        limit: int | None = None, noun: str = "rows",
-    ) -> None:  # fmt: skip
+        self, titles: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)
+    ) -> None:
         """Print columns of minimal width; those in ``left`` are left-aligned. In a narrow terminal,
         the first one shrinks.
-
-        Print only ``limit`` rows, and how many more there are of this ``noun``.
         """
-        lines = [[printable(text) for text in row] for row in (titles, *rows[:limit])]
+        lines = [[printable(text) for text in row] for row in (titles, *rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         widths[0] = min(
             widths[0], max(width() - sum(w + 2 for w in widths[1:]) - 2, len(titles[0]), 12)
@@ -140,8 +85,6 @@ class Report:
                 f"{text:{w}}" if i in left else f"{text:>{w}}" for i, (text, w) in enumerate(cells)
             )
             print("  " + "  ".join(aligned).rstrip())
-        if limit is not None and len(rows) > limit:
-            self.text(f"  … and {len(rows) - limit} {noun} more")
 
     def progress(self, text: str) -> None:
         """Show ``text`` in the terminal until the next output."""
@@ -175,12 +118,3 @@ def shorten(text: str, length: int) -> str:
         return text
     tail = (length + 1) // 2
     return text[: length - 1 - tail] + "…" + text[len(text) - tail :]
-
-
-def size(count: float) -> str:
-    """A number of bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if count >= 99.95 or unit == "B" else f"{count:.3g} {unit}"

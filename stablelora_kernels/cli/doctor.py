@@ -43,11 +43,10 @@ from stablelora_kernels.utils.validation import counted
 HELP = "which backend runs here and why, versions, and a self-test of every kernel family"
 # Optional packages and the features that need them.
 OPTIONAL = {
-    "safetensors": "save_adapter, load_adapter, inspect, merge",
+    "safetensors": "save_adapter, load_adapter",
     "numpy": "save_adapter, doctor --interpret",
     "peft": "accelerate_peft",
-    "transformers": "merge; its Trainer takes StableLoRAAdamW",
-    "huggingface_hub": "adapters and models by a hub id",
+    "transformers": "its Trainer takes StableLoRAAdamW",
     "bitsandbytes": "frozen weights in 4 and 8 bits",
     "torchao": "frozen weights in float8, int8 and int4",
 }

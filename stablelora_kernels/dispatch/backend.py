@@ -132,7 +132,7 @@ def _triton_problem() -> str | None:
 def interpreter_problem() -> str | None:
     """Why Triton's interpreter can't run the kernels, or None. Triton must be installed."""
     if importlib.util.find_spec("numpy") is None:
-        return "Triton's interpreter needs NumPy, which is not installed: pip install 'stablelora-kernels[cli]'"
+        return "Triton's interpreter needs NumPy, which is not installed: pip install 'stablelora-kernels[adapters]'"
     with suppress(metadata.PackageNotFoundError):
         triton, numpy = metadata.version("triton"), metadata.version("numpy")
         if release(triton) < (3, 7) and release(numpy) >= (2, 4):

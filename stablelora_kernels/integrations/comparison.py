@@ -56,7 +56,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` has measured. ``print(comparison)`` prints a table and a verdict.
+    """What :func:`~stablelora_kernels.compare` has measured. ``print(comparison)`` prints a table and a verdict.
 
     Attributes:
         peft: a step of the PEFT model on PEFT's own forwards.

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from stablelora_kernels.config import unmatched_names
 from stablelora_kernels.integrations.rows_state import ATTRIBUTE, RowsState
 from stablelora_kernels.model.reports import (
     LoRAReport,
@@ -37,6 +36,7 @@ from stablelora_kernels.nn.projection_group import make_projection_groups, remov
 from stablelora_kernels.nn.stacks import stored_parameter
 from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.modules import check_module, in_fully_sharded, innermost
+from stablelora_kernels.utils.names import unmatched_names
 from stablelora_kernels.utils.validation import check_bool, no_argument
 
 if TYPE_CHECKING:
@@ -230,14 +230,14 @@ def _fuse(model: nn.Module, fusions: Mapping[str, bool], layers: ModuleType) -> 
             for name, module in model.named_modules()
             if type(module) in layers.ORIGINAL
         }
-        notes += make_projection_groups(model, named, layers.PEFT_LAYERS)
+        notes += make_projection_groups(model, named)
     mlps: tuple[GatedMLP, ...] = ()
     if fusions["fuse_mlp"]:
-        mlps = fuse_mlps(model, layers.PEFT_LAYERS)
+        mlps = fuse_mlps(model)
         notes += notes_on_mlps(mlps)
     losses: tuple[LanguageModel, ...] = ()
     if fusions["fuse_loss"]:
-        losses = fuse_losses(model, layers.PEFT_LAYERS)
+        losses = fuse_losses(model)
         notes += notes_on_losses(losses)
     return _Fused(notes, mlps, losses)
 

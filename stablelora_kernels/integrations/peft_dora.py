@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stablelora_kernels.integrations.peft_operands import (
-    READABLE,
-    Base,
     Branch,
     PeftLayer,
-    are_plain,
-    base_operand,
     read_branch,
 )
-from stablelora_kernels.nn.linear import weight_and_bias
+from stablelora_kernels.nn.operands import Base, are_plain, is_readable, read_base
 from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.dora import (
     row_norms,
@@ -31,7 +27,7 @@ from stablelora_kernels.ops.dora import (
     square_sums_by_products,
 )
 from stablelora_kernels.quantized import is_packed_for_cpu, is_quantized, read
-from stablelora_kernels.utils.modules import is_hooked
+from stablelora_kernels.utils.modules import is_hooked, weight_and_bias
 from stablelora_kernels.utils.tensors import is_sharded
 
 # The largest element of an input for whose product a bias is taken away again.
@@ -58,7 +54,7 @@ class Dora(NamedTuple):
         the branch, Z. A new adapter has B = 0 and, beside float32 weights, m = n: the output is
         then the base layer's.
         """
-        operand = base_operand(base, x)
+        operand = read_base(base, x)
         if isinstance(operand, Base):
             z = self.branch.with_base(operand, x)
             # Quantized base layers return x's dtype, even under autocast.
@@ -179,7 +175,7 @@ def read_dora(layer: PeftLayer, adapter: str, between_calls: bool = False) -> Do
     ):
         return f"adapter {adapter!r} is DoRA with hooks, or with a weight on another device"
     base = layer._modules["base_layer"]
-    if type(base) not in READABLE or is_hooked(base):
+    if not is_readable(base) or is_hooked(base):
         return f"adapter {adapter!r} is DoRA on a {type(base).__name__}, or on a layer with hooks"
     weight, bias = weight_and_bias(base)
     if not is_quantized(weight) and not is_sharded(weight) and not are_plain(weight, bias):

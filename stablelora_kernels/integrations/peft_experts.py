@@ -26,16 +26,14 @@ from stablelora_kernels.integrations.peft_wrappers import (
 )
 from stablelora_kernels.model.reports import SkippedModule
 from stablelora_kernels.nn.experts import (
+    StackedPair,
     compute_experts,
-    compute_fused,
     is_llama4,
-    product_of,
     projections_of,
     reason_experts_do_not_fit,
     stack_of,
 )
-from stablelora_kernels.nn.fused_experts import FusableExperts
-from stablelora_kernels.nn.linear import weight_and_bias
+from stablelora_kernels.nn.fused_experts import FusableExperts, compute_fused_experts, gate_of
 from stablelora_kernels.nn.stacks import (
     format_of_stack,
     has_hooks_of_others,
@@ -44,7 +42,7 @@ from stablelora_kernels.nn.stacks import (
     stored_parameter,
 )
 from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack
-from stablelora_kernels.utils.modules import is_hooked
+from stablelora_kernels.utils.modules import is_hooked, weight_and_bias
 from stablelora_kernels.utils.tensors import autocast_dtype
 
 
@@ -53,14 +51,6 @@ class Stacks(NamedTuple):
 
     accelerated: dict[str, ParamWrapper]
     skipped: list[SkippedModule]
-
-
-class Pair(NamedTuple):
-    """A and B of a stack, as PEFT stores them, and their scaling."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
 
 
 class AcceleratedExperts(FusableExperts, ParamWrapper):
@@ -82,10 +72,10 @@ class AcceleratedExperts(FusableExperts, ParamWrapper):
         if has_routing and not kwargs and not is_observed(self):
             stacks = read_stacks(self, x)
             if not isinstance(stacks, str):
+                up, down = stacks
                 if self.are_experts_fused(x):
-                    return compute_fused(base, stacks, x, *args)
-                products = {name: product_of(stack) for name, stack in stacks.items()}
-                return compute_experts(base, products, x, *args)
+                    return compute_fused_experts(gate_of(base), up, down, x, *args)
+                return compute_experts(base, up, down, x, *args)
             reason = stacks
         fault = fault_of_packed(self) if self._has_effect() else None
         if fault is not None:
@@ -98,11 +88,9 @@ class AcceleratedExperts(FusableExperts, ParamWrapper):
         return self.get_base_layer()  # type: ignore[no-any-return]
 
     def _has_effect(self) -> bool:
-        """Whether an adapter is active and enabled."""
-        if self.disable_adapters:
-            return False
-        wrappers = wrapped_parameters(self).values()
-        return any(name in w.lora_A for w in wrappers for name in self.active_adapters)
+        """Whether an adapter of a parameter is active and enabled."""
+        wrappers = [w for w in wrapped_parameters(self).values() if not w.disable_adapters]
+        return any(name in w.lora_A for w in wrappers for name in w.active_adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, which adds to a copy of packed experts that it then drops.
@@ -161,8 +149,8 @@ def read_wrappers(wrappers: Mapping[str, ParamWrapper]) -> Stacks:
     return stacks
 
 
-def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, ExpertStack] | str:
-    """The stacks of the adapted parameters for an input like ``x``, or why PEFT must compute them.
+def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> list[ExpertStack] | str:
+    """The stacks up and down for an input like ``x``, or why PEFT must compute them.
 
     Without ``x``, whether there is an input that they are computed for; there are no stacks then.
     """
@@ -180,28 +168,17 @@ def read_stacks(wrapper: ParamWrapper, x: Tensor | None) -> dict[str, ExpertStac
     unknown = [name for name in wrappers if name not in names]
     if unknown:
         return f"PEFT adapts its {unknown[0]}"
-    stacks: dict[str, ExpertStack] = {}
+    stacks: list[ExpertStack] = []
     for name in names:
         reason = reason_stack_does_not_fit(base, name, x is not None)
         reason = reason or _reason_against_tensors(base, name, x)
         if reason is not None:
             return reason
-        if name in wrappers:
-            pair = _read_pair(name, wrappers[name], x)
-            if isinstance(pair, str):
-                return pair
-            if x is not None:
-                stacks[name] = stack_of(
-                    base,
-                    name,
-                    pair.lora_A,
-                    pair.lora_B,
-                    pair.scaling,
-                    # PEFT before 0.19 takes all weights for [E, in, out].
-                    taken_transposed=not getattr(
-                        wrappers[name], "_did_swap_in_out_features", False
-                    ),
-                )
+        pair = _read_pair(name, wrappers[name], x) if name in wrappers else None
+        if isinstance(pair, str):
+            return pair
+        if x is not None:
+            stacks.append(stack_of(base, name, pair))
     return stacks
 
 
@@ -224,7 +201,7 @@ def _dtype_of_products(x: Tensor) -> torch.dtype:
     return autocast_dtype(x.device.type) or x.dtype
 
 
-def _read_pair(name: str, wrapper: ParamWrapper, x: Tensor | None) -> Pair | str:
+def _read_pair(name: str, wrapper: ParamWrapper, x: Tensor | None) -> StackedPair | str:
     """The pair of a wrapper for an input like ``x``, or why PEFT must compute it. Without ``x``,
     that of any adapter.
     """
@@ -252,7 +229,9 @@ def _read_pair(name: str, wrapper: ParamWrapper, x: Tensor | None) -> Pair | str
         )
         if lora_A.device != x.device or not is_allowed:
             return f"adapter {adapter!r} of its {name} is {lora_A.dtype} on {lora_A.device}"
-    return Pair(lora_A, lora_B, wrapper.scaling[adapter])
+    # PEFT before 0.19 takes all weights for [E, in, out].
+    taken_transposed = not getattr(wrapper, "_did_swap_in_out_features", False)
+    return StackedPair(lora_A, lora_B, wrapper.scaling[adapter], taken_transposed)
 
 
 def _is_matrix(module: nn.Module) -> bool:

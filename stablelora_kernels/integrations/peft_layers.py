@@ -10,31 +10,33 @@ current adapters, scaling, dropout, training mode, and whether the layer is merg
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import layer as _layer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stablelora_kernels.dispatch.tallies import note_fallback
 from stablelora_kernels.functional import LoRAWeights, lora_linear_if
 from stablelora_kernels.integrations.peft_dora import Dora, is_dora, read_dora
 from stablelora_kernels.integrations.peft_operands import (
-    Base,
     Branch,
     PeftLayer,
-    base_operand,
     is_observed,
-    plain_tensors,
     read_branch,
 )
 from stablelora_kernels.integrations.peft_rows import BY_ROWS, output_by_rows
 from stablelora_kernels.integrations.rows_state import Rows, RunsRows, rows_of
-from stablelora_kernels.nn.operands import LayerKind, Operand
+from stablelora_kernels.nn.operands import (
+    Operand,
+    frozen_operand,
+    plain_tensors,
+    read_base,
+    reason_to_cast,
+)
 from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
 
 # The keyword arguments that PEFT's layers consume. The base layer gets the others.
@@ -161,7 +163,7 @@ def _output_in_one_op(layer: PeftLayer, x: Tensor) -> Tensor | None:
 
     # Once calls of this kind are known to fit, the op's own key says so.
     def fits() -> bool:
-        reading = read_peft_layer(layer, x)
+        reading = _read(layer, x)
         if isinstance(reading, str) or reading.weights.lora_A is None:
             return False
         return x.shape[-1:] == reading.weights.lora_A.shape[1:]
@@ -276,26 +278,23 @@ class Accelerated(RunsRows):
             result[index] = branch.add_to(result[index], x[index])
         return result
 
+    def read_operand(self: Any, x: Tensor | None) -> Operand | str:
+        """What ops over several layers read of it; see ``nn/operands.py``."""
+        return _read(self, x)
+
+    def read_usual_operand(self: Any) -> Operand | None:
+        """What they read of a usual layer, whatever its input."""
+        if self.merged or self.disable_adapters or is_observed(self) or rows_of(self) is not None:
+            return None
+        return _read_one_adapter(self)
+
     def _get_name(self) -> str:
         # A printed model must look the same.
         return ORIGINAL[type(self)].__name__
 
 
-def projection_group_key(layer: Any) -> Hashable:
-    """Layers can form a projection group if their keys are equal. :func:`read_peft_layer` checks
-    the rest.
-    """
-    base = layer.base_layer
-    # A layer of another type gets a key of its own.
-    return (layer.in_features, base.weight.dtype) if type(base) is nn.Linear else id(layer)
-
-
-def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
-    """:data:`~stablelora_kernels.nn.operands.Read` of PEFT's layers, and of frozen ones beside
-    them.
-    """
-    if type(layer) not in ORIGINAL:
-        return _read_other_layer(layer, x)
+def _read(layer: Any, x: Tensor | None) -> Operand | str:
+    """:func:`~stablelora_kernels.nn.operands.read_layer` of an accelerated layer."""
     if layer.merged:
         return "is merged"
     if layer.disable_adapters:
@@ -312,13 +311,13 @@ def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
         if reason is not None:
             return f"runs PEFT's own forward: {reason}"
         return f"computes adapter {adapters.name!r}, which is DoRA, by itself"
-    base = base_operand(layer._modules["base_layer"], x)
+    base = read_base(layer._modules["base_layer"], x)
     if isinstance(base, str):
         return base
-    if not isinstance(base.weight, Tensor) and (reason := _reason_to_cast(base, x)) is not None:
+    if not isinstance(base.weight, Tensor) and (reason := reason_to_cast(base, x)) is not None:
         return reason
     if not adapters:
-        return _frozen(base)
+        return frozen_operand(base)
     first, *others = adapters.values()
     against_mlp = None
     if others or first.bias is not None:
@@ -334,15 +333,6 @@ def read_peft_layer(layer: Any, x: Tensor | None) -> Operand | str:
         bias = first.bias_with(base)
     weights = LoRAWeights(base.weight, bias, first.lora_A, first.lora_B, first.scaling)
     return Operand(weights, dropout_p, base.dtype, tuple(others), against_mlp)
-
-
-def read_usual_layer(layer: Any) -> Operand | None:
-    """:data:`~stablelora_kernels.nn.operands.ReadUsual` of PEFT's layers."""
-    if type(layer) not in ORIGINAL or layer.merged or layer.disable_adapters:
-        return None
-    if is_observed(layer) or rows_of(layer) is not None:
-        return None
-    return _read_one_adapter(layer)
 
 
 def _read_one_adapter(layer: PeftLayer) -> Operand | None:
@@ -364,16 +354,6 @@ def _read_one_adapter(layer: PeftLayer) -> Operand | None:
     return Operand(weights, branch.dropout_p, None)
 
 
-def _read_other_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
-    """:func:`read_peft_layer` of a layer that is not accelerated: of a frozen one without PEFT's."""
-    if isinstance(layer, BaseTunerLayer):
-        return f"runs PEFT's own forward: {_reason_not_accelerated(layer)}"
-    base = base_operand(layer, x)
-    if isinstance(base, str):
-        return base
-    return _reason_to_cast(base, x) or _frozen(base)
-
-
 def _reason_against_mlp(branches: dict[str, Branch]) -> str:
     """Why a gated MLP does not take these active adapters of a layer."""
     if len(branches) > 1:
@@ -384,30 +364,6 @@ def _reason_against_mlp(branches: dict[str, Branch]) -> str:
 def _dropout_in_training(layer: PeftLayer, adapter: str) -> float:
     """The probability of an adapter's dropout, in whatever mode the layer is; 0 without one."""
     return getattr(layer.lora_dropout[adapter], "p", 0.0)
-
-
-def _reason_to_cast(base: Base, x: Tensor | None) -> str | None:
-    """Why a quantized base layer must return its product by itself, or None: it casts it."""
-    if x is None or isinstance(base.weight, Tensor) or base.dtype == x.dtype:
-        return None
-    return f"would cast its result from {base.dtype} to {x.dtype}"
-
-
-def _frozen(base: Base) -> Operand:
-    """The operand of a base layer without an adapter."""
-    return Operand(LoRAWeights(base.weight, base.bias, None, None, 1.0), None, base.dtype)
-
-
-def _reason_not_accelerated(layer: Any) -> str:
-    """Why a PEFT layer keeps its own class."""
-    if type(layer) in KNOWN:
-        for adapter in layer.lora_A:
-            if (reason := reason_adapter_stays_pefts(layer, adapter)) is not None:
-                return reason
-    return f"it is a {type(layer).__name__}"
-
-
-PEFT_LAYERS = LayerKind(BaseTunerLayer, read_peft_layer, read_usual_layer, projection_group_key)
 
 
 class AcceleratedLinear(Accelerated, lora.Linear):

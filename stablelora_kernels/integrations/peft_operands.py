@@ -1,5 +1,5 @@
 """What PEFT's LoRA layers hold, as operands of this library's ops, or why PEFT's own forward must
-compute it. It imports peft.
+compute it.
 
 This code runs at every call of every layer, so it avoids nn.Module's slow ``__getattr__``.
 """
@@ -9,23 +9,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear
-from stablelora_kernels.nn.linear import weight_and_bias
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
+from stablelora_kernels.nn.operands import Base, plain_tensors, read_base
 from stablelora_kernels.utils.modules import is_hooked
-from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
-
-# Base layers that can be computed from their weight without calling them.
-READABLE: tuple[type, ...] = (nn.Linear,)
-if hasattr(lora, "Linear4bit"):
-    from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
-
-    READABLE = (nn.Linear, Linear4bit, LinearNF4, LinearFP4)
+from stablelora_kernels.utils.tensors import autocast_dtype
 
 
 class PeftLayer(Protocol):
@@ -51,14 +42,6 @@ class PeftLayer(Protocol):
 
     @property
     def disable_adapters(self) -> bool: ...
-
-
-class Base(NamedTuple):
-    """The base layer's operands of ``lora_linear``, which computes the base product in ``dtype``."""
-
-    weight: Tensor | NF4Weight | FP8Weight
-    bias: Tensor | None
-    dtype: torch.dtype
 
 
 class Branch(NamedTuple):
@@ -91,7 +74,7 @@ class Branch(NamedTuple):
 
     def output(self, base: nn.Module, x: Tensor) -> Tensor:
         """The base layer's output and the branch, in one op if the base layer can be read."""
-        operand = base_operand(base, x)
+        operand = read_base(base, x)
         if isinstance(operand, str):
             return self.add_to(base(x), x)
         result = self.with_base(operand, x)
@@ -119,44 +102,6 @@ class Branch(NamedTuple):
         if base.bias is not None:
             bias = base.bias + bias
         return bias.to(base.dtype)
-
-
-# The types without operations of their own.
-_PLAIN = (nn.Parameter, Tensor)
-
-
-def are_plain(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the types of both have no operations of their own."""
-    return type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-
-
-def plain_tensors(
-    linear: nn.Module, between_calls: bool = False
-) -> tuple[Tensor, Tensor | None] | None:
-    """The weight and the bias of a plain ``nn.Linear`` that nothing watches; None for another
-    module.
-
-    ``between_calls``: they may be shards, for which ``fully_shard`` puts plain tensors during each
-    forward.
-    """
-    # Not by is_hooked() and are_plain(): this runs three times in each call of a layer.
-    if type(linear) is not nn.Linear:
-        return None
-    attributes = linear.__dict__
-    if (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes
-    ):
-        return None
-    weight, bias = weight_and_bias(linear)
-    if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
-        return weight, bias
-    if between_calls and is_sharded(weight):
-        return weight, bias
-    return None
 
 
 def read_branch(layer: PeftLayer, adapter: str, between_calls: bool = False) -> Branch | str:
@@ -196,70 +141,3 @@ def is_observed(layer: object) -> bool:
         or torch.jit.is_tracing()
         or not getattr(layer, "cast_input_dtype_enabled", True)
     )
-
-
-def _calls(base: nn.Module, weight: str = "") -> str:
-    """The reason that a base layer must compute its own product."""
-    return f"calls its base layer, a {type(base).__name__}{weight}, for its product"
-
-
-def base_operand(base: nn.Module, x: Tensor | None) -> Base | str:
-    """The base layer's operands, or why its product cannot be in one op with a branch.
-
-    For an input like ``x``; without one, for any that the layer may get once its parameters are on
-    their devices.
-    """
-    if type(base) not in READABLE or is_hooked(base):
-        return _calls(base)
-    weight, bias = weight_and_bias(base)
-    # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by
-    # plain tensors.
-    if is_quantized(weight):
-        return _quantized_operand(base, weight, bias, x)
-    if x is None and is_sharded(weight):
-        return Base(weight, bias, weight.dtype)
-    if type(base) is not nn.Linear or not are_plain(weight, bias):
-        return _calls(base, f" with a {type(weight).__name__}")
-    if x is None:
-        return Base(weight, bias, weight.dtype)
-    # Without a bias, the weight is compared twice.
-    bias_or_weight = weight if bias is None else bias
-    if weight.device != x.device or bias_or_weight.device != x.device:
-        return _calls(base)
-    if weight.dtype == bias_or_weight.dtype == x.dtype:
-        return Base(weight, bias, x.dtype)
-    if x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None:
-        return Base(weight, bias, weight.dtype)
-    return _calls(base)
-
-
-def _quantized_operand(
-    base: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor | None
-) -> Base | str:
-    """As :func:`base_operand` for a 4-bit or float8 base layer, if the kernels compute the same
-    product as the layer.
-    """
-    # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
-    if resolve_backend((weight if x is None else x).device) != "triton":
-        return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
-    compute_dtype = getattr(base, "compute_dtype", weight.dtype)
-    if x is None:
-        return Base(weight, bias, compute_dtype)
-    dtype = autocast_dtype(x.device.type) or x.dtype
-    # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and
-    # cast the bias in place.
-    casts = type(base) is not nn.Linear
-    is_settled = base.compute_type_is_set if casts else x.dtype == dtype
-    if compute_dtype != dtype or not is_settled:
-        return _calls(base)
-    if bias is not None and (bias.dtype != dtype or bias.device != x.device):
-        return _calls(base)
-    try:
-        stored = read(weight)
-    except (TypeError, ValueError):
-        return _calls(base)
-    # bitsandbytes may have quantized the weight as [K, N].
-    has_layout = stored.shape == (base.out_features, base.in_features)
-    if not has_layout or stored.stored.data.device != x.device:
-        return _calls(base)
-    return Base(stored, bias, dtype)

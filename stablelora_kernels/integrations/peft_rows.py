@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from stablelora_kernels.integrations.peft_operands import (
     Branch,
     PeftLayer,
-    base_operand,
     read_branch,
 )
 from stablelora_kernels.integrations.rows_state import Rows
+from stablelora_kernels.nn.operands import read_base
 from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
 
 # Why projection groups and gated MLPs leave a layer to itself.
@@ -119,7 +119,7 @@ def output_by_rows(
     if not branches or args or base_kwargs:
         result: Tensor = base(x, *args, **base_kwargs)
         return lora_rows(x, None, None, result, branches) if branches else result
-    operand = base_operand(base, x)
+    operand = read_base(base, x)
     if isinstance(operand, str) or not isinstance(operand.weight, Tensor):
         return lora_rows(x, None, None, base(x), branches)
     return lora_rows(x, operand.weight, operand.bias, None, branches)

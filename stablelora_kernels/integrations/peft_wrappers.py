@@ -9,8 +9,13 @@ from collections.abc import Sequence
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from stablelora_kernels.model.modules import registrations, swap_hooks
 from stablelora_kernels.nn.stacks import computed_parameters, parameter_names
+from stablelora_kernels.utils.modules import HOOKS
+
+_HOOK_ATTRIBUTES = (
+    *HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)  # fmt: skip
 
 
 def wrapped_parameters(wrapper: nn.Module) -> dict[str, ParamWrapper]:
@@ -55,8 +60,13 @@ def _nest(model: nn.Module, outermost: ParamWrapper, names: Sequence[str]) -> Pa
         wrappers[name].base_layer = inner
         inner = wrappers[name]
     # Hooks are those of the place.
-    swap_hooks(outermost, new)
-    for parent, key, _ in registrations(model, [outermost]):
-        if parent not in wrappers.values():
-            parent._modules[key] = new
+    for key in _HOOK_ATTRIBUTES:
+        # The dicts themselves: handles that remove hooks refer to them.
+        vars(outermost)[key], vars(new)[key] = vars(new)[key], vars(outermost)[key]
+    for parent in model.modules():
+        if parent in wrappers.values():
+            continue
+        for name, child in parent._modules.items():
+            if child is outermost:
+                parent._modules[name] = new
     return new

@@ -1,81 +1,66 @@
-"""``apply_lora``: put LoRA on a whole model. A plan comes first: which layers are replaced, which
-are skipped, and why.
-"""
+"""``apply_lora``: put ``LoRALinear`` layers into a model in place of its ``nn.Linear`` layers."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from stablelora_kernels.config import LoRAConfig
-from stablelora_kernels.model.merge import save_merged_layers_plain
-from stablelora_kernels.model.modules import (
-    CONFIG_ATTRIBUTE,
-    lora_layers,
-    replace_modules,
-    unchanged_on_error,
-    untie,
-)
-from stablelora_kernels.model.peft_format import config_from_peft
-from stablelora_kernels.model.plan import LoRAPlan, plan_lora
+from stablelora_kernels.functional import FLOAT_DTYPES
+from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import (
     LoRAReport,
+    ReplacedModule,
+    SkippedModule,
     count_parameters,
+    list_some,
     notes_on_gradients,
     notes_on_heads,
     notes_on_mlps,
-    rows_of,
-)
-from stablelora_kernels.nn.experts import (
-    LoRAExperts,
-    LoRAStack,
-    StackedWeight,
 )
 from stablelora_kernels.nn.fused_loss import fuse_losses, notes_on_losses
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps
-from stablelora_kernels.nn.linear import LoRABranchLinear, LoRALinear, make_layer
-from stablelora_kernels.nn.operands import OWN_LAYERS
+from stablelora_kernels.nn.linear import LoRALinear, reason_against_lora
 from stablelora_kernels.nn.projection_group import make_projection_groups
-from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
-from stablelora_kernels.utils.modules import HOOKS, clean
+from stablelora_kernels.quantized import is_quantized
+from stablelora_kernels.utils.modules import check_module, check_not_in_ddp, clean, is_hooked
+from stablelora_kernels.utils.names import check_regex, ends_of, unmatched_names
 from stablelora_kernels.utils.validation import counted
+
+ALL_LINEAR = "all-linear"
 
 
 def apply_lora(
     model: nn.Module,
-    config: LoRAConfig | Any,
+    target_modules: str | Collection[str],
     *,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
     fuse_projections: bool = False,
     fuse_mlp: bool = False,
     fuse_loss: bool = False,
 ) -> LoRAReport:
-    """Give every linear layer that ``config`` matches a LoRA branch, in place, and freeze every
-    other parameter.
+    """Replace linear layers of ``model`` by :class:`LoRALinear`, in place, without PEFT. Every other
+    parameter is frozen.
 
-    A new layer shares the old layer's weight, bias and hooks, its device and its training mode. A
-    and B are float32, or float64 with a float64 weight. A layer that is registered in two places is
-    matched by its first name and stays one layer in both. Trainable afterwards are A and B, the
-    biases that ``config.bias`` selects, the modules of ``config.modules_to_save`` and the new head
-    of ``config.task_type``. As in PEFT, such a module gets a copy of a weight that is tied to a
-    module outside.
-
-    Replaced are ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and
-    ``Linear8bitLt``. If the kernels cannot read a weight (it is neither plain, nor 4-bit, nor
-    torchao's float8), the original layer computes the base product and the branch is added to it.
-    All other matches stay as they are, and the report names them with the reason: other subclasses
-    and layer types, layers that already have LoRA, layers that give their input no gradient, the
-    output head under "all-linear", and so on.
+    Each new layer shares the old one's weight and bias. A and B are float32, or float64 with a
+    float64 weight. A layer that is registered in two places stays one layer in both. For ranks or
+    alphas that differ by layer, call it once for each; earlier layers keep training. For everything
+    else that PEFT's ``LoraConfig`` has, use PEFT and :func:`~stablelora_kernels.accelerate_peft`.
 
     Args:
         model: any module.
-        config: a :class:`LoRAConfig`, or a ``LoraConfig`` of the ``peft`` package that asks for
-            plain LoRA.
+        target_modules: as in PEFT, a collection of names, each of which matches a module's whole
+            dotted name or its end after a dot; or "all-linear", every ``nn.Linear`` but the output
+            head; or any other string, a regular expression for the whole dotted name.
+        r, lora_alpha, lora_dropout, use_rslora: those of :class:`LoRALinear`.
         fuse_projections: compute layers together whose names say that they share an input (q, k and
             v of an attention; gate and up of an MLP). The first layer's call computes the whole
             projection group from one read of the input; results are those of separate layers up to
@@ -86,8 +71,7 @@ def apply_lora(
             by what its forward computes; the activation is SiLU or GELU, and at least one of its
             projections has LoRA. The report's ``mlps`` lists each MLP, fused or with the reason why
             not. A call that the op does not fit runs the module's own forward. Where both apply,
-            ``fuse_mlp`` goes before ``fuse_projections``. A module of experts is computed in one
-            op, too, whatever its gate.
+            ``fuse_mlp`` goes before ``fuse_projections``.
         fuse_loss: compute the loss of a causal language model of transformers without its logits
             (:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). In training with
             labels, the output's ``logits`` are then None. In evaluation, and without labels, the
@@ -96,164 +80,222 @@ def apply_lora(
             computed so, or why it is not; a call that the op does not fit computes logits.
 
     Returns:
-        The report. Names of ``target_modules`` that match nothing, as a typo does, are in its notes
-        and in a warning. So is a head for classification or the like that stays frozen, and a
-        frozen layer that gives its input no gradient.
+        The report. It names the layers that were matched and stay as they are, with the reason.
+        Names of ``target_modules`` that match nothing, as a typo does, are in its notes and in a
+        warning. So is a head for classification or the like that stays frozen, and a frozen layer
+        that gives its input no gradient.
 
     Raises:
-        ValueError: no layer matches, none of ``modules_to_save`` matches, or one of them holds
-            parameters that cannot be trained; or a PEFT config asks for more than plain LoRA.
-        TypeError: ``model`` or ``config`` has another type.
-
-    Whatever it raises, running out of memory included, the model is as it was.
+        ValueError: no layer matches, or an argument is out of range. The model is as it was.
+        TypeError: an argument has another type.
     """
-    if not isinstance(config, LoRAConfig) and getattr(config, "peft_type", None) is not None:
-        config = config_from_peft(config)
-    plan = plan_lora(model, _with_heads_of_task(model, config))
-    with unchanged_on_error(model):
-        report = apply_plan(model, plan, {}, fuse_projections, fuse_mlp, fuse_loss)
-    save_merged_layers_plain(model)
+    check_module(model)
+    check_not_in_ddp(model)
+    _check_targets(target_modules)
+    is_all_linear = _is_all_linear(target_modules)
+    heads = _heads(model) if is_all_linear else {}
+    targets: dict[str, nn.Linear] = {}
+    skipped: list[SkippedModule] = []
+    for path, module in model.named_modules():
+        name = clean(path)
+        if not name or not _matches(target_modules, name):
+            continue
+        if is_all_linear and not isinstance(module, (nn.Linear, LoRALinear)):
+            continue
+        reason = heads.get(module) or _reason_to_skip(model, path, module)
+        if reason is None:
+            targets[name] = module  # type: ignore[assignment]
+        else:
+            skipped.append(SkippedModule(name, reason))
+    if not targets:
+        raise ValueError(_nothing_matched(model, target_modules, skipped))
+    settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
+    notes = put_in(model, targets, dict.fromkeys(targets, settings))
+    unmatched = unmatched_names(target_modules, [clean(name) for name, _ in model.named_modules()])
+    if unmatched:
+        notes.append(unmatched)
+        where = counted(len(targets), "module")
+        warnings.warn(f"{unmatched}, while other names match {where}", stacklevel=2)
     for note in notes_on_gradients(model) + notes_on_heads(model):
         warnings.warn(note, stacklevel=2)
-    if plan.unmatched:
-        matched = counted(len(report.replaced), "module")
-        warnings.warn(f"{plan.unmatched}, while other names match {matched}", stacklevel=2)
-    return report
+    return fuse(model, targets, skipped, notes, fuse_projections, fuse_mlp, fuse_loss)
 
 
-def apply_plan(
+class LoRASettings(NamedTuple):
+    """The arguments of a new layer, as :class:`LoRALinear` has them."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    lora_dtype: torch.dtype = torch.float32
+
+
+def put_in(
+    model: nn.Module, targets: Mapping[str, nn.Linear], settings: Mapping[str, LoRASettings]
+) -> list[str]:
+    """Put a layer in the place of each target, by its name; freeze all but A's and B's. Return
+    notes.
+
+    If it raises, the model is as it was.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        new: dict[nn.Module, LoRALinear] = {
+            linear: LoRALinear.from_linear(linear, **settings[name]._asdict())
+            for name, linear in targets.items()
+        }
+    except BaseException:
+        for parameter, flag in flags.items():
+            parameter.requires_grad = flag
+        raise
+    places = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child in new
+    ]
+    for parent, key, child in places:
+        parent.register_module(key, new[child])
+    trained = {p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+    for parameter in model.parameters():
+        if parameter not in trained:
+            # An assignment, not requires_grad_(), which a lazy module's parameters do not have.
+            parameter.requires_grad = False
+    counts = Counter(child for _, _, child in places)
+    return [
+        f"{name!r} is registered in {counts[linear]} places and stays one layer"
+        for name, linear in targets.items()
+        if counts[linear] > 1
+    ]
+
+
+def fuse(
     model: nn.Module,
-    plan: LoRAPlan,
-    lora_dtypes: Mapping[str, torch.dtype],
+    names: Iterable[str],
+    skipped: Iterable[SkippedModule],
+    notes: list[str],
     fuse_projections: bool,
     fuse_mlp: bool,
     fuse_loss: bool,
 ) -> LoRAReport:
-    """The second half of :func:`apply_lora`. ``lora_dtypes`` gives the dtype of A and B by layer
-    name, float32 unless given.
-
-    Whoever calls it puts the model back if it raises.
-    """
-    config = plan.config
-    layers = _make_layers(plan, lora_dtypes)
-    notes = list(plan.notes)
-    notes += _put_in(model, plan, layers)
-    notes += _notes_on_kinds(layers.values())
-    _choose_trainable(model, config)
-    for module in plan.modules_to_save.values():
-        for key in untie(model, module):
-            notes.append(f"{key!r} was tied to a module outside modules_to_save and is a copy now")
-        module.requires_grad_(True)
+    """The fusions of :func:`apply_lora`, and the report on the layers of these names."""
+    layers = lora_layers(model)
     if fuse_projections:
-        plain = {name: layer for name, layer in layers.items() if type(layer) is LoRALinear}
-        notes += make_projection_groups(model, plain, OWN_LAYERS)
+        notes = notes + make_projection_groups(model, layers)
     mlps: tuple[GatedMLP, ...] = ()
     if fuse_mlp:
-        mlps = fuse_mlps(model, OWN_LAYERS)
-        notes += notes_on_mlps(mlps)
+        mlps = fuse_mlps(model)
+        notes = notes + notes_on_mlps(mlps)
     if fuse_loss:
-        notes += notes_on_losses(fuse_losses(model, OWN_LAYERS))
-    notes += notes_on_gradients(model) + notes_on_heads(model)
-    setattr(model, CONFIG_ATTRIBUTE, config)
-    return LoRAReport(rows_of(layers), plan.skipped, *count_parameters(model), tuple(notes), mlps)
-
-
-def _make_layers(plan: LoRAPlan, lora_dtypes: Mapping[str, torch.dtype]) -> dict[str, LoRALinear]:
-    """The new layers by name. They are not in the model yet."""
-    config = plan.config
-    layers = {}
-    for name, target in plan.targets.items():
-        layers[name] = make_layer(
-            target.layer_class,
-            target.base,
-            config.rank_of(name),
-            config.alpha_of(name),
-            config.lora_dropout,
-            config.use_rslora,
-            config.init_lora_weights,
-            lora_dtypes.get(name, torch.float32),
+        notes = notes + notes_on_losses(fuse_losses(model))
+    notes = notes + notes_on_gradients(model) + notes_on_heads(model)
+    rows = []
+    for name in names:
+        layer = layers[name]
+        rows.append(
+            ReplacedModule(
+                name,
+                layer.in_features,
+                layer.out_features,
+                layer.r,
+                layer.lora_alpha,
+                layer.scaling,
+            )
         )
-    return layers
+    return LoRAReport(tuple(rows), tuple(skipped), *count_parameters(model), tuple(notes), mlps)
 
 
-def _put_in(model: nn.Module, plan: LoRAPlan, layers: Mapping[str, LoRALinear]) -> list[str]:
-    """Put the new layers into the places of the old ones, with their hooks, and return notes."""
-    new: dict[nn.Module, nn.Module] = {}
-    for name, layer in layers.items():
-        base = plan.targets[name].base
-        if isinstance(base, StackedWeight):
-            experts = new.setdefault(base.experts, LoRAExperts(base.experts))
-            experts.register_module(base.name, layer)
-        else:
-            new[base] = layer
-    notes = []
-    names = {module: name for name, module in model.named_modules() if module in new}
-    for module, name in names.items():
-        hooks = sum(len(getattr(module, attribute)) for attribute in HOOKS)
-        if hooks:
-            notes.append(f"{counted(hooks, 'hook')} of {name!r} moved to the new layer")
-    for module, count in replace_modules(model, new).items():
-        if count > 1:
-            notes.append(f"{names[module]!r} is registered in {count} places and stays one layer")
-    return notes
-
-
-def _choose_trainable(model: nn.Module, config: LoRAConfig) -> None:
-    """Freeze every parameter but A and B, and the biases that ``config.bias`` selects."""
-    adapted = lora_layers(model).values()
-    lora = {parameter for layer in adapted for parameter in (layer.lora_A, layer.lora_B)}
-    biases = {layer.bias for layer in adapted} if config.bias == "lora_only" else set()
-    for name, parameter in model.named_parameters():
-        if parameter not in lora:
-            is_bias = config.bias == "all" and name.rpartition(".")[2] == "bias"
-            # An assignment, not requires_grad_(), which a lazy module's parameters do not have.
-            parameter.requires_grad = is_bias or parameter in biases
-
-
-def _with_heads_of_task(model: nn.Module, config: Any) -> Any:
-    """``config`` with those heads of its task in ``modules_to_save`` that ``model`` has."""
-    if not isinstance(config, LoRAConfig) or not isinstance(model, nn.Module):
-        return config
-    names = [clean(path) for path, _ in model.named_modules()]
-    heads = [head for head in config.heads_of_task if any(name.endswith(head) for name in names)]
-    new = [head for head in heads if head not in (config.modules_to_save or ())]
-    return (
-        replace(config, modules_to_save=[*(config.modules_to_save or ()), *new]) if new else config
-    )
-
-
-def _notes_on_kinds(layers: Iterable[LoRALinear]) -> list[str]:
-    """Notes on layers that can't be merged."""
-    quantized = Counter[str]()
-    branches = Counter[str]()
-    stacks = Counter[str]()
-    for layer in layers:
-        weight_kind = type(layer.weight).__name__
-        if isinstance(layer, LoRAStack):
-            packed_format = layer.packed_format
-            if packed_format is not None:
-                stacks[packed_format] += 1
-        elif isinstance(layer, LoRAQuantizedLinear):
-            quantized[weight_kind] += 1
-        elif isinstance(layer, LoRABranchLinear):
-            base = type(layer.base_layer)
-            is_linear = base is nn.Linear
-            branches[f"nn.Linear with {weight_kind}" if is_linear else base.__name__] += 1
-    notes = []
-    if quantized:
-        notes.append(
-            f"quantized weights ({_listed(quantized)}) stay as they are stored; these layers can't be merged"
+def _check_targets(target_modules: object) -> None:
+    if isinstance(target_modules, str):
+        check_regex("target_modules", target_modules)
+        return
+    names = target_modules if isinstance(target_modules, Collection) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(
+            f"target_modules must be 'all-linear', a regular expression or names, got {target_modules!r}"
         )
-    if branches:
-        notes.append(
-            f"{_listed(branches)} compute their own product, with the branch on it; these layers can't be merged"
-        )
-    for packed_format, count in stacks.items():
-        notes.append(
-            f"{counted(count, 'stack')} of experts in {packed_format} stay as they are stored; these can't be merged"
-        )
-    return notes
 
 
-def _listed(kinds: Counter[str]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+def _is_all_linear(target_modules: object) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+
+
+def _matches(target_modules: str | Collection[str], name: str) -> bool:
+    """Whether ``target_modules`` matches a module's dotted name. "all-linear" matches every name."""
+    if not isinstance(target_modules, str):
+        return any(end in target_modules for end in ends_of(name))
+    return _is_all_linear(target_modules) or re.fullmatch(target_modules, name) is not None
+
+
+def _heads(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers that "all-linear" leaves out, with their reasons."""
+    heads: dict[nn.Module, str] = {}
+    embeddings = {
+        m.weight: name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight in embeddings:
+            heads[module] = (
+                f'its weight is tied to {embeddings[module.weight]!r}, so "all-linear" leaves it out'
+            )
+        # transformers' models have this method. The model may contain one.
+        if callable(find := getattr(module, "get_output_embeddings", None)):
+            try:
+                head = find()
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(head, nn.Module):
+                heads[head] = 'it is the output head, which "all-linear" leaves out'
+    return heads
+
+
+def _reason_to_skip(model: nn.Module, path: str, module: nn.Module) -> str | None:
+    """Why a matched module stays as it is, or None."""
+    if isinstance(module, LoRALinear):
+        return "it is a LoRALinear already"
+    words = path.split(".")
+    parents = [model.get_submodule(".".join(words[:depth])) for depth in range(len(words))]
+    if any("base_layer" in parent._modules for parent in [*parents, module]):
+        return _OF_PEFT
+    if isinstance(parents[-1], nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight instead of calling it in inference"
+    reason = reason_against_lora(module)
+    if reason is not None:
+        return f"it {reason}"
+    if is_hooked(module):
+        return "it has hooks, or its forward was replaced (as accelerate's hooks do)"
+    if set(module._parameters) != {"weight", "bias"} or module._modules:
+        return "it holds other parameters or modules than weight and bias"
+    weight: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
+    if not is_quantized(weight) and weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is of {weight.dtype}"
+    if 0 in weight.shape:
+        return f"its weight is empty, {list(weight.shape)}"
+    return None
+
+
+_OF_PEFT = "it is part of a PEFT layer; accelerate_peft runs those"
+
+
+def _nothing_matched(
+    model: nn.Module, target_modules: object, skipped: Collection[SkippedModule]
+) -> str:
+    """The message of the error that no layer gets LoRA."""
+    if any(module.reason == _OF_PEFT for module in skipped):
+        # A list of the skipped layers and of the model's linear layers would bury that.
+        return (
+            f"target_modules {target_modules!r} matches no layer but PEFT's, which have LoRA already: "
+            "slk.accelerate_peft(model) runs them on these kernels"
+        )
+    text = f"target_modules must match an nn.Linear of the model, got {target_modules!r}, which matches none"
+    if skipped:
+        text += f"; skipped {list_some([f'{module.name} ({module.reason})' for module in skipped])}"
+    elif isinstance(target_modules, str):
+        text += "; a string is a regular expression for the whole dotted name, a list holds ends of names"
+    candidates = [
+        repr(clean(name))
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name
+    ]
+    return text + f". Its linear layers: {list_some(candidates) or 'none'}"

@@ -1,10 +1,10 @@
-"""The reports that ``apply_lora``, ``load_adapter``, ``accelerate_peft`` and ``merge_lora`` return."""
+"""The report that ``apply_lora``, ``load_adapter`` and ``accelerate_peft`` return."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,10 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from stablelora_kernels.nn.fused_mlp import GatedMLP
 from stablelora_kernels.nn.gradients import layers_without_gradient
-from stablelora_kernels.nn.linear import LoRALinear
-from stablelora_kernels.nn.merging import MergeError
 from stablelora_kernels.nn.stacks import stacks_of
-from stablelora_kernels.utils.modules import check_module
 from stablelora_kernels.utils.validation import counted
 
 
@@ -60,30 +57,14 @@ class SkippedModule:
     reason: str
 
 
-class _Report:
-    """A short repr, and errors that help whoever takes a report for the model."""
-
-    _NO_MODEL = (
-        "the model was changed in place, and this is the report on it; go on with the model itself"
-    )
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
-
-    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise TypeError(f"{type(self).__name__!r} object is not callable: {self._NO_MODEL}")
-
-    # Type checkers would accept every name.
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name):
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}: {self._NO_MODEL}"
-            )
+# A report is easily taken for the model.
+_NO_MODEL = (
+    "the model was changed in place, and this is the report on it; go on with the model itself"
+)
 
 
 @dataclass(frozen=True, repr=False)
-class LoRAReport(_Report):
+class LoRAReport:
     """The changes to a model. ``print(report)`` prints a summary.
 
     Attributes:
@@ -103,6 +84,20 @@ class LoRAReport(_Report):
     notes: tuple[str, ...] = ()
     mlps: tuple[GatedMLP, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {str(self).splitlines()[0]}>"
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError(f"{type(self).__name__!r} object is not callable: {_NO_MODEL}")
+
+    # Type checkers would accept every name.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}: {_NO_MODEL}"
+            )
+
     def __str__(self) -> str:
         share = self.trainable / self.total if self.total else 0.0
         modules = len({module.name for module in self.replaced})
@@ -121,46 +116,6 @@ class LoRAReport(_Report):
             )
         lines += [f"  skipped {text}" for text in by_reason(self.skipped)]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-
-@dataclass(frozen=True, repr=False)
-class MergeReport(_Report):
-    """The rounding errors of a merge, and the weights that it untied. ``print(report)`` prints a
-    summary.
-
-    Attributes:
-        errors: the rounding error by the layer's name.
-        untied: by the layer's name, the names of parameters that shared its weight and still hold
-            the frozen one.
-    """
-
-    errors: Mapping[str, MergeError]
-    untied: Mapping[str, tuple[str, ...]]
-
-    @property
-    def worst(self) -> str | None:
-        """The name of the layer with the largest relative error, or None if no layer was merged."""
-        return max(self.errors, key=lambda name: self.errors[name].relative, default=None)
-
-    def __str__(self) -> str:
-        lines = [f"{counted(len(self.errors), 'module')} merged"]
-        if self.worst is not None:
-            lines.append(f"  worst {self.worst}: {self.errors[self.worst]}")
-        lines += [
-            f"  {name}.weight is no longer tied to {list_some([*names])}"
-            for name, names in self.untied.items()
-        ]
-        return "\n".join(lines)
-
-
-def rows_of(layers: Mapping[str, LoRALinear]) -> tuple[ReplacedModule, ...]:
-    """The report's rows on ``layers``."""
-    return tuple(
-        ReplacedModule(
-            name, m.in_features, m.out_features, m.r, m.lora_alpha, m.scaling, experts=m.num_experts
-        )
-        for name, m in layers.items()
-    )
 
 
 def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
@@ -251,7 +206,8 @@ def notes_on_heads(model: nn.Module) -> list[str]:
             return []
         names = ", ".join(map(repr, heads))
         return [
-            f"{names} of {type(module).__name__} stays frozen; if it is new, its values are random: name it in modules_to_save"
+            f"{names} of {type(module).__name__} stays frozen; if it is new, its values are random: "
+            "name it in PEFT's modules_to_save, or let its parameters require gradients after apply_lora"
         ]
     return []
 
@@ -271,11 +227,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     A weight in 4 bits counts its elements, and a DTensor and a parameter cut by ZeRO-3 those of the
     full tensor. A parameter in two places counts once. A lazy module's parameters, which have no
     shape yet, do not count.
-
-    Raises:
-        TypeError: ``model`` is no module.
     """
-    check_module(model)
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     trainable = sum(_elements(parameter) for parameter in parameters if parameter.requires_grad)
     return trainable, sum(map(_elements, parameters))
@@ -288,16 +240,6 @@ def _elements(parameter: nn.Parameter) -> int:
         return whole
     # For 4-bit weights, count elements, not storage bytes.
     return math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the numbers of :func:`count_parameters` in PEFT's line, for any model.
-
-    ``trainable params: 884,736 || all params: 135,399,744 || trainable%: 0.6534``
-    """
-    trainable, total = count_parameters(model)
-    share = 100 * trainable / total if total else 0.0
-    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
 
 def list_some(names: list[str], limit: int = 5) -> str:

@@ -1,8 +1,8 @@
 """``fuse_mlp`` for modules of experts: which of them one autograd node computes, and why not the
 others.
 
-:class:`FusableExperts` is what ``LoRAExperts`` and PEFT's accelerated wrapper share. Each call looks
-again; a call that does not fit is computed by two ops of ``lora_experts``, or by PEFT.
+Each call looks again; a call that does not fit is computed by two ops of ``lora_experts``, or by
+PEFT.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _ATTRIBUTE = "_stablelora_experts_mlp"
 
 
 class FusableExperts:
-    """A mixin of modules that compute a module of experts with LoRA."""
+    """A module that computes a module of experts with LoRA: PEFT's wrapper, accelerated."""
 
     def fuse_experts(self: Any) -> str | None:
         """Compute the experts in one node from now on, or return why not."""
-        reason = self.reason_experts_are_not_fused()
+        reason = _reason_against(self.module_of_experts())
         if reason is None:
             self.__dict__[_ATTRIBUTE] = True
-        return reason  # type: ignore[no-any-return]
+        return reason
 
     def unfuse_experts(self: Any) -> None:
         self.__dict__.pop(_ATTRIBUTE, None)
@@ -44,18 +44,14 @@ class FusableExperts:
         # module's call.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or _has_any_global_hook():
             return False
-        return self.reason_experts_are_not_fused() is None
+        return _reason_against(self.module_of_experts()) is None
 
     def module_of_experts(self) -> Any:
         """transformers' module."""
         raise NotImplementedError
 
-    def reason_experts_are_not_fused(self) -> str | None:
-        """Why one node cannot compute the module of experts as it is now, or None."""
-        return reason_experts_do_not_fuse(self.module_of_experts())
 
-
-def reason_experts_do_not_fuse(experts: Any) -> str | None:
+def _reason_against(experts: Any) -> str | None:
     """Why one node cannot compute a module of experts that ``lora_experts`` fits, or None."""
     if not hasattr(type(experts), "_apply_gate"):
         return f"{type(experts).__name__} is called without routing weights"

@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.nn.loss_form import LossForm, loss_form_of
-from stablelora_kernels.nn.operands import LayerKind, Operand
+from stablelora_kernels.nn.operands import Operand, is_adapted, read_layer
 from stablelora_kernels.utils.modules import is_hooked
 
 # The key of a model's __dict__ that holds its State.
@@ -59,7 +59,6 @@ class State(NamedTuple):
     """How a fused model computes."""
 
     form: LossForm
-    kind: LayerKind
     # The name of a layer with an adapter; "" if none is known. Once PEFT's merge_and_unload or
     # unload has replaced it, the model is a plain one again.
     adapted: str
@@ -91,7 +90,7 @@ class _Call:
     def _withhold(self, hidden: Tensor) -> Tensor:
         """What the model gets for its logits."""
         head = self._model._modules[self._state.form.head]
-        operand = _read(head, self._state.kind, hidden)
+        operand = _read(head, hidden)
         if isinstance(operand, str):
             logits: Tensor = head(hidden)
             return logits
@@ -142,7 +141,7 @@ class _Call:
         return loss / num_items_in_batch
 
 
-def _read(head: nn.Module, kind: LayerKind, hidden: Tensor | None) -> Operand | str:
+def _read(head: nn.Module, hidden: Tensor | None) -> Operand | str:
     """The head as the op reads it, or why its own forward must compute the logits. Without
     ``hidden``: whatever it is.
     """
@@ -152,7 +151,7 @@ def _read(head: nn.Module, kind: LayerKind, hidden: Tensor | None) -> Operand | 
         return "has hooks, or its forward was replaced"
     if hidden is not None and type(hidden) is not Tensor:
         return f"is called with a {type(hidden).__name__}"
-    operand = kind.read(head, hidden)
+    operand = read_layer(head, hidden)
     if isinstance(operand, str):
         return operand
     weight = operand.weights.weight
@@ -220,7 +219,7 @@ def _has_adapter(model: nn.Module, state: State) -> bool:
     layer: nn.Module | None = model
     for name in state.adapted.split(".") if state.adapted else ():
         layer = layer._modules.get(name) if layer is not None else None
-    return layer is model or isinstance(layer, state.kind.adapted)
+    return layer is model or is_adapted(layer)
 
 
 def _warn_without_labels(model: nn.Module) -> None:
@@ -232,7 +231,7 @@ def _warn_without_labels(model: nn.Module) -> None:
         warnings.warn(WITHOUT_LABELS, UserWarning, stacklevel=2)
 
 
-def fuse_losses(model: nn.Module, kind: LayerKind) -> tuple[LanguageModel, ...]:
+def fuse_losses(model: nn.Module) -> tuple[LanguageModel, ...]:
     """Fuse the losses of the language models in ``model``."""
     models = []
     for name, module in list(model.named_modules()):
@@ -240,7 +239,7 @@ def fuse_losses(model: nn.Module, kind: LayerKind) -> tuple[LanguageModel, ...]:
             continue
         unfuse_losses([module])
         form = loss_form_of(type(module))  # type: ignore[arg-type]
-        reason = form if isinstance(form, str) else _fuse(module, form, kind)
+        reason = form if isinstance(form, str) else _fuse(module, form)
         models.append(LanguageModel(name, reason))
     return tuple(models)
 
@@ -260,25 +259,25 @@ def _may_be_language_model(module: nn.Module) -> bool:
     return isinstance(head, nn.Module)
 
 
-def _fuse(module: Any, form: LossForm, kind: LayerKind) -> str | None:
+def _fuse(module: Any, form: LossForm) -> str | None:
     """Change the class of ``module``, or return why it keeps its own loss."""
     if "forward" in module.__dict__:
         return f"its forward was replaced by {_source(module.__dict__['forward'])}"
     head = module._modules.get(form.head)
     if head is None:
         return f"it has no module {form.head!r}"
-    operand = _read(head, kind, None)
+    operand = _read(head, None)
     if isinstance(operand, str):
         return f"{form.head!r} {operand}"
     if not _has_known_loss(module):
         return "its loss_function is not transformers' ForCausalLMLoss"
     layers = module.named_modules()
-    adapted = next((name for name, layer in layers if isinstance(layer, kind.adapted)), "")
+    adapted = next((name for name, layer in layers if is_adapted(layer)), "")
     try:
         module.__class__ = _fused_class(type(module))
     except Exception as error:
         return f"its class {type(module).__name__} can't have a subclass ({error})"
-    module.__dict__[ATTRIBUTE] = State(form, kind, adapted)
+    module.__dict__[ATTRIBUTE] = State(form, adapted)
     return None
 
 

@@ -23,7 +23,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from stablelora_kernels.functional import LoRAWeights, lora_mlp, lora_mlp_if
 from stablelora_kernels.nn.fused_experts import FusableExperts
 from stablelora_kernels.nn.mlp_form import Child, Form, form_of, reason_form_changed
-from stablelora_kernels.nn.operands import LayerKind, Operand, Read
+from stablelora_kernels.nn.operands import (
+    Operand,
+    is_adapted,
+    is_projection,
+    read_layer,
+    read_usual_layer,
+)
 from stablelora_kernels.quantized import is_quantized
 
 # The key of a module's __dict__ that holds its State. state_dict does not have it.
@@ -59,7 +65,6 @@ class State(NamedTuple):
     """How a fused MLP computes."""
 
     form: Form
-    kind: LayerKind
     # The function of a forward that was bound to the instance.
     own_forward: Callable[..., Any] | None
 
@@ -138,10 +143,9 @@ def _usual_call(module: nn.Module, state: State) -> _Call | None:
     """
     form = state.form
     modules = module._modules
-    read = state.kind.read_usual
-    gate = read(modules[form.gate.name])  # type: ignore[arg-type]
-    up = read(modules[form.up.name])  # type: ignore[arg-type]
-    down = read(modules[form.down.name])  # type: ignore[arg-type]
+    gate = read_usual_layer(modules[form.gate.name])  # type: ignore[arg-type]
+    up = read_usual_layer(modules[form.up.name])  # type: ignore[arg-type]
+    down = read_usual_layer(modules[form.down.name])  # type: ignore[arg-type]
     if gate is None or up is None or down is None or form.gate.half is not None:
         return None
     dropout_p = gate.dropout_p
@@ -153,7 +157,7 @@ def _usual_call(module: nn.Module, state: State) -> _Call | None:
 def _call_for(module: nn.Module, state: State, x: Tensor) -> _Call | None:
     """What the op takes besides x, or None if the module's own forward must compute it or raise."""
     form = state.form
-    operands = _operands(module, form, state.kind.read, x)
+    operands = _operands(module, form, x)
     if isinstance(operands, str):
         return None
     gate = operands[form.gate.name].weights
@@ -185,17 +189,15 @@ def _shape(projection: LoRAWeights) -> tuple[int, ...]:
     return projection.weight.shape  # type: ignore[union-attr]
 
 
-def _operands(
-    module: nn.Module, form: Form, read: Read, x: Tensor | None
-) -> dict[str, Operand] | str:
-    """What ``read`` finds in each layer for ``x``, by name; or why the module's own forward must
+def _operands(module: nn.Module, form: Form, x: Tensor | None) -> dict[str, Operand] | str:
+    """What is read of each layer for ``x``, by name; or why the module's own forward must
     compute it.
     """
     operands: dict[str, Operand] = {}
     for child in (form.gate, form.up, form.down):
         if child.name in operands:
             continue
-        operand = read(module._modules[child.name], x)  # type: ignore[arg-type]
+        operand = read_layer(module._modules[child.name], x)  # type: ignore[arg-type]
         if isinstance(operand, str):
             return f"{child.name!r} {operand}"
         reason = _reason_against(operand, child)
@@ -266,7 +268,7 @@ def _halves(stacked: LoRAWeights) -> list[LoRAWeights]:
     ]
 
 
-def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
+def fuse_mlps(model: nn.Module) -> tuple[GatedMLP, ...]:
     """Fuse the gated MLPs and the modules of experts of ``model`` that have an adapter in a
     projection. Fused ones are checked again.
     """
@@ -277,18 +279,18 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
             mlps.append(GatedMLP(name, None, reason, module.module_of_experts().num_experts))
             continue
         children = [child for child in module._modules.values() if child is not None]
-        if not any(isinstance(child, kind.adapted) for child in children):
+        if not any(is_adapted(child) for child in children):
             continue
         is_named = any(names <= module._modules.keys() for names in _NAMES)
-        projections = sum(kind.is_projection(child) for child in children)
+        projections = sum(is_projection(child) for child in children)
         if not is_named and projections not in (2, 3):
             continue
         unfuse_mlps([module])
-        form = form_of(module, kind.is_projection)
+        form = form_of(module, is_projection)
         if not isinstance(form, str):
-            reason = _fuse(module, form, kind) or reason_form_changed(module, form)
+            reason = _fuse(module, form) or reason_form_changed(module, form)
             if reason is None:
-                operands = _operands(module, form, kind.read, None)
+                operands = _operands(module, form, None)
                 reason = operands if isinstance(operands, str) else None
             mlps.append(GatedMLP(name, form.activation, reason))
         elif is_named:
@@ -296,7 +298,7 @@ def fuse_mlps(model: nn.Module, kind: LayerKind) -> tuple[GatedMLP, ...]:
     return tuple(mlps)
 
 
-def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
+def _fuse(module: nn.Module, form: Form) -> str | None:
     """Change the class of ``module``, or return why it cannot be changed."""
     try:
         module.__class__ = _fused_class(type(module))
@@ -304,7 +306,7 @@ def _fuse(module: nn.Module, form: Form, kind: LayerKind) -> str | None:
         return f"its class {type(module).__name__} can't have a subclass ({error})"
     bound = module.__dict__.pop("forward", None)
     own_forward = None if bound is None else bound.__func__
-    module.__dict__[ATTRIBUTE] = State(form, kind, own_forward)
+    module.__dict__[ATTRIBUTE] = State(form, own_forward)
     return None
 
 

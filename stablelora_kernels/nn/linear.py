@@ -1,31 +1,27 @@
-"""``LoRALinear``: ``nn.Linear`` with a LoRA branch, computed by the fused op; the same over
-``Conv1D``, and over any layer.
+"""``LoRALinear``: a frozen linear layer with a trainable LoRA branch, computed by the fused op.
+
+What it calls: :func:`~stablelora_kernels.functional.lora_linear`, whose autograd function is in
+``ops/lora_linear.py``, and with ``fuse_projections`` the group in ``nn/projection_group.py``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple, NoReturn, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.config import check_init
-from stablelora_kernels.functional import FLOAT_DTYPES, lora_branch, lora_linear
-from stablelora_kernels.nn.factory import BaseLayer, class_for
-from stablelora_kernels.nn.merging import Mergeable
+from stablelora_kernels.functional import FLOAT_DTYPES, LoRAWeights, lora_linear
+from stablelora_kernels.nn.operands import Operand, are_plain, reason_against_tensors
 from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
-from stablelora_kernels.utils.validation import check_float, check_int
+from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
+from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
+from stablelora_kernels.utils.validation import check_bool, check_float, check_int
 
 
-def sizes_of(base: Any) -> tuple[int, int]:
-    """The input and output features of an ``nn.Linear`` or a ``Conv1D``."""
-    if hasattr(base, "nf"):
-        return base.nx, base.nf
-    return base.in_features, base.out_features
-
-
-class LoRALinear(Mergeable):
+class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank branch: ``y = x W^T + bias + scaling · D(x)
     A^T B^T``.
 
@@ -49,7 +45,8 @@ class LoRALinear(Mergeable):
         dtype: dtype of the frozen weight and bias. If it is float64, A and B are float64 too.
 
     Attributes:
-        weight: [out_features, in_features], frozen.
+        weight: [out_features, in_features], frozen; of a quantized layer, bitsandbytes' or
+            torchao's parameter.
         bias: [out_features], frozen, or None.
         lora_A: [r, in_features], trainable.
         lora_B: [out_features, r], trainable.
@@ -61,14 +58,8 @@ class LoRALinear(Mergeable):
             it and its value.
     """
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
-    # True if the layer calls its base layer for the product; False if it reads the weight.
-    calls_base: ClassVar[bool] = False
-    # True if to_linear() returns the original layer; False if it builds an nn.Linear around the
-    # weight.
-    keeps_base: ClassVar[bool] = False
-    # How many experts' A's and B's are stacked.
-    num_experts: int = 1
 
     def __init__(
         self,
@@ -87,13 +78,13 @@ class LoRALinear(Mergeable):
     ) -> None:
         check_int("in_features", in_features, minimum=1)
         check_int("out_features", out_features, minimum=1)
-        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._setup(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._put_on(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
 
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Module,
+        linear: nn.Linear,
         *,
         r: int = 8,
         lora_alpha: float = 16,
@@ -105,35 +96,28 @@ class LoRALinear(Mergeable):
         """Put a LoRA branch on an existing layer. The new layer shares and freezes its weight and
         bias; nothing is copied.
 
-        The class depends on the layer:
-
-        - :class:`~stablelora_kernels.nn.quantized.LoRAQuantizedLinear` for bitsandbytes' 4-bit
-          layers and torchao's float8 weights with one scale a row;
-        - :class:`~stablelora_kernels.nn.LoRAConv1D` for transformers' ``Conv1D``;
-        - :class:`~stablelora_kernels.nn.sharded.LoRAShardedLinear` for a DTensor weight;
-        - :class:`~stablelora_kernels.nn.LoRABranchLinear`, which calls the layer for its product,
-          for bitsandbytes' ``Linear8bitLt`` and weights of any other tensor type;
-        - :class:`LoRALinear` for a plain ``nn.Linear``.
+        ``linear`` is an ``nn.Linear`` with a plain weight or torchao's float8 weight with one scale
+        a row, or bitsandbytes' ``Linear4bit`` in NF4 or FP4. The layer over ``Linear4bit`` computes
+        in its ``compute_dtype``, or in its input's dtype if that is not set. For any other layer,
+        such as transformers' ``Conv1D`` or 8-bit ones, use PEFT and
+        :func:`~stablelora_kernels.accelerate_peft`.
 
         Raises:
-            TypeError: ``linear`` is none of these.
-            ValueError: ``linear`` gives its input no gradient.
+            TypeError: ``linear`` is none of these; the message says why.
             ValueError, TypeError: as the constructor. The layer is not frozen then.
         """
-        return make_layer(
-            class_for(linear),
-            cast(BaseLayer, linear),
-            r,
-            lora_alpha,
-            lora_dropout,
-            use_rslora,
-            init_lora_weights,
-            lora_dtype,
+        reason = reason_against_lora(linear)
+        if reason is not None:
+            raise TypeError(f"linear must be one that LoRALinear can read, but it {reason}")
+        layer = cls.__new__(cls)
+        layer._put_on(
+            linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype
         )
+        return layer.train(linear.training)
 
-    def _setup(
+    def _put_on(
         self,
-        base: BaseLayer,
+        linear: nn.Linear,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
@@ -141,12 +125,16 @@ class LoRALinear(Mergeable):
         init_lora_weights: bool | str,
         lora_dtype: torch.dtype,
     ) -> None:
-        """The constructor's work, over a frozen layer that is there already."""
+        """Initialize this layer over ``linear``."""
         check_int("r", r, minimum=1)
         check_float("lora_alpha", lora_alpha)
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
-        check_init(init_lora_weights)
-        dtype = self._compute_dtype(base)
+        check_bool("use_rslora", use_rslora)
+        _check_init(init_lora_weights)
+        compute_dtype = getattr(linear, "compute_dtype", None)
+        dtype = compute_dtype or (
+            torch.float32 if hasattr(linear, "compute_dtype") else linear.weight.dtype
+        )
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be of a floating-point dtype, got {dtype}")
         if lora_dtype not in (torch.float32, dtype):
@@ -157,54 +145,34 @@ class LoRALinear(Mergeable):
             # A float32 branch would lose the precision that float64 was chosen for.
             lora_dtype = torch.float64
         super().__init__()
-        self.in_features, self.out_features = sizes_of(base)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self._start_unmerged()
+        # That of bitsandbytes' layers; None stands for the input's dtype.
+        self.compute_dtype = compute_dtype
+        self.merged = False
+        # While merged, the Parameter that merge() replaced. It is not registered: state_dict() and
+        # parameters() must not list it.
+        self.__dict__["_unmerged_weight"] = None
+        # Whether a block of disable_lora is open.
         self._disabled = False
-        for frozen in base.parameters():
-            frozen.requires_grad_(False)
-        self._attach(base)  # type: ignore[arg-type]
-        factory: dict[str, Any] = {"device": base.weight.device, "dtype": lora_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r * self.num_experts, self.in_features, **factory))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r * self.num_experts, **factory))
+        self.weight = cast(nn.Parameter, linear.weight)
+        self.register_parameter("bias", linear.bias)
+        factory: dict[str, Any] = {"device": linear.weight.device, "dtype": lora_dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory))
         self.reset_lora_parameters(init_lora_weights)
-
-    @staticmethod
-    def check_base(base: BaseLayer) -> None:
-        """Raise ValueError or TypeError if this class cannot use the weight of ``base``."""
-
-    @staticmethod
-    def _compute_dtype(base: BaseLayer) -> torch.dtype:
-        """The dtype that ``base`` computes in."""
-        return base.weight.dtype
-
-    def _attach(self, base: nn.Linear) -> None:
-        """Share the frozen parameters of ``base``."""
-        self.weight = cast(nn.Parameter, base.weight)
-        self.register_parameter("bias", base.bias)
-        if self.keeps_base:
-            # Not registered as a submodule, so its weight does not follow moves to another device.
-            self.__dict__["_base"] = base
-
-    def to_linear(self) -> nn.Module:
-        """A layer without the branch that shares the weight, merged or not, and the bias."""
-        base: Any = self.__dict__.get("_base")
-        if base is None:
-            base = nn.Linear(
-                self.in_features, self.out_features, self.bias is not None, device="meta"
-            )
-        base.weight = self.weight
-        base.register_parameter("bias", self.bias)
-        return base.train(self.training)
+        for frozen in linear.parameters():
+            frozen.requires_grad_(False)
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Initialize A and B again; ``init_lora_weights`` is as in the constructor."""
-        check_init(init_lora_weights)
+        _check_init(init_lora_weights)
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
@@ -230,31 +198,196 @@ class LoRALinear(Mergeable):
         if group is not None and (y := group.output(self, x)) is not None:
             return y
         if self.merged:
-            self._check_trains()
-            return nn.functional.linear(x, self._matrix(), self.bias)
-        bias, lora_A, lora_B = trained_and_bias(self)
-        weight = self._matrix()
-        return lora_linear(
-            x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training
-        )
-
-    def _check_trains(self) -> None:
-        """Raise RuntimeError if training would silently do without the gradients of a merged layer."""
-        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
-            raise RuntimeError(
-                "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
+            if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+                raise RuntimeError(
+                    "this LoRALinear is merged, so lora_A and lora_B would get no gradient; unmerge() first"
+                )
+            return nn.functional.linear(x, self.weight, self.bias)
+        weight, bias, lora_A, lora_B = parameters_of(self)
+        if not is_quantized(weight):
+            return lora_linear(
+                x, weight, bias, lora_A, lora_B, self.scaling, self.lora_dropout, self.training
             )
+        dtype = self._product_dtype(x)
+        y = lora_linear(
+            x.to(dtype),
+            read(weight),
+            None if bias is None else bias.to(dtype),
+            lora_A,
+            lora_B,
+            self.scaling,
+            self.lora_dropout,
+            self.training,
+        )
+        return y if autocast_dtype(x.device.type) is not None else y.to(x.dtype)
 
     def _base_output(self, x: Tensor) -> Tensor:
         """The output of the frozen layer, merged or not: that of ``forward`` in ``disable_lora``."""
-        return nn.functional.linear(x, self.frozen_weight, self.bias)
+        weight = self.frozen_weight
+        if not hasattr(weight, "quant_state"):
+            # torchao's weights have a product of their own.
+            return nn.functional.linear(x, weight, self.bias)
+        dtype = self._product_dtype(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = nn.functional.linear(x.to(dtype), read(weight).dequantize(dtype), bias)
+        return y.to(x.dtype)
 
-    def _matrix(self) -> Tensor:
-        """The weight as [out_features, in_features]."""
-        weight = self._parameters.get("weight")
-        return self.weight if weight is None else weight
+    def _product_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which a quantized layer computes ``x``."""
+        return autocast_dtype(x.device.type) or self.compute_dtype or x.dtype
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    # For ops over several layers
+
+    def read_operand(self, x: Tensor | None) -> Operand | str:
+        """What :func:`~stablelora_kernels.nn.operands.read_layer` finds."""
+        if self.merged:
+            return "is merged"
+        if self._disabled:
+            return "is disabled"
+        weight, bias, lora_A, lora_B = parameters_of(self)
+        dropout_p = self.lora_dropout if self.training or x is None else 0.0
+        if is_quantized(weight):
+            stored = read(weight)
+            # A 4-bit layer would cast x to the dtype that it was told, and its result back.
+            dtype = self.compute_dtype
+            tensors = (stored.stored.data, bias, lora_A, lora_B)
+            if x is not None and bias is not None:
+                bias = bias.to(x.dtype)
+            weights = LoRAWeights(stored, bias, lora_A, lora_B, self.scaling)
+        else:
+            dtype = weight.dtype
+            tensors = (weight, bias, lora_A, lora_B)
+            weights = LoRAWeights(weight, bias, lora_A, lora_B, self.scaling)
+        operand = Operand(weights, dropout_p, dtype)
+        return reason_against_tensors(self, tensors, dtype, x) or operand
+
+    def read_usual_operand(self) -> Operand | None:
+        """What :func:`~stablelora_kernels.nn.operands.read_usual_layer` finds."""
+        if self.merged or self._disabled:
+            return None
+        weight, bias, lora_A, lora_B = parameters_of(self)
+        if not (are_plain(weight, bias) and are_plain(lora_A, lora_B)):
+            return None
+        weights = LoRAWeights(weight, bias, lora_A, lora_B, self.scaling)
+        return Operand(weights, self.lora_dropout if self.training else 0.0, None)
+
+    # Merging
+
+    @property
+    def frozen_weight(self) -> nn.Parameter:
+        """``weight``; while the layer is merged, the Parameter that :meth:`unmerge` will restore."""
+        return self.__dict__["_unmerged_weight"] if self.merged else self.weight
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """``scaling · B A`` [out_features, in_features] in float32 (float64 for a float64 layer)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the branch to the weight: ``W + scaling · B A``, in float32, rounded once to the
+        weight's dtype.
+
+        The merged weight is a new Parameter. A module that shares the frozen one, such as a tied
+        embedding, keeps it; the two are untied until :meth:`unmerge` restores the frozen one bit
+        for bit. Keeping it takes one weight's memory until then. ``state_dict`` holds the frozen
+        weight, A and B all the time.
+
+        Raises:
+            RuntimeError: the layer is already merged.
+            ValueError: the weight is quantized, where the sum would have to be quantized anew, or
+                sharded, or the merged weight would not be finite. Nothing is changed then.
+        """
+        if self.merged:
+            raise RuntimeError("this LoRALinear is merged already")
+        weight = self.weight
+        if is_quantized(weight) or is_sharded(weight):
+            raise ValueError(
+                f"weight must be a plain one to be merged, got a {type(weight).__name__}"
+            )
+        delta = self.delta_weight()
+        merged = delta.add_(weight).to(weight.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                "merging would give a weight that is not finite; check lora_A, lora_B and weight for nan or inf"
+            )
+        self.__dict__["_unmerged_weight"] = weight
+        self.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge` exactly.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("this LoRALinear is not merged")
+        self.weight = self.frozen_weight
+        self.__dict__["_unmerged_weight"] = None
+        self.merged = False
+
+    def to_linear(self) -> nn.Linear:
+        """An ``nn.Linear`` that shares the weight, merged or not, and the bias: to save a merged
+        model without LoRA.
+
+        Raises:
+            ValueError: the weight is quantized.
+        """
+        if is_quantized(self.weight):
+            raise ValueError(
+                f"weight must be a plain one for an nn.Linear, got a {type(self.weight).__name__}"
+            )
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = self.weight
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    # nn.Module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        # .to(), .half() and the like must also move the weight that unmerge() will restore.
+        super()._apply(fn, recurse)
+        if self.merged:
+            with torch.no_grad():
+                self.frozen_weight.data = fn(self.frozen_weight.data)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.frozen_weight
+        if self.merged:
+            # Loading a merged weight together with A and B would apply the branch twice.
+            destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+        quant_state = getattr(weight, "quant_state", None)
+        if quant_state is not None:
+            # Linear4bit saves its quant_state the same way.
+            for key, value in quant_state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.merged:
+            name = prefix.rstrip(".") or "this LoRALinear"
+            error_msgs.append(f"{name} is merged; unmerge() before loading into it")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is not in the block of disable_lora that its original is in.
         super().__setstate__({**state, "_disabled": False})
 
@@ -263,155 +396,52 @@ class LoRALinear(Mergeable):
         text += f", scaling={self.scaling:g}"
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout:g}"
+        if is_quantized(self.weight):
+            text += f", {type(self.weight).__name__}"
         return text + (", merged" if self.merged else "")
 
 
-class LoRAConv1D(LoRALinear):
-    """A :class:`~stablelora_kernels.LoRALinear` over transformers' ``Conv1D``, whose ``weight`` is
-    [in_features, out_features].
-
-    The kernels read the weight through its strides. Merging adds ``(scaling · B A)^T``.
-    """
-
-    keeps_base = True
-
-    def _base_output(self, x: Tensor) -> Tensor:
-        # Conv1D's own operator, whose rounding differs from that of nn.functional.linear.
-        y = torch.addmm(
-            cast(Tensor, self.bias), x.reshape(-1, self.in_features), self.frozen_weight
-        )
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _matrix(self) -> Tensor:
-        return self.weight.t()
-
-    def _stored_delta(self) -> Tensor:
-        # A Conv1D's weight is [in_features, out_features].
-        return self.delta_weight().t()
-
-
-class LoRABranchLinear(LoRALinear):
-    """LoRA on a frozen layer that computes its own product: ``y = base_layer(x) + scaling · D(x)
-    A^T B^T``.
-
-    ``LoRALinear.from_linear`` makes it over bitsandbytes' ``Linear8bitLt`` and over an
-    ``nn.Linear`` whose weight is a tensor subclass, such as torchao's. ``base_layer`` is the
-    original layer, a submodule as in PEFT; ``weight`` and ``bias`` are its own.
-    :func:`~stablelora_kernels.functional.lora_branch` adds the branch in one launch (two above
-    4,096 rows or rank 128).
-
-    It can't be merged. ``remove_lora(model, merge=False)`` returns the original layer.
-    """
-
-    base_layer: nn.Linear
-    calls_base = True
-
-    def _attach(self, base: nn.Linear) -> None:
-        self.base_layer = base
-
-    @staticmethod
-    def _compute_dtype(base: BaseLayer) -> torch.dtype:
-        return base.weight.dtype if base.weight.dtype in FLOAT_DTYPES else torch.float32
-
-    @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
-        return cast(nn.Parameter, self.base_layer.weight)
-
-    @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
-        return self.base_layer.bias
-
-    def to_linear(self) -> nn.Module:
-        """The original layer."""
-        return self.base_layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., in_features] to [..., out_features], in the dtype that the base layer
-        returns.
-
-        Raises:
-            RuntimeError: ``x`` requires a gradient, but the base layer's result does not.
-        """
-        if self._disabled:
-            return self.base_layer(x)
-        base_out = self.base_layer(x)
-        if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
-            raise RuntimeError(
-                f"base_layer must give its input a gradient, got a result without one from a {type(self.base_layer).__name__} "
-                f"with a {type(self.weight).__name__}; the layers before it would train on the branch's gradient alone"
-            )
-        return lora_branch(
-            base_out, x, self.lora_A, self.lora_B, self.scaling, self.lora_dropout, self.training
-        )
-
-    def merge(self) -> NoReturn:
-        """Not possible.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"the weight is a {type(self.weight).__name__} that only its {type(self.base_layer).__name__} can read, so nothing "
-            "can be added to it; keep the branch, or remove_lora(model, merge=False)"
-        )
-
-
-def make_layer(
-    layer_class: type[LoRALinear],
-    base: BaseLayer,
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    use_rslora: bool,
-    init_lora_weights: bool | str,
-    lora_dtype: torch.dtype,
-) -> LoRALinear:
-    """A layer of the class that the factory chose for ``base``. The other arguments are those of
-    ``from_linear``.
-    """
-    layer = layer_class.__new__(layer_class)
-    layer._setup(base, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype)
-    return layer.train(base.training)
-
-
-def has_plain_parameters(base: nn.Linear) -> bool:
-    """Whether ``base`` computes its product from plain parameters, so :class:`LoRALinear` can read
-    them.
-    """
-    if type(base).__name__ == "Linear8bitLt" or type(base.weight) is not nn.Parameter:
-        return False
-    return base.bias is None or type(base.bias) is nn.Parameter
-
-
-def trained_and_bias(layer: LoRALinear) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The bias, A and B of a layer."""
+def parameters_of(layer: LoRALinear) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Weight, bias, A and B of a layer, at each call of it."""
     parameters = layer._parameters
     try:
         # nn.Module's __getattr__ takes longer than the rest of a call's Python.
-        return parameters["bias"], parameters["lora_A"], parameters["lora_B"]  # type: ignore[return-value]
+        return parameters["weight"], parameters["bias"], parameters["lora_A"], parameters["lora_B"]  # type: ignore[return-value]
     except KeyError:
         # FSDP and parametrizations replace them by plain attributes.
-        return layer.bias, layer.lora_A, layer.lora_B
+        return layer.weight, layer.bias, layer.lora_A, layer.lora_B
 
 
-def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight and the bias of an ``nn.Linear``; as :func:`trained_and_bias`."""
-    parameters = linear._parameters
-    try:
-        return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
-    except KeyError:
-        return linear.weight, linear.bias  # type: ignore[return-value]
+def reason_against_lora(linear: object) -> str | None:
+    """Why :class:`LoRALinear` cannot stand for a layer, in words behind "it", or None."""
+    kind = type(linear).__name__
+    if not isinstance(linear, nn.Linear):
+        return f"is a {kind}, not an nn.Linear; use PEFT and accelerate_peft"
+    weight = linear.weight
+    if kind == "Linear8bitLt" or (type(linear) is not nn.Linear and not is_quantized(weight)):
+        return (
+            f"is a {kind}, which may compute more than a linear layer; use PEFT and accelerate_peft"
+        )
+    if is_quantized(weight):
+        try:
+            stored: NF4Weight | FP8Weight = read(weight)
+        except (TypeError, ValueError) as error:
+            return f"has a weight that the kernels cannot read: {error}"
+        if stored.shape != (linear.out_features, linear.in_features):
+            return f"has a weight that is stored as {list(stored.shape)}, not [out_features, in_features]"
+        return None
+    if is_sharded(weight):
+        return "has a weight that is sharded; put LoRA on before fully_shard"
+    for name, tensor in (("weight", weight), ("bias", linear.bias)):
+        if tensor is not None and type(tensor) is not nn.Parameter:
+            return f"has a {name} that is a {type(tensor).__name__}; use PEFT and accelerate_peft"
+    return None
 
 
-class GroupKey(NamedTuple):
-    """Layers can form a projection group if their keys are equal."""
-
-    in_features: int
-    dtype: torch.dtype
-    lora_dtype: torch.dtype
-    dropout_p: float
-
-
-def projection_group_key(layer: LoRALinear) -> GroupKey:
-    """Layers of one key can form a projection group."""
-    return GroupKey(layer.in_features, layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout)
+def _check_init(init_lora_weights: Any) -> None:
+    """Raise ValueError unless it is True, False or "gaussian"."""
+    # isinstance, since 0 and 1 equal False and True.
+    if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
+        raise ValueError(
+            f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}"
+        )

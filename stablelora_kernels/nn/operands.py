@@ -1,31 +1,28 @@
-"""What ops over several layers read of each: of the projections of a gated MLP, and of projection
-groups.
+"""What ops over several layers read of each: of the projections of a gated MLP, of projection groups,
+of a model's head.
 
-A library's layers are read at one place, its :data:`Read`. Here is that of this library;
-``integrations/peft_layers.py`` has PEFT's.
+:func:`read_layer` reads every kind: a :class:`~stablelora_kernels.LoRALinear` and a layer of PEFT's
+that ``accelerate_peft`` runs, by their methods ``read_operand`` and ``read_usual_operand``; and a
+frozen layer beside them. ``integrations/`` reads base layers by :func:`read_base` too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_linear_group_if
-from stablelora_kernels.nn.factory import is_conv1d
-from stablelora_kernels.nn.linear import (
-    LoRAConv1D,
-    LoRALinear,
-    projection_group_key,
-    trained_and_bias,
-    weight_and_bias,
-)
-from stablelora_kernels.nn.quantized import LoRAQuantizedLinear
-from stablelora_kernels.quantized import is_quantized
+from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized
 from stablelora_kernels.quantized import read as read_stored
+from stablelora_kernels.utils.modules import is_hooked, weight_and_bias
 from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
+
+# bitsandbytes' layers that can be computed from their weight without calling them, by name.
+_FOUR_BITS = ("Linear4bit", "LinearNF4", "LinearFP4")
 
 
 class Addend(Protocol):
@@ -48,145 +45,51 @@ class Operand(NamedTuple):
     reason_against_mlp: str | None = None
 
 
-# A layer's operand for an input of the dtype and device of x, or why the layer must compute by
-# itself. Without an x: for any that the layer may get in training, once its parameters are on their
-# devices.
-Read = Callable[[nn.Module, Tensor | None], Operand | str]
-# What Read finds for any x in a layer with one adapter on a plain weight, if it finds no reason in
-# dtypes, shapes and devices, which the key of an op's call has. None for any other layer.
-ReadUsual = Callable[[nn.Module], Operand | None]
+class Base(NamedTuple):
+    """The base layer's operands of ``lora_linear``, which computes the base product in ``dtype``."""
+
+    weight: Tensor | NF4Weight | FP8Weight
+    bias: Tensor | None
+    dtype: torch.dtype
 
 
-class LayerKind(NamedTuple):
-    """How to handle one library's layers."""
-
-    # The class of those with adapters.
-    adapted: type
-    read: Read
-    read_usual: ReadUsual
-    # Layers can form a projection group if their keys are equal; ``read`` checks the rest.
-    group_key: Callable[[Any], Hashable]
-
-    def is_projection(self, module: object) -> bool:
-        """Whether ``module`` computes a projection, with adapters or without."""
-        return isinstance(module, (nn.Linear, self.adapted)) or is_conv1d(module)
-
-    def compute_group(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
-        """The outputs of layers that share the input ``x``, from one op; None if each layer must
-        compute, or raise, by itself.
-        """
-        usual = [self.read_usual(layer) for layer in layers]
-        projections = [operand.weights for operand in usual if operand is not None]
-        dropouts = {operand.dropout_p for operand in usual if operand is not None}
-        if len(projections) == len(layers) and len(dropouts) == 1:
-            # Once calls of this kind are known to fit, the op's own key says so.
-            def fits() -> bool:
-                return self._read_group(layers, x) is not None
-
-            return lora_linear_group_if(fits, x, projections, dropouts.pop() or 0.0)
-        operands = self._read_group(layers, x)
-        if operands is None:
-            return None
-        # Weights, biases, A's, B's and scalings.
-        columns = zip(*[operand.weights for operand in operands], strict=True)
-        outputs = lora_linear_group(x, *columns, operands[0].dropout_p)  # type: ignore[arg-type, call-arg]
-        results = []
-        for output, operand in zip(outputs, operands, strict=True):
-            for branch in operand.added:
-                output = branch.add_to(output, x)
-            results.append(output)
-        return results
-
-    def _read_group(self, layers: Sequence[nn.Module], x: Tensor) -> list[Operand] | None:
-        """The operands of layers that one op can compute for ``x``, or None."""
-        operands: list[Operand] = []
-        in_features = x.shape[-1:]
-        for layer in layers:
-            operand = self.read(layer, x)
-            if isinstance(operand, str) or operand.weights.lora_A is None:
-                return None
-            weight = operand.weights.weight
-            if not isinstance(weight, Tensor) or weight.shape[1:] != in_features:
-                return None
-            operands.append(operand)
-        settings = {(operand.dropout_p, operand.weights.lora_A.dtype) for operand in operands}  # type: ignore[union-attr]
-        if len(settings) > 1:
-            return None
-        return operands
-
-    def reason_against_group(self, layer: nn.Module) -> str | None:
-        """Why :meth:`compute_group` leaves a layer and its group to themselves as the layer is now,
-        or None.
-        """
-        operand = self.read(layer, None)
-        if isinstance(operand, str):
-            return operand
-        if operand.weights.lora_A is None:
-            return "has no active adapter"
-        return "has a quantized weight" if is_quantized(operand.weights.weight) else None
+def is_adapted(module: object) -> bool:
+    """Whether ``module`` is a layer with adapters, this library's or PEFT's."""
+    return hasattr(module, "read_operand") or hasattr(module, "get_base_layer")
 
 
-def read_own_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
-    """:data:`Read` of this library's layers, and of frozen ones beside them."""
-    kind = type(layer)
-    if kind is nn.Linear:
-        weight, bias = weight_and_bias(layer)
-        operand = Operand(LoRAWeights(weight, bias, None, None, 1.0), None, weight.dtype)
-        return _reason_against_tensors(layer, (weight, bias), weight.dtype, x) or operand
-    if not isinstance(layer, LoRALinear):
-        return f"is a {kind.__name__} without an adapter whose weight is not plain"
-    if layer.calls_base:
-        base = layer.to_linear()
-        name = type(base).__name__
-        if type(base) is nn.Linear:
-            name = f"Linear with a {type(layer.weight).__name__}"
-        return f"calls its base layer, a {name}, for its product"
-    if kind not in (LoRALinear, LoRAConv1D, LoRAQuantizedLinear):
-        return f"is a {kind.__name__}, which computes more than one product"
-    if layer.merged:
-        return "is merged"
-    if layer._disabled:
-        return "is disabled"
-    bias, lora_A, lora_B = trained_and_bias(layer)
-    dropout_p = layer.lora_dropout if layer.training or x is None else 0.0
-    if kind is LoRAQuantizedLinear:
-        stored = read_stored(layer.weight)
-        # A 4-bit layer would cast x to the dtype that it was told, and its result back.
-        dtype = getattr(layer.__dict__["_base"], "compute_dtype", None)
-        tensors = (stored.stored.data, bias, lora_A, lora_B)
-        if x is not None and bias is not None:
-            bias = bias.to(x.dtype)
-        weights = LoRAWeights(stored, bias, lora_A, lora_B, layer.scaling)
-    else:
-        weight = layer._matrix()
-        dtype = weight.dtype
-        tensors = (weight, bias, lora_A, lora_B)
-        weights = LoRAWeights(weight, bias, lora_A, lora_B, layer.scaling)
-    operand = Operand(weights, dropout_p, dtype)
-    return _reason_against_tensors(layer, tensors, dtype, x) or operand
+def is_projection(module: object) -> bool:
+    """Whether ``module`` computes a projection, with adapters or without."""
+    return isinstance(module, nn.Linear) or is_adapted(module)
 
 
-def read_usual_own_layer(layer: nn.Module) -> Operand | None:
-    """:data:`ReadUsual` of this library's layers."""
-    if not isinstance(layer, LoRALinear) or type(layer) is not LoRALinear:
-        return None
-    if layer.calls_base or layer.merged or layer._disabled:
-        return None
-    weight = layer._matrix()
-    bias, lora_A, lora_B = trained_and_bias(layer)
-    if not (_are_plain(weight, bias) and _are_plain(lora_A, lora_B)):
-        return None
-    weights = LoRAWeights(weight, bias, lora_A, lora_B, layer.scaling)
-    return Operand(weights, layer.lora_dropout if layer.training else 0.0, None)
+def read_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
+    """A layer's operand for an input of the dtype and device of x, or why the layer must compute by
+    itself. Without an x: for any that the layer may get in training, once its parameters are on
+    their devices.
+    """
+    if hasattr(layer, "read_operand"):
+        operand: Operand | str = layer.read_operand(x)  # type: ignore[operator]
+        return operand
+    if is_adapted(layer):
+        return "runs PEFT's own forward; the report's skipped modules say why"
+    base = read_base(layer, x)
+    if isinstance(base, str):
+        return base
+    return reason_to_cast(base, x) or frozen_operand(base)
 
 
-def _are_plain(first: Tensor, second: Tensor | None) -> bool:
-    """Whether the types of two tensors have no operations of their own."""
-    is_plain = type(first) is nn.Parameter or type(first) is Tensor
-    return is_plain and (second is None or type(second) is nn.Parameter or type(second) is Tensor)
+def read_usual_layer(layer: nn.Module) -> Operand | None:
+    """What :func:`read_layer` finds for any x in a layer with one adapter on a plain weight, if it
+    finds no reason in dtypes, shapes and devices, which the key of an op's call has. None for any
+    other layer.
+    """
+    if hasattr(layer, "read_usual_operand"):
+        return layer.read_usual_operand()  # type: ignore[operator,no-any-return]
+    return None
 
 
-def _reason_against_tensors(
+def reason_against_tensors(
     layer: nn.Module,
     tensors: Iterable[Tensor | None],
     dtype: torch.dtype | None,
@@ -206,4 +109,196 @@ def _reason_against_tensors(
     return f"computes in {dtype}" if autocast_dtype(x.device.type) is None else None
 
 
-OWN_LAYERS = LayerKind(LoRALinear, read_own_layer, read_usual_own_layer, projection_group_key)
+# Base layers
+
+
+# The types without operations of their own.
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def are_plain(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the types of both have no operations of their own."""
+    return type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+
+
+def plain_tensors(
+    linear: nn.Module, between_calls: bool = False
+) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and the bias of a plain ``nn.Linear`` that nothing watches; None for another
+    module.
+
+    ``between_calls``: they may be shards, for which ``fully_shard`` puts plain tensors during each
+    forward.
+    """
+    # Not by is_hooked() and are_plain(): this runs three times in each call of a layer.
+    if type(linear) is not nn.Linear:
+        return None
+    attributes = linear.__dict__
+    if (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+    ):
+        return None
+    weight, bias = weight_and_bias(linear)
+    if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
+        return weight, bias
+    if between_calls and is_sharded(weight):
+        return weight, bias
+    return None
+
+
+def is_readable(base: nn.Module) -> bool:
+    """Whether a base layer can be computed from its weight without calling it."""
+    return type(base) is nn.Linear or type(base).__name__ in _FOUR_BITS
+
+
+def _calls(base: nn.Module, weight: str = "") -> str:
+    """The reason that a base layer must compute its own product."""
+    return f"calls its base layer, a {type(base).__name__}{weight}, for its product"
+
+
+def read_base(base: nn.Module, x: Tensor | None) -> Base | str:
+    """The base layer's operands, or why its product cannot be in one op with a branch.
+
+    For an input like ``x``; without one, for any that the layer may get once its parameters are on
+    their devices.
+    """
+    if not is_readable(base) or is_hooked(base):
+        return _calls(base)
+    weight, bias = weight_and_bias(base)
+    # Quantized and sharded weights have other types. During a forward, FSDP replaces parameters by
+    # plain tensors.
+    if is_quantized(weight):
+        return _quantized_operand(base, weight, bias, x)
+    if x is None and is_sharded(weight):
+        return Base(weight, bias, weight.dtype)
+    if type(base) is not nn.Linear or not are_plain(weight, bias):
+        return _calls(base, f" with a {type(weight).__name__}")
+    if x is None:
+        return Base(weight, bias, weight.dtype)
+    # Without a bias, the weight is compared twice.
+    bias_or_weight = weight if bias is None else bias
+    if weight.device != x.device or bias_or_weight.device != x.device:
+        return _calls(base)
+    if weight.dtype == bias_or_weight.dtype == x.dtype:
+        return Base(weight, bias, x.dtype)
+    if x.dtype != torch.float64 and autocast_dtype(x.device.type) is not None:
+        return Base(weight, bias, weight.dtype)
+    return _calls(base)
+
+
+def _quantized_operand(
+    base: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor | None
+) -> Base | str:
+    """As :func:`read_base` for a 4-bit or float8 base layer, if the kernels compute the same
+    product as the layer.
+    """
+    # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
+    if resolve_backend((weight if x is None else x).device) != "triton":
+        return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
+    compute_dtype = getattr(base, "compute_dtype", weight.dtype)
+    if x is None:
+        return Base(weight, bias, compute_dtype)
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    # bitsandbytes casts x with or without autocast. Its first call may choose the compute dtype and
+    # cast the bias in place.
+    casts = type(base) is not nn.Linear
+    is_settled = base.compute_type_is_set if casts else x.dtype == dtype
+    if compute_dtype != dtype or not is_settled:
+        return _calls(base)
+    if bias is not None and (bias.dtype != dtype or bias.device != x.device):
+        return _calls(base)
+    try:
+        stored = read_stored(weight)
+    except (TypeError, ValueError):
+        return _calls(base)
+    # bitsandbytes may have quantized the weight as [K, N].
+    has_layout = stored.shape == (base.out_features, base.in_features)
+    if not has_layout or stored.stored.data.device != x.device:
+        return _calls(base)
+    return Base(stored, bias, dtype)
+
+
+def reason_to_cast(base: Base, x: Tensor | None) -> str | None:
+    """Why a quantized base layer must return its product by itself, or None: it casts it."""
+    if x is None or isinstance(base.weight, Tensor) or base.dtype == x.dtype:
+        return None
+    return f"would cast its result from {base.dtype} to {x.dtype}"
+
+
+def frozen_operand(base: Base) -> Operand:
+    """The operand of a base layer without an adapter."""
+    return Operand(LoRAWeights(base.weight, base.bias, None, None, 1.0), None, base.dtype)
+
+
+# Groups
+
+
+def group_key(layer: Any) -> Hashable:
+    """Layers can form a projection group if their keys are equal. :func:`read_layer` checks the
+    rest.
+    """
+    base = getattr(layer, "base_layer", layer)
+    is_plain = type(base) is nn.Linear or base is layer
+    # A layer of another type gets a key of its own.
+    return (layer.in_features, base.weight.dtype) if is_plain else id(layer)
+
+
+def compute_group(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
+    """The outputs of layers that share the input ``x``, from one op; None if each layer must
+    compute, or raise, by itself.
+    """
+    usual = [read_usual_layer(layer) for layer in layers]
+    projections = [operand.weights for operand in usual if operand is not None]
+    dropouts = {operand.dropout_p for operand in usual if operand is not None}
+    if len(projections) == len(layers) and len(dropouts) == 1:
+        # Once calls of this kind are known to fit, the op's own key says so.
+        def fits() -> bool:
+            return _read_group(layers, x) is not None
+
+        return lora_linear_group_if(fits, x, projections, dropouts.pop() or 0.0)
+    operands = _read_group(layers, x)
+    if operands is None:
+        return None
+    # Weights, biases, A's, B's and scalings.
+    columns = zip(*[operand.weights for operand in operands], strict=True)
+    outputs = lora_linear_group(x, *columns, operands[0].dropout_p)  # type: ignore[arg-type, call-arg]
+    results = []
+    for output, operand in zip(outputs, operands, strict=True):
+        for branch in operand.added:
+            output = branch.add_to(output, x)
+        results.append(output)
+    return results
+
+
+def _read_group(layers: Sequence[nn.Module], x: Tensor) -> list[Operand] | None:
+    """The operands of layers that one op can compute for ``x``, or None."""
+    operands: list[Operand] = []
+    in_features = x.shape[-1:]
+    for layer in layers:
+        operand = read_layer(layer, x)
+        if isinstance(operand, str) or operand.weights.lora_A is None:
+            return None
+        weight = operand.weights.weight
+        if not isinstance(weight, Tensor) or weight.shape[1:] != in_features:
+            return None
+        operands.append(operand)
+    settings = {(operand.dropout_p, operand.weights.lora_A.dtype) for operand in operands}  # type: ignore[union-attr]
+    if len(settings) > 1:
+        return None
+    return operands
+
+
+def reason_against_group(layer: nn.Module) -> str | None:
+    """Why :func:`compute_group` leaves a layer and its group to themselves as the layer is now,
+    or None.
+    """
+    operand = read_layer(layer, None)
+    if isinstance(operand, str):
+        return operand
+    if operand.weights.lora_A is None:
+        return "has no active adapter"
+    return "has a quantized weight" if is_quantized(operand.weights.weight) else None

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stablelora_kernels.nn.operands import compute_group, group_key, reason_against_group
 from stablelora_kernels.utils.tensors import autocast_dtype
 
 # Names of projections that a module calls with one tensor, in the order of the calls.
@@ -39,20 +40,6 @@ CROSS_ATTENTION_WORDS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
 ATTRIBUTE = "_stablelora_group"
 
 
-# Computes the output of each layer for x, or returns None if each layer must compute its own.
-Compute = Callable[[Sequence[nn.Module], Tensor], Sequence[Tensor] | None]
-
-
-class GroupedKind(Protocol):
-    """What groups need to know of one library's layers: ``LayerKind`` in ``nn/operands.py``."""
-
-    def group_key(self, layer: nn.Module, /) -> Hashable: ...
-
-    def compute_group(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None: ...
-
-    def reason_against_group(self, layer: nn.Module) -> str | None: ...
-
-
 # The state that must be the same in all calls of a round: the version of x, whether gradients are
 # enabled, and autocast's dtype. It is compared as a whole.
 _CallState = tuple[int, bool, torch.dtype | None]
@@ -72,10 +59,9 @@ class ProjectionGroup:
     A layer's forward calls :meth:`output` and computes by itself if that returns None.
     """
 
-    def __init__(self, names: Sequence[str], layers: Sequence[nn.Module], compute: Compute) -> None:
+    def __init__(self, names: Sequence[str], layers: Sequence[nn.Module]) -> None:
         self.names = tuple(names)
         self.layers = list(layers)
-        self.compute = compute
         self.on = True
         self.hook: RemovableHandle | None = None
         # The number of consecutive rounds with outputs that no layer asked for.
@@ -125,7 +111,7 @@ class ProjectionGroup:
                 return None
         # Before the next ones need their memory.
         self._pending = pending = None
-        outputs = self.compute(self.layers, x)
+        outputs = compute_group(self.layers, x)
         if outputs is None:
             return None
         pending_outputs = dict(enumerate(outputs))
@@ -144,16 +130,14 @@ class ProjectionGroup:
         )
 
 
-def make_projection_groups(
-    model: nn.Module, layers: Mapping[str, nn.Module], kind: GroupedKind
-) -> list[str]:
+def make_projection_groups(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Put those of ``layers`` that share an input into groups, replace existing groups, and return
     notes for the report.
     """
-    groups = _find_projection_groups(model, layers, kind.group_key)
+    groups = _find_projection_groups(model, layers)
     remove_projection_groups(layers.values())
     for names in groups:
-        group = ProjectionGroup(names, [layers[name] for name in names], kind.compute_group)
+        group = ProjectionGroup(names, [layers[name] for name in names])
         parent = model.get_submodule(names[0].rpartition(".")[0])
         group.hook = parent.register_forward_hook(group.after_forward, always_call=True)
         for layer in group.layers:
@@ -164,15 +148,15 @@ def make_projection_groups(
     counts_by_reason: dict[str | None, Counter[str]] = {}
     for names in groups:
         children = {name.rpartition(".")[2]: layers[name] for name in names}
-        reason = _first_reason(children, kind)
+        reason = _first_reason(children)
         counts_by_reason.setdefault(reason, Counter())[", ".join(children)] += 1
     return [_note(counts, reason) for reason, counts in counts_by_reason.items()]
 
 
-def _first_reason(children: Mapping[str, nn.Module], kind: GroupedKind) -> str | None:
+def _first_reason(children: Mapping[str, nn.Module]) -> str | None:
     """Why the first of a group's layers that must compute alone does so, or None."""
     for name, layer in children.items():
-        reason = kind.reason_against_group(layer)
+        reason = reason_against_group(layer)
         if reason is not None:
             return f"{name!r} {reason}"
     return None
@@ -195,7 +179,7 @@ def remove_projection_groups(layers: Iterable[nn.Module]) -> None:
 
 
 def _find_projection_groups(
-    model: nn.Module, layers: Mapping[str, nn.Module], key: Callable[[nn.Module], Hashable]
+    model: nn.Module, layers: Mapping[str, nn.Module]
 ) -> list[tuple[str, ...]]:
     """Find two or three names of ``layers`` under one parent that share an input and whose layers
     have equal keys.
@@ -215,7 +199,7 @@ def _find_projection_groups(
             # Cross-attention: the query has another input than key and value.
             candidates = projections[1:] if is_cross and len(projections) > 2 else projections
             names = [f"{parent}.{child}".lstrip(".") for child in candidates if child in children]
-            if len(names) > 1 and len({key(layers[name]) for name in names}) == 1:
+            if len(names) > 1 and len({group_key(layers[name]) for name in names}) == 1:
                 groups.append(tuple(names))
     return groups
 

@@ -147,25 +147,6 @@ def is_stored_as_taken(experts: nn.Module, name: str) -> bool:
     return mxfp4 is None or not mxfp4.transposed
 
 
-def shape_of_stack(experts: nn.Module, name: str) -> tuple[int, int, int]:
-    """The shape that a module gives its stack."""
-    count, rows, columns = read_stack(experts, name).shape
-    return (count, rows, columns) if is_stored_as_taken(experts, name) else (count, columns, rows)
-
-
-def dtype_of_stack(experts: nn.Module, name: str) -> torch.dtype:
-    """The dtype in which a module gives its stack to products. transformers' ``FP8Experts`` take
-    any; models of them are in bfloat16.
-    """
-    if _is_fp8_module(experts):
-        return torch.bfloat16
-    computed = computed_parameters(experts)
-    if name not in computed:
-        return cast(Tensor, getattr(experts, name)).dtype
-    step = computed[name][0]
-    return cast(torch.dtype, step.quant_state.dtype if is_in_4_bits(experts, name) else step.dtype)
-
-
 def format_of_stack(experts: nn.Module, name: str) -> str | None:
     """What reports call the format of a packed stack, or None."""
     if not is_packed(experts, name):
@@ -178,9 +159,6 @@ def reason_stack_does_not_fit(experts: nn.Module, name: str, gathered: bool) -> 
     """Why a stack and its bias cannot be computed by ``lora_experts``, or None. ``gathered``:
     shards have been put together.
     """
-    computed = computed_parameters(experts)
-    if name in computed and not is_packed(experts, name):
-        return "another parametrization changes its weights"
     if is_packed(experts, name):
         # Shards do not tell. They were whole when they got their adapter.
         if gathered or not is_sharded(stored_parameter(experts, name)):

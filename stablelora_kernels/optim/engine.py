@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.config import lookup_pattern
 from stablelora_kernels.optim.groups import (
     ParamGroup,
     check_parameter,
@@ -22,6 +21,7 @@ from stablelora_kernels.optim.sharding import Shard, ShardSums, shard_of
 from stablelora_kernels.optim.staging import upload
 from stablelora_kernels.optim.state import Entry, Layout, check_entry, complete, layouts_of
 from stablelora_kernels.pairs import LoRAPair
+from stablelora_kernels.utils.names import lookup_pattern
 from stablelora_kernels.utils.tensors import local
 
 

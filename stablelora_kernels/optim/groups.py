@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stablelora_kernels.config import unmatched_patterns
 from stablelora_kernels.optim.options import HYPER, LOW_PRECISION, Hyper, Storage, check_hyper
 from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.pairs import (
@@ -21,6 +20,7 @@ from stablelora_kernels.pairs import (
     other_half,
     split_lora_name,
 )
+from stablelora_kernels.utils.names import unmatched_patterns
 from stablelora_kernels.utils.tensors import is_sharded
 
 DTYPES = (torch.float32, torch.float64, *LOW_PRECISION)

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, TypedDict, cast
 import torch
 from torch import Tensor
 
-from stablelora_kernels.config import check_patterns
 from stablelora_kernels.optim import staging
+from stablelora_kernels.utils.names import check_patterns
 from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int
 
 # A hyperparameter that a schedule may change: a number, or a 0-d tensor that its owner writes to.

@@ -84,7 +84,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW. A number or a 0-d tensor, as ``lr``.
         shrink_pattern: shrink ratios of some pairs. A key is a regular expression for the pair's
             dotted name, with or without PEFT's adapter, or for its end after a dot, as in
-            ``LoRAConfig.rank_pattern``. The first key that matches counts. Patterns are applied
+            PEFT's ``rank_pattern``. The first key that matches counts. Patterns are applied
             when the optimizer is built, loaded or given a group.
         shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs
             without a pattern. Each ``step()`` with a gradient writes its value to every group's

@@ -4,9 +4,7 @@ and ``fully_shard``.
 
 from __future__ import annotations
 
-import re
-
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # The hooks that nn.Module.__call__ runs.
@@ -14,7 +12,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 DATA_PARALLEL = (nn.DataParallel, DistributedDataParallel)
 # The attributes in which torch.compile and torch's checkpoint_wrapper hold the wrapped module.
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
-_PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original$")
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -28,6 +25,17 @@ def is_hooked(module: nn.Module) -> bool:
         or attributes["_backward_pre_hooks"]
     )
     return bool(hooks) or "forward" in attributes
+
+
+def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of an ``nn.Linear``, at each call of it."""
+    parameters = linear._parameters
+    try:
+        # nn.Module's __getattr__ takes longer.
+        return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
+    except KeyError:
+        # FSDP and parametrizations replace them by plain attributes.
+        return linear.weight, linear.bias  # type: ignore[return-value]
 
 
 def check_module(model: object) -> None:
@@ -94,21 +102,9 @@ def clean(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in _INNER)
 
 
-def without_parametrization(name: str) -> str:
-    """A parameter's dotted name without what ``torch.nn.utils.parametrize`` adds."""
-    return _PARAMETRIZED.sub(r"\1", name)
-
-
 def same_anywhere(name: str) -> str:
     """A parameter's dotted name, the same with data parallelism or other wrappers and without."""
     return clean(name).removeprefix("module.")
-
-
-def wrapped_parts(model: nn.Module) -> list[str]:
-    """The names of the submodules of ``model`` that have their own wrapper."""
-    return [
-        clean(name) for name, module in model.named_modules() if name and _inner(module) is not None
-    ]
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

@@ -139,10 +139,6 @@ def test_reference_has_every_public_name() -> None:
     for module in (functional, reference):
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
     public |= {f"stablelora_kernels.testing.{name}" for name in ("make_inputs", "assert_no_worse")}
-    public |= {
-        f"stablelora_kernels.tensor_parallel.{name}"
-        for name in ("LoRAColwiseParallel", "LoRARowwiseParallel")
-    }
     assert public - documented_names() == set()
 
 
@@ -170,16 +166,12 @@ def test_names_in_the_docs_resolve() -> None:
 
 
 def test_wrong_names_get_a_hint() -> None:
-    """PEFT's spelling; our config for PEFT; and a report taken for the model."""
+    """Another spelling, and a report taken for the model."""
     with pytest.raises(
-        AttributeError, match="has no attribute 'LoraConfig'; did you mean 'LoRAConfig'"
+        AttributeError, match="has no attribute 'LoraLinear'; did you mean 'LoRALinear'"
     ):
-        slk.LoraConfig(target_modules=["0"])
-    peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
-    config, model = slk.LoRAConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(AttributeError, match=r"PEFT's .* takes a peft\.LoraConfig"):
-        peft.get_peft_model(model, config)
-    report = slk.apply_lora(model, config)
+        slk.LoraLinear(4, 4)
+    report = slk.apply_lora(nn.Sequential(nn.Linear(4, 4)), ["0"])
     with pytest.raises(
         AttributeError, match="no attribute 'parameters': the model was changed in place"
     ):

@@ -38,7 +38,7 @@ WATCHED = {
     "launches": [
         f"{PREPARED}::test_the_third_call_is_prepared",
         "tests/gpu/test_cuda_graphs.py::test_a_call",
-        "tests/gpu/test_captured_step.py::test_on_the_default_stream",
+        "tests/gpu/test_captured_step_in_graphs.py::test_on_the_default_stream",
         f"{BRING_UP}::test_optimizer",
         f"{PREPARED}::test_streams_share_a_plan_and_not_its_counters",
     ],

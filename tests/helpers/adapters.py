@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from stablelora_kernels.model.adapters import load_adapter
 from stablelora_kernels.model.apply import apply_lora
-from stablelora_kernels.model.save_load import load_adapter
-from tests.helpers.small_models import Model, fill_b, lora_config, output
+from tests.helpers.small_models import Model, fill_b, lora_options, output
 
 # PEFT's names.
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -22,7 +22,7 @@ def fresh():
 
 def adapted(seed, **config):
     model = fresh()
-    apply_lora(model, lora_config(**config))
+    apply_lora(model, **lora_options(**config))
     torch.manual_seed(seed)
     fill_b(model)
     return model

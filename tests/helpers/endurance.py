@@ -54,10 +54,14 @@ class Attention(nn.Module):
 def make_layers(s: Setting) -> nn.Module:
     torch.manual_seed(0)
     model = Attention(s.dtype)
-    config = slk.LoRAConfig(
-        r=s.r, lora_alpha=2 * s.r, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=s.p
+    slk.apply_lora(
+        model,
+        ["q_proj", "k_proj", "v_proj"],
+        r=s.r,
+        lora_alpha=2 * s.r,
+        lora_dropout=s.p,
+        fuse_projections=s.kind == GROUP,
     )
-    slk.apply_lora(model, config, fuse_projections=s.kind == GROUP)
     fill_b(model)
     return model.train()
 

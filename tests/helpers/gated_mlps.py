@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
+from stablelora_kernels.model.modules import lora_layers
 
 WIDTH, INNER = 16, 24
 TARGETS = r"(.*\.)?(gate_proj|up_proj|down_proj|gate_up_proj|q_proj|qkv_proj)"
@@ -72,7 +73,11 @@ def adapted(
     } | config
     fusions = {"fuse_mlp": fuse, "fuse_projections": fuse_projections}
     if library == "ours":
-        return model.train(), slk.apply_lora(model, slk.LoRAConfig(**config), **fusions)
+        is_zero = config.pop("init_lora_weights")
+        report = slk.apply_lora(model, **config, **fusions)
+        for layer in lora_layers(model).values():
+            layer.reset_lora_parameters(is_zero)
+        return model.train(), report
     peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
     model = peft.get_peft_model(model, peft.LoraConfig(**config)).train()
     match_dtype(model)

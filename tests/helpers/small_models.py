@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from stablelora_kernels.config import LoRAConfig
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.nn.linear import LoRALinear
 
@@ -71,8 +70,15 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-def lora_config(**kwargs):
-    return LoRAConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs)
+def lora_options(**kwargs):
+    """Arguments of apply_lora for :class:`Model`."""
+    return {"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs
+
+
+def remove_lora(model):
+    """Put plain layers into the places of LoRALinear's, as the guide says."""
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.to_linear())
 
 
 def fill_b(model):

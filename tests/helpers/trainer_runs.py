@@ -49,7 +49,7 @@ def llama(
         "target_modules": ["q_proj", "v_proj"],
     }
     if kind == "ours":
-        slk.apply_lora(model, slk.LoRAConfig(**lora))
+        slk.apply_lora(model, **lora)
         return model
     model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))
     if kind == "accelerated":

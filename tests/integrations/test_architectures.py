@@ -100,12 +100,9 @@ def check(model_type: str, base: nn.Module, tmp_path: Path) -> bool:
 
     ours = copy.deepcopy(base)
     # A model's own layers, such as FalconLinear, may compute something else.
-    plain = {nn.Linear, transformers.pytorch_utils.Conv1D}
-    own_layers = {type(m.base_layer) for m in model.modules() if hasattr(m, "base_layer")} - plain
-    if model.peft_config["default"].target_parameters or own_layers:
-        with refused(
-            ours, (TypeError, ValueError), "target_modules|stack of experts|keys|nn.Linear"
-        ):
+    kinds = {type(m.base_layer) for m in model.modules() if hasattr(m, "base_layer")}
+    if model.peft_config["default"].target_parameters or kinds != {nn.Linear}:
+        with refused(ours, ValueError, "target_parameters=|use PEFT and accelerate_peft"):
             slk.load_adapter(ours, tmp_path)
     else:
         slk.load_adapter(ours, tmp_path, fuse_projections=True, fuse_mlp=True)

@@ -26,7 +26,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.nn import fused_loss, loss_form
 from tests.helpers.architectures import build
 from tests.helpers.operators import Operators
-from tests.helpers.small_models import fill_b
+from tests.helpers.small_models import fill_b, remove_lora
 from tests.helpers.small_models import llama as small_llama
 from tests.helpers.trainer_runs import make_trainer, trained, transformers
 
@@ -121,9 +121,8 @@ def test_a_frozen_head_and_our_own_layers():
         torch.manual_seed(0)
         plain = small_llama(tie_word_embeddings=False).double()
         fused = copy.deepcopy(plain)
-        config = slk.LoRAConfig(r=3, target_modules=targets)
-        slk.apply_lora(plain, config)
-        (note,) = notes_on_loss(slk.apply_lora(fused, config, fuse_loss=True))
+        slk.apply_lora(plain, targets, r=3)
+        (note,) = notes_on_loss(slk.apply_lora(fused, targets, r=3, fuse_loss=True))
         assert WITHOUT in note and "the model" in note
         for model in (plain, fused):
             torch.manual_seed(1)
@@ -131,13 +130,14 @@ def test_a_frozen_head_and_our_own_layers():
         plain.load_state_dict(fused.state_dict())
         plain.loss_function = loss_in_float64
         assert_equal(results(fused), results(plain))
-        slk.remove_lora(fused, merge=False)
+        remove_lora(fused)
+        assert fused(input_ids=IDS, labels=LABELS).logits is not None
         assert type(fused) is transformers.LlamaForCausalLM
 
 
 def test_a_loaded_adapter_may_be_fused(tmp_path):
     model = small_llama()
-    slk.apply_lora(model, slk.LoRAConfig(r=3, target_modules=["lm_head"]))
+    slk.apply_lora(model, ["lm_head"], r=3)
     slk.save_adapter(model, tmp_path)
     report = slk.load_adapter(small_llama(), tmp_path, fuse_loss=True)
     assert WITHOUT in notes_on_loss(report)[0]

@@ -25,6 +25,7 @@ from tests.helpers.trainer_runs import (
     arguments,
     llama,
     make_trainer,
+    peft,
     trained,
     transformers,
 )
@@ -101,14 +102,12 @@ def test_names_that_were_lost_are_an_error(tmp_path):
 
 
 def with_norms_and_biases() -> torch.nn.Module:
-    """Ours, which trains a norm and biases too."""
+    """PEFT's, which trains a norm and biases too."""
     torch.manual_seed(0)
-    model, norms = small_llama(attention_bias=True), ["input_layernorm"]
-    slk.apply_lora(
-        model,
-        slk.LoRAConfig(r=3, target_modules=["q_proj", "v_proj"], bias="all", modules_to_save=norms),
+    lora = peft.LoraConfig(
+        r=3, target_modules=["q_proj", "v_proj"], bias="all", modules_to_save=["input_layernorm"]
     )
-    return model
+    return peft.get_peft_model(small_llama(attention_bias=True), lora)
 
 
 def test_from_args_is_the_trainers_adamw(tmp_path, recwarn):

@@ -1,5 +1,5 @@
-"""Experts of transformers' module ``FP8Experts``, under PEFT and in our own layers, against what
-they stand for. PEFT alone rounds the branch away.
+"""Experts of transformers' module ``FP8Experts`` under PEFT, against what they stand for. PEFT
+alone rounds the branch away.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.integrations import peft_experts
-from stablelora_kernels.nn import LoRAExperts
 from stablelora_kernels.testing.cases import FP32
 from tests.helpers.moe_models import IDS, E, build, results, stacks, with_lora
 from tests.helpers.packed_stacks import fp8, in_float8
@@ -32,26 +31,11 @@ def transformers_product(monkeypatch):
     monkeypatch.setattr(fp8, KERNEL, product)
 
 
-def pair(
-    by_peft: bool, family: str = "qwen3_moe", fuse_mlp: bool = False, **options: Any
-) -> tuple[Any, Any]:
-    """A model in float8, and one of what that stands for. ``fuse_mlp``: the first's, by
-    ``apply_lora``.
-    """
+def pair(family: str = "qwen3_moe") -> tuple[Any, Any]:
+    """A PEFT model in float8, and one of what that stands for."""
     model = build(family, dtype=FP32, width=WIDTH)
-    names = stacks(model)
-    adapted = []
-    for place, each in enumerate(in_float8(model)):
-        if by_peft:
-            each = with_lora(each, target_parameters=names)
-        else:
-            torch.manual_seed(1)
-            settings = {"r": 3, "lora_alpha": 6, "init_lora_weights": False} | options
-            config = slk.LoRAConfig(target_parameters=names, **settings)
-            slk.apply_lora(each, config, fuse_mlp=fuse_mlp and place == 0)
-            each.eval()
-        adapted.append(each)
-    model, plain = adapted
+    targets = {"target_parameters": stacks(model)}
+    model, plain = (with_lora(each, **targets) for each in in_float8(model))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in plain.named_parameters():
         assert p.requires_grad == (name in trained)
@@ -67,19 +51,17 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("by_peft", [True, False], ids=["by PEFT", "by apply_lora"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("fuse_mlp", [False, True])
-def test_all_gradients(family, by_peft, checkpointing, fuse_mlp, transformers_product):
+def test_all_gradients(family, checkpointing, fuse_mlp, transformers_product):
     """``fuse_mlp``: in one op, against plain stacks in two."""
-    model, plain = pair(by_peft, family, **{} if by_peft else {"fuse_mlp": fuse_mlp})
-    if by_peft:
-        report = slk.accelerate_peft(model, strict=True, fuse_mlp=fuse_mlp)
-        assert {(row.r, row.experts) for row in report.replaced} == {(3, E)}
-        notes = (f"computed in one op each: 1 x MLP of {E} experts",) if fuse_mlp else ()
-        assert report.notes == notes and not report.skipped
-        slk.accelerate_peft(plain, strict=True)
+    model, plain = pair(family)
+    report = slk.accelerate_peft(model, strict=True, fuse_mlp=fuse_mlp)
+    assert {(row.r, row.experts) for row in report.replaced} == {(3, E)}
+    notes = (f"computed in one op each: 1 x MLP of {E} experts",) if fuse_mlp else ()
+    assert report.notes == notes and not report.skipped
+    slk.accelerate_peft(plain, strict=True)
     if checkpointing:
         for each in (model, plain):
             each.gradient_checkpointing_enable({"use_reentrant": False})
@@ -87,8 +69,7 @@ def test_all_gradients(family, by_peft, checkpointing, fuse_mlp, transformers_pr
             each.train()
     found = results(model)
     assert_close(found, results(plain))
-    frozen = model.disable_adapter() if by_peft else slk.disable_lora(model)
-    with frozen:
+    with model.disable_adapter():
         base = model(input_ids=IDS).logits
     # The branch changes the output.
     assert (found["Y"] - base).abs().max() > 0.1
@@ -96,30 +77,15 @@ def test_all_gradients(family, by_peft, checkpointing, fuse_mlp, transformers_pr
     assert base.equal(expected(input_ids=IDS).logits)
 
 
-def test_dropout():
-    model, plain = pair(False, lora_dropout=0.25)
-    found = []
-    for each in (model, plain):
-        each.train()
-        torch.manual_seed(3)
-        found.append(results(each))
-    assert_close(*found)
-    assert not found[0]["Y"].equal(results(model.eval())["Y"])
-
-
 def test_merging_is_refused():
-    model, _ = pair(False)
-    text = "gate_up_proj is a stack in float8, which would have to be quantized anew to be merged"
-    with pytest.raises(ValueError, match=text):
-        slk.merge_lora(model)
-    model, _ = pair(True)
+    model, _ = pair()
     slk.accelerate_peft(model)
     with pytest.raises(ValueError, match="down_proj is a stack in float8, which would have to be"):
         model.merge_adapter()
 
 
 def test_what_does_not_fit_is_refused_where_peft_would_train_nothing(transformers_product):
-    model, _ = pair(True)
+    model, _ = pair()
     with model.disable_adapter():
         base = model(input_ids=IDS).logits
     (experts,) = (m for m in model.modules() if isinstance(m, fp8.FP8Experts))
@@ -145,7 +111,8 @@ def test_what_does_not_fit_is_refused_where_peft_would_train_nothing(transformer
 
 def test_experts_without_an_adapter_are_told_without_their_scales():
     model, _ = in_float8(build("qwen3_moe", dtype=FP32, width=WIDTH))
-    report = slk.apply_lora(model, slk.LoRAConfig(target_modules="all-linear"))
-    (skipped,) = (row for row in report.skipped if row.name == "model.layers.0.mlp.experts")
-    assert skipped.reason.startswith("it stacks matrices in gate_up_proj, down_proj, as experts")
-    assert not any(isinstance(m, LoRAExperts) for m in model.modules())
+    model = with_lora(model, target_modules=["q_proj"], target_parameters=None)
+    (note,) = slk.accelerate_peft(model).notes
+    assert note.startswith(
+        "base_model.model.model.layers.0.mlp.experts: it stacks matrices in gate_up_proj, down_proj, as experts"
+    )

@@ -323,6 +323,12 @@ def test_a_call_that_only_pefts_wrong_path_could_compute_raises():
             model(input_ids=IDS)
     finally:
         handle.remove()
+    # So is one adapter of two, whichever is nested in the other.
+    for name, wrapper in adapters_of(model).items():
+        wrapper.enable_adapters(False)
+        with pytest.raises(RuntimeError, match=f"its {name[1]} is disabled, and PEFT"):
+            model(input_ids=IDS)
+        wrapper.enable_adapters(True)
     with torch.no_grad():
         model(input_ids=IDS)
 

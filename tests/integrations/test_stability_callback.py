@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import stablelora_kernels as slk
 from tests.helpers.optimizers import make_pairs
 from tests.helpers.processes import needs_gloo, printed, spawn
-from tests.helpers.small_models import IDS, Model, fill_b, lora_config
+from tests.helpers.small_models import IDS, Model, fill_b, lora_options
 from tests.helpers.trainer_runs import llama, make_trainer, trained, transformers
 
 SETTINGS = {"lr": 0.1, "shrink_ratio": 0.3}
@@ -206,7 +206,7 @@ def test_an_a_of_zero_has_no_ratio():
 def values_of_shards(world: int) -> dict[str, float]:
     torch.manual_seed(0)
     model = Model()
-    slk.apply_lora(model, lora_config())
+    slk.apply_lora(model, **lora_options())
     fill_b(model)
     if world > 1:
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stablelora_kernels.model.save_load import save_adapter
+from stablelora_kernels.model.adapters import save_adapter
 from tests.helpers.adapters import adapted
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import stablelora_kernels as slk
+from stablelora_kernels.nn.fused_mlp import unfuse_mlps
 from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
 from tests.helpers.gated_mlps import (
     LIBRARIES,
@@ -26,7 +26,7 @@ from tests.helpers.gated_mlps import (
     rows,
     step,
 )
-from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, conv1d, fp8_linear
+from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, fp8_linear
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 pytestmark = pytest.mark.filterwarnings(
@@ -35,29 +35,13 @@ pytestmark = pytest.mark.filterwarnings(
 each_library = pytest.mark.parametrize("library", LIBRARIES)
 
 
-def of_conv1d():
-    """GPT-2's layers, which hold W transposed."""
-    module = MLP()
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        linear = getattr(module, name)
-        setattr(module, name, conv1d(linear.out_features, linear.in_features))
-    return module
-
-
 MAKERS = {
     "as in Llama": MLP,
     "biases": lambda: MLP(bias=True),
-    "Conv1D": of_conv1d,
     "stacked": Stacked,
     "stacked, up first": lambda: Stacked(up_first=True),
 }
-# PEFT's layers call a Conv1D for its product.
-MADE = [
-    (library, name, "all")
-    for library in LIBRARIES
-    for name in MAKERS
-    if (library, name) != ("PEFT", "Conv1D")
-]
+MADE = [(library, name, "all") for library in LIBRARIES for name in MAKERS]
 # A projection without an adapter loses its branch only.
 SOME = ["gate_proj", "up_proj|down_proj", "down_proj", "gate_proj|up_proj"]
 MADE += [(library, "as in Llama", targets) for library in LIBRARIES for targets in SOME]
@@ -214,7 +198,7 @@ def test_a_forward_bound_to_the_instance_is_given_back(calls):
     copied["mlp"].gate_proj.register_forward_pre_hook(lambda *args: None)
     torch.testing.assert_close(copied(rows(FP32)), y, rtol=1e-4, atol=1e-3)
     assert len(calls.mlps) == 2
-    slk.remove_lora(model, merge=False)
+    unfuse_mlps(model.modules())
     assert type(module) is MLP and module.__dict__["forward"] == expected
 
 
@@ -229,6 +213,6 @@ def test_hooks_like_accelerates_outlive_it(calls):
     expected = step(plain)["y"] * 2
     torch.testing.assert_close(mlp(rows()), expected)
     assert calls.mlps == ["silu"]
-    slk.remove_lora(model, merge=True)
+    unfuse_mlps(model.modules())
     torch.testing.assert_close(mlp(rows()), expected)
     assert type(mlp) is MLP and calls.mlps == ["silu"]

@@ -12,10 +12,11 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import stablelora_kernels as slk
+from stablelora_kernels.model.modules import lora_layers
 from tests.helpers.gated_mlps import LIBRARIES, adapted, assert_same, base_of, step
 from tests.helpers.peft_models import peft
 from tests.helpers.small_models import llama as small_llama
-from tests.helpers.small_models import lora_config, refused
+from tests.helpers.small_models import lora_options, remove_lora
 
 # No group gives up.
 pytestmark = pytest.mark.filterwarnings("error:fuse_projections")
@@ -158,12 +159,28 @@ def test_merged_and_disabled_layers_compute_by_themselves(fusion, library, calls
         calls.clear()
         with slk.disable_lora(model), slk.disable_lora(plain):
             assert torch.equal(model(IDS).logits, plain(IDS).logits)
-        model.merge_adapter() if library == "PEFT" else slk.merge_lora(model)
+        merge(model)
         torch.testing.assert_close(model(IDS).logits, expected)
         assert calls.fused == []
-        model.unmerge_adapter() if library == "PEFT" else slk.unmerge_lora(model)
+        unmerge(model)
         torch.testing.assert_close(model(IDS).logits, expected)
         assert calls.fused == FUSED[fusion]
+
+
+def merge(model):
+    if hasattr(model, "merge_adapter"):
+        model.merge_adapter()
+        return
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge(model):
+    if hasattr(model, "unmerge_adapter"):
+        model.unmerge_adapter()
+        return
+    for layer in lora_layers(model).values():
+        layer.unmerge()
 
 
 def two_adapters(model):
@@ -269,13 +286,15 @@ def test_what_is_no_bool_is_refused():
 @each_library
 @each_fusion
 def test_it_is_given_back(fusion, library, calls):
-    """By removing, restoring, PEFT's unloading, and by accelerating without it."""
+    """By putting plain layers in, restoring, PEFT's unloading, and by accelerating without it."""
     if library == "ours":
         model = llama()
-        before, state = classes_and_hooks(model), copy.deepcopy(model.state_dict())
-        slk.apply_lora(model, lora_config(target_modules=TARGETS), **{fusion: True})
-        slk.remove_lora(model, merge=False)
-        assert classes_and_hooks(model) == before
+        state = copy.deepcopy(model.state_dict())
+        slk.apply_lora(model, **lora_options(target_modules=TARGETS), **{fusion: True})
+        remove_lora(model)
+        expected = llama()(IDS).logits
+        assert torch.equal(model(IDS).logits, expected) and calls.fused == []
+        assert torch.equal(pickle.loads(pickle.dumps(model))(IDS).logits, expected)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         return
     model, plain = pair(library, fusion)
@@ -310,26 +329,3 @@ def test_load_adapter_fuses_too(fusion, calls, tmp_path):
     assert NOTES[fusion] in slk.load_adapter(model, tmp_path, **{fusion: True}).notes
     assert_same(step(model.train(), IDS), step(plain, IDS))
     assert calls.fused == FUSED[fusion]
-
-
-@pytest.mark.parametrize("loads", [False, True])
-def test_an_interrupted_call_leaves_nothing(loads, tmp_path, monkeypatch):
-    """The second MLP can't be fused, after all else was; or the file's tensors can't be copied,
-    after all was fused.
-    """
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt("Ctrl-C")
-
-    model, call, given = llama(), slk.apply_lora, lora_config(target_modules=TARGETS)
-    mlp = model.model.layers[1].mlp
-    if loads:
-        call, given = slk.load_adapter, tmp_path
-        slk.save_adapter(make("ours")[0], tmp_path)
-        monkeypatch.setattr(torch.Tensor, "copy_", interrupt)
-    else:
-        mlp.__class__ = type("Final", (type(mlp),), {"__init_subclass__": interrupt})
-    before = classes_and_hooks(model)
-    with refused(model, KeyboardInterrupt, "Ctrl-C"):
-        call(model, given, fuse_projections=True, fuse_mlp=True)
-    assert classes_and_hooks(model) == before

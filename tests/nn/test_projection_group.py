@@ -167,9 +167,7 @@ def test_siblings_that_are_not_called_with_one_tensor_go_apart(library, calls):
 
 def test_layers_of_different_inputs_are_not_siblings():
     model = nn.ModuleDict({"self_attn": Attention(k_features=12)})
-    report = slk.apply_lora(
-        model, slk.LoRAConfig(r=2, target_modules="all-linear"), fuse_projections=True
-    )
+    report = slk.apply_lora(model, "all-linear", r=2, fuse_projections=True)
     assert report.notes[-1] == "fuse_projections found no layers that share an input"
 
 

@@ -209,6 +209,8 @@ def test_a_full_memory_proves_nothing_and_the_call_runs(monkeypatch, caplog) -> 
     def full(results: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
+    # A library may have disabled all loggers, by logging.config.
+    monkeypatch.setattr(kept.logger, "disabled", False)
     spoiled(monkeypatch, full)
     with silent():
         cases.run(LINEAR)

@@ -13,6 +13,7 @@ from torch.nn.functional import silu
 
 from stablelora_kernels.ops import (
     cpu_products,
+    dropout,
     lora_experts,
     lora_experts_mlp,
     lora_experts_mlp_blocks,
@@ -276,10 +277,13 @@ def test_matches_the_oracle(case, take):
 
 
 @pytest.mark.parametrize("rows", [1, 20, 1000])
-@pytest.mark.parametrize("case", [EXACT[1], EXACT[3], EXACT[4]], ids=str)
+@pytest.mark.parametrize(
+    "case", [EXACT[1], EXACT[3], EXACT[4], DOUBLE._replace(ps=(0.1, 0.1))], ids=str
+)
 def test_blocks_of_any_size_are_right(case, rows, monkeypatch):
-    """Of one expert each, of a few, and of all."""
+    """Of one expert each, of a few, and of all. Masks at 0.1 are positions, also of few slots."""
     monkeypatch.setattr(lora_experts_mlp_blocks, "_ROWS_OF_BLOCK", rows)
+    monkeypatch.setattr(dropout, "POSITIONS_FROM", 1)
     made = make(case)
     exact = expected(case, made, FP64)
     for name, value in run(case, made).items():

@@ -162,9 +162,7 @@ def everything() -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
     torch.manual_seed(0)
     names = ("q_proj", "k_proj", "v_proj", "down_proj")
     model = nn.ModuleDict({name: nn.Linear(64, 64, device=DEVICE, dtype=BF16) for name in names})
-    slk.apply_lora(
-        model, slk.LoRAConfig(r=8, lora_dropout=0.1, target_modules=[*names]), fuse_projections=True
-    )
+    slk.apply_lora(model, names, r=8, lora_dropout=0.1, fuse_projections=True)
     for layer in model.values():
         nn.init.normal_(layer.lora_B)
     weights = [

@@ -22,9 +22,7 @@ from tests.helpers.small_models import fill_b, llama
 def lora_llama(fuse_projections):
     torch.manual_seed(0)
     model = llama(num_hidden_layers=1)
-    slk.apply_lora(
-        model, slk.LoRAConfig(r=4, target_modules="all-linear"), fuse_projections=fuse_projections
-    )
+    slk.apply_lora(model, "all-linear", r=4, fuse_projections=fuse_projections)
     fill_b(model)
     return model
 

@@ -33,7 +33,7 @@ from tests.helpers.optimizers import (
     set_grads,
     snapshot,
 )
-from tests.helpers.small_models import Model, lora_config
+from tests.helpers.small_models import Model, lora_options
 from tests.helpers.steps import latches, saved_and_loaded, take_step
 from tests.optim.options import FP32, OPTIONS, STORED, Row
 
@@ -342,7 +342,7 @@ def test_wrappers_around_a_model_do_not_matter():
     one name in all.
     """
     model = Model()
-    apply_lora(model, lora_config())
+    apply_lora(model, **lora_options())
     plain = StableLoRAAdamW.from_model(model, lr=0.25)
     take_step(0, plain)
     wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager"))

@@ -36,7 +36,7 @@ from stablelora_kernels.utils.tensors import local
 from tests.helpers.distributed_training import TRAINING, compare, fit, gather
 from tests.helpers.optimizers import make_pairs, params_of, set_grads
 from tests.helpers.processes import needs_gloo, spawn
-from tests.helpers.small_models import Model, lora_config
+from tests.helpers.small_models import Model, lora_options
 
 pytestmark = needs_gloo
 Named = list[tuple[str, torch.Tensor]]
@@ -210,7 +210,7 @@ def equal_enough(expected: torch.Tensor, got: torch.Tensor, name: str, what: str
 def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     model = Model()
-    slk.apply_lora(model, lora_config())
+    slk.apply_lora(model, **lora_options())
     return model
 
 

@@ -30,7 +30,7 @@ from torch.nn import Linear, ReLU, Sequential
 def make_model():
     return Sequential(Linear(16, 16), ReLU(), Linear(16, 2))
 model = make_model()
-slk.apply_lora(model, slk.LoRAConfig(r=2, lora_alpha=4, target_modules=["0"], modules_to_save=["2"]))
+slk.apply_lora(model, ["0"], r=2, lora_alpha=4)
 optimizer = slk.StableLoRAAdamW.from_model(model, lr=1e-3)
 with slk.StabilityLogger(optimizer, "stability.csv", every=1):
     model(torch.randn(4, 16)).square().sum().backward()
@@ -39,29 +39,20 @@ def command(*arguments):
     from stablelora_kernels.cli import main
     assert main(list(arguments)) == 0
 """
-SAVE = 'slk.save_adapter(model, "adapter"); slk.load_adapter(make_model(), "adapter"); command("inspect", "adapter")'
 # The features that each extra promises; without one, what the package alone can do.
 PROMISES = {
     "": 'command("doctor")',
-    "adapters": SAVE,
+    "adapters": """
+slk.save_adapter(model, "adapter")
+slk.load_adapter(make_model(), "adapter")
+command("doctor", "--interpret")
+""",
     "peft": """
 import peft
 base = Sequential(Linear(16, 16), ReLU())
 model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
 assert len(slk.accelerate_peft(model).replaced) == 1
 model(torch.randn(4, 16)).sum().backward()
-""",
-    "cli": f"""{SAVE}
-import transformers
-config = transformers.LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-)
-transformers.LlamaForCausalLM(config).save_pretrained("llama")
-llama = transformers.LlamaForCausalLM.from_pretrained("llama")
-slk.apply_lora(llama, slk.LoRAConfig(r=2, target_modules=["q_proj"]))
-slk.save_adapter(llama, "llama_adapter")
-command("merge", "llama_adapter", "--into", "llama", "--out", "merged")
-command("doctor", "--interpret")
 """,
 }
 

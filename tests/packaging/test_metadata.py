@@ -52,7 +52,7 @@ def test_every_optional_import_is_in_its_extra():
     )
     calls = re.findall(r'(?<!def )import_extra\(\s*"([\w.]+)",\s*"(\w+)"', sources)
     assert len(calls) == len(re.findall(r"(?<!def )import_extra\(", sources)) > 5
-    assert {extra for _, extra in calls} == {"adapters", "peft", "cli"}
+    assert {extra for _, extra in calls} == {"adapters", "peft"}
     missing = [
         call
         for call in calls

@@ -7,7 +7,7 @@ from __future__ import annotations
 BRING_UP = "tests/gpu/test_bring_up.py"
 PREPARED = "tests/gpu/test_prepared_launches.py"
 GRAPHS = "tests/gpu/test_cuda_graphs.py"
-CAPTURED_STEP = "tests/gpu/test_captured_step.py"
+CAPTURED_STEP = "tests/gpu/test_captured_step_in_graphs.py"
 COMPETING = "tests/gpu/test_competing_stream.py"
 
 DOCTOR = (f"{BRING_UP}::test_doctor",)

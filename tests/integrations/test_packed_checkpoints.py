@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 import stablelora_kernels as slk
-from stablelora_kernels.nn.experts import LoRAExperts
 from stablelora_kernels.nn.stacks import MXFP4Parametrization
 from stablelora_kernels.testing.cases import BF16, FP32
-from tests.helpers.moe_models import IDS, E, build, results, stacks, transformers, with_lora
+from tests.helpers.moe_models import IDS, E, build, results, transformers, with_lora
 from tests.helpers.packed_stacks import mxfp4
 
 accelerate = pytest.importorskip("accelerate", reason="runs where accelerate is installed")
@@ -94,44 +93,41 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("by_peft", [True, False], ids=["by PEFT", "by apply_lora"])
+def loaded(directory: Path, dtype: torch.dtype = FP32) -> tuple[Any, Any]:
+    """A model with the stacks of a checkpoint, which it writes, and one of what they stand for."""
+    plain, state = checkpoint(dtype)
+    model = without_memory(plain)
+    slk.load_packed_experts(model, write(state, directory))
+    return model, plain
+
+
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=str)
 @pytest.mark.parametrize("fuse_mlp", [False, True])
-def test_it_trains_with_lora(by_peft, checkpointing, fuse_mlp, tmp_path):
-    plain, state = checkpoint()
-    model = without_memory(plain)
-    slk.load_packed_experts(model, write(state, tmp_path))
+def test_it_trains_with_lora(checkpointing, fuse_mlp, tmp_path):
+    """Against plain stacks in two ops."""
+    model, plain = loaded(tmp_path)
     frozen = model(input_ids=IDS).logits
-    adapted = []
-    for each in (model, plain):
-        if by_peft:
-            each = with_lora(each, target_parameters=NAMES)
-            report = slk.accelerate_peft(each, strict=True, fuse_mlp=fuse_mlp and not adapted)
-        else:
-            torch.manual_seed(1)
-            names = stacks(plain)
-            config = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
-            config = slk.LoRAConfig(target_parameters=names, **config)
-            report = slk.apply_lora(each, config, fuse_mlp=fuse_mlp and not adapted)
-            assert {(row.r, row.experts) for row in report.replaced} == {(3, E)}
-        is_fused = [mlp.reason for mlp in report.mlps] == [None]
-        assert is_fused == (fuse_mlp and not adapted)
-        adapted.append(each)
-    trained = {n: p for n, p in adapted[0].named_parameters() if p.requires_grad}
-    for name, p in adapted[1].named_parameters():
+    model, plain = (with_lora(each, target_parameters=NAMES) for each in (model, plain))
+    report = slk.accelerate_peft(model, strict=True, fuse_mlp=fuse_mlp)
+    assert {(row.r, row.experts) for row in report.replaced} == {(3, E)}
+    assert [mlp.reason for mlp in report.mlps] == [None] * fuse_mlp
+    slk.accelerate_peft(plain, strict=True)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, p in plain.named_parameters():
+        assert p.requires_grad == (name in trained)
         if p.requires_grad:
             p.data.copy_(trained[name])
-    for each in adapted:
+    for each in (model, plain):
         if checkpointing is not None:
             each.gradient_checkpointing_enable({"use_reentrant": checkpointing})
             each.enable_input_require_grads()
             each.train()
-    found = results(adapted[0])
-    assert_close(found, results(adapted[1]))
-    adapted[0].eval()
-    with adapted[0].disable_adapter() if by_peft else slk.disable_lora(adapted[0]):
-        assert adapted[0](input_ids=IDS).logits.equal(frozen)
-    assert not torch.nn.utils.parametrize._cache_enabled
+    assert_close(results(model), results(plain))
+    model.eval()
+    for off in (model.disable_adapter(), slk.disable_lora(model)):
+        with off:
+            assert model(input_ids=IDS).logits.equal(frozen)
+    assert not parametrize._cache_enabled
 
 
 class Experts(torch.nn.Module):
@@ -180,26 +176,29 @@ def test_interrupted_experts_leave_no_cache(error, tmp_path, monkeypatch):
     torch.testing.assert_close(other.weight, 5 * before)
 
 
-def test_our_files_are_those_of_plain_experts_and_merging_is_refused(tmp_path):
-    plain, state = checkpoint()
-    model = without_memory(plain)
-    slk.load_packed_experts(model, write(state, tmp_path))
-    config = slk.LoRAConfig(r=3, target_parameters=stacks(plain), init_lora_weights=False)
+def test_files_are_those_of_plain_experts_and_merging_is_refused(tmp_path):
     saved = []
-    for name, each in (("packed", model), ("plain", plain)):
-        torch.manual_seed(1)
-        report = slk.apply_lora(each, config)
-        slk.save_adapter(each, tmp_path / name)
+    for name, each in zip(("packed", "plain"), loaded(tmp_path), strict=True):
+        model = with_lora(each, target_parameters=NAMES)
+        slk.accelerate_peft(model, strict=True)
+        torch.manual_seed(2)
+        for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+            p.data.normal_()
+        model.save_pretrained(tmp_path / name)
         saved.append(load_file(tmp_path / name / "adapter_model.safetensors"))
-    assert saved[0].keys() == saved[1].keys()
+    assert saved[0].keys() == saved[1].keys() and len(saved[0]) == 4
     assert all(saved[0][key].equal(saved[1][key]) for key in saved[0])
-    assert not any("MXFP4" in note for note in report.notes)
-    with pytest.raises(
-        ValueError, match="gate_up_proj is a stack in MXFP4, which would have to be"
-    ):
-        slk.merge_lora(model)
-    slk.remove_lora(model, merge=False)
-    assert not any(isinstance(m, LoRAExperts) for m in model.modules())
+    fresh, _ = loaded(tmp_path)
+    frozen = fresh(input_ids=IDS).logits
+    fresh = with_lora(fresh, target_parameters=NAMES)
+    slk.accelerate_peft(fresh)
+    fresh.load_adapter(tmp_path / "plain", "default")
+    with torch.no_grad():
+        y, expected = (each.eval()(input_ids=IDS).logits for each in (fresh, model))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    with pytest.raises(ValueError, match="down_proj is a stack in MXFP4, which would have to be"):
+        fresh.merge_adapter()
+    assert fresh.unload()(input_ids=IDS).logits.equal(frozen)
 
 
 def test_only_stacks_of_a_model_with_values(tmp_path):

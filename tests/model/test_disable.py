@@ -1,6 +1,4 @@
-"""disable_lora gives the base model's output; save_pretrained of a merged model writes the merged
-weights.
-"""
+"""disable_lora gives the base model's output, of this library's layers and of PEFT's."""
 
 from __future__ import annotations
 
@@ -13,16 +11,12 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.model.modules import lora_layers
-from tests.helpers.quantized_weights import K, N, bnb_4bit
 from tests.helpers.small_models import (
     IDS,
     Model,
     fill_b,
-    gpt2,
     llama,
-    lora_config,
-    lora_over,
+    lora_options,
     output,
     trainable,
 )
@@ -30,7 +24,7 @@ from tests.helpers.small_models import (
 
 def evaluated(model, fuse_projections=False, **config):
     """``model`` with branches that are not zero."""
-    slk.apply_lora(model.eval(), lora_config(**config), fuse_projections=fuse_projections)
+    slk.apply_lora(model.eval(), **lora_options(**config), fuse_projections=fuse_projections)
     fill_b(model)
     return model
 
@@ -49,7 +43,7 @@ def with_peft(accelerated, **config):
 
     base = output(Model())
     model = make(**config)
-    if config:
+    if "modules_to_save" in config:
         with torch.no_grad():
             model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1.0)
     if accelerated:
@@ -182,132 +176,20 @@ def test_a_block_inside_of_compiled_code():
             torch.testing.assert_close(found, expected)
 
 
-def test_a_4_bit_layer_is_as_before():
-    """bitsandbytes' own forward casts its bias in place and takes its first input's dtype for good."""
-    base = bnb_4bit(nn.Linear(K, N), None)
-    base.bias.data = base.bias.data.float() + 1e-4
-    base.compute_dtype = None
-    layer = lora_over(base)
-    x = torch.randn(3, K)
-    bias, before = layer.bias.clone(), layer(x)
-    with slk.disable_lora(layer):
-        layer(x.bfloat16())
-    assert layer.bias.dtype == torch.float32 and torch.equal(layer.bias, bias)
-    assert base.compute_dtype is None and torch.equal(layer(x), before)
+@pytest.mark.parametrize("kind", ["ours", "PEFT"])
+def test_a_bias_that_trains_is_refused(kind):
+    """Its base value is not kept."""
+    model, _ = MODELS["ours"]() if kind == "ours" else with_peft(False, bias="lora_only")
+    if kind == "ours":
+        model.layers[0].q_proj.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="trained in place: disable_lora"), slk.disable_lora(model):
+        pass
 
 
-# Saved while merged.
-
-WITH_HEAD = {"target_modules": ["q_proj", "lm_head"]}
-
-
-def by_load_adapter(tmp_path):
-    slk.save_adapter(evaluated(llama()), tmp_path / "adapter")
-    model = llama().eval()
-    slk.load_adapter(model, tmp_path / "adapter")
-    return model
-
-
-def by_hand():
-    model = llama().eval()
-    attention = model.model.layers[0].self_attn
-    attention.q_proj = slk.LoRALinear.from_linear(attention.q_proj, init_lora_weights=False)
-    return model
-
-
-MERGED = {
-    "gpt2": lambda: evaluated(gpt2(), target_modules=["c_attn"]),
-    "tied": lambda: evaluated(llama(tie_word_embeddings=True)),
-    "with a tied head": lambda: evaluated(llama(tie_word_embeddings=True), **WITH_HEAD),
-    "layers made by hand": by_hand,
-}
-
-
-def reload(model, path, **kwargs):
-    model.save_pretrained(path, **kwargs)
-    loaded, info = type(model).from_pretrained(path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    return output(loaded.eval())
-
-
-def assert_saved_as_it_is(model, path, state_dict=None):
-    """The very files of transformers' own method, which takes tensors out of the dict that it is
-    given.
-    """
-    other = path.with_name("transformers")
-    model.save_pretrained(path, state_dict=copy.copy(state_dict))
-    type(model).save_pretrained(model, other, state_dict=copy.copy(state_dict))
-    files = sorted(file.name for file in path.iterdir())
-    assert "model.safetensors" in files and files == sorted(file.name for file in other.iterdir())
-    for name in files:
-        assert (path / name).read_bytes() == (other / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("kind", MERGED)
-def test_a_merged_model_is_saved_merged(tmp_path, kind):
-    torch.manual_seed(0)
-    model = MERGED[kind]()
-    expected, keys, tied = output(model), list(model.state_dict()), model.config.tie_word_embeddings
-    slk.merge_lora(model)
-    torch.testing.assert_close(reload(model, tmp_path / "merged"), expected)
-    # As the Trainer calls it.
-    torch.testing.assert_close(
-        reload(model, tmp_path / "given", state_dict=model.state_dict()), expected
-    )
-    torch.testing.assert_close(output(model), expected)
-    assert list(model.state_dict()) == keys and model.config.tie_word_embeddings == tied
-    slk.unmerge_lora(model)
-    assert torch.equal(output(model), expected)
-    assert_saved_as_it_is(model, tmp_path / "unmerged")
-    # A head that it unties stays so, and the config says so.
-    slk.remove_lora(model)
-    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert model.config.tie_word_embeddings == is_tied
-    torch.testing.assert_close(reload(model, tmp_path / "removed"), expected)
-
-
-@pytest.mark.parametrize(
-    "make", [lambda _: evaluated(llama()), by_load_adapter], ids=["apply_lora", "load_adapter"]
-)
-def test_layers_that_are_merged_one_by_one(tmp_path, make):
-    """All of them merged, the merged weights are written; some of them, the model is refused; none,
-    it is saved as it is.
-    """
-    model = make(tmp_path)
-    expected, (first, *rest) = output(model), lora_layers(model).values()
-    assert_saved_as_it_is(model, tmp_path / "given", {"lm_head.weight": torch.zeros(32, 16)})
-    first.merge()
-    message = r"model must be merged whole or not at all to be saved, got model\.layers\.0\.self_attn\.q_proj merged and "
-    with pytest.raises(
-        ValueError, match=message + r"model\.layers\.0\.self_attn\.v_proj, .* not merged"
+def test_models_without_lora_are_refused():
+    for model, message in (
+        (Model(), "must have LoRALinear layers or PEFT's, got a Model without any"),
+        ([], "model must be an nn.Module, got list"),
     ):
-        model.save_pretrained(tmp_path / "some")
-    for layer in rest:
-        layer.merge()
-    torch.testing.assert_close(reload(model, tmp_path / "merged"), expected)
-    assert not (tmp_path / "some").exists()
-
-
-def test_copies_and_pickles_save_themselves(tmp_path):
-    model = evaluated(llama())
-    slk.merge_lora(model)
-    for number, twin in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
-        with torch.no_grad():
-            twin.lm_head.weight.mul_(2)
-        torch.testing.assert_close(reload(twin, tmp_path / str(number)), 2 * output(model))
-
-
-def test_a_save_that_fails_leaves_the_model_merged(tmp_path, monkeypatch):
-    model = evaluated(llama(tie_word_embeddings=True), **WITH_HEAD)
-    slk.merge_lora(model)
-    expected = output(model)
-
-    def fail(self, directory):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(type(model), "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(tmp_path)
-    assert torch.equal(output(model), expected) and model.config.tie_word_embeddings
-    slk.unmerge_lora(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+        with pytest.raises((ValueError, TypeError), match=message), slk.disable_lora(model):
+            pass

@@ -49,9 +49,9 @@ def load_packed_experts(model: nn.Module, path: str | os.PathLike[str]) -> list[
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         slk.load_packed_experts(model, path)
 
-    All other parameters keep theirs. Afterwards :func:`~stablelora_kernels.apply_lora` with
-    ``target_parameters``, or PEFT and :func:`~stablelora_kernels.accelerate_peft`, put LoRA on the
-    experts. Without an adapter the experts' own forward dequantizes a stack at each call.
+    All other parameters keep theirs. Afterwards PEFT puts LoRA on the experts, by their full names in
+    ``target_parameters``, and :func:`~stablelora_kernels.accelerate_peft` computes it. Without an
+    adapter the experts' own forward dequantizes a stack at each call.
     ``state_dict()`` has the checkpoint's names.
 
     Args:
