@@ -347,6 +347,7 @@ def test_unmerge_is_exact_after_whatever_happened_while_merged(kind):
         other.unmerge()
         assert torch.equal(other.weight, frozen.to(other.weight.dtype))
         assert not other.weight.requires_grad
+    assert moved.weight.dtype == FP64
     assert not loaded.merged and torch.equal(loaded.weight, frozen)
     loaded.merge()
     with pytest.raises(RuntimeError, match=r"is merged; unmerge\(\) before loading"):
