@@ -101,7 +101,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if is_parallel and not is_first_rank():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", _METADATA: json.dumps(_computing(config), sort_keys=True)}
+    metadata = {"format": "pt", _METADATA: _computing(config)}
     new_weights = directory / f".{_WEIGHTS}.{os.getpid()}"
     new_config = directory / f".{_CONFIG}.{os.getpid()}"
     try:
@@ -253,15 +253,16 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, _Pair]]:
         ) from None
     _check_plain(config, config_file)
     saved_with = metadata.get(_METADATA)
-    if saved_with is not None and json.loads(saved_with) != _computing(config):
+    if saved_with is not None and saved_with != _computing(config):
         raise ValueError(
             f"{config_file} and {weights_file} must be of one save, got {_computing(config)} beside weights of {saved_with}"
         )
     return config, _pairs_of(config, tensors, config_file, weights_file)
 
 
-def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: config.get(key) for key in _COMPUTING}
+def _computing(config: Mapping[str, Any]) -> str:
+    """The fields of a config that decide what the weights compute, in JSON."""
+    return json.dumps({key: config.get(key) for key in _COMPUTING}, sort_keys=True)
 
 
 def _check_plain(config: Mapping[str, Any], file: Path) -> None:

@@ -92,13 +92,15 @@ def apply_lora(
     check_module(model)
     check_not_in_ddp(model)
     _check_targets(target_modules)
+    # A set, since it is looked up for each module.
+    wanted = target_modules if isinstance(target_modules, str) else frozenset(target_modules)
     is_all_linear = _is_all_linear(target_modules)
     heads = _heads(model) if is_all_linear else {}
     targets: dict[str, nn.Linear] = {}
     skipped: list[SkippedModule] = []
     for path, module in model.named_modules():
         name = clean(path)
-        if not name or not _matches(target_modules, name):
+        if not name or not _matches(wanted, name):
             continue
         if is_all_linear and not isinstance(module, (nn.Linear, LoRALinear)):
             continue
@@ -116,8 +118,6 @@ def apply_lora(
         notes.append(unmatched)
         where = counted(len(targets), "module")
         warnings.warn(f"{unmatched}, while other names match {where}", stacklevel=2)
-    for note in notes_on_gradients(model) + notes_on_heads(model):
-        warnings.warn(note, stacklevel=2)
     return fuse(model, targets, skipped, notes, fuse_projections, fuse_mlp, fuse_loss)
 
 
@@ -179,7 +179,9 @@ def fuse(
     fuse_mlp: bool,
     fuse_loss: bool,
 ) -> LoRAReport:
-    """The fusions of :func:`apply_lora`, and the report on the layers of these names."""
+    """The fusions of :func:`apply_lora`, the report on the layers of these names, and a warning of
+    what would train wrongly.
+    """
     layers = lora_layers(model)
     if fuse_projections:
         notes = notes + make_projection_groups(model, layers)
@@ -189,7 +191,10 @@ def fuse(
         notes = notes + notes_on_mlps(mlps)
     if fuse_loss:
         notes = notes + notes_on_losses(fuse_losses(model))
-    notes = notes + notes_on_gradients(model) + notes_on_heads(model)
+    wrong = notes_on_gradients(model) + notes_on_heads(model)
+    for note in wrong:
+        warnings.warn(note, stacklevel=3)
+    notes = notes + wrong
     rows = []
     for name in names:
         layer = layers[name]

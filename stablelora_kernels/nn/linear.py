@@ -131,10 +131,11 @@ class LoRALinear(nn.Module):
         check_float("lora_dropout", lora_dropout, low=0.0, high=1.0)
         check_bool("use_rslora", use_rslora)
         _check_init(init_lora_weights)
-        compute_dtype = getattr(linear, "compute_dtype", None)
-        dtype = compute_dtype or (
-            torch.float32 if hasattr(linear, "compute_dtype") else linear.weight.dtype
-        )
+        # That of bitsandbytes' layers; None stands for the input's dtype.
+        compute_dtype: torch.dtype | None = getattr(linear, "compute_dtype", None)
+        dtype = linear.weight.dtype
+        if hasattr(linear, "compute_dtype"):
+            dtype = compute_dtype or torch.float32
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"weight must be of a floating-point dtype, got {dtype}")
         if lora_dtype not in (torch.float32, dtype):
@@ -152,7 +153,6 @@ class LoRALinear(nn.Module):
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        # That of bitsandbytes' layers; None stands for the input's dtype.
         self.compute_dtype = compute_dtype
         self.merged = False
         # While merged, the Parameter that merge() replaced. It is not registered: state_dict() and

@@ -55,7 +55,8 @@ class Base(NamedTuple):
 
 def is_adapted(module: object) -> bool:
     """Whether ``module`` is a layer with adapters, this library's or PEFT's."""
-    return hasattr(module, "read_operand") or hasattr(module, "get_base_layer")
+    kind = type(module)
+    return hasattr(kind, "read_operand") or hasattr(kind, "get_base_layer")
 
 
 def is_projection(module: object) -> bool:
@@ -68,9 +69,10 @@ def read_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
     itself. Without an x: for any that the layer may get in training, once its parameters are on
     their devices.
     """
-    if hasattr(layer, "read_operand"):
-        operand: Operand | str = layer.read_operand(x)  # type: ignore[operator]
-        return operand
+    # Of the class: nn.Module's __getattr__ takes long to find nothing.
+    read = getattr(type(layer), "read_operand", None)
+    if read is not None:
+        return read(layer, x)  # type: ignore[no-any-return]
     if is_adapted(layer):
         return "runs PEFT's own forward; the report's skipped modules say why"
     base = read_base(layer, x)
@@ -84,9 +86,8 @@ def read_usual_layer(layer: nn.Module) -> Operand | None:
     finds no reason in dtypes, shapes and devices, which the key of an op's call has. None for any
     other layer.
     """
-    if hasattr(layer, "read_usual_operand"):
-        return layer.read_usual_operand()  # type: ignore[operator,no-any-return]
-    return None
+    read = getattr(type(layer), "read_usual_operand", None)
+    return None if read is None else read(layer)
 
 
 def reason_against_tensors(
@@ -110,7 +111,6 @@ def reason_against_tensors(
 
 
 # Base layers
-
 
 # The types without operations of their own.
 _PLAIN = (nn.Parameter, Tensor)

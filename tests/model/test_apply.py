@@ -4,6 +4,9 @@ leaves of a call that fails.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +17,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.model.modules import lora_layers
 from stablelora_kernels.model.reports import count_parameters
 from tests.helpers.processes import needs_gloo
+from tests.helpers.quantized_weights import K, N, bnb_4bit
 from tests.helpers.small_models import (
     Model,
     fill_b,
@@ -263,6 +267,60 @@ def test_ddp_around_a_model_comes_later(mesh):
         model := DistributedDataParallel(Model()), ValueError, "LoRA before DistributedDataParallel"
     ):
         slk.apply_lora(model, ["q_proj"])
+
+
+def calls(layers: int, directory: Path) -> dict[str, int]:
+    """The calls of each action on a model of so many layers."""
+
+    def fresh() -> nn.Module:
+        return nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(1, 1) for _ in range(layers))})
+
+    model, other = fresh(), fresh()
+    names = [f"layers.{i}" for i in range(layers)]
+    actions = {
+        "apply": lambda: slk.apply_lora(model, names, r=1, fuse_projections=True),
+        "save": lambda: slk.save_adapter(model, directory),
+        "load": lambda: slk.load_adapter(other, directory),
+        "load again": lambda: slk.load_adapter(model, directory),
+        "optimizer": lambda: slk.StableLoRAAdamW.from_model(model),
+    }
+    counts = dict.fromkeys(actions, 0)
+    for name, action in actions.items():
+
+        def see(frame, event, arg, name=name):
+            counts[name] += event in ("call", "c_call")
+
+        sys.setprofile(see)
+        try:
+            action()
+        finally:
+            sys.setprofile(None)
+    return counts
+
+
+def test_calls_grow_like_layers(tmp_path):
+    """Twice the layers take twice the calls, Python's and C's."""
+    pytest.importorskip(
+        "safetensors", reason="runs where safetensors is installed: pip install .[test]"
+    )
+    # What only a first run does.
+    calls(2, tmp_path)
+    few, twice = calls(100, tmp_path), calls(200, tmp_path)
+    growth = {name: twice[name] / few[name] for name in few}
+    assert all(factor < 2.2 for factor in growth.values()), growth
+
+
+@pytest.mark.filterwarnings("ignore:.*4-bit linear.*")
+def test_bitsandbytes_layers_are_replaced_and_train_as_before():
+    torch.manual_seed(0)
+    model = nn.Sequential(bnb_4bit(nn.Linear(K, N)), nn.ReLU(), nn.Linear(N, 2))
+    x = torch.randn(5, K)
+    expected = model(x)
+    report = slk.apply_lora(model, "all-linear", r=3)
+    assert [row.name for row in report.replaced] == ["0", "2"] and not report.skipped
+    torch.testing.assert_close(model(x), expected)
+    model(x).square().sum().backward()
+    assert all(layer.lora_B.grad.any() for layer in lora_layers(model).values())
 
 
 def test_the_report_is_no_model():
