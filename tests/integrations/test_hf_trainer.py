@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import warnings
@@ -18,10 +19,12 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import stablelora_kernels as slk
 from tests.helpers import trainer_runs
+from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import llama as small_llama
 from tests.helpers.trainer_runs import (
     KINDS,
     STEPS,
+    WORDS,
     arguments,
     llama,
     make_trainer,
@@ -264,3 +267,41 @@ def test_adapters_in_bfloat16_resume_to_the_bit_or_with_a_warning(tmp_path, keep
         of_whole = {n: p for n, p in whole.model.named_parameters() if p.requires_grad}
         for name, p in resumed.named_parameters():
             assert not p.requires_grad or p.equal(of_whole[name])
+
+
+def trained_without_peft(rank: int, world: int, place: Path) -> dict[str, torch.Tensor]:
+    """LoRALinear layers by a Trainer with the flags that it sets itself, evaluated between steps;
+    checkpointed, and not.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
+    results = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = small_llama(vocab_size=WORDS, pad_token_id=0)
+        slk.apply_lora(
+            model, "all-linear", r=3, fuse_projections=True, fuse_mlp=True, fuse_loss=True
+        )
+        # As many rows a step on one process as on two.
+        trainer = make_trainer(
+            model, place / str(rank), gradient_accumulation_steps=4 // world, ddp_backend="gloo",
+            made=with_evaluation, eval_strategy="steps", eval_steps=2, max_steps=4,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        results |= {f"{name} {checkpointing}": p for name, p in trained(model).items()}
+    return results
+
+
+def with_evaluation(**options: Any) -> Any:
+    return transformers.Trainer(**options, eval_dataset=options["train_dataset"])
+
+
+@needs_gloo
+def test_without_peft_two_processes_train_as_one(tmp_path):
+    (alone,) = spawn(trained_without_peft, 1, tmp_path)
+    assert len(alone) == 2 * 2 * 14
+    for found in spawn(trained_without_peft, 2, tmp_path):
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
