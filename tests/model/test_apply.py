@@ -331,10 +331,11 @@ def test_the_report_is_no_model():
             mistake()
 
 
-def test_merged_layers_become_plain_ones_as_the_guide_says():
+def test_merged_layers_become_plain_ones_as_the_guide_says(tmp_path):
+    """transformers saves and loads such a model as any other."""
     torch.manual_seed(0)
-    model, plain = Model().eval(), Model()
-    slk.apply_lora(model, **lora_options())
+    model, plain = llama().eval(), llama()
+    slk.apply_lora(model, "all-linear", r=2, fuse_projections=True, fuse_mlp=True)
     fill_b(model)
     expected = output(model)
     for name, layer in lora_layers(model).items():
@@ -342,6 +343,9 @@ def test_merged_layers_become_plain_ones_as_the_guide_says():
         model.set_submodule(name, layer.to_linear())
     assert model.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(output(model), expected)
+    model.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path).eval()
+    assert torch.equal(output(loaded), output(model))
 
 
 def of_zero_3():
