@@ -8,7 +8,10 @@ from torch import Tensor
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.ops.checks import check_cross_entropy
 from stablelora_kernels.ops.cpu_products import without_autocast
-from stablelora_kernels.ops.lora_linear_cross_entropy import CrossEntropyCall, cross_entropy_op
+from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import (
+    CrossEntropyCall,
+    cross_entropy_op,
+)
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.utils.tensors import autocast_dtype, cast

@@ -20,22 +20,22 @@ from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.autograd import read_by_backward
 from stablelora_kernels.ops.first_use import NOT_TIMED
-from stablelora_kernels.ops.lora_linear_call import (
+from stablelora_kernels.ops.lora_linear.call import (
     LinearBackwardCall,
     LinearBackwardSettings,
     LinearForwardCall,
     LinearForwardSettings,
 )
-from stablelora_kernels.ops.lora_linear_triton import (
+from stablelora_kernels.ops.lora_linear.triton import (
     lora_linear_bwd,
     lora_linear_fwd,
 )
-from stablelora_kernels.ops.lora_rows_call import (
+from stablelora_kernels.ops.lora_rows.call import (
     RowsBackwardCall,
     RowsForwardCall,
     RowsSettings,
 )
-from stablelora_kernels.ops.lora_rows_triton import (
+from stablelora_kernels.ops.lora_rows.triton import (
     lora_rows_bwd,
     lora_rows_fwd,
 )

@@ -83,10 +83,10 @@ def ours(*parts: str) -> tuple[str, ...]:
 ALL, TRITON = (PACKAGE, "benchmarks", "tests", "examples"), ours("kernels", "launch")
 PROOFS = ours(
     "ops.proofs",
-    "ops.lora_linear_proof",
-    "ops.lora_mlp_proof",
-    "ops.lora_rows_proof",
-    "ops.lora_linear_cross_entropy_proof",
+    "ops.lora_linear.proof",
+    "ops.lora_mlp.proof",
+    "ops.lora_rows.proof",
+    "ops.lora_linear_cross_entropy.proof",
 )
 # Tests and benchmarks/lab may take kernels and launches apart.
 RULES = (

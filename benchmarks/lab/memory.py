@@ -61,7 +61,9 @@ from benchmarks.lab.step_memory import (
     Step,
     Terms,
 )
-from stablelora_kernels.ops.lora_linear_cross_entropy import GPU_LOGIT_BYTES as GPU_LOGIT_BYTES
+from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import (
+    GPU_LOGIT_BYTES as GPU_LOGIT_BYTES,
+)
 
 STATIC = RESULTS.parents[1] / "docs" / "_static"
 GIB = 1 << 30

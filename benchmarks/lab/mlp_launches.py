@@ -11,14 +11,14 @@ import torch
 
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.explanation import DTypes, Ways, projection_of, seed_of
-from stablelora_kernels.ops.lora_mlp_call import (
+from stablelora_kernels.ops.lora_mlp.call import (
     MLPBackwardCall,
     MLPBackwardSettings,
     MLPForwardCall,
     MLPForwardSettings,
     each_mask,
 )
-from stablelora_kernels.ops.lora_mlp_triton import lora_mlp_bwd, lora_mlp_fwd
+from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_bwd, lora_mlp_fwd
 from stablelora_kernels.projection import layouts_of, operands_of, scales_of
 
 

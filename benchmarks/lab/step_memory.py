@@ -47,8 +47,9 @@ from benchmarks.lab.stand_ins import LIGER, counted_attention, liger_loss
 from stablelora_kernels import functional
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.ops import lora_linear_cross_entropy as cross_entropy
-from stablelora_kernels.ops import lora_mlp_torch, plans
+from stablelora_kernels.ops import plans
+from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as cross_entropy
+from stablelora_kernels.ops.lora_mlp import torch as lora_mlp_torch
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CPU = "cpu"

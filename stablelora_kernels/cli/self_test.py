@@ -29,8 +29,8 @@ from stablelora_kernels.cli.self_test_layers import (
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.functional import lora_experts, lora_linear
-from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
+from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
+from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, FrozenStack, Routing
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef

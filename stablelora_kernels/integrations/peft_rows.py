@@ -19,7 +19,7 @@ from stablelora_kernels.integrations.peft_operands import (
 )
 from stablelora_kernels.integrations.rows_state import Rows
 from stablelora_kernels.nn.operands import read_base
-from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 
 # Why projection groups and gated MLPs leave a layer to itself.
 BY_ROWS = "computes each adapter's rows within adapters_of_rows"

@@ -19,7 +19,7 @@ from stablelora_kernels.nn.stacks import (
     is_stored_as_taken,
     read_stack,
 )
-from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack
+from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, FrozenStack
 
 # The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.ops.checks import check_stack
-from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, Gate, Routing
+from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
+from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, Gate, Routing
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 

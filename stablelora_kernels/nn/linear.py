@@ -1,7 +1,7 @@
 """``LoRALinear``: a frozen linear layer with a trainable LoRA branch, computed by the fused op.
 
 What it calls: :func:`~stablelora_kernels.functional.lora_linear`, whose autograd function is in
-``ops/lora_linear.py``, and with ``fuse_projections`` the group in ``nn/projection_group.py``.
+``ops/lora_linear/autograd.py``, and with ``fuse_projections`` the group in ``nn/projection_group.py``.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import stablelora_kernels as slk
 from stablelora_kernels.integrations.peft import ROWS_ARE_NOT_FUSED
 from stablelora_kernels.integrations.rows_state import ATTRIBUTE
-from stablelora_kernels.ops import lora_rows as rows_op
 from stablelora_kernels.ops.dropout import Drawn
+from stablelora_kernels.ops.lora_rows import autograd as rows_op
 from tests.helpers.launches import count_launches
 from tests.helpers.peft_models import config, make, peft
 from tests.helpers.quantized_weights import bnb_4bit

@@ -61,9 +61,9 @@ TRIALS_OF = {
     "dispatch/rules.py": ("chain", "forms", "sums"),
     "dispatch/": ("chain", "sums"),
     "ops/plans.py": ("chain",),
-    "ops/lora_linear_triton.py": ("forms",),
-    "ops/lora_mlp_triton.py": ("gated", "mlp"),
-    "ops/lora_rows_triton.py": ("rows",),
+    "ops/lora_linear/triton.py": ("forms",),
+    "ops/lora_mlp/triton.py": ("gated", "mlp"),
+    "ops/lora_rows/triton.py": ("rows",),
     "optim/triton_step.py": ("step",),
 }
 

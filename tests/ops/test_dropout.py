@@ -23,7 +23,7 @@ from stablelora_kernels.functional import (
 )
 from stablelora_kernels.ops import dropout
 from stablelora_kernels.ops.dropout import draw_keep, draw_seeds, mask_of_rows
-from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.ops.plans import key_of
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import kept_for_backward

@@ -26,10 +26,10 @@ from stablelora_kernels.dispatch.tallies import tallies
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.ops import first_use, plans, proofs
-from stablelora_kernels.ops import lora_linear_cross_entropy as cross_entropy
-from stablelora_kernels.ops.lora_linear_proof import FORWARD
-from stablelora_kernels.ops.lora_linear_triton import lora_linear_fwd
-from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.ops.lora_linear.proof import FORWARD
+from stablelora_kernels.ops.lora_linear.triton import lora_linear_fwd
+from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as cross_entropy
+from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.optim import proof
 from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, Case

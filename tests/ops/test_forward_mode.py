@@ -22,7 +22,7 @@ from stablelora_kernels.functional import (
     lora_mlp,
 )
 from stablelora_kernels.ops import cpu_products
-from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.testing.cases import DEVICE, FP32, FP64
 
 FEW_ROWS, MANY_ROWS = 5, 600

@@ -12,8 +12,8 @@ import torch
 
 from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops import cpu_products
-from stablelora_kernels.ops import lora_experts as op
 from stablelora_kernels.ops.dropout import draw_keep
+from stablelora_kernels.ops.lora_experts import autograd as op
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64

@@ -11,16 +11,13 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from stablelora_kernels.ops import (
-    cpu_products,
-    dropout,
-    lora_experts,
-    lora_experts_mlp,
-    lora_experts_mlp_blocks,
-)
+from stablelora_kernels.ops import cpu_products, dropout
 from stablelora_kernels.ops.dropout import POSITIONS_FROM, draw_keep
-from stablelora_kernels.ops.lora_experts_mlp import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp_call import ExpertStack, FrozenStack, Routing
+from stablelora_kernels.ops.lora_experts import autograd as lora_experts
+from stablelora_kernels.ops.lora_experts_mlp import autograd as lora_experts_mlp
+from stablelora_kernels.ops.lora_experts_mlp import blocks
+from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
+from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, FrozenStack, Routing
 from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
@@ -282,7 +279,7 @@ def test_matches_the_oracle(case, take):
 )
 def test_blocks_of_any_size_are_right(case, rows, monkeypatch):
     """Of one expert each, of a few, and of all. Masks at 0.1 are positions, also of few slots."""
-    monkeypatch.setattr(lora_experts_mlp_blocks, "_ROWS_OF_BLOCK", rows)
+    monkeypatch.setattr(blocks, "_ROWS_OF_BLOCK", rows)
     monkeypatch.setattr(dropout, "POSITIONS_FROM", 1)
     made = make(case)
     exact = expected(case, made, FP64)

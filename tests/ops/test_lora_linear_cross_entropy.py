@@ -17,7 +17,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.ops import cpu_products
-from stablelora_kernels.ops import lora_linear_cross_entropy as op
+from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as op
 from stablelora_kernels.reference import lora_linear_cross_entropy_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.ops import lora_rows as module
 from stablelora_kernels.ops.dropout import Drawn
-from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.ops.lora_rows import autograd as module
+from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.reference.lora import lora_branch_ref
 from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer

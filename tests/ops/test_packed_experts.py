@@ -20,9 +20,9 @@ from stablelora_kernels.functional import (
     PackedExperts,
     lora_experts,
 )
-from stablelora_kernels.ops import lora_experts as op
-from stablelora_kernels.ops import lora_experts_grouped
 from stablelora_kernels.ops.dropout import draw_keep
+from stablelora_kernels.ops.lora_experts import autograd as op
+from stablelora_kernels.ops.lora_experts import grouped
 from stablelora_kernels.packed_experts import StackLayout
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -162,7 +162,7 @@ def expected(call: Call, made: dict[str, Any], dtype: torch.dtype) -> dict[str, 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_matches_the_oracle_of_the_dequantized_weights(call, monkeypatch):
     monkeypatch.setattr(op, "can_group", lambda x, weight: call.chunk > 0)
-    monkeypatch.setattr(lora_experts_grouped, "CHUNK_BYTES", call.chunk * N * K * 2 + 100)
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", call.chunk * N * K * 2 + 100)
     made = operands(call)
     results = run(call, made)
     exact = expected(call, made, FP64)
@@ -214,7 +214,7 @@ def test_the_loop_dequantizes_one_expert_with_rows_at_a_time(wanted, backward, m
 )
 def test_the_grouped_product_dequantizes_chunks(experts, ends, forward, monkeypatch):
     monkeypatch.setattr(op, "can_group", lambda x, weight: True)
-    monkeypatch.setattr(lora_experts_grouped, "CHUNK_BYTES", experts * N * K * 2)
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", experts * N * K * 2)
     call = Call("nf4", BF16, BF16, ends=ends)
     made = operands(call)
     ranges = spy_on_experts(monkeypatch)

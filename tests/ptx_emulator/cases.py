@@ -28,7 +28,7 @@ from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.ops.dropout import draw_seeds
-from stablelora_kernels.ops.lora_rows import RowsBranch, lora_rows
+from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.optim import staging
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref

@@ -17,14 +17,14 @@ from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
 from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
-from stablelora_kernels.ops.lora_linear_call import (
+from stablelora_kernels.ops.lora_linear.call import (
     LinearForwardCall,
     LinearForwardSettings,
 )
-from stablelora_kernels.ops.lora_linear_cross_entropy import CrossEntropyCall
-from stablelora_kernels.ops.lora_linear_triton import (
+from stablelora_kernels.ops.lora_linear.triton import (
     lora_linear_fwd,
 )
+from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import CrossEntropyCall
 from stablelora_kernels.optim.triton_step import TritonStep
 
 # One of each kind that the tables tell apart, in M and (N, K).

@@ -10,7 +10,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.dropout import new_mask
-from stablelora_kernels.ops.lora_linear_call import (
+from stablelora_kernels.ops.lora_linear.call import (
     LinearBackwardCall,
     LinearBackwardResults,
     LinearBackwardSettings,
@@ -20,7 +20,7 @@ from stablelora_kernels.ops.lora_linear_call import (
     branches_in,
     split_s,
 )
-from stablelora_kernels.ops.lora_linear_proof import BACKWARD, FORWARD
+from stablelora_kernels.ops.lora_linear.proof import BACKWARD, FORWARD
 from stablelora_kernels.ops.matrices import as_matrix, row_count
 from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
 from stablelora_kernels.projection import LORA_AS, LORA_BS, projections_of

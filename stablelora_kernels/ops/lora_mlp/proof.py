@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.formulas import Gradients, Wanted, gradients_of, project, to_multiply
-from stablelora_kernels.ops.lora_linear_proof import (
+from stablelora_kernels.ops.lora_linear.proof import (
     as_grad_x,
     branch_sizes,
     db_of,
@@ -24,7 +24,7 @@ from stablelora_kernels.ops.lora_linear_proof import (
     saved_s,
     strategies_of,
 )
-from stablelora_kernels.ops.lora_mlp_call import (
+from stablelora_kernels.ops.lora_mlp.call import (
     MLPBackwardCall,
     MLPBackwardResults,
     MLPForwardCall,
@@ -32,7 +32,7 @@ from stablelora_kernels.ops.lora_mlp_call import (
     each_mask,
     with_branches,
 )
-from stablelora_kernels.ops.lora_mlp_torch import ACTIVATIONS
+from stablelora_kernels.ops.lora_mlp.torch import ACTIVATIONS
 from stablelora_kernels.ops.matrices import as_matrix, row_count, with_own_memory
 from stablelora_kernels.ops.proofs import (
     Compared,

@@ -12,7 +12,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project, to_multiply
-from stablelora_kernels.ops.lora_linear_proof import (
+from stablelora_kernels.ops.lora_linear.proof import (
     db_of,
     rounded_grad_b,
     rounded_grad_s,
@@ -21,7 +21,7 @@ from stablelora_kernels.ops.lora_linear_proof import (
     rounded_s,
     saved_s,
 )
-from stablelora_kernels.ops.lora_rows_call import (
+from stablelora_kernels.ops.lora_rows.call import (
     RowsBackwardCall,
     RowsBackwardResults,
     RowsForwardCall,

@@ -1,5 +1,5 @@
-"""``lora_linear`` with its gradients: autograd around the ops of ``lora_linear_triton``, and the
-choice of the PyTorch path (``lora_linear_torch``).
+"""``lora_linear`` with its gradients: autograd around the ops of ``triton.py``, and the choice of the
+PyTorch path (``torch.py``).
 
     forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
     backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
@@ -40,16 +40,16 @@ from stablelora_kernels.ops.autograd import (
 from stablelora_kernels.ops.cpu_products import few_rows, is_few
 from stablelora_kernels.ops.dropout import draw_seeds, scalings_after_dropout
 from stablelora_kernels.ops.formulas import plain_operators
-from stablelora_kernels.ops.lora_linear_call import (
+from stablelora_kernels.ops.lora_linear.call import (
     LinearBackwardCall,
     LinearBackwardSettings,
     LinearForwardSettings,
     branches_in,
     split_s,
 )
-from stablelora_kernels.ops.lora_linear_facts import LinearFacts, Needs
-from stablelora_kernels.ops.lora_linear_torch import lora_linear_torch
-from stablelora_kernels.ops.lora_linear_triton import (
+from stablelora_kernels.ops.lora_linear.facts import LinearFacts, Needs
+from stablelora_kernels.ops.lora_linear.torch import lora_linear_torch
+from stablelora_kernels.ops.lora_linear.triton import (
     lora_linear_bwd,
     lora_linear_fwd,
 )

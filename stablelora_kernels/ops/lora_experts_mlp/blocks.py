@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stablelora_kernels.ops.dropout import mask_of_rows, masked
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project
-from stablelora_kernels.ops.lora_experts import ExpertRows, experts_with_rows, thin_product
-from stablelora_kernels.ops.lora_experts_mlp_call import (
+from stablelora_kernels.ops.lora_experts.autograd import ExpertRows, experts_with_rows, thin_product
+from stablelora_kernels.ops.lora_experts_mlp.call import (
     ExpertStack,
     Kept,
     MLPCall,

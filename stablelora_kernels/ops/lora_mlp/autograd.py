@@ -28,15 +28,15 @@ from stablelora_kernels.ops.autograd import (
     read_by_backward,
 )
 from stablelora_kernels.ops.dropout import draw_dropout, draw_seeds, masked
-from stablelora_kernels.ops.lora_linear import lora_linear_op
-from stablelora_kernels.ops.lora_mlp_call import (
+from stablelora_kernels.ops.lora_linear.autograd import lora_linear_op
+from stablelora_kernels.ops.lora_mlp.call import (
     MLPForwardResults,
     OfThree,
     each_mask,
 )
-from stablelora_kernels.ops.lora_mlp_facts import MLPFacts, Options, facts_of
-from stablelora_kernels.ops.lora_mlp_torch import ACTIVATIONS, lora_mlp_torch
-from stablelora_kernels.ops.lora_mlp_triton import (
+from stablelora_kernels.ops.lora_mlp.facts import MLPFacts, Options, facts_of
+from stablelora_kernels.ops.lora_mlp.torch import ACTIVATIONS, lora_mlp_torch
+from stablelora_kernels.ops.lora_mlp.triton import (
     lora_mlp_bwd,
     lora_mlp_fwd,
 )

@@ -23,8 +23,8 @@ from torch import Tensor
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
-from stablelora_kernels.ops.lora_experts_mlp_blocks import backward_by_blocks, forward_by_blocks
-from stablelora_kernels.ops.lora_experts_mlp_call import (
+from stablelora_kernels.ops.lora_experts_mlp.blocks import backward_by_blocks, forward_by_blocks
+from stablelora_kernels.ops.lora_experts_mlp.call import (
     ExpertStack,
     FrozenStack,
     Gate,
@@ -35,7 +35,7 @@ from stablelora_kernels.ops.lora_experts_mlp_call import (
     Routing,
     sum_dtype,
 )
-from stablelora_kernels.ops.lora_experts_mlp_together import backward_together, forward_together
+from stablelora_kernels.ops.lora_experts_mlp.together import backward_together, forward_together
 
 
 def _is_by_blocks(x: Tensor) -> bool:

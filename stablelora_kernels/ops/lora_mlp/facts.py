@@ -14,7 +14,7 @@ from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.tallies import Tally
 from stablelora_kernels.ops.cpu_products import is_few
 from stablelora_kernels.ops.dropout import scalings_after_dropout
-from stablelora_kernels.ops.lora_mlp_call import (
+from stablelora_kernels.ops.lora_mlp.call import (
     MLPBackwardSettings,
     MLPForwardSettings,
     OfThree,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch.tallies import Tally
-from stablelora_kernels.ops.lora_linear_call import (
+from stablelora_kernels.ops.lora_linear.call import (
     LinearBackwardSettings,
     LinearForwardSettings,
 )

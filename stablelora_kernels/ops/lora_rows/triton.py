@@ -10,14 +10,14 @@ from torch import Tensor
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.dropout import new_mask
-from stablelora_kernels.ops.lora_rows_call import (
+from stablelora_kernels.ops.lora_rows.call import (
     RowsBackwardCall,
     RowsBackwardResults,
     RowsForwardCall,
     RowsForwardResults,
     RowsSettings,
 )
-from stablelora_kernels.ops.lora_rows_proof import BACKWARD, FORWARD
+from stablelora_kernels.ops.lora_rows.proof import BACKWARD, FORWARD
 from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
 from stablelora_kernels.projection import Projection
 

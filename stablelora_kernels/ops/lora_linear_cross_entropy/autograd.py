@@ -35,7 +35,7 @@ from stablelora_kernels.ops.cpu_products import (
     product,
     without_autocast,
 )
-from stablelora_kernels.ops.lora_linear_cross_entropy_proof import Cap, Chunk, kernel_fault
+from stablelora_kernels.ops.lora_linear_cross_entropy.proof import Cap, Chunk, kernel_fault
 from stablelora_kernels.ops.plans import define_op
 from stablelora_kernels.utils.tensors import cast
 

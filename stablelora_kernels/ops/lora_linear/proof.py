@@ -13,7 +13,7 @@ from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.ops.cpu_products import product
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project, to_multiply
-from stablelora_kernels.ops.lora_linear_call import (
+from stablelora_kernels.ops.lora_linear.call import (
     LinearBackwardCall,
     LinearBackwardResults,
     LinearForwardCall,

@@ -5,7 +5,7 @@ rows of its own.
     backward  dX = dY W, or 0;            for each branch, on its rows: dX += (dS A) ∘ keep, dA, dB
 
 The product with W is one for all rows. On Triton each branch has the launches of ``lora_branch`` on
-its rows; one op runs all of them (``lora_rows_triton.py``). The PyTorch path calls the formulas of
+its rows; one op runs all of them (``triton.py``). The PyTorch path calls the formulas of
 one projection for each branch. Autograd saves x, each branch's S and the masks, nothing of the size
 of Y.
 """
@@ -23,12 +23,12 @@ from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, wide_product, without_autocast
 from stablelora_kernels.ops.dropout import draw_seeds, draw_to_keep, scalings_after_dropout
 from stablelora_kernels.ops.formulas import Saved, Wanted, add_branch_, gradients_of
-from stablelora_kernels.ops.lora_rows_call import (
+from stablelora_kernels.ops.lora_rows.call import (
     RowsBackwardCall,
     RowsForwardCall,
     RowsSettings,
 )
-from stablelora_kernels.ops.lora_rows_triton import (
+from stablelora_kernels.ops.lora_rows.triton import (
     lora_rows_bwd,
     lora_rows_fwd,
 )

@@ -25,10 +25,10 @@ from stablelora_kernels.ops.formulas import (
     gradients_of,
     project_drawn,
 )
-from stablelora_kernels.ops.lora_mlp_call import (
+from stablelora_kernels.ops.lora_mlp.call import (
     with_branches,
 )
-from stablelora_kernels.ops.lora_mlp_facts import MLPFacts
+from stablelora_kernels.ops.lora_mlp.facts import MLPFacts
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
 from stablelora_kernels.projection import Projection, operands_of, scales_of, with_stored
 from stablelora_kernels.utils.tensors import cast

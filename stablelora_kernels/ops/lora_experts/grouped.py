@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.dropout import masked
-from stablelora_kernels.ops.lora_experts_call import (
+from stablelora_kernels.ops.lora_experts.call import (
     ExpertsBackward,
     ExpertsForward,
     ExpertsGradients,

@@ -19,7 +19,7 @@ from stablelora_kernels.ops.autograd import (
 )
 from stablelora_kernels.ops.dropout import draw_to_keep
 from stablelora_kernels.ops.formulas import Projected, Saved, Wanted, gradients_of, project_drawn
-from stablelora_kernels.ops.lora_linear_facts import LinearFacts, Needs
+from stablelora_kernels.ops.lora_linear.facts import LinearFacts, Needs
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
 from stablelora_kernels.projection import (
     Projection,

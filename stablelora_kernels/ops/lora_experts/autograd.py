@@ -28,12 +28,12 @@ from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, product
 from stablelora_kernels.ops.dropout import draw_dropout, mask_of_rows, masked
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project
-from stablelora_kernels.ops.lora_experts_call import (
+from stablelora_kernels.ops.lora_experts.call import (
     ExpertsBackward,
     ExpertsForward,
     ExpertsGradients,
 )
-from stablelora_kernels.ops.lora_experts_grouped import (
+from stablelora_kernels.ops.lora_experts.grouped import (
     can_group,
     grouped_backward,
     grouped_forward,

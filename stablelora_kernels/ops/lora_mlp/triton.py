@@ -10,7 +10,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.dropout import new_mask
-from stablelora_kernels.ops.lora_mlp_call import (
+from stablelora_kernels.ops.lora_mlp.call import (
     MLPBackwardCall,
     MLPBackwardResults,
     MLPBackwardSettings,
@@ -21,7 +21,7 @@ from stablelora_kernels.ops.lora_mlp_call import (
     each_mask,
     with_branches,
 )
-from stablelora_kernels.ops.lora_mlp_proof import BACKWARD, FORWARD
+from stablelora_kernels.ops.lora_mlp.proof import BACKWARD, FORWARD
 from stablelora_kernels.ops.matrices import as_matrix, row_count
 from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
 from stablelora_kernels.projection import (

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.formulas import Wanted
-from stablelora_kernels.ops.lora_experts import (
+from stablelora_kernels.ops.lora_experts.autograd import (
     experts_thin_product,
     lora_experts_bwd,
     lora_experts_fwd,
 )
-from stablelora_kernels.ops.lora_experts_call import ExpertsBackward, ExpertsForward
-from stablelora_kernels.ops.lora_experts_grouped import unused_rows
-from stablelora_kernels.ops.lora_experts_mlp_blocks import weight_gradients
-from stablelora_kernels.ops.lora_experts_mlp_call import (
+from stablelora_kernels.ops.lora_experts.call import ExpertsBackward, ExpertsForward
+from stablelora_kernels.ops.lora_experts.grouped import unused_rows
+from stablelora_kernels.ops.lora_experts_mlp.blocks import weight_gradients
+from stablelora_kernels.ops.lora_experts_mlp.call import (
     ExpertStack,
     Kept,
     MLPCall,

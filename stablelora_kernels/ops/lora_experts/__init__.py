@@ -1,0 +1,1 @@
+"""``lora_experts``: one stack of experts, for rows that are sorted by expert."""
