@@ -18,7 +18,7 @@ from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
 from stablelora_kernels.ops.lora_experts.autograd import lora_experts_op
 from stablelora_kernels.ops.lora_linear.autograd import lora_linear_op
 from stablelora_kernels.ops.lora_mlp.autograd import lora_mlp_op
-from stablelora_kernels.ops.lora_mlp.facts import Options
+from stablelora_kernels.ops.lora_mlp.call import Options
 from stablelora_kernels.ops.plans import find, key_of, remember
 from stablelora_kernels.packed_experts import (
     FP8Experts,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +148,7 @@ def scale_count_of(layouts: Sequence[int]) -> int:
     return sum(layout.scale_count for layout in each_layout if layout != _PLAIN)
 
 
-def split(tensors: Iterable[Any], lengths: Sequence[int]) -> list[list[Any]]:
-    """``tensors`` as lists of these ``lengths``."""
-    remaining = iter(tensors)
-    return [[*islice(remaining, length)] for length in lengths]
+def split(tensors: Sequence[Any], lengths: Sequence[int]) -> list[Sequence[Any]]:
+    """``tensors`` as sequences of these ``lengths``."""
+    ends = accumulate(lengths)
+    return [tensors[end - length : end] for end, length in zip(ends, lengths, strict=True)]

@@ -23,7 +23,6 @@ from stablelora_kernels.ops.cpu_products import (
     without_autocast,
 )
 from stablelora_kernels.ops.dropout import (
-    Drawn,
     applicable,
     draw_dropout,
     is_positions,
@@ -52,67 +51,28 @@ class Gradients(NamedTuple):
     db: Tensor | None
 
 
-class Saved(NamedTuple):
-    """What backward reads of a projection, as autograd saves it; None is what no gradient needs."""
-
-    # A quantized weight's bytes.
-    weight: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    s: Tensor | None
-    # The mask, or what draws it again.
-    recipe: Tensor | None
-
-    def as_projection(self, scaling: float) -> Projection:
-        """The projection whose gradients are computed. A bias has no part in them."""
-        return Projection(self.weight, None, self.lora_A, self.lora_B, scaling)
+def to_multiply(p: Projection, dtype: torch.dtype) -> Projection:
+    """``p`` with A and B in ``dtype``."""
+    return Projection(p.weight, p.bias, cast(p.lora_A, dtype), cast(p.lora_B, dtype), p.scaling)
 
 
-class Projected(NamedTuple):
-    """The output of a projection [M, N], and what gives its gradients."""
-
-    y: Tensor
-    s: Tensor
-    drawn: Drawn
-    # As it was multiplied, with s'.
-    p: Projection
-
-    def saved(self, weight: Tensor | None, needs_s: bool, needs_mask: bool) -> Saved:
-        """``weight``: a quantized weight's bytes; None if dX is not needed."""
-        return Saved(
-            weight,
-            self.p.lora_A,
-            self.p.lora_B,
-            self.s if needs_s else None,
-            self.drawn.recipe if needs_mask else None,
-        )
+def lora_dtype_of(p: Projection) -> torch.dtype:
+    """That of A and B, and so of their gradients."""
+    return _branch_of(p)[0].dtype
 
 
-def project_drawn(x: Tensor, p: Projection, drawn: Drawn, base: Tensor | None = None) -> Projected:
-    """A projection of x [M, K] whose mask is ``drawn``; or a lone branch onto ``base`` [M, N]."""
-    # A compiled graph of dynamic shapes would hold the constant 1.0 as a symbol.
-    scaling = p.scaling if drawn.mask is None else p.scaling * drawn.scale
-    p = to_multiply(p, x.dtype, scaling)
-    y, s = project(x, p, drawn.mask, base)
-    return Projected(y, s, drawn, p)
-
-
-def add_branch_(y: Tensor, x: Tensor, p: Projection, drawn: Drawn) -> Projected:
-    """Add a lone branch of x [M, K], whose mask is ``drawn``, to y [M, N] in place."""
+def add_branch_(y: Tensor, x: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
+    """Add a lone branch of x [M, K] to y [M, N] in place, and return its S. ``p`` and ``mask`` are
+    those of :func:`project`.
+    """
     if by_float32(x) or y.dtype is not x.dtype or p.scaling == 0:
-        projected = project_drawn(x, p, drawn, y)
-        y.copy_(projected.y)
-        return projected._replace(y=y)
-    p = to_multiply(p, x.dtype, p.scaling * drawn.scale)
+        added, s = project(x, p, mask, y)
+        y.copy_(added)
+        return s
     lora_A, lora_B = _branch_of(p)
-    s = product(masked(x, drawn.mask), lora_A.t())
+    s = product(masked(x, mask), lora_A.t())
     y.addmm_(s, lora_B.t(), alpha=p.scaling)
-    return Projected(y, s, drawn, p)
-
-
-def to_multiply(p: Projection, dtype: torch.dtype, scaling: float) -> Projection:
-    """``p`` with A and B in ``dtype``, cast once for forward and backward, and with ``scaling``."""
-    return Projection(p.weight, p.bias, cast(p.lora_A, dtype), cast(p.lora_B, dtype), scaling)
+    return s
 
 
 def project(

@@ -436,6 +436,33 @@ class PlannedOp(Generic[CallT, ResultsT]):
         return entry.prepared
 
 
+ForwardT = TypeVar("ForwardT")
+BackwardT = TypeVar("BackwardT")
+
+
+@dataclass(frozen=True)
+class Backend(Generic[ForwardT, BackwardT]):
+    """An op's two calls on one backend, which autograd around them does not tell apart.
+
+    Each takes the entry of the call's key or None, the call's tensors one after another, and its
+    settings.
+    """
+
+    forward: Callable[[Entry | None, Sequence[Tensor | None], Any], ForwardT]
+    backward: Callable[[Entry | None, Sequence[Tensor | None], Any], BackwardT]
+
+
+def on_torch(
+    call_of: Callable[[Sequence[Any], Any], CallT], compute: Callable[[CallT], Returned]
+) -> Callable[[Entry | None, Sequence[Tensor | None], Any], Returned]:
+    """``compute`` of a call, as a :class:`Backend` runs it: PyTorch's operators need no entry."""
+
+    def run(entry: Entry | None, tensors: Sequence[Tensor | None], settings: Any) -> Returned:
+        return compute(call_of(tensors, settings))
+
+    return run
+
+
 def _with_distinct_addresses(call: CallT) -> CallT:
     """``call`` with a stand-in of the same layout for each tensor that shares its address with an
     earlier one.

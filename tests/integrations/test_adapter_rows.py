@@ -22,7 +22,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.integrations.peft import ROWS_ARE_NOT_FUSED
 from stablelora_kernels.integrations.rows_state import ATTRIBUTE
 from stablelora_kernels.ops.dropout import Drawn
-from stablelora_kernels.ops.lora_rows import autograd as rows_op
+from stablelora_kernels.ops.lora_rows import torch as rows_torch
 from tests.helpers.launches import count_launches
 from tests.helpers.peft_models import config, make, peft
 from tests.helpers.quantized_weights import bnb_4bit
@@ -105,7 +105,7 @@ def fixed_masks(alone: nn.Module) -> Iterator[None]:
         for name, dropout in getattr(module, "lora_dropout", {}).items():
             if isinstance(dropout, nn.Dropout):
                 module.lora_dropout[name] = FixedDropout(dropout.p)
-    with mock.patch.object(rows_op, "draw_to_keep", draw):
+    with mock.patch.object(rows_torch, "draw_to_keep", draw):
         yield
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import stablelora_kernels as slk
 from stablelora_kernels.ops.dropout import Drawn
 from stablelora_kernels.ops.lora_rows import autograd as module
+from stablelora_kernels.ops.lora_rows import torch as rows_torch
 from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.reference.lora import lora_branch_ref
@@ -131,7 +132,7 @@ def by_op(given: Operands, with_base: bool) -> Tensor:
     weight, bias = (None, None) if with_base else (given.weight, given.bias)
     with (
         mock.patch.object(module, "draw_seeds", seeds),
-        mock.patch.object(module, "draw_to_keep", draw),
+        mock.patch.object(rows_torch, "draw_to_keep", draw),
     ):
         return lora_rows(given.x, weight, bias, given.base if with_base else None, given.branches)
 

@@ -1,5 +1,5 @@
-"""``lora_linear`` with its gradients: autograd around the ops of ``triton.py``, and the choice of the
-PyTorch path (``torch.py``).
+"""``lora_linear`` with its gradients: autograd around its two calls, which ``triton.py`` and
+``torch.py`` compute.
 
     forward   S_g  = s'_g (X ∘ keep_g) A_g^T           Y_g = X W_g^T + bias_g + S_g B_g^T
     backward  dS_g = s'_g dY_g B_g                     dX  = Σ_g dY_g W_g + (dS_g A_g) ∘ keep_g
@@ -43,17 +43,21 @@ from stablelora_kernels.ops.formulas import plain_operators
 from stablelora_kernels.ops.lora_linear.call import (
     LinearBackwardCall,
     LinearBackwardSettings,
+    LinearFacts,
+    LinearForwardCall,
     LinearForwardSettings,
     branches_in,
     split_s,
 )
-from stablelora_kernels.ops.lora_linear.facts import LinearFacts, Needs
-from stablelora_kernels.ops.lora_linear.torch import lora_linear_torch
-from stablelora_kernels.ops.lora_linear.triton import (
-    lora_linear_bwd,
-    lora_linear_fwd,
+from stablelora_kernels.ops.lora_linear.torch import linear_backward_torch, linear_forward_torch
+from stablelora_kernels.ops.lora_linear.triton import lora_linear_bwd, lora_linear_fwd
+from stablelora_kernels.ops.plans import (
+    Backend,
+    Entry,
+    on_torch,
+    tally_of_operators,
+    tensors_of,
 )
-from stablelora_kernels.ops.plans import Entry, tally_of_operators, tensors_of
 from stablelora_kernels.projection import (
     BIASES,
     LORA_AS,
@@ -66,6 +70,14 @@ from stablelora_kernels.projection import (
     scales_of,
 )
 from stablelora_kernels.quantized import Stored
+
+_BACKENDS = {
+    "triton": Backend(lora_linear_fwd, lora_linear_bwd),
+    "torch": Backend(
+        on_torch(LinearForwardCall.of, linear_forward_torch),
+        on_torch(LinearBackwardCall.of, linear_backward_torch),
+    ),
+}
 
 
 class _LinearContext(Context, Protocol):
@@ -89,19 +101,20 @@ class _LoRALinear(torch.autograd.Function):
         base: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        needs = facts.needs
-        results = lora_linear_fwd(entry, [x, base, *tensors], facts.forward)
+        needs = facts.backward
+        forward = _BACKENDS[facts.backend].forward
+        results = forward(entry, [x, base, *tensors], facts.forward)
         scales = tensors[facts.operand_count : facts.operand_count + facts.scale_count]
         masks = results.masks
-        if not (masks and (needs.x or needs.a)):
+        if not (masks and (needs.need_x or needs.need_a)):
             masks = [None] * len(results.ys)
         # Save only what backward reads, as LinearBackwardCall's tensors. Save x itself, not its
         # rows: the surrounding graph already holds it.
         ctx.save_for_backward(
-            x if needs.a or True in needs.weights else None,
-            *read_by_backward(tensors[: facts.operand_count], weights=needs.x),
-            *(scales if needs.x else ()),
-            *(results.s if needs.b else ()),
+            x if needs.need_a or True in facts.need_weights else None,
+            *read_by_backward(tensors[: facts.operand_count], weights=needs.need_x),
+            *(scales if needs.need_x else ()),
+            *(results.s if needs.need_b else ()),
             *masks,
         )
         if len(results.ys) > 1:
@@ -113,7 +126,6 @@ class _LoRALinear(torch.autograd.Function):
     @first_derivative
     def backward(ctx: _LinearContext, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         facts = ctx.facts
-        needs = facts.needs
         x, *tensors = ctx.saved_tensors
         grads: Sequence[Tensor | None] = dys
         if facts.is_branch:
@@ -132,23 +144,23 @@ class _LoRALinear(torch.autograd.Function):
         count = len(dys)
         dx = None
         of_operands: list[Tensor | None] = [None] * facts.operand_count
-        if used and (needs.x or needs.a or needs.b):
-            gradients = lora_linear_bwd(None, saved_call, settings)
-            if needs.x:
+        if used and True in settings.wanted:
+            gradients = _BACKENDS[facts.backend].backward(None, saved_call, settings)
+            if settings.need_x:
                 dx = gradients.dx
-            if needs.a:
+            if settings.need_a:
                 of_operands[LORA_AS] = _at_places(used, gradients.das, count)
-            if needs.b:
+            if settings.need_b:
                 of_operands[LORA_BS] = _at_places(used, gradients.dbs, count)
-        if True in needs.weights:
+        if True in facts.need_weights:
             of_operands[WEIGHTS] = [
                 weight_gradient(x, dy) if is_needed and dy is not None else None
-                for dy, is_needed in zip(dys, needs.weights, strict=True)
+                for dy, is_needed in zip(dys, facts.need_weights, strict=True)
             ]
-        if True in needs.biases:
+        if True in facts.need_biases:
             of_operands[BIASES] = [
                 bias_gradient(dy) if is_needed and dy is not None else None
-                for dy, is_needed in zip(dys, needs.biases, strict=True)
+                for dy, is_needed in zip(dys, facts.need_biases, strict=True)
             ]
         dbase = dys[0] if facts.is_branch else None
         without_gradient = facts.scale_count + count
@@ -226,16 +238,13 @@ def lora_linear_op(
         facts.tally.calls += 1
     if facts.strategy == "plain operators":
         return (plain_operators(x, projections[0], base, dropout_p),)
-    if facts.backend == "torch":
-        return lora_linear_torch(facts, entry is not None, x, projections, base)
-    assert seeds is not None
     scales = scales_of(projections, facts.forward.layouts)
-    tensors = [*operands_of(projections), *scales, *seeds]
+    tensors = [*operands_of(projections), *scales, *(seeds or [None] * len(projections))]
     if facts.strategy == "with gradients":
         apply: Callable[..., Any] = _LoRALinear.apply if entry is None else _apply_known
         ys: tuple[Tensor, ...] = apply(entry, facts, x, base, *tensors)
         return ys
-    return lora_linear_fwd(entry, [x, base, *tensors], facts.forward).ys
+    return _BACKENDS[facts.backend].forward(entry, [x, base, *tensors], facts.forward).ys
 
 
 def _prefers_operators(
@@ -257,23 +266,22 @@ def _facts_of(
     backend: str,
 ) -> LinearFacts:
     """What follows from the layouts and settings of a call, computed once for each key."""
-    needs = _needs_of(x, projections)
-    strategy = _strategy_of(x, projections, base, dropout_p, backend, needs)
+    layouts = layouts_of(projections)
+    scalings = scalings_after_dropout([p.scaling for p in projections], dropout_p)
+    need_x = _needs_gradient(x)
+    need_a = _needs_gradient(*[p.lora_A for p in projections])
+    need_b = _needs_gradient(*[p.lora_B for p in projections])
+    need_weights = tuple([_needs_gradient(p.weight) for p in projections])
+    need_biases = tuple([_needs_gradient(p.bias) for p in projections])
+    operands_train = True in (need_x, need_a, need_b, *need_weights, *need_biases)
+    strategy = _strategy_of(x, projections, base, dropout_p, backend, operands_train)
     members: tuple[Entry, ...] = ()
     if strategy == "one by one":
         members = tuple([Entry(backend) for _ in projections])
-    scalings = tuple([p.scaling for p in projections])
-    if backend == "triton":
-        scalings = scalings_after_dropout(scalings, dropout_p)
-    layouts = layouts_of(projections)
-    lora_A = projections[0].lora_A
-    assert lora_A is not None
     return LinearFacts(
         strategy=strategy,
         backend=backend,
         x_dtype=x.dtype,
-        lora_dtype=lora_A.dtype,
-        needs=needs,
         is_branch=base is not None,
         operand_count=len(operands_of(projections)),
         scale_count=len(scales_of(projections, layouts)),
@@ -281,12 +289,14 @@ def _facts_of(
             layouts,
             scalings,
             dropout_p,
-            save_s=needs.b,
-            save_mask=dropout_p > 0 and (needs.x or needs.a),
+            save_s=need_b,
+            save_mask=dropout_p > 0 and (need_x or need_a),
         ),
         backward=LinearBackwardSettings(
-            layouts if needs.x else (), scalings, dropout_p, needs.x, needs.a, needs.b
+            layouts if need_x else (), scalings, dropout_p, need_x, need_a, need_b
         ),
+        need_weights=need_weights,
+        need_biases=need_biases,
         members=members,
     )
 
@@ -298,26 +308,17 @@ def _needs_gradient(*tensors: object) -> bool:
     return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def _needs_of(x: Tensor, projections: Sequence[Projection]) -> Needs:
-    return Needs(
-        x=_needs_gradient(x),
-        a=_needs_gradient(*[p.lora_A for p in projections]),
-        b=_needs_gradient(*[p.lora_B for p in projections]),
-        weights=tuple([_needs_gradient(p.weight) for p in projections]),
-        biases=tuple([_needs_gradient(p.bias) for p in projections]),
-    )
-
-
 def _strategy_of(
     x: Tensor,
     projections: Sequence[Projection],
     base: Tensor | None,
     dropout_p: float,
     backend: str,
-    needs: Needs,
+    operands_train: bool,
 ) -> str:
-    """See :class:`LinearFacts`."""
-    operands_train = needs.x or needs.a or needs.b or True in needs.weights or True in needs.biases
+    """See :class:`LinearFacts`. ``operands_train``: whether a gradient of x or of the projections is
+    needed.
+    """
     trains = operands_train or _needs_gradient(base)
     usual = "with gradients" if trains else "without gradients"
     plain: list[Any] = [p.weight for p in projections if not isinstance(p.weight, Stored)]

@@ -1,12 +1,18 @@
-"""The records of ``lora_linear``'s forward and backward: their arguments and their results."""
+"""The records of ``lora_linear``: the arguments and the results of its forward and its backward, and
+what follows from the key of a call.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from stablelora_kernels.dispatch.tallies import Tally
+from stablelora_kernels.ops.formulas import Wanted
+from stablelora_kernels.ops.plans import Entry
 from stablelora_kernels.projection import OPERANDS, scale_count_of, split
 
 
@@ -14,7 +20,7 @@ class LinearForwardSettings(NamedTuple):
     """The arguments of ``lora_linear_fwd`` that are no tensors."""
 
     layouts: tuple[int, ...]
-    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    # s'.
     scalings: tuple[float, ...]
     dropout_p: float
     save_s: bool
@@ -48,7 +54,8 @@ class LinearForwardResults(NamedTuple):
     """The Y's [..., N], and what backward needs."""
 
     ys: Sequence[Tensor]
-    # One matrix for all projections, side by side; it is empty if it is not saved.
+    # Each projection's, or one matrix that has all of them side by side; on Triton it is empty if
+    # it is not saved.
     s: Sequence[Tensor]
     # Empty if they are not saved.
     masks: Sequence[Tensor | None]
@@ -63,6 +70,11 @@ class LinearBackwardSettings(NamedTuple):
     need_x: bool
     need_a: bool
     need_b: bool
+
+    @property
+    def wanted(self) -> Wanted:
+        """Of each projection."""
+        return Wanted(self.need_x, self.need_a, self.need_b)
 
 
 class LinearBackwardCall(NamedTuple):
@@ -103,6 +115,29 @@ class LinearBackwardResults(NamedTuple):
     dx: Tensor
     das: Sequence[Tensor]
     dbs: Sequence[Tensor]
+
+
+class LinearFacts(NamedTuple):
+    """What follows from the key of a call."""
+
+    # "one by one", by "plain operators", "with gradients" or "without gradients".
+    strategy: str
+    backend: str
+    x_dtype: torch.dtype
+    # Whether there is a base product in place of a weight.
+    is_branch: bool
+    operand_count: int
+    scale_count: int
+    forward: LinearForwardSettings
+    # The gradients of all A's, or of none, are needed; so are those of the B's.
+    backward: LinearBackwardSettings
+    # Which weights and biases require gradients.
+    need_weights: tuple[bool, ...]
+    need_biases: tuple[bool, ...]
+    # "one by one": the projections' own entries.
+    members: tuple[Entry, ...]
+    # Of calls on the PyTorch path that have a key.
+    tally: Tally | None = None
 
 
 def branches_in(operands: Sequence[Tensor | None], kind: slice) -> list[Tensor]:

@@ -136,7 +136,7 @@ def forward_by_operators(call: LinearForwardCall) -> LinearForwardResults:
     masks: list[Tensor | None] = []
     for p, seed in zip(_projections(call), call.seeds, strict=True):
         keep = drawn_mask(x, seed, settings.dropout_p)
-        y, s = project(x, to_multiply(p, x.dtype, p.scaling), keep, base)
+        y, s = project(x, to_multiply(p, x.dtype), keep, base)
         ys.append(y.view(*call.x.shape[:-1], y.shape[1]))
         every_s.append(saved_s(s, p.scaling))
         if settings.save_mask:
@@ -263,7 +263,7 @@ def backward_by_operators(call: LinearBackwardCall) -> LinearBackwardResults:
         mask = call.masks[i]
         keep = None if mask is None else unpack_mask(mask, p.lora_A.shape[1])
         if wanted.x or wanted.a:
-            multiply = to_multiply(p, grad.dtype, p.scaling)
+            multiply = to_multiply(p, grad.dtype)
             dx, da, _ = gradients_of(x, grad, multiply, None, keep, p.lora_A.dtype, wanted, dx)
             if da is not None:
                 das.append(da.contiguous())

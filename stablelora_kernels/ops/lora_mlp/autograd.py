@@ -13,7 +13,7 @@ read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,17 +30,23 @@ from stablelora_kernels.ops.autograd import (
 from stablelora_kernels.ops.dropout import draw_dropout, draw_seeds, masked
 from stablelora_kernels.ops.lora_linear.autograd import lora_linear_op
 from stablelora_kernels.ops.lora_mlp.call import (
+    DOWN,
+    MLPBackwardCall,
+    MLPFacts,
+    MLPForwardCall,
     MLPForwardResults,
     OfThree,
+    Options,
     each_mask,
+    facts_of,
 )
-from stablelora_kernels.ops.lora_mlp.facts import MLPFacts, Options, facts_of
-from stablelora_kernels.ops.lora_mlp.torch import ACTIVATIONS, lora_mlp_torch
-from stablelora_kernels.ops.lora_mlp.triton import (
-    lora_mlp_bwd,
-    lora_mlp_fwd,
+from stablelora_kernels.ops.lora_mlp.torch import (
+    ACTIVATIONS,
+    mlp_backward_torch,
+    mlp_forward_torch,
 )
-from stablelora_kernels.ops.plans import Entry, tally_of_operators
+from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_bwd, lora_mlp_fwd
+from stablelora_kernels.ops.plans import Backend, Entry, on_torch, tally_of_operators
 from stablelora_kernels.projection import (
     LORA_AS,
     LORA_BS,
@@ -56,12 +62,13 @@ from stablelora_kernels.quantized import as_plain
 _OPERAND_COUNT = 3 * OPERANDS
 
 
-class _Forward(NamedTuple):
-    """Y alone is not empty if nothing is saved."""
-
-    results: MLPForwardResults
-    # Gate's, up's and down's; None without a branch.
-    masks: Sequence[Tensor | None]
+_BACKENDS = {
+    "triton": Backend(lora_mlp_fwd, lora_mlp_bwd),
+    "torch": Backend(
+        on_torch(MLPForwardCall.of, mlp_forward_torch),
+        on_torch(MLPBackwardCall.of, mlp_backward_torch),
+    ),
+}
 
 
 def _forward(
@@ -70,16 +77,12 @@ def _forward(
     x: Tensor,
     tensors: Sequence[Tensor | None],
     save: bool,
-) -> _Forward:
+) -> MLPForwardResults:
     """For x [..., K] and ``tensors`` as :class:`_LoRAMLP` takes them."""
     settings = facts.forward
     if not save:
         settings = settings._replace(save=False, stores_mask=(False, False, False))
-    results = lora_mlp_fwd(entry, [x, *tensors], settings)
-    masks = each_mask(results.masks, settings.stores_mask)
-    if facts.options.shared_mask:
-        masks[1] = masks[0]
-    return _Forward(results, masks)
+    return _BACKENDS[facts.options.backend].forward(entry, [x, *tensors], settings)
 
 
 def _draw_seeds(
@@ -108,28 +111,27 @@ class _LoRAMLP(torch.autograd.Function):
     def forward(
         ctx: _MLPContext, entry: Entry | None, facts: MLPFacts, x: Tensor, *tensors: Tensor
     ) -> Tensor:
-        needs = facts.needs
+        needs = facts.backward
         operands = tensors[:_OPERAND_COUNT]
         scales = tensors[_OPERAND_COUNT : _OPERAND_COUNT + facts.scale_count]
-        computed = _forward(facts, entry, x, tensors, save=True)
-        results = computed.results
+        results = _forward(facts, entry, x, tensors, save=True)
         gate, up, down = operands[WEIGHTS]
         read = read_by_backward(operands, weights=False)
         read[WEIGHTS] = [
-            gate if needs.x else None,
-            up if needs.x else None,
-            down if needs.h else None,
+            gate if needs.need_x else None,
+            up if needs.need_x else None,
+            down if needs.need_h else None,
         ]
         # As MLPBackwardCall's tensors behind the gradient.
         ctx.save_for_backward(
-            x if needs.thin_a else None,
+            x if needs.need_thin_a else None,
             results.g,
             results.u,
-            results.s if needs.thin_b else None,
-            results.s_down if needs.down_b else None,
+            results.s_down if needs.need_b[DOWN] else None,
+            *(results.s if needs.need_thin_b else ()),
             *read,
             *scales,
-            *computed.masks,
+            *each_mask(results.masks, facts.forward.stores_mask),
         )
         ctx.facts = facts
         return results.y
@@ -138,12 +140,13 @@ class _LoRAMLP(torch.autograd.Function):
     @first_derivative
     def backward(ctx: _MLPContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         facts = ctx.facts
-        needs = facts.needs
-        gradients = lora_mlp_bwd(None, [grad, *ctx.saved_tensors], facts.backward)
+        needs = facts.backward
+        backward = _BACKENDS[facts.options.backend].backward
+        gradients = backward(None, [grad, *ctx.saved_tensors], needs)
         of_operands: list[Tensor | None] = [None] * _OPERAND_COUNT
-        of_operands[LORA_AS] = _if_needed(gradients.das, needs.a)
-        of_operands[LORA_BS] = _if_needed(gradients.dbs, needs.b)
-        dx = gradients.dx if needs.x else None
+        of_operands[LORA_AS] = _if_needed(gradients.das, needs.need_a)
+        of_operands[LORA_BS] = _if_needed(gradients.dbs, needs.need_b)
+        dx = gradients.dx if needs.need_x else None
         # Neither the scales nor the three seeds have one.
         without_gradient = facts.scale_count + 3
         return (None, None, dx, *of_operands, *[None] * without_gradient)
@@ -185,12 +188,10 @@ def lora_mlp_op(
         return _one_by_one(x, projections, facts.options, members, seeds)
     if facts.tally is not None:
         facts.tally.calls += 1
-    if facts.options.backend == "torch":
-        return lora_mlp_torch(facts, entry is not None, x, projections)
     scales = scales_of(projections, facts.forward.layouts)
     tensors = [*operands_of(projections), *scales, *seeds]
     if facts.strategy == "without gradients":
-        return _forward(facts, entry, x, tensors, save=False).results.y
+        return _forward(facts, entry, x, tensors, save=False).y
     if torch.compiler.is_compiling():
         tensors = distinct(tensors)
     apply: Callable[..., Any] = _LoRAMLP.apply if entry is None else _apply_known

@@ -1,4 +1,6 @@
-"""The records of ``lora_mlp``'s forward and backward: their arguments and their results."""
+"""The records of ``lora_mlp``: the arguments and the results of its forward and its backward, and what
+follows from the key of a call.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +10,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.projection import OPERANDS, Projection, scale_count_of, split
+from stablelora_kernels.dispatch import problem
+from stablelora_kernels.dispatch.tallies import Tally
+from stablelora_kernels.ops.cpu_products import is_few
+from stablelora_kernels.ops.dropout import scalings_after_dropout
+from stablelora_kernels.ops.formulas import Wanted
+from stablelora_kernels.ops.matrices import row_count
+from stablelora_kernels.ops.plans import Entry
+from stablelora_kernels.projection import (
+    OPERANDS,
+    Projection,
+    layouts_of,
+    scale_count_of,
+    scales_of,
+    split,
+)
 
 # For gate, up and down.
 OfThree = tuple[bool, bool, bool]
+# Where each is among three projections.
+GATE, UP, DOWN = range(3)
 
 
 class MLPForwardSettings(NamedTuple):
     """The arguments of ``lora_mlp_fwd`` that are no tensors."""
 
     layouts: tuple[int, ...]
-    # s' on Triton. On the PyTorch path s: the mask has a probability of its own.
+    # s'.
     scalings: tuple[float, ...]
     dropout_p: float
     activation: str
     save: bool
     # Whether gate's, up's and down's mask is stored.
     stores_mask: OfThree
+    # Whether gate and up share A, and so its mask.
+    shared_mask: bool
 
 
 class MLPForwardCall(NamedTuple):
@@ -54,10 +74,10 @@ class MLPForwardResults(NamedTuple):
     # [..., F].
     g: Tensor
     u: Tensor
-    # Gate's and up's side by side.
-    s: Tensor
+    # Gate's and up's, or one matrix that has both side by side.
+    s: Sequence[Tensor]
     s_down: Tensor
-    # Those that are stored.
+    # Those that are stored; on the PyTorch path, what draws them again.
     masks: Sequence[Tensor]
 
 
@@ -71,6 +91,28 @@ class MLPBackwardSettings(NamedTuple):
     need_x: bool
     need_a: OfThree
     need_b: OfThree
+    # As in MLPForwardSettings.
+    shared_mask: bool
+
+    @property
+    def need_thin_a(self) -> bool:
+        """Gate's or up's A."""
+        return self.need_a[GATE] or self.need_a[UP]
+
+    @property
+    def need_thin_b(self) -> bool:
+        """Gate's or up's B."""
+        return self.need_b[GATE] or self.need_b[UP]
+
+    @property
+    def need_h(self) -> bool:
+        """H, for any gradient but down's own."""
+        return self.need_x or self.need_thin_a or self.need_thin_b
+
+    def wanted(self, place: int) -> Wanted:
+        """Of the projection at ``place``."""
+        need_input = self.need_h if place == DOWN else self.need_x
+        return Wanted(need_input, self.need_a[place], self.need_b[place])
 
 
 class MLPBackwardCall(NamedTuple):
@@ -82,21 +124,31 @@ class MLPBackwardCall(NamedTuple):
     x: Tensor | None
     g: Tensor
     u: Tensor
-    s: Tensor | None
     s_down: Tensor | None
+    # As in MLPForwardResults; nothing if it is not needed.
+    s: Sequence[Tensor]
     # Biases are None.
     operands: Sequence[Tensor | None]
     scales: Sequence[Tensor]
+    # Up's is None if it is gate's.
     masks: Sequence[Tensor | None]
     settings: MLPBackwardSettings
 
     @staticmethod
     def of(tensors: Sequence[Any], settings: MLPBackwardSettings) -> MLPBackwardCall:
         """The call of its tensors, one after another."""
-        lengths = (6, 3 * OPERANDS, scale_count_of(settings.layouts), 3)
+        scale_count = scale_count_of(settings.layouts)
+        s_count = len(tensors) - (5 + 3 * OPERANDS + scale_count + 3)
+        lengths = (5, s_count, 3 * OPERANDS, scale_count, 3)
         singles, *lists = split(tensors, lengths)
         arguments: Any = (*singles, *lists, settings)
         return MLPBackwardCall(*arguments)
+
+    @property
+    def every_mask(self) -> list[Tensor | None]:
+        """Gate's, up's and down's, each of its own."""
+        gate, up, down = self.masks
+        return [gate, gate if self.settings.shared_mask else up, down]
 
 
 class MLPBackwardResults(NamedTuple):
@@ -129,3 +181,119 @@ def each_mask(masks: Sequence[Tensor], is_stored: Sequence[bool]) -> list[Tensor
     """Gate's, up's and down's mask, of those that are stored."""
     stored = iter(masks)
     return [next(stored) if is_there else None for is_there in is_stored]
+
+
+class Options(NamedTuple):
+    """The arguments of an MLP's call that are no tensors."""
+
+    activation: str
+    dropout_p: float
+    backend: str
+    # Whether gate and up share A, and so its mask.
+    shared_mask: bool
+
+
+class MLPFacts(NamedTuple):
+    """What follows from the key of a call."""
+
+    # "one by one", "with gradients" or "without gradients".
+    strategy: str
+    options: Options
+    scale_count: int
+    forward: MLPForwardSettings
+    backward: MLPBackwardSettings
+    # "one by one": the projections' own entries.
+    members: Sequence[Entry | None]
+    # Of calls on the PyTorch path that have a key.
+    tally: Tally | None = None
+
+
+def facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> MLPFacts:
+    """What follows from the layouts and settings of a call, computed once for each key."""
+    dropout_p = options.dropout_p
+    layouts = layouts_of(projections)
+    scalings = scalings_after_dropout([p.scaling for p in projections], dropout_p)
+    backward = MLPBackwardSettings(
+        layouts,
+        scalings,
+        dropout_p,
+        options.activation,
+        need_x=_is_needed(x),
+        need_a=_are_needed([p.lora_A for p in projections]),
+        need_b=_are_needed([p.lora_B for p in projections]),
+        shared_mask=options.shared_mask,
+    )
+    strategy = _strategy_of(x, projections, options, backward)
+    reads_gate_mask = backward.need_x or backward.need_thin_a
+    reads_mask = (
+        reads_gate_mask,
+        reads_gate_mask and not options.shared_mask,
+        backward.need_h or backward.need_a[DOWN],
+    )
+    stores_gate, stores_up, stores_down = [
+        dropout_p > 0 and p.lora_A is not None and is_read
+        for p, is_read in zip(projections, reads_mask, strict=True)
+    ]
+    return MLPFacts(
+        strategy=strategy,
+        options=options,
+        scale_count=len(scales_of(projections, layouts)),
+        forward=MLPForwardSettings(
+            layouts,
+            scalings,
+            dropout_p,
+            options.activation,
+            save=True,
+            stores_mask=(stores_gate, stores_up, stores_down),
+            shared_mask=options.shared_mask,
+        ),
+        backward=backward,
+        members=[Entry(options.backend) for _ in projections if strategy == "one by one"],
+    )
+
+
+def _is_needed(t: Tensor | None) -> bool:
+    """Whether the call's backward computes the gradient of ``t``."""
+    return torch.is_grad_enabled() and t is not None and t.requires_grad
+
+
+def _are_needed(tensors: Sequence[Tensor | None]) -> OfThree:
+    gate, up, down = map(_is_needed, tensors)
+    return gate, up, down
+
+
+def _strategy_of(
+    x: Tensor, projections: Sequence[Projection], options: Options, needs: MLPBackwardSettings
+) -> str:
+    """See :class:`MLPFacts`."""
+    gate, up, _down = projections
+    plain = [p.weight for p in projections if isinstance(p.weight, Tensor)]
+    if _differ(gate.lora_A, up.lora_A) or _differ(gate.lora_B, up.lora_B):
+        return "one by one"
+    if options.backend == "torch" and len(plain) == 3 and is_few(x, *plain):
+        return "one by one"
+    # Separate layers draw a shared mask by other means than the kernels, so that a checkpoint's
+    # forward must take them too.
+    draws_shared_mask = options.shared_mask and options.dropout_p > 0
+    biases = [p.bias for p in projections if p.bias is not None]
+    trains_base = any(t.requires_grad for t in (*plain, *biases))
+    if trains_base and (torch.is_grad_enabled() or draws_shared_mask):
+        return "one by one"
+    # In-loop kernels read quantized weights without a copy.
+    is_quantized = len(plain) < 3
+    if (
+        options.backend == "triton"
+        and is_quantized
+        and row_count(x) <= problem.IN_LOOP_M
+        and not options.shared_mask
+    ):
+        return "one by one"
+    trains = needs.need_h or needs.need_a[DOWN] or needs.need_b[DOWN]
+    return "with gradients" if trains else "without gradients"
+
+
+def _differ(of_gate: Tensor | None, of_up: Tensor | None) -> bool:
+    """Whether one of two requires a gradient and the other does not."""
+    if of_gate is None or of_up is None:
+        return False
+    return of_gate.requires_grad != of_up.requires_grad

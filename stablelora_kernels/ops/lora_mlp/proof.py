@@ -108,7 +108,7 @@ def compare_forward(
     if settings.save:
         yield Compared("G", as_matrix(results.g)[rows], g, arithmetic)
         yield Compared("U", as_matrix(results.u)[rows], u, arithmetic)
-        s_of_gate, s_of_up = results.s.split_with_sizes([gate.rank, up.rank], 1)
+        s_of_gate, s_of_up = results.s[0].split_with_sizes([gate.rank, up.rank], 1)
         for name, s, read, p, keep in (
             ("S of gate", s_of_gate, sample, gate, keeps[0]),
             ("S of up", s_of_up, sample, up, keeps[1]),
@@ -130,7 +130,7 @@ class _Output(NamedTuple):
 
 def _by_operators(x: Tensor, p: Projection, seed: Tensor | None, dropout_p: float) -> _Output:
     keep = drawn_mask(x, seed, dropout_p) if p.rank else None
-    y, s = project(x, to_multiply(p, x.dtype, p.scaling), keep)
+    y, s = project(x, to_multiply(p, x.dtype), keep)
     return _Output(y, saved_s(s, p.scaling), None if keep is None else packed(keep))
 
 
@@ -158,7 +158,7 @@ def forward_by_operators(call: MLPForwardCall) -> MLPForwardResults:
             y,
             x.new_empty(0, inner),
             x.new_empty(0, inner),
-            x.new_empty(0, gate.rank + up.rank),
+            [x.new_empty(0, gate.rank + up.rank)],
             x.new_empty(0, down.rank),
             masks,
         )
@@ -166,7 +166,7 @@ def forward_by_operators(call: MLPForwardCall) -> MLPForwardResults:
         y,
         of_gate.y.view(*leading, of_gate.y.shape[1]),
         of_up.y.view(*leading, of_up.y.shape[1]),
-        torch.cat([of_gate.s, of_up.s], 1),
+        [torch.cat([of_gate.s, of_up.s], 1)],
         of_down.s,
         masks,
     )
@@ -188,7 +188,7 @@ def backward_stand_ins(call: MLPBackwardCall) -> MLPBackwardCall:
         x=draw.of(call.x),
         g=draw.normal(call.g),
         u=draw.normal(call.u),
-        s=draw.of(call.s),
+        s=[draw.normal(s) for s in call.s],
         s_down=draw.of(call.s_down),
         operands=with_stand_ins(draw, call.operands, _stored(call)),
     )
@@ -240,7 +240,7 @@ def compare_backward(
     gate, up, down = projections
     keeps = [
         None if mask is None else unpack_mask(mask[rows], branch_sizes(p)[1])
-        for mask, p in zip(call.masks, projections, strict=True)
+        for mask, p in zip(call.every_mask, projections, strict=True)
     ]
     grad = operand(as_matrix(call.grad)[rows], dtype)
     g = operand(as_matrix(call.g)[rows], dtype)
@@ -259,8 +259,8 @@ def compare_backward(
     du = (dh * act).stored(storage)
     x = None if call.x is None else operand(as_matrix(call.x)[rows], dtype)
     every_s: Sequence[Tensor | None] = [None, None]
-    if call.s is not None:
-        every_s = call.s[rows].split_with_sizes([gate.rank, up.rank], 1)
+    if call.s:
+        every_s = call.s[0][rows].split_with_sizes([gate.rank, up.rank], 1)
     of_x: list[Rounded] = []
     for i, (name, p, of_p) in enumerate((("gate", gate, dg), ("up", up, du))):
         ds = rounded_grad_s(arithmetic, of_p, p)
@@ -279,7 +279,7 @@ def _gradients_by_operators(
     """The wanted gradients of a projection. ``x``: what it has read."""
     p = member.p
     assert p.lora_A is not None and p.lora_B is not None
-    multiply = to_multiply(p, grad.dtype, p.scaling)
+    multiply = to_multiply(p, grad.dtype)
     gradients = gradients_of(
         x, grad, multiply, None, member.keep, p.lora_A.dtype, wanted._replace(b=False), dx
     )
@@ -302,7 +302,7 @@ def backward_by_operators(call: MLPBackwardCall) -> MLPBackwardResults:
     gate, up, down = projections
     keeps = [
         None if mask is None else unpack_mask(mask, branch_sizes(p)[1])
-        for mask, p in zip(call.masks, projections, strict=True)
+        for mask, p in zip(call.every_mask, projections, strict=True)
     ]
     grad = with_own_memory(as_matrix(call.grad))
     g, u = as_matrix(call.g), as_matrix(call.u)
@@ -320,8 +320,8 @@ def backward_by_operators(call: MLPBackwardCall) -> MLPBackwardResults:
         dh = of_down.dx.to(grad.dtype)
         x = None if call.x is None else as_matrix(call.x)
         every_s: Sequence[Tensor | None] = [None, None]
-        if call.s is not None:
-            every_s = call.s.split_with_sizes([gate.rank, up.rank], 1)
+        if call.s:
+            every_s = call.s[0].split_with_sizes([gate.rank, up.rank], 1)
         of_gate_and_up = (activation.backward(dh * u, g), act * dh)
         for i, (p, of_p) in enumerate(zip((gate, up), of_gate_and_up, strict=True)):
             member = _Backward("", p, None, every_s[i], keeps[i])

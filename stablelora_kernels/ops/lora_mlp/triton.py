@@ -54,7 +54,7 @@ def _allocate_forward(call: MLPForwardCall) -> MLPForwardResults:
         y=x.new_empty((*leading, n)),
         g=x.new_empty((*saved_leading, inner)),
         u=x.new_empty((*saved_leading, inner)),
-        s=x.new_empty((saved_rows, gate.rank + up.rank)),
+        s=[x.new_empty((saved_rows, gate.rank + up.rank))],
         s_down=x.new_empty((saved_rows, down.rank)),
         masks=[new_mask(x, width) for width, is_stored in widths if is_stored],
     )
@@ -63,7 +63,7 @@ def _allocate_forward(call: MLPForwardCall) -> MLPForwardResults:
 @define_launches(
     "lora_mlp_fwd",
     "(Tensor x, Tensor?[] operands, Tensor[] scales, Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, "
-    "str activation, bool save, bool[] stores_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    "str activation, bool save, bool[] stores_mask, bool shared_mask) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])",
     OpTypes(MLPForwardCall, MLPForwardCall.of, MLPForwardSettings, MLPForwardResults),
     _allocate_forward,
     FORWARD,
@@ -88,7 +88,7 @@ def lora_mlp_fwd(
         y=as_matrix(results.y),
         g=as_matrix(results.g) if is_saved else None,
         u=as_matrix(results.u) if is_saved else None,
-        s=results.s if is_saved else None,
+        s=results.s[0] if is_saved else None,
         s_down=results.s_down if is_saved else None,
     )
     return lora_mlp.mlp_forward_launches(device, forward, choice)
@@ -123,9 +123,9 @@ def _needed_like(tensors: Sequence[Tensor | None], needed: OfThree, grad: Tensor
 
 @define_launches(
     "lora_mlp_bwd",
-    "(Tensor grad, Tensor? x, Tensor g, Tensor u, Tensor? s, Tensor? s_down, Tensor?[] operands, Tensor[] scales, "
+    "(Tensor grad, Tensor? x, Tensor g, Tensor u, Tensor? s_down, Tensor[] s, Tensor?[] operands, Tensor[] scales, "
     "Tensor?[] masks, int[] layouts, float[] scalings, float dropout_p, str activation, bool need_x, bool[] need_a, "
-    "bool[] need_b) -> (Tensor, Tensor[], Tensor[])",
+    "bool[] need_b, bool shared_mask) -> (Tensor, Tensor[], Tensor[])",
     OpTypes(MLPBackwardCall, MLPBackwardCall.of, MLPBackwardSettings, MLPBackwardResults),
     _allocate_backward,
     BACKWARD,
@@ -148,10 +148,10 @@ def lora_mlp_bwd(
         grad=grad,
         g=as_matrix(call.g),
         u=as_matrix(call.u),
-        s=call.s,
+        s=call.s[0] if call.s else None,
         s_down=call.s_down,
         projections=with_branches(projections, grad),
-        masks=call.masks,
+        masks=call.every_mask,
         dropout_p=settings.dropout_p,
         activation=settings.activation,
         results=Gradients(dx, das, dbs),

@@ -5,8 +5,8 @@ rows of its own.
     backward  dX = dY W, or 0;            for each branch, on its rows: dX += (dS A) ∘ keep, dA, dB
 
 The product with W is one for all rows. On Triton each branch has the launches of ``lora_branch`` on
-its rows; one op runs all of them (``triton.py``). The PyTorch path calls the formulas of
-one projection for each branch. Autograd saves x, each branch's S and the masks, nothing of the size
+its rows; one op runs all of them (``triton.py``). The PyTorch path (``torch.py``) calls the formulas
+of one projection for each branch. Autograd saves x, each branch's S and the masks, nothing of the size
 of Y.
 """
 
@@ -21,20 +21,17 @@ from torch import Tensor
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import by_float32, wide_product, without_autocast
-from stablelora_kernels.ops.dropout import draw_seeds, draw_to_keep, scalings_after_dropout
-from stablelora_kernels.ops.formulas import Saved, Wanted, add_branch_, gradients_of
+from stablelora_kernels.ops.dropout import draw_seeds, scalings_after_dropout
 from stablelora_kernels.ops.lora_rows.call import (
     RowsBackwardCall,
+    RowsFacts,
     RowsForwardCall,
     RowsSettings,
 )
-from stablelora_kernels.ops.lora_rows.triton import (
-    lora_rows_bwd,
-    lora_rows_fwd,
-)
+from stablelora_kernels.ops.lora_rows.torch import rows_backward_torch, rows_forward_torch
+from stablelora_kernels.ops.lora_rows.triton import lora_rows_bwd, lora_rows_fwd
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
-from stablelora_kernels.ops.plans import tally_of_operators, tensors_of
-from stablelora_kernels.projection import Projection, split
+from stablelora_kernels.ops.plans import Backend, on_torch, tally_of_operators
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 
 
@@ -49,27 +46,17 @@ class RowsBranch(NamedTuple):
     dropout_p: float
 
 
-class _Facts(NamedTuple):
-    """What backward knows besides tensors."""
-
-    backend: str
-    # With the scalings and probabilities of dropout as the backend takes them.
-    settings: RowsSettings
-    x_dtype: torch.dtype
-    lora_dtypes: tuple[torch.dtype, ...]
+_BACKENDS = {
+    "triton": Backend(lora_rows_fwd, lora_rows_bwd),
+    "torch": Backend(
+        on_torch(RowsForwardCall.of, rows_forward_torch),
+        on_torch(RowsBackwardCall.of, rows_backward_torch),
+    ),
+}
 
 
 class _RowsContext(Context, Protocol):
-    facts: _Facts
-    # s' of each branch.
-    scalings: tuple[float, ...]
-
-
-class _Added(NamedTuple):
-    """What was saved when the branches were added to Y, and s' of each."""
-
-    saved: list[Saved]
-    scalings: tuple[float, ...]
+    facts: RowsFacts
 
 
 def lora_rows(
@@ -100,8 +87,8 @@ def lora_rows(
         bias = cast(bias, dtype)
         branches = [_in_dtype(branch, dtype) for branch in branches]
     backend = resolve_backend(x.device)
-    pairs = [t for branch in branches for t in (branch.lora_A, branch.lora_B)]
-    if x.numel() == 0 or not all(t.numel() for t in pairs):
+    operands = [*[branch.lora_A for branch in branches], *[branch.lora_B for branch in branches]]
+    if x.numel() == 0 or not all(t.numel() for t in operands):
         # Kernels need something to multiply.
         backend = "torch"
     grad = torch.is_grad_enabled()
@@ -109,19 +96,15 @@ def lora_rows(
     settings = RowsSettings(
         starts=tuple([branch.start for branch in branches]),
         ends=tuple([branch.end for branch in branches]),
-        scalings=tuple([branch.scaling for branch in branches]),
+        scalings=tuple([scalings_after_dropout([b.scaling], b.dropout_p)[0] for b in branches]),
         dropout_ps=dropout_ps,
         need_x=grad and x.requires_grad,
-        need_ab=grad and any(t.requires_grad for t in pairs),
+        need_ab=grad and any(t.requires_grad for t in operands),
     )
-    if backend == "triton":
-        scalings = [scalings_after_dropout([b.scaling], b.dropout_p)[0] for b in branches]
-        settings = settings._replace(scalings=tuple(scalings))
     if backend == "torch" and not torch.compiler.is_compiling():
         tally_of_operators("lora_rows", x.device).calls += 1
-    facts = _Facts(backend, settings, x.dtype, tuple([b.lora_A.dtype for b in branches]))
     apply: Callable[..., Tensor] = _LoRARows.apply
-    return apply(facts, x, weight, bias, base, *pairs)
+    return apply(RowsFacts(backend, settings, x.dtype), x, weight, bias, base, *operands)
 
 
 def _in_dtype(branch: RowsBranch, dtype: torch.dtype) -> RowsBranch:
@@ -132,17 +115,17 @@ def _in_dtype(branch: RowsBranch, dtype: torch.dtype) -> RowsBranch:
 
 
 class _LoRARows(torch.autograd.Function):
-    """``pairs``: A and B of each branch, one after another."""
+    """``operands``: the A's of all branches, then their B's."""
 
     @staticmethod
     def forward(
         ctx: _RowsContext,
-        facts: _Facts,
+        facts: RowsFacts,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         base: Tensor | None,
-        *pairs: Tensor,
+        *operands: Tensor,
     ) -> Tensor:
         rows = as_matrix(x)
         if base is not None:
@@ -151,40 +134,50 @@ class _LoRARows(torch.autograd.Function):
         else:
             assert weight is not None
             y = _product(rows, weight.t(), bias)
-        add = _add_by_kernels if facts.backend == "triton" else _add_by_formulas
-        added = add(rows, y, pairs, facts.settings)
         settings = facts.settings
+        nothing: list[Tensor | None] = [None] * len(settings.starts)
+        seeds = nothing
+        if facts.backend == "triton":
+            seeds = draw_seeds(x.device, settings.dropout_ps)
+        forward = _BACKENDS[facts.backend].forward
+        results = forward(None, [rows, y, *operands, *seeds], settings)
+        # Save x itself, not its rows: the surrounding graph already holds it.
         ctx.save_for_backward(
             x if settings.need_ab else None,
             weight if settings.need_x else None,
-            *[t for saved in added.saved for t in saved],
+            *operands,
+            *(results.s if settings.need_ab else nothing),
+            *(results.masks if settings.need_x or settings.need_ab else nothing),
         )
         ctx.facts = facts
-        ctx.scalings = added.scalings
         return like_rows_of(y, x if base is None else base)
 
     @staticmethod
     @first_derivative
     def backward(ctx: _RowsContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         facts = ctx.facts
+        settings = facts.settings
         x, weight, *tensors = ctx.saved_tensors
-        saved = [Saved(*five) for five in split(tensors, [len(Saved._fields)] * len(ctx.scalings))]
         # The branches compute in x's dtype.
         grad = with_own_memory(as_matrix(cast(dy, facts.x_dtype)))
         dx: Tensor | None = None
-        if facts.settings.need_x:
+        if settings.need_x:
             if weight is not None:
                 dx = _product(grad, weight, None)
             else:
-                lora_A = saved[0].lora_A
+                lora_A = tensors[0]
                 assert lora_A is not None
                 # Rows without a branch keep their zeros.
                 dx = grad.new_zeros(grad.shape[0], lora_A.shape[1])
         matrix = None if x is None else as_matrix(x)
-        backward = _backward_by_kernels if facts.backend == "triton" else _backward_by_formulas
-        of_pairs = backward(matrix, grad, dx, saved, ctx.scalings, facts)
+        backward = _BACKENDS[facts.backend].backward
+        gradients = backward(None, [grad, matrix, dx, *tensors], settings)
+        of_operands: list[Tensor | None] = [None] * (2 * len(settings.starts))
+        if settings.need_ab:
+            of_operands = [*gradients.das, *gradients.dbs]
         dbase = dy if weight is None and ctx.needs_input_grad[4] else None
-        return (None, None if dx is None else like_rows_of(dx, dy), None, None, dbase, *of_pairs)
+        dx = None if dx is None else like_rows_of(dx, dy)
+        return (None, dx, None, None, dbase, *of_operands)
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -194,101 +187,3 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     with without_autocast(a):
         wide = wide_product(a.float(), b.float(), None if bias is None else bias.float())
     return wide.to(a.dtype)
-
-
-# On the PyTorch path.
-
-
-def _add_by_formulas(
-    x: Tensor, y: Tensor, pairs: Sequence[Tensor], settings: RowsSettings
-) -> _Added:
-    """Add the branches of x [M, K] to y [M, N] in place."""
-    saved = []
-    scalings = []
-    for i, rows in enumerate(settings.rows):
-        branch = Projection(None, None, pairs[2 * i], pairs[2 * i + 1], settings.scalings[i])
-        drawn = draw_to_keep(x[rows], settings.dropout_ps[i])
-        projected = add_branch_(y[rows], x[rows], branch, drawn)
-        needs_mask = settings.need_x or settings.need_ab
-        saved.append(projected.saved(None, settings.need_ab, needs_mask))
-        scalings.append(projected.p.scaling)
-    return _Added(saved, tuple(scalings))
-
-
-def _backward_by_formulas(
-    x: Tensor | None,
-    grad: Tensor,
-    dx: Tensor | None,
-    saved: Sequence[Saved],
-    scalings: Sequence[float],
-    facts: _Facts,
-) -> list[Tensor | None]:
-    """Add the branches' gradients to dx [M, K] in place; return dA and dB of each."""
-    need_ab = facts.settings.need_ab
-    wanted = Wanted(dx is not None, need_ab, need_ab)
-    of_pairs: list[Tensor | None] = []
-    for i, rows in enumerate(facts.settings.rows):
-        dx_of_rows = None if dx is None else dx[rows]
-        # In float32 the branch's gradient is of another dtype than dx.
-        in_place = not by_float32(grad)
-        gradients = gradients_of(
-            x[rows] if x is not None else None,
-            grad[rows],
-            saved[i].as_projection(scalings[i]),
-            saved[i].s,
-            saved[i].recipe,
-            facts.lora_dtypes[i],
-            wanted,
-            dx_of_rows if in_place else None,
-        )
-        if dx_of_rows is not None and gradients.dx is not None and not in_place:
-            dx_of_rows += gradients.dx
-        of_pairs += (gradients.da, gradients.db)
-    return of_pairs
-
-
-# On Triton.
-
-
-def _add_by_kernels(
-    x: Tensor, y: Tensor, pairs: Sequence[Tensor], settings: RowsSettings
-) -> _Added:
-    """:func:`_add_by_formulas` by the op."""
-    seeds = draw_seeds(x.device, settings.dropout_ps)
-    call = RowsForwardCall(x, y, pairs[::2], pairs[1::2], seeds, settings)
-    results = lora_rows_fwd(None, tensors_of(call), settings)
-    saved = []
-    for lora_A, lora_B, s, mask in zip(
-        call.lora_As, call.lora_Bs, results.s, results.masks, strict=True
-    ):
-        saved.append(Saved(None, lora_A, lora_B, s, mask))
-    return _Added(saved, settings.scalings)
-
-
-def _backward_by_kernels(
-    x: Tensor | None,
-    grad: Tensor,
-    dx: Tensor | None,
-    saved: Sequence[Saved],
-    scalings: Sequence[float],
-    facts: _Facts,
-) -> list[Tensor | None]:
-    """:func:`_backward_by_formulas` by the op."""
-    settings = facts.settings._replace(scalings=tuple(scalings))
-    call = RowsBackwardCall(
-        grad=grad,
-        x=x,
-        dx=dx,
-        lora_As=[branch.lora_A for branch in saved if branch.lora_A is not None],
-        lora_Bs=[branch.lora_B for branch in saved if branch.lora_B is not None],
-        s=[branch.s for branch in saved if branch.s is not None],
-        masks=[branch.recipe for branch in saved if branch.recipe is not None],
-        settings=settings,
-    )
-    results = lora_rows_bwd(None, tensors_of(call), settings)
-    if not settings.need_ab:
-        return [None] * (2 * len(saved))
-    of_pairs: list[Tensor | None] = []
-    for da, db in zip(results.das, results.dbs, strict=True):
-        of_pairs += (da, db)
-    return of_pairs

@@ -1,13 +1,16 @@
-"""The records of ``lora_rows``' forward and backward: their arguments and their results."""
+"""The records of ``lora_rows``: the arguments and the results of its forward and its backward, and what
+its backward knows beside tensors.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from stablelora_kernels.projection import split
+from stablelora_kernels.projection import Projection, split
 
 
 class RowsSettings(NamedTuple):
@@ -55,7 +58,8 @@ class RowsForwardResults(NamedTuple):
 
     # [rows, r].
     s: Sequence[Tensor]
-    masks: Sequence[Tensor]
+    # On the PyTorch path None without dropout.
+    masks: Sequence[Tensor | None]
 
 
 class RowsBackwardCall(NamedTuple):
@@ -69,8 +73,9 @@ class RowsBackwardCall(NamedTuple):
     dx: Tensor | None
     lora_As: Sequence[Tensor]
     lora_Bs: Sequence[Tensor]
-    s: Sequence[Tensor]
-    masks: Sequence[Tensor]
+    # As in RowsForwardResults; None where it is not needed.
+    s: Sequence[Tensor | None]
+    masks: Sequence[Tensor | None]
     settings: RowsSettings
 
     @staticmethod
@@ -87,3 +92,23 @@ class RowsBackwardResults(NamedTuple):
 
     das: Sequence[Tensor]
     dbs: Sequence[Tensor]
+
+
+class RowsFacts(NamedTuple):
+    """What backward knows besides tensors."""
+
+    backend: str
+    settings: RowsSettings
+    x_dtype: torch.dtype
+
+
+def branches_of(call: RowsForwardCall | RowsBackwardCall) -> list[Projection]:
+    """The branches of a call, as projections without a weight."""
+    pairs = zip(call.lora_As, call.lora_Bs, call.settings.scalings, strict=True)
+    return [Projection(None, None, lora_A, lora_B, scaling) for lora_A, lora_B, scaling in pairs]
+
+
+def mask_of(masks: Sequence[Tensor | None], i: int) -> Tensor | None:
+    """One branch's mask; None if it is not stored."""
+    mask = masks[i]
+    return None if mask is None or mask.numel() == 0 else mask

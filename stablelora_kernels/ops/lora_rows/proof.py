@@ -26,6 +26,8 @@ from stablelora_kernels.ops.lora_rows.call import (
     RowsBackwardResults,
     RowsForwardCall,
     RowsForwardResults,
+    branches_of,
+    mask_of,
 )
 from stablelora_kernels.ops.matrices import with_own_memory
 from stablelora_kernels.ops.proofs import (
@@ -41,14 +43,9 @@ from stablelora_kernels.ops.proofs import (
     sample_of,
     sample_of_sums,
 )
-from stablelora_kernels.projection import Projection, s_unit
+from stablelora_kernels.projection import s_unit
 from stablelora_kernels.reference import unpack_mask
 from stablelora_kernels.reference.rounding import RoundedLayer, operand
-
-
-def _branches(call: RowsForwardCall | RowsBackwardCall) -> list[Projection]:
-    pairs = zip(call.lora_As, call.lora_Bs, call.settings.scalings, strict=True)
-    return [Projection(None, None, lora_A, lora_B, scaling) for lora_A, lora_B, scaling in pairs]
 
 
 def _samples(call: RowsForwardCall | RowsBackwardCall, like: Tensor) -> list[Tensor]:
@@ -65,7 +62,7 @@ def _stand_in_branches(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Each A and each B of the call, others of the same layouts."""
     lora_As, lora_Bs = [], []
-    for p in _branches(call):
+    for p in branches_of(call):
         branch = branch_like(draw, p, 1.0)
         assert branch.lora_A is not None and branch.lora_B is not None
         lora_As.append(branch.lora_A)
@@ -93,14 +90,14 @@ def compare_forward(
     dtype = call.x.dtype
     arithmetic = arithmetic_of(dtype)
     samples = _samples(call, call.x)
-    for i, (p, rows) in enumerate(zip(_branches(call), settings.rows, strict=True)):
+    for i, (p, rows) in enumerate(zip(branches_of(call), settings.rows, strict=True)):
         sample = samples[i]
         x = operand(call.x[rows][sample], dtype)
         keep = None
         seed = call.seeds[i]
         dropout_p = settings.dropout_ps[i]
         if dropout_p and seed is not None:
-            mask = results.masks[i] if results.masks[i].numel() else None
+            mask = mask_of(results.masks, i)
             kept = kept_rows(mask, seed, sample, call.x.shape[1], dropout_p)
             keep = kept.keep
             yield kept.fault
@@ -120,11 +117,11 @@ def forward_by_operators(call: RowsForwardCall) -> RowsForwardResults:
     """The results by PyTorch's operators, which add each branch to its rows of Y."""
     settings = call.settings
     every_s: list[Tensor] = []
-    masks: list[Tensor] = []
-    for i, (p, rows) in enumerate(zip(_branches(call), settings.rows, strict=True)):
+    masks: list[Tensor | None] = []
+    for i, (p, rows) in enumerate(zip(branches_of(call), settings.rows, strict=True)):
         x = call.x[rows]
         keep = drawn_mask(x, call.seeds[i], settings.dropout_ps[i])
-        y, s = project(x, to_multiply(p, x.dtype, p.scaling), keep, call.y[rows])
+        y, s = project(x, to_multiply(p, x.dtype), keep, call.y[rows])
         call.y[rows] = y
         every_s.append(saved_s(s if settings.need_ab else s[:0], p.scaling))
         is_kept = keep is not None and (settings.need_x or settings.need_ab)
@@ -145,7 +142,7 @@ def backward_stand_ins(call: RowsBackwardCall) -> RowsBackwardCall:
         dx=draw.of(call.dx),
         lora_As=lora_As,
         lora_Bs=lora_Bs,
-        s=[draw.normal(s) for s in call.s],
+        s=[draw.of(s) for s in call.s],
     )
 
 
@@ -156,14 +153,12 @@ def compare_backward(
     dtype = call.grad.dtype
     arithmetic = arithmetic_of(dtype)
     samples = _samples(call, call.grad)
-    for i, (p, rows) in enumerate(zip(_branches(call), call.settings.rows, strict=True)):
+    for i, (p, rows) in enumerate(zip(branches_of(call), call.settings.rows, strict=True)):
         assert p.lora_A is not None
         sample = samples[i]
         grad = operand(call.grad[rows][sample], dtype)
-        mask = call.masks[i]
-        keep = None
-        if mask.numel():
-            keep = unpack_mask(mask[sample], p.lora_A.shape[1])
+        mask = mask_of(call.masks, i)
+        keep = None if mask is None else unpack_mask(mask[sample], p.lora_A.shape[1])
         ds = rounded_grad_s(arithmetic, grad, p)
         if call.dx is not None:
             before = operand(call.dx[rows][sample], call.dx.dtype)
@@ -180,7 +175,9 @@ def compare_backward(
                 ds, dropped, p.lora_A.dtype
             )
             yield Compared(f"dA of branch {i}", results.das[i], da, arithmetic)
-            db = rounded_grad_b(arithmetic, grad, call.s[i][sample], p)
+            s = call.s[i]
+            assert s is not None
+            db = rounded_grad_b(arithmetic, grad, s[sample], p)
             yield Compared(f"dB of branch {i}", results.dbs[i], db, arithmetic)
 
 
@@ -189,21 +186,22 @@ def backward_by_operators(call: RowsBackwardCall) -> RowsBackwardResults:
     need_ab = call.settings.need_ab
     das: list[Tensor] = []
     dbs: list[Tensor] = []
-    for i, (p, rows) in enumerate(zip(_branches(call), call.settings.rows, strict=True)):
+    for i, (p, rows) in enumerate(zip(branches_of(call), call.settings.rows, strict=True)):
         assert p.lora_A is not None and p.lora_B is not None
         grad = with_own_memory(call.grad[rows])
-        mask = call.masks[i]
-        keep = unpack_mask(mask, p.lora_A.shape[1]) if mask.numel() else None
-        multiply = to_multiply(p, grad.dtype, p.scaling)
+        mask = mask_of(call.masks, i)
+        keep = None if mask is None else unpack_mask(mask, p.lora_A.shape[1])
+        multiply = to_multiply(p, grad.dtype)
         wanted = Wanted(call.dx is not None, need_ab, b=False)
         x = None if call.x is None else call.x[rows]
         dx, da, _ = gradients_of(x, grad, multiply, None, keep, p.lora_A.dtype, wanted)
         if call.dx is not None and dx is not None:
             call.dx[rows] += dx
         if need_ab:
-            assert da is not None
+            s = call.s[i]
+            assert da is not None and s is not None
             das.append(da.contiguous())
-            dbs.append(db_of(grad, call.s[i], s_unit(grad.dtype, p.scaling), p.lora_B.dtype))
+            dbs.append(db_of(grad, s, s_unit(grad.dtype, p.scaling), p.lora_B.dtype))
     return RowsBackwardResults(das, dbs)
 
 

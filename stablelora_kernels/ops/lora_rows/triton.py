@@ -16,16 +16,17 @@ from stablelora_kernels.ops.lora_rows.call import (
     RowsForwardCall,
     RowsForwardResults,
     RowsSettings,
+    branches_of,
+    mask_of,
 )
 from stablelora_kernels.ops.lora_rows.proof import BACKWARD, FORWARD
 from stablelora_kernels.ops.plans import Launches, OpTypes, define_launches
-from stablelora_kernels.projection import Projection
 
 
 def _allocate_forward(call: RowsForwardCall) -> RowsForwardResults:
     settings = call.settings
     s: list[Tensor] = []
-    masks: list[Tensor] = []
+    masks: list[Tensor | None] = []
     for rows, lora_A, dropout_p in zip(
         settings.rows, call.lora_As, settings.dropout_ps, strict=True
     ):
@@ -55,13 +56,13 @@ def lora_rows_fwd(
 
     settings = call.settings
     launches: Launches = []
-    for i, rows in enumerate(settings.rows):
+    for i, (p, rows) in enumerate(zip(branches_of(call), settings.rows, strict=True)):
         y = call.y[rows]
         branch = ForwardCall(
             x=call.x[rows],
-            projections=[_branch(call.lora_As[i], call.lora_Bs[i], settings.scalings[i])],
+            projections=[p],
             seeds=[call.seeds[i]],
-            masks=[_if_any(results.masks[i])],
+            masks=[mask_of(results.masks, i)],
             s=results.s[i] if settings.need_ab else None,
             ys=[y],
             dropout_p=settings.dropout_ps[i],
@@ -69,14 +70,6 @@ def lora_rows_fwd(
         )
         launches += forward_launches(device, branch)
     return launches
-
-
-def _branch(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Projection:
-    return Projection(None, None, lora_A, lora_B, scaling)
-
-
-def _if_any(mask: Tensor) -> Tensor | None:
-    return mask if mask.numel() else None
 
 
 def _allocate_backward(call: RowsBackwardCall) -> RowsBackwardResults:
@@ -90,7 +83,7 @@ def _allocate_backward(call: RowsBackwardCall) -> RowsBackwardResults:
 
 @define_launches(
     "lora_rows_bwd",
-    "(Tensor grad, Tensor? x, Tensor(a!)? dx, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] s, Tensor[] masks, "
+    "(Tensor grad, Tensor? x, Tensor(a!)? dx, Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] s, Tensor?[] masks, "
     "int[] starts, int[] ends, float[] scalings, float[] dropout_ps, bool need_x, bool need_ab) -> (Tensor[], Tensor[])",
     OpTypes(RowsBackwardCall, RowsBackwardCall.of, RowsSettings, RowsBackwardResults),
     _allocate_backward,
@@ -106,16 +99,16 @@ def lora_rows_bwd(
 
     settings = call.settings
     launches: Launches = []
-    for i, rows in enumerate(settings.rows):
+    for i, (p, rows) in enumerate(zip(branches_of(call), settings.rows, strict=True)):
         gradients = Gradients(None if call.dx is None else call.dx[rows], [None], [None])
         if settings.need_ab:
             gradients = gradients._replace(das=[results.das[i]], dbs=[results.dbs[i]])
         branch = BackwardCall(
             x=None if call.x is None else call.x[rows],
             grads=[call.grad[rows]],
-            projections=[_branch(call.lora_As[i], call.lora_Bs[i], settings.scalings[i])],
+            projections=[p],
             s=[call.s[i] if settings.need_ab else None],
-            masks=[_if_any(call.masks[i])],
+            masks=[mask_of(call.masks, i)],
             dropout_p=settings.dropout_ps[i],
             results=gradients,
             adds=True,
