@@ -8,9 +8,10 @@ from torch import Tensor
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.ops.checks import check_cross_entropy
 from stablelora_kernels.ops.cpu_products import without_autocast
-from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import (
+from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import cross_entropy_op
+from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
     CrossEntropyCall,
-    cross_entropy_op,
+    CrossEntropySettings,
 )
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
@@ -102,15 +103,9 @@ def lora_linear_cross_entropy(
         lora_B=lora_B,
         labels=row_labels,
         row_scale=None,
-        ignore_index=ignore_index,
-        scaling=scaling,
-        softcap=softcap or 0.0,
-        logit_scale=logit_scale,
-        backend=_backend_of(rows),
-        need_hidden=False,
-        need_s=False,
-        need_b=False,
-        need_bias=False,
+        settings=CrossEntropySettings(
+            ignore_index, scaling, softcap or 0.0, logit_scale, _backend_of(rows)
+        ),
     )
     losses = cross_entropy_op(call, summed=reduction != "none")
     if reduction == "none":

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.cross_entropy import lora_linear_cross_entropy
 from stablelora_kernels.dispatch.backend import resolve_backend
-from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
+from stablelora_kernels.dispatch.problem import MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
 from stablelora_kernels.ops.lora_experts.autograd import lora_experts_op
 from stablelora_kernels.ops.lora_linear.autograd import lora_linear_op

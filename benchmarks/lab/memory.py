@@ -61,7 +61,7 @@ from benchmarks.lab.step_memory import (
     Step,
     Terms,
 )
-from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import (
+from stablelora_kernels.ops.lora_linear_cross_entropy.chunks import (
     GPU_LOGIT_BYTES as GPU_LOGIT_BYTES,
 )
 

@@ -49,6 +49,7 @@ from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.ops import plans
 from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as cross_entropy
+from stablelora_kernels.ops.lora_linear_cross_entropy import chunks
 from stablelora_kernels.ops.lora_mlp import torch as lora_mlp_torch
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -321,9 +322,9 @@ def liger_patches(arm: str) -> list[tuple[Any, str, Any]]:
 
 def _opened_loss(*args: Any) -> tuple[Tensor, ...]:
     """The op's own work, whose operators ``LiveBytes`` sees."""
-    call = cross_entropy.CrossEntropyCall(*args)
-    results = cross_entropy._results(call)
-    cross_entropy._compute(call, results)
+    call = chunks._call_of(args)
+    results = chunks._results(call)
+    chunks._compute(call, results)
     return tuple(results)
 
 

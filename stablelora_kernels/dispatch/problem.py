@@ -119,8 +119,6 @@ class Call(NamedTuple):
 
 # Up to so many rows, reading W bounds a product, with or without S.
 SMALL_M = 64
-# act of a gated MLP: SiLU, GELU, and GELU's approximation by tanh.
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Most projections that share one read of X: q, k and v.
 MAX_GROUP = 3
 # Largest block of ranks beside a product's accumulator: the largest rank where programs compute S

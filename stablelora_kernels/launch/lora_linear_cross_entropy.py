@@ -12,8 +12,8 @@ from stablelora_kernels.kernels.lora.cross_entropy import _cross_entropy_kernel
 from stablelora_kernels.launch.base import Arguments, Launch, flag_words, planned
 
 
-class Loss(Protocol):
-    """What the kernel takes of a call."""
+class Settings(Protocol):
+    """What the kernel takes of a call's settings."""
 
     @property
     def ignore_index(self) -> int: ...
@@ -25,25 +25,40 @@ class Loss(Protocol):
     def logit_scale(self) -> float: ...
 
     @property
-    def unit(self) -> float: ...
-
-    @property
     def needs_gradient(self) -> bool: ...
 
 
-def cross_entropy(
-    loss: Loss,
-    logits: Tensor,
-    labels: Tensor,
-    row_scale: Tensor | None,
-    losses: Tensor,
-) -> Launch:
-    """``losses`` [M] of ``logits`` [M, V], which dZ replaces if gradients are needed.
+class Loss(Protocol):
+    """What the kernel takes of a call."""
 
-    ``logits`` are columns of a wider matrix, whose other columns are overwritten.
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def unit(self) -> float: ...
+
+
+class Chunk(Protocol):
+    """Logits [M, V], which are columns of a wider matrix; labels [M], and each row's gradient."""
+
+    @property
+    def logits(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def row_scale(self) -> Tensor | None: ...
+
+
+def cross_entropy(loss: Loss, chunk: Chunk, losses: Tensor) -> Launch:
+    """``losses`` [M] of a chunk's logits, which dZ replaces if gradients are needed. The other columns
+    of their memory are overwritten.
     """
     rule = tiles.CROSS_ENTROPY_TILES[0]
     tile: Tile = rule.choice
+    settings = loss.settings
+    logits = chunk.logits
     rows, vocabulary = logits.shape
     width = logits.stride(0)
     whole = logits.as_strided((rows, width), (width, 1))
@@ -52,23 +67,25 @@ def cross_entropy(
     plan = Plan(tile, rule.reason, block_r=0, tiles=rows)
     arguments: Arguments = {
         "z_ptr": whole,
-        "labels_ptr": labels,
-        "row_scale_ptr": row_scale,
+        "labels_ptr": chunk.labels,
+        "row_scale_ptr": chunk.row_scale,
         "losses_ptr": losses,
         "V": vocabulary,
-        "ignore_index": loss.ignore_index,
+        "ignore_index": settings.ignore_index,
         "stride_z": width,
-        "softcap": loss.softcap,
-        "logit_scale": loss.logit_scale,
+        "softcap": settings.softcap,
+        "logit_scale": settings.logit_scale,
         "unit": loss.unit,
     }
     constants: Arguments = {
-        "SOFTCAP": loss.softcap != 0.0,
-        "GRADIENT": loss.needs_gradient,
+        "SOFTCAP": settings.softcap != 0.0,
+        "GRADIENT": settings.needs_gradient,
         "BLOCK_N": tile.BLOCK_N,
     }
     flags = flag_words(
-        gradient=loss.needs_gradient, softcap=loss.softcap != 0.0, scaled=row_scale is not None
+        gradient=settings.needs_gradient,
+        softcap=settings.softcap != 0.0,
+        scaled=chunk.row_scale is not None,
     )
     words = f"1x{tile.BLOCK_N}{flags}"
     return planned(_cross_entropy_kernel, words, plan, plan.programs, arguments, constants)

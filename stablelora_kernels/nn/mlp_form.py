@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from torch.overrides import TorchFunctionMode
 
+from stablelora_kernels.activations import ACTIVATIONS, TITLES
 from stablelora_kernels.utils.modules import HOOKS, is_hooked
 
 # Values of these types never change in place, except functions that are closures.
@@ -50,11 +51,15 @@ _CONSTANTS = {
 _ABSENT = inspect.Parameter.empty
 # The names of attributes that lead from a module to a value.
 Path = tuple[str, ...]
-_OPERATIONS = {silu, gelu, torch.mul, Tensor.mul, torch.chunk, Tensor.chunk}
+_OPERATIONS = {activation.function for activation in ACTIVATIONS.values()} | {
+    torch.mul, Tensor.mul, torch.chunk, Tensor.chunk,
+}  # fmt: skip
 # Formulas of activations without their input, and their names in the op. True means in place.
 _ACTIVATIONS: dict[tuple[object, ...], str] = {
-    ("silu", False): "silu", ("silu", True): "silu", ("gelu",): "gelu", ("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh",
-}  # fmt: skip
+    (activation.function.__name__, *arguments): name
+    for name, activation in ACTIVATIONS.items()
+    for arguments in activation.arguments
+}
 _OTHER = "it computes something else than down(act(gate(x)) * up(x))"
 
 
@@ -277,7 +282,8 @@ class _Run(TorchFunctionMode):
         if name == "chunk":
             return self._halves(operands)
         formula = (name, *operands)
-        if name == "silu" and operands[0] is True and hasattr(args[0], "formula"):
+        is_in_place = operands[0] is True and formula[:-1] in _ACTIVATIONS
+        if is_in_place and hasattr(args[0], "formula"):
             # In place: the forward may use the input instead of the result.
             self.tensor(formula)
             args[0].formula = formula
@@ -393,9 +399,7 @@ class _Attributes(dict[str, Any]):
             # An activation's formula without its input.
             if output.formula[:-1] in _ACTIVATIONS:
                 return output  # type: ignore[no-any-return]
-        self.run.reason = (
-            f"it calls {name!r}, a {kind.__name__}; only SiLU and GELU (exact or tanh) are fused"
-        )
+        self.run.reason = f"it calls {name!r}, a {kind.__name__}; only {TITLES} are fused"
         raise RuntimeError(self.run.reason)
 
 

@@ -20,7 +20,7 @@ same keep / (1 - p).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -203,12 +203,16 @@ def lora_experts_mlp_ref(
     return x.new_zeros(x.shape[0], h.shape[1]).index_add(0, tokens, h.to(x.dtype))
 
 
+ACTIVATION_REFS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda g: g * torch.sigmoid(g),
+    "gelu": lambda g: g * 0.5 * (1 + torch.erf(g / math.sqrt(2))),
+    "gelu_tanh": lambda g: g * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)),
+}
+
+
 def activation_ref(g: Tensor, activation: str) -> Tensor:
-    """act(g) for "silu", "gelu" or "gelu_tanh"."""
-    if activation == "gelu":
-        return g * 0.5 * (1 + torch.erf(g / math.sqrt(2)))
-    z = g if activation == "silu" else 2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)
-    return g * torch.sigmoid(z)
+    """act(g) for a name of :data:`ACTIVATION_REFS`. KeyError for another one."""
+    return ACTIVATION_REFS[activation](g)
 
 
 def lora_mlp_ref(

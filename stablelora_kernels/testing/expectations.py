@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.ops.dropout import draw_keep, draw_seeds
 from stablelora_kernels.reference import dropout_keep_ref, lora_branch_ref, lora_linear_ref
 from stablelora_kernels.reference.lora import lora_mlp_ref
@@ -41,17 +42,11 @@ from stablelora_kernels.testing.inputs import dequantized_ref
 from stablelora_kernels.testing.layers import as_rows, rounded_operand
 from stablelora_kernels.utils.tensors import drop_share
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
-}
-
 
 def combined(case: Case, layer: Callable[[Tensor, int], Tensor], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of a call whose projection ``i`` of an input is ``layer(input, i)``."""
     if case.op == "mlp":
-        return (layer(ACTIVATIONS[case.activation](layer(x, 0)) * layer(x, 1), 2),)
+        return (layer(ACTIVATIONS[case.activation].forward(layer(x, 0)) * layer(x, 1), 2),)
     return tuple(layer(x, i) for i in range(case.count))
 
 

@@ -12,10 +12,10 @@ from itertools import product
 import pytest
 import torch
 
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch.rules import STRATEGIES
 from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case
-from stablelora_kernels.testing.expectations import ACTIVATIONS
 from tests.helpers import case_checks, gpu_checks
 from tests.helpers.gpu_checks import DEVICE, SMALL, by_strategy, keep_rows, linear, make, record
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablelora_kernels import testing
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.reference.rounding import Rounded
 from stablelora_kernels.testing.cases import (
     BF16,
@@ -32,7 +33,6 @@ from stablelora_kernels.testing.cases import (
     run,
 )
 from stablelora_kernels.testing.expectations import (
-    ACTIVATIONS,
     Expected,
     as_computed,
     expectations,

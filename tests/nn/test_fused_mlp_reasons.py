@@ -55,7 +55,7 @@ def another_lora_dtype(mlp):
 HOOKS = "has hooks, which would not run"
 TRAINS = "that trains; the op would keep activations for its gradient"
 REPLACED = "has a forward that was replaced (as accelerate's hooks do)"
-FUSED = "only SiLU and GELU (exact or tanh) are fused"
+FUSED = "only SiLU, GELU and tanh GELU are fused"
 PEFTS_OWN = "runs PEFT's own forward: the"
 # A change of a fused MLP, and the reason that the next report has. None: it finds it fused again.
 CHANGES = {
@@ -227,7 +227,7 @@ def test_the_report_groups_and_lists():
     modules = MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), MLP()
     report = slk.apply_lora(nn.Sequential(*modules), TARGETS, fuse_mlp=True)
     clamp = "it calls clamp"
-    relu = "it calls 'act_fn', a ReLU; only SiLU and GELU (exact or tanh) are fused"
+    relu = "it calls 'act_fn', a ReLU; only SiLU, GELU and tanh GELU are fused"
     assert [(mlp.name, mlp.activation, mlp.reason) for mlp in report.mlps[2:4]] == [
         ("2", None, clamp),
         ("3", None, relu),

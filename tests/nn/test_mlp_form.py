@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint  # noqa: F401 (in sources)
 
+from stablelora_kernels import activations
+from stablelora_kernels.reference.lora import ACTIVATION_REFS, activation_ref
 from tests.helpers.architectures import transformers
 from tests.helpers.gated_mlps import INNER, MLP, WIDTH, adapted, assert_same, rows, step
 
@@ -207,13 +209,29 @@ ACTIVATIONS = {
     "silu": [nn.SiLU(), nn.SiLU(inplace=True), F.silu, "silu", Act()],
     "gelu": [nn.GELU(), "gelu"],
     "gelu_tanh": [nn.GELU("tanh"), functools.partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh"],
-    "it calls 'act_fn', a .*; only SiLU and GELU .exact or tanh. are fused": [
+    "it calls 'act_fn', a .*; only SiLU, GELU and tanh GELU are fused": [
         nn.ReLU(), nn.Dropout(0.0), nn.Sequential(nn.SiLU()), ByMode(), "quick_gelu", "gelu_new", "gelu_10",
     ],
     "reads 'act_fn', a (partial|function)": [
         functools.partial(lambda functions, x: functions[0](x), [F.silu]), (lambda c: lambda x: c[0](x))([F.silu]),
     ],
 }  # fmt: skip
+
+
+def test_every_activation_has_a_reference_of_its_own():
+    """The tables of activations have the same names; values and gradients are the reference's."""
+    assert activations.ACTIVATIONS.keys() == ACTIVATION_REFS.keys()
+    for name, activation in activations.ACTIVATIONS.items():
+        g = torch.linspace(-6, 6, 241, dtype=torch.float64, requires_grad=True)
+        expected = activation_ref(g, name)
+        (slope,) = torch.autograd.grad(expected.sum(), g)
+        torch.testing.assert_close(activation.forward(g), expected)
+        torch.testing.assert_close(activation.backward(torch.ones_like(g), g), slope)
+        assert activation.title in activations.TITLES
+        # What this module's tests recognize it by.
+        assert ACTIVATIONS[name]
+    with pytest.raises(KeyError, match="no such name"):
+        activation_ref(g, "no such name")
 
 
 @pytest.mark.parametrize("expected", ACTIVATIONS)

@@ -28,7 +28,7 @@ from stablelora_kernels.launch import workspace
 from stablelora_kernels.ops import first_use, plans, proofs
 from stablelora_kernels.ops.lora_linear.proof import FORWARD
 from stablelora_kernels.ops.lora_linear.triton import lora_linear_fwd
-from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as cross_entropy
+from stablelora_kernels.ops.lora_linear_cross_entropy import triton as cross_entropy
 from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.optim import proof
 from stablelora_kernels.testing import cases

@@ -17,7 +17,13 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.ops import cpu_products
-from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as op
+from stablelora_kernels.ops.lora_linear_cross_entropy import chunks
+from stablelora_kernels.ops.lora_linear_cross_entropy import torch as loss_torch
+from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
+    Chunk,
+    CrossEntropyResults,
+    CrossEntropySettings,
+)
 from stablelora_kernels.reference import lora_linear_cross_entropy_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
@@ -86,9 +92,9 @@ def small_chunks(monkeypatch):
     """Chunks of 16 tokens, float32 copies of two or three, blocks of 24 rows of the head and 32
     columns a step of the kernel.
     """
-    monkeypatch.setattr(op, "CPU_LOGIT_BYTES", 0)
-    monkeypatch.setattr(op, "FLOAT32_ELEMENTS", 256)
-    monkeypatch.setattr(op, "BLOCK", 24)
+    monkeypatch.setattr(chunks, "CPU_LOGIT_BYTES", 0)
+    monkeypatch.setattr(loss_torch, "FLOAT32_ELEMENTS", 256)
+    monkeypatch.setattr(chunks, "BLOCK", 24)
     (rule,) = tiles.CROSS_ENTROPY_TILES
     small = rule._replace(choice=rule.choice._replace(BLOCK_N=32))
     monkeypatch.setattr(tiles, "CROSS_ENTROPY_TILES", (small,))
@@ -174,17 +180,16 @@ def test_the_kernel_reads_nothing_that_nobody_has_written():
     from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
 
     vocabulary, rows = 53, 5
-    width = -(-vocabulary // op.ROW_ALIGNMENT) * op.ROW_ALIGNMENT
+    width = -(-vocabulary // chunks.ROW_ALIGNMENT) * chunks.ROW_ALIGNMENT
     memory = torch.full((rows, width), float("nan"))
     logits = memory[:, :vocabulary]
     logits.copy_(torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)))
     labels = torch.arange(rows)
     expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     losses = torch.empty(rows)
-    settings = SimpleNamespace(
-        ignore_index=-100, softcap=0.0, logit_scale=1.0, unit=1.0, needs_gradient=True
-    )
-    cross_entropy(settings, logits, labels, None, losses).run(memory.device)
+    settings = CrossEntropySettings(-100, 1.0, 0.0, 1.0, "triton", need_hidden=True)
+    call = SimpleNamespace(settings=settings, unit=1.0)
+    cross_entropy(call, Chunk(logits, labels, None), losses).run(memory.device)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
     assert memory.isfinite().all()
 
@@ -307,11 +312,22 @@ def test_a_label_that_a_gpu_cannot_refuse_gives_not_a_number(label, backend):
     given = make(case)
     labels = torch.tensor([label, 5, -100])
     s = given["hidden"] @ given["lora_A"].t()
-    call = op.CrossEntropyCall(
-        given["hidden"].detach(), given["weight"], None, s.detach(), given["lora_B"].detach(), labels, None, -100,
-        SCALING, 0.0, 1.0, backend, need_hidden=True, need_s=True, need_b=False, need_bias=False,
+    settings = CrossEntropySettings(
+        -100,
+        SCALING,
+        0.0,
+        1.0,
+        backend,
+        need_hidden=True,
+        need_s=True,
+        need_b=False,
+        need_bias=False,
+    )
+    found = CrossEntropyResults(
+        *chunks.lora_linear_cross_entropy(
+            given["hidden"].detach(), given["weight"], None, s.detach(), given["lora_B"].detach(), labels, None, *settings
+        )
     )  # fmt: skip
-    found = op.CrossEntropyResults(*op.lora_linear_cross_entropy(*call))
     assert found.losses.isnan().tolist() == [True, False, False]
     assert found.dhidden.isnan().all(1).tolist() == [True, False, False]
     assert not found.dhidden[2].any() and found.losses[2] == 0
@@ -410,7 +426,7 @@ def test_products_with_the_head(reduction, wanted, count, monkeypatch):
     """Two, forward and backward together. Losses by token take a third one for dB: g is known in
     backward.
     """
-    monkeypatch.setattr(op, "LEAST_ROWS", 64)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 64)
     monkeypatch.setattr(cpu_products, "ONEDNN_HELPS", False)
     case = Loss(reduction=reduction, wanted=wanted)
     given = make(case)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import STRATEGIES, check_possible
 from stablelora_kernels.dispatch.tiles import Tile
@@ -30,7 +31,6 @@ from stablelora_kernels.testing.cases import (
     ours,
     run,
 )
-from stablelora_kernels.testing.expectations import ACTIVATIONS
 from tests.helpers.case_checks import assert_close, check, table
 from tests.helpers.cases import DTYPES, OPS, separately, small
 from tests.helpers.largest_shares import PROPERTY

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stablelora_kernels import StableLoRAAdamW, settings, testing
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile
@@ -591,7 +592,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"mlp {WORDS[dtype]} M{m} r16+8+4 p{p}", partial(mlp, m, 96, 64, 80, dtype=dtype, p=p)
         )
-    for activation in ("gelu", "gelu_tanh"):
+    for activation in ACTIVATIONS:
         yield Case(
             f"mlp {activation} bf16 M130 p0.1",
             partial(mlp, 130, 96, 64, 80, p=0.1, activation=activation),

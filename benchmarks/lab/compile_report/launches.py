@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.lab.mlp_launches import mlp_launches
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, SMALL_M, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.explanation import linear_launches
@@ -24,7 +25,11 @@ from stablelora_kernels.ops.lora_linear.call import (
 from stablelora_kernels.ops.lora_linear.triton import (
     lora_linear_fwd,
 )
-from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import CrossEntropyCall
+from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
+    Chunk,
+    CrossEntropyCall,
+    CrossEntropySettings,
+)
 from stablelora_kernels.optim.triton_step import TritonStep
 
 # One of each kind that the tables tell apart, in M and (N, K).
@@ -113,10 +118,8 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
     for m, ns, r, p in product((64, 512, last), GROUPS, ranks, DROPOUT):
         made = linear_launches(device, m, ns, 4096, r, dtypes, p)
         yield of_group, made
-    activations = [
-        *product(("silu",), ranks),
-        *(product(("gelu", "gelu_tanh"), (16, 64)) if default else ()),
-    ]
+    silu, *others = ACTIVATIONS
+    activations = [*product((silu,), ranks), *(product(others, (16, 64)) if default else ())]
     for m, (activation, r), p in product((64, 2048, last), activations if ranks else (), DROPOUT):
         made = mlp_launches(device, m, (4096, 14336, 4096), r, dtypes, p, activation)
         yield gated, made
@@ -190,14 +193,8 @@ def cross_entropy_launches() -> Iterator[tuple[str, Any]]:
                 lora_B=None,
                 labels=labels,
                 row_scale=row_scale,
-                ignore_index=-100,
-                scaling=1.0,
-                softcap=softcap,
-                logit_scale=1.0,
-                backend="triton",
-                need_hidden=gradient,
-                need_s=False,
-                need_b=False,
-                need_bias=False,
+                settings=CrossEntropySettings(
+                    -100, 1.0, softcap, 1.0, "triton", need_hidden=gradient
+                ),
             )
-            yield name, cross_entropy(call, logits, labels, row_scale, floats)
+            yield name, cross_entropy(call, Chunk(logits, labels, row_scale), floats)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.first_use import Kind, fault_at_first_use
+from stablelora_kernels.ops.lora_linear_cross_entropy.call import Chunk
 from stablelora_kernels.ops.proofs import Compared, StandIns
 from stablelora_kernels.reference.rounding import (
     Arithmetic,
@@ -27,14 +28,6 @@ _IGNORED, _UNKNOWN = 32, 16
 _SPREAD = 4.0
 # Operations in float32 that round a probability, besides those that grow with the logit.
 _OPERATIONS = 16
-
-
-class Chunk(NamedTuple):
-    """Logits [rows, V], which dZ replaces, with labels and each row's gradient or None."""
-
-    logits: Tensor
-    labels: Tensor
-    row_scale: Tensor | None
 
 
 class Cap(NamedTuple):

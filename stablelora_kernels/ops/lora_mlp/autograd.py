@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch.first_use import is_on
 from stablelora_kernels.ops.autograd import (
     Context,
@@ -40,11 +41,7 @@ from stablelora_kernels.ops.lora_mlp.call import (
     each_mask,
     facts_of,
 )
-from stablelora_kernels.ops.lora_mlp.torch import (
-    ACTIVATIONS,
-    mlp_backward_torch,
-    mlp_forward_torch,
-)
+from stablelora_kernels.ops.lora_mlp.torch import mlp_backward_torch, mlp_forward_torch
 from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_bwd, lora_mlp_fwd
 from stablelora_kernels.ops.plans import Backend, Entry, on_torch, tally_of_operators
 from stablelora_kernels.projection import (

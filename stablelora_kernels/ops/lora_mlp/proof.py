@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.ops.formulas import Gradients, Wanted, gradients_of, project, to_multiply
 from stablelora_kernels.ops.lora_linear.proof import (
     as_grad_x,
@@ -32,7 +33,6 @@ from stablelora_kernels.ops.lora_mlp.call import (
     each_mask,
     with_branches,
 )
-from stablelora_kernels.ops.lora_mlp.torch import ACTIVATIONS
 from stablelora_kernels.ops.matrices import as_matrix, row_count, with_own_memory
 from stablelora_kernels.ops.proofs import (
     Compared,

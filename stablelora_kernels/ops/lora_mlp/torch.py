@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 
+from stablelora_kernels.activations import ACTIVATIONS, Activation
 from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
 from stablelora_kernels.ops.formulas import (
     Gradients,
@@ -31,24 +29,6 @@ from stablelora_kernels.ops.lora_mlp.call import (
 from stablelora_kernels.ops.matrices import as_matrix, like_rows_of, with_own_memory
 from stablelora_kernels.projection import Projection, projections_of
 from stablelora_kernels.utils.tensors import cast
-
-
-class Activation(NamedTuple):
-    """act(G), and dG for dH ∘ U and G."""
-
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[..., Tensor]
-
-
-_silu_backward = torch.ops.aten.silu_backward
-_gelu_backward = torch.ops.aten.gelu_backward
-ACTIVATIONS = {
-    "silu": Activation(silu, _silu_backward),
-    "gelu": Activation(gelu, _gelu_backward),
-    "gelu_tanh": Activation(
-        partial(gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")
-    ),
-}
 
 
 def mlp_forward_torch(call: MLPForwardCall) -> MLPForwardResults:
