@@ -156,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.adapters_of_rows", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.lab.adapters_of_rows", description=__doc__.split("\n\n")[0]
     )
     add = parser.add_argument
     add("--rounds", type=int, default=7, help="timed rounds of each case (default: 7)")

@@ -165,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.head_loss", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.lab.head_loss", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument(
         "--rounds", type=int, default=5, help="timed rounds of each case (default: 5)"

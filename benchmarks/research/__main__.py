@@ -27,7 +27,7 @@ STUDIES = {"paper": (paper, report.write_paper), "stability": (stability, report
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.research", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.research", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument(

@@ -118,11 +118,11 @@ def choose_quantized(call: Call, bits: int, aligned: bool = True) -> Choice:
     return Choice(*first(QUANTIZED_RULES, call, bits, aligned))
 
 
-def choose_kernel(device: Device, call: Call, described: bool) -> str:
-    """The product's kernel: ``"split_k"``, ``"tma"`` or ``"pointers"``. ``described``: tensor
-    descriptors can hold X, W and Y.
+def choose_kernel(device: Device, call: Call, described: bool) -> tuple[str, str]:
+    """The product's kernel, ``"split_k"``, ``"tma"`` or ``"pointers"``, and the reason for it.
+    ``described``: tensor descriptors can hold X, W and Y.
     """
-    return first(KERNEL_RULES, device, call, described)[0]
+    return first(KERNEL_RULES, device, call, described)
 
 
 # A branch without a product: one launch, or S (backward dS) has one of its own.

@@ -386,17 +386,21 @@ def _product_kernel(
     ``computes_s`` the rows are few, and only split-K can.
     """
     assert not isinstance(p.w, Stored)
-    kernel = "pointers"
-    if p.w is not None:
-        whole_tiles = [p.x, rows_contiguous(p.w).matrix, p.y]
-        if p.gate is not None:
-            whole_tiles += p.gate
-        kernel = rules.choose_kernel(device, p.call, described=all(map(described, whole_tiles)))
+    if p.w is None:
+        # A branch alone has no other kernel.
+        return _by_pointers(device, p, tile)
+    whole_tiles = [p.x, rows_contiguous(p.w).matrix, p.y]
+    if p.gate is not None:
+        whole_tiles += p.gate
+    kernel, reason = rules.choose_kernel(device, p.call, all(map(described, whole_tiles)))
     if kernel == "tma":
-        return _by_descriptors(device, p, tile)
-    if kernel == "split_k":
-        return _by_split_k(device, p, tile, computes_s)
-    return _by_pointers(device, p, tile)
+        by = _by_descriptors(device, p, tile)
+    elif kernel == "split_k":
+        by = _by_split_k(device, p, tile, computes_s)
+    else:
+        by = _by_pointers(device, p, tile)
+    plan = by.plan
+    return by._replace(plan=plan._replace(reason=f"{reason}. Its tile: {plan.reason}"))
 
 
 def _pointer_arguments(p: Product) -> Arguments:

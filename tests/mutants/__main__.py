@@ -114,7 +114,7 @@ def verdict(tree: Path, fault: Fault) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.mutants", description=__doc__.split("\n")[0]
+        prog="python -m tests.mutants", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument(
         "ids", nargs="*", metavar="ID", help="only faults whose IDs begin with one of these"

@@ -386,7 +386,7 @@ def copied(folder: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.mutants.first_use", description=__doc__.split("\n")[0]
+        prog="python -m tests.mutants.first_use", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("ids", nargs="*", metavar="ID")
     parser.add_argument(

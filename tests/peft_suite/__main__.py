@@ -168,7 +168,7 @@ def compare(off: dict[str, str], on: dict[str, str]) -> tuple[pd.DataFrame, pd.D
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m tests.peft_suite", description=__doc__.splitlines()[0]
+        "python -m tests.peft_suite", description=__doc__.split("\n\n")[0]
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="only a share of the tests, see QUICK_TESTS")

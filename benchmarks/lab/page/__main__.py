@@ -245,7 +245,7 @@ def where(environment: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lab.page", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.lab.page", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
         "--check",
