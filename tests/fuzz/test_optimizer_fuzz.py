@@ -74,14 +74,14 @@ class Before:
             value = torch.where(master.to(p.dtype) == p.detach(), master, p.detach().float())
         self.value = value.to(dtype, copy=True)
         moments = []
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        for name in ("exp_avg", "exp_avg_sq"):
             work = FP64 if p.dtype is FP64 else FP32
             moments.append(
                 load_moment(entry, name, work).to(dtype, copy=True) if name in entry else None
             )
         zero = torch.zeros_like(self.value)
-        m, v = (zero if moment is None else moment for moment in moments[:2])
-        self.state = AdamWState(m, v, int(entry.get("step", 0)), moments[2])
+        m, v = (zero if moment is None else moment for moment in moments)
+        self.state = AdamWState(m, v, int(entry.get("step", 0)))
         self.latched_at = int(entry.get("latched_at", 0))
 
 
