@@ -222,20 +222,21 @@ def shows_options(cls: type[Class]) -> type[Class]:
     with its default, and its docstring the options' words in place of ``{options}``.
     """
     signature = inspect.signature(cls)
-    others = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    keywords = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     shown = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     described: list[str] = []
     for name, option in OPTIONS.items():
         if name not in signature.parameters:
             kind = inspect.Parameter.KEYWORD_ONLY
-            annotation = Options.__annotations__[name].__forward_arg__
+            # Strings, in most versions of Python as references.
+            annotation = Options.__annotations__[name]
+            annotation = getattr(annotation, "__forward_arg__", annotation)
             shown.append(
                 inspect.Parameter(name, kind, default=option.default, annotation=annotation)
             )
-        words = textwrap.wrap(f"{name}: {option.words}", 100 - 8, subsequent_indent=" " * 4)
-        described += words
+        described += textwrap.wrap(f"{name}: {option.words}", 100 - 8, subsequent_indent=" " * 4)
     # A class keeps its signature in an attribute that only inspect knows.
-    setattr(cls, "__signature__", signature.replace(parameters=[*shown, *others]))  # noqa: B010
+    setattr(cls, "__signature__", signature.replace(parameters=[*shown, *keywords]))  # noqa: B010
     if cls.__doc__:
         cls.__doc__ = cls.__doc__.replace("{options}", "\n        ".join(described))
     return cls

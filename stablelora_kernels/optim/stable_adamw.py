@@ -106,11 +106,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         *,
         master_weights: bool = False,
         moments_dtype: torch.dtype = torch.float32,
-        **others: Unpack[Options],
+        **hyper: Unpack[Options],
     ) -> None:
-        hyper = options.check_options(options.with_defaults({"lr": lr, **others}))
+        values = options.check_options(options.with_defaults({"lr": lr, **hyper}))
         self.storage = Storage.checked(moments_dtype, master_weights)
-        defaults = hyper | self.storage._asdict()
+        defaults = values | self.storage._asdict()
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
         checked = groups.check_groups(groups.as_groups(params), [], defaults, self.storage)
         super().__init__(cast("list[dict[str, Any]]", checked), defaults)
