@@ -1,10 +1,13 @@
-"""The parameters of one device as an engine sees them, and what the engines of all backends share."""
+"""The parameters and the gradients of one device as an engine sees them, what a step tells it, and
+what the engines of all backends share.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +22,98 @@ from stablelora_kernels.optim.groups import (
 from stablelora_kernels.optim.options import Number, Storage
 from stablelora_kernels.optim.sharding import Shard, ShardSums, shard_of
 from stablelora_kernels.optim.staging import upload
-from stablelora_kernels.optim.state import Entry, Layout, check_entry, complete, layouts_of
+from stablelora_kernels.optim.state import (
+    Entry,
+    Layout,
+    check_entry,
+    complete,
+    layouts_of,
+    with_strides_of,
+)
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.names import lookup_pattern
 from stablelora_kernels.utils.tensors import local
+
+
+class GradientLayout(NamedTuple):
+    """How the gradients lie in memory. Equal from one step to the next if nothing was reallocated."""
+
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+    # Which parameters have a gradient; None: all.
+    present: list[bool] | None = None
+
+
+def layout_of(tensors: Sequence[Tensor | None]) -> GradientLayout | None:
+    """The layout of the tensors that are not None; None if one is not contiguous or has no storage
+    of its own.
+
+    Passes over every tensor take most of a step's host time, so this makes as few as possible.
+    """
+    all_present: Sequence[Any] = tensors
+    try:
+        addresses = list(map(Tensor.data_ptr, all_present))
+    except TypeError:
+        # One is None.
+        layout = layout_of([t for t in tensors if t is not None])
+        return layout and layout._replace(present=[t is not None for t in tensors])
+    except RuntimeError:
+        return None
+    if not all(map(Tensor.is_contiguous, all_present)):
+        return None
+    return GradientLayout(addresses, [t.dtype for t in all_present])
+
+
+class Gradients(NamedTuple):
+    """One gradient a parameter, None for none, and their layout."""
+
+    tensors: list[Tensor | None]
+    layout: GradientLayout | None
+
+    @classmethod
+    def of(cls, tensors: list[Tensor | None]) -> Gradients:
+        return cls(tensors, layout_of(tensors))
+
+    def owners(self, params: list[Tensor]) -> list[Tensor]:
+        """Those of ``params`` that have a gradient; ``params`` itself if all have one."""
+        if self.layout is not None and self.layout.present is None:
+            return params
+        return [p for p, g in zip(params, self.tensors, strict=True) if g is not None]
+
+    def any(self) -> bool:
+        """Whether there is a gradient. RuntimeError if one is not dense."""
+        if self.layout is not None:
+            return bool(self.layout.addresses)
+        for g in self.tensors:
+            if g is not None and g.layout is not torch.strided:
+                raise RuntimeError(f"gradients must be dense tensors, got {g.layout}")
+        return True
+
+    def converted(self, like: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients in the dtypes and strides of the dense tensors ``like``: the list
+        ``tensors`` itself if none of them has to be copied.
+        """
+        converted: list[Tensor | None] = []
+        for t, g in zip(like, self.tensors, strict=True):
+            if g is None:
+                converted.append(None)
+            else:
+                converted.append(with_strides_of(t, g if g.dtype is t.dtype else g.to(t.dtype)))
+        return self.tensors if all(map(is_, converted, self.tensors)) else converted
+
+
+class Change(NamedTuple):
+    """What has changed since the last step."""
+
+    # Parameters, their memory, the state or what engines are built from: build engines. Everything
+    # else has changed then.
+    build: bool = True
+    # A hyperparameter.
+    hyper: bool = True
+    # Where gradients lie, or which there are.
+    gradients: bool = True
+    # Someone else wrote to a parameter that an engine watches.
+    written: bool = True
 
 
 class LiveValues(NamedTuple):
@@ -41,6 +132,11 @@ class Setting(NamedTuple):
     lr_ratio: float
     # From a ``shrink_pattern``, or None.
     pattern_ratio: float | None
+
+    def option(self, name: str) -> object:
+        """The value of one of ``OPTIONS`` in the group."""
+        values: Mapping[str, object] = self.group
+        return values[name]
 
     def live(self) -> LiveValues:
         """Learning rate, weight decay and shrink ratio, as they are now."""
@@ -65,7 +161,7 @@ class Member(NamedTuple):
 
     def layouts(self, storage: Storage) -> dict[str, Layout]:
         """The tensors that ``entry`` must have."""
-        return layouts_of(self.param, self.setting.group["amsgrad"], storage)
+        return layouts_of(self.param, storage)
 
 
 def members_of(

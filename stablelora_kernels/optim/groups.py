@@ -1,19 +1,29 @@
 """Parameter groups: how the arguments of the optimizer become groups of named, trainable
-parameters, and what groups must have in common. No check changes its argument.
+parameters, also one for each of a PEFT model's adapters, and what groups must have in common. No
+check changes its argument.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.optim.options import HYPER, LOW_PRECISION, Hyper, Storage, check_hyper
+from stablelora_kernels.optim.options import (
+    LOW_PRECISION,
+    OPTIONS,
+    Number,
+    Options,
+    Storage,
+    check_options,
+)
 from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.pairs import (
     LoRAPair,
+    adapter_of,
     is_named_parameter,
     layer_name,
     lora_pairs,
@@ -31,18 +41,17 @@ _NAMES_NEEDED = (
 Named = tuple[str, Tensor]
 
 
-class ScheduledGroup(Hyper, total=False):
-    """A group's hyperparameters. In the first group, ``shrink_step`` counts the steps of a
-    ``shrink_schedule``. ``adapter``: the name of the adapter whose parameters the group has alone.
-    """
-
-    shrink_step: int
-    adapter: str
+# The key of a group that holds the name of its adapter, if it has the parameters of one alone.
+ADAPTER = "adapter"
+# The one option that all groups share: it clips the norm of all gradients together.
+_SHARED = "max_grad_norm"
+_PER_ADAPTER = tuple(name for name in OPTIONS if name != _SHARED)
 
 
-class ParamGroup(ScheduledGroup):
+class ParamGroup(Options):
     """One of the optimizer's parameter groups. It may have further keys of its owner's."""
 
+    lr: Number
     params: list[Tensor]
     param_names: list[str]
 
@@ -96,10 +105,10 @@ def check_group(group: object, defaults: Mapping[str, object]) -> ParamGroup:
                 f"parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}"
             )
     _check_both_halves_train(named)
-    where = "a group's " if set(HYPER) & set(group) else ""
+    where = "a group's " if OPTIONS.keys() & group.keys() else ""
     checked = {
         **group,
-        **check_hyper({**defaults, **group}, where),
+        **check_options({**defaults, **group}, where),
         "params": [p for _, p in trainable],
         "param_names": [name for name, _ in trainable],
     }
@@ -168,10 +177,6 @@ def check_shared(groups: Sequence[ParamGroup], storage: Storage) -> None:
     """Raise ValueError if groups differ in what they share, or ``storage`` cannot hold the state of
     one of their parameters.
     """
-    if storage.moments_dtype is not torch.float32 and any(group["amsgrad"] for group in groups):
-        raise ValueError(
-            f"amsgrad=True needs moments_dtype=torch.float32, got {storage.moments_dtype}"
-        )
     for group in groups:
         if group["max_grad_norm"] != groups[0]["max_grad_norm"]:
             raise ValueError(
@@ -257,3 +262,78 @@ def check_patterns_match(groups: Sequence[ParamGroup], pairs: Sequence[LoRAPair]
     for key in sorted(patterns - matched):
         shown = ", ".join(repr(pair.name) for pair in pairs[:3])
         raise ValueError(f"shrink_pattern {key!r} matches none of the {len(pairs)} pairs ({shown})")
+
+
+# Groups by adapter
+
+
+def check_adapters(adapters: object, named: Sequence[Named], options: Mapping[str, object]) -> None:
+    """Raise unless ``adapters`` are names of adapters among ``named`` parameters, each with settings
+    that a group may have. ``options``: the optimizer's.
+    """
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(
+            f"adapters must be a dict of adapters' names and their settings, got {adapters!r}"
+        )
+    known = {adapter for name, _ in named if (adapter := adapter_of(name)) is not None}
+    for adapter, settings in adapters.items():
+        if adapter not in known:
+            listed = ", ".join(sorted(map(repr, known))) or "none"
+            raise ValueError(f"adapters names {adapter!r}, but the model's adapters are {listed}")
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"adapters[{adapter!r}] must be a dict of settings, got {settings!r}")
+        for key in settings:
+            if key not in _PER_ADAPTER:
+                raise ValueError(
+                    f"adapters[{adapter!r}] may have the keys {', '.join(_PER_ADAPTER)}, got {key!r}"
+                )
+    if options.get(_SHARED) is not None:
+        raise ValueError(
+            f"{_SHARED} must be None with adapters, got {options[_SHARED]}: "
+            "it clips the norm of all adapters' gradients together. "
+            "Call torch.nn.utils.clip_grad_norm_ for the params of each group instead"
+        )
+
+
+def frozen_adapters(adapters: Mapping[str, object], named: Sequence[Named]) -> list[Named]:
+    """The parameters of those of ``adapters`` that are frozen as a whole, as PEFT leaves all but the
+    active one.
+    """
+    training = {adapter_of(name) for name, p in named if p.requires_grad}
+    return [
+        (name, p)
+        for name, p in named
+        if (adapter := adapter_of(name)) in adapters and adapter not in training
+    ]
+
+
+def groups_by_adapter(
+    adapters: Mapping[str, Mapping[str, object]], named: Sequence[Named]
+) -> list[dict[str, object]]:
+    """A group for each of ``adapters``, and one of all other parameters."""
+    groups: list[dict[str, object]] = []
+    for adapter, settings in adapters.items():
+        of_adapter = [(name, p) for name, p in named if adapter_of(name) == adapter]
+        groups.append({"params": of_adapter, ADAPTER: adapter, **settings})
+    others = [(name, p) for name, p in named if adapter_of(name) not in adapters]
+    if any(p.requires_grad for _, p in others):
+        groups.append({"params": others})
+    return groups
+
+
+def warn_of_frozen(groups: Sequence[ParamGroup], warned: set[str]) -> None:
+    """Warn of each adapter that has been frozen since the optimizer was made, as PEFT's set_adapter
+    does; once, by ``warned``.
+    """
+    for group in groups:
+        adapter = cast("str | None", group.get(ADAPTER))
+        params = group["params"]
+        if adapter is None or adapter in warned or not params or params[0].requires_grad:
+            continue
+        warned.add(adapter)
+        warnings.warn(
+            f"adapter {adapter!r} no longer requires gradients, so it does not train: PEFT's set_adapter freezes all others. "
+            "adapters_of_rows runs any adapter without it",
+            RuntimeWarning,
+            stacklevel=7,
+        )

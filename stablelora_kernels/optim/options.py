@@ -1,21 +1,29 @@
-"""A group's hyperparameters, and how state is kept: their types and checks, none of which changes
-its argument.
+"""The optimizer's options: one table of all that a parameter group may set, and how state is kept.
+No check changes its argument.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, TypedDict, cast
+from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.optim import staging
 from stablelora_kernels.utils.names import check_patterns
-from stablelora_kernels.utils.validation import check_bool, check_choice, check_float, check_int
+from stablelora_kernels.utils.validation import (
+    check_bool,
+    check_choice,
+    check_float,
+    check_int,
+    no_argument,
+)
 
+Class = TypeVar("Class")
 # A hyperparameter that a schedule may change: a number, or a 0-d tensor that its owner writes to.
 Number = float | Tensor
 LiveName = Literal["lr", "weight_decay", "shrink_ratio"]
@@ -25,42 +33,35 @@ LIVE: tuple[LiveName, ...] = ("lr", "weight_decay", "shrink_ratio")
 # Computed in float32, and rounded at random or from a float32 master.
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 STOP_CONDITIONS = ("norm", "never")
+DEFAULT_LR = 1e-4
 
 
-class Hyper(TypedDict):
-    """The hyperparameters of a parameter group."""
+class Options(TypedDict, total=False):
+    """The types of ``OPTIONS``, checked, but for that of ``lr``, which the constructor takes by position."""
 
-    lr: Number
     betas: tuple[float, float]
     eps: float
     weight_decay: Number
     shrink_ratio: Number
-    shrink_pattern: dict[str, float]
+    shrink_pattern: Mapping[str, float]
     stop_condition: str
     lr_ratio_B: float
     maximize: bool
-    amsgrad: bool
     capturable: bool
-    seed: int
     max_grad_norm: float | None
+    seed: int
 
 
-class Storage(NamedTuple):
-    """How state is kept: the moments' dtype, and whether bfloat16 and float16 parameters have a
-    float32 master.
+class Option(NamedTuple):
+    """One option of a parameter group."""
 
-    float64 parameters have float64 moments. torch.uint8 stands for 8 bits by blocks: codes in the
-    parameter's shape, and float32 scales in a second tensor named with "_scale".
-    """
-
-    moments_dtype: torch.dtype = torch.float32
-    master_weights: bool = False
-
-    def moment_dtype(self, p: Tensor) -> torch.dtype:
-        return torch.float64 if p.dtype is torch.float64 else self.moments_dtype
-
-    def has_master(self, p: Tensor) -> bool:
-        return self.master_weights and p.dtype in LOW_PRECISION
+    default: object
+    # Returns the normalized value; its arguments are a name for errors, and the value.
+    check: Callable[[str, object], object]
+    # For the optimizer's docstring.
+    words: str
+    # Whether engines are built anew once it has changed. A change of another is uploaded.
+    builds: bool = False
 
 
 def _check_number(name: str, value: object, high: float = math.inf) -> Number:
@@ -107,7 +108,9 @@ def _check_shrink_pattern(name: str, value: object) -> dict[str, float]:
 
 
 def _check_seed(name: str, value: object) -> int:
-    """An int in [0, 2**63)."""
+    """An int in [0, 2**63); None gives PyTorch's initial seed."""
+    if value is None:
+        return torch.initial_seed() % 2**63
     seed = check_int(name, value, minimum=0)
     if seed >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {seed}")
@@ -121,45 +124,146 @@ def check_max_grad_norm(name: str, value: object) -> float | None:
     return check_float(name, value, low=0.0, low_open=True)
 
 
-# Every hyperparameter and its check, which returns the normalized value.
-HYPER: dict[str, Callable[[str, object], object]] = {
-    "lr": _check_number,
-    "betas": _check_betas,
-    "eps": partial(check_float, low=0.0),
-    "weight_decay": _check_number,
-    "shrink_ratio": partial(_check_number, high=1.0),
-    "shrink_pattern": _check_shrink_pattern,
-    "stop_condition": partial(check_choice, choices=STOP_CONDITIONS),
-    "lr_ratio_B": partial(check_float, low=0.0, low_open=True),
-    "maximize": check_bool,
-    "amsgrad": check_bool,
-    "capturable": check_bool,
-    "seed": _check_seed,
-    "max_grad_norm": check_max_grad_norm,
+# What the constructor takes, groups hold, checkpoints save and steps compare, by name. The kernels'
+# tables name the flags and the columns of those that a kernel reads.
+OPTIONS: dict[str, Option] = {
+    "lr": Option(
+        DEFAULT_LR,
+        _check_number,
+        "the learning rate, a number or a 0-d tensor, which on Triton the host never reads from a GPU.",
+    ),
+    "betas": Option(
+        (0.9, 0.999),
+        _check_betas,
+        "decay rates of the two moments, in [0, 1). CPU tensors are read once, at construction.",
+    ),
+    "eps": Option(
+        1e-8, partial(check_float, low=0.0), "added to the square root of the second moment."
+    ),
+    "weight_decay": Option(
+        1e-2,
+        _check_number,
+        "decoupled weight decay, multiplied by ``lr``; a number or a 0-d tensor, as ``lr``.",
+    ),
+    "shrink_ratio": Option(
+        5e-4,
+        partial(_check_number, high=1.0),
+        "lambda, in [0, 1); 0 gives plain AdamW. A number or a 0-d tensor, as ``lr``.",
+    ),
+    "shrink_pattern": Option(
+        None,
+        _check_shrink_pattern,
+        "shrink ratios of some pairs. A key is a regular expression for the pair's dotted name, with "
+        "or without PEFT's adapter, or for its end after a dot, as in PEFT's ``rank_pattern``. The "
+        "first key that matches counts. Patterns are applied when the optimizer is built, loaded or "
+        "given a group.",
+    ),
+    "stop_condition": Option(
+        "norm",
+        partial(check_choice, choices=STOP_CONDITIONS),
+        '"norm" is Algorithm 1. "never" shrinks at every step and latches no pair, for comparison; a '
+        "latched pair stays latched.",
+        builds=True,
+    ),
+    "lr_ratio_B": Option(
+        1.0,
+        partial(check_float, low=0.0, low_open=True),
+        "B's learning rate is this multiple of ``lr``, as in LoRA+ (arXiv 2402.12354).",
+        builds=True,
+    ),
+    "maximize": Option(False, check_bool, "climb instead of descend."),
+    "capturable": Option(
+        False,
+        check_bool,
+        "allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass, after one "
+        "step outside of it; only on Triton. Capture again after ``load_state_dict`` and after a "
+        "group has changed. Values that change between replays, such as ``lr``, must be tensors on "
+        "the GPU. A replay does not notice writes to parameters between replays.",
+    ),
+    "max_grad_norm": Option(
+        None,
+        check_max_grad_norm,
+        "clip the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_``, with one "
+        "more launch. The step may leave clipped gradients in ``.grad``. A step whose norm is not "
+        "finite changes nothing; it is counted in ``nonfinite_steps``, and :meth:`stability` and "
+        ":meth:`state_dict` warn of it. ``math.inf`` never clips but still skips such steps.",
+        builds=True,
+    ),
+    "seed": Option(
+        None,
+        _check_seed,
+        "seed of the random rounding. Default: PyTorch's initial seed, which ``torch.manual_seed`` "
+        "sets.",
+        builds=True,
+    ),
 }
+# The options whose change builds engines anew, and those whose change is uploaded.
+BUILT = tuple(name for name, option in OPTIONS.items() if option.builds)
+UPLOADED = tuple(name for name, option in OPTIONS.items() if not option.builds)
 
 
-def check_hyper(hyper: Mapping[str, object], where: str) -> Hyper:
-    """Validate and normalize ``hyper``. ``where`` prefixes names in errors."""
-    checked = {name: check(f"{where}{name}", hyper[name]) for name, check in HYPER.items()}
-    return cast("Hyper", checked)
+def check_options(values: Mapping[str, object], where: str = "") -> dict[str, object]:
+    """All of ``OPTIONS``, checked and normalized, from ``values`` that may have other keys. ``where``
+    prefixes names in errors.
+    """
+    return {name: option.check(f"{where}{name}", values[name]) for name, option in OPTIONS.items()}
 
 
-def check_storage(moments_dtype: object, master_weights: object) -> Storage:
-    """The two arguments as a :class:`Storage`."""
-    allowed = (torch.float32, torch.bfloat16, torch.uint8)
-    if not isinstance(moments_dtype, torch.dtype) or moments_dtype not in allowed:
-        raise ValueError(
-            f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
-        )
-    return Storage(moments_dtype, check_bool("master_weights", master_weights))
+def with_defaults(options: Mapping[str, object]) -> dict[str, object]:
+    """``options``, and the defaults of those that it lacks. TypeError for a name that is no option's."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(no_argument("StableLoRAAdamW", name, [*OPTIONS, *Storage._fields]))
+    return {name: option.default for name, option in OPTIONS.items()} | {**options}
 
 
-def scheduled_ratio(schedule: Callable[[int], float], step: int) -> float:
-    """The checked shrink ratio that ``schedule`` gives for ``step``. RuntimeError during a capture."""
-    if staging.capturing():
-        raise RuntimeError(
-            "shrink_schedule is a function, which a CUDA graph would not call again: give shrink_ratio as a tensor, and "
-            "write to it between replays"
-        )
-    return check_float(f"shrink_schedule({step})", schedule(step), low=0.0, high=1.0)
+def shows_options(cls: type[Class]) -> type[Class]:
+    """Decorate a class whose constructor ends in ``**options``: its signature then has each option
+    with its default, and its docstring the options' words in place of ``{options}``.
+    """
+    signature = inspect.signature(cls)
+    keywords = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    shown = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    described: list[str] = []
+    for name, option in OPTIONS.items():
+        if name not in signature.parameters:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            # Strings, in most versions of Python as references.
+            annotation = Options.__annotations__[name]
+            annotation = getattr(annotation, "__forward_arg__", annotation)
+            shown.append(
+                inspect.Parameter(name, kind, default=option.default, annotation=annotation)
+            )
+        described += textwrap.wrap(f"{name}: {option.words}", 100 - 8, subsequent_indent=" " * 4)
+    # A class keeps its signature in an attribute that only inspect knows.
+    setattr(cls, "__signature__", signature.replace(parameters=[*shown, *keywords]))  # noqa: B010
+    if cls.__doc__:
+        cls.__doc__ = cls.__doc__.replace("{options}", "\n        ".join(described))
+    return cls
+
+
+class Storage(NamedTuple):
+    """How state is kept: the moments' dtype, and whether bfloat16 and float16 parameters have a
+    float32 master.
+
+    float64 parameters have float64 moments. torch.uint8 stands for 8 bits by blocks: codes in the
+    parameter's shape, and float32 scales in a second tensor named with "_scale".
+    """
+
+    moments_dtype: torch.dtype = torch.float32
+    master_weights: bool = False
+
+    @classmethod
+    def checked(cls, moments_dtype: object, master_weights: object) -> Storage:
+        allowed = (torch.float32, torch.bfloat16, torch.uint8)
+        if not isinstance(moments_dtype, torch.dtype) or moments_dtype not in allowed:
+            raise ValueError(
+                f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
+            )
+        return cls(moments_dtype, check_bool("master_weights", master_weights))
+
+    def moment_dtype(self, p: Tensor) -> torch.dtype:
+        return torch.float64 if p.dtype is torch.float64 else self.moments_dtype
+
+    def has_master(self, p: Tensor) -> bool:
+        return self.master_weights and p.dtype in LOW_PRECISION

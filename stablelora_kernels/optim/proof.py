@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.first_use import Kind, fault_at_first_use
-from stablelora_kernels.optim.engine import Member, Setting
+from stablelora_kernels.optim.engine import Change, Gradients, Member, Setting
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import LIVE, Storage
+from stablelora_kernels.optim.options import LIVE, OPTIONS, Storage
 from stablelora_kernels.optim.sharding import Shard
-from stablelora_kernels.optim.snapshot import Change, Gradients
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
@@ -80,16 +79,18 @@ class _Sampled(NamedTuple):
         group = self.member.setting.group
         aligned = p.data_ptr() % 16 == 0 and p.numel() % 16 == 0
         tensors = [name for name in LIVE if isinstance(group[name], Tensor)]
-        options = [
+        words = [
             str(p.dtype)[6:],
             self.role,
             "aligned" if aligned else "unaligned",
-            group["stop_condition"],
-            f"amsgrad {group['amsgrad']}",
             f"clipped {group['max_grad_norm'] is not None}",
             f"tensors {tensors}",
         ]
-        return ", ".join(options)
+        # Numbers choose no other code.
+        for name, option in OPTIONS.items():
+            if option.builds and isinstance(option.default, (bool, str)):
+                words.append(f"{name} {self.member.setting.option(name)}")
+        return ", ".join(words)
 
 
 def step_fault(members: Sequence[Member], pairs: Sequence[LoRAPair], storage: Storage) -> str:

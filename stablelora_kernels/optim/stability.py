@@ -35,8 +35,7 @@ class PairStability:
         name: the name of its :class:`~stablelora_kernels.LoRAPair`.
         a_norm: ``||A||_F / n``.
         b_norm: ``||B||_F / m``.
-        stable: whether ``a_norm <= b_norm`` now. The command ``inspect`` and the column of the log
-            mean the same.
+        stable: whether ``a_norm <= b_norm`` now, as in the column of the log.
         latched_at: A's step, counted from one, at which the pair latched, or None.
         experts: how many experts' pairs PEFT has stacked in it, for which one latch stands, if the
             optimizer was made by :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.

@@ -11,23 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.optim import checkpoint, groups, options, staging
-from stablelora_kernels.optim.adapters import (
-    check_adapters,
-    frozen_adapters,
-    groups_by_adapter,
-    warn_of_frozen,
-)
-from stablelora_kernels.optim.checkpoint import CopiedSchedule
-from stablelora_kernels.optim.devices import DeviceEngines, make_engines
-from stablelora_kernels.optim.engine import members_of
+from stablelora_kernels.optim import groups, options, staging, state
+from stablelora_kernels.optim.engine import Gradients, members_of
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.snapshot import Gradients, Snapshot, same_objects
+from stablelora_kernels.optim.options import Options, Storage
 from stablelora_kernels.optim.stability import (
     PairNorms,
     PairStability,
@@ -35,16 +27,20 @@ from stablelora_kernels.optim.stability import (
     stability_of,
     warn_of_skipped,
 )
-from stablelora_kernels.optim.state import as_owned
+from stablelora_kernels.optim.step import DeviceEngines, Snapshot, make_engines, same_objects
 from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
 from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import counted
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # Named parameters, pairs, or group dicts of either.
 Params = Iterable[tuple[str, Tensor]] | Iterable[LoRAPair] | Iterable[dict[str, Any]]
 
 
+@options.shows_options
 class StableLoRAAdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, preceded by Algorithm 1 of Stable-LoRA (arXiv 2603.05204)
     at every step.
@@ -74,38 +70,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             objects; or parameter groups, dicts with ``"params"`` of either kind and their own
             hyperparameters. Pairs are found by name, across groups. A pair has the ``shrink_ratio``
             of A's group. Frozen parameters are ignored.
-        lr: the learning rate, a number or a 0-d tensor, which on Triton the host never reads from a
-            GPU.
-        betas: decay rates of the two moments, in [0, 1). CPU tensors are read once, at
-            construction.
-        eps: added to the square root of the second moment.
-        weight_decay: decoupled weight decay, multiplied by ``lr``; a number or a 0-d tensor, as
-            ``lr``.
-        shrink_ratio: lambda, in [0, 1); 0 gives plain AdamW. A number or a 0-d tensor, as ``lr``.
-        shrink_pattern: shrink ratios of some pairs. A key is a regular expression for the pair's
-            dotted name, with or without PEFT's adapter, or for its end after a dot, as in
-            PEFT's ``rank_pattern``. The first key that matches counts. Patterns are applied
-            when the optimizer is built, loaded or given a group.
-        shrink_schedule: a function from a step, counted from one, to the shrink ratio of all pairs
-            without a pattern. Each ``step()`` with a gradient writes its value to every group's
-            ``"shrink_ratio"``. A CUDA graph would replay one value, so capture is refused; instead
-            pass ``shrink_ratio`` as a tensor and write to it between replays. ``state_dict`` holds
-            the count of steps but not the function. A lambda can be copied but not pickled.
-        stop_condition: "norm" is Algorithm 1. "never" shrinks at every step and latches no pair,
-            for comparison; a latched pair stays latched.
-        lr_ratio_B: B's learning rate is this multiple of ``lr``, as in LoRA+ (arXiv 2402.12354).
-        maximize: climb instead of descend.
-        amsgrad: divide by the root of the largest second moment so far, a third moment in the
-            state.
-        capturable: allow capturing :meth:`step` in a CUDA graph, alone or with the backward pass,
-            after one step outside of it; only on Triton. Capture again after ``load_state_dict``
-            and after a group has changed. Values that change between replays, such as ``lr``, must
-            be tensors on the GPU. A replay does not notice writes to parameters between replays.
-        max_grad_norm: clip the norm of all gradients together, as
-            ``torch.nn.utils.clip_grad_norm_``, with one more launch. The step may leave clipped
-            gradients in ``.grad``. A step whose norm is not finite changes nothing; it is counted
-            in ``nonfinite_steps``, and :meth:`stability` and :meth:`state_dict` warn of it.
-            ``math.inf`` never clips but still skips such steps.
+        {options}
         master_weights: keep a float32 master of every bfloat16 or float16 parameter in
             ``state[p]["master"]``. The launch that updates it writes its nearest rounding to the
             parameter; nothing is rounded at random. Elements that someone else writes to the
@@ -117,8 +82,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             converted. During a step the PyTorch path, but not Triton's, holds the new moments and a
             float32 copy of all parameters, one group's moments in float32, and a copy of gradients
             that are scaled or clipped.
-        seed: seed of the random rounding. Default: PyTorch's initial seed, which
-            ``torch.manual_seed`` sets.
 
     Raises:
         TypeError: a parameter has no name, or an argument has the wrong type.
@@ -139,50 +102,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-4,
+        lr: float | Tensor = options.DEFAULT_LR,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        shrink_ratio: float | Tensor = 5e-4,
-        shrink_pattern: Mapping[str, float] | None = None,
-        shrink_schedule: Callable[[int], float] | None = None,
-        stop_condition: str = "norm",
-        lr_ratio_B: float = 1.0,
-        maximize: bool = False,
-        amsgrad: bool = False,
-        capturable: bool = False,
-        max_grad_norm: float | None = None,
         master_weights: bool = False,
         moments_dtype: torch.dtype = torch.float32,
-        seed: int | None = None,
+        **hyper: Unpack[Options],
     ) -> None:
-        hyper: dict[str, object] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "shrink_ratio": shrink_ratio,
-            "shrink_pattern": shrink_pattern,
-            "stop_condition": stop_condition,
-            "lr_ratio_B": lr_ratio_B,
-            "maximize": maximize,
-            "amsgrad": amsgrad,
-            "capturable": capturable,
-            "seed": torch.initial_seed() % 2**63 if seed is None else seed,
-            "max_grad_norm": max_grad_norm,
-        }
-        hyper = {**options.check_hyper(hyper, "")}
-        if shrink_schedule is not None and not callable(shrink_schedule):
-            raise TypeError(
-                f"shrink_schedule must be a function of the step, got {shrink_schedule!r}"
-            )
-        self.storage = options.check_storage(moments_dtype, master_weights)
-        defaults = hyper | self.storage._asdict()
+        values = options.check_options(options.with_defaults({"lr": lr, **hyper}))
+        self.storage = Storage.checked(moments_dtype, master_weights)
+        defaults = values | self.storage._asdict()
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
         checked = groups.check_groups(groups.as_groups(params), [], defaults, self.storage)
         super().__init__(cast("list[dict[str, Any]]", checked), defaults)
-        self.shrink_schedule = shrink_schedule
         self._frozen = set()
         self._find_pairs()
 
@@ -232,12 +163,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         kwargs: Mapping[str, Any],
     ) -> StableLoRAAdamW:
         """:meth:`from_model` with a group for each of ``adapters``."""
-        check_adapters(adapters, named, kwargs)
-        frozen = frozen_adapters(adapters, named)
+        groups.check_adapters(adapters, named, kwargs)
+        frozen = groups.frozen_adapters(adapters, named)
         for _, p in frozen:
             p.requires_grad_(True)
         try:
-            return cls(groups_by_adapter(adapters, named), **kwargs)
+            return cls(groups.groups_by_adapter(adapters, named), **kwargs)
         except BaseException:
             for _, p in frozen:
                 p.requires_grad_(False)
@@ -319,7 +250,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        warn_of_frozen(self._groups, self._frozen)
+        groups.warn_of_frozen(self._groups, self._frozen)
         if not same_objects(
             [list(group["params"]) for group in self.param_groups], self._last.params
         ):
@@ -329,19 +260,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         gradients = Gradients.of(list(map(read, self._params)))
         if not gradients.any():
             return loss
-        if not self.state and checkpoint.is_state_init_step(
+        if not self.state and state.is_state_init_step(
             self._groups, self._params, gradients.tensors
         ):
             self._build_engines()
             return loss
-        scheduled = self._follow_schedule()
-        if scheduled is not None:
-            # The schedule is user code, which may have moved the gradients.
-            gradients = Gradients.of(gradients.tensors)
         self._run_engines(gradients)
-        # Last: a step that raised counts for nothing.
-        if scheduled is not None:
-            self.param_groups[0]["shrink_step"] = scheduled
         return loss
 
     def _run_engines(self, gradients: Gradients) -> None:
@@ -362,15 +286,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         # If an engine raises, the next step uploads everything again.
         self._last.tensors = None
         self._last.gradients = None
-        if change.gradients:
-            self._devices.note_written(gradients.owners(self._params))
         # GradScaler sets its scale and its verdict as attributes.
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         self._devices.step(gradients, change, grad_scale, found_inf)
         now.state = self._last.state
         self._last = now
-        self._devices.count_write(now)
+        written = gradients.owners(self._params) if change.gradients else None
+        self._devices.count_write(written, now)
         # Copies and measurements of a graph exist only once it is replayed.
         if capturing and (change.hyper or change.gradients):
             now.tensors = None
@@ -387,18 +310,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             now.gradients = gradients.layout
         return now
 
-    def _follow_schedule(self) -> int | None:
-        """Write this step's shrink ratio into the groups if there is a schedule, and return the
-        step.
-        """
-        if self.shrink_schedule is None:
-            return None
-        step = self._groups[0].get("shrink_step", 0) + 1
-        ratio = options.scheduled_ratio(self.shrink_schedule, step)
-        for group in self._groups:
-            group["shrink_ratio"] = ratio
-        return step
-
     def _build_engines(self) -> None:
         """Check and complete the state, then make one engine for each device that holds parameters."""
         self._last = Snapshot(self._last.params)
@@ -407,7 +318,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._devices = DeviceEngines([])
         self._devices = make_engines(by_device, self._pairs, self.storage, self._skipped_on_device)
         for member in self._devices.members():
-            self.state[member.owner] = as_owned(member.entry, member.owner)
+            self.state[member.owner] = state.as_owned(member.entry, member.owner)
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice.
@@ -463,7 +374,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         # Without a collective: perhaps not all ranks save.
         self._checked_norms(local_only=True)
         state_dict = super().state_dict()
-        checkpoint.add_dtypes(cast("checkpoint.StateDict", state_dict), self._groups)
+        state.add_dtypes(state_dict, self._groups)
         return state_dict
 
     @torch._disable_dynamo
@@ -485,11 +396,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        loaded = checkpoint.read(state_dict, self._groups, self._pairs, self.storage)
-        for group, loaded_group in zip(self._groups, loaded.groups, strict=True):
-            group.update(loaded_group)
-        self.state.clear()
-        self.state.update(loaded.state)
+        state.load(state_dict, self._groups, self.state, self._pairs, self.storage)
         self._find_pairs()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -502,10 +409,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             "_skipped_before": self.nonfinite_steps,
             "_experts": self._experts,
             "_frozen": self._frozen,
-            "shrink_schedule": CopiedSchedule(self.shrink_schedule),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.shrink_schedule = state["shrink_schedule"].schedule
         self._find_pairs()

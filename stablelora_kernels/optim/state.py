@@ -1,24 +1,40 @@
-"""The state of one parameter: which tensors it has, in which dtypes and shapes; how an entry of the
-optimizer's state is checked, completed and converted.
+"""The optimizer's state: which tensors a parameter has, how they are checked, completed and converted,
+and what of a state dict an optimizer takes over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.optim.options import Storage
+from stablelora_kernels.optim.groups import ParamGroup, check_shared, named_parameters
+from stablelora_kernels.optim.options import OPTIONS, Storage, check_options
 from stablelora_kernels.optim.rounding import NEAREST, decode8, encode8, flat, scales_shape
-from stablelora_kernels.utils.tensors import from_local, is_sharded
+from stablelora_kernels.optim.sharding import ShardSums
+from stablelora_kernels.pairs import LoRAPair, split_lora_name
+from stablelora_kernels.utils.modules import same_anywhere
+from stablelora_kernels.utils.tensors import from_local, is_sharded, local, local_like
+from stablelora_kernels.utils.validation import counted
 
 # A parameter's state by name. Counters that a user has put in may be numbers until an engine is
 # built.
 Entry = dict[str, Tensor]
 # Scalars of a parameter's state; its other tensors have the parameter's shape.
 COUNTERS = ("step", "latched_at")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# What torch.optim.AdamW saves of a group. The latter choose among implementations, and mean nothing
+# here.
+_ADAMW = {"lr", "betas", "eps", "weight_decay", "maximize", "capturable"}
+_UNUSED = {"amsgrad", "foreach", "differentiable", "fused"}
+# Of a saved group: its parameters' dtypes. Their moments, float32 either way, do not tell.
+_DTYPES = "param_dtypes"
+# A parameter group of a state dict, which is torch's: its ``params`` are keys of the state.
+SavedGroup = dict[str, Any]
 
 
 class Layout(NamedTuple):
@@ -28,15 +44,10 @@ class Layout(NamedTuple):
     shape: torch.Size
 
 
-def moment_names(amsgrad: bool) -> tuple[str, ...]:
-    """The names of a parameter's moments in the optimizer's state."""
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
-
-
-def layouts_of(p: Tensor, amsgrad: bool, storage: Storage) -> dict[str, Layout]:
+def layouts_of(p: Tensor, storage: Storage) -> dict[str, Layout]:
     """The tensors that the state of ``p`` must have, counters aside."""
     dtype = storage.moment_dtype(p)
-    layouts = {name: Layout(dtype, p.shape) for name in moment_names(amsgrad)}
+    layouts = {name: Layout(dtype, p.shape) for name in MOMENTS}
     if dtype is torch.uint8:
         layouts |= {f"{name}_scale": Layout(torch.float32, scales_shape(p)) for name in layouts}
     if storage.has_master(p):
@@ -152,3 +163,266 @@ def _check_codes(codes: Tensor, scales: object, name: str, p: Tensor) -> None:
             f"state_dict's {name!r} is in 8 bits, so '{name}_scale' must be {list(expected)} and its strides {p.stride()}, "
             f"got {list(scales.shape) if isinstance(scales, Tensor) else 'none'} and {codes.stride()}"
         )
+
+
+# State dicts
+
+
+def load(
+    state_dict: object,
+    groups: Sequence[ParamGroup],
+    state: MutableMapping[Tensor, Entry],
+    pairs: Sequence[LoRAPair],
+    storage: Storage,
+) -> None:
+    """Load ``state_dict`` into the ``groups`` and the ``state`` of an optimizer. All is checked and
+    copied first, so that a state that does not fit changes nothing.
+    """
+    saved = check_saved(state_dict, groups)
+    loaded_groups = [with_saved(ours, theirs) for ours, theirs in zip(groups, saved, strict=True)]
+    check_shared(loaded_groups, storage)
+    loaded = load_state(cast("dict[str, Any]", state_dict), saved, groups, pairs, storage)
+    warn_of_differences(saved, groups)
+    for group, loaded_group in zip(groups, loaded_groups, strict=True):
+        group.update(loaded_group)
+    state.clear()
+    state.update(loaded)
+
+
+def add_dtypes(state_dict: Mapping[str, Any], groups: Sequence[ParamGroup]) -> None:
+    """Add the dtypes of the parameters of ``groups`` to their state dict, in place."""
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        saved[_DTYPES] = [p.dtype for p in group["params"]]
+
+
+def is_adamws(saved: Sequence[Mapping[str, object]]) -> bool:
+    """Whether the groups of a state dict are those of ``torch.optim.AdamW``, which has none of
+    Stable-LoRA's hyperparameters.
+    """
+    return bool(saved) and all(
+        "shrink_ratio" not in group and set(group) >= _ADAMW | _UNUSED for group in saved
+    )
+
+
+def check_saved(state_dict: object, groups: Sequence[ParamGroup]) -> list[SavedGroup]:
+    """The groups of ``state_dict``, checked, with those options of ``groups`` that AdamW or an
+    earlier version lacks.
+    """
+    saved = _check_form(state_dict)
+    from_adamw = is_adamws(saved)
+    if from_adamw and len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict is torch.optim.AdamW's with {counted(len(saved), 'parameter group')}, this optimizer has {len(groups)}. "
+            "Hugging Face's Trainer makes two, with weight decay and without: an optimizer by StableLoRAAdamWFactory.from_args "
+            "has the same two and goes on with these moments. To begin with fresh ones, remove optimizer.pt from the checkpoint"
+        )
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict has {counted(len(saved), 'parameter group')}, the optimizer {len(groups)}"
+        )
+    return [
+        _check_saved_group(i, theirs, ours, from_adamw)
+        for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True))
+    ]
+
+
+def _check_form(state_dict: object) -> list[SavedGroup]:
+    """The groups of ``state_dict``, which must be dicts with 'params', beside a state of dicts."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
+    entries = state_dict["state"]
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict) for entry in entries.values()
+    ):
+        raise ValueError(
+            "state_dict must have a dict 'state' with a dict for each parameter, got something else"
+        )
+    saved: list[SavedGroup] = state_dict["param_groups"]
+    for i, group in enumerate(saved):
+        if not isinstance(group, dict) or "params" not in group:
+            got = f"the keys {sorted(group)}" if isinstance(group, dict) else repr(group)
+            raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {got}")
+    return saved
+
+
+def _check_saved_group(
+    i: int, theirs: SavedGroup, ours: ParamGroup, from_adamw: bool
+) -> SavedGroup:
+    """Group ``i`` of a state dict, with the options of ``ours`` that it lacks. It must have the
+    parameters of ``ours``.
+    """
+    decoupled = theirs.get("decoupled_weight_decay", True)
+    if from_adamw and not decoupled and theirs["weight_decay"] != 0:
+        raise ValueError(
+            f"state_dict is torch.optim.Adam's: the weight decay of its group {i}, {theirs['weight_decay']}, is not "
+            "decoupled, and StableLoRAAdamW's is"
+        )
+    if theirs.get("amsgrad"):
+        raise ValueError(
+            f"state_dict's group {i}: amsgrad must be False, got True; StableLoRAAdamW keeps no largest second moment"
+        )
+    missing = [key for key in OPTIONS if key not in theirs]
+    if "shrink_ratio" in missing and not from_adamw:
+        raise ValueError(
+            f"state_dict is not StableLoRAAdamW's: its group {i} has no {', '.join(map(repr, missing))}"
+        )
+    our_values: Mapping[str, object] = ours
+    complete = {key: our_values[key] for key in missing} | {
+        key: value
+        for key, value in theirs.items()
+        if key not in _UNUSED and key != "decoupled_weight_decay"
+    }
+    if len(theirs["params"]) != len(ours["params"]):
+        raise ValueError(
+            f"group {i} of state_dict has {len(theirs['params'])} parameters, the optimizer's {len(ours['params'])}"
+        )
+    names = theirs.get("param_names", ours["param_names"])
+    for their_name, our_name in zip(names, ours["param_names"], strict=True):
+        if _identity(their_name) != _identity(our_name):
+            raise ValueError(
+                f"group {i} of state_dict has {their_name!r} where the optimizer has {our_name!r}"
+            )
+    return {**complete, **check_options(complete, f"state_dict's group {i}: ")}
+
+
+def _identity(name: str) -> tuple[str, str] | str:
+    """What identifies a parameter in a checkpoint, whatever wraps the model: its pair and role,
+    else its name.
+    """
+    name = same_anywhere(name)
+    return split_lora_name(name) or name
+
+
+def with_saved(group: ParamGroup, saved: SavedGroup) -> ParamGroup:
+    """``group`` with copies of all in ``saved`` but parameters and storage; tensors on the device
+    of those that they replace.
+    """
+    result: dict[str, object] = {**group}
+    for key, value in saved.items():
+        if key in ("params", "param_names", _DTYPES, *Storage._fields):
+            continue
+        old = result.get(key)
+        new = deepcopy(value)
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
+            new = new.to(old.device)
+        result[key] = new
+    return cast("ParamGroup", result)
+
+
+def warn_of_differences(saved: Sequence[SavedGroup], groups: Sequence[ParamGroup]) -> None:
+    """Warn if loading a state with the groups ``saved`` changes what the optimizer of ``groups`` was
+    asked to do, or if its parameters are of other dtypes than they were.
+    """
+    messages = _changed_dtypes(saved, groups)
+    first = saved[0]
+    asked = groups[0]["max_grad_norm"]
+    if asked is not None and asked != first["max_grad_norm"]:
+        messages.append(
+            f"max_grad_norm was {asked} and is {first['max_grad_norm']} now, as the other hyperparameters of the loaded state; "
+            "set optimizer.max_grad_norm after loading to change it"
+        )
+    for name in Storage._fields:
+        here = groups[0].get(name)
+        there = first.get(name, here)
+        if there != here:
+            messages.append(
+                f"the loaded state was saved with {name}={there}; it was converted, since this optimizer has {name}={here}"
+            )
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=7)
+
+
+def _changed_dtypes(saved: Sequence[SavedGroup], groups: Sequence[ParamGroup]) -> list[str]:
+    """What to say of the parameters whose dtype is not the one of which the state was saved."""
+    changed = []
+    for theirs, ours in zip(saved, groups, strict=True):
+        # AdamW's groups and those of earlier versions have no dtypes.
+        dtypes: Sequence[torch.dtype] = theirs.get(_DTYPES, ())
+        for (name, p), dtype in zip(named_parameters(ours), dtypes, strict=bool(dtypes)):
+            if p.dtype != dtype:
+                changed.append(f"{name!r} was {dtype} and is {p.dtype} now")
+    if not changed:
+        return []
+    more = f", as are {counted(len(changed) - 1, 'other parameter')}" if len(changed) > 1 else ""
+    return [
+        f"the loaded state is that of parameters of another dtype, so the run will not repeat the saved one: {changed[0]}{more}. "
+        "Convert them before the optimizer is made. PEFT's load_adapter, which transformers' Trainer resumes by, "
+        "makes adapters float32 unless it is given autocast_adapter_dtype=False"
+    ]
+
+
+def is_state_init_step(
+    groups: Sequence[ParamGroup], params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> bool:
+    """Whether zero gradients and lr=0 ask for a state alone, as torch.distributed.checkpoint does:
+    nothing else may change.
+    """
+    rates = [group["lr"] for group in groups]
+    if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in rates):
+        return False
+    device = params[0].device
+    nonzero = torch.stack([g.any().to(device) for g in grads if g is not None]).any()
+    sums = ShardSums(params)
+    return not bool(sums.all_reduce_max_(nonzero.int()) if sums else nonzero)
+
+
+def load_state(
+    state_dict: Mapping[str, Any],
+    saved_groups: Sequence[SavedGroup],
+    groups: Sequence[ParamGroup],
+    pairs: Sequence[LoRAPair],
+    storage: Storage,
+) -> dict[Tensor, Entry]:
+    """Copies of the saved state by parameter: on its device, in its strides and placements, in the
+    dtypes of ``storage``.
+    """
+    halves_a = {id(pair.A) for pair in pairs}
+    from_adamw = is_adamws(state_dict["param_groups"])
+    loaded: dict[Tensor, Entry] = {}
+    for saved, group in zip(saved_groups, groups, strict=True):
+        for key, (name, p) in zip(saved["params"], named_parameters(group), strict=True):
+            if key not in state_dict["state"]:
+                continue
+            entry = dict(state_dict["state"][key])
+            if from_adamw and "step" in entry:
+                # Its step may be a number, and no pair has latched.
+                entry["step"] = torch.as_tensor(entry["step"], device="cpu")
+                entry["latched_at"] = torch.zeros((), dtype=torch.int32, device="cpu")
+            counters = {"step": torch.float32}
+            if id(p) in halves_a:
+                counters["latched_at"] = torch.int32
+            loaded[p] = _load_entry(entry, name, p, counters, storage)
+    return loaded
+
+
+def _load_entry(
+    entry: Entry,
+    name: str,
+    p: Tensor,
+    counters: Mapping[str, torch.dtype],
+    storage: Storage,
+) -> Entry:
+    """Copies of the saved ``counters``, moments and, if it should have one, master of the
+    parameter ``name``.
+    """
+    has_master = storage.has_master(p) and "master" in entry
+    of_full_shape = [*MOMENTS, "master"] if has_master else [*MOMENTS]
+    for field in (*counters, *of_full_shape):
+        shape = torch.Size([]) if field in counters else p.shape
+        value = entry.get(field)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state_dict has no {field!r} tensor for {name!r}")
+        if value.shape != shape:
+            raise ValueError(
+                f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
+            )
+    shard = local(p.detach())
+    entry = entry | {field: local_like(entry[field], p) for field in of_full_shape}
+    copied: Entry = {}
+    for field, dtype in counters.items():
+        copied[field] = entry[field].detach().to(p.device, dtype, copy=True)
+    for field in MOMENTS:
+        copied |= convert_moment(entry, field, shard, storage)
+    if has_master:
+        copied["master"] = torch.empty_like(shard, dtype=torch.float32).copy_(entry["master"])
+    return as_owned(copied, p)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import staging
-from stablelora_kernels.optim.engine import Engine, Member
+from stablelora_kernels.optim.engine import Change, Engine, Gradients, Member
 from stablelora_kernels.optim.options import LOW_PRECISION, Number, Storage
 from stablelora_kernels.optim.rounding import (
     MOMENT_WORD,
@@ -24,9 +24,8 @@ from stablelora_kernels.optim.rounding import (
     seed_word,
     stochastic_round,
 )
-from stablelora_kernels.optim.snapshot import Change, Gradients
 from stablelora_kernels.optim.staging import upload
-from stablelora_kernels.optim.state import Entry, load_moment, moment_names
+from stablelora_kernels.optim.state import MOMENTS, Entry, load_moment
 from stablelora_kernels.pairs import LoRAPair
 
 
@@ -41,13 +40,12 @@ class _FusedCall(NamedTuple):
     shrinks: bool
     # What the arithmetic runs on.
     params: list[Tensor]
-    # Lists of exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
-    moments: list[list[Tensor]]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
 
     def update(self, grads: Sequence[Tensor | None], grad_scale: Tensor | None) -> None:
         """The shrink, weight decay and AdamW."""
-        exp_avgs, exp_avg_sqs, *largest = self.moments
         setting = self.members[0].setting
         group = setting.group
         live = setting.live()
@@ -62,16 +60,16 @@ class _FusedCall(NamedTuple):
         torch._fused_adamw_(
             self.params,
             cast("list[Tensor]", [grads[i] for i in self.indices]),
-            exp_avgs,
-            exp_avg_sqs,
-            largest[0] if largest else [],
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            [],
             self.steps,
             lr=lr,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=decay,
             eps=group["eps"],
-            amsgrad=group["amsgrad"],
+            amsgrad=False,
             maximize=group["maximize"],
             grad_scale=grad_scale,
             found_inf=None,
@@ -89,22 +87,6 @@ class _Latch(NamedTuple):
     shrinking: list[int]
     # The new ``latched``, if a pair latches.
     latched: Tensor | None
-
-
-class _Clip(NamedTuple):
-    """The norm of the unscaled gradients, and the divisor that unscales and clips them: float32
-    scalars.
-    """
-
-    norm: Tensor
-    grad_scale: Tensor
-
-
-class _Write(NamedTuple):
-    """A tensor that the step changes, and its new value."""
-
-    target: Tensor
-    value: Tensor
 
 
 class TorchStep(Engine):
@@ -182,23 +164,22 @@ class TorchStep(Engine):
         if found_inf is not None and self.grad_sums.all_reduce_max_(found_inf.clone()).item():
             return
         if self.max_grad_norm is not None:
-            clip = self._clip(grads, grad_scale, self.max_grad_norm)
-            if not math.isfinite(clip.norm.item()):
+            grad_scale = self._clip(grads, grad_scale, self.max_grad_norm)
+            if grad_scale is None:
                 self.skipped += 1
                 return
-            grad_scale = clip.grad_scale
         for scratch in self.scratch:
             scratch.load(self.steps.int() + 1, self.seeds)
         latch = self._decide_latch()
         calls = self._plan(latch.shrinking)
-        writes = self._update_copies(calls, grads, grad_scale) if self.low_moments else []
+        values = self._update_copies(calls, grads, grad_scale) if self.low_moments else {}
 
         # Nothing below allocates.
         if latch.latched is not None:
             self.latched.copy_(latch.latched)
         self.steps.add_(self.taken)
         if self.low_moments:
-            for target, value in writes:
+            for target, value in values.items():
                 target.copy_(value)
         else:
             for call in calls:
@@ -215,13 +196,15 @@ class TorchStep(Engine):
         if not all(self.present):
             self.taken = upload(self.present, torch.float32, self.device)
         converted = gradients.converted(self.work)
-        self.direct = converted.direct
-        return converted.tensors
+        self.direct = converted is gradients.tensors
+        return converted
 
     def _clip(
         self, grads: Sequence[Tensor | None], grad_scale: Tensor | None, max_norm: float
-    ) -> _Clip:
-        """What clips the norm of all gradients together to ``max_norm``."""
+    ) -> Tensor | None:
+        """The divisor that unscales the gradients and clips the norm of all together to
+        ``max_norm``: a float32 scalar. None if the norm is not finite.
+        """
         present = [g for g in grads if g is not None]
         norms = torch.stack(torch._foreach_norm(present, 2, self.norm_dtype)).float()
         if self.grad_sums:
@@ -232,7 +215,10 @@ class TorchStep(Engine):
         one = torch.ones((), dtype=torch.float32, device=self.device)
         scale = one if grad_scale is None else grad_scale.reshape(())
         norm = torch.linalg.vector_norm(norms) / scale
-        return _Clip(norm, scale / (max_norm / (norm + 1e-6)).clamp_(max=1.0))
+        if not math.isfinite(norm.item()):
+            return None
+        divisor: Tensor = scale / (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+        return divisor
 
     def _decide_latch(self) -> _Latch:
         """The latch rule, on the values before the update: shrink A if ||A||_F / n > ||B||_F / m,
@@ -307,13 +293,13 @@ class TorchStep(Engine):
         self.calls = []
         for indices in alike.values():
             members = [self.members[i] for i in indices]
-            names = moment_names(members[0].setting.group["amsgrad"])
             call = _FusedCall(
                 members=members,
                 indices=indices,
                 shrinks=indices[0] in shrinking_set,
                 params=[self.work[i] for i in indices],
-                moments=[[member.entry[name] for member in members] for name in names],
+                exp_avgs=[member.entry["exp_avg"] for member in members],
+                exp_avg_sqs=[member.entry["exp_avg_sq"] for member in members],
                 steps=[member.entry["step"] for member in members],
             )
             self.calls.append(call)
@@ -325,36 +311,37 @@ class TorchStep(Engine):
         calls: Sequence[_FusedCall],
         grads: Sequence[Tensor | None],
         grad_scale: Tensor | None,
-    ) -> list[_Write]:
-        """With moments in few bits: what the step writes. Rounding moments allocates.
+    ) -> dict[Tensor, Tensor]:
+        """With moments in few bits: the new value of each tensor that the step changes. Rounding
+        moments allocates, so nothing is written before all values exist.
 
         One call's moments are in float32 at a time.
         """
         if grad_scale is not None:
             # The fused operator writes the unscaled gradients back.
             grads = [g if g is None else g.clone() for g in grads]
-        names = moment_names(amsgrad=False)
-        writes: list[_Write] = []
+        values: dict[Tensor, Tensor] = {}
         for call in calls:
             copy = call._replace(
                 params=[p.clone() for p in call.params],
-                moments=[
-                    [
-                        load_moment(member.entry, name, p.dtype)
-                        for member, p in zip(call.members, call.params, strict=True)
-                    ]
-                    for name in names
+                exp_avgs=[
+                    load_moment(member.entry, "exp_avg", p.dtype)
+                    for member, p in zip(call.members, call.params, strict=True)
+                ],
+                exp_avg_sqs=[
+                    load_moment(member.entry, "exp_avg_sq", p.dtype)
+                    for member, p in zip(call.members, call.params, strict=True)
                 ],
                 steps=[step + 1 for step in call.steps],
             )
             copy.update(grads, grad_scale)
-            writes += map(_Write, call.params, copy.params)
+            values.update(zip(call.params, copy.params, strict=True))
             for k, member in enumerate(call.members):
-                moments = [moment[k] for moment in copy.moments]
+                moments = [copy.exp_avgs[k], copy.exp_avg_sqs[k]]
                 elements = member.shard.element_indices(moments[0].numel(), self.device)
                 word = (copy.steps[k].int() + self.seeds[call.indices[k]]).reshape(1)
-                writes += _rounded_moments(member.entry, moments, mix_(elements ^ mix_(word)))
-        return writes
+                values |= _rounded_moments(member.entry, moments, mix_(elements ^ mix_(word)))
+        return values
 
 
 def _all_shrink_clearly(scaled: Tensor) -> bool:
@@ -367,27 +354,31 @@ def _all_shrink_clearly(scaled: Tensor) -> bool:
     return above and bool(scaled.sum() < math.inf)
 
 
-def _rounded_moments(entry: Entry, values: Sequence[Tensor], words: Tensor) -> list[_Write]:
-    """The moments of ``entry`` rounded at random by ``reference.optimizer.moment_noise_ref``.
+def _rounded_moments(
+    entry: Entry, moments: Sequence[Tensor], words: Tensor
+) -> dict[Tensor, Tensor]:
+    """The new values of the stored moments of ``entry``, rounded at random by
+    ``reference.optimizer.moment_noise_ref``.
 
     Args:
-        values: exp_avg and exp_avg_sq in the dtype of the arithmetic; float64 is not rounded.
+        moments: exp_avg and exp_avg_sq in the dtype of the arithmetic; float64 is not rounded.
         words: int32, the words that round the parameter's elements.
     """
-    writes: list[_Write] = []
+    values: dict[Tensor, Tensor] = {}
     words = mix_(words.add_(MOMENT_WORD - 2**32))
-    for name, value in zip(moment_names(amsgrad=False), map(flat, values), strict=True):
+    for name, moment in zip(MOMENTS, map(flat, moments), strict=True):
         stored = flat(entry[name])
         if stored.dtype is torch.uint8:
-            codes, scales = encode8(value, words, name == "exp_avg")
-            writes += [_Write(stored, codes), _Write(entry[f"{name}_scale"], scales)]
+            values[stored], values[entry[f"{name}_scale"]] = encode8(
+                moment, words, name == "exp_avg"
+            )
             words = mix_(words.add_(MOMENT_WORD - 2**32))
         else:
             if stored.dtype is not torch.float64:
-                value = stochastic_round(value, stored.dtype, words)
-            writes.append(_Write(stored, value))
+                moment = stochastic_round(moment, stored.dtype, words)
+            values[stored] = moment
             words = words >> 16
-    return writes
+    return values
 
 
 class _Scratch:

@@ -7,19 +7,26 @@ from array import array
 from collections.abc import Sequence
 from functools import reduce
 from operator import is_, or_
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.optim import staging
-from stablelora_kernels.optim.engine import Engine, LiveValues, Member, Setting
-from stablelora_kernels.optim.options import LIVE, LiveName, Number, Storage
+from stablelora_kernels.optim.engine import (
+    Change,
+    Engine,
+    Gradients,
+    LiveValues,
+    Member,
+    Setting,
+    layout_of,
+)
+from stablelora_kernels.optim.options import LIVE, OPTIONS, LiveName, Number, Storage
 from stablelora_kernels.optim.rounding import seed_word
 from stablelora_kernels.optim.sharding import LatchMonitor
-from stablelora_kernels.optim.snapshot import Change, Gradients, layout_of
 from stablelora_kernels.optim.staging import upload
-from stablelora_kernels.optim.state import moment_names
+from stablelora_kernels.optim.state import MOMENTS
 from stablelora_kernels.pairs import LoRAPair
 
 if TYPE_CHECKING:
@@ -41,20 +48,6 @@ class _LaunchKey(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     measure: bool
-
-
-class _Held(NamedTuple):
-    """Tensors on the device that captured launches read, also when later steps have others."""
-
-    memory: Memory
-    present: Tensor | None
-
-
-class _CellCopy(NamedTuple):
-    """A live hyperparameter of another dtype or device, and the float32 scalar to copy it to."""
-
-    cell: Tensor
-    value: Tensor
 
 
 class TritonStep(Engine):
@@ -103,30 +96,34 @@ class TritonStep(Engine):
         )
         self.flags = self._static_flags(storage)
         self.seeds = [seed_word(setting.group["seed"]) for setting in self.settings]
+        # The options that have a column of their name in the table of hyperparameters; live ones
+        # may be tensors.
+        columns = launcher.tables.HyperRow._fields
+        self.columns = [name for name in OPTIONS if name in columns and name not in LIVE]
         self.staging = self._make_staging()
         # Of gradients that the step reads without a copy; None if parameters have no plain layout.
         layout = layout_of(self.params)
         self.dtypes = None if layout is None else layout.dtypes
         # The indices of parameters with a gradient, on the device, for the sums over processes.
         self.present: Tensor | None = None
-        # Hyperparameters in another dtype or on another GPU: by setting and name, a float32 copy;
-        # and the copies to make.
+        # Hyperparameters in another dtype or on another GPU: by setting and name, a float32 scalar;
+        # and by scalar the tensor that each step copies to it.
         self.cells: dict[tuple[int, LiveName], Tensor] = {}
-        self.copied: list[_CellCopy] = []
+        self.copied: dict[Tensor, Tensor] = {}
         # The last step's.
         self.stream: int | None = None
         self.launch_key: _LaunchKey | None = None
         self.launches: tuple[Repeated, ...] = ()
-        self.captured: list[_Held] = []
+        # What captured launches read, also when later steps have other tensors.
+        self.captured: list[list[Tensor]] = []
 
     def _static_flags(self, storage: Storage) -> int:
         """The flags that do not change from step to step."""
         tables = self.launcher.tables
         flags = 0
-        if any(setting.group["amsgrad"] for setting in self.settings):
-            flags |= tables.FLAG_AMSGRAD
-        if self.never_latch:
-            flags |= tables.FLAG_NEVER
+        for name, flag in tables.FLAG_OF_OPTION.items():
+            if any(setting.option(name) != OPTIONS[name].default for setting in self.settings):
+                flags |= flag
         if self.mastered:
             flags |= tables.FLAG_MASTER
         if storage.moments_dtype is torch.bfloat16:
@@ -173,8 +170,7 @@ class TritonStep(Engine):
         rows = []
         for i, member in enumerate(self.members):
             p = member.param
-            moments = moment_names(member.setting.group["amsgrad"])
-            names = (*moments, "exp_avg_scale", "exp_avg_sq_scale", "master")
+            names = (*MOMENTS, "exp_avg_scale", "exp_avg_sq_scale", "master")
             held = {name: member.entry[name] for name in names if name in member.entry}
             self.held.append([*held.values()])
             row = tables.TensorRow(
@@ -189,7 +185,7 @@ class TritonStep(Engine):
                 **pair_columns.get(i, {}),
             )
             rows.append(row)
-            addresses = row.param | row.exp_avg | row.exp_avg_sq | row.max_exp_avg_sq | row.master
+            addresses = row.param | row.exp_avg | row.exp_avg_sq | row.master
             is_aligned = not _misaligned(addresses | row.numel)
             self.variant_of.append(2 * tables.KINDS.index(p.dtype) + is_aligned)
         return rows
@@ -229,7 +225,7 @@ class TritonStep(Engine):
             grads = self._upload_gradients(gradients)
         if change.hyper:
             self._upload_hyper()
-        for cell, value in self.copied:
+        for cell, value in self.copied.items():
             cell.copy_(value.reshape(()), non_blocking=True)
         if change.written:
             # The step then reads the first half of the sums, which the launcher measures.
@@ -245,7 +241,7 @@ class TritonStep(Engine):
         if self.stream != stream:
             # Else the allocator would reuse a table, once a step on another stream replaces it,
             # while this launch reads it.
-            staging.keep_for_stream(t for t in (*self.memory, self.present) if t is not None)
+            staging.keep_for_stream(self._tables())
             self.stream = stream
         key = _LaunchKey(self.memory, grad_scale, found_inf, change.written)
         if self.launch_key is None or not all(map(is_, key, self.launch_key)):
@@ -265,9 +261,13 @@ class TritonStep(Engine):
         if self.sharded:
             self.latch_monitor.record()
         if staging.capturing():
-            self.captured.append(_Held(self.memory, self.present))
+            self.captured.append(self._tables())
         else:
             self.staging.refill()
+
+    def _tables(self) -> list[Tensor]:
+        """The tensors on the device that a step's launches, and its sums over processes, read."""
+        return [t for t in (*self.memory, self.present) if t is not None]
 
     def _upload_gradients(self, gradients: Gradients) -> list[Tensor | None]:
         """Upload each gradient's address, 0 for none, and the variant of its tensor's code.
@@ -280,7 +280,8 @@ class TritonStep(Engine):
             self.direct = True
             addresses = [address or _EMPTY for address in layout.addresses]
         else:
-            grads, self.direct = gradients.converted(self.params)
+            grads = gradients.converted(self.params)
+            self.direct = grads is gradients.tensors
             addresses = [0 if g is None else g.data_ptr() or _EMPTY for g in grads]
         variants = self.variant_of
         if _misaligned(reduce(or_, addresses)):
@@ -321,7 +322,7 @@ class TritonStep(Engine):
         """Upload the hyperparameters of every setting, and work out whether the launch reads some
         through addresses.
         """
-        self.copied = []
+        self.copied = {}
         # The words hold the addresses of these.
         self.live_values = [
             self._live_as_read(i, setting.live()) for i, setting in enumerate(self.settings)
@@ -345,7 +346,6 @@ class TritonStep(Engine):
             one_minus_beta1=1 - beta1,
             beta2=beta2,
             one_minus_beta2=1 - beta2,
-            eps=group["eps"],
             weight_decay=_number_or_zero(live.weight_decay),
             shrink_ratio=_number_or_zero(live.shrink_ratio),
             sign=-1.0 if group["maximize"] else 1.0,
@@ -354,6 +354,7 @@ class TritonStep(Engine):
             lr=_number_or_zero(live.lr) * setting.lr_ratio,
             # The kernel multiplies by the ratio only a learning rate that is a tensor.
             lr_ratio=setting.lr_ratio if isinstance(live.lr, Tensor) else 1.0,
+            **{name: float(cast("float", setting.option(name))) for name in self.columns},
         )
         return row
 
@@ -391,7 +392,7 @@ class TritonStep(Engine):
             return value
         if key not in self.cells:
             self.cells[key] = torch.empty((), dtype=torch.float32, device=self.device)
-        self.copied.append(_CellCopy(self.cells[key], value))
+        self.copied[self.cells[key]] = value
         return self.cells[key]
 
 

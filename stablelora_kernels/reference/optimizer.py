@@ -9,7 +9,6 @@ AdamW, arXiv 1711.05101.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +47,6 @@ class AdamWState:
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: int = 0
-    max_exp_avg_sq: torch.Tensor | None = None
 
 
 def adamw_ref(
@@ -61,7 +59,6 @@ def adamw_ref(
     eps: float,
     weight_decay: float,
     maximize: bool = False,
-    amsgrad: bool = False,
 ) -> torch.Tensor:
     """The value of ``p`` after one step of AdamW; ``state`` advances in place.
 
@@ -70,21 +67,14 @@ def adamw_ref(
         p <- (1 - lr wd) p
         m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2
         p <- p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
-
-    With ``amsgrad`` the last line has the largest v so far in place of v.
     """
     beta1, beta2 = betas
     g = -grad if maximize else grad
     state.step += 1
     state.exp_avg = beta1 * state.exp_avg + (1 - beta1) * g
     state.exp_avg_sq = beta2 * state.exp_avg_sq + (1 - beta2) * g * g
-    largest = state.exp_avg_sq
-    if amsgrad:
-        if state.max_exp_avg_sq is not None:
-            largest = torch.maximum(state.max_exp_avg_sq, largest)
-        state.max_exp_avg_sq = largest
     m = state.exp_avg / (1 - beta1**state.step)
-    v = largest / (1 - beta2**state.step)
+    v = state.exp_avg_sq / (1 - beta2**state.step)
     return (1 - lr * weight_decay) * p - lr * m / (v.sqrt() + eps)
 
 
@@ -114,20 +104,18 @@ class StableAdamWRef:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    shrink_ratio: float | Callable[[int], float] = 5e-4
+    shrink_ratio: float = 5e-4
     # Ratios of single pairs, by pair name.
     shrink_ratios: dict[str, float] = field(default_factory=dict)
     stop_condition: str = "norm"
     # B's learning rate is this multiple of lr.
     lr_ratio_B: float = 1.0
     maximize: bool = False
-    amsgrad: bool = False
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         self.params = [p for pair in self.pairs for p in (pair.A, pair.B)] + self.lone
         self.state = {p: AdamWState(torch.zeros_like(p), torch.zeros_like(p)) for p in self.params}
-        self.steps = 0
         # By pair name: the step of A, counted from one, at which the pair latched.
         self.latched_at: dict[str, int | None] = {pair.name: None for pair in self.pairs}
 
@@ -138,8 +126,6 @@ class StableAdamWRef:
         # Skip a step whose gradients have a norm that is not finite.
         if coefficient is None:
             return
-        self.steps += 1
-        ratio = self.shrink_ratio(self.steps) if callable(self.shrink_ratio) else self.shrink_ratio
         for pair in self.pairs:
             if pair.A in grads:
                 before = self.latched_at[pair.name] is not None
@@ -147,7 +133,7 @@ class StableAdamWRef:
                     pair.A,
                     pair.B,
                     before,
-                    self.shrink_ratios.get(pair.name, ratio),
+                    self.shrink_ratios.get(pair.name, self.shrink_ratio),
                     self.stop_condition,
                 )
                 pair.A.copy_(shrunk)
@@ -165,7 +151,6 @@ class StableAdamWRef:
                     eps=self.eps,
                     weight_decay=self.weight_decay,
                     maximize=self.maximize,
-                    amsgrad=self.amsgrad,
                 )
                 p.copy_(new)
 

@@ -74,14 +74,14 @@ class Before:
             value = torch.where(master.to(p.dtype) == p.detach(), master, p.detach().float())
         self.value = value.to(dtype, copy=True)
         moments = []
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        for name in ("exp_avg", "exp_avg_sq"):
             work = FP64 if p.dtype is FP64 else FP32
             moments.append(
                 load_moment(entry, name, work).to(dtype, copy=True) if name in entry else None
             )
         zero = torch.zeros_like(self.value)
-        m, v = (zero if moment is None else moment for moment in moments[:2])
-        self.state = AdamWState(m, v, int(entry.get("step", 0)), moments[2])
+        m, v = (zero if moment is None else moment for moment in moments)
+        self.state = AdamWState(m, v, int(entry.get("step", 0)))
         self.latched_at = int(entry.get("latched_at", 0))
 
 
@@ -91,13 +91,12 @@ class Life(RuleBasedStateMachine):
         dtype=st.sampled_from([FP32, FP32, BF16, FP16, FP64]),
         moments=st.sampled_from([FP32, FP32, BF16, torch.uint8]),
         master=st.booleans(),
-        amsgrad=st.booleans(),
         clip=st.sampled_from([None, None, 0.1, math.inf]),
         lr_ratio=st.sampled_from([1.0, 4.0]),
         never=st.booleans(),
         seed=SEEDS,
     )
-    def begin(self, backend, dtype, moments, master, amsgrad, clip, lr_ratio, never, seed) -> None:
+    def begin(self, backend, dtype, moments, master, clip, lr_ratio, never, seed) -> None:
         assume(not (backend == "triton" and dtype is FP64))
         self.backend, self.dtype = backend, dtype
         params = [
@@ -106,7 +105,7 @@ class Life(RuleBasedStateMachine):
         ]
         self.options: dict[str, Any] = {
             "seed": seed, "lr_ratio_B": lr_ratio, "max_grad_norm": clip, "stop_condition": "never" if never else "norm",
-            "master_weights": master, "moments_dtype": moments, "amsgrad": amsgrad and moments is FP32,
+            "master_weights": master, "moments_dtype": moments,
         }  # fmt: skip
         self.optimizer = self.build(params, lr=1e-2, shrink_ratio=0.1)
         self.skipped = 0
@@ -187,11 +186,10 @@ class Life(RuleBasedStateMachine):
                 continue
             size = before.state.exp_avg.abs() + (g * coefficient).abs()
             lr = group["lr"] * (group["lr_ratio_B"] if i in (1, 3) else 1.0)
-            hyper = {name: group[name] for name in ("betas", "eps", "weight_decay", "amsgrad")}
+            hyper = {name: group[name] for name in ("betas", "eps", "weight_decay")}
             before.value = adamw_ref(before.value, g * coefficient, before.state, lr=lr, **hyper)
             step = before.state.step
-            v = before.state.max_exp_avg_sq if group["amsgrad"] else before.state.exp_avg_sq
-            root = (v / (1 - group["betas"][1] ** step)).sqrt() + group["eps"]
+            root = (before.state.exp_avg_sq / (1 - group["betas"][1] ** step)).sqrt() + group["eps"]
             result.append((before, olds[i] + lr * size / (1 - group["betas"][0] ** step) / root))
         return result
 

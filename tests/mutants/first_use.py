@@ -31,7 +31,7 @@ from tests.mutants.__main__ import PLANTED, ROOT, Fault, planted, read
 OUTCOMES = Path(__file__).with_name("first_use.txt")
 # Names of the optimizer's options.
 STEPS = (
-    "plain", "clipped", "amsgrad", "8-bit-moments", "bf16-moments", "masters-clipped", "all", "tensors",
+    "plain", "clipped", "8-bit-moments", "bf16-moments", "masters-clipped", "all", "tensors",
     "masters-8-bit-moments-clipped",
 )  # fmt: skip
 CAUGHT = "caught"

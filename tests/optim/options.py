@@ -19,10 +19,6 @@ FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bflo
 COMMON: dict[str, Any] = {"lr": 5e-2, "shrink_ratio": 0.01, "weight_decay": 0.1}
 
 
-def schedule(step: int) -> float:
-    return 0.05 / step if step < 6 else 0.0
-
-
 @dataclass
 class Row:
     """Options of the optimizer. ``meant`` has the reference's where they differ; moments and
@@ -67,7 +63,6 @@ OPTIONS = {
     "plain": Row(),
     "adamw": Row({"shrink_ratio": 0.0, "betas": (0.8, 0.95), "eps": 1e-6}),
     "maximize": Row({"maximize": True}),
-    "amsgrad": Row({"amsgrad": True}),
     "clipped": Row({"max_grad_norm": 0.1}),
     "lora-plus": Row({"lr_ratio_B": 16.0}),
     "tensors": Row(
@@ -79,11 +74,6 @@ OPTIONS = {
         {"shrink_pattern": {"layer[02]": 0.03, "layer0": 0.9, "layer1": 0.0}},
         {"shrink_ratios": {"layer0": 0.03, "layer2": 0.03, "layer1": 0.0}},
     ),
-    "schedule": Row({"shrink_schedule": schedule}, {"shrink_ratio": schedule}),
-    "schedule-and-pattern": Row(
-        {"shrink_schedule": schedule, "shrink_pattern": {"layer3": 0.02}},
-        {"shrink_ratio": schedule, "shrink_ratios": {"layer3": 0.02}},
-    ),
     "never": Row({"stop_condition": "never"}),
     "masters": Row({"master_weights": True}, dtypes=LOW),
     "masters-clipped": Row({"master_weights": True, "max_grad_norm": 0.1}, dtypes=LOW),
@@ -94,14 +84,13 @@ OPTIONS = {
         {"master_weights": True, "moments_dtype": torch.uint8, "max_grad_norm": 0.1}, dtypes=LOW
     ),
     "all": Row(
-        {"lr_ratio_B": 8.0, "shrink_pattern": {"layer1": 0.1}, "stop_condition": "never", "amsgrad": True},
-        {"lr_ratio_B": 8.0, "shrink_ratios": {"layer1": 0.1}, "stop_condition": "never", "amsgrad": True},
+        {"lr_ratio_B": 8.0, "shrink_pattern": {"layer1": 0.1}, "stop_condition": "never", "maximize": True},
+        {"lr_ratio_B": 8.0, "shrink_ratios": {"layer1": 0.1}, "stop_condition": "never", "maximize": True},
     ),
 }  # fmt: skip
 # Of these, every kind of state: what a test takes that is about the state alone.
 STORED = (
     "plain",
-    "amsgrad",
     "clipped",
     "tensors",
     "masters",

@@ -27,7 +27,7 @@ from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import DEVICE, all_equal, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.recorded_graphs import capture, use_recorded_graphs
 from tests.helpers.steps import latches
-from tests.optim.options import BF16, FP32, FP64, OPTIONS, schedule
+from tests.optim.options import BF16, FP32, FP64, OPTIONS
 
 pytestmark = pytest.mark.skipif(
     DEVICE != "cpu", reason="a GPU has real graphs: tests/gpu/test_cuda_graphs.py"
@@ -155,11 +155,6 @@ def test_no_two_copies_of_captures_share_host_memory(monkeypatch):
 NOT_CAPTURED: dict[str, tuple[int, dict[str, Any], str]] = {
     "a first step": (0, {}, r"run step\(\) once before capturing it in a CUDA graph"),
     "gradients elsewhere": (1, {"capturable": False}, "Pass capturable=True to the optimizer"),
-    "a schedule": (
-        1,
-        {"shrink_schedule": schedule},
-        "a CUDA graph would not call again: give shrink_ratio as a tensor",
-    ),
 }
 
 

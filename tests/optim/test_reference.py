@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import pickle
-import re
-
 import pytest
 import torch
 
@@ -14,12 +9,9 @@ from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from tests.helpers.optimizers import (
     DEVICE,
-    all_equal,
     halves,
     in_float64,
     make_pairs,
-    set_grads,
-    snapshot,
 )
 from tests.helpers.steps import latches, take_step, take_step_with
 from tests.optim.options import BF16, FP32, FP64, LOW, OPTIONS, STORED
@@ -135,65 +127,3 @@ def test_patterns_match_layers_of_peft_and_whole_names(backend):
     take_step(0, optimizer)
     for pair, start, share in zip(pairs, before, kept.values(), strict=True):
         torch.testing.assert_close(pair.A.detach(), start * share, rtol=1e-6, atol=0)
-
-
-def test_amsgrads_maximum_keeps_a_nan_and_may_begin_later(backend):
-    first, second = make_pairs([(4, 8, 8)] * 2)
-    optimizer = StableLoRAAdamW(
-        [{"params": [first], "amsgrad": True}, {"params": [second]}], lr=1e-2
-    )
-    take_step(0, optimizer)
-    assert (
-        "max_exp_avg_sq" in optimizer.state[first.A]
-        and "max_exp_avg_sq" not in optimizer.state[second.A]
-    )
-    optimizer.param_groups[1]["amsgrad"] = True
-    set_grads(halves([first, second]), 1, scale=1e-5)
-    first.A.grad[0, 0] = math.nan
-    optimizer.step()
-    state = optimizer.state[first.A]
-    assert (
-        state["max_exp_avg_sq"][0, 0].isnan()
-        and (state["max_exp_avg_sq"] > state["exp_avg_sq"])[1:].all()
-    )
-    # It had no maximum before: the one of the step itself.
-    assert torch.equal(
-        optimizer.state[second.A]["max_exp_avg_sq"], optimizer.state[second.A]["exp_avg_sq"]
-    )
-
-
-def test_a_schedule_that_cannot_be_pickled_is_named():
-    """It can be copied. Steps, copies and resuming with one are in test_reference and
-    test_contract.
-    """
-    anonymous = lambda step: 0.1 / step  # noqa: E731
-    optimizer = StableLoRAAdamW(make_pairs(), shrink_schedule=anonymous)
-    assert copy.deepcopy(optimizer).shrink_schedule is anonymous
-    with pytest.raises(
-        pickle.PicklingError, match=r"shrink_schedule <function .* cannot be pickled: make it a"
-    ):
-        pickle.dumps(optimizer)
-
-
-def test_a_schedule_out_of_range_changes_nothing_and_the_next_step_is_whole(backend):
-    """The engines' tables still hold the gradients of the step before."""
-    ratios = {1: 0.1, 2: 1.5, 3: 0.1}
-    optimizer = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_schedule=lambda step: ratios[step])
-    steady = StableLoRAAdamW(make_pairs(), lr=1e-2, shrink_ratio=0.1)
-    take_step(0, optimizer, steady)
-    # They stay where they are, so that those of the next step lie elsewhere.
-    kept = [p.grad for p in halves(optimizer.pairs)]
-    for each in (optimizer, steady):
-        set_grads(halves(each.pairs), 1)
-    before = snapshot(optimizer)
-    with pytest.raises(
-        ValueError, match=re.escape("shrink_schedule(2) must be a finite number in [0, 1), got 1.5")
-    ):
-        optimizer.step()
-    assert (
-        all_equal(before, snapshot(optimizer)) and optimizer.param_groups[0]["shrink_ratio"] == 0.1
-    )
-    ratios[2] = 0.1
-    for each in (optimizer, steady):
-        each.step()
-    assert all_equal(snapshot(optimizer), snapshot(steady)) and kept

@@ -22,8 +22,10 @@ from torch.testing._internal.common_optimizers import optim_db
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 (ADAMW,) = (info for info in optim_db if info.optim_cls is torch.optim.AdamW)
-# Those for a GPU have capturable and tensors beside, which ours takes everywhere.
-INPUTS = ADAMW.optim_inputs_func(device="cuda")
+# Those for a GPU have capturable and tensors beside, which ours takes everywhere; it has no amsgrad.
+INPUTS = [
+    item for item in ADAMW.optim_inputs_func(device="cuda") if not item.kwargs.pop("amsgrad", False)
+]
 
 
 def described(item: Any) -> str:
@@ -46,5 +48,5 @@ def test_equal_to_adamw_without_shrink(backend, item):
     # AdamW's default learning rate is not ours.
     kwargs = {"lr": 1e-3, **copy.deepcopy(item.kwargs)}
     optimizer = StableLoRAAdamW(make_pairs(), shrink_ratio=0.0, **copy.deepcopy(kwargs))
-    # Smaller and smaller, so that the largest second moment is not the latest.
+    # Smaller and smaller, so that the second moments fall too.
     assert_no_worse_than_adamw(optimizer, on_any_device(kwargs), [0.3**step for step in range(9)])

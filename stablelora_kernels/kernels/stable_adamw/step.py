@@ -24,7 +24,6 @@ from stablelora_kernels.kernels.stable_adamw.elementwise import (
 )
 from stablelora_kernels.kernels.stable_adamw.tables import (
     ADDRESS,
-    AMSGRAD,
     CUT,
     DYNAMIC,
     EIGHT_BITS,
@@ -171,16 +170,7 @@ def _update(
     p -= (ratio + decay - ratio * decay) * p
     size = lr / one_minus_exp(step * tl.load(hyper + HYPER.value.log_beta1))
     root = tl.sqrt(one_minus_exp(step * tl.load(hyper + HYPER.value.log_beta2)))
-    largest = v
-    if AMSGRAD & FLAGS:
-        address = tl.load(row + TENSOR.value.max_exp_avg_sq)
-        if address != 0:
-            x_ptrs = element_pointers(address, start, offsets, 0, ALIGNED)
-            largest = tl.maximum(
-                tl.load(x_ptrs, mask=mask, other=0.0), v, propagate_nan=tl.PropagateNan.ALL
-            )
-            tl.store(x_ptrs, largest, mask=mask)
-    p -= size * m / (tl.sqrt(largest) / root + tl.load(hyper + HYPER.value.eps))
+    p -= size * m / (tl.sqrt(v) / root + tl.load(hyper + HYPER.value.eps))
     if KIND != 0 or (LOW_MOMENTS | EIGHT_BITS) & FLAGS:
         key = mix(step.to(tl.uint32) + tl.load(words + WORD.value.seed).to(tl.uint32))
         base = tl.load(row + TENSOR.value.base)

@@ -16,7 +16,7 @@ import triton.language as tl
 class TensorRow(NamedTuple):
     """One parameter, int64. A column named after a tensor holds its address, 0 for none.
 
-    The number of columns is odd for the reason that HyperRow gives.
+    The number of columns must be odd, for the reason that HyperRow gives.
     """
 
     param: int
@@ -38,7 +38,6 @@ class TensorRow(NamedTuple):
     # The pair's W is [m, n].
     n: int = 0
     m: int = 0
-    max_exp_avg_sq: int = 0
     master: int = 0
     exp_avg_scale: int = 0
     exp_avg_sq_scale: int = 0
@@ -46,11 +45,10 @@ class TensorRow(NamedTuple):
     shard_pitch: int = 0
     # The parameter's first chunk.
     first_chunk: int = 0
-    unused: int = 0
 
 
 class HyperRow(NamedTuple):
-    """The hyperparameters of one setting, float32.
+    """The hyperparameters of one setting, float32. A column named after an option holds its value.
 
     13 columns, since rows of 12 (48 bytes) let the compiler load several columns at once and hold
     them. That costs bfloat16 and float16 ten registers on some GPUs.
@@ -120,15 +118,15 @@ NEVER_LATCHING_A = tl.constexpr(ROLE_A_NEVER)
 # LOW_MOMENTS: bfloat16 moments. 8BIT_MOMENTS: codes, with one scale a block of 256.
 # SHARDED: the host has summed the pairs' squares over all processes.
 # CUT: some shard is not one run of its parameter's elements.
-FLAG_AMSGRAD = 1
-FLAG_DYNAMIC = 2
-FLAG_NEVER = 4
-FLAG_MASTER = 8
-FLAG_LOW_MOMENTS = 16
-FLAG_8BIT_MOMENTS = 32
-FLAG_SHARDED = 64
-FLAG_CUT = 128
-AMSGRAD = tl.constexpr(FLAG_AMSGRAD)
+FLAG_DYNAMIC = 1
+FLAG_NEVER = 2
+FLAG_MASTER = 4
+FLAG_LOW_MOMENTS = 8
+FLAG_8BIT_MOMENTS = 16
+FLAG_SHARDED = 32
+FLAG_CUT = 64
+# By an option: the flag of launches in which some setting does not have its default.
+FLAG_OF_OPTION = {"stop_condition": FLAG_NEVER}
 DYNAMIC = tl.constexpr(FLAG_DYNAMIC)
 NEVER = tl.constexpr(FLAG_NEVER)
 MASTER = tl.constexpr(FLAG_MASTER)
