@@ -6,7 +6,6 @@ from stablelora_kernels import functional, reference
 from stablelora_kernels._version import __version__
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.explanation import explain
-from stablelora_kernels.integrations.adapter_rows import adapters_of_rows, losses_of_rows
 from stablelora_kernels.integrations.comparison import compare
 from stablelora_kernels.integrations.hf_trainer import (
     AccelerateCallback,
@@ -15,6 +14,7 @@ from stablelora_kernels.integrations.hf_trainer import (
 )
 from stablelora_kernels.integrations.packed_checkpoints import load_packed_experts
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
+from stablelora_kernels.integrations.peft.rows import adapters_of_rows, losses_of_rows
 from stablelora_kernels.model import (
     LoRAReport,
     apply_lora,

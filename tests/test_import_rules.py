@@ -109,14 +109,12 @@ RULES = (
 NEEDED = {*sys.stdlib_module_names, "torch", "triton", PACKAGE}
 BEHIND_IMPORT_EXTRA = {
     "integrations.axolotl": {"axolotl", "peft", "pydantic"},
-    "integrations.peft": {"peft"},
-    "integrations.peft_layers": {"peft"},
-    "integrations.peft_operands": {"peft", "bitsandbytes"},
-    "integrations.peft_dora": {"peft"},
-    "integrations.peft_experts": {"peft"},
-    "integrations.peft_faults": {"peft"},
-    "integrations.peft_rows": {"peft"},
-    "integrations.peft_wrappers": {"peft"},
+    "integrations.peft.accelerate": {"peft"},
+    "integrations.peft.experts": {"peft"},
+    "integrations.peft.faults": {"peft"},
+    "integrations.peft.layers": {"peft"},
+    "integrations.peft.read": {"peft"},
+    "integrations.peft.wrappers": {"peft"},
 }
 
 

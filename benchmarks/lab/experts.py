@@ -35,7 +35,7 @@ from benchmarks.common.measure import environment
 from benchmarks.common.memory import MIB, resident_over_start, saved_for_backward
 from benchmarks.common.records import record, write_records
 from benchmarks.common.tables import markdown, with_quartiles
-from stablelora_kernels.integrations.peft_faults import faults_of_parametrized
+from stablelora_kernels.integrations.peft.faults import faults_of_parametrized
 from stablelora_kernels.utils.timing import interleave
 
 E, H, I, TOP, R = 64, 1024, 512, 8, 16

@@ -1,5 +1,5 @@
 """How transformers' modules of experts are computed on ``lora_experts``, for PEFT's wrappers
-(``integrations/peft_experts.py``).
+(``integrations/peft/experts.py``).
 
 Rows are sorted by expert, and each projection of all experts is one op.
 """

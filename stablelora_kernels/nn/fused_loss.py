@@ -1,8 +1,8 @@
 """``fuse_loss``: train a causal language model on its loss without its logits.
 
-A fused model gets a subclass of its class. In training, a forward with labels runs the model's own
-code on a :class:`_Call` in the model's place. There the head keeps its input instead of
-multiplying, and the loss function computes the loss of it
+:class:`FusedLoss` takes the forward of a model over (``nn/take_over.py``). In training, a forward
+with labels runs the model's own code on a :class:`_Call` in the model's place. There the head keeps
+its input instead of multiplying, and the loss function computes the loss of it
 (:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). All else is the model's: the
 shift of labels, ``num_items_in_batch``, a router's loss, the output's class. The output's
 ``logits`` are None, as Liger-Kernel's are. In evaluation, and without labels, the model's own
@@ -11,12 +11,10 @@ forward runs. Each call reads the head again; if the op does not fit it, the mod
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +23,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.nn.loss_form import LossForm, loss_form_of
 from stablelora_kernels.nn.operands import Operand, is_adapted, read_layer
+from stablelora_kernels.nn.take_over import TakesOver, give_back, take_over
 from stablelora_kernels.utils.modules import is_hooked
+from stablelora_kernels.utils.refusal import Refusal
 
 # The key of a model's __dict__ that holds its State.
 ATTRIBUTE = "_stablelora_loss"
-# The class attribute that holds the class before.
-_ORIGINAL = "_stablelora_before_loss"
 # The key of a model's __dict__ that is there once it has warned of a forward without labels.
 _HAS_WARNED = "_stablelora_warned_of_labels"
 WITHOUT_LABELS = (
@@ -91,7 +89,7 @@ class _Call:
         """What the model gets for its logits."""
         head = self._model._modules[self._state.form.head]
         operand = _read(head, hidden)
-        if isinstance(operand, str):
+        if isinstance(operand, Refusal):
             logits: Tensor = head(hidden)
             return logits
         self.withheld = _Withheld(hidden, operand)
@@ -141,38 +139,42 @@ class _Call:
         return loss / num_items_in_batch
 
 
-def _read(head: nn.Module, hidden: Tensor | None) -> Operand | str:
+def _read(head: nn.Module, hidden: Tensor | None) -> Operand | Refusal:
     """The head as the op reads it, or why its own forward must compute the logits. Without
     ``hidden``: whatever it is.
     """
     if _has_any_global_hook() or torch.jit.is_tracing():
-        return "is watched"
+        return Refusal("is watched")
     if is_hooked(head):
-        return "has hooks, or its forward was replaced"
+        return Refusal("has hooks, or its forward was replaced")
     if hidden is not None and type(hidden) is not Tensor:
-        return f"is called with a {type(hidden).__name__}"
+        return Refusal(f"is called with a {type(hidden).__name__}")
     operand = read_layer(head, hidden)
-    if isinstance(operand, str):
+    if isinstance(operand, Refusal):
         return operand
     weight = operand.weights.weight
     if not isinstance(weight, Tensor):
-        return "has a quantized weight"
+        return Refusal("has a quantized weight")
     if operand.added:
-        return f"has {1 + len(operand.added)} active adapters"
+        return Refusal(f"has {1 + len(operand.added)} active adapters")
     if weight.requires_grad:
-        return "has a weight that trains"
+        return Refusal("has a weight that trains")
     return operand
 
 
-class FusedLoss:
+class FusedLoss(TakesOver):
     """A mixin in front of a model's class."""
 
-    def __reduce_ex__(self: Any, protocol: Any) -> str | tuple[Any, ...]:
-        # Pickles name the original class, since this one has no name in a module.
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        if is_fused(self) and reduced[0] is getattr(copyreg, "__newobj__", None):
-            return (_new_instance, (getattr(type(self), _ORIGINAL),), *reduced[2:])
-        return reduced  # type: ignore[no-any-return]
+    @classmethod
+    def members_for(cls, original: Any) -> dict[str, Any]:
+        own_forward: Callable[..., Any] = original.forward
+
+        # The signature tells the Trainer which columns and arguments the model takes.
+        @functools.wraps(own_forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _forward(self, own_forward, args, kwargs)
+
+        return {"forward": forward}
 
 
 def _forward(
@@ -239,7 +241,7 @@ def fuse_losses(model: nn.Module) -> tuple[LanguageModel, ...]:
             continue
         unfuse_losses([module])
         form = loss_form_of(type(module))  # type: ignore[arg-type]
-        reason = form if isinstance(form, str) else _fuse(module, form)
+        reason = form.reason if isinstance(form, Refusal) else _fuse(module, form)
         models.append(LanguageModel(name, reason))
     return tuple(models)
 
@@ -260,23 +262,22 @@ def _may_be_language_model(module: nn.Module) -> bool:
 
 
 def _fuse(module: Any, form: LossForm) -> str | None:
-    """Change the class of ``module``, or return why it keeps its own loss."""
+    """Take the forward of ``module`` over, or return why it keeps its own loss."""
     if "forward" in module.__dict__:
         return f"its forward was replaced by {_source(module.__dict__['forward'])}"
     head = module._modules.get(form.head)
     if head is None:
         return f"it has no module {form.head!r}"
     operand = _read(head, None)
-    if isinstance(operand, str):
-        return f"{form.head!r} {operand}"
+    if isinstance(operand, Refusal):
+        return f"{form.head!r} {operand.reason}"
     if not _has_known_loss(module):
         return "its loss_function is not transformers' ForCausalLMLoss"
     layers = module.named_modules()
     adapted = next((name for name, layer in layers if is_adapted(layer)), "")
-    try:
-        module.__class__ = _fused_class(type(module))
-    except Exception as error:
-        return f"its class {type(module).__name__} can't have a subclass ({error})"
+    reason = take_over(module, FusedLoss)
+    if reason is not None:
+        return reason
     module.__dict__[ATTRIBUTE] = State(form, adapted)
     return None
 
@@ -309,43 +310,4 @@ def unfuse_losses(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         module.__dict__.pop(ATTRIBUTE, None)
         module.__dict__.pop(_HAS_WARNED, None)
-        if is_fused(module):
-            module.__class__ = getattr(type(module), _ORIGINAL)
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether the class of ``module`` is that of a model with a fused loss."""
-    return _ORIGINAL in vars(type(module))
-
-
-# It keeps no class alive that nothing else refers to.
-_classes: WeakValueDictionary[type, type] = WeakValueDictionary()
-
-
-def _fused_class(original: type) -> type:
-    """The subclass of ``original``, of its name, whose training needs no logits."""
-    fused = _classes.get(original)
-    if fused is None:
-        own_forward: Callable[..., Any] = original.forward  # type: ignore[attr-defined]
-
-        # The signature tells the Trainer which columns and arguments the model takes.
-        @functools.wraps(own_forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return _forward(self, own_forward, args, kwargs)
-
-        members = {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "forward": forward,
-            _ORIGINAL: original,
-        }
-        fused = type(original)(original.__name__, (FusedLoss, original), members)
-        _classes[original] = fused
-    return fused
-
-
-def _new_instance(original: type) -> object:
-    """An empty fused instance, for copies and pickles."""
-    fused: Any = _fused_class(original)
-    return fused.__new__(fused)
+        give_back(module, FusedLoss)

@@ -1,7 +1,7 @@
 """``fuse_mlp``: compute a gated MLP, ``down(act(gate(x)) * up(x))``, in one op.
 
-A fused MLP gets a subclass of its class whose forward calls the op. Each call reads the projections
-again and looks at all that may have changed since: adapters, merging, hooks, training mode, dtypes.
+:class:`FusedMLP` takes the forward of an MLP over (``nn/take_over.py``). Each call reads the
+projections again and looks at all that may have changed since: adapters, merging, hooks, training mode, dtypes.
 If the op does not fit a call, the module's own forward computes it. The instance stores one
 attribute of names and functions, no other module. So copies, pickles and replicas compute with
 their own projections.
@@ -9,12 +9,10 @@ their own projections.
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +28,9 @@ from stablelora_kernels.nn.operands import (
     read_layer,
     read_usual_layer,
 )
+from stablelora_kernels.nn.take_over import TakesOver, give_back, take_over
 from stablelora_kernels.quantized import is_quantized
+from stablelora_kernels.utils.refusal import Refusal
 
 # The key of a module's __dict__ that holds its State. state_dict does not have it.
 ATTRIBUTE = "_stablelora_mlp"
@@ -69,7 +69,7 @@ class State(NamedTuple):
     own_forward: Callable[..., Any] | None
 
 
-class FusedMLP:
+class FusedMLP(TakesOver):
     """A mixin in front of an MLP's class. Calls that the op does not fit run that class's forward."""
 
     def forward(self: Any, *args: object, **kwargs: object) -> Any:
@@ -98,13 +98,6 @@ class FusedMLP:
             hasattr(child, "get_base_layer") for child in self._modules.values()
         ):
             unfuse_mlps([self])
-
-    def __reduce_ex__(self: Any, protocol: Any) -> str | tuple[Any, ...]:
-        # Pickles name the original class, since this one has no name in a module.
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        if is_fused(self) and reduced[0] is getattr(copyreg, "__newobj__", None):
-            return (_new_instance, (type(self)._stablelora_original,), *reduced[2:])
-        return reduced  # type: ignore[no-any-return]
 
 
 def _output(module: nn.Module, state: State, x: object) -> Tensor | None:
@@ -158,7 +151,7 @@ def _call_for(module: nn.Module, state: State, x: Tensor) -> _Call | None:
     """What the op takes besides x, or None if the module's own forward must compute it or raise."""
     form = state.form
     operands = _operands(module, form, x)
-    if isinstance(operands, str):
+    if isinstance(operands, Refusal):
         return None
     gate = operands[form.gate.name].weights
     up = operands[form.up.name].weights
@@ -189,7 +182,7 @@ def _shape(projection: LoRAWeights) -> tuple[int, ...]:
     return projection.weight.shape  # type: ignore[union-attr]
 
 
-def _operands(module: nn.Module, form: Form, x: Tensor | None) -> dict[str, Operand] | str:
+def _operands(module: nn.Module, form: Form, x: Tensor | None) -> dict[str, Operand] | Refusal:
     """What is read of each layer for ``x``, by name; or why the module's own forward must
     compute it.
     """
@@ -198,15 +191,16 @@ def _operands(module: nn.Module, form: Form, x: Tensor | None) -> dict[str, Oper
         if child.name in operands:
             continue
         operand = read_layer(module._modules[child.name], x)  # type: ignore[arg-type]
-        if isinstance(operand, str):
-            return f"{child.name!r} {operand}"
+        if isinstance(operand, Refusal):
+            return Refusal(f"{child.name!r} {operand.reason}")
         reason = _reason_against(operand, child)
         if reason is not None:
-            return f"{child.name!r} {reason}"
+            return Refusal(f"{child.name!r} {reason}")
         operands[child.name] = operand
     if all(operand.dropout_p is None for operand in operands.values()):
-        return "no projection has an active adapter"
-    return _disagreement(operands, compare_dtypes=x is None) or operands
+        return Refusal("no projection has an active adapter")
+    reason = _disagreement(operands, compare_dtypes=x is None)
+    return operands if reason is None else Refusal(reason)
 
 
 def _reason_against(operand: Operand, child: Child) -> str | None:
@@ -287,23 +281,22 @@ def fuse_mlps(model: nn.Module) -> tuple[GatedMLP, ...]:
             continue
         unfuse_mlps([module])
         form = form_of(module, is_projection)
-        if not isinstance(form, str):
+        if not isinstance(form, Refusal):
             reason = _fuse(module, form) or reason_form_changed(module, form)
             if reason is None:
                 operands = _operands(module, form, None)
-                reason = operands if isinstance(operands, str) else None
+                reason = operands.reason if isinstance(operands, Refusal) else None
             mlps.append(GatedMLP(name, form.activation, reason))
         elif is_named:
-            mlps.append(GatedMLP(name, None, form))
+            mlps.append(GatedMLP(name, None, form.reason))
     return tuple(mlps)
 
 
 def _fuse(module: nn.Module, form: Form) -> str | None:
-    """Change the class of ``module``, or return why it cannot be changed."""
-    try:
-        module.__class__ = _fused_class(type(module))
-    except Exception as error:
-        return f"its class {type(module).__name__} can't have a subclass ({error})"
+    """Take the forward of ``module`` over, or return why it cannot be."""
+    reason = take_over(module, FusedMLP)
+    if reason is not None:
+        return reason
     bound = module.__dict__.pop("forward", None)
     own_forward = None if bound is None else bound.__func__
     module.__dict__[ATTRIBUTE] = State(form, own_forward)
@@ -316,38 +309,6 @@ def unfuse_mlps(modules: Iterable[nn.Module]) -> None:
         if isinstance(module, FusableExperts):
             module.unfuse_experts()
         state: State | None = module.__dict__.pop(ATTRIBUTE, None)
-        if is_fused(module):
-            module.__class__ = type(module)._stablelora_original  # type: ignore[attr-defined]
+        give_back(module, FusedMLP)
         if state is not None and state.own_forward is not None:
             module.__dict__["forward"] = MethodType(state.own_forward, module)
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether the class of ``module`` is that of a fused MLP."""
-    return "_stablelora_original" in vars(type(module))
-
-
-# It keeps no class alive that nothing else refers to.
-_classes: WeakValueDictionary[type, type] = WeakValueDictionary()
-
-
-def _fused_class(original: type) -> type:
-    """The subclass of ``original`` whose forward calls the op: one for each class, with its name."""
-    fused = _classes.get(original)
-    if fused is None:
-        members = {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "_stablelora_original": original,
-        }
-        metaclass = type(original)
-        fused = metaclass(original.__name__, (FusedMLP, original), members)
-        _classes[original] = fused
-    return fused
-
-
-def _new_instance(original: type) -> object:
-    """An empty fused instance, for copies and pickles."""
-    fused: Any = _fused_class(original)
-    return fused.__new__(fused)

@@ -17,6 +17,7 @@ from stablelora_kernels.functional import FLOAT_DTYPES, LoRAWeights, lora_linear
 from stablelora_kernels.nn.operands import Operand, are_plain, reason_against_tensors
 from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
+from stablelora_kernels.utils.refusal import Refusal
 from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 from stablelora_kernels.utils.validation import check_bool, check_float, check_int
 
@@ -238,12 +239,12 @@ class LoRALinear(nn.Module):
 
     # For ops over several layers
 
-    def read_operand(self, x: Tensor | None) -> Operand | str:
+    def read_operand(self, x: Tensor | None) -> Operand | Refusal:
         """What :func:`~stablelora_kernels.nn.operands.read_layer` finds."""
         if self.merged:
-            return "is merged"
+            return Refusal("is merged")
         if self._disabled:
-            return "is disabled"
+            return Refusal("is disabled")
         weight, bias, lora_A, lora_B = parameters_of(self)
         dropout_p = self.lora_dropout if self.training or x is None else 0.0
         if is_quantized(weight):
@@ -258,8 +259,8 @@ class LoRALinear(nn.Module):
             dtype = weight.dtype
             tensors = (weight, bias, lora_A, lora_B)
             weights = LoRAWeights(weight, bias, lora_A, lora_B, self.scaling)
-        operand = Operand(weights, dropout_p, dtype)
-        return reason_against_tensors(self, tensors, dtype, x) or operand
+        reason = reason_against_tensors(self, tensors, dtype, x)
+        return Operand(weights, dropout_p, dtype) if reason is None else Refusal(reason)
 
     def read_usual_operand(self) -> Operand | None:
         """What :func:`~stablelora_kernels.nn.operands.read_usual_layer` finds."""

@@ -28,6 +28,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from stablelora_kernels.utils.refusal import Refusal
+
 
 class Transform(NamedTuple):
     """``softcap · tanh(logit_scale · z / softcap)`` of a head's outputs z."""
@@ -77,15 +79,15 @@ class LossForm(NamedTuple):
 
 
 @functools.cache
-def loss_form_of(kind: type) -> LossForm | str:
+def loss_form_of(kind: type) -> LossForm | Refusal:
     """The form of the forward of a model's class, or why it is not known."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))  # type: ignore[attr-defined]
         function = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):
-        return f"the source of {kind.__name__}.forward can't be read"
+        return Refusal(f"the source of {kind.__name__}.forward can't be read")
     assert isinstance(function, ast.FunctionDef)
-    unknown = f"{kind.__name__}.forward computes its loss in a way that is not known"
+    unknown = Refusal(f"{kind.__name__}.forward computes its loss in a way that is not known")
     if _needs_the_model(function):
         return unknown
     statements = function.body

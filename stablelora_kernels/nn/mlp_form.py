@@ -32,7 +32,9 @@ from torch.nn.functional import gelu, silu
 from torch.overrides import TorchFunctionMode
 
 from stablelora_kernels.activations import ACTIVATIONS, TITLES
+from stablelora_kernels.nn.take_over import own_class
 from stablelora_kernels.utils.modules import HOOKS, is_hooked
+from stablelora_kernels.utils.refusal import Refusal
 
 # Values of these types never change in place, except functions that are closures.
 _CONSTANTS = {
@@ -121,9 +123,10 @@ def _attribute(value: object, name: str) -> Any:
 
 def _key(value: object) -> tuple[object, ...]:
     """A value's type, and the value if it is constant. Its copies and pickles have an equal key."""
-    kind = type(value)
     if isinstance(value, nn.Module):
-        return (kind,)
+        # A class that is made to take a forward over has no name for a pickle.
+        return (own_class(value),)
+    kind = type(value)
     if isinstance(value, partial) and kind is partial:
         return kind, value.func, value.args, tuple(value.keywords.items())
     is_constant = kind in _CONSTANTS or isinstance(value, enum.Enum)
@@ -132,18 +135,18 @@ def _key(value: object) -> tuple[object, ...]:
     return (Tensor if isinstance(value, Tensor) else kind,)
 
 
-def form_of(module: nn.Module, is_projection: Callable[[object], bool]) -> Form | str:
+def form_of(module: nn.Module, is_projection: Callable[[object], bool]) -> Form | Refusal:
     """The form of ``module``, or why it is no gated MLP. ``is_projection`` says which children
     compute a projection of x.
     """
     forward: Any = module.forward
     # A forward may be bound to the instance, as Liger's patches do.
     if not isinstance(forward, MethodType) or forward.__self__ is not module:
-        return "its forward was replaced (as accelerate's hooks do)"
+        return Refusal("its forward was replaced (as accelerate's hooks do)")
     try:
         (argument,) = inspect.signature(forward).bind(None).arguments
     except (TypeError, ValueError):
-        return "its forward takes more than one tensor"
+        return Refusal("its forward takes more than one tensor")
     function = _without_liger(forward.__func__)
     forms: set[Form] = set()
     reads: dict[Path, object] = {}
@@ -157,11 +160,11 @@ def form_of(module: nn.Module, is_projection: Callable[[object], bool]) -> Form 
             gradient_mode(),
         ):
             form = _Run(is_projection, reads).form(function, module)
-        if isinstance(form, str):
+        if isinstance(form, Refusal):
             return form
         forms.add(form)
     if len(forms) > 1:
-        return _OTHER
+        return Refusal(_OTHER)
     # Children in the module's order: reasons name the first one.
     places: dict[Path, int] = {(name,): place for place, name in enumerate(module._modules)}
     ordered = sorted(reads.items(), key=lambda read: places.get(read[0], -1))
@@ -206,7 +209,7 @@ class _Run(TorchFunctionMode):
         self.tensors: list[weakref.ref[Tensor]] = []
         self.attributes: list[_Attributes] = []
 
-    def form(self, function: Callable[..., object], module: nn.Module) -> Form | str:
+    def form(self, function: Callable[..., object], module: nn.Module) -> Form | Refusal:
         """The form without its argument and reads, or the first reason against it."""
         try:
             formula = self._formula_of_output(function, module)
@@ -216,8 +219,10 @@ class _Run(TorchFunctionMode):
                 self.refuse("its forward changes its attributes")
             form = self._form_of(formula)
         except Exception as error:
-            return self.reason or f"its forward can't be followed ({type(error).__name__})"
-        return self.reason or form or _OTHER
+            return Refusal(self.reason or f"its forward can't be followed ({type(error).__name__})")
+        if self.reason or form is None:
+            return Refusal(self.reason or _OTHER)
+        return form
 
     def _formula_of_output(self, function: Callable[..., object], module: nn.Module) -> object:
         """Run the forward, and return its output's formula."""

@@ -19,6 +19,7 @@ from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_l
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized
 from stablelora_kernels.quantized import read as read_stored
 from stablelora_kernels.utils.modules import is_hooked, weight_and_bias
+from stablelora_kernels.utils.refusal import Refusal
 from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 
 # bitsandbytes' layers that can be computed from their weight without calling them, by name.
@@ -64,7 +65,7 @@ def is_projection(module: object) -> bool:
     return isinstance(module, nn.Linear) or is_adapted(module)
 
 
-def read_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
+def read_layer(layer: nn.Module, x: Tensor | None) -> Operand | Refusal:
     """A layer's operand for an input of the dtype and device of x, or why the layer must compute by
     itself. Without an x: for any that the layer may get in training, once its parameters are on
     their devices.
@@ -74,11 +75,12 @@ def read_layer(layer: nn.Module, x: Tensor | None) -> Operand | str:
     if read is not None:
         return read(layer, x)  # type: ignore[no-any-return]
     if is_adapted(layer):
-        return "runs PEFT's own forward; the report's skipped modules say why"
+        return Refusal("runs PEFT's own forward; the report's skipped modules say why")
     base = read_base(layer, x)
-    if isinstance(base, str):
+    if isinstance(base, Refusal):
         return base
-    return reason_to_cast(base, x) or frozen_operand(base)
+    reason = reason_to_cast(base, x)
+    return frozen_operand(base) if reason is None else Refusal(reason)
 
 
 def read_usual_layer(layer: nn.Module) -> Operand | None:
@@ -113,41 +115,12 @@ def reason_against_tensors(
 # Base layers
 
 # The types without operations of their own.
-_PLAIN = (nn.Parameter, Tensor)
+PLAIN = (nn.Parameter, Tensor)
 
 
 def are_plain(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the types of both have no operations of their own."""
-    return type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-
-
-def plain_tensors(
-    linear: nn.Module, between_calls: bool = False
-) -> tuple[Tensor, Tensor | None] | None:
-    """The weight and the bias of a plain ``nn.Linear`` that nothing watches; None for another
-    module.
-
-    ``between_calls``: they may be shards, for which ``fully_shard`` puts plain tensors during each
-    forward.
-    """
-    # Not by is_hooked() and are_plain(): this runs three times in each call of a layer.
-    if type(linear) is not nn.Linear:
-        return None
-    attributes = linear.__dict__
-    if (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes
-    ):
-        return None
-    weight, bias = weight_and_bias(linear)
-    if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN):
-        return weight, bias
-    if between_calls and is_sharded(weight):
-        return weight, bias
-    return None
+    return type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
 
 
 def is_readable(base: nn.Module) -> bool:
@@ -155,12 +128,12 @@ def is_readable(base: nn.Module) -> bool:
     return type(base) is nn.Linear or type(base).__name__ in _FOUR_BITS
 
 
-def _calls(base: nn.Module, weight: str = "") -> str:
+def _calls(base: nn.Module, weight: str = "") -> Refusal:
     """The reason that a base layer must compute its own product."""
-    return f"calls its base layer, a {type(base).__name__}{weight}, for its product"
+    return Refusal(f"calls its base layer, a {type(base).__name__}{weight}, for its product")
 
 
-def read_base(base: nn.Module, x: Tensor | None) -> Base | str:
+def read_base(base: nn.Module, x: Tensor | None) -> Base | Refusal:
     """The base layer's operands, or why its product cannot be in one op with a branch.
 
     For an input like ``x``; without one, for any that the layer may get once its parameters are on
@@ -192,13 +165,15 @@ def read_base(base: nn.Module, x: Tensor | None) -> Base | str:
 
 def _quantized_operand(
     base: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor | None
-) -> Base | str:
+) -> Base | Refusal:
     """As :func:`read_base` for a 4-bit or float8 base layer, if the kernels compute the same
     product as the layer.
     """
     # The PyTorch backend would dequantize the weight in Python; the layer's own product is faster.
     if resolve_backend((weight if x is None else x).device) != "triton":
-        return f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
+        return Refusal(
+            f"has a quantized weight, and without Triton its {type(base).__name__} computes the product"
+        )
     compute_dtype = getattr(base, "compute_dtype", weight.dtype)
     if x is None:
         return Base(weight, bias, compute_dtype)
@@ -280,7 +255,7 @@ def _read_group(layers: Sequence[nn.Module], x: Tensor) -> list[Operand] | None:
     in_features = x.shape[-1:]
     for layer in layers:
         operand = read_layer(layer, x)
-        if isinstance(operand, str) or operand.weights.lora_A is None:
+        if isinstance(operand, Refusal) or operand.weights.lora_A is None:
             return None
         weight = operand.weights.weight
         if not isinstance(weight, Tensor) or weight.shape[1:] != in_features:
@@ -297,8 +272,8 @@ def reason_against_group(layer: nn.Module) -> str | None:
     or None.
     """
     operand = read_layer(layer, None)
-    if isinstance(operand, str):
-        return operand
+    if isinstance(operand, Refusal):
+        return operand.reason
     if operand.weights.lora_A is None:
         return "has no active adapter"
     return "has a quantized weight" if is_quantized(operand.weights.weight) else None

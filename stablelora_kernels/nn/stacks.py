@@ -218,6 +218,9 @@ def set_mxfp4(
 def _cache_in_forward(kind: type[nn.Module]) -> None:
     """Let the forward of ``kind``, a class that parametrize has made for one module, dequantize each
     stack once. A loop over experts would dequantize it once for each.
+
+    Not by ``take_over``: parametrize puts properties on a module's class, and takes it off by its
+    first base, so it would not find its own class below another.
     """
     if "forward" in vars(kind):
         # Another stack of the module came first.

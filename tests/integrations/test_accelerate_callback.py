@@ -34,16 +34,12 @@ from tests.helpers.trainer_runs import (
 )
 
 
-def linear_classes(model: torch.nn.Module) -> set[str]:
-    """The classes of the layers that have adapters, with their modules."""
-    return {
-        f"{type(module).__module__}.{type(module).__name__}"
-        for module in model.modules()
-        if hasattr(module, "lora_A")
-    }
+def linear_classes(model: torch.nn.Module) -> set[type]:
+    """The classes of the layers that have adapters."""
+    return {type(module) for module in model.modules() if hasattr(module, "lora_A")}
 
 
-OF_PEFT = {"peft.tuners.lora.layer.Linear"}
+OF_PEFT = {peft.tuners.lora.Linear}
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
-from stablelora_kernels.integrations.peft import ROWS_ARE_NOT_FUSED
-from stablelora_kernels.integrations.rows_state import ATTRIBUTE
+from stablelora_kernels.integrations.peft.accelerate import ROWS_ARE_NOT_FUSED
+from stablelora_kernels.integrations.peft.rows_state import ATTRIBUTE
 from stablelora_kernels.ops.dropout import Drawn
 from stablelora_kernels.ops.lora_rows import torch as rows_torch
 from tests.helpers.launches import count_launches

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
-from stablelora_kernels.integrations import peft_dora
+from stablelora_kernels.integrations.peft import dora as peft_dora
+from stablelora_kernels.integrations.peft.read import read_dora
 from stablelora_kernels.ops import dora
 from stablelora_kernels.quantized import read
 from stablelora_kernels.reference import StableAdamWRef
@@ -163,7 +164,7 @@ def test_quantized_bases_are_multiplied_not_dequantized_again(
     slk.accelerate_peft(model, strict=True)
     sums = []
     monkeypatch.setattr(
-        "stablelora_kernels.integrations.peft_dora.square_sums",
+        "stablelora_kernels.integrations.peft.dora.square_sums",
         lambda w: sums.append(w.shape) or dora.square_sums(w),
     )
     for _ in range(2):
@@ -221,7 +222,7 @@ def test_a_weight_packed_for_inference_on_a_cpu_has_the_same_norms(monkeypatch):
     assert (allowed / exact).median() < 0.02
     for trains in (True, False, True):
         y = model.train(trains)(x)
-        norms = peft_dora._row_norms(peft_dora.read_dora(layer, "default"), base)
+        norms = read_dora(layer, "default").norms()
         assert ((norms - exact).abs() <= allowed).all()
         assert y.dtype == FP32 and y.isfinite().all()
     assert base.weight.quant_state.packing_format_for_cpu

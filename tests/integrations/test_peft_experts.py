@@ -18,9 +18,12 @@ from torch import nn
 
 import stablelora_kernels as slk
 from benchmarks.common.memory import saved_for_backward
-from stablelora_kernels.integrations import peft_experts, peft_faults
+from stablelora_kernels.integrations.peft import experts as peft_experts
+from stablelora_kernels.integrations.peft import faults as peft_faults
 from stablelora_kernels.nn import experts, fused_experts
+from stablelora_kernels.nn.take_over import give_back, take_over
 from stablelora_kernels.testing.cases import BF16, FP32
+from stablelora_kernels.utils.refusal import Refusal
 from tests.helpers.moe_models import (
     BY_DAY,
     FAMILIES,
@@ -186,7 +189,7 @@ def test_no_further_from_float64_than_peft(implementation, dtype, calls):
         }
 
     wanted, own = run(exact, x.double(), weights.double()), run(model, x, weights)
-    model.__class__ = peft_experts.AcceleratedExperts
+    take_over(model, peft_experts.AcceleratedExperts)
     found = run(model, x, weights)
     assert calls == [40, 40] and found.keys() == own.keys() == wanted.keys()
     for name, value in found.items():
@@ -204,7 +207,7 @@ def test_fused_no_further_from_float64_than_peft(dtype, nodes):
     module = with_lora(build("qwen3_moe", "grouped_mm", dtype)).model.model.layers[0].mlp.experts
     exact = copy.deepcopy(module).double()
     exact.get_base_layer().config._experts_implementation = "eager"
-    module.__class__ = peft_experts.AcceleratedExperts
+    take_over(module, peft_experts.AcceleratedExperts)
     squares: dict[str, list[float]] = {}
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
@@ -213,9 +216,9 @@ def test_fused_no_further_from_float64_than_peft(dtype, nodes):
         weights = torch.rand(20, 2, generator=generator).to(dtype)
         wanted = of_module(exact, x.double(), index, weights.double())
         module.unfuse_experts()
-        module.__class__ = peft_experts.ParamWrapper
+        give_back(module, peft_experts.AcceleratedExperts)
         pefts = of_module(module, x, index, weights)
-        module.__class__ = peft_experts.AcceleratedExperts
+        take_over(module, peft_experts.AcceleratedExperts)
         module.fuse_experts()
         fused = of_module(module, x, index, weights)
         assert fused.keys() == pefts.keys() == wanted.keys()
@@ -291,7 +294,7 @@ def experts_of(family: str = "qwen3_moe", fuse: bool = False, **options: Any) ->
     """An accelerated stack of experts alone."""
     model = with_lora(build(family), **options)
     slk.accelerate_peft(model, fuse_mlp=fuse)
-    (found,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    (found,) = (m for m in model.modules() if isinstance(m, peft_experts.AcceleratedExperts))
     return found
 
 
@@ -342,10 +345,10 @@ ALONE = {
 @pytest.mark.parametrize(("reason", "change"), ALONE.items())
 def test_a_call_with_one_adapter_of_two_is_pefts(reason, change, calls, nodes):
     fast, plain = experts_of(fuse=True), copy.deepcopy(experts_of())
-    plain.__class__ = peft_experts.ParamWrapper
+    give_back(plain, peft_experts.AcceleratedExperts)
     for each in (fast, plain):
         change(each)
-    assert peft_experts.read_stacks(fast, routing()[0]) == reason
+    assert peft_experts.read_stacks(fast, routing()[0]) == Refusal(reason)
     assert_close(of_module(fast, *routing()), of_module(plain, *routing()), 0)
     assert (calls, nodes) == ([], [])
 
@@ -355,7 +358,7 @@ def test_float32_experts_under_autocast_are_pefts(fuse, calls, nodes):
     """Their copy in bfloat16 is one that PEFT makes anyway."""
     model = with_lora(build("qwen3_moe", dtype=FP32))
     slk.accelerate_peft(model, fuse_mlp=fuse)
-    (experts,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    (experts,) = (m for m in model.modules() if isinstance(m, peft_experts.AcceleratedExperts))
     x, index, weights = (t.detach() for t in routing())
     with torch.autocast("cpu", BF16):
         y = experts(x.float(), index, weights.float())
@@ -432,7 +435,7 @@ def test_autocast(names, fuse, calls, nodes):
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
     slk.accelerate_peft(model, fuse_mlp=fuse)
-    (experts,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    (experts,) = (m for m in model.modules() if isinstance(m, peft_experts.AcceleratedExperts))
     x, index, weights = (t.detach() for t in routing())
     with torch.autocast("cpu", BF16):
         y = experts(x.float(), index, weights.float())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.integrations import peft_experts
+from stablelora_kernels.integrations.peft import experts as peft_experts
 from stablelora_kernels.testing.cases import FP32
 from tests.helpers.moe_models import IDS, E, build, results, stacks, with_lora
 from tests.helpers.packed_stacks import fp8, in_float8
@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused_where_peft_would_train_nothing(transformer
     assert model(input_ids=IDS).logits.equal(base)
     model.add_adapter("late", model.peft_config["default"])
     model.base_model.set_adapter(["default", "late"])
-    (wrapper,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    (wrapper,) = (m for m in model.modules() if isinstance(m, peft_experts.AcceleratedExperts))
     with pytest.raises(RuntimeError, match=f"its gate_up_proj has 2 active adapters, and {fault}"):
         model(input_ids=IDS)
     assert wrapper.get_base_layer() is experts

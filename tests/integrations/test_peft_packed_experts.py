@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import stablelora_kernels as slk
-from stablelora_kernels.integrations import peft_experts, peft_faults
-from stablelora_kernels.integrations.peft_wrappers import wrapped_parameters
+from stablelora_kernels.integrations.peft import experts as peft_experts
+from stablelora_kernels.integrations.peft import faults as peft_faults
+from stablelora_kernels.integrations.peft.wrappers import wrapped_parameters
 from stablelora_kernels.nn import experts
 from stablelora_kernels.testing.cases import BF16, FP32
 from tests.helpers.moe_models import (
@@ -222,7 +223,7 @@ def test_autocast(quant_type, nested, calls):
     x, index, weights = (t.detach() for t in routing(width=WIDTH))
     found = []
     for each in (model, plain):
-        (wrapper,) = (m for m in each.modules() if type(m) is peft_experts.AcceleratedExperts)
+        (wrapper,) = (m for m in each.modules() if isinstance(m, peft_experts.AcceleratedExperts))
         with torch.autocast("cpu", BF16):
             y = wrapper(x.float(), index, weights.float())
         y.sum().backward()
@@ -276,7 +277,7 @@ def test_restored_it_has_pefts_names_hooks_and_state():
     slk.accelerate_peft(model, strict=True)
     assert shapes(model) != names
     new = model.get_submodule("base_model.model.model.layers.0.mlp.experts")
-    assert type(new) is peft_experts.AcceleratedExperts and new is not outermost
+    assert isinstance(new, peft_experts.AcceleratedExperts) and new is not outermost
     assert [*wrapped_parameters(new)] == ["down_proj", "gate_up_proj"]
     # A hook stays at its place.
     model(input_ids=IDS)
@@ -291,7 +292,7 @@ def test_restored_it_has_pefts_names_hooks_and_state():
     slk.restore_peft(model)
     assert shapes(model) == names
     assert model.get_submodule("base_model.model.model.layers.0.mlp.experts") is outermost
-    assert peft_experts.AcceleratedExperts not in {type(m) for m in model.modules()}
+    assert not any(isinstance(m, peft_experts.AcceleratedExperts) for m in model.modules())
 
 
 def test_merging_is_refused_before_anything_changes():
@@ -367,7 +368,7 @@ def test_frozen_stacks_in_4_bits_beside_an_adapter(calls):
 def test_copied_and_compiled():
     model, _ = pair("qwen3_moe")
     slk.accelerate_peft(model)
-    (wrapper,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    (wrapper,) = (m for m in model.modules() if isinstance(m, peft_experts.AcceleratedExperts))
     given = [t.detach().float() if t.is_floating_point() else t for t in routing(width=WIDTH)]
     given[0].requires_grad_()
     assert_copies_and_compiles(wrapper, given)
@@ -376,7 +377,7 @@ def test_copied_and_compiled():
 def test_no_token():
     model, _ = pair("qwen3_moe")
     slk.accelerate_peft(model)
-    (wrapper,) = (m for m in model.modules() if type(m) is peft_experts.AcceleratedExperts)
+    (wrapper,) = (m for m in model.modules() if isinstance(m, peft_experts.AcceleratedExperts))
     index = torch.zeros(0, 2, dtype=torch.int64)
     y = wrapper(torch.zeros(0, WIDTH, requires_grad=True), index, torch.zeros(0, 2))
     y.sum().backward()

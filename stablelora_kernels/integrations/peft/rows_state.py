@@ -230,21 +230,3 @@ def _rows_at(changes: Sequence[_Change], number: int) -> Rows | None:
         if change.number <= number:
             return change.rows
     return None
-
-
-class RunsRows:
-    """A base class of layers that may have a state."""
-
-    # A default of the class: torch.compile guards that no instance has another, but it would not
-    # guard that a key is missing in __dict__.
-    _stablelora_rows: RowsState | None = None
-
-
-def rows_of(layer: RunsRows) -> Rows | None:
-    """The rows in force for a layer that is called now; None outside of ``adapters_of_rows``.
-
-    Raises:
-        RuntimeError: as :meth:`RowsState.current`.
-    """
-    state = layer._stablelora_rows
-    return None if state is None else state.current()

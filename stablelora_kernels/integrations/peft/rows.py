@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from stablelora_kernels.integrations.peft import layers_module
-from stablelora_kernels.integrations.rows_state import (
+from stablelora_kernels.integrations.peft.accelerate import layers_module
+from stablelora_kernels.integrations.peft.rows_state import (
     ATTRIBUTE,
     BASE,
     Rows,
@@ -23,6 +23,7 @@ from stablelora_kernels.integrations.rows_state import (
     ranges_of,
 )
 from stablelora_kernels.model.reports import list_some
+from stablelora_kernels.nn.take_over import is_taken_over
 from stablelora_kernels.utils.modules import check_module
 
 
@@ -92,21 +93,19 @@ class _Parts(NamedTuple):
 def _parts_by_rows(model: nn.Module, names: Collection[str]) -> _Parts:
     """The parts of ``model``, all of whose PEFT modules can run ``names`` by rows."""
     layers = layers_module("adapters_of_rows")
-    from stablelora_kernels.integrations import peft_rows
-
     check_module(model)
     adapters = set(names) - {BASE}
     known: set[str] = set()
     parts = _Parts([], {}, [])
-    for name, module in peft_rows.modules_outside_adapters(model):
-        held = {*peft_rows.adapters_held(module)}
+    for name, module in layers.modules_outside_adapters(model):
+        held = {*layers.adapters_held(module)}
         if not held:
             if isinstance(module, nn.Embedding):
                 parts.embeddings.append(module)
             continue
         known |= held
-        is_accelerated = type(module) in layers.ORIGINAL
-        reason = peft_rows.reason_against_rows(module, adapters, is_accelerated)
+        is_accelerated = is_taken_over(module, layers.Accelerated)
+        reason = layers.reason_against_rows(module, adapters, is_accelerated)
         if reason is None and adapters & held and _is_of_expert(name):
             reason = "an expert gets tokens of all rows"
         if reason is not None:

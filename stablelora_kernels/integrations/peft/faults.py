@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stablelora_kernels.functional import FLOAT_DTYPES
-from stablelora_kernels.integrations.peft_wrappers import wrapped_parameters
+from stablelora_kernels.integrations.peft.wrappers import wrapped_parameters
 from stablelora_kernels.model.reports import list_some
 from stablelora_kernels.nn.stacks import computed_parameters, is_packed, parameter_names
 

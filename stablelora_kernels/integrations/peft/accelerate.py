@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from stablelora_kernels.integrations.rows_state import ATTRIBUTE, RowsState
+from stablelora_kernels.integrations.peft.rows_state import ATTRIBUTE, RowsState
 from stablelora_kernels.model.reports import (
     LoRAReport,
     ReplacedModule,
@@ -34,9 +34,11 @@ from stablelora_kernels.nn.fused_loss import (
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.nn.stacks import stored_parameter
+from stablelora_kernels.nn.take_over import give_back, is_taken_over, take_over
 from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.modules import check_module, in_fully_sharded, innermost
 from stablelora_kernels.utils.names import unmatched_names
+from stablelora_kernels.utils.refusal import Refusal
 from stablelora_kernels.utils.validation import check_bool, no_argument
 
 if TYPE_CHECKING:
@@ -133,16 +135,21 @@ def accelerate_peft(
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
             continue
-        rows = []
+        runs = False
         is_gathered_in_calls = in_fully_sharded(model, name)
         for adapter in module.lora_A:
-            reason = layers.reason_adapter_stays_pefts(module, adapter, is_gathered_in_calls)
+            reading = layers.read(module, [adapter], is_gathered_in_calls)
+            if isinstance(reading, Refusal):
+                skipped.append(SkippedModule(name, reading.reason))
+                continue
+            runs = True
+            reason = reading.reason_against_training()
             if reason is None:
-                rows.append(_row(name, module, adapter))
+                replaced.append(_row(name, module, adapter))
             else:
+                # In evaluation the ops compute it.
                 skipped.append(SkippedModule(name, reason))
-        replaced += rows
-        if rows or any(layers.is_only_evaluated(module, adapter) for adapter in module.lora_A):
+        if runs:
             accelerated.append(module)
             if layers.is_dora_beside(module):
                 beside.append(name)
@@ -174,7 +181,7 @@ def accelerate_peft(
         module for module in model.modules() if not _is_accelerated(module, layers, experts)
     }
     for module in accelerated:
-        module.__class__ = layers.KNOWN.get(type(module), type(module))
+        take_over(module, layers.Accelerated)
     for outermost in stacks.values():
         experts.accelerate(model, outermost)  # type: ignore[union-attr]
     _unfuse(model)
@@ -228,7 +235,7 @@ def _fuse(model: nn.Module, fusions: Mapping[str, bool], layers: ModuleType) -> 
         named = {
             name: module
             for name, module in model.named_modules()
-            if type(module) in layers.ORIGINAL
+            if is_taken_over(module, layers.Accelerated)
         }
         notes += make_projection_groups(model, named)
     mlps: tuple[GatedMLP, ...] = ()
@@ -290,7 +297,7 @@ def _faults(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> list[str]
     """What trains wrongly or not at all without PEFT's saying so, whoever computes the branch."""
     faults = []
     if wrappers:
-        from stablelora_kernels.integrations.peft_faults import faults_of_wrappers
+        from stablelora_kernels.integrations.peft.faults import faults_of_wrappers
 
         faults += faults_of_wrappers(wrappers.items())
     if any(parameter.requires_grad for parameter in model.parameters()):
@@ -375,8 +382,8 @@ def restore_peft(model: nn.Module) -> None:
 
 def _is_accelerated(module: nn.Module, layers: ModuleType, experts: ModuleType | None) -> bool:
     """Whether a layer, or a stack of experts, runs on the ops."""
-    return type(module) in layers.ORIGINAL or (
-        experts is not None and type(module) is experts.AcceleratedExperts
+    return is_taken_over(module, layers.Accelerated) or (
+        experts is not None and is_taken_over(module, experts.AcceleratedExperts)
     )
 
 
@@ -388,10 +395,9 @@ def _restore(
 ) -> None:
     """Give those of ``modules`` that are accelerated their own class back."""
     for module in modules:
-        if type(module) in layers.ORIGINAL:
-            module.__class__ = layers.ORIGINAL[type(module)]
-        elif _is_accelerated(module, layers, experts):
-            experts.restore(model, module)  # type: ignore[union-attr]
+        give_back(module, layers.Accelerated)
+        if experts is not None and is_taken_over(module, experts.AcceleratedExperts):
+            experts.restore(model, module)
 
 
 def _check_no_rows(model: nn.Module, function: str) -> None:
@@ -404,27 +410,27 @@ def _check_no_rows(model: nn.Module, function: str) -> None:
 
 
 def layers_module(function: str = "accelerate_peft") -> ModuleType:
-    """``peft_layers``; raises ImportError without a PEFT that it fits."""
+    """``layers``; raises ImportError without a PEFT that it fits."""
     peft = import_extra("peft", "peft", function)
     if release(peft.__version__) < (0, 16):
         raise ImportError(
             f"peft must be 0.16 or newer, whose layers tell their variants, got {peft.__version__}: "
             "pip install 'stablelora-kernels[peft]'"
         )
-    from stablelora_kernels.integrations import peft_layers
+    from stablelora_kernels.integrations.peft import layers
 
-    return peft_layers
+    return layers
 
 
 def _experts() -> ModuleType | None:
-    """``peft_experts``, or None with a PEFT before 0.17, which wraps no parameters."""
+    """``experts``, or None with a PEFT before 0.17, which wraps no parameters."""
     from peft.tuners import lora
 
     if not hasattr(lora, "ParamWrapper"):
         return None
-    from stablelora_kernels.integrations import peft_experts
+    from stablelora_kernels.integrations.peft import experts
 
-    return peft_experts
+    return experts
 
 
 def _tuner_layers(model: nn.Module, layers: ModuleType) -> list[tuple[str, Any]]:
@@ -451,7 +457,7 @@ def _reason_layer_stays_pefts(
     kind = type(module).__name__
     if not isinstance(module, layers.lora.LoraLayer):
         return f"{kind} is not a LoRA layer"
-    if type(module) not in layers.KNOWN and type(module) not in layers.ORIGINAL:
+    if type(module) not in layers.KNOWN and not is_taken_over(module, layers.Accelerated):
         return f"lora.{kind} is not a layer that the ops are known to fit"
     if "forward" in module.__dict__:
         return "its forward was replaced (as accelerate's hooks do)"
