@@ -16,6 +16,7 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import ACTIVATIONS, MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
 from stablelora_kernels.ops.lora_experts.autograd import lora_experts_op
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_linear.autograd import lora_linear_op
 from stablelora_kernels.ops.lora_mlp.autograd import lora_mlp_op
 from stablelora_kernels.ops.lora_mlp.facts import Options
@@ -315,19 +316,12 @@ def lora_experts(
         if lora_A.dtype != torch.float32:
             lora_A = cast(lora_A, dtype)
             lora_B = cast(lora_B, dtype)
-    check_experts(x, weight, bias, lora_A, lora_B, scaling, offsets, transposed)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
-    return lora_experts_op(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        offsets,
-        transposed,
-        dropout_p if training else 0.0,
+    stack = ExpertStack(
+        weight, bias, lora_A, lora_B, scaling, transposed, dropout_p if training else 0.0
     )
+    check_experts(x, stack, offsets)
+    return lora_experts_op(x, stack, offsets)
 
 
 def _projection(

@@ -41,7 +41,7 @@ from stablelora_kernels.nn.stacks import (
     reason_stack_does_not_fit,
     stored_parameter,
 )
-from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.utils.modules import is_hooked, weight_and_bias
 from stablelora_kernels.utils.tensors import autocast_dtype
 

@@ -23,6 +23,7 @@ from stablelora_kernels.functional import (
 from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.ops.lora_experts import autograd as op
 from stablelora_kernels.ops.lora_experts import grouped
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.packed_experts import StackLayout
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -161,7 +162,7 @@ def expected(call: Call, made: dict[str, Any], dtype: torch.dtype) -> dict[str, 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_matches_the_oracle_of_the_dequantized_weights(call, monkeypatch):
-    monkeypatch.setattr(op, "can_group", lambda x, weight: call.chunk > 0)
+    monkeypatch.setattr(op, "can_group", lambda x, stack: call.chunk > 0)
     monkeypatch.setattr(grouped, "CHUNK_BYTES", call.chunk * N * K * 2 + 100)
     made = operands(call)
     results = run(call, made)
@@ -213,7 +214,7 @@ def test_the_loop_dequantizes_one_expert_with_rows_at_a_time(wanted, backward, m
     ],
 )
 def test_the_grouped_product_dequantizes_chunks(experts, ends, forward, monkeypatch):
-    monkeypatch.setattr(op, "can_group", lambda x, weight: True)
+    monkeypatch.setattr(op, "can_group", lambda x, stack: True)
     monkeypatch.setattr(grouped, "CHUNK_BYTES", experts * N * K * 2)
     call = Call("nf4", BF16, BF16, ends=ends)
     made = operands(call)
@@ -230,8 +231,13 @@ def test_what_pytorch_groups(monkeypatch):
         is_cuda=True, device="cuda", dtype=BF16, element_size=lambda: 2, stride=(64, 1).__getitem__,
         data_ptr=lambda: 0,
     )  # fmt: skip
-    assert op.can_group(x, nf4(2, 64, 64).packed)
-    assert not op.can_group(x, nf4(2, 64, 60, nested=False).packed)
+
+    def stack_of(packed: PackedExperts) -> ExpertStack:
+        count, n, k = packed.shape
+        return ExpertStack(packed, None, torch.empty(count, R, k), torch.empty(count, n, R), 1.0)
+
+    assert op.can_group(x, stack_of(nf4(2, 64, 64).packed))
+    assert not op.can_group(x, stack_of(nf4(2, 64, 60, nested=False).packed))
 
 
 def test_it_keeps_x_and_s_and_no_stack():
