@@ -28,7 +28,7 @@ from stablelora_kernels.packed_experts import (
     PackedExperts,
 )
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.quantized import FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float
 
@@ -52,7 +52,7 @@ __all__ = [
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight | FP8Weight,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,

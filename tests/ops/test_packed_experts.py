@@ -24,7 +24,7 @@ from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.ops.lora_experts import autograd as op
 from stablelora_kernels.ops.lora_experts import grouped
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
-from stablelora_kernels.packed_experts import StackLayout
+from stablelora_kernels.quantized import Layout
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
@@ -341,13 +341,17 @@ WRONG = [
     (changed(code=torch.ones(8)), ValueError, r"code must be \[16\], got \[8\]"),
     (changed(offset=torch.ones(2)), ValueError, r"offset must be \[\], got \[2\]"),
     (changed(code=torch.ones(16, device="meta")), ValueError, "code must be on the device .* meta"),
-    (with_layout(kind=7), ValueError, r"layout.kind of NF4Experts must be one of \[0, 1\], got 7"),
-    (with_layout(nested_blocksize=256), ValueError, "scales must be 5 tensors, got 2"),
-    (with_layout(rows=128), ValueError, r"data must be \[16384\], got \[8192\]"),
     (
-        lambda: PackedExperts(torch.ones(4), (), StackLayout(2, 1, 2, 2, 1, 1)),
+        with_layout(format=7),
         ValueError,
-        r"layout.kind of PackedExperts must be one of \[\], got 2",
+        r"layout.format of NF4Experts must be one of \[1, 2\], got 7",
+    ),
+    (with_layout(nested_blocksize=256), ValueError, "scales must be 5 tensors, got 2"),
+    (with_layout(n=128), ValueError, r"data must be \[16384\], got \[8192\]"),
+    (
+        lambda: PackedExperts(torch.ones(4), (), Layout(3, 2, 2, 2)),
+        ValueError,
+        r"layout.format of PackedExperts must be one of \[\], got 3",
     ),
     (of_float8(dtype=torch.float8_e5m2), TypeError, "data must be torch.float8_e4m3fn, got .*e5m2"),
     (of_float8(scales=(2, 1, 1)), ValueError, r"scale_inv must be \[2, 2, 1\], got \[2, 1, 1\]"),
