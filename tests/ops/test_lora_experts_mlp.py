@@ -15,6 +15,7 @@ from stablelora_kernels.functional import NF4Experts
 from stablelora_kernels.ops import cpu_products, dropout
 from stablelora_kernels.ops.dropout import POSITIONS_FROM, draw_keep
 from stablelora_kernels.ops.lora_experts import autograd as lora_experts
+from stablelora_kernels.ops.lora_experts import loop
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_experts_mlp import autograd as lora_experts_mlp
 from stablelora_kernels.ops.lora_experts_mlp import blocks
@@ -280,8 +281,11 @@ def test_matches_the_oracle(case, take):
     "case", [EXACT[1], EXACT[3], EXACT[4], DOUBLE._replace(ps=(0.1, 0.1))], ids=str
 )
 def test_blocks_of_any_size_are_right(case, rows, monkeypatch):
-    """Of one expert each, of a few, and of all. Masks at 0.1 are positions, also of few slots."""
+    """Of one expert each, of a few, and of all. Masks at 0.1 are positions, also of few slots; a run
+    of A and B is one expert.
+    """
     monkeypatch.setattr(blocks, "_ROWS_OF_BLOCK", rows)
+    monkeypatch.setattr(loop, "_BYTES_OF_A_RUN", 0)
     monkeypatch.setattr(dropout, "POSITIONS_FROM", 1)
     made = make(case)
     exact = expected(case, made, FP64)

@@ -23,8 +23,10 @@ from stablelora_kernels.ops.lora_experts.call import (
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.utils.tensors import cast
 
-# In so many runs of experts is B copied, one after another.
+# In so many runs of experts are A and B cast and copied, one after another; but in one run if B
+# takes no more bytes than these.
 _RUNS = 4
+_BYTES_OF_A_RUN = 1 << 20
 
 
 class ExpertRows(NamedTuple):
@@ -55,9 +57,12 @@ class ExpertByExpert:
         self._dtype = dtype
         # PEFT packs B with the expert fastest, and a product cannot read that order. A copy of all
         # is as large as the gradient; one expert's alone would read all of B.
-        self._run_length = -(-stack.lora_B.shape[0] // _RUNS)
+        lora_B = stack.lora_B
+        of_expert = max(1, lora_B.shape[1] * lora_B.shape[2] * lora_B.itemsize)
+        self._run_length = max(-(-lora_B.shape[0] // _RUNS), _BYTES_OF_A_RUN // of_expert)
         self._run = -1
-        self._copied = stack.lora_B
+        self._lora_A = stack.lora_A
+        self._lora_B = lora_B
 
     def project(self, expert: ExpertRows, x: Tensor) -> tuple[Tensor, Tensor]:
         """Y and S of an expert's rows ``x``."""
@@ -66,7 +71,7 @@ class ExpertByExpert:
     def thin_product(self, expert: ExpertRows, x: Tensor) -> Tensor:
         """S of an expert's rows ``x``."""
         x = masked(x, self._mask_of(expert))
-        lora_A = self._lora_A(expert.place)
+        lora_A, _ = self._pair_of(expert.place)
         if by_float32(x):
             return product(x.float(), lora_A.float().t()).to(x.dtype)
         return product(x, lora_A.t())
@@ -87,14 +92,12 @@ class ExpertByExpert:
 
     def _projection(self, place: int, reads_weight: bool) -> Projection:
         """The projection of the expert at a place of the stack."""
+        weight = self._weight(place) if reads_weight else None
         bias = self._stack.bias
-        return Projection(
-            self._weight(place) if reads_weight else None,
-            None if bias is None else cast(bias[place], self._dtype),
-            self._lora_A(place),
-            self._lora_B(place),
-            self._stack.scaling,
-        )
+        if bias is not None:
+            bias = cast(bias[place], self._dtype)
+        lora_A, lora_B = self._pair_of(place)
+        return Projection(weight, bias, lora_A, lora_B, self._stack.scaling)
 
     def _weight(self, place: int) -> Tensor:
         """W [N, K] of the expert at a place of the stack. Only here is one read."""
@@ -104,19 +107,19 @@ class ExpertByExpert:
         matrix = cast(matrix, self._dtype)
         return matrix.t() if self._stack.transposed else matrix
 
-    def _lora_A(self, place: int) -> Tensor:
-        return self._stack.lora_A[place].to(self._dtype)
-
-    def _lora_B(self, place: int) -> Tensor:
+    def _pair_of(self, place: int) -> tuple[Tensor, Tensor]:
+        """A and B of the expert at a place of the stack."""
         run, place_in_run = divmod(place, self._run_length)
         if run != self._run:
             experts = slice(run * self._run_length, (run + 1) * self._run_length)
-            self._copied = _by_expert(self._stack.lora_B[experts], self._dtype)
+            self._lora_A = cast(self._stack.lora_A[experts], self._dtype)
+            self._lora_B = _by_expert(self._stack.lora_B[experts], self._dtype)
             self._run = run
-        return self._copied[place_in_run]
+        return self._lora_A[place_in_run], self._lora_B[place_in_run]
 
     def _mask_of(self, expert: ExpertRows) -> Tensor | None:
-        return mask_of_rows(self._stack.keep, expert.rows, self._stack.in_features)
+        keep = self._stack.keep
+        return None if keep is None else mask_of_rows(keep, expert.rows, self._stack.in_features)
 
 
 def _by_expert(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,14 +136,15 @@ def _by_expert(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
 def loop_forward(call: ExpertsForwardCall) -> tuple[Tensor, Tensor]:
     """Y and S; zeros in rows of no expert."""
     stack = ExpertByExpert(call.stack, call.x.dtype)
-    rows = call.x.shape[0]
-    y = call.x.new_empty(rows, call.stack.out_features)
-    every_s = call.x.new_empty(rows if call.save_s else 0, call.stack.rank)
+    count = call.x.shape[0]
+    y = call.x.new_empty(count, call.stack.out_features)
+    every_s = call.x.new_empty(count if call.save_s else 0, call.stack.rank)
     end = 0
     for expert in experts_with_rows(call.offsets):
-        y[expert.rows], s = stack.project(expert, call.x[expert.rows])
+        rows = expert.rows
+        y[rows], s = stack.project(expert, call.x[rows])
         if call.save_s:
-            every_s[expert.rows] = s
+            every_s[rows] = s
         end = expert.end
     y[end:] = 0
     every_s[end:] = 0
