@@ -16,7 +16,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch import backend, first_use, problem, rules
 from stablelora_kernels.dispatch.backend import explain_backend
 from stablelora_kernels.dispatch.first_use import OPERATORS
-from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device, cdiv
+from stablelora_kernels.dispatch.problem import MAX_GROUP, Call, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.ops.autograd import read_by_backward
 from stablelora_kernels.ops.first_use import NOT_TIMED
@@ -41,7 +41,7 @@ from stablelora_kernels.ops.lora_rows.triton import (
 )
 from stablelora_kernels.ops.plans import PlannedOp
 from stablelora_kernels.projection import BIASES, Projection, layouts_of, operands_of, scales_of
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.quantized import WEIGHTS, QuantizedWeight
 from stablelora_kernels.utils.validation import check_float, check_int
 
 # Of x and the weights, and of A and B.
@@ -187,11 +187,11 @@ def explain(
         return _by_rows(
             gpu, ms, ns[0], K, ranks, (dtype, lora_dtype), dropout_p, branch_only, machine.reason
         )
-    weight: str | NF4Weight | FP8Weight = "plain"
+    weight: str | QuantizedWeight = "plain"
     if branch_only:
         weight = "none"
     elif quantized is not None:
-        weight = quantized_weight(quantized, ns[0], K)
+        weight = WEIGHTS[quantized].zeros(ns[0], K, "meta")
     dtypes = (dtype, lora_dtype)
     calls = linear_calls(M, ns, K, ranks[0], dtypes, dropout_p, weight)
     dropout = dropout_p > 0
@@ -338,8 +338,9 @@ def _check_dtypes(dtype: torch.dtype, lora_dtype: torch.dtype) -> None:
 
 
 def _check_weight(quantized: str | None, branch_only: bool) -> None:
-    if quantized not in (None, "nf4", "fp8"):
-        raise ValueError(f"quantized must be 'nf4', 'fp8' or None, got {quantized!r}")
+    if quantized is not None and quantized not in WEIGHTS:
+        formats = ", ".join(map(repr, WEIGHTS))
+        raise ValueError(f"quantized must be {formats} or None, got {quantized!r}")
     if quantized is not None and branch_only:
         raise ValueError(
             f"quantized must be None where branch_only is true, which reads no weight, got {quantized!r}"
@@ -353,7 +354,7 @@ class _Strategy(NamedTuple):
     reason: str
 
 
-def _strategy(calls: Sequence[Call], weight: str | NF4Weight | FP8Weight) -> _Strategy:
+def _strategy(calls: Sequence[Call], weight: str | QuantizedWeight) -> _Strategy:
     """The strategy of a forward or a backward, or those of fused projections; ``weight`` as for
     :func:`linear_launches`.
     """
@@ -439,11 +440,11 @@ class LinearCalls(NamedTuple):
 
 def linear_calls(
     m: int, n: int | Sequence[int], k: int, r: int, dtypes: DTypes, dropout_p: float,
-    weight: str | NF4Weight | FP8Weight = "plain", where: str = "meta",
+    weight: str | QuantizedWeight = "plain", where: str = "meta",
 ) -> LinearCalls:  # fmt: skip
     """The calls on [m, k] rows with a [n, k] weight and a bias; several n are a projection group.
 
-    ``weight``: "plain", "nf4", "fp8", a quantized weight, or "none" for a branch alone.
+    ``weight``: "plain", one of WEIGHTS, a quantized weight, or "none" for a branch alone.
     """
     ns = (n,) if isinstance(n, int) else tuple(n)
     projections = [projection_of(size, k, r, dtypes, where, weight) for size in ns]
@@ -479,7 +480,7 @@ def linear_calls(
 
 def linear_launches(
     device: Device, m: int, n: int | Sequence[int], k: int, r: int, dtypes: DTypes, dropout_p: float,
-    weight: str | NF4Weight | FP8Weight = "plain", choices: Sequence[Choice | None] = (None, None), where: str = "meta",
+    weight: str | QuantizedWeight = "plain", choices: Sequence[Choice | None] = (None, None), where: str = "meta",
 ) -> Ways:  # fmt: skip
     """The forward's and the backward's launches of :func:`linear_calls`. ``choices``: strategies in
     place of the table's, forward and backward.
@@ -526,31 +527,13 @@ def rows_launches(
     return forward, backward
 
 
-def quantized_weight(kind: str, n: int, k: int, where: str = "meta") -> NF4Weight | FP8Weight:
-    """A weight in "nf4", nested in bitsandbytes' usual blocks, or in "fp8"."""
-    if kind == "fp8":
-        return FP8Weight(_zeros(where, n, k, of=torch.float8_e4m3fn), _zeros(where, n))
-    blocks = cdiv(n * k, 64)
-    return NF4Weight(
-        packed=_zeros(where, cdiv(n * k, 2), of=torch.uint8),
-        absmax=_zeros(where, blocks, of=torch.uint8),
-        code=_zeros(where, 16),
-        shape=(n, k),
-        blocksize=64,
-        nested_absmax=_zeros(where, cdiv(blocks, 256)),
-        nested_code=_zeros(where, 256),
-        offset=_zeros(where),
-        nested_blocksize=256,
-    )
-
-
 def projection_of(
     n: int,
     k: int,
     r: int,
     dtypes: DTypes,
     where: str,
-    weight: str | NF4Weight | FP8Weight = "plain",
+    weight: str | QuantizedWeight = "plain",
 ) -> Projection:
     """A projection without values; ``weight`` as for :func:`linear_launches`."""
     dtype, lora_dtype = dtypes
@@ -562,7 +545,7 @@ def projection_of(
     if weight == "plain":
         return Projection(_zeros(where, n, k, of=dtype), bias, lora_A, lora_B, 1.0)
     if isinstance(weight, str):
-        weight = quantized_weight(weight, n, k, where)
+        weight = WEIGHTS[weight].zeros(n, k, where)
     return Projection(weight.stored, bias, lora_A, lora_B, 1.0)
 
 

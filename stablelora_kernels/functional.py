@@ -17,6 +17,7 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
 from stablelora_kernels.ops.lora_experts.autograd import lora_experts_op
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_linear.autograd import lora_linear_op
 from stablelora_kernels.ops.lora_mlp.autograd import lora_mlp_op
 from stablelora_kernels.ops.lora_mlp.call import Options
@@ -28,7 +29,7 @@ from stablelora_kernels.packed_experts import (
     PackedExperts,
 )
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.quantized import FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float
 
@@ -52,7 +53,7 @@ __all__ = [
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight | FP8Weight,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -316,19 +317,12 @@ def lora_experts(
         if lora_A.dtype != torch.float32:
             lora_A = cast(lora_A, dtype)
             lora_B = cast(lora_B, dtype)
-    check_experts(x, weight, bias, lora_A, lora_B, scaling, offsets, transposed)
     check_float("dropout_p", dropout_p, low=0.0, high=1.0)
-    return lora_experts_op(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        offsets,
-        transposed,
-        dropout_p if training else 0.0,
+    stack = ExpertStack(
+        weight, bias, lora_A, lora_B, scaling, transposed, dropout_p if training else 0.0
     )
+    check_experts(x, stack, offsets)
+    return lora_experts_op(x, stack, offsets)
 
 
 def _projection(

@@ -10,46 +10,28 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.quantized import Layout, Stored, check_power, check_tensor
+from stablelora_kernels.quantized import (
+    FP4,
+    FP8,
+    MXFP4,
+    NF4,
+    Layout,
+    check_power,
+    check_tensor,
+    dequantize,
+)
 
-# Formats of a stack, as :class:`StackLayout` has them.
-NF4, FP4, FP8, MXFP4 = range(4)
+# bitsandbytes' names of its formats.
 _BITSANDBYTES = {"nf4": NF4, "fp4": FP4}
 # bitsandbytes' own parametrization of a parameter in 4 bits, by the name of its type.
 _PARAMETRIZATION = "Bnb4bitParametrization"
-# MXFP4 (OCP Microscaling Formats, version 1.0): 32 elements in 16 bytes share a power of two.
+# In MXFP4 so many elements share a power of two.
 _MX_BLOCK = 32
-_MX_BIAS = 127
-_MX_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# A dtype whose elements are as large as two of so many bytes.
-_TWICE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
-
-
-class StackLayout(NamedTuple):
-    """The memory layout of a stack of matrices [rows, columns]. Ints, because ops take ints."""
-
-    # One of the formats above.
-    kind: int
-    # How many matrices.
-    experts: int
-    rows: int
-    columns: int
-    # The elements that share a scale. In 4 bits of bitsandbytes, blocks of one row run on from row
-    # to row.
-    block_rows: int
-    block_columns: int
-    # Scales that share a nested one; 0 if scales are not nested.
-    nested_blocksize: int = 0
-
-    @property
-    def elements(self) -> int:
-        """The elements of an expert."""
-        return self.rows * self.columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,29 +49,26 @@ class PackedExperts:
 
     data: Tensor
     scales: tuple[Tensor, ...]
-    layout: StackLayout
+    layout: Layout
 
-    #: What messages and reports call the format, and its kinds of layout.
+    #: What messages and reports call the format, and the formats of its layouts.
     format: ClassVar[str] = "unknown"
-    kinds: ClassVar[tuple[int, ...]] = ()
+    formats: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.layout.kind not in self.kinds:
+        if self.layout.format not in self.formats:
             raise ValueError(
-                f"layout.kind of {type(self).__name__} must be one of {list(self.kinds)}, got {self.layout.kind}"
+                f"layout.format of {type(self).__name__} must be one of {list(self.formats)}, got {self.layout.format}"
             )
-        if len(self.scales) != self._scale_count():
+        if len(self.scales) != self.layout.scale_count:
             raise ValueError(
-                f"scales must be {self._scale_count()} tensors, got {len(self.scales)}"
+                f"scales must be {self.layout.scale_count} tensors, got {len(self.scales)}"
             )
-
-    def _scale_count(self) -> int:
-        return 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, N, K); (E, K, N) for a stack that is stored transposed."""
-        return self.layout.experts, self.layout.rows, self.layout.columns
+        return self.layout.experts, self.layout.n, self.layout.k
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +82,10 @@ class PackedExperts:
 
     def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """As :meth:`expert` for the experts from ``start`` to before ``end``: [end - start, N, K]."""
-        raise NotImplementedError
+        layout = self.layout._replace(experts=end - start)
+        scales = [scale[start:end] for scale in self.scales]
+        values = dequantize(self.data[start:end], scales, layout, dtype)
+        return values.view(end - start, layout.n, layout.k)
 
 
 class NF4Experts(PackedExperts):
@@ -114,21 +96,18 @@ class NF4Experts(PackedExperts):
     """
 
     format = "bitsandbytes' 4 bits"
-    kinds = (NF4, FP4)
-
-    def _scale_count(self) -> int:
-        return 5 if self.layout.nested_blocksize else 2
+    formats = (NF4, FP4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         layout = self.layout
-        check_power("blocksize", layout.block_columns)
-        if layout.elements % layout.block_columns:
+        check_power("blocksize", layout.blocksize)
+        if layout.elements % layout.blocksize:
             raise ValueError(
-                f"an expert must be whole blocks of {layout.block_columns} elements, got "
-                f"{layout.rows} x {layout.columns} = {layout.elements} elements"
+                f"an expert must be whole blocks of {layout.blocksize} elements, got "
+                f"{layout.n} x {layout.k} = {layout.elements} elements"
             )
-        blocks = layout.experts * layout.elements // layout.block_columns
+        blocks = layout.experts * layout.elements // layout.blocksize
         tensors = {"absmax": (torch.float32, [blocks]), "code": (torch.float32, [16])}
         if layout.nested_blocksize:
             check_power("nested_blocksize", layout.nested_blocksize)
@@ -178,42 +157,34 @@ class NF4Experts(PackedExperts):
         if state.nested:
             scales += [state.state2.absmax, state.state2.code, state.offset]
             nested_blocksize = state.state2.blocksize
-        layout = StackLayout(
-            _BITSANDBYTES[state.quant_type],
-            count,
-            rows,
-            columns,
-            1,
-            state.blocksize,
-            nested_blocksize,
-        )
+        format = _BITSANDBYTES[state.quant_type]
+        layout = Layout(format, rows, columns, state.blocksize, nested_blocksize, experts=count)
         return cls(data.detach().view(torch.uint8).reshape(-1), tuple(scales), layout)
 
     def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        layout = self.layout
-        blocks_of_one = layout.elements // layout.block_columns
+        layout = self.layout._replace(nested_blocksize=0, experts=end - start)
+        blocks_of_one = layout.elements // layout.blocksize
         blocks = slice(start * blocks_of_one, end * blocks_of_one)
         data = self.data[start * layout.elements // 2 : end * layout.elements // 2]
-        absmax = self._absmax(blocks)
-        code = self.scales[1]
+        scales = (self._absmax(blocks), self.scales[1])
         if dtype == torch.float64:
-            rows = (end - start) * layout.rows
-            flat = Layout(4, rows, layout.columns, layout.block_columns, 0)
-            values = Stored(data, (absmax, code), flat).dequantize(dtype)
+            values = dequantize(data, scales, layout, dtype)
         else:
-            # Whoever has a stack in 4 bits has bitsandbytes, which no extra installs.
+            # Whoever has a stack in 4 bits has bitsandbytes, which no extra installs. Its kernels
+            # are one launch, and on a CPU several times as fast as PyTorch's operators.
             functional = importlib.import_module("bitsandbytes.functional")
+            absmax, code = scales
             state = functional.QuantState(
                 absmax=absmax,
                 # One row a block: on a CPU bitsandbytes is wrong about blocks across rows.
-                shape=torch.Size((absmax.numel(), layout.block_columns)),
+                shape=torch.Size((absmax.numel(), layout.blocksize)),
                 dtype=dtype,
-                blocksize=layout.block_columns,
-                quant_type="nf4" if layout.kind == NF4 else "fp4",
+                blocksize=layout.blocksize,
+                quant_type=layout.name,
                 code=code,
             )
             values = functional.dequantize_4bit(data.unsqueeze(1), state)
-        return values.view(end - start, layout.rows, layout.columns)
+        return values.view(end - start, layout.n, layout.k)
 
     def _absmax(self, blocks: slice) -> Tensor:
         """The float32 absmax of these blocks, to the bit as bitsandbytes computes it."""
@@ -239,17 +210,17 @@ class FP8Experts(PackedExperts):
     """
 
     format = "float8"
-    kinds = (FP8,)
+    formats = (FP8,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         layout = self.layout
-        if layout.block_rows < 1 or layout.block_columns < 1:
+        if layout.block_rows < 1 or layout.blocksize < 1:
             raise ValueError(
-                f"block_size must be at least 1 x 1, got {layout.block_rows} x {layout.block_columns}"
+                f"block_size must be at least 1 x 1, got {layout.block_rows} x {layout.blocksize}"
             )
-        row_blocks = -(-layout.rows // layout.block_rows)
-        column_blocks = -(-layout.columns // layout.block_columns)
+        row_blocks = -(-layout.n // layout.block_rows)
+        column_blocks = -(-layout.k // layout.blocksize)
         check_tensor("data", self.data, torch.uint8, [*self.shape], self.data)
         shape = [layout.experts, row_blocks, column_blocks]
         check_tensor("scale_inv", self.scales[0], torch.float32, shape, self.data)
@@ -282,19 +253,8 @@ class FP8Experts(PackedExperts):
         check_tensor("data", data, torch.float8_e4m3fn, [*data.shape], data)
         count, rows, columns = data.shape
         block_rows, block_columns = block_size
-        layout = StackLayout(FP8, count, rows, columns, block_rows, block_columns)
+        layout = Layout(FP8, rows, columns, block_columns, block_rows=block_rows, experts=count)
         return cls(data.detach().view(torch.uint8), (scale_inv.detach(),), layout)
-
-    def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        layout = self.layout
-        work = torch.promote_types(dtype, torch.float32)
-        values = _from_float8(self.data[start:end], work)
-        scales = self.scales[0][start:end].to(work)
-        by_row = scales.repeat_interleave(layout.block_rows, 1)[:, : layout.rows]
-        # In place, block by block: the scales of all elements would be as large as the stack.
-        for place, columns in enumerate(values.split(layout.block_columns, 2)):
-            columns.mul_(by_row[:, :, place : place + 1])
-        return values.to(dtype)
 
 
 class MXFP4Experts(PackedExperts):
@@ -306,12 +266,12 @@ class MXFP4Experts(PackedExperts):
     """
 
     format = "MXFP4"
-    kinds = (MXFP4,)
+    formats = (MXFP4,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         layout = self.layout
-        groups = [layout.experts, layout.rows, layout.columns // _MX_BLOCK]
+        groups = [layout.experts, layout.n, layout.k // _MX_BLOCK]
         check_tensor("blocks", self.data, torch.uint8, [*groups, _MX_BLOCK // 2], self.data)
         check_tensor("scales", self.scales[0], torch.uint8, groups, self.data)
 
@@ -325,44 +285,19 @@ class MXFP4Experts(PackedExperts):
         if blocks.dim() != 4:
             raise ValueError(f"blocks must be [E, N, K / 32, 16], got {list(blocks.shape)}")
         count, rows, groups = blocks.shape[:3]
-        layout = StackLayout(MXFP4, count, rows, groups * _MX_BLOCK, 1, _MX_BLOCK)
+        layout = Layout(MXFP4, rows, groups * _MX_BLOCK, _MX_BLOCK, experts=count)
         return cls(blocks, (scales,), layout)
 
-    def experts(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        blocks = self.data[start:end]
-        # In float16 the power of two alone may be out of range.
-        work = torch.float32 if dtype == torch.float16 else dtype
-        magnitudes = torch.tensor(_MX_VALUES, dtype=work, device=blocks.device)
-        values = torch.cat((magnitudes, -magnitudes))
-        byte = torch.arange(256, device=blocks.device)
-        pairs = values[torch.stack((byte & 15, byte >> 4), 1)]
-        # One look-up of both elements of a byte, as one element of twice the size.
-        doubled = pairs.view(_TWICE[work.itemsize]).view(-1)
-        elements = doubled.index_select(0, blocks.reshape(-1).int()).view(work)
-        exponents = self.scales[0][start:end].int().sub_(_MX_BIAS).unsqueeze(-1)
-        # Each power is computed once and not, as ldexp would, for each element.
-        ones = torch.ones_like(exponents, dtype=torch.float32)
-        powers = torch.ldexp(ones, exponents).to(work)
-        elements = elements.view(*blocks.shape[:-1], _MX_BLOCK).mul_(powers)
-        return elements.view(end - start, self.layout.rows, self.layout.columns).to(dtype)
 
-
-def _from_float8(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of float8_e4m3fn's bytes."""
-    if data.is_cuda:
-        return data.view(torch.float8_e4m3fn).to(dtype)
-    # On a CPU PyTorch's conversion takes four times as long.
-    every_byte = torch.arange(256, dtype=torch.uint8, device=data.device)
-    values = every_byte.view(torch.float8_e4m3fn).to(dtype)
-    return values.index_select(0, data.reshape(-1).int()).view(data.shape)
+_STACKS: dict[int, type[PackedExperts]] = {
+    format: stack for stack in (NF4Experts, FP8Experts, MXFP4Experts) for format in stack.formats
+}
 
 
 def packed_experts(data: Tensor, scales: Sequence[Tensor], layout: Sequence[int]) -> PackedExperts:
     """The stack of the parts that an op takes."""
-    named = StackLayout(*layout)
-    formats = (NF4Experts, FP8Experts, MXFP4Experts)
-    format_of_kind = {kind: packed for packed in formats for kind in packed.kinds}
-    return format_of_kind[named.kind](data, tuple(scales), named)
+    named = Layout(*layout)
+    return _STACKS[named.format](data, tuple(scales), named)
 
 
 def is_in_4_bits(module: nn.Module, name: str) -> bool:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.quantized import FP8Weight, Layout, NF4Weight, Stored
+from stablelora_kernels.quantized import Layout, QuantizedWeight, Stored
 
 # In place of a layout, for a weight that is not quantized.
-_PLAIN = Layout(0, 0, 0, 0, 0)
+_PLAIN = Layout(0, 0, 0, 0)
 
 
 class Projection(NamedTuple):
@@ -27,7 +27,7 @@ class Projection(NamedTuple):
 
     # Inside the ops a quantized weight is Stored, and None is a weight that nothing reads: that of
     # a branch alone, for one.
-    weight: Tensor | Stored | NF4Weight | FP8Weight | None
+    weight: Tensor | Stored | QuantizedWeight | None
     bias: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None

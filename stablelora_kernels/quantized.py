@@ -7,8 +7,9 @@ in float64.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +19,46 @@ from stablelora_kernels.utils.validation import check_int
 # PyTorch dequantizes so many elements at a time, to bound the memory for float32 values and
 # indices.
 _ELEMENTS = 1 << 22
+# nested_absmax, nested_code and offset are the last scales where scales are nested.
+_NESTED_SCALES = 3
+# A dtype whose elements are as large as two of so many bytes.
+_TWICE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
+# OCP Microscaling Formats, version 1.0: the magnitudes of a float of 4 bits, and the bias of a
+# scale's exponent.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E8M0_BIAS = 127
 
 
 class Layout(NamedTuple):
-    """The memory layout of a weight [n, k], for which kernels are compiled. Ints, because ops take
-    ints.
+    """The memory layout of a weight [n, k], for which kernels are compiled, or of a stack of them.
+    Ints, because ops take ints.
     """
 
-    # 4: NF4, 8: FP8.
-    bits: int
+    # Of FORMATS.
+    format: int
     n: int
     k: int
-    # Elements that share a scale, and scales that share a nested one (0 if scales are float32).
+    # Elements that share a scale, and scales that share a nested one (0 if scales are not nested).
     blocksize: int
-    nested_blocksize: int
+    nested_blocksize: int = 0
+    # Of a stack: rows that share a scale, and how many weights there are.
+    block_rows: int = 1
+    experts: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the format is called."""
+        return FORMATS[self.format].name
+
+    @property
+    def bits(self) -> int:
+        """Those of an element."""
+        return FORMATS[self.format].bits
+
+    @property
+    def elements(self) -> int:
+        """The elements of a weight."""
+        return self.n * self.k
 
     @property
     def aligned(self) -> bool:
@@ -40,16 +67,133 @@ class Layout(NamedTuple):
 
     @property
     def scale_count(self) -> int:
-        """The number of tensors in ``Stored.scales``."""
-        return 1 if self.bits == 8 else 5 if self.nested_blocksize else 2
+        """The number of tensors that scale the data."""
+        return FORMATS[self.format].scale_count + (_NESTED_SCALES if self.nested_blocksize else 0)
+
+
+class Format(NamedTuple):
+    """How weights are stored: the one place that knows what their bytes mean.
+
+    Kernels read the formats of WEIGHTS by their names.
+    """
+
+    name: str
+    # Of an element.
+    bits: int
+    # How many tensors scale the data, if scales are not nested.
+    scale_count: int
+    # Whether blocks end with their row. Otherwise elements count row after row.
+    by_rows: bool
+    # The values of some bytes before they are scaled, flat, of the data and the scales.
+    values: Callable[[Tensor, Sequence[Tensor], torch.dtype], Tensor]
+    # The scale of each block, [rows, blocks of a row] or [blocks, 1].
+    block_scales: Callable[[Sequence[Tensor], Layout, torch.dtype], Tensor]
+
+
+def _values_of_code(data: Tensor, scales: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """``code[index]``, the first of two elements in the upper half of a byte."""
+    byte = torch.arange(256, device=data.device)
+    return _look_up_pairs(data, scales[1].to(dtype)[torch.stack((byte >> 4, byte & 15), 1)])
+
+
+def _values_of_e2m1(data: Tensor, scales: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Floats of 4 bits, the first of two elements in the lower half of a byte."""
+    magnitudes = torch.tensor(_E2M1, dtype=dtype, device=data.device)
+    byte = torch.arange(256, device=data.device)
+    both_signs = torch.cat((magnitudes, -magnitudes))
+    return _look_up_pairs(data, both_signs[torch.stack((byte & 15, byte >> 4), 1)])
+
+
+def _look_up_pairs(data: Tensor, pairs: Tensor) -> Tensor:
+    """The elements of bytes, of which ``pairs`` [256, 2] has both."""
+    # One look-up of both, as one element of twice the size.
+    doubled = pairs.view(_TWICE[pairs.itemsize]).view(-1)
+    return doubled.index_select(0, data.reshape(-1).int()).view(pairs.dtype)
+
+
+def _values_of_float8(data: Tensor, scales: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if data.is_cuda:
+        return data.reshape(-1).view(torch.float8_e4m3fn).to(dtype)
+    # On a CPU PyTorch's conversion takes four times as long.
+    every_byte = torch.arange(256, dtype=torch.uint8, device=data.device)
+    of_byte = every_byte.view(torch.float8_e4m3fn).to(dtype)
+    return of_byte.index_select(0, data.reshape(-1).int())
+
+
+def _absmax(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    absmax = scales[0].reshape(-1)
+    if layout.nested_blocksize:
+        nested_absmax, nested_code, offset = (t.to(dtype) for t in scales[-_NESTED_SCALES:])
+        outer = nested_absmax.repeat_interleave(layout.nested_blocksize)[: absmax.numel()]
+        absmax = nested_code.index_select(0, absmax.int()) * outer + offset
+    return absmax.to(dtype).unsqueeze(1)
+
+
+def _scales_by_row(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    blocks = -(-layout.k // layout.blocksize)
+    by_block = scales[0].to(dtype).view(layout.experts, -1, blocks)
+    if layout.block_rows > 1:
+        by_block = by_block.repeat_interleave(layout.block_rows, 1)[:, : layout.n]
+    return by_block.reshape(-1, blocks)
+
+
+def _powers_of_two(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    exponents = scales[0].reshape(-1, 1).int().sub_(_E8M0_BIAS)
+    # Each power is computed once and not, as ldexp would, for each element.
+    ones = torch.ones_like(exponents, dtype=torch.float32)
+    return torch.ldexp(ones, exponents).to(dtype)
+
+
+# The formats of a layout. 0 is a weight that is not quantized.
+NF4, FP4, FP8, MXFP4 = range(1, 5)
+FORMATS = {
+    # bitsandbytes' 4 bits: absmax and code. FP4 differs in its code alone.
+    NF4: Format("nf4", 4, 2, False, _values_of_code, _absmax),
+    FP4: Format("fp4", 4, 2, False, _values_of_code, _absmax),
+    FP8: Format("fp8", 8, 1, True, _values_of_float8, _scales_by_row),
+    MXFP4: Format("mxfp4", 4, 1, False, _values_of_e2m1, _powers_of_two),
+}
+
+
+def dequantize(
+    data: Tensor, scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype
+) -> Tensor:
+    """W [n, k], or all of a stack [experts n, k], by PyTorch's operators, computed in float32 and
+    rounded once; float64 is not rounded.
+    """
+    stored = FORMATS[layout.format]
+    work = torch.promote_types(dtype, torch.float32)
+    block_scales = stored.block_scales(scales, layout, work)
+    # The elements that a row of block_scales scales.
+    line = layout.k if stored.by_rows else layout.blocksize
+    lines = max(1, _ELEMENTS // line)
+    rows = layout.experts * layout.n
+    data = data.view(-1)
+    out = torch.empty(data.numel() * 8 // stored.bits, dtype=dtype, device=data.device)
+    for part, packed, scale in zip(
+        out.split(lines * line),
+        data.split(lines * line * stored.bits // 8),
+        block_scales.split(lines),
+        strict=True,
+    ):
+        values = stored.values(packed, scales, work)
+        whole = values.numel() // line
+        rest = whole * line
+        # In place, block by block: the scales of all elements would be as large as the values.
+        blocks = values[:rest].view(whole, line).split(layout.blocksize, 1)
+        for place, block in enumerate(blocks):
+            block.mul_(scale[:whole, place, None])
+        # Blocks across rows need not end with the last one.
+        values[rest:].mul_(scale[-1:, 0])
+        part.copy_(values)
+    return out[: rows * layout.k].view(rows, layout.k)
 
 
 class Stored(NamedTuple):
     """A quantized weight in the parts that the ops take: its bytes in uint8, its scales and its
     layout.
 
-    Scales for 4 bits: absmax, code and, if nested, nested_absmax, nested_code, offset. For 8 bits:
-    scale.
+    Scales of NF4: absmax, code and, if nested, nested_absmax, nested_code, offset. Of float8: scale.
     """
 
     data: Tensor
@@ -62,45 +206,11 @@ class Stored(NamedTuple):
         return self.layout.n, self.layout.k
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """W [n, k] by PyTorch's operators, computed in float32 and rounded once; float64 is not
-        rounded.
-        """
-        n, k = self.layout.n, self.layout.k
-        work = torch.promote_types(dtype, torch.float32)
-        if self.layout.bits == 8:
-            out = torch.empty(n, k, dtype=dtype, device=self.data.device)
-            rows = max(1, _ELEMENTS // k)
-            values = self.data.view(torch.float8_e4m3fn).split(rows)
-            for part, stored, scale in zip(
-                out.split(rows), values, self.scales[0].split(rows), strict=True
-            ):
-                part.copy_(stored.to(work) * scale.to(work)[:, None])
-            return out
-        absmax, code = self.scales[:2]
-        if self.layout.nested_blocksize:
-            nested_absmax, nested_code, offset = (t.to(work) for t in self.scales[2:])
-            outer = nested_absmax.repeat_interleave(self.layout.nested_blocksize)[: absmax.numel()]
-            absmax = nested_code.index_select(0, absmax.int()) * outer + offset
-        # One look-up gives both elements of a byte.
-        index = torch.arange(256, device=code.device)
-        pairs = code.to(work)[torch.stack((index >> 4, index & 15), 1)]
-        out = torch.empty(2 * self.data.numel(), dtype=dtype, device=self.data.device)
-        # A multiple of blocks and of bytes.
-        step = max(_ELEMENTS, self.layout.blocksize)
-        scales = absmax.to(work).split(step // self.layout.blocksize)
-        for part, packed, scale in zip(
-            out.split(step), self.data.split(step // 2), scales, strict=True
-        ):
-            values = pairs.index_select(0, packed.int()).view(-1)
-            whole = values.numel() // self.layout.blocksize
-            rest = whole * self.layout.blocksize
-            values[:rest].view(whole, self.layout.blocksize).mul_(scale[:whole, None])
-            values[rest:].mul_(scale[-1:])
-            part.copy_(values)
-        return out[: n * k].view(n, k)
+        """As :func:`dequantize`."""
+        return dequantize(self.data, self.scales, self.layout, dtype)
 
 
-def as_plain(weight: Tensor | Stored | NF4Weight | FP8Weight, dtype: torch.dtype) -> Tensor:
+def as_plain(weight: Tensor | Stored | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """``weight``, or the W that it stores, in ``dtype``."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
@@ -141,6 +251,8 @@ class NF4Weight:
     offset: Tensor | None = None
     nested_blocksize: int = 0
 
+    format: ClassVar[int] = NF4
+
     def __post_init__(self) -> None:
         n, k = self.shape
         check_int("shape[0]", n, minimum=1)
@@ -162,6 +274,23 @@ class NF4Weight:
             expected |= {"nested_code": (torch.float32, 256), "offset": (torch.float32,)}
         for name, (dtype, *shape) in expected.items():
             check_tensor(name, getattr(self, name), dtype, shape, self.packed)
+
+    @classmethod
+    def zeros(cls, n: int, k: int, device: torch.device | str) -> NF4Weight:
+        """A weight nested in bitsandbytes' usual blocks."""
+        blocks = -(-n * k // 64)
+        with torch.device(device):
+            return cls(
+                packed=torch.zeros(-(-n * k // 2), dtype=torch.uint8),
+                absmax=torch.zeros(blocks, dtype=torch.uint8),
+                code=torch.zeros(16),
+                shape=(n, k),
+                blocksize=64,
+                nested_absmax=torch.zeros(-(-blocks // 256)),
+                nested_code=torch.zeros(256),
+                offset=torch.zeros(()),
+                nested_blocksize=256,
+            )
 
     @classmethod
     def from_bitsandbytes(cls, weight: Any) -> NF4Weight:
@@ -211,7 +340,7 @@ class NF4Weight:
         nested = (
             (self.nested_absmax, self.nested_code, self.offset) if self.nested_blocksize else ()
         )
-        layout = Layout(4, *self.shape, self.blocksize, self.nested_blocksize)
+        layout = Layout(NF4, *self.shape, self.blocksize, self.nested_blocksize)
         return Stored(self.packed, (self.absmax, self.code, *nested), layout)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -234,6 +363,8 @@ class FP8Weight:
     data: Tensor
     scale: Tensor
 
+    format: ClassVar[int] = FP8
+
     def __post_init__(self) -> None:
         if self.data.dim() != 2 or 0 in self.data.shape:
             raise ValueError(
@@ -241,6 +372,11 @@ class FP8Weight:
             )
         check_tensor("data", self.data, torch.float8_e4m3fn, list(self.data.shape), self.data)
         check_tensor("scale", self.scale, torch.float32, [self.data.shape[0]], self.data)
+
+    @classmethod
+    def zeros(cls, n: int, k: int, device: torch.device | str) -> FP8Weight:
+        with torch.device(device):
+            return cls(torch.zeros(n, k, dtype=torch.float8_e4m3fn), torch.zeros(n))
 
     @classmethod
     def from_torchao(cls, weight: Any) -> FP8Weight:
@@ -271,15 +407,24 @@ class FP8Weight:
 
     @property
     def stored(self) -> Stored:
-        return Stored(
-            self.data.view(torch.uint8), (self.scale,), Layout(8, *self.shape, self.shape[1], 0)
-        )
+        layout = Layout(FP8, *self.shape, self.shape[1])
+        return Stored(self.data.view(torch.uint8), (self.scale,), layout)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W [N, K], computed in float32 and rounded once to ``dtype``."""
         return self.stored.dequantize(dtype)
 
 
+# A frozen weight as ``lora_linear`` takes it, and its classes by the names of their formats.
+QuantizedWeight = NF4Weight | FP8Weight
+WEIGHTS: dict[str, type[NF4Weight] | type[FP8Weight]] = {
+    FORMATS[kind.format].name: kind for kind in (NF4Weight, FP8Weight)
+}
+# What reads a parameter of a library, by the name of the parameter's type.
+_READERS: dict[str, Callable[[Any], QuantizedWeight]] = {
+    "Params4bit": NF4Weight.from_bitsandbytes,
+    "Float8Tensor": FP8Weight.from_torchao,
+}
 _NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 
 # Every call reads its layer's weight, and checking took half of that time. So remember the parts of
@@ -302,7 +447,7 @@ def is_quantized(weight: Any) -> bool:
     """Whether ``weight`` is a parameter of bitsandbytes in 4 bits or of torchao in float8, by the
     name of its type.
     """
-    return type(weight).__name__ in ("Params4bit", "Float8Tensor")
+    return type(weight).__name__ in _READERS
 
 
 def is_packed_for_cpu(weight: Any) -> bool:
@@ -312,18 +457,14 @@ def is_packed_for_cpu(weight: Any) -> bool:
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
-def read(weight: Any) -> NF4Weight | FP8Weight:
+def read(weight: Any) -> QuantizedWeight:
     """The weight of a parameter for which :func:`is_quantized` holds, without a copy.
 
     Raises:
         TypeError, ValueError: as :meth:`NF4Weight.from_bitsandbytes` and
             :meth:`FP8Weight.from_torchao`.
     """
-    return (
-        NF4Weight.from_bitsandbytes
-        if type(weight).__name__ == "Params4bit"
-        else FP8Weight.from_torchao
-    )(weight)
+    return _READERS[type(weight).__name__](weight)
 
 
 def check_power(name: str, value: int) -> None:

@@ -29,8 +29,9 @@ from stablelora_kernels.cli.self_test_layers import (
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.functional import lora_experts, lora_linear
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, FrozenStack, Routing
+from stablelora_kernels.ops.lora_experts_mlp.call import Routing
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef
@@ -340,7 +341,7 @@ def check_experts_mlp(device: torch.device, *, dtype: torch.dtype) -> list[Devia
         places = torch.arange(count, device=device)
         offsets = torch.searchsorted(expert_of_slot, places, right=True, out_int32=True)
         stacks = [
-            ExpertStack(FrozenStack(*frozen, False, SCALING), t[f"{name}'s A"], t[f"{name}'s B"])
+            ExpertStack(*frozen, t[f"{name}'s A"], t[f"{name}'s B"], SCALING)
             for name, frozen in (("up", up), ("down", down))
         ]
         routing = Routing(order, offsets, t["weights"])

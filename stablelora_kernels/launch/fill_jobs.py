@@ -19,7 +19,7 @@ from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection, s_unit
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, Stored
+from stablelora_kernels.quantized import QuantizedWeight, Stored
 from stablelora_kernels.utils.tensors import drop_share
 
 
@@ -77,7 +77,7 @@ def _branch_of(p: Projection) -> tuple[Tensor, Tensor]:
 
 
 def _weight_of(p: Projection) -> Tensor | Stored | None:
-    assert not isinstance(p.weight, (NF4Weight, FP8Weight))
+    assert not isinstance(p.weight, QuantizedWeight)
     return p.weight
 
 

@@ -27,7 +27,7 @@ from stablelora_kernels.launch.fill_jobs import (
     product_words,
     shared_sums,
 )
-from stablelora_kernels.quantized import Stored
+from stablelora_kernels.quantized import FORMATS, Stored
 
 
 class _PackedWeight(NamedTuple):
@@ -41,19 +41,19 @@ class _PackedWeight(NamedTuple):
 def _packed(weight: Stored) -> _PackedWeight:
     """A stored weight as kernels take it."""
     layout = weight.layout
-    nf4 = layout.bits == 4
     nested = layout.nested_blocksize
-    # NF4 has absmax, code and up to three nested scales; float8 has scales alone.
+    # In the order of jobs.Packed.
     scales = [*weight.scales, None, None, None, None, None][:5]
     packed = jobs.Packed(weight.data, layout.k * layout.bits // 8, *scales)
     tile = jobs.PackedTile(
-        NF4=nf4,
-        BLOCKSIZE=layout.blocksize if nf4 else 1,
+        FORMAT=layout.name,
+        # A scale a row is no reason to compile a kernel for each width.
+        BLOCKSIZE=1 if FORMATS[layout.format].by_rows else layout.blocksize,
         NESTED=nested,
         ALIGNED=layout.aligned,
     )
     flags = flag_words(nested=nested > 0, unaligned=not layout.aligned)
-    return _PackedWeight(packed, tile, ("nf4" if nf4 else "fp8") + flags)
+    return _PackedWeight(packed, tile, layout.name + flags)
 
 
 def quantized(device: Device, p: Product, weight: Stored) -> Launch:

@@ -19,7 +19,7 @@ from stablelora_kernels.nn.stacks import (
     is_stored_as_taken,
     read_stack,
 )
-from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, FrozenStack
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 
 # The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -100,26 +100,26 @@ def stack_of(experts: Experts, name: str, pair: StackedPair | None) -> ExpertSta
         a, b = pair.by_expert(count)
         if is_taken_so != pair.taken_transposed:
             a, b = b.transpose(1, 2), a.transpose(1, 2)
-        return ExpertStack(FrozenStack(stack, bias, transposed, pair.scaling), a, b)
+        return ExpertStack(stack, bias, a, b, pair.scaling, transposed)
     in_features, out_features = (rows, columns) if transposed else (columns, rows)
     a = torch.empty(count, 0, in_features, dtype=torch.float32, device=stack.device)
     b = torch.empty(count, out_features, 0, dtype=torch.float32, device=stack.device)
-    return ExpertStack(FrozenStack(stack, bias, transposed, 1.0), a, b)
+    return ExpertStack(stack, bias, a, b, 1.0, transposed)
 
 
 def _product(stack: ExpertStack, x: Tensor, offsets: Tensor) -> Tensor:
     """The product of rows [T, K], sorted by expert, with a stack and its branch, [T, N]."""
-    frozen = stack.frozen
-    branch = stack.without_branch_for(x.dtype) if stack.rank == 0 else stack
+    stack = stack.without_branch_for(x.dtype) if stack.rank == 0 else stack
+    assert stack.weight is not None
     return lora_experts(
         x,
-        frozen.weight,
-        frozen.bias,
-        branch.lora_A,
-        branch.lora_B,
-        frozen.scaling,
+        stack.weight,
+        stack.bias,
+        stack.lora_A,
+        stack.lora_B,
+        stack.scaling,
         offsets,
-        transposed=frozen.transposed,
+        transposed=stack.transposed,
     )
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from stablelora_kernels.ops.checks import check_stack
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, Gate, Routing
+from stablelora_kernels.ops.lora_experts_mlp.call import Gate, Routing
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 
@@ -101,25 +102,11 @@ def compute_fused_experts(
         up = up.without_branch_for(rows.dtype)
     if down.rank == 0:
         down = down.without_branch_for(rows.dtype)
-    _check(rows, up, dtype is not None)
-    _check(rows.new_empty(0, down.in_features), down, dtype is not None)
+    check_stack(rows, up, dtype is not None)
+    check_stack(rows.new_empty(0, down.in_features), down, dtype is not None)
     slots = sorted_routing(index, weights, up.lora_A.shape[0])
     y = lora_experts_mlp_op(rows, slots, gate, up, down)
     return y.to(x.dtype)
-
-
-def _check(x: Tensor, stack: ExpertStack, casts: bool) -> None:
-    frozen = stack.frozen
-    check_stack(
-        x,
-        frozen.weight,
-        frozen.bias,
-        stack.lora_A,
-        stack.lora_B,
-        frozen.scaling,
-        frozen.transposed,
-        casts,
-    )
 
 
 def _for_autocast(stack: ExpertStack, dtype: torch.dtype) -> ExpertStack:

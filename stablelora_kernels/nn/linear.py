@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stablelora_kernels.functional import FLOAT_DTYPES, LoRAWeights, lora_linear
 from stablelora_kernels.nn.operands import Operand, are_plain, reason_against_tensors
 from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized, read
+from stablelora_kernels.quantized import QuantizedWeight, is_quantized, read
 from stablelora_kernels.utils.refusal import Refusal
 from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
 from stablelora_kernels.utils.validation import check_bool, check_float, check_int
@@ -425,7 +425,7 @@ def reason_against_lora(linear: object) -> str | None:
         )
     if is_quantized(weight):
         try:
-            stored: NF4Weight | FP8Weight = read(weight)
+            stored: QuantizedWeight = read(weight)
         except (TypeError, ValueError) as error:
             return f"has a weight that the kernels cannot read: {error}"
         if stored.shape != (linear.out_features, linear.in_features):

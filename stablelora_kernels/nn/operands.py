@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.functional import LoRAWeights, lora_linear_group, lora_linear_group_if
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, is_quantized
+from stablelora_kernels.quantized import QuantizedWeight, is_quantized
 from stablelora_kernels.quantized import read as read_stored
 from stablelora_kernels.utils.modules import is_hooked, weight_and_bias
 from stablelora_kernels.utils.refusal import Refusal
@@ -49,7 +49,7 @@ class Operand(NamedTuple):
 class Base(NamedTuple):
     """The base layer's operands of ``lora_linear``, which computes the base product in ``dtype``."""
 
-    weight: Tensor | NF4Weight | FP8Weight
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
     dtype: torch.dtype
 

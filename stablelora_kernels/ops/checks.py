@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.packed_experts import PackedExperts
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import Stored
@@ -199,23 +200,22 @@ def _check_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) ->
         raise TypeError(f"the projections' lora_A must have one dtype, got {given}")
 
 
-def check_experts(
-    x: Tensor, weight: Tensor | PackedExperts, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    offsets: Tensor, transposed: bool,
-) -> None:  # fmt: skip
+def check_experts(x: Tensor, stack: ExpertStack, offsets: Tensor) -> None:
     """Check the operands of ``lora_experts``."""
-    check_stack(x, weight, bias, lora_A, lora_B, scaling, transposed)
-    _check_offsets(x, offsets, lora_A.shape[0])
+    check_stack(x, stack)
+    _check_offsets(x, offsets, stack.lora_A.shape[0])
 
 
-def check_stack(
-    x: Tensor, weight: Tensor | PackedExperts, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    transposed: bool, casts: bool = False,
-) -> None:  # fmt: skip
-    """Check the operands of a projection of all experts. ``casts``: autocast casts weights and
+def check_stack(x: Tensor, stack: ExpertStack, casts: bool = False) -> None:
+    """Check a projection of all experts for rows ``x``. ``casts``: autocast casts weights and
     biases to x's dtype.
     """
-    _check_scaling("scaling", scaling)
+    weight = stack.weight
+    bias = stack.bias
+    lora_A = stack.lora_A
+    lora_B = stack.lora_B
+    transposed = stack.transposed
+    _check_scaling("scaling", stack.scaling)
     if not isinstance(weight, (Tensor, PackedExperts)):
         raise TypeError(f"weight must be a Tensor or PackedExperts, got {type(weight).__name__}")
     if len(weight.shape) != 3:

@@ -32,7 +32,7 @@ from stablelora_kernels.functional import (
     lora_mlp,
 )
 from stablelora_kernels.testing.devices import pretend_gpu
-from stablelora_kernels.testing.inputs import fp8_weight, make_inputs, nf4_weight
+from stablelora_kernels.testing.inputs import QUANTIZED, make_inputs
 
 BF16 = torch.bfloat16
 FP16 = torch.float16
@@ -41,12 +41,6 @@ FP64 = torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT = {FP64: "fp64", FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 LAYOUTS = ("contiguous", "transposed", "wider", "every second", "shifted", "expanded", "negated")
-QUANTIZED: dict[str, Callable[[int, int], Any]] = {
-    "nf4": lambda n, k: nf4_weight(n, k, 64, nested=False),
-    "nf4 nested": lambda n, k: nf4_weight(n, k, 64, nested=True),
-    "nf4 128 nested": lambda n, k: nf4_weight(n, k, 128, nested=True),
-    "fp8": fp8_weight,
-}
 # Many tiles, ragged edges and several blocks of ranks at small sizes. Masks are read by words of 32
 # columns.
 TINY = Tile(32, 32, 16, 4, 2)

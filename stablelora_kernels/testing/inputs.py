@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.quantized import FORMATS, FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.reference import fp8_ref, nf4_ref
 
 #: The dtypes of a layer by their short names.
@@ -91,10 +92,22 @@ def fp8_weight(n: int, k: int) -> FP8Weight:
     )
 
 
-def dequantized_ref(weight: NF4Weight | FP8Weight) -> torch.Tensor:
+#: Random weights [n, k] by names that begin with that of their format; of a format with several, the
+#: usual one comes last.
+QUANTIZED: dict[str, Callable[[int, int], QuantizedWeight]] = {
+    "nf4": lambda n, k: nf4_weight(n, k, 64, nested=False),
+    "nf4 128 nested": lambda n, k: nf4_weight(n, k, 128, nested=True),
+    "nf4 nested": lambda n, k: nf4_weight(n, k, 64, nested=True),
+    "fp8": fp8_weight,
+}
+#: The oracle of each format.
+REFERENCES: dict[str, Callable[..., Tensor]] = {"nf4": nf4_ref, "fp8": fp8_ref}
+
+
+def dequantized_ref(weight: QuantizedWeight) -> torch.Tensor:
     """A quantized weight in float64, by the oracle."""
     parts = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
-    return fp8_ref(**parts) if isinstance(weight, FP8Weight) else nf4_ref(**parts)
+    return REFERENCES[FORMATS[weight.format].name](**parts)
 
 
 def make_pairs(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.dropout import masked
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.quantized import QuantizedWeight
 from stablelora_kernels.reference import unpack_mask
 from stablelora_kernels.reference.rounding import Rounded, dequantized, operand
 from stablelora_kernels.testing.inputs import dequantized_ref
 
 
-def rounded_operand(t: Tensor | NF4Weight | FP8Weight | None, dtype: torch.dtype) -> Rounded | None:
+def rounded_operand(t: Tensor | QuantizedWeight | None, dtype: torch.dtype) -> Rounded | None:
     """An operand in float64, with the rounding that it takes to be used in ``dtype``."""
     if t is None:
         return None

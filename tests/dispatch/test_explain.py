@@ -13,6 +13,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import backend, rules
 from stablelora_kernels.dispatch.problem import DEVICES, GPU_NAMES
 from stablelora_kernels.ops import plans
+from stablelora_kernels.quantized import WEIGHTS
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case
 from tests.helpers.case_checks import launches, run_recorded, table
 
@@ -61,13 +62,13 @@ def build(op, regime, arch, dtype, strategy):
     )
     if r > LARGEST_RANK[strategy] or (strategy == "few_rows" and (m > 64 or p)):
         return None
-    if op in ("nf4", "fp8"):
+    if op in WEIGHTS:
         return case.but(quantized=(op,)) if m else None
     return case.but(op=op)
 
 
 CALLS = table(
-    build, op=["linear", "branch", "group", "nf4", "fp8"], regime=REGIMES, arch=[*DEVICES], dtype=[BF16, FP32],
+    build, op=["linear", "branch", "group", *WEIGHTS], regime=REGIMES, arch=[*DEVICES], dtype=[BF16, FP32],
     strategy=[*LARGEST_RANK],
 )  # fmt: skip
 

@@ -25,10 +25,12 @@ from stablelora_kernels.launch.fill_jobs import forward_product
 from stablelora_kernels.launch.thin_products import lora_down
 from stablelora_kernels.ops.dropout import new_mask
 from stablelora_kernels.projection import Projection
+from stablelora_kernels.quantized import WEIGHTS
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import assert_no_worse, cases
 from stablelora_kernels.testing.cases import BF16, FP32, Case
 from tests.helpers import case_checks, gpu_checks
+from tests.helpers.cases import kinds_of
 from tests.helpers.gpu_checks import DEVICE, SMALL, keep_rows, linear, make
 from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import SHAPES, in_float64, make_pairs
@@ -151,7 +153,7 @@ OTHERS = [
     *(MLP.but(p=p) for p in (0.0, 0.1)),
     *(
         Case("linear", (m, K), (N,), (8,), BF16, FP32, quantized=(kind,))
-        for kind in ("nf4 nested", "fp8")
+        for kind in (kinds_of(name)[-1] for name in WEIGHTS)
         for m in ROWS
     ),
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stablelora_kernels import testing
 from stablelora_kernels.activations import ACTIVATIONS
+from stablelora_kernels.quantized import FORMATS, WEIGHTS
 from stablelora_kernels.reference.rounding import Rounded
 from stablelora_kernels.testing.cases import (
     BF16,
@@ -37,7 +38,7 @@ from stablelora_kernels.testing.expectations import (
     as_computed,
     expectations,
 )
-from tests.helpers.cases import DTYPES
+from tests.helpers.cases import DTYPES, kinds_of
 from tests.helpers.covering import covering
 from tests.helpers.launches import count_launches, recorded_launches
 
@@ -268,7 +269,7 @@ def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Cas
 
     backend = pick(*backends)
     dtype, lora_dtype = pick(*DTYPES, (FP64, FP64)) if backend == "torch" else pick(*DTYPES)
-    op = pick("linear", "branch", "group", "nf4", "fp8", "mlp")
+    op = pick("linear", "branch", "group", *WEIGHTS, "mlp")
     count = 3 if op == "mlp" else pick(1, 2, 3) if op == "group" else 1
     k = pick(*SIZES)
     sizes = several(*SIZES)
@@ -276,15 +277,15 @@ def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Cas
     shared = False
     quantized = (None,)
     if op == "mlp":
-        shared, quantized = pick(False, False, True), several(None, None, None, "nf4", "fp8")
+        shared, quantized = pick(False, False, True), several(None, None, None, *WEIGHTS)
         sizes = (sizes[0], sizes[0], sizes[2])
         ranks = (
             (ranks[0], ranks[0], ranks[2]) if shared else tuple(pick(*[r] * 6, None) for r in ranks)
         )
-    elif op == "nf4":
-        op, k, quantized = "linear", 2 * k, (pick("nf4", "nf4 nested"),)
-    elif op == "fp8":
-        op, quantized = "linear", ("fp8",)
+    elif op in WEIGHTS:
+        # A row is whole bytes.
+        k *= 8 // FORMATS[WEIGHTS[op].format].bits
+        op, quantized = "linear", (pick(*kinds_of(op)),)
     names = ["x", *(f"{kind}{i}" for kind in NAMES[1:5] for i in range(count))]
     wanted = draw(st.sets(st.sampled_from(["base_out", *names])))
     # Separate layers draw the mask of a shared A by PyTorch's operators, on Triton too.

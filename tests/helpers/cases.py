@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, Operands, projections
+from stablelora_kernels.quantized import WEIGHTS
+from stablelora_kernels.testing.cases import (
+    BF16,
+    FP16,
+    FP32,
+    QUANTIZED,
+    Case,
+    Operands,
+    projections,
+)
 from stablelora_kernels.testing.expectations import combined
 
 # Of x and the weights, and of A and B.
@@ -27,11 +36,18 @@ def small(op: str, rows: int | tuple[int, ...] = 70, **changes: Any) -> Case:
         "linear": Case("linear", (*leading, 24)),
         "branch": Case("branch", (*leading, 24)),
         "group": Case("group", (*leading, 24), (20, 12, 12), (6, 3, 3)),
-        "nf4": Case("linear", (*leading, 64), quantized=("nf4 nested",)),
-        "fp8": Case("linear", (*leading, 64), quantized=("fp8",)),
+        **{
+            name: Case("linear", (*leading, 64), quantized=(kinds_of(name)[-1],))
+            for name in WEIGHTS
+        },
         "mlp": Case("mlp", (*leading, 24), (40, 40, 20), (6, 3, 4), scalings=(0.5, 1.5, -0.75)),
     }[op]
     return found.but(**changes)
+
+
+def kinds_of(name: str) -> list[str]:
+    """The kinds of random weights in a format; the usual one comes last."""
+    return [kind for kind in QUANTIZED if kind.split()[0] == name]
 
 
 #: Rows on both sides of each backend's limits. PyTorch's operators run under ordinary autograd with fewer than 64 rows, and
@@ -39,6 +55,7 @@ def small(op: str, rows: int | tuple[int, ...] = 70, **changes: Any) -> Case:
 FEW, MANY = 5, {"torch": 520, "triton": 70}
 #: The kinds of calls that :func:`small` makes.
 OPS = ("linear", "branch", "group", "nf4", "mlp")
+EVERY_OP = (*OPS, *(name for name in WEIGHTS if name not in OPS))
 
 
 def separately(case: Case, given: Operands) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.quantized import QuantizedWeight
 from stablelora_kernels.testing import SLOPES
 from stablelora_kernels.testing.cases import Case, Results
 from stablelora_kernels.testing.expectations import expectations
@@ -30,7 +30,7 @@ def check_layer(
     results: Results,
     baseline: Results,
     x: Tensor,
-    weight: Tensor | NF4Weight | FP8Weight,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     pair: Sequence[Tensor],
     grad: Tensor,

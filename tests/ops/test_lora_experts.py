@@ -14,6 +14,7 @@ from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.ops.lora_experts import autograd as op
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
@@ -137,7 +138,7 @@ def expected(case: Experts, given: dict[str, Any], dtype: torch.dtype) -> dict[s
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case, monkeypatch):
-    monkeypatch.setattr(op, "can_group", lambda x, weight: case.grouped)
+    monkeypatch.setattr(op, "can_group", lambda x, stack: case.grouped)
     given = make(case)
     found = run(case, given)
     exact = expected(case, given, FP64)
@@ -180,7 +181,9 @@ def test_what_pytorch_groups(x, weight, grouped, capability, monkeypatch):
     """It raises, or reads wrongly, at addresses that are no multiple of 16."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert op.can_group(x, weight) == (grouped and capability >= (8, 0))
+    count, n, k = weight.shape
+    stack = ExpertStack(weight, None, torch.empty(count, 3, k), torch.empty(count, n, 3), 1.0)
+    assert op.can_group(x, stack) == (grouped and capability >= (8, 0))
 
 
 @pytest.mark.parametrize("multiplied", [True, False])
@@ -217,6 +220,16 @@ def test_it_keeps_x_and_s_and_no_stack():
     assert {t.dtype for t in kept if t.numel() == 40 * K and t.data_ptr() not in own} == {
         torch.bool
     }
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("lora_A", "lora_B")])
+def test_a_stack_that_no_gradient_reads_is_not_kept(wanted):
+    made, kept = make(Experts(wanted=wanted)), []
+    operands = [made[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_experts(*operands, 1.7, made["offsets"])
+    is_kept = made["weight"].data_ptr() in [t.data_ptr() for t in kept]
+    assert is_kept == ("x" in wanted)
 
 
 def test_no_mask_outside_training():

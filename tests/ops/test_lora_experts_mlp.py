@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from stablelora_kernels.functional import NF4Experts
 from stablelora_kernels.ops import cpu_products, dropout
 from stablelora_kernels.ops.dropout import POSITIONS_FROM, draw_keep
 from stablelora_kernels.ops.lora_experts import autograd as lora_experts
+from stablelora_kernels.ops.lora_experts import loop
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_experts_mlp import autograd as lora_experts_mlp
 from stablelora_kernels.ops.lora_experts_mlp import blocks
 from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack, FrozenStack, Routing
+from stablelora_kernels.ops.lora_experts_mlp.call import Routing
 from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
@@ -193,14 +196,14 @@ def routing_of(made: Made) -> Routing:
 
 def call(case: Case, made: Made, gate: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
     transposed = case.transposed
-    up = FrozenStack(made.up_weight, made.up_bias, transposed, S_UP, case.ps[0])
-    down = FrozenStack(made.down_weight, made.down_bias, transposed, S_DOWN, case.ps[1])
+    up_operands = (made.up_weight, made.up_bias, made.up_a, made.up_b)
+    down_operands = (made.down_weight, made.down_bias, made.down_a, made.down_b)
     return lora_experts_mlp_op(
         made.x,
         routing_of(made),
         gate or GATES[case.gate][0],
-        ExpertStack(up, made.up_a, made.up_b),
-        ExpertStack(down, made.down_a, made.down_b),
+        ExpertStack(*up_operands, S_UP, transposed, case.ps[0]),
+        ExpertStack(*down_operands, S_DOWN, transposed, case.ps[1]),
     )
 
 
@@ -249,7 +252,7 @@ def take(monkeypatch) -> Callable[[str], None]:
 
     def choose(way: str) -> None:
         monkeypatch.setattr(lora_experts_mlp, "_is_by_blocks", lambda x: way == "blocks")
-        monkeypatch.setattr(lora_experts, "can_group", lambda x, weight: way == "grouped")
+        monkeypatch.setattr(lora_experts, "can_group", lambda x, stack: way == "grouped")
 
     return choose
 
@@ -278,8 +281,11 @@ def test_matches_the_oracle(case, take):
     "case", [EXACT[1], EXACT[3], EXACT[4], DOUBLE._replace(ps=(0.1, 0.1))], ids=str
 )
 def test_blocks_of_any_size_are_right(case, rows, monkeypatch):
-    """Of one expert each, of a few, and of all. Masks at 0.1 are positions, also of few slots."""
+    """Of one expert each, of a few, and of all. Masks at 0.1 are positions, also of few slots; a run
+    of A and B is one expert.
+    """
     monkeypatch.setattr(blocks, "_ROWS_OF_BLOCK", rows)
+    monkeypatch.setattr(loop, "_BYTES_OF_A_RUN", 0)
     monkeypatch.setattr(dropout, "POSITIONS_FROM", 1)
     made = make(case)
     exact = expected(case, made, FP64)
@@ -287,32 +293,36 @@ def test_blocks_of_any_size_are_right(case, rows, monkeypatch):
         torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-class Eighths:
-    """A stack in 8 bits, in eighths."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.data = (weight * 8).clamp(-127, 127).to(torch.int8)
-        self.read: list[int] = []
-
-    def expert(self, place: int, dtype: torch.dtype) -> torch.Tensor:
-        self.read.append(place)
-        return self.data[place].to(dtype) / 8
-
-
 @pytest.mark.parametrize("wanted", [LEAVES, ("down_a", "down_b")])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_packed_stack_is_read_expert_by_expert(transposed, wanted):
+def test_a_packed_stack_is_read_expert_by_expert(transposed, wanted, monkeypatch):
     case = DOUBLE._replace(bias=True, transposed=transposed, wanted=wanted)
     made = make(case)
-    up, down = Eighths(made.up_weight), Eighths(made.down_weight)
-    plain = made._replace(up_weight=up.data.double() / 8, down_weight=down.data.double() / 8)
-    exact = expected(case, plain, FP64)
-    results = run(case, made._replace(up_weight=up, down_weight=down))  # type: ignore[arg-type]
-    for name, value in results.items():
+    packed = in_4_bits(made)
+    exact = expected(case, made._replace(**values_of(packed)), FP64)
+    read: dict[int, list[int]] = {stack.data.data_ptr(): [] for stack in packed.values()}
+    expert = NF4Experts.expert
+
+    def noted(self: NF4Experts, place: int, dtype: torch.dtype) -> torch.Tensor:
+        read[self.data.data_ptr()].append(place)
+        return expert(self, place, dtype)
+
+    monkeypatch.setattr(NF4Experts, "expert", noted)
+    for name, value in run(case, made._replace(**packed)).items():
         torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12, msg=name)
     # Forward, and backward if it needs them.
     passes = 2 if wanted == LEAVES else 1
-    assert up.read == down.read == [*range(E)] * passes
+    assert [*read.values()] == [[*range(E)] * passes] * 2
+
+
+def in_4_bits(made: Made) -> dict[str, Any]:
+    """Packed stacks of the sizes of those that were made."""
+    names = ("up_weight", "down_weight")
+    return {name: nf4(*getattr(made, name).shape, nested=True).packed for name in names}
+
+
+def values_of(packed: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: stack.experts(0, E, FP64) for name, stack in packed.items()}
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -321,16 +331,9 @@ def test_stacks_in_4_bits(way, transposed, take):
     take(way)
     case = DOUBLE._replace(bias=True, transposed=transposed, ps=(0.3, 0.3))
     made = make(case)
-    stacks = {}
-    for name in ("up_weight", "down_weight"):
-        _, rows, columns = getattr(made, name).shape
-        stacks[name] = nf4(E, rows, columns, nested=True).packed
-    plain = {
-        name: torch.stack([stack.expert(e, FP64) for e in range(E)])
-        for name, stack in stacks.items()
-    }
-    exact = expected(case, made._replace(**plain), FP64)
-    for name, value in run(case, made._replace(**stacks)).items():
+    packed = in_4_bits(made)
+    exact = expected(case, made._replace(**values_of(packed)), FP64)
+    for name, value in run(case, made._replace(**packed)).items():
         torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12, msg=name)
 
 

@@ -9,6 +9,7 @@ import torch
 
 import stablelora_kernels as slk
 from stablelora_kernels.ops import cpu_products
+from stablelora_kernels.quantized import WEIGHTS
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, Case, make, run
 from stablelora_kernels.testing.expectations import plain
@@ -182,7 +183,7 @@ def test_low_precision_without_instructions_runs_in_float32(op, without_instruct
 
 
 @pytest.mark.parametrize("op", ["linear", "mlp"])
-@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+@pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_quantized_weight_is_rounded_before_it_is_multiplied_in_float32(
     kind, op, without_instructions
 ):

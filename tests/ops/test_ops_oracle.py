@@ -16,6 +16,7 @@ from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.rules import STRATEGIES, check_possible
 from stablelora_kernels.dispatch.tiles import Tile
 from stablelora_kernels.ops.dropout import draw_keep
+from stablelora_kernels.quantized import WEIGHTS
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing.cases import (
     BF16,
@@ -32,7 +33,7 @@ from stablelora_kernels.testing.cases import (
     run,
 )
 from tests.helpers.case_checks import assert_close, check, table
-from tests.helpers.cases import DTYPES, OPS, separately, small
+from tests.helpers.cases import DTYPES, OPS, kinds_of, separately, small
 from tests.helpers.largest_shares import PROPERTY
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -66,7 +67,7 @@ MLP_ARCHES = [None] if DEVICE == "cuda" else [*ARCHES, "sm_100"]
 TILES = [None] if DEVICE == "cuda" else [None, TINY]
 RANKS = [(8, 3, 5), (None, 8, 5), (8, None, 5), (8, 5, None), (None, None, None)]
 KINDS = [
-    *((kind,) * 3 for kind in ("nf4", "nf4 nested", "fp8")),
+    *((kind,) * 3 for kind in QUANTIZED if kind != "nf4 128 nested"),
     ("nf4", "fp8", "nf4 nested"),
     (None, "nf4 nested", "fp8"),
     (None, None, "nf4 nested"),
@@ -218,7 +219,7 @@ NAMED = [
     # Several quantized blocks in a tile, whose last ones stand out in both directions.
     *(
         Case("linear", (20, 384), (40,), (20,), dtype, FP32, quantized=(kind,), tile=Tile(16, 128, 256, 4, 2))
-        for kind, dtype in zip(QUANTIZED, (BF16, FP16, BF16, FP16), strict=True)
+        for kind, dtype in zip(QUANTIZED, cycle((BF16, FP16)), strict=False)
         if DEVICE == "cpu"
     ),
     # S is stored by the only column of tiles.
@@ -228,8 +229,9 @@ NAMED = [
         small(op, leading, layouts={"x": "transposed", "grad": "transposed"}, backend=backend)
         for op, leading, backend in product(OPS, ((7, 11), (), (3, 0)), ("torch", "triton"))
     ),
-    Case("linear", (5, 1088), (1088,), (6,), BF16, FP32, quantized=("nf4 nested",)),
-    Case("linear", (5, 1088), (1088,), (6,), BF16, FP32, quantized=("fp8",)),
+    *(
+        Case("linear", (5, 1088), (1088,), (6,), BF16, FP32, quantized=(kinds_of(name)[-1],)) for name in WEIGHTS
+    ),
     # Gate and up in one kernel, which has no idle processors to fill.
     *(
         Case("mlp", (rows, k), (48, 48, 24), ranks, dtype, FP32, p=p, strategy="one_launch", arch=arch, processors=1,

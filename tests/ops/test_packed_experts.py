@@ -23,7 +23,8 @@ from stablelora_kernels.functional import (
 from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.ops.lora_experts import autograd as op
 from stablelora_kernels.ops.lora_experts import grouped
-from stablelora_kernels.packed_experts import StackLayout
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
+from stablelora_kernels.quantized import Layout
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
@@ -161,7 +162,7 @@ def expected(call: Call, made: dict[str, Any], dtype: torch.dtype) -> dict[str, 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_matches_the_oracle_of_the_dequantized_weights(call, monkeypatch):
-    monkeypatch.setattr(op, "can_group", lambda x, weight: call.chunk > 0)
+    monkeypatch.setattr(op, "can_group", lambda x, stack: call.chunk > 0)
     monkeypatch.setattr(grouped, "CHUNK_BYTES", call.chunk * N * K * 2 + 100)
     made = operands(call)
     results = run(call, made)
@@ -213,7 +214,7 @@ def test_the_loop_dequantizes_one_expert_with_rows_at_a_time(wanted, backward, m
     ],
 )
 def test_the_grouped_product_dequantizes_chunks(experts, ends, forward, monkeypatch):
-    monkeypatch.setattr(op, "can_group", lambda x, weight: True)
+    monkeypatch.setattr(op, "can_group", lambda x, stack: True)
     monkeypatch.setattr(grouped, "CHUNK_BYTES", experts * N * K * 2)
     call = Call("nf4", BF16, BF16, ends=ends)
     made = operands(call)
@@ -230,8 +231,13 @@ def test_what_pytorch_groups(monkeypatch):
         is_cuda=True, device="cuda", dtype=BF16, element_size=lambda: 2, stride=(64, 1).__getitem__,
         data_ptr=lambda: 0,
     )  # fmt: skip
-    assert op.can_group(x, nf4(2, 64, 64).packed)
-    assert not op.can_group(x, nf4(2, 64, 60, nested=False).packed)
+
+    def stack_of(packed: PackedExperts) -> ExpertStack:
+        count, n, k = packed.shape
+        return ExpertStack(packed, None, torch.empty(count, R, k), torch.empty(count, n, R), 1.0)
+
+    assert op.can_group(x, stack_of(nf4(2, 64, 64).packed))
+    assert not op.can_group(x, stack_of(nf4(2, 64, 60, nested=False).packed))
 
 
 def test_it_keeps_x_and_s_and_no_stack():
@@ -335,13 +341,17 @@ WRONG = [
     (changed(code=torch.ones(8)), ValueError, r"code must be \[16\], got \[8\]"),
     (changed(offset=torch.ones(2)), ValueError, r"offset must be \[\], got \[2\]"),
     (changed(code=torch.ones(16, device="meta")), ValueError, "code must be on the device .* meta"),
-    (with_layout(kind=7), ValueError, r"layout.kind of NF4Experts must be one of \[0, 1\], got 7"),
-    (with_layout(nested_blocksize=256), ValueError, "scales must be 5 tensors, got 2"),
-    (with_layout(rows=128), ValueError, r"data must be \[16384\], got \[8192\]"),
     (
-        lambda: PackedExperts(torch.ones(4), (), StackLayout(2, 1, 2, 2, 1, 1)),
+        with_layout(format=7),
         ValueError,
-        r"layout.kind of PackedExperts must be one of \[\], got 2",
+        r"layout.format of NF4Experts must be one of \[1, 2\], got 7",
+    ),
+    (with_layout(nested_blocksize=256), ValueError, "scales must be 5 tensors, got 2"),
+    (with_layout(n=128), ValueError, r"data must be \[16384\], got \[8192\]"),
+    (
+        lambda: PackedExperts(torch.ones(4), (), Layout(3, 2, 2, 2)),
+        ValueError,
+        r"layout.format of PackedExperts must be one of \[\], got 3",
     ),
     (of_float8(dtype=torch.float8_e5m2), TypeError, "data must be torch.float8_e4m3fn, got .*e5m2"),
     (of_float8(scales=(2, 1, 1)), ValueError, r"scale_inv must be \[2, 2, 1\], got \[2, 1, 1\]"),

@@ -4,21 +4,27 @@ where they don't fit.
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from stablelora_kernels import quantized
-from stablelora_kernels.quantized import FP8Weight, NF4Weight
+from stablelora_kernels.kernels.lora import linear_quantized
+from stablelora_kernels.quantized import FORMATS, WEIGHTS, FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.reference import fp8_ref
 from stablelora_kernels.testing import dequantized_ref, nf4_weight
+from stablelora_kernels.testing.cases import make, run
+from stablelora_kernels.testing.inputs import QUANTIZED, REFERENCES
+from tests.helpers.cases import small
 from tests.helpers.quantized_weights import NF4_FIELDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tensor) -> None:
+def check(weight: QuantizedWeight, dtype: torch.dtype, theirs: torch.Tensor) -> None:
     """Theirs is ours bit for bit, and both are what the oracle rounds to, but for the float32 they
     are computed in.
     """
@@ -28,6 +34,33 @@ def check(weight: NF4Weight | FP8Weight, dtype: torch.dtype, theirs: torch.Tenso
     assert torch.equal(weight.dequantize(torch.float64), exact)
     assert ((ours.double() - exact).abs() <= torch.finfo(dtype).eps * (exact.abs() + 2**-24)).all()
     assert exact.abs().max() > 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(7, 33), (48, 64), (5, 200)])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_values_are_the_references(kind, n, k):
+    weight = QUANTIZED[kind](n, k)
+    assert torch.equal(weight.dequantize(torch.float64), dequantized_ref(weight))
+    for dtype in DTYPES:
+        assert torch.equal(weight.dequantize(dtype), weight.dequantize(torch.float32).to(dtype))
+
+
+def test_every_format_has_a_kernel_a_reference_and_random_weights():
+    source = inspect.getsource(linear_quantized._weight_tile.fn)
+    assert re.findall(r'FORMAT == "(\w+)"', source) == [*WEIGHTS] == [*REFERENCES]
+    assert {kind.split()[0] for kind in QUANTIZED} == {*WEIGHTS}
+    for name, kind in WEIGHTS.items():
+        zeros = kind.zeros(3, 64, "meta")
+        assert zeros.shape == (3, 64) and zeros.stored.layout.name == name
+
+
+def test_a_kernel_refuses_a_format_that_it_does_not_read(monkeypatch):
+    case = small("fp8", 9, backend="triton")
+    operands = make(case)
+    unknown = FORMATS[FP8Weight.format]._replace(name="unknown")
+    monkeypatch.setitem(FORMATS, FP8Weight.format, unknown)
+    with pytest.raises(Exception, match="does not read this format"):
+        run(case, operands)
 
 
 def test_fp8_reference_has_all_256_values():

@@ -14,7 +14,7 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels.testing.cases import BF16, make, ours, run
 from tests.helpers.case_checks import check_compiled
-from tests.helpers.cases import OPS, small
+from tests.helpers.cases import EVERY_OP, small
 from tests.helpers.operators import Operators
 from tests.helpers.small_models import fill_b, llama
 
@@ -168,7 +168,7 @@ def test_export_of_a_model(fused, backend):
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (70, 0.3)])
-@pytest.mark.parametrize("op", [*OPS, "fp8", "shared"])
+@pytest.mark.parametrize("op", [*EVERY_OP, "shared"])
 def test_torch_compile_has_no_graph_break(op, rows, p, backend):
     case = (
         small("mlp", rows, p=p, ranks=(6, 6, 4), shared=True)
@@ -193,7 +193,7 @@ MIXED = small(
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("p", "wanted"), [(0.0, None), (0.3, ["x", "lora_B"]), (0.3, ["lora_A"])])
-@pytest.mark.parametrize("case", [*(small(op, 9) for op in (*OPS, "fp8")), MIXED], ids=str)
+@pytest.mark.parametrize("case", [*(small(op, 9) for op in EVERY_OP), MIXED], ids=str)
 def test_every_operator_passes_opcheck(case, p, wanted):
     with Operators() as operators:
         run(case.but(p=p, wanted=wanted))

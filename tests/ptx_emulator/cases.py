@@ -34,7 +34,7 @@ from stablelora_kernels.optim import staging
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import cases as calls
-from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, QUANTIZED
 from stablelora_kernels.testing.expectations import expectations
 from tests.helpers.cases import far
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
@@ -615,7 +615,9 @@ def cases() -> Iterator[Case]:
         partial(mlp, 300, 520, 264, 160, (16,) * 3, p=0.1),
         processors=2,
     )
-    for quantized in ("nf4", "nf4 nested", "fp8"):
+    for quantized in QUANTIZED:
+        if quantized == "nf4 128 nested":
+            continue
         for m, n, k, p in (
             (5, 64, 128, 0.0),
             (33, 96, 192, 0.1),

@@ -31,6 +31,7 @@ from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
     CrossEntropySettings,
 )
 from stablelora_kernels.optim.triton_step import TritonStep
+from stablelora_kernels.quantized import WEIGHTS
 
 # One of each kind that the tables tell apart, in M and (N, K).
 ROWS = (8, 64, 128, 512, 32768)
@@ -123,10 +124,10 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
     for m, (activation, r), p in product((64, 2048, last), activations if ranks else (), DROPOUT):
         made = mlp_launches(device, m, (4096, 14336, 4096), r, dtypes, p, activation)
         yield gated, made
-    for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), ("nf4", "fp8"), DROPOUT):
+    for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), WEIGHTS, DROPOUT):
         if r == 16 or device.arch == FULL:
             yield (
-                (lambda named: "PACKED.NF4" in named),
+                (lambda named: "PACKED.FORMAT" in named),
                 linear_launches(device, m, 4096, k, r, dtypes, p, kind),
             )
     for r in (16, 64) if device.tma and dtype != FP32 and ranks else ():

@@ -42,7 +42,7 @@ from stablelora_kernels.nn.stacks import (
     stored_parameter,
 )
 from stablelora_kernels.nn.take_over import TakesOver, give_back, take_over
-from stablelora_kernels.ops.lora_experts_mlp.call import ExpertStack
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.refusal import Refusal
 from stablelora_kernels.utils.tensors import autocast_dtype

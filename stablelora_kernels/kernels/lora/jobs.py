@@ -192,13 +192,14 @@ class Packed(NamedTuple):
 
 
 class PackedTile(NamedTuple):
-    """BLOCKSIZE elements share a scale, and NESTED scales a nested one, 0 if scales are float32.
+    """FORMAT is a name of ``quantized.WEIGHTS``. BLOCKSIZE elements share a scale, and NESTED scales
+    a nested one, 0 if scales are float32.
 
     ALIGNED: no byte and no block lies across two rows, and blocks divide a tile's columns or are
     divided by them.
     """
 
-    NF4: bool
+    FORMAT: str
     BLOCKSIZE: int
     NESTED: int
     ALIGNED: bool

@@ -92,10 +92,12 @@ def _fp8_tile(w, rows, col0, N, K, COLS: tl.constexpr):
 @triton.jit
 def _weight_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
     """W[rows, col0 : col0 + COLS] in float32; W is [N, K]. Elements beyond are undefined."""
-    if PACKED.NF4:
+    if PACKED.FORMAT == "nf4":
         return _nf4_tile(w, rows, col0, N, K, PACKED, COLS)
-    else:
+    elif PACKED.FORMAT == "fp8":
         return _fp8_tile(w, rows, col0, N, K, COLS)
+    else:
+        tl.static_assert(False, "the kernel does not read this format")
 
 
 @triton.jit(do_not_specialize=["M", "SPLITS"])

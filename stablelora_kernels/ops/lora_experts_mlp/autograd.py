@@ -15,27 +15,27 @@ routing weight multiplies H, not down's output, so that its gradient needs no ou
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from stablelora_kernels.ops.autograd import Context, first_derivative
 from stablelora_kernels.ops.cpu_products import without_autocast
-from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
-from stablelora_kernels.ops.lora_experts_mlp.blocks import backward_by_blocks, forward_by_blocks
+from stablelora_kernels.ops.dropout import draw_for_backward, drawn_again
+from stablelora_kernels.ops.formulas import Wanted
+from stablelora_kernels.ops.lora_experts.call import ExpertStack, StackSettings
+from stablelora_kernels.ops.lora_experts_mlp.blocks import blocks_backward, blocks_forward
 from stablelora_kernels.ops.lora_experts_mlp.call import (
-    ExpertStack,
-    FrozenStack,
+    ExpertsMLPBackwardCall,
+    ExpertsMLPForwardCall,
+    ExpertsMLPForwardResults,
+    ExpertsMLPWanted,
     Gate,
-    Kept,
-    MLPCall,
-    MLPGradients,
-    Needs,
     Routing,
-    sum_dtype,
 )
-from stablelora_kernels.ops.lora_experts_mlp.together import backward_together, forward_together
+from stablelora_kernels.ops.lora_experts_mlp.together import together_backward, together_forward
 
 
 def _is_by_blocks(x: Tensor) -> bool:
@@ -43,32 +43,36 @@ def _is_by_blocks(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _drawn(x: Tensor, routing: Routing, stack: ExpertStack) -> tuple[ExpertStack, Drawn]:
-    """The mask of a stack's input, of all slots, and the stack with s'."""
-    frozen = stack.frozen
-    if frozen.dropout_p == 0.0 or stack.rank == 0:
-        return stack, NOT_DROPPED
+def _drawn(x: Tensor, routing: Routing, stack: ExpertStack) -> tuple[ExpertStack, Tensor | None]:
+    """A stack with s' and dropout's mask of all slots, and what draws the mask again."""
+    if stack.dropout_p == 0.0 or stack.rank == 0:
+        return stack, None
     # Only the shape and the device are read.
     rows = x.new_empty(1, 1).expand(routing.slots, stack.in_features)
-    drawn = draw_for_backward(rows, frozen.dropout_p)
-    return stack._replace(frozen=frozen._replace(scaling=frozen.scaling * drawn.scale)), drawn
+    drawn = draw_for_backward(rows, stack.dropout_p)
+    stack = stack._replace(scaling=stack.scaling * drawn.scale, keep=drawn.mask)
+    return stack, drawn.recipe
 
 
-class _Recipes(NamedTuple):
-    """Of dropout's masks."""
-
-    up: Tensor | None
-    down: Tensor | None
+def _drawn_again(routing: Routing, stack: ExpertStack) -> ExpertStack:
+    """A saved stack, with dropout's mask of all slots."""
+    shape = (routing.slots, stack.in_features)
+    return stack._replace(keep=drawn_again(stack.keep, shape, stack.dropout_p))
 
 
 class _MLPContext(Context, Protocol):
     gate: Gate
-    up: FrozenStack
-    down: FrozenStack
+    up: StackSettings
+    down: StackSettings
+    # How many tensors up's stack has.
+    up_count: int
 
 
 class _LoRAExpertsMLP(torch.autograd.Function):
-    """Gradients of x, the routing weights, and the A and B of both stacks, which are ``call``'s."""
+    """Gradients of x, the routing weights, and the A and B of both stacks, which are ``call``'s.
+
+    ``up_recipe`` and ``down_recipe`` draw the stacks' masks again.
+    """
 
     @staticmethod
     def forward(
@@ -79,137 +83,85 @@ class _LoRAExpertsMLP(torch.autograd.Function):
         up_b: Tensor,
         down_a: Tensor,
         down_b: Tensor,
-        call: MLPCall,
-        recipes: _Recipes,
+        call: ExpertsMLPForwardCall,
+        up_recipe: Tensor | None,
+        down_recipe: Tensor | None,
     ) -> Tensor:
-        needs = _needs(ctx)
-        y, kept = _forward(call, x, saves=True)
+        wanted = _wanted(ctx)
+        results = _forward(call)
+        up = _read_by_backward(call.up, up_recipe, wanted.up)
+        down = _read_by_backward(call.down, down_recipe, wanted.down)
+        # Save only what backward reads, as ExpertsMLPBackwardCall's tensors.
         ctx.save_for_backward(
-            x if needs.up_a else None,
-            kept.gate_up,
-            kept.s if needs.up_b else None,
-            weights,
-            call.routing.order,
-            call.routing.offsets,
-            up_a,
-            up_b,
-            down_a,
-            down_b,
-            *recipes,
-            # Backward reads them by ctx.up and ctx.down. Saved, a change meanwhile is noticed.
-            _bytes_of(call.up.frozen) if needs.x else None,
-            _bytes_of(call.down.frozen) if needs.gate_up or needs.weights else None,
+            x if wanted.up.a else None,
+            results.gate_up,
+            results.s if wanted.up.b else None,
+            *call.routing,
+            call.down.bias if wanted.weights else None,
+            *up,
+            *down,
         )
         ctx.gate = call.gate
-        ctx.up = call.up.frozen
-        ctx.down = call.down.frozen
-        return y
+        ctx.up = call.up.settings
+        ctx.down = call.down.settings
+        ctx.up_count = len(up)
+        return results.y
 
     @staticmethod
     @first_derivative
     def backward(ctx: _MLPContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = _Saved(*ctx.saved_tensors)  # type: ignore[arg-type]
-        needs = _needs(ctx)
-        routing = Routing(saved.order, saved.offsets, saved.weights)
-        up = ExpertStack(ctx.up, saved.up_a, saved.up_b)
-        down = ExpertStack(ctx.down, saved.down_a, saved.down_b)
-        masks = _Recipes(
-            _mask_again(saved.up_recipe, routing, up), _mask_again(saved.down_recipe, routing, down)
+        saved: Sequence[Any] = ctx.saved_tensors
+        x, gate_up, s, order, offsets, weights, bias, *stacks = saved
+        routing = Routing(order, offsets, weights)
+        up = ExpertStack.of(stacks[: ctx.up_count], ctx.up)
+        down = ExpertStack.of(stacks[ctx.up_count :], ctx.down, bias)
+        call = ExpertsMLPBackwardCall(
+            x,
+            grad,
+            gate_up,
+            s,
+            routing,
+            ctx.gate,
+            _drawn_again(routing, up),
+            _drawn_again(routing, down),
+            _wanted(ctx),
         )
-        call = _call_of(ctx.gate, up, down, masks, routing, grad.dtype)
-        kept = Kept(saved.x, saved.gate_up, saved.s)
-        results = _allocate_gradients(call, grad, needs)
-        backward = backward_by_blocks if _is_by_blocks(grad) else backward_together
-        gradients = backward(call, kept, grad, needs, results)
-        dweights = None
-        if needs.weights:
+        gradients = (blocks_backward if _is_by_blocks(grad) else together_backward)(call)
+        dx = gradients.up.dx
+        dweights = gradients.weights
+        if dweights is not None:
             # From the slots' order to that of tokens.
-            dweights = gradients.weights[routing.place()].view_as(saved.weights)
-            dweights = dweights.to(saved.weights.dtype)
+            dweights = dweights[routing.place()].view_as(weights).to(weights.dtype)
         return (
-            gradients.x.to(grad.dtype) if needs.x else None,
+            None if dx is None else dx.to(grad.dtype),
             dweights,
-            gradients.up_a if needs.up_a else None,
-            gradients.up_b if needs.up_b else None,
-            gradients.down_a if needs.down_a else None,
-            gradients.down_b if needs.down_b else None,
+            gradients.up.da,
+            gradients.up.db,
+            gradients.down.da,
+            gradients.down.db,
+            None,
             None,
             None,
         )
 
 
-class _Saved(NamedTuple):
-    """The tensors that autograd saves, in their order."""
-
-    x: Tensor | None
-    gate_up: Tensor
-    s: Tensor | None
-    weights: Tensor
-    order: Tensor
-    offsets: Tensor
-    up_a: Tensor
-    up_b: Tensor
-    down_a: Tensor
-    down_b: Tensor
-    up_recipe: Tensor | None
-    down_recipe: Tensor | None
-    up_weight: Tensor | None
-    down_weight: Tensor | None
+def _wanted(ctx: _MLPContext) -> ExpertsMLPWanted:
+    """By the places of the arguments of :class:`_LoRAExpertsMLP`."""
+    x, weights, up_a, up_b, down_a, down_b = ctx.needs_input_grad[:6]
+    up = Wanted(x, up_a, up_b)
+    return ExpertsMLPWanted(weights, up, Wanted(True in up or weights, down_a, down_b))
 
 
-def _bytes_of(stack: FrozenStack) -> Tensor:
-    """A stack's weight, or a packed one's data."""
-    return stack.weight if isinstance(stack.weight, Tensor) else stack.weight.data
+def _read_by_backward(
+    stack: ExpertStack, recipe: Tensor | None, wanted: Wanted
+) -> list[Tensor | None]:
+    """The stack's tensors that backward reads."""
+    weight = stack.weight if wanted.x else None
+    return stack._replace(weight=weight, keep=recipe).tensors()
 
 
-def _needs(ctx: _MLPContext) -> Needs:
-    return Needs(*ctx.needs_input_grad[: len(Needs._fields)])
-
-
-def _call_of(
-    gate: Gate,
-    up: ExpertStack,
-    down: ExpertStack,
-    masks: _Recipes,
-    routing: Routing,
-    dtype: torch.dtype,
-) -> MLPCall:
-    return MLPCall(
-        gate,
-        up,
-        down,
-        masks.up,
-        masks.down,
-        routing,
-        routing.tokens(),
-        routing.weights_in_order(),
-        dtype,
-    )
-
-
-def _mask_again(recipe: Tensor | None, routing: Routing, stack: ExpertStack) -> Tensor | None:
-    shape = (routing.slots, stack.in_features)
-    return drawn_again(recipe, shape, stack.frozen.dropout_p)
-
-
-def _forward(call: MLPCall, x: Tensor, saves: bool) -> tuple[Tensor, Kept]:
-    forward = forward_by_blocks if _is_by_blocks(x) else forward_together
-    return forward(call, x, saves)
-
-
-def _allocate_gradients(call: MLPCall, grad: Tensor, needs: Needs) -> MLPGradients:
-    """Zeros, which are the gradients of tokens, slots and experts without rows here."""
-    dtype = sum_dtype(grad.dtype)
-    up = call.up
-    down = call.down
-    return MLPGradients(
-        grad.new_zeros(grad.shape[0] if needs.x else 0, up.in_features, dtype=dtype),
-        grad.new_zeros(call.routing.slots if needs.weights else 0, dtype=dtype),
-        up.lora_A.new_zeros(up.lora_A.shape if needs.up_a else 0),
-        up.lora_B.new_zeros(up.lora_B.shape if needs.up_b else 0),
-        down.lora_A.new_zeros(down.lora_A.shape if needs.down_a else 0),
-        down.lora_B.new_zeros(down.lora_B.shape if needs.down_b else 0),
-    )
+def _forward(call: ExpertsMLPForwardCall) -> ExpertsMLPForwardResults:
+    return (blocks_forward if _is_by_blocks(call.x) else together_forward)(call)
 
 
 def lora_experts_mlp_op(
@@ -220,16 +172,14 @@ def lora_experts_mlp_op(
 
     A slot of no expert here adds nothing, and its routing weight's gradient is zero.
     """
-    up, of_up = _drawn(x, routing, up)
-    down, of_down = _drawn(x, routing, down)
-    masks = _Recipes(of_up.mask, of_down.mask)
+    up, up_recipe = _drawn(x, routing, up)
+    down, down_recipe = _drawn(x, routing, down)
+    call = ExpertsMLPForwardCall(x, routing, gate, up, down, save=False)
     inputs = (x, routing.weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B)
     # Autocast would cast what the gate computes, which backward repeats outside of it.
     with without_autocast(x):
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            with torch.no_grad():
-                call = _call_of(gate, up, down, masks, routing, x.dtype)
-            recipes = _Recipes(of_up.recipe, of_down.recipe)
-            y: Tensor = _LoRAExpertsMLP.apply(*inputs, call, recipes)  # type: ignore[no-untyped-call]
+            call = call._replace(save=True)
+            y: Tensor = _LoRAExpertsMLP.apply(*inputs, call, up_recipe, down_recipe)  # type: ignore[no-untyped-call]
             return y
-        return _forward(_call_of(gate, up, down, masks, routing, x.dtype), x, saves=False)[0]
+        return _forward(call).y

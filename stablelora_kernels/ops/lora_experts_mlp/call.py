@@ -1,86 +1,18 @@
-"""What the op of a module of experts reads: its stacks, its routing, and one call of both."""
+"""The records of a module of experts: its routing, its calls, and their results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.formulas import Wanted
-from stablelora_kernels.packed_experts import PackedExperts
-from stablelora_kernels.utils.tensors import cast
+from stablelora_kernels.ops.formulas import Gradients, Wanted
+from stablelora_kernels.ops.lora_experts.call import ExpertStack
 
 # Maps up's output G [rows, 2 I], or [rows, I] without a gate, to H [rows, I], row by row.
 Gate = Callable[[Tensor], Tensor]
-
-
-class StoredStack(NamedTuple):
-    """A stack as the ops of ``lora_experts`` take it."""
-
-    data: Tensor
-    scales: Sequence[Tensor]
-    layout: Sequence[int]
-
-
-class FrozenStack(NamedTuple):
-    """One projection of all experts, all but its A and B."""
-
-    # [E, N, K]; transposed, [E, K, N].
-    weight: Tensor | PackedExperts
-    # [E, N].
-    bias: Tensor | None
-    transposed: bool
-    # s; s' in a call with dropout.
-    scaling: float
-    dropout_p: float = 0.0
-
-    def expert(self, place: int, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] of the expert at a place of the stack. Only here is one read."""
-        matrix = self._matrix(place, dtype)
-        return matrix.t() if self.transposed else matrix
-
-    def _matrix(self, place: int, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.weight, Tensor):
-            return cast(self.weight[place], dtype)
-        return self.weight.expert(place, dtype)
-
-    def stored(self, dtype: torch.dtype) -> StoredStack:
-        """All experts, those of a plain stack in ``dtype``."""
-        if isinstance(self.weight, Tensor):
-            return StoredStack(cast(self.weight, dtype), (), ())
-        return StoredStack(self.weight.data, self.weight.scales, self.weight.layout)
-
-    def expert_bias(self, place: int, dtype: torch.dtype) -> Tensor | None:
-        """The bias [N] of the expert at a place of the stack."""
-        return None if self.bias is None else cast(self.bias[place], dtype)
-
-
-class ExpertStack(NamedTuple):
-    """One projection of all experts; a rank of 0 is no branch."""
-
-    frozen: FrozenStack
-    # [E, r, K].
-    lora_A: Tensor
-    # [E, N, r].
-    lora_B: Tensor
-
-    @property
-    def in_features(self) -> int:
-        return self.lora_A.shape[2]
-
-    @property
-    def out_features(self) -> int:
-        return self.lora_B.shape[1]
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[1]
-
-    def without_branch_for(self, dtype: torch.dtype) -> ExpertStack:
-        """Itself, a stack without a branch, for an x of ``dtype``."""
-        return self._replace(lora_A=self.lora_A.to(dtype), lora_B=self.lora_B.to(dtype))
 
 
 class Routing(NamedTuple):
@@ -112,90 +44,89 @@ class Routing(NamedTuple):
         return place
 
 
+class ExpertsMLPForwardCall(NamedTuple):
+    """The output Y [T, N] of a module of experts for x [T, H]."""
+
+    x: Tensor
+    routing: Routing
+    gate: Gate
+    up: ExpertStack
+    down: ExpertStack
+    # Whether G and up's S are results.
+    save: bool
+
+
+class ExpertsMLPForwardResults(NamedTuple):
+    """Y, and what backward needs; empty if it is not saved."""
+
+    y: Tensor
+    # G, [slots, 2 I].
+    gate_up: Tensor
+    # Up's S, [slots, r].
+    s: Tensor
+
+
+class ExpertsMLPWanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    # Of the routing weights.
+    weights: bool
+    # X is that of up; dX of down is dZ.
+    up: Wanted
+    down: Wanted
+
+
+class ExpertsMLPBackwardCall(NamedTuple):
+    """The gradients of :class:`ExpertsMLPForwardCall` for dY [T, N]."""
+
+    # Read for the gradient of up's A.
+    x: Tensor | None
+    grad: Tensor
+    gate_up: Tensor
+    # Up's S, read for the gradient of up's B.
+    s: Tensor | None
+    routing: Routing
+    gate: Gate
+    up: ExpertStack
+    down: ExpertStack
+    wanted: ExpertsMLPWanted
+
+
+class ExpertsMLPGradients(NamedTuple):
+    """The wanted gradients."""
+
+    # [slots], in the slots' order; in the dtype of sums.
+    weights: Tensor | None
+    # Its dX is that of the tokens, in the dtype of sums.
+    up: Gradients
+    # Its dX, dZ, is no result.
+    down: Gradients
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """That of sums over a token's slots, for summands of ``dtype``."""
     return torch.promote_types(dtype, torch.float32)
 
 
-class MLPCall(NamedTuple):
-    """One call, as forward and backward read it."""
-
-    gate: Gate
-    up: ExpertStack
-    down: ExpertStack
-    # Dropout's masks of all slots.
-    up_mask: Tensor | None
-    down_mask: Tensor | None
-    routing: Routing
-    # Each slot's token and routing weight, in the slots' order.
-    tokens: Tensor
-    weights: Tensor
-    # That of the products.
-    dtype: torch.dtype
-
-    def hidden(self, gate_up: Tensor) -> Tensor:
-        """H of G."""
-        return self.gate(gate_up).to(self.dtype)
-
-    def hidden_again(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """G as the leaf of a graph, and H at its end."""
-        leaf = gate_up.detach().requires_grad_()
-        with torch.enable_grad():
-            return leaf, self.hidden(leaf)
-
-    def weighted(self, h: Tensor, rows: slice) -> Tensor:
-        """``w ∘ H`` of some rows."""
-        return (h * self.weights[rows, None]).to(self.dtype)
+def hidden(gate: Gate, gate_up: Tensor) -> Tensor:
+    """H of G."""
+    return gate(gate_up).to(gate_up.dtype)
 
 
-class Kept(NamedTuple):
-    """What backward reads beside the call's arguments."""
-
-    # [T, H], for the gradient of up's A.
-    x: Tensor | None
-    # G, [slots, 2 I].
-    gate_up: Tensor
-    # Up's S, [slots, r], for the gradient of up's B.
-    s: Tensor | None
+def hidden_again(gate: Gate, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """G as the leaf of a graph, and H at its end."""
+    leaf = gate_up.detach().requires_grad_()
+    with torch.enable_grad():
+        return leaf, hidden(gate, leaf)
 
 
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    x: bool
-    weights: bool
-    up_a: bool
-    up_b: bool
-    down_a: bool
-    down_b: bool
-
-    @property
-    def gate_up(self) -> bool:
-        """dG."""
-        return self.x or self.up_a or self.up_b
-
-    @property
-    def z(self) -> bool:
-        """Z itself, for the gradients of down's A and B."""
-        return self.down_a or self.down_b
-
-    @property
-    def of_up(self) -> Wanted:
-        return Wanted(self.x, self.up_a, self.up_b)
-
-    @property
-    def of_down(self) -> Wanted:
-        return Wanted(self.gate_up or self.weights, self.down_a, self.down_b)
+def weighted(h: Tensor, weights: Tensor) -> Tensor:
+    """``w ∘ H`` for the routing weights of H's rows."""
+    return (h * weights[:, None]).to(h.dtype)
 
 
-class MLPGradients(NamedTuple):
-    """In the order of :class:`Needs`; those that are not wanted are empty."""
-
-    # In the dtype of sums.
-    x: Tensor
-    # [slots], in the slots' order; in the dtype of sums.
-    weights: Tensor
-    up_a: Tensor
-    up_b: Tensor
-    down_a: Tensor
-    down_b: Tensor
+def weight_gradients(dz: Tensor, h: Tensor, dy: Tensor, bias: Tensor | None) -> Tensor:
+    """Those of rows' routing weights: Σ dZ ∘ H + Σ dY ∘ bias, [rows]."""
+    dtype = sum_dtype(dz.dtype)
+    gradients = (dz * h).sum(-1, dtype=dtype)
+    return gradients if bias is None else gradients.add_((dy * bias).sum(-1, dtype=dtype))
