@@ -10,6 +10,7 @@ from torch import nn
 
 import stablelora_kernels as slk
 from stablelora_kernels import functional
+from stablelora_kernels.activations import TITLES
 from stablelora_kernels.testing import nf4_weight
 from tests.helpers.gated_mlps import (
     INNER,
@@ -55,7 +56,7 @@ def another_lora_dtype(mlp):
 HOOKS = "has hooks, which would not run"
 TRAINS = "that trains; the op would keep activations for its gradient"
 REPLACED = "has a forward that was replaced (as accelerate's hooks do)"
-FUSED = "only SiLU, GELU and tanh GELU are fused"
+FUSED = f"only {TITLES} are fused"
 PEFTS_OWN = "runs PEFT's own forward: the"
 # A change of a fused MLP, and the reason that the next report has. None: it finds it fused again.
 CHANGES = {
@@ -227,7 +228,7 @@ def test_the_report_groups_and_lists():
     modules = MLP(), MLP(nn.GELU()), Clamped(), MLP(nn.ReLU()), Clamped(), MLP()
     report = slk.apply_lora(nn.Sequential(*modules), TARGETS, fuse_mlp=True)
     clamp = "it calls clamp"
-    relu = "it calls 'act_fn', a ReLU; only SiLU, GELU and tanh GELU are fused"
+    relu = f"it calls 'act_fn', a ReLU; {FUSED}"
     assert [(mlp.name, mlp.activation, mlp.reason) for mlp in report.mlps[2:4]] == [
         ("2", None, clamp),
         ("3", None, relu),

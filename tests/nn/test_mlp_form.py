@@ -209,7 +209,7 @@ ACTIVATIONS = {
     "silu": [nn.SiLU(), nn.SiLU(inplace=True), F.silu, "silu", Act()],
     "gelu": [nn.GELU(), "gelu"],
     "gelu_tanh": [nn.GELU("tanh"), functools.partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh"],
-    "it calls 'act_fn', a .*; only SiLU, GELU and tanh GELU are fused": [
+    f"it calls 'act_fn', a .*; only {activations.TITLES} are fused": [
         nn.ReLU(), nn.Dropout(0.0), nn.Sequential(nn.SiLU()), ByMode(), "quick_gelu", "gelu_new", "gelu_10",
     ],
     "reads 'act_fn', a (partial|function)": [
