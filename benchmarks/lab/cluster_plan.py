@@ -129,8 +129,7 @@ def count_layer(config: dict[str, int], r: int, targets: Any, tensor: int, token
     adapters = sum(p.numel() for pair in pairs for p in (pair.A, pair.B))
     rows = ("o_proj", "down_proj")
     summed = sum(pair.B.numel() if pair.name.endswith(rows) else pair.A.numel() for pair in pairs)
-    # The PyTorch path also saves casts of A and B; Triton's kernels make them in registers.
-    return Layer(frozen, adapters, summed, (saved - BF16 * adapters) / tokens)
+    return Layer(frozen, adapters, summed, saved / tokens)
 
 
 def activations(model: Model, tokens: int, checkpointing: bool) -> float:

@@ -52,7 +52,13 @@ def mlp_calls(
     stores_gate, stores_up, stores_down = [seed is not None for seed in seeds]
     stores_mask = (stores_gate, stores_up, stores_down)
     settings = MLPForwardSettings(
-        layouts, scalings, dropout_p, activation, save=True, stores_mask=stores_mask
+        layouts,
+        scalings,
+        dropout_p,
+        activation,
+        save=True,
+        stores_mask=stores_mask,
+        shared_mask=False,
     )
     forward = MLPForwardCall(x, operands, scales, seeds, settings)
     results = lora_mlp_fwd.allocate(forward)
@@ -68,7 +74,14 @@ def mlp_calls(
         scales=scales,
         masks=each_mask(results.masks, stores_mask),
         settings=MLPBackwardSettings(
-            layouts, scalings, dropout_p, activation, need_x=True, need_a=every, need_b=every
+            layouts,
+            scalings,
+            dropout_p,
+            activation,
+            need_x=True,
+            need_a=every,
+            need_b=every,
+            shared_mask=False,
         ),
     )
     return MLPCalls(forward, backward)
