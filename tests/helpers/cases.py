@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, Operands, projections
-from stablelora_kernels.testing.expectations import combined
+from stablelora_kernels.testing.ops.lora_linear import Group
 
 # Of x and the weights, and of A and B.
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
@@ -50,7 +50,9 @@ def separately(case: Case, given: Operands) -> tuple[Tensor, ...]:
             return torch.nn.functional.linear(x, parts[i].weight, parts[i].bias)
         return lora_linear(x, *parts[i], case.p)
 
-    return combined(case, layer, given["x"])
+    op = case.description
+    assert isinstance(op, Group)
+    return op.combined(case, layer, given["x"])
 
 
 def far(t: Tensor, pitch: int) -> Tensor:
