@@ -258,7 +258,7 @@ def short(value: Any) -> str:
         return "-".join(dict.fromkeys(short(each) for each in value))
     if isinstance(value, float):
         return f"{value:g}"
-    return SHORT[value] if isinstance(value, torch.dtype) else str(value)
+    return SHORT.get(value, str(value)) if isinstance(value, torch.dtype) else str(value)
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

@@ -34,6 +34,7 @@ class Experts(Op):
 
     # Behind which row each expert ends.
     ends: tuple[int, ...] = (23, 23, 54, 70)
+    offsets_dtype: torch.dtype = torch.int32
     transposed: bool = False
     # B as PEFT packs it, with the expert fastest.
     packed: bool = False
@@ -47,7 +48,7 @@ class Experts(Op):
             "x": tensors["x"],
             **make_stack(case, 0, case.shape[-1], len(self.ends), self.transposed, self.packed),
             "grad0": tensors["grad"],
-            "offsets": torch.tensor(self.ends, dtype=torch.int32, device=case.device),
+            "offsets": torch.tensor(self.ends, dtype=self.offsets_dtype, device=case.device),
         }
 
     def call(self, case: Case, operands: Operands) -> tuple[Tensor, ...]:
@@ -72,14 +73,12 @@ class Experts(Op):
     def experts(
         self, case: Case, operands: Operands, masks: Sequence[Mask]
     ) -> Iterator[tuple[int, Expert]]:
-        """The experts that have rows, by their places."""
+        """The experts by their places."""
         start = 0
         (mask,) = masks
         for e, end in enumerate(self.ends):
             rows = slice(start, end)
             start = end
-            if rows.start == rows.stop:
-                continue
             weight, bias = operands["weight0"][e], operands["bias0"]
             has_branch = case.ranks[0] is not None
             layer = LoRAWeights(
@@ -122,6 +121,8 @@ class Experts(Op):
     ) -> dict[str, Rounded]:
         storage, named = case.arithmetic, {}
         for e, expert in self.experts(case, operands, masks):
+            if expert.rows.start == expert.rows.stop:
+                continue
             layer = rounded_layer(expert.layer, storage, expert.mask)
             named[f"Y0 of expert {e}"] = layer.forward(as_rows(operands["x"][expert.rows], storage))
             gradients = layer.backward(as_rows(operands["grad0"][expert.rows], storage))
