@@ -97,7 +97,7 @@ RULES = (
     Rule("dispatch/ imports Triton only inside functions", ours("dispatch"), ("triton",), eager=True),
     Rule("nn/ does not import optim/", ours("nn"), ours("optim")),
     Rule("only tests, testing/, first use's proofs and the self-test import reference/", ALL, ours("reference"),
-         (*ours("__init__", "reference", "testing", "cli.self_test", "cli.self_test_layers"), *PROOFS, "tests")),
+         (*ours("__init__", "reference", "testing", "cli.self_test"), *PROOFS, "tests")),
     Rule("only tests import cli/", ALL, ours("cli"), (*ours("cli", "__main__"), "tests")),
     Rule("only benchmarks.lab, its tests and the PTX emulator import benchmarks.lab", ALL, ("benchmarks.lab",),
          ("benchmarks.lab", "tests.benchmarks.lab", "tests.ptx_emulator")),

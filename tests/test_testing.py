@@ -195,7 +195,7 @@ def test_a_bias_is_noticed(case):
     """
     given = make(case)
     low = as_computed(case, given)
-    exact = oracle(case, low, *masks(case, given))
+    exact = oracle(case, low, masks(case, given))
     like = given | {f"Y{i}": given["x"] for i in case.outputs()} | {"Y0": given["x"]}
     right = {name: value.to(like[name].dtype) for name, value in exact.items()}
     check(case, right, given)

@@ -19,26 +19,16 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels import testing
-from stablelora_kernels.cli.self_test_layers import (
-    SCALING,
-    Tensors,
-    check_dora,
-    check_loss,
-    check_shape,
-)
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import settings
-from stablelora_kernels.functional import lora_experts, lora_linear
-from stablelora_kernels.ops.lora_experts.call import ExpertStack
-from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp.call import Routing
+from stablelora_kernels.functional import lora_linear
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef
-from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.testing import Deviation
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, make, run
-from stablelora_kernels.testing.expectations import expectations, next_keep
+from stablelora_kernels.testing.expectations import by_parts, expectations, next_keep
+from stablelora_kernels.testing.ops import CrossEntropy
 
 # Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another
 # probability.
@@ -59,72 +49,74 @@ class Check:
     has_kernels: bool = True
 
 
-def checks() -> list[Check]:
-    """Every check. On Hopper and Blackwell they launch every kernel: dispatch chooses them for
-    these sizes.
-
-    Only for gate and up in one kernel it wants larger sizes, so "one_launch" asks for that.
-    """
-    calls = {
-        ("lora_linear", "few rows, bf16"): Case("linear", (9, 48), (72,), (8,), BF16),
-        ("lora_linear", "many rows, bf16"): Case("linear", (70, 96), (136,), (16,), BF16),
-        ("lora_linear", "odd sizes, bf16"): Case("linear", (67, 37), (71,), (3,), BF16),
-        ("lora_linear", "bf16 adapters"): Case("linear", (70, 96), (136,), (16,), BF16, BF16),
-        ("lora_linear", "many rows, fp16"): Case("linear", (70, 96), (136,), (16,), FP16),
-        ("lora_linear", "many rows, fp32"): Case("linear", (70, 48), (72,), (8,)),
-        ("lora_linear", "dropout, bf16"): Case("linear", (70, 48), (72,), (8,), BF16, p=DROPOUT),
-        ("lora_linear_group", "3 projections, bf16"): Case(
-            "group", (70, 96), (72, 24, 24), (8, 4, 4), BF16
-        ),
-        ("lora_linear_group", "dropout, fp16"): Case(
-            "group", (70, 96), (72, 24, 24), (8, 4, 4), FP16, p=DROPOUT
-        ),
-        ("lora_linear_quantized", "NF4, nested scales"): Case(
+# On Hopper and Blackwell they launch every kernel: dispatch chooses them for these sizes. Only for
+# gate and up in one kernel it wants larger sizes, so "one_launch" asks for that.
+CALLS: dict[str, dict[str, Case]] = {
+    "lora_linear": {
+        "few rows, bf16": Case("linear", (9, 48), (72,), (8,), BF16),
+        "many rows, bf16": Case("linear", (70, 96), (136,), (16,), BF16),
+        "odd sizes, bf16": Case("linear", (67, 37), (71,), (3,), BF16),
+        "bf16 adapters": Case("linear", (70, 96), (136,), (16,), BF16, BF16),
+        "many rows, fp16": Case("linear", (70, 96), (136,), (16,), FP16),
+        "many rows, fp32": Case("linear", (70, 48), (72,), (8,)),
+        "dropout, bf16": Case("linear", (70, 48), (72,), (8,), BF16, p=DROPOUT),
+    },
+    "lora_linear_group": {
+        "3 projections, bf16": Case("group", (70, 96), (72, 24, 24), (8, 4, 4), BF16),
+        "dropout, fp16": Case("group", (70, 96), (72, 24, 24), (8, 4, 4), FP16, p=DROPOUT),
+    },
+    "lora_linear_quantized": {
+        "NF4, nested scales": Case(
             "linear", (37, 128), (72,), (8,), BF16, quantized=("nf4 nested",)
         ),
-        ("lora_linear_quantized", "NF4, many rows"): Case(
-            "linear", (300, 128), (72,), (8,), BF16, quantized=("nf4",)
-        ),
-        ("lora_linear_quantized", "float8"): Case(
-            "linear", (37, 128), (72,), (8,), BF16, quantized=("fp8",)
-        ),
-        ("lora_branch", "bf16"): Case("branch", (70, 48), (72,), (8,), BF16),
-        ("lora_mlp", "bf16"): Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16),
-        ("lora_mlp", "odd sizes, bf16"): Case("mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16),
-        ("lora_mlp", "gate and up in one, bf16"): Case(
+        "NF4, many rows": Case("linear", (300, 128), (72,), (8,), BF16, quantized=("nf4",)),
+        "float8": Case("linear", (37, 128), (72,), (8,), BF16, quantized=("fp8",)),
+    },
+    "lora_branch": {"bf16": Case("branch", (70, 48), (72,), (8,), BF16)},
+    "lora_mlp": {
+        "bf16": Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16),
+        "odd sizes, bf16": Case("mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16),
+        "gate and up in one, bf16": Case(
             "mlp", (70, 64), (96, 96, 64), (8, 4, 8), BF16, strategy="one_launch"
         ),
-        ("lora_mlp", "gate and up in one, odd"): Case(
+        "gate and up in one, odd": Case(
             "mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16, strategy="one_launch"
         ),
-        ("lora_mlp", "dropout, fp16"): Case(
-            "mlp", (70, 64), (96, 96, 64), (8, 4, 8), FP16, p=DROPOUT
-        ),
-        ("lora_mlp", "NF4 and float8, bf16"): Case(
+        "dropout, fp16": Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), FP16, p=DROPOUT),
+        "NF4 and float8, bf16": Case(
             "mlp", (300, 64), (96, 96, 64), (8, 4, 8), BF16, quantized=("nf4 nested", "nf4", "fp8")
         ),
-    }
-    of_calls = [
-        Check(family, words, partial(check_call, case)) for (family, words), case in calls.items()
-    ]
+    },
+    # One of the experts has no rows.
+    "lora_experts": {
+        "bf16": Case("experts", (70, 48), (72,), (8,), BF16),
+        "fp32": Case("experts", (70, 48), (72,), (8,)),
+    },
+    # One of the experts has no rows, and some slots choose none here.
+    "lora_experts_mlp": {
+        words: Case("experts mlp", (37, 48), (64, 48), (8, 8), dtype, dtype, bias=(True, True))
+        for words, dtype in (("bf16", BF16), ("fp32", FP32))
+    },
+    "lora_linear_cross_entropy": {
+        words: Case(CrossEntropy(softcap=5.0), (37, 48), (211,), (8,), dtype, dtype, bias=(False,))
+        for words, dtype in (("bf16", BF16), ("fp32", FP32))
+    },
+    "DoRA": {
+        "bf16": Case("DoRA", (70, 48), (72,), (8,), BF16),
+        "fp32": Case("DoRA", (70, 48), (72,), (8,)),
+    },
+}
+
+
+def checks() -> list[Check]:
+    """Every check: the calls, and what is no call of an op."""
     return [
-        *of_calls,
-        Check("dropout's mask", "forward and backward", check_mask),
-        Check("lora_experts", "bf16", partial(check_experts, dtype=BF16), has_kernels=False),
-        Check("lora_experts", "fp32", partial(check_experts, dtype=FP32), has_kernels=False),
         *(
-            Check(
-                "lora_experts_mlp",
-                words,
-                partial(check_experts_mlp, dtype=dtype),
-                has_kernels=False,
-            )
-            for words, dtype in (("bf16", BF16), ("fp32", FP32))
+            Check(family, words, partial(check_call, case), case.description.has_kernels)
+            for family, calls in CALLS.items()
+            for words, case in calls.items()
         ),
-        Check("lora_linear_cross_entropy", "bf16", partial(check_loss, dtype=BF16)),
-        Check("lora_linear_cross_entropy", "fp32", partial(check_loss, dtype=FP32)),
-        Check("DoRA", "bf16", partial(check_dora, dtype=BF16)),
-        Check("DoRA", "fp32", partial(check_dora, dtype=FP32)),
+        Check("dropout's mask", "forward and backward", check_mask),
         Check("stable_adamw", "3 steps, fp32", partial(check_step, dtype=FP32)),
         Check("stable_adamw", "3 steps, bf16", partial(check_step, dtype=BF16)),
     ]
@@ -214,16 +206,21 @@ def result_of(family: str, case: str, problem: str | None, **known: Any) -> Resu
 
 
 def check_call(case: Case, device: torch.device) -> list[Deviation]:
-    """A call of an op, forward and backward."""
+    """One call of an op, forward and backward."""
     case = case.but(device=str(device), backend=backend.resolve_backend(device))
     operands = make(case)
-    results = run(case, operands)
+    results = by_parts(case, run(case, operands))
     measured = []
     for name, expected in expectations(case, operands).items():
         label = name if name.startswith("Y") else f"d{name}"
         check_shape(label, results[name], expected.ref)
         measured += expected.deviations(results[name], label)
     return measured
+
+
+def check_shape(name: str, value: Tensor, ref: Tensor) -> None:
+    if value.shape != ref.shape:
+        raise AssertionError(f"{name} must be {list(ref.shape)}, got {list(value.shape)}")
 
 
 def check_mask(device: torch.device) -> list[Deviation]:
@@ -253,117 +250,6 @@ def check_mask(device: torch.device) -> list[Deviation]:
     return [Deviation(wrong, 0, "elements")]
 
 
-def check_experts(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
-    """A stack of experts, of which one has no rows: each is a layer of its rows."""
-    rows = [23, 0, 31, 16]
-    experts = [
-        Case(shape=(count, 48), sizes=(72,), ranks=(8,), dtype=dtype, scalings=(SCALING,), device=str(device), seed=e)
-        for e, count in enumerate(rows)
-    ]  # fmt: skip
-    operands = [make(expert) for expert in experts]
-    x, grad = (torch.cat([tensors[name] for tensors in operands]) for name in ("x", "grad0"))
-    stacks = {
-        name: torch.stack([tensors[f"{name}0"] for tensors in operands])
-        for name in ("weight", "bias", "lora_A", "lora_B")
-    }
-    leaves = [t.requires_grad_() for t in (x, stacks["lora_A"], stacks["lora_B"])]
-    ends = torch.tensor(rows, device=device).cumsum(0)
-    y = lora_experts(
-        x,
-        stacks["weight"],
-        stacks["bias"],
-        stacks["lora_A"],
-        stacks["lora_B"],
-        SCALING,
-        ends,
-    )
-    dx, das, dbs = torch.autograd.grad(y, leaves, grad)
-
-    measured = []
-    for e, expert in enumerate(experts):
-        if not rows[e]:
-            nothing = torch.cat([das[e].flatten(), dbs[e].flatten()])
-            measured.append(Deviation(nothing.abs().max().item(), 0.0, f"dA and dB of expert {e}"))
-            continue
-        end = int(ends[e])
-        of_expert = slice(end - rows[e], end)
-        results = {
-            "Y0": y[of_expert].detach(),
-            "x": dx[of_expert],
-            "lora_A0": das[e],
-            "lora_B0": dbs[e],
-        }
-        expected = expectations(expert, operands[e])
-        for name, value in results.items():
-            measured += expected[name].deviations(value, f"{name} of expert {e}")
-    return measured
-
-
-def _interleaved_gate(g: Tensor) -> Tensor:
-    """gpt-oss's, without its limits, at which a gradient jumps."""
-    gate, up = g[..., ::2], g[..., 1::2]
-    return gate * torch.sigmoid(1.7 * gate) * (up + 1)
-
-
-def check_experts_mlp(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
-    """A module of experts under ``fuse_mlp``, of which one has no rows; some slots choose none
-    here.
-    """
-    count, width, inner, rank, tokens = 4, 48, 32, 8, 37
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    # Experts 0, 1 and 3, and numbers behind the last one.
-    index = torch.tensor([0, 1, 3, 5])[torch.randint(4, (tokens, 2), generator=generator)]
-    index = index.to(device)
-    leaves = {
-        "x": draw(tokens, width),
-        "weights": draw(tokens, 2).sigmoid(),
-        "up's A": draw(count, rank, width) / width**0.5,
-        "up's B": draw(count, 2 * inner, rank) / rank**0.5,
-        "down's A": draw(count, rank, inner) / inner**0.5,
-        "down's B": draw(count, width, rank) / rank**0.5,
-    }
-    up = (draw(count, 2 * inner, width) / width**0.5, draw(count, 2 * inner))
-    down = (draw(count, width, inner) / inner**0.5, draw(count, width))
-    grad = draw(tokens, width)
-
-    def results(call: Callable[[Tensors], Tensor], to: torch.dtype) -> Tensors:
-        operands = {name: t.to(to, copy=True).requires_grad_() for name, t in leaves.items()}
-        y = call(operands)
-        gradients = torch.autograd.grad(y, [*operands.values()], grad.to(to))
-        return {"Y": y.detach()} | dict(zip(leaves, gradients, strict=True))
-
-    def ours(t: Tensors) -> Tensor:
-        expert_of_slot, order = torch.sort(index.reshape(-1), stable=True)
-        places = torch.arange(count, device=device)
-        offsets = torch.searchsorted(expert_of_slot, places, right=True, out_int32=True)
-        stacks = [
-            ExpertStack(*frozen, t[f"{name}'s A"], t[f"{name}'s B"], SCALING)
-            for name, frozen in (("up", up), ("down", down))
-        ]
-        routing = Routing(order, offsets, t["weights"])
-        return lora_experts_mlp_op(t["x"], routing, _interleaved_gate, *stacks)
-
-    def reference(t: Tensors) -> Tensor:
-        to = t["x"].dtype
-        stacks = [
-            (*(part.to(to) for part in frozen), t[f"{name}'s A"], t[f"{name}'s B"], SCALING)
-            for name, frozen in (("up", up), ("down", down))
-        ]
-        return lora_experts_mlp_ref(t["x"], index, t["weights"], _interleaved_gate, stacks)
-
-    computed = results(ours, dtype)
-    exact = results(reference, torch.float64)
-    eager = results(reference, dtype)
-    measured = []
-    for name, value in computed.items():
-        measured += testing.deviations(value, exact[name], eager[name], dtype=dtype, name=name)
-    return measured
-
-
 def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
     """Three steps over a shrinking pair, one that latches at once and a lone parameter; the latch
     steps must be the oracle's.
@@ -389,7 +275,7 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
             tensor.grad = step[name]
         optimizer.step()
 
-    def plain(kind: torch.dtype) -> tuple[Tensors, dict[str, int | None]]:
+    def plain(kind: torch.dtype) -> tuple[dict[str, Tensor], dict[str, int | None]]:
         """Algorithm 1 operator by operator in the dtype ``kind``: the parameters and the latch
         steps.
         """

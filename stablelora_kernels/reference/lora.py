@@ -6,6 +6,7 @@
               dX = dY W + D'(dS A)          [M, K]
               dA = dS^T D(X)                [r, K]
               dB = s·dY^T S                 [N, r]
+    DoRA      Y  = m / n ∘ X (W + s B A)^T + bias, n the norms of the rows of W + s B A
     gated MLP G = gate(X),  U = up(X),  Y = down(act(G) ∘ U)
     loss      L_i = log Σ_v exp(U_iv) - U_i,label_i,  U = c tanh(z Y / c), Y of a head
     experts   Y[t] = Σ_e w_te down_e(gate(up_e(X[t]))), e of the experts that token t chooses
@@ -106,6 +107,25 @@ def lora_branch_grads_ref(
         "dA": ds.T @ dropped,
         "dB": scaling * (dy.T @ s),
     }
+
+
+def dora_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+) -> Tensor:
+    """``Y`` [..., N] of x [..., K], weight [N, K], bias [N], lora_A [r, K], lora_B [N, r] and
+    magnitude [N].
+
+    Autograd differentiates it, with the norms as constants.
+    """
+    merged = weight + scaling * lora_B @ lora_A
+    y = magnitude / merged.detach().norm(dim=1) * (x @ merged.T)
+    return y if bias is None else y + bias
 
 
 def lora_linear_cross_entropy_ref(

@@ -5,7 +5,8 @@ A call is a list of projections, numbered from 0, and how they combine. Operands
 and "grad0", the gradient of its output. A gated MLP has gate, up and down as projections 0, 1 and
 2, and one output. Results are the outputs "Y0", ... and gradients by their operands' names.
 
-``expectations`` has what the results must be.
+An :class:`Op` is all that differs from op to op: ``testing/ops`` has a class for each.
+``expectations`` compares with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import torch
@@ -24,15 +25,10 @@ from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import Rule
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.functional import (
-    LoRAWeights,
-    lora_branch,
-    lora_linear,
-    lora_linear_group,
-    lora_mlp,
-)
+from stablelora_kernels.functional import LoRAWeights
+from stablelora_kernels.reference.rounding import Rounded
+from stablelora_kernels.testing.bounds import SLOPES
 from stablelora_kernels.testing.devices import pretend_gpu
-from stablelora_kernels.testing.inputs import QUANTIZED, make_inputs
 
 BF16 = torch.bfloat16
 FP16 = torch.float16
@@ -50,10 +46,10 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A call. What a tuple has of each projection, a group has in any number from 1 to 3."""
+    """A call. A tuple has an entry for each projection."""
 
-    # "linear", "branch", "group" or "mlp".
-    op: str = "linear"
+    # A name in OPS; or a record of one of their classes, for an op with options of its own.
+    op: str | Op = "linear"
     # Of x.
     shape: tuple[int, ...] = (70, 24)
     # Columns of each projection's output, and its rank; None is a projection without a branch.
@@ -102,7 +98,7 @@ class Case:
             "x".join(map(str, each)) for each in (self.shape, self.sizes, self.ranks)
         )
         words = [
-            self.op,
+            str(self.op),
             f"{shape}-{sizes}",
             f"r{ranks}",
             f"{SHORT[self.dtype]}/{SHORT[self.lora_dtype]}",
@@ -127,10 +123,21 @@ class Case:
         return len(self.sizes)
 
     @property
+    def description(self) -> Op:
+        return OPS[self.op] if isinstance(self.op, str) else self.op
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype that the products of a call are stored in."""
+        # Below some rows autograd calls plain operators, which a backward inside autocast runs in
+        # bfloat16.
+        lowered = self.autocast or (self.backward_in_autocast and self.dtype != FP64)
+        return BF16 if lowered else self.dtype
+
+    @property
     def wanted_names(self) -> list[str]:
         """The operands whose gradients are computed, in their order."""
-        names = ["base_out"] if self.op == "branch" else []
-        names += ["x", *self.of_branches("lora_A"), *self.of_branches("lora_B")]
+        names = self.description.differentiable(self)
         if self.wanted is None:
             return names
         others = [f"{kind}{i}" for kind in ("weight", "bias") for i in range(self.count)]
@@ -147,7 +154,91 @@ class Case:
 
     def outputs(self) -> list[int]:
         """The projections whose outputs the call returns."""
-        return [2] if self.op == "mlp" else list(range(self.count))
+        return self.description.outputs(self)
+
+
+class Mask(NamedTuple):
+    """A dropout mask, or None, and the probability that it is drawn with."""
+
+    keep: Tensor | None = None
+    p: float = 0.0
+
+
+class Dropout(NamedTuple):
+    """A mask that a call draws; none if p is 0."""
+
+    shape: tuple[int, ...]
+    p: float
+
+
+@dataclass(frozen=True)
+class Op:
+    """The calls of one op: operands, the op's results, and what they must be.
+
+    An option that no other op has is a field of its class. OPS has one record of each class.
+    """
+
+    # Whether it launches Triton kernels where Triton is the backend.
+    has_kernels: ClassVar[bool] = True
+    # By which share a result may be too large or too small as a whole; None: any.
+    slopes: ClassVar[Mapping[torch.dtype, float] | None] = SLOPES
+
+    def __str__(self) -> str:
+        """The class, and each option that is not the default."""
+        options = ((option, getattr(self, option.name)) for option in fields(self))
+        changed = [f"{o.name}={short(value)}" for o, value in options if value != o.default]
+        return " ".join([type(self).__name__, *changed])
+
+    def outputs(self, case: Case) -> list[int]:
+        """The projections whose outputs the call returns."""
+        return list(range(case.count))
+
+    def differentiable(self, case: Case) -> list[str]:
+        """The operands whose gradients a case wants unless it says so."""
+        return ["x", *case.of_branches("lora_A"), *case.of_branches("lora_B")]
+
+    def make(self, case: Case) -> Operands:
+        """The operands by name."""
+        raise NotImplementedError
+
+    def call(self, case: Case, operands: Operands) -> tuple[Tensor, ...]:
+        """The outputs of one call of the op."""
+        raise NotImplementedError
+
+    def dropouts(self, case: Case, operands: Operands) -> list[Dropout]:
+        """The masks that a call draws, in their order."""
+        return []
+
+    def by_hand(self, case: Case, operands: Operands, masks: Sequence[Mask]) -> tuple[Tensor, ...]:
+        """The outputs as a user computes them, operator by operator in x's dtype."""
+        raise NotImplementedError
+
+    def by_reference(
+        self, case: Case, operands: Operands, masks: Sequence[Mask]
+    ) -> tuple[Tensor, ...]:
+        """The outputs of ``stablelora_kernels.reference``, for operands in float64."""
+        raise NotImplementedError
+
+    def roundings(
+        self, case: Case, operands: Operands, masks: Sequence[Mask]
+    ) -> dict[str, Rounded]:
+        """How far rounding may move each part of the results, on any processor, as far as it is
+        analyzed.
+        """
+        return {}
+
+    def parts(self, case: Case, name: str, value: Tensor) -> Results:
+        """The parts of a result that have a bound of their own, by their names."""
+        return {name: value}
+
+    def dtype_of(self, case: Case, name: str, value: Tensor) -> torch.dtype:
+        """The dtype of the arithmetic of a result, of which eager PyTorch gives ``value``."""
+        # Gradients are products in x's dtype; the output is rounded to base_out's.
+        return value.dtype if name.startswith("Y") else case.arithmetic
+
+
+#: The ops by their names in a :class:`Case`. ``testing/ops`` enters them.
+OPS: dict[str, Op] = {}
 
 
 def short(value: Any) -> str:
@@ -160,7 +251,7 @@ def short(value: Any) -> str:
         return "-".join(dict.fromkeys(short(each) for each in value))
     if isinstance(value, float):
         return f"{value:g}"
-    return SHORT[value] if isinstance(value, torch.dtype) else str(value)
+    return SHORT.get(value, str(value)) if isinstance(value, torch.dtype) else str(value)
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -191,45 +282,13 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 def make(case: Case) -> Operands:
     """The operands by name, laid out; absent are those that the call does not have."""
     operands: Operands = {}
-    for i, (n, r) in enumerate(zip(case.sizes, case.ranks, strict=True)):
-        *leading, k = (
-            (*case.shape[:-1], case.sizes[0]) if case.op == "mlp" and i == 2 else case.shape
-        )
-        tensors: Operands = make_inputs(
-            (*leading, max(k, 1)), n, r or 1, dtype=case.dtype, lora_dtype=case.lora_dtype, bias=case.bias[i % len(case.bias)],
-            device=case.device, seed=case.seed + i,
-        )  # fmt: skip
-        tensors |= {name: tensors[name][..., :k] for name in ("x", "weight", "lora_A")}
-        if r is None:
-            del tensors["lora_A"], tensors["lora_B"]
-        if i:
-            del tensors["x"]
-        if i not in case.outputs():
-            del tensors["grad"]
-        if case.op == "branch":
-            base = torch.nn.functional.linear(tensors["x"].double(), tensors.pop("weight").double())
-            dtype = case.base_dtype or case.dtype
-            tensors |= {"base_out": base.to(dtype), "grad": tensors["grad"].to(dtype), "bias": None}
-        if (kind := case.quantized[i % len(case.quantized)]) is not None:
-            tensors["weight"] = on_device(QUANTIZED[kind](n, k), case.device)
-        for name, t in tensors.items():
-            layout = case.layouts.get(name, "contiguous")
-            key = name if name in ("x", "base_out") else f"{name}{i}"
-            operands[key] = laid_out(t, layout) if isinstance(t, Tensor) else t
-    if case.shared:
-        del operands["lora_A1"]
+    for name, t in case.description.make(case).items():
+        layout = case.layouts.get(name.rstrip("0123456789"), "contiguous")
+        operands[name] = laid_out(t, layout) if isinstance(t, Tensor) else t
     target = operands.get(case.broken or "")
     if isinstance(target, Tensor) and target.numel():
         target[(0,) * target.dim()] = case.value
     return operands
-
-
-def on_device(weight: Any, device: str) -> Any:
-    """A quantized weight on ``device``."""
-    values = {attribute.name: getattr(weight, attribute.name) for attribute in fields(weight)}
-    return type(weight)(
-        **{name: t.to(device) if isinstance(t, Tensor) else t for name, t in values.items()}
-    )
 
 
 def leaves(case: Case, operands: Operands) -> Operands:
@@ -261,29 +320,7 @@ def projections(case: Case, operands: Operands) -> list[LoRAWeights]:
 
 def ours(case: Case, operands: Operands) -> tuple[Tensor, ...]:
     """The outputs of one call of the op."""
-    # Of any type, since which operands there are depends on the op.
-    loras: list[Any] = [*projections(case, operands)]
-    x, first, dropout = operands["x"], loras[0], (case.p, case.training)
-    if case.op == "branch":
-        return (
-            lora_branch(
-                operands["base_out"], x, first.lora_A, first.lora_B, first.scaling, *dropout
-            ),
-        )
-    if case.op == "group":
-        weights, biases = [lora.weight for lora in loras], [lora.bias for lora in loras]
-        lora_As, lora_Bs = [lora.lora_A for lora in loras], [lora.lora_B for lora in loras]
-        return lora_linear_group(
-            x, weights, biases, lora_As, lora_Bs, [lora.scaling for lora in loras], *dropout
-        )
-    if case.op == "mlp":
-        gate, up, down = loras
-        return (lora_mlp(x, gate, up, down, case.activation, *dropout),)
-    return (
-        lora_linear(
-            x, first.weight, first.bias, first.lora_A, first.lora_B, first.scaling, *dropout
-        ),
-    )
+    return case.description.call(case, operands)
 
 
 @contextmanager

@@ -17,10 +17,16 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.cli import COMMANDS, doctor, main, self_test, self_test_layers
+from stablelora_kernels.cli import COMMANDS, doctor, main, self_test
 from stablelora_kernels.dispatch import backend, first_use
 from stablelora_kernels.dispatch.settings import check_environment
-from stablelora_kernels.testing import cases
+from stablelora_kernels.testing.ops import (
+    dora,
+    lora_experts,
+    lora_experts_mlp,
+    lora_linear,
+    lora_mlp,
+)
 from stablelora_kernels.utils.threads import ONE_THREAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,27 +219,29 @@ def launching_nothing(right, base, x, a, b, scaling, *dropout):
     return base + scaling * (x.to(a.dtype) @ a.T @ b.T).to(base.dtype)
 
 
-LINEAR = {"lora_linear", "lora_linear_quantized"}
+def with_other_offsets(right, *args, **options):
+    return right(*args[:-1], args[-1] - 1, **options)
+
+
+LINEAR = {"lora_linear", "lora_linear_quantized", "DoRA"}
 # A name in a module that the self-test calls, what is done in its place, the only families that
 # fail then, and why.
 FAULTS = {
-    "a wrong result": (cases, "lora_branch", lambda right, *args: right(*args) * 1.5, {"lora_branch"}, "off by"),
-    "a wrong MLP": (cases, "lora_mlp", lambda right, *args: right(*args) * 1.05, {"lora_mlp"}, "off by"),
-    "NaN": (cases, "lora_linear", lambda right, *args: right(*args) + float("nan"), LINEAR, "off by inf"),
-    "an exception": (cases, "lora_linear_group", raising, {"lora_linear_group"}, "RuntimeError: out of memory"),
+    "a wrong result": (lora_linear, "lora_branch", lambda right, *args: right(*args) * 1.5, {"lora_branch"}, "off by"),
+    "a wrong MLP": (lora_mlp, "lora_mlp", lambda right, *args: right(*args) * 1.05, {"lora_mlp"}, "off by"),
+    "NaN": (lora_linear, "lora_linear", lambda right, *args: right(*args) + float("nan"), LINEAR, "off by inf"),
+    "an exception": (lora_linear, "lora_linear_group", raising, {"lora_linear_group"}, "RuntimeError: out of memory"),
     "another mask": (
         self_test, "lora_linear", lambda right, *args: right(*args) + 1e-3 * (args[-1] == self_test.DROPOUT), {"dropout's mask"},
         "off by",
     ),
-    "another expert": (
-        self_test, "lora_experts", lambda right, *args: right(*args[:-1], args[-1] - 1), {"lora_experts"}, "off by",
-    ),
+    "another expert": (lora_experts, "lora_experts", with_other_offsets, {"lora_experts"}, "off by"),
     "a slot's weight is another's": (
-        self_test, "Routing", lambda right, *args: right(*args[:2], args[2].flip(1)), {"lora_experts_mlp"}, "off by",
+        lora_experts_mlp, "Routing", lambda right, *args: right(*args[:2], args[2].flip(1)), {"lora_experts_mlp"}, "off by",
     ),
-    "norms of W alone": (self_test_layers, "row_norms", lambda right, sums, *args: sums.sqrt(), {"DoRA"}, "off by"),
+    "norms of W alone": (dora, "row_norms", lambda right, sums, *args: sums.sqrt(), {"DoRA"}, "off by"),
     "no latch": (self_test, "StableLoRAAdamW", never_latching, {"stable_adamw"}, "the pairs must latch at steps"),
-    "no kernel": (cases, "lora_branch", launching_nothing, {"lora_branch"}, "no Triton kernel was launched"),
+    "no kernel": (lora_linear, "lora_branch", launching_nothing, {"lora_branch"}, "no Triton kernel was launched"),
 }  # fmt: skip
 
 
@@ -251,7 +259,7 @@ def test_planted_faults_fail_the_self_test(capsys, monkeypatch, fault):
 
 
 def test_failures_missing_packages_and_set_variables_are_printed(capsys, monkeypatch):
-    monkeypatch.setattr(cases, "lora_branch", raising)
+    monkeypatch.setattr(lora_linear, "lora_branch", raising)
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else "1.0")
     # Read before, so that no other test runs with it.
     check_environment()

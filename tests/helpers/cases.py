@@ -16,12 +16,12 @@ from stablelora_kernels.testing.cases import (
     BF16,
     FP16,
     FP32,
-    QUANTIZED,
     Case,
     Operands,
     projections,
 )
-from stablelora_kernels.testing.expectations import combined
+from stablelora_kernels.testing.inputs import QUANTIZED
+from stablelora_kernels.testing.ops.lora_linear import Group
 
 # Of x and the weights, and of A and B.
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
@@ -67,7 +67,9 @@ def separately(case: Case, given: Operands) -> tuple[Tensor, ...]:
             return torch.nn.functional.linear(x, parts[i].weight, parts[i].bias)
         return lora_linear(x, *parts[i], case.p)
 
-    return combined(case, layer, given["x"])
+    op = case.description
+    assert isinstance(op, Group)
+    return op.combined(case, layer, given["x"])
 
 
 def far(t: Tensor, pitch: int) -> Tensor:

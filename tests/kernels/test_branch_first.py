@@ -14,7 +14,17 @@ from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.launch.base import Launch, VendorProduct
-from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, Case, Operands, make, run
+from stablelora_kernels.testing.cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    Case,
+    Mask,
+    Operands,
+    make,
+    run,
+)
 from stablelora_kernels.testing.expectations import eager, expectations, oracle
 from tests.helpers.case_checks import check
 from tests.helpers.launches import count_launches
@@ -104,12 +114,12 @@ def canceling(dtype: torch.dtype, bias: float) -> tuple[Case, Operands]:
 
 def errors(case: Case, operands: Operands) -> tuple[float, float]:
     """The root mean square error of Y, ours and eager PyTorch's."""
-    exact = oracle(case, operands, [None], 0.0)["Y0"]
+    exact = oracle(case, operands, [Mask()])["Y0"]
 
     def error(y: Tensor) -> float:
         return (y.double() - exact).square().mean().sqrt().item()
 
-    by_hand = eager(case, operands, [None], 0.0)
+    by_hand = eager(case, operands, [Mask()])
     return error(run(case, operands)["Y0"]), error(by_hand["Y0"])
 
 

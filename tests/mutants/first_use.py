@@ -188,7 +188,7 @@ def _trials() -> dict[str, list[Trial]]:
 
         return Trial(f"rows {shape} {dtypes}", run)
 
-    def of_loss(case: losses.Loss) -> Trial:
+    def of_loss(case: Case) -> Trial:
         def run() -> None:
             # As that test's own fixture has them: several blocks of columns.
             (rule,) = tiles.CROSS_ENTROPY_TILES

@@ -4,16 +4,14 @@ often it multiplies by the head.
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import stablelora_kernels as slk
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.ops import cpu_products
@@ -25,66 +23,84 @@ from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
     CrossEntropySettings,
 )
 from stablelora_kernels.reference import lora_linear_cross_entropy_ref
-from stablelora_kernels.testing import assert_no_worse
-from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
+from stablelora_kernels.testing.cases import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Case,
+    Operands,
+    forced,
+    leaves,
+    make,
+    ours,
+    run,
+)
+from stablelora_kernels.testing.expectations import eager, expectations, oracle
+from stablelora_kernels.testing.ops import CrossEntropy
 from tests.helpers.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-LEAVES = ("hidden", "bias", "lora_A", "lora_B")
-SCALING = 1.7
+LEAVES = ("x", "bias0", "lora_A0", "lora_B0")
+# With it a soft cap bends many logits.
+SCALING = 5.8
 
 
-class Loss(NamedTuple):
-    dtype: torch.dtype = FP32
-    lora_dtype: torch.dtype = FP32
-    # Leading sizes of hidden, and H.
-    shape: tuple[int, ...] = (37, 32)
-    vocabulary: int = 101
-    r: int = 4
-    reduction: str = "mean"
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    # Every so many labels are ignored.
-    ignored: int = 5
-    # Each of hidden's columns is the second of a wider tensor, W is a transposed one.
-    strided: bool = False
-    wanted: tuple[str, ...] = LEAVES
-
-    def __str__(self) -> str:
-        return " ".join(
-            f"{name}={value}"
-            for name, value in self._asdict().items()
-            if value != self._field_defaults[name]
-        )
+def head(
+    dtype: torch.dtype = FP32,
+    lora_dtype: torch.dtype = FP32,
+    shape: tuple[int, ...] = (37, 32),
+    vocabulary: int = 101,
+    r: int | None = 4,
+    strided: bool = False,
+    wanted: tuple[str, ...] = LEAVES,
+    **options: Any,
+) -> Case:
+    """A call. ``strided``: each of hidden's columns is the second of a wider tensor, W is a
+    transposed one.
+    """
+    return Case(
+        CrossEntropy(**options),
+        shape,
+        (vocabulary,),
+        (r,),
+        dtype,
+        lora_dtype,
+        scalings=(SCALING,),
+        layouts={"x": "every second", "weight": "transposed"} if strided else {},
+        wanted=wanted,
+        backend="torch",
+        device="cpu",
+    )
 
 
 CASES = [
-    Loss(),
-    Loss(reduction="sum", softcap=3.0, logit_scale=0.7),
-    Loss(reduction="none", softcap=3.0, logit_scale=0.7),
+    head(),
+    head(reduction="sum", softcap=3.0, logit_scale=0.7),
+    head(reduction="none", softcap=3.0, logit_scale=0.7),
     # Logits far below the cap.
-    Loss(reduction="none", softcap=30.0, logit_scale=0.1),
-    Loss(BF16, BF16, reduction="none"),
-    Loss(BF16, FP32, softcap=30.0, strided=True),
-    Loss(BF16, FP32, reduction="sum", logit_scale=0.25),
-    Loss(FP16, FP16),
-    Loss(FP16, FP32, reduction="none", softcap=2.0),
-    Loss(r=1, wanted=("hidden",)),
-    Loss(r=3, wanted=("lora_A",), reduction="none"),
-    Loss(BF16, FP32, r=20, wanted=("lora_B",), reduction="none"),
-    Loss(r=20, wanted=("bias",)),
-    Loss(wanted=("bias",), reduction="none"),
-    Loss(r=0, wanted=("hidden", "bias")),
-    Loss(r=0, wanted=("hidden",), reduction="none", strided=True),
-    Loss(shape=(1, 32), ignored=2),
-    Loss(shape=(2, 3, 7, 31), vocabulary=53, reduction="none"),
-    Loss(vocabulary=1),
-    Loss(vocabulary=1, reduction="none", softcap=1.0),
-    Loss(shape=(5, 1), vocabulary=2, strided=True),
-    Loss(vocabulary=64, strided=True, reduction="sum"),
-    Loss(ignored=1000),
+    head(reduction="none", softcap=30.0, logit_scale=0.1),
+    head(BF16, BF16, reduction="none"),
+    head(BF16, FP32, softcap=30.0, strided=True),
+    head(BF16, FP32, reduction="sum", logit_scale=0.25),
+    head(FP16, FP16),
+    head(FP16, FP32, reduction="none", softcap=2.0),
+    head(r=1, wanted=("x",)),
+    head(r=3, wanted=("lora_A0",), reduction="none"),
+    head(BF16, FP32, r=20, wanted=("lora_B0",), reduction="none"),
+    head(r=20, wanted=("bias0",)),
+    head(wanted=("bias0",), reduction="none"),
+    head(r=None, wanted=("x", "bias0")),
+    head(r=None, wanted=("x",), reduction="none", strided=True),
+    head(shape=(1, 32), ignored=2),
+    head(shape=(2, 3, 7, 31), vocabulary=53, reduction="none"),
+    head(vocabulary=1),
+    head(vocabulary=1, reduction="none", softcap=1.0),
+    head(shape=(5, 1), vocabulary=2, strided=True),
+    head(vocabulary=64, strided=True, reduction="sum"),
+    head(ignored=1000),
 ]  # fmt: skip
-FLOAT64_CASES = [case._replace(dtype=FP64, lora_dtype=FP64) for case in CASES if case.dtype == FP32]
+FLOAT64_CASES = [case.but(dtype=FP64, lora_dtype=FP64) for case in CASES if case.dtype == FP32]
 
 
 @pytest.fixture(autouse=True)
@@ -100,78 +116,17 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(tiles, "CROSS_ENTROPY_TILES", (small,))
 
 
-def make(case: Loss) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    *leading, width = case.shape
-
-    def draw(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=FP64).to(dtype)
-
-    hidden = draw(*leading, 2 * width)[..., ::2] if case.strided else draw(*leading, width)
-    weight = draw(width, case.vocabulary).t() if case.strided else draw(case.vocabulary, width)
-    labels = torch.randint(case.vocabulary, leading, generator=generator)
-    labels.view(-1)[case.ignored - 1 :: case.ignored] = -100
-    given = {
-        "hidden": hidden,
-        "weight": weight * width**-0.5,
-        "labels": labels,
-        "bias": draw(case.vocabulary),
-        "lora_A": draw(case.r, width, dtype=case.lora_dtype) if case.r else None,
-        "lora_B": 0.3 * draw(case.vocabulary, case.r, dtype=case.lora_dtype) if case.r else None,
-        "grad": draw(*leading, dtype=FP64) if case.reduction == "none" else draw(dtype=FP64),
+def arguments(given: Operands) -> dict[str, Any]:
+    """The op's."""
+    return {
+        "hidden": given["x"],
+        "weight": given["weight0"],
+        "labels": given["labels"],
+        "bias": given["bias0"],
+        "lora_A": given["lora_A0"],
+        "lora_B": given["lora_B0"],
+        "scaling": SCALING,
     }
-    for name in case.wanted:
-        given[name].requires_grad_()
-    return given
-
-
-def call(case: Loss, given: dict[str, Any], function: Any = lora_linear_cross_entropy) -> Tensor:
-    return function(
-        given["hidden"],
-        given["weight"],
-        given["labels"],
-        bias=given["bias"],
-        lora_A=given["lora_A"],
-        lora_B=given["lora_B"],
-        scaling=SCALING,
-        reduction=case.reduction,
-        softcap=case.softcap,
-        logit_scale=case.logit_scale,
-    )
-
-
-def results(case: Loss, given: dict[str, Any], function: Any) -> dict[str, Tensor]:
-    loss = call(case, given, function)
-    leaves = [given[name] for name in case.wanted]
-    grads = torch.autograd.grad(loss, leaves, given["grad"].to(loss.dtype))
-    return {"loss": loss.detach()} | dict(zip(case.wanted, grads, strict=True))
-
-
-def in_dtype(case: Loss, given: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Copies of the operands in ``dtype``; with None, all in the case's."""
-    copies = {}
-    for name, t in given.items():
-        if t is None or name in ("labels", "grad"):
-            copies[name] = t
-            continue
-        copies[name] = t.detach().to(dtype or case.dtype).requires_grad_(name in case.wanted)
-    return copies
-
-
-def eager(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor, lora_A: Any, lora_B: Any, scaling: float,
-    reduction: str, softcap: float | None, logit_scale: float,
-) -> Tensor:  # fmt: skip
-    """PEFT's head and transformers' loss, whose logits are float32."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    if lora_A is not None:
-        logits = logits + hidden @ lora_A.t() @ lora_B.t() * scaling
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    flat = logits.float().view(-1, weight.shape[0])
-    loss = torch.nn.functional.cross_entropy(flat, labels.reshape(-1), reduction=reduction)
-    return loss.view(labels.shape) if reduction == "none" else loss
 
 
 def test_the_kernel_reads_nothing_that_nobody_has_written():
@@ -194,26 +149,26 @@ def test_the_kernel_reads_nothing_that_nobody_has_written():
     assert memory.isfinite().all()
 
 
+def check(case: Case) -> None:
+    given = make(case)
+    found = run(case, given)
+    for name, expected in expectations(case, given).items():
+        dtype = FP32 if name == "Y0" else given[name].dtype
+        assert found[name].dtype == dtype, name
+        expected.check(found[name], name)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case, backend):
-    given = make(case)
-    with slk.settings(backend=backend):
-        found = results(case, given, lora_linear_cross_entropy)
-    exact = results(case, in_dtype(case, given, FP64), lora_linear_cross_entropy_ref)
-    usual = results(case, in_dtype(case, given, None), eager)
-    for name, value in found.items():
-        dtype = FP32 if name == "loss" else given[name].dtype
-        assert value.dtype == dtype, name
-        assert_no_worse(value, exact[name], usual[name], dtype=case.dtype, name=name)
+    check(case.but(backend=backend))
 
 
 @pytest.mark.parametrize("case", FLOAT64_CASES, ids=str)
 def test_float64_to_3e15(case):
     given = make(case)
-    found = results(case, given, lora_linear_cross_entropy)
-    exact = results(case, in_dtype(case, given, FP64), lora_linear_cross_entropy_ref)
-    for name, value in found.items():
+    exact = oracle(case, given, [])
+    for name, value in run(case, given).items():
         assert value.dtype == FP64
         # A loss or a gradient that is zero is compared with the operands, which are about 1.
         error = (value - exact[name]).norm() / exact[name].norm().clamp(min=1)
@@ -223,13 +178,7 @@ def test_float64_to_3e15(case):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_processors_that_do_not_multiply_low_precision_use_float32(dtype, monkeypatch):
     monkeypatch.setattr(cpu_products, "MULTIPLIED", dict.fromkeys(cpu_products.MULTIPLIED, False))
-    case = Loss(dtype, FP32, reduction="sum")
-    given = make(case)
-    found = results(case, given, lora_linear_cross_entropy)
-    exact = results(case, in_dtype(case, given, FP64), lora_linear_cross_entropy_ref)
-    usual = results(case, in_dtype(case, given, None), eager)
-    for name, value in found.items():
-        assert_no_worse(value, exact[name], usual[name], dtype=dtype, name=name)
+    check(head(dtype, reduction="sum"))
 
 
 def test_float16_keeps_small_probabilities():
@@ -266,52 +215,42 @@ def test_float16_keeps_small_probabilities():
 @pytest.mark.parametrize("rows", [0, 20])
 def test_no_label_counts(rows, backend):
     """The mean over nothing is NaN, as F.cross_entropy's; its gradients are zeros, as there."""
-    case = Loss(shape=(rows, 32), ignored=1)
     for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
+        case = head(shape=(rows, 32), ignored=1, reduction=reduction).but(backend=backend)
         given = make(case)
-        with slk.settings(backend=backend):
-            found = results(case._replace(reduction=reduction), given, lora_linear_cross_entropy)
-        usual = eager(**{name: given[name] for name in given if name != "grad"}, scaling=SCALING,
-                      reduction=reduction, softcap=None, logit_scale=1.0)  # fmt: skip
-        assert torch.equal(found["loss"].isnan(), usual.isnan())
-        torch.testing.assert_close(found.pop("loss"), torch.tensor(expected), equal_nan=True)
+        found, usual = run(case, given), eager(case, given, [])["Y0"]
+        assert torch.equal(found["Y0"].isnan(), usual.isnan())
+        torch.testing.assert_close(found.pop("Y0"), torch.tensor(expected), equal_nan=True)
         assert all(not grad.any() for grad in found.values())
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("scaling", [SCALING, 0.0])
-def test_not_a_number_in_gives_not_a_number_out(scaling, backend, monkeypatch):
+def test_not_a_number_in_gives_not_a_number_out(scaling, backend):
     """Also through a branch whose scaling is 0, since 0 times NaN is NaN."""
-    monkeypatch.setattr(sys.modules[__name__], "SCALING", scaling)
-    for name in ("hidden", "weight", "bias", "lora_A", "lora_B"):
-        case = Loss(reduction="none", ignored=1000)
+    case = head(reduction="none", ignored=1000).but(scalings=(scaling,), backend=backend)
+    for name in ("x", "weight0", "bias0", "lora_A0", "lora_B0"):
         given = make(case)
-        with torch.no_grad():
-            given[name][0] = torch.nan
-        with slk.settings(backend=backend):
-            found = results(case, given, lora_linear_cross_entropy)
-        is_nan = found["loss"].isnan()
-        if name == "hidden":
+        given[name][0] = torch.nan
+        is_nan = run(case, given)["Y0"].isnan()
+        if name == "x":
             assert is_nan.nonzero().tolist() == [[0]]
         else:
             assert is_nan.all(), name
     given = make(case)
-    with torch.no_grad():
-        given["hidden"][1] = torch.nan
-    with slk.settings(backend=backend):
-        found = results(case, given, lora_linear_cross_entropy)
-    assert found["loss"].isnan().nonzero().tolist() == [[1]]
-    assert found["hidden"].isnan().any(1).nonzero().tolist() == [[1]]
-    assert found["lora_A"].isnan().any() and found["lora_B"].isnan().any()
+    given["x"][1] = torch.nan
+    found = run(case, given)
+    assert found["Y0"].isnan().nonzero().tolist() == [[1]]
+    assert found["x"].isnan().any(1).nonzero().tolist() == [[1]]
+    assert found["lora_A0"].isnan().any() and found["lora_B0"].isnan().any()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("label", [-1, 101, 1 << 40])
 def test_a_label_that_a_gpu_cannot_refuse_gives_not_a_number(label, backend):
-    case = Loss(shape=(3, 32))
-    given = make(case)
+    given = make(head(shape=(3, 32)))
     labels = torch.tensor([label, 5, -100])
-    s = given["hidden"] @ given["lora_A"].t()
+    s = given["x"] @ given["lora_A0"].t()
     settings = CrossEntropySettings(
         -100,
         SCALING,
@@ -325,7 +264,7 @@ def test_a_label_that_a_gpu_cannot_refuse_gives_not_a_number(label, backend):
     )
     found = CrossEntropyResults(
         *chunks.lora_linear_cross_entropy(
-            given["hidden"].detach(), given["weight"], None, s.detach(), given["lora_B"].detach(), labels, None, *settings
+            given["x"], given["weight0"], None, s, given["lora_B0"], labels, None, *settings
         )
     )  # fmt: skip
     assert found.losses.isnan().tolist() == [True, False, False]
@@ -334,14 +273,11 @@ def test_a_label_that_a_gpu_cannot_refuse_gives_not_a_number(label, backend):
 
 
 def test_any_ignore_index():
-    case = Loss(reduction="none")
+    case = head(reduction="none")
     given = make(case)
-    expected = call(case, given)
+    (expected,) = ours(case, given)
     given["labels"] = given["labels"].masked_fill(given["labels"] == -100, 7_000)
-    found = lora_linear_cross_entropy(
-        given["hidden"], given["weight"], given["labels"], bias=given["bias"], lora_A=given["lora_A"],
-        lora_B=given["lora_B"], scaling=SCALING, reduction="none", ignore_index=7_000,
-    )  # fmt: skip
+    found = lora_linear_cross_entropy(**arguments(given), reduction="none", ignore_index=7_000)
     assert torch.equal(found, expected)
 
 
@@ -368,30 +304,24 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize(("changes", "error", "words"), ERRORS.values(), ids=ERRORS)
 def test_errors_name_the_argument_and_both_values(changes, error, words):
-    given = make(Loss())
-    del given["grad"]
+    given = arguments(make(head()))
     with pytest.raises(error, match=words):
-        lora_linear_cross_entropy(**given | {"scaling": SCALING} | changes)
+        lora_linear_cross_entropy(**given | changes)
 
 
 def test_float64_is_refused_by_name_on_triton():
-    given = make(Loss(FP64, FP64))
-    with (
-        slk.settings(backend="triton"),
-        pytest.raises(TypeError, match=r"hidden is torch\.float64"),
-    ):
-        call(Loss(), given)
+    with pytest.raises(TypeError, match=r"hidden is torch\.float64"):
+        run(head(FP64, FP64).but(backend="triton"))
 
 
 def test_dtensors_are_refused_by_name(mesh):
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    given = make(Loss())
-    del given["grad"]
+    given = arguments(make(head()))
     for name in ("hidden", "weight", "bias", "lora_A", "lora_B"):
-        sharded = distribute_tensor(given[name].detach(), mesh, [Replicate()])
+        sharded = distribute_tensor(given[name], mesh, [Replicate()])
         with pytest.raises(TypeError, match=f"{name} must be a plain tensor, got a DTensor"):
-            lora_linear_cross_entropy(**given | {"scaling": SCALING, name: sharded})
+            lora_linear_cross_entropy(**given | {name: sharded})
 
 
 # What it costs.
@@ -414,10 +344,10 @@ def products_with_the_head(run: Any) -> int:
     [
         ("mean", LEAVES, 2),
         ("sum", LEAVES, 2),
-        ("none", ("hidden", "lora_A"), 2),
+        ("none", ("x", "lora_A0"), 2),
         ("none", LEAVES, 3),
-        ("mean", ("lora_A", "lora_B"), 1),
-        ("none", ("hidden",), 2),
+        ("mean", ("lora_A0", "lora_B0"), 1),
+        ("none", ("x",), 2),
         ("none", (), 1),
         ("mean", (), 1),
     ],
@@ -428,27 +358,26 @@ def test_products_with_the_head(reduction, wanted, count, monkeypatch):
     """
     monkeypatch.setattr(chunks, "LEAST_ROWS", 64)
     monkeypatch.setattr(cpu_products, "ONEDNN_HELPS", False)
-    case = Loss(reduction=reduction, wanted=wanted)
-    given = make(case)
+    case = head(reduction=reduction, wanted=wanted)
+    given = leaves(case, make(case))
 
-    def run():
-        loss = call(case, given)
+    def step():
+        (loss,) = ours(case, given)
         if wanted:
             loss.sum().backward()
 
-    assert products_with_the_head(run) == count
+    assert products_with_the_head(step) == count
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_labels_and_gradients_of_any_strides(backend):
     """As labels of every second token, and sum()'s gradient, which is one number for all tokens."""
-    case = Loss(reduction="none")
-    given = make(case)
-    expected = results(case, given | {"grad": torch.ones(37)}, lora_linear_cross_entropy)
+    case = head(reduction="none")
+    given = make(case) | {"grad0": torch.ones(37)}
+    expected = run(case, given)
     labels = given["labels"].repeat_interleave(2)[::2]
     grad = torch.ones(1).expand(37)
-    with slk.settings(backend=backend):
-        found = results(case, given | {"labels": labels, "grad": grad}, lora_linear_cross_entropy)
+    found = run(case.but(backend=backend), given | {"labels": labels, "grad0": grad})
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], msg=name)
 
@@ -456,26 +385,26 @@ def test_labels_and_gradients_of_any_strides(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_backward_may_run_again(backend):
     for reduction in ("mean", "none"):
-        case = Loss(BF16, FP32, reduction=reduction)
-        given = make(case)
-        leaves = [given[name] for name in LEAVES]
-        with slk.settings(backend=backend):
-            loss = call(case, given).sum()
-            first = torch.autograd.grad(loss, leaves, retain_graph=True)
-            second = torch.autograd.grad(2 * loss, leaves)
+        case = head(BF16, FP32, reduction=reduction).but(backend=backend)
+        given = leaves(case, make(case))
+        inputs = [given[name] for name in LEAVES]
+        with forced(case):
+            loss = ours(case, given)[0].sum()
+            first = torch.autograd.grad(loss, inputs, retain_graph=True)
+            second = torch.autograd.grad(2 * loss, inputs)
         for one, two in zip(first, second, strict=True):
             torch.testing.assert_close(two, 2 * one)
 
 
 def test_memory_is_that_of_a_chunk_not_of_all_tokens(monkeypatch):
     """No tensor that is made or kept has more elements than a chunk's logits, dX, or dB."""
-    case = Loss(BF16, FP32, shape=(160, 32))
-    given = make(case)
+    case = head(BF16, FP32, shape=(160, 32))
+    given = leaves(case, make(case))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = call(case, given)
+        (loss,) = ours(case, given)
     with torch.profiler.profile(profile_memory=True) as profile:
-        call(case, given)
+        ours(case, given)
     allocated = [event.cpu_memory_usage for event in profile.events()]
     logits = 160 * 101 * 2
     assert loss.isfinite() and max(allocated) < logits
@@ -487,9 +416,9 @@ def test_memory_is_that_of_a_chunk_not_of_all_tokens(monkeypatch):
 
 def test_the_second_derivative_is_refused():
     """PyTorch's ``once_differentiable`` alone would take a constant incoming gradient for an answer."""
-    given = make(Loss())
+    given = leaves(head(), make(head()))
     with pytest.raises(RuntimeError, match="differentiated once, got a backward with create_graph"):
-        torch.autograd.grad(call(Loss(), given), given["hidden"], create_graph=True)
+        torch.autograd.grad(ours(head(), given), given["x"], create_graph=True)
 
 
 # Beside PyTorch's features.
@@ -497,59 +426,55 @@ def test_the_second_derivative_is_refused():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_casts_all_but_float32_adapters(reduction):
-    case = Loss(reduction=reduction)
+    case = head(reduction=reduction)
     given = make(case)
-    low = given | {
-        name: given[name].detach().to(BF16).requires_grad_(name in LEAVES)
-        for name in ("hidden", "weight", "bias")
-    }
-    with torch.autocast("cpu", BF16):
-        found = results(case, given, lora_linear_cross_entropy)
-    for name, value in results(case, low, lora_linear_cross_entropy).items():
+    low = given | {name: given[name].to(BF16) for name in ("x", "weight0", "bias0")}
+    found = run(case.but(autocast=True), given)
+    for name, value in run(case, low).items():
         assert torch.equal(found[name].to(value.dtype), value), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_checkpointing(reduction, reentrant):
-    case = Loss(reduction=reduction)
+    case = head(reduction=reduction)
     given = make(case)
-    expected = results(case, given, lora_linear_cross_entropy)
 
-    def run(*leaves: Tensor) -> Tensor:
-        return call(case, given | dict(zip(LEAVES, leaves, strict=True)))
+    def checkpointed(case: Case, given: Operands) -> tuple[Tensor, ...]:
+        def call(*inputs: Tensor) -> Tensor:
+            return ours(case, given | dict(zip(LEAVES, inputs, strict=True)))[0]
 
-    leaves = [given[name] for name in LEAVES]
-    loss = checkpoint(run, *leaves, use_reentrant=reentrant)
-    loss.backward(given["grad"].to(loss.dtype))
-    for name in LEAVES:
-        assert torch.equal(given[name].grad, expected[name]), name
+        return (checkpoint(call, *(given[name] for name in LEAVES), use_reentrant=reentrant),)
+
+    expected = run(case, given)
+    for name, value in run(case, given, checkpointed).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck_and_torch_compile_without_a_break(reduction, backend):
-    case = Loss(reduction=reduction, softcap=3.0)
+    case = head(reduction=reduction, softcap=3.0).but(backend=backend)
     given = make(case)
-    with slk.settings(backend=backend):
-        with Operators() as operators:
-            expected = results(case, given, lora_linear_cross_entropy)
-        calls = [each for each in operators.calls if each[0].namespace == "stablelora_kernels"]
-        assert len(calls) == (1 if reduction == "mean" else 2)
-        for operator, arguments, _ in calls:
-            plain = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+    with Operators() as operators:
+        expected = run(case, given)
+    calls = [each for each in operators.calls if each[0].namespace == "stablelora_kernels"]
+    assert len(calls) == (1 if reduction == "mean" else 2)
+    with forced(case):
+        for operator, values, _ in calls:
+            plain = [t.detach() if isinstance(t, Tensor) else t for t in values]
             torch.library.opcheck(operator, plain)
-        torch._dynamo.reset()
-        compiled = torch.compile(lora_linear_cross_entropy, backend="aot_eager", fullgraph=True)
-        found = results(case, given, compiled)
+    torch._dynamo.reset()
+    compiled = torch.compile(lora_linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    op = case.description
+    assert isinstance(op, CrossEntropy)
+    found = run(case, given, lambda case, given: (op.loss(case, given, compiled),))
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
 def test_dropout_is_on_the_branch_and_in_training_alone():
-    given = make(Loss())
-    del given["grad"]
-    given |= {"scaling": SCALING}
+    given = arguments(leaves(head(), make(head())))
     torch.manual_seed(5)
     kept = torch.nn.functional.dropout(torch.ones_like(given["hidden"]), 0.5)
     expected = lora_linear_cross_entropy_ref(
@@ -564,7 +489,7 @@ def test_dropout_is_on_the_branch_and_in_training_alone():
     torch.manual_seed(5)
     found = lora_linear_cross_entropy(**given, dropout_p=0.5)
     torch.testing.assert_close(found, expected)
-    for name in LEAVES:
+    for name in ("hidden", "bias", "lora_A", "lora_B"):
         torch.testing.assert_close(
             *(torch.autograd.grad(loss, given[name], retain_graph=True)[0] for loss in (found, expected))
         )  # fmt: skip

@@ -12,7 +12,7 @@ from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.quantized import WEIGHTS
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, Case, make, run
-from stablelora_kernels.testing.expectations import plain
+from stablelora_kernels.testing.ops.lora_linear import plain
 from tests.helpers.case_checks import assert_close, check
 from tests.helpers.cases import small
 from tests.helpers.operators import Operators

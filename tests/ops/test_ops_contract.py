@@ -17,6 +17,7 @@ from stablelora_kernels.testing.cases import (
     FP32,
     FP64,
     Case,
+    Mask,
     Operands,
     make,
     ours,
@@ -97,7 +98,7 @@ def test_no_columns(op, leading, sizes, backend):
     columns = {"mlp": (n, n, 20), "group": (n, n // 2, 4)}.get(case.op, (n,))
     ranks = (None, 3, None) if "without" in op else case.ranks
     case = case.but(shape=(*leading, k), sizes=columns, ranks=ranks)
-    assert_close(run(case), eager(case, make(case), [None] * 3, 0.0), 1e-4)
+    assert_close(run(case), eager(case, make(case), [Mask()] * 3), 1e-4)
 
 
 @pytest.mark.covering
@@ -179,7 +180,7 @@ def test_nan_and_infinity_go_where_eagers_go(op, rows, scaling, value, broken, b
         if isinstance(given.get(name), Tensor)
     )
     given[name][(1,) * given[name].dim()] = value
-    found, expected = run(case, given), eager(case, given, [None] * 3, 0.0)
+    found, expected = run(case, given), eager(case, given, [Mask()] * 3)
     assert any(not t.isfinite().all() for t in expected.values())
     for name, t in found.items():
         # Which of NaN and infinity comes out depends on the order of a sum.

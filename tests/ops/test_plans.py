@@ -34,10 +34,10 @@ from stablelora_kernels.testing.cases import (
     forced,
     leaves,
     make,
-    on_device,
     ours,
     run,
 )
+from stablelora_kernels.testing.ops.lora_linear import on_device
 from tests.helpers.case_checks import assert_close, run_recorded
 from tests.helpers.cases import OPS, small
 from tests.helpers.launches import count_launches, without_plans

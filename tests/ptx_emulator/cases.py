@@ -34,8 +34,9 @@ from stablelora_kernels.optim import staging
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.testing import cases as calls
-from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, QUANTIZED
+from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
 from stablelora_kernels.testing.expectations import expectations
+from stablelora_kernels.testing.inputs import QUANTIZED
 from tests.helpers.cases import far
 from tests.helpers.optimizers import SHAPES, make_pairs, params_of, set_grads
 from tests.ptx_emulator import library, runner
