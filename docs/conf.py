@@ -32,7 +32,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|collections|os|contextlib|typing|pathlib|matplotlib)\..*"),
     (
         r"py:.*",
-        r"(Tensor|Any|Callable|Iterable|Iterator|Mapping|NoReturn|Path|Sequence|Figure|Stored|TrainingArguments)",
+        r"(Tensor|Any|Callable|Iterable|Iterator|Mapping|NoReturn|Number|Params|Path|QuantizedWeight|Sequence|Stored|TrainingArguments)",
     ),
 ]
 

@@ -15,7 +15,7 @@ def names(step: near.Step) -> list[str]:
 
 
 def test_the_nearest_tests_come_first():
-    modules, *planted, folder = near.steps_of(near.PACKAGE / "ops/lora_rows/call.py")
+    modules, *planted, folder = near.steps_of(near.PACKAGE / "ops/lora_rows/triton.py")
     assert names(modules) == ["test_lora_rows.py"]
     assert any("USE5" in step.words for step in planted)
     assert folder.arguments == ["tests/ops"]
