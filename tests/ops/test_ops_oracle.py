@@ -24,7 +24,6 @@ from stablelora_kernels.testing.cases import (
     FP16,
     FP32,
     FP64,
-    QUANTIZED,
     TINY,
     Case,
     leaves,
@@ -32,6 +31,7 @@ from stablelora_kernels.testing.cases import (
     ours,
     run,
 )
+from stablelora_kernels.testing.inputs import QUANTIZED
 from tests.helpers.case_checks import assert_close, check, table
 from tests.helpers.cases import DTYPES, OPS, kinds_of, separately, small
 from tests.helpers.largest_shares import PROPERTY

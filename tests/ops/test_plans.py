@@ -29,7 +29,6 @@ from stablelora_kernels.testing.cases import (
     DEVICE,
     FP16,
     FP32,
-    QUANTIZED,
     Case,
     forced,
     leaves,
@@ -37,6 +36,7 @@ from stablelora_kernels.testing.cases import (
     ours,
     run,
 )
+from stablelora_kernels.testing.inputs import QUANTIZED
 from stablelora_kernels.testing.ops.lora_linear import on_device
 from tests.helpers.case_checks import assert_close, run_recorded
 from tests.helpers.cases import OPS, small

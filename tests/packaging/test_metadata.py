@@ -66,7 +66,9 @@ def test_every_optional_import_is_in_its_extra():
 
 def test_bounds_in_the_code_and_the_oldest_that_ci_installs_are_those_of_the_metadata():
     assert lower_bounds(None)["triton"] == ".".join(map(str, MIN_TRITON))
-    peft = (ROOT / "stablelora_kernels" / "integrations" / "peft.py").read_text(encoding="utf-8")
+    peft = (ROOT / "stablelora_kernels" / "integrations" / "peft" / "accelerate.py").read_text(
+        encoding="utf-8"
+    )
     assert f"peft must be {lower_bounds('peft')['peft']} or newer" in peft
     pins = dict(
         re.findall(
