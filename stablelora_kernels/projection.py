@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -118,8 +118,10 @@ def projections_of(
     """The projections that :func:`operands_of`, :func:`scales_of` and :func:`layouts_of` have taken
     apart.
     """
-    fours = zip(in_groups(operands, OPERANDS), scalings, strict=True)
-    plain = [Projection(*four, scaling) for four, scaling in fours]  # type: ignore[call-arg]
+    each = iter(operands)
+    # Four operands of each projection, one after another, and its scaling.
+    fields = zip(each, each, each, each, scalings, strict=True)
+    plain = [Projection(*of_projection) for of_projection in fields]
     return with_stored(plain, scales, layouts) if layouts else plain
 
 
@@ -150,5 +152,10 @@ def scale_count_of(layouts: Sequence[int]) -> int:
 
 def split(tensors: Sequence[Any], lengths: Sequence[int]) -> list[Sequence[Any]]:
     """``tensors`` as sequences of these ``lengths``."""
-    ends = accumulate(lengths)
-    return [tensors[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    parts = []
+    start = 0
+    for length in lengths:
+        end = start + length
+        parts.append(tensors[start:end])
+        start = end
+    return parts

@@ -52,7 +52,9 @@ class Gradients(NamedTuple):
 
 
 def to_multiply(p: Projection, dtype: torch.dtype) -> Projection:
-    """``p`` with A and B in ``dtype``."""
+    """``p`` with A and B in ``dtype``; itself if they have it."""
+    if p.lora_A is not None and p.lora_A.dtype is dtype:
+        return p
     return Projection(p.weight, p.bias, cast(p.lora_A, dtype), cast(p.lora_B, dtype), p.scaling)
 
 

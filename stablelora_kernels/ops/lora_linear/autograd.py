@@ -144,7 +144,7 @@ class _LoRALinear(torch.autograd.Function):
         count = len(dys)
         dx = None
         of_operands: list[Tensor | None] = [None] * facts.operand_count
-        if used and True in settings.wanted:
+        if used and (settings.need_x or settings.need_a or settings.need_b):
             gradients = _BACKENDS[facts.backend].backward(None, saved_call, settings)
             if settings.need_x:
                 dx = gradients.dx

@@ -49,15 +49,14 @@ def linear_backward_torch(call: LinearBackwardCall) -> LinearBackwardResults:
     every_s = split_s(call.s, branches_in(call.operands, LORA_AS)) or nothing
     x = None if call.x is None else as_matrix(call.x)
     like = call.grads[0]
+    wanted = settings.wanted
     dx: Tensor | None = None
     das: list[Tensor] = []
     dbs: list[Tensor] = []
     for dy, p, s, mask in zip(call.grads, projections, every_s, call.masks, strict=True):
         grad = with_own_memory(as_matrix(dy))
         multiplied = to_multiply(p, dy.dtype)
-        dx, da, db = gradients_of(
-            x, grad, multiplied, s, mask, lora_dtype_of(p), settings.wanted, dx
-        )
+        dx, da, db = gradients_of(x, grad, multiplied, s, mask, lora_dtype_of(p), wanted, dx)
         if da is not None:
             das.append(da)
         if db is not None:
