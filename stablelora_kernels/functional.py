@@ -31,7 +31,7 @@ from stablelora_kernels.packed_experts import (
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
-from stablelora_kernels.utils.validation import check_float
+from stablelora_kernels.utils.validation import check_float, check_tiles
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -171,6 +171,7 @@ def lora_mlp(
     activation: str,
     dropout_p: float = 0.0,
     training: bool = True,
+    tiled: bool | int = False,
 ) -> Tensor:
     """``down(act(gate(x)) ∘ up(x))``: a gated MLP of three :func:`lora_linear` projections, as one
     autograd node.
@@ -195,20 +196,26 @@ def lora_mlp(
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU).
         dropout_p: as in :func:`lora_linear`; each projection draws its own mask.
         training: as in :func:`lora_linear`.
+        tiled: keep x and dropout's seeds alone. Forward and backward compute a tile of rows at a
+            time, and backward computes G and U again. True takes as many rows as 256 MiB hold of a
+            tile's G, U and their gradients (on a CPU 24 MiB), a number so many. Dropout's masks are
+            others than without tiles.
 
     Returns:
         [..., N] in x's dtype. Only requested gradients are computed.
 
     Raises:
-        ValueError: ``activation`` is unknown, or the projections do not fit x or each other.
+        ValueError: ``activation`` is unknown, ``tiled`` is a number below 1, or the projections do
+            not fit x or each other.
         ValueError, TypeError, RuntimeError: as :func:`lora_linear`.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
+    tiled = check_tiles("tiled", tiled)
     projections = [_projection(*p) for p in (gate, up, down)]
-    return _run(x, projections, dropout_p, training, activation=activation)[0]
+    return _run(x, projections, dropout_p, training, activation=activation, tiled=tiled)[0]
 
 
 def lora_mlp_if(
@@ -217,11 +224,12 @@ def lora_mlp_if(
     projections: tuple[Projection, Projection, Projection],
     activation: str,
     dropout_p: float,
+    tiled: bool | int = False,
 ) -> Tensor | None:
     """:func:`lora_mlp` in training with weights that are not quantized, or None if it is a call of
     a new kind that does not satisfy ``fits``. ``projections``: gate, up and down.
     """
-    ys = _run(x, projections, dropout_p, True, activation=activation, fits=fits)
+    ys = _run(x, projections, dropout_p, True, activation=activation, fits=fits, tiled=tiled)
     return ys[0] if ys else None
 
 
@@ -346,6 +354,7 @@ def _run(
     base: Tensor | None = None,
     activation: str = "",
     fits: Callable[[], bool] | None = None,
+    tiled: bool | int = False,
 ) -> Sequence[Tensor]:
     """The outputs of projections of x, of a lone branch onto ``base``, or with ``activation`` of a
     gated MLP.
@@ -356,7 +365,9 @@ def _run(
     shared_mask = activation != "" and _share_lora_A(projections)
     # What decides on the checks' answers, on autocast's casts, on the backend and on the launches.
     gradients = torch.is_grad_enabled()
-    kind = ("projections", activation, shared_mask, gradients, fits is None, dtype)
+    # True and 1 are equal, and so would their keys be.
+    tiles = (tiled is True, tiled)
+    kind = ("projections", activation, shared_mask, gradients, fits is None, dtype, tiles)
     values: list[Any] = [x, base, dropout_p, training]
     for p in projections:
         values += p
@@ -380,7 +391,7 @@ def _run(
         entry = remember(key, backend, is_cast)
     dropout_p = dropout_p if training else 0.0
     if activation:
-        options = Options(activation, dropout_p, backend, shared_mask)
+        options = Options(activation, dropout_p, backend, shared_mask, tiled)
         return (lora_mlp_op(x, projections, options, entry),)
     return lora_linear_op(x, projections, base, dropout_p, backend, entry)
 

@@ -56,6 +56,7 @@ def mlp_calls(
         scalings,
         dropout_p,
         activation,
+        output=True,
         save=True,
         stores_mask=stores_mask,
         shared_mask=False,

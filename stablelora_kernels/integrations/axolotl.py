@@ -53,7 +53,7 @@ class Plugin(BasePlugin):
         """Check the keys before anything is loaded, and keep Axolotl's own LoRA kernels off.
 
         Raises:
-            TypeError: ``accelerate_peft`` has no such keyword, or a value is no bool.
+            TypeError: ``accelerate_peft`` has no such keyword, or a value has another type.
             ValueError: the run trains no LoRA, or switches on LoRA kernels of Axolotl's own.
         """
         _options(cfg)
@@ -85,7 +85,7 @@ def _options(cfg: Mapping[str, Any]) -> dict[str, Any]:
     options = cfg.get(SECTION) or {}
     if not isinstance(options, Mapping):
         raise TypeError(
-            f"{SECTION} must map keywords of accelerate_peft to true or false, got {options!r}"
+            f"{SECTION} must map keywords of accelerate_peft to their values, got {options!r}"
         )
     check_accelerate_options(SECTION, options)
     return dict(options)

@@ -239,15 +239,15 @@ class AccelerateCallback(_Callback):
         options: keywords of :func:`~stablelora_kernels.accelerate_peft`, such as ``fuse_mlp=True``.
 
     Raises:
-        TypeError: ``accelerate_peft`` has no such keyword, or a value is no bool.
+        TypeError: ``accelerate_peft`` has no such keyword, or a value has another type.
         ImportError: transformers is not installed.
         ValueError: when training begins, as :func:`~stablelora_kernels.accelerate_peft`.
     """
 
-    def __init__(self, *, restore: bool = False, **options: bool) -> None:
+    def __init__(self, *, restore: bool = False, **options: bool | int) -> None:
         check_accelerate_options("AccelerateCallback", options, others=("restore",))
         self.restore = check_bool("restore", restore)
-        self.options = options
+        self.options: dict[str, Any] = options
         self._has_printed = False
 
     def on_train_begin(

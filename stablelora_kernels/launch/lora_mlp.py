@@ -92,8 +92,8 @@ class MLPForwardCall(NamedTuple):
     masks: Sequence[Tensor | None]
     dropout_p: float
     activation: str
-    y: Tensor
-    # G, U, gate's and up's S side by side, down's S. None: not requested.
+    # Y, G, U, gate's and up's S side by side, down's S. None: not requested.
+    y: Tensor | None
     g: Tensor | None
     u: Tensor | None
     s: Tensor | None
@@ -125,6 +125,12 @@ def mlp_forward_launches(
             _product(call, i, plain.projection, x, h if output is None else output, s_of_p)
         )
     launches += _gate_and_up(device, call, members, h, choice)
+    if call.y is None:
+        # S and the mask of down follow from H and A. For a Y that nothing writes any tensor stands.
+        p = call.projections[2]._replace(weight=None)
+        if p.rank:
+            launches.append(lora_down(device, [_product(call, 2, p, h, h, call.s_down)]))
+        return launches
     plain = dequantizer.plain(call.projections[2])
     down = _product(call, 2, plain.projection, h, call.y, call.s_down)
     launches += plain.launches

@@ -23,7 +23,13 @@ from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import check_not_in_ddp, clean, in_ddp, reshard, unwrap
 from stablelora_kernels.utils.names import check_patterns, ends_of, lookup_pattern
 from stablelora_kernels.utils.tensors import copy, is_first_rank, is_sharded, whole
-from stablelora_kernels.utils.validation import check_bool, check_float, check_int, shown
+from stablelora_kernels.utils.validation import (
+    check_bool,
+    check_float,
+    check_int,
+    check_tiles,
+    shown,
+)
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -166,6 +172,7 @@ def load_adapter(
     *,
     fuse_projections: bool = False,
     fuse_mlp: bool = False,
+    tile_mlp: bool | int = False,
     fuse_loss: bool = False,
 ) -> LoRAReport:
     """Load an adapter that :func:`save_adapter` or the ``peft`` package wrote to the directory
@@ -174,8 +181,8 @@ def load_adapter(
     A model without LoRA first gets ``LoRALinear`` layers where the file has pairs, as by
     :func:`~stablelora_kernels.apply_lora`; A and B get the file's dtype if that is the layer's, and
     float32 otherwise. If the model has LoRA already, the values are copied into its layers, whose
-    names, ranks and scalings must be the file's. ``fuse_projections``, ``fuse_mlp`` and
-    ``fuse_loss`` are those of ``apply_lora``.
+    names, ranks and scalings must be the file's. ``fuse_projections``, ``fuse_mlp``, ``tile_mlp``
+    and ``fuse_loss`` are those of ``apply_lora``.
 
     If the model has DTensors, every process must call it, and takes its shards of the values that
     rank 0 has read.
@@ -190,6 +197,7 @@ def load_adapter(
         OSError: a file cannot be read.
         ImportError: safetensors is not installed.
     """
+    check_tiles("tile_mlp", tile_mlp)
     wrapped = model
     model = unwrap(wrapped)
     reshard(model)
@@ -223,7 +231,7 @@ def load_adapter(
         for name, pair in pairs.items():
             copy(layers[name].lora_A, pair.lora_A)
             copy(layers[name].lora_B, pair.lora_B)
-    return fuse(model, pairs, (), notes, fuse_projections, fuse_mlp, fuse_loss)
+    return fuse(model, pairs, (), notes, fuse_projections, fuse_mlp, tile_mlp, fuse_loss)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, _Pair]]:

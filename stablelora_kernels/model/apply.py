@@ -30,7 +30,7 @@ from stablelora_kernels.nn.projection_group import make_projection_groups
 from stablelora_kernels.quantized import is_quantized
 from stablelora_kernels.utils.modules import check_module, check_not_in_ddp, clean, is_hooked
 from stablelora_kernels.utils.names import check_regex, ends_of, unmatched_names
-from stablelora_kernels.utils.validation import counted
+from stablelora_kernels.utils.validation import check_tiles, counted
 
 ALL_LINEAR = "all-linear"
 
@@ -45,6 +45,7 @@ def apply_lora(
     use_rslora: bool = False,
     fuse_projections: bool = False,
     fuse_mlp: bool = False,
+    tile_mlp: bool | int = False,
     fuse_loss: bool = False,
 ) -> LoRAReport:
     """Replace linear layers of ``model`` by :class:`LoRALinear`, in place, without PEFT. Every other
@@ -72,6 +73,11 @@ def apply_lora(
             projections has LoRA. The report's ``mlps`` lists each MLP, fused or with the reason why
             not. A call that the op does not fit runs the module's own forward. Where both apply,
             ``fuse_mlp`` goes before ``fuse_projections``.
+        tile_mlp: as ``fuse_mlp``, and keep each MLP's input alone: forward and backward compute a tile
+            of rows at a time, and backward computes gate and up again. For long sequences with
+            activation checkpointing, where it takes no more products than ``fuse_mlp``. True
+            chooses the tile's rows, a number gives them
+            (:func:`~stablelora_kernels.functional.lora_mlp`).
         fuse_loss: compute the loss of a causal language model of transformers without its logits
             (:func:`~stablelora_kernels.functional.lora_linear_cross_entropy`). In training with
             labels, the output's ``logits`` are then None. In evaluation, and without labels, the
@@ -92,6 +98,7 @@ def apply_lora(
     check_module(model)
     check_not_in_ddp(model)
     _check_targets(target_modules)
+    check_tiles("tile_mlp", tile_mlp)
     # A set, since it is looked up for each module.
     wanted = target_modules if isinstance(target_modules, str) else frozenset(target_modules)
     is_all_linear = _is_all_linear(target_modules)
@@ -118,7 +125,7 @@ def apply_lora(
         notes.append(unmatched)
         where = counted(len(targets), "module")
         warnings.warn(f"{unmatched}, while other names match {where}", stacklevel=2)
-    return fuse(model, targets, skipped, notes, fuse_projections, fuse_mlp, fuse_loss)
+    return fuse(model, targets, skipped, notes, fuse_projections, fuse_mlp, tile_mlp, fuse_loss)
 
 
 class LoRASettings(NamedTuple):
@@ -177,6 +184,7 @@ def fuse(
     notes: list[str],
     fuse_projections: bool,
     fuse_mlp: bool,
+    tile_mlp: bool | int,
     fuse_loss: bool,
 ) -> LoRAReport:
     """The fusions of :func:`apply_lora`, the report on the layers of these names, and a warning of
@@ -186,8 +194,8 @@ def fuse(
     if fuse_projections:
         notes = notes + make_projection_groups(model, layers)
     mlps: tuple[GatedMLP, ...] = ()
-    if fuse_mlp:
-        mlps = fuse_mlps(model)
+    if fuse_mlp or tile_mlp:
+        mlps = fuse_mlps(model, tile_mlp)
         notes = notes + notes_on_mlps(mlps)
     if fuse_loss:
         notes = notes + notes_on_losses(fuse_losses(model))

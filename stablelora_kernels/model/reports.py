@@ -73,7 +73,7 @@ class LoRAReport:
         trainable: the number of trainable parameter elements.
         total: the number of all parameter elements.
         notes: other surprises, such as a pattern that matched nothing.
-        mlps: with ``fuse_mlp``, every gated MLP and every module of experts with LoRA in it. The
+        mlps: with ``fuse_mlp`` or ``tile_mlp``, every gated MLP and every module of experts with LoRA in it. The
             notes have them by outcome.
     """
 
@@ -118,6 +118,9 @@ class LoRAReport:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
+NO_MLP = "fuse_mlp found no gated MLP with LoRA"
+
+
 def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
     """A note on all MLPs that are computed in one op, and one on those of each reason that are not."""
     fused = Counter(_kind_of(mlp) for mlp in mlps if mlp.reason is None)
@@ -127,13 +130,14 @@ def notes_on_mlps(mlps: Collection[GatedMLP]) -> list[str]:
         f"not in one op: {text}"
         for text in by_reason(mlp for mlp in mlps if mlp.reason is not None)
     ]
-    return notes or ["fuse_mlp found no gated MLP with LoRA"]
+    return notes or [NO_MLP]
 
 
 def _kind_of(mlp: GatedMLP) -> str:
+    in_tiles = " in tiles" if mlp.tiled else ""
     if mlp.experts is not None:
-        return f"MLP of {mlp.experts} experts"
-    return f"gated MLP ({mlp.activation})"
+        return f"MLP of {mlp.experts} experts{in_tiles}"
+    return f"gated MLP ({mlp.activation}){in_tiles}"
 
 
 def stacks_without_adapter(

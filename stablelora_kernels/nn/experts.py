@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.functional import lora_experts
-from stablelora_kernels.nn.fused_experts import gate_of, sorted_routing
+from stablelora_kernels.nn.fused_experts import gate_of
 from stablelora_kernels.nn.stacks import (
     computed_parameters,
     is_packed,
@@ -20,6 +20,7 @@ from stablelora_kernels.nn.stacks import (
     read_stack,
 )
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
+from stablelora_kernels.ops.lora_experts_mlp.call import sorted_routing
 
 # The ways to compute experts, in transformers, that :func:`compute_experts` stands for.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

@@ -1,4 +1,4 @@
-"""``fuse_mlp`` for modules of experts: which of them one autograd node computes, and why not the
+"""``fuse_mlp`` and ``tile_mlp`` for modules of experts: which of them one autograd node computes, and why not the
 others.
 
 Each call looks again; a call that does not fit is computed by two ops of ``lora_experts``, or by
@@ -16,22 +16,23 @@ from torch.nn.modules.module import _has_any_global_hook
 from stablelora_kernels.ops.checks import check_stack
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
-from stablelora_kernels.ops.lora_experts_mlp.call import Gate, Routing
+from stablelora_kernels.ops.lora_experts_mlp.call import Gate, sorted_routing
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 
-# The key of a module's __dict__ that says that its experts are fused. state_dict does not have it.
+# The key of a module's __dict__ that says that its experts are fused, and whether in tiles. state_dict
+# does not have it.
 _ATTRIBUTE = "_stablelora_experts_mlp"
 
 
 class FusableExperts:
     """A module that computes a module of experts with LoRA: PEFT's wrapper, accelerated."""
 
-    def fuse_experts(self: Any) -> str | None:
-        """Compute the experts in one node from now on, or return why not."""
+    def fuse_experts(self: Any, tiled: bool | int) -> str | None:
+        """Compute the experts in one node from now on, ``tiled`` or not; or return why not."""
         reason = _reason_against(self.module_of_experts())
         if reason is None:
-            self.__dict__[_ATTRIBUTE] = True
+            self.__dict__[_ATTRIBUTE] = tiled
         return reason
 
     def unfuse_experts(self: Any) -> None:
@@ -46,6 +47,11 @@ class FusableExperts:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or _has_any_global_hook():
             return False
         return _reason_against(self.module_of_experts()) is None
+
+    def are_experts_tiled(self: Any) -> bool | int:
+        """As :func:`compute_fused_experts` takes it."""
+        tiled: bool | int = self.__dict__[_ATTRIBUTE]
+        return tiled
 
     def module_of_experts(self) -> Any:
         """transformers' module."""
@@ -73,20 +79,19 @@ def gate_of(experts: Any) -> Gate:
     return experts._apply_gate if experts.has_gate else experts.act_fn  # type: ignore[no-any-return]
 
 
-def sorted_routing(index: Tensor, weights: Tensor, count: int) -> Routing:
-    """The slots of ``index`` [tokens, k] sorted by expert, of whom there are ``count`` here."""
-    # Experts of other processes have numbers behind the last one here, and so the last rows.
-    expert_of_row, order = torch.sort(index.reshape(-1), stable=True)
-    numbers = torch.arange(count, device=index.device, dtype=expert_of_row.dtype)
-    offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
-    return Routing(order, offsets, weights.reshape(index.shape))
-
-
 def compute_fused_experts(
-    gate: Gate, up: ExpertStack, down: ExpertStack, x: Tensor, *routing: Tensor
+    gate: Gate,
+    up: ExpertStack,
+    down: ExpertStack,
+    x: Tensor,
+    *routing: Tensor,
+    tiled: bool | int,
 ) -> Tensor:
     """The output of a module of experts whose ``gate`` is between the stacks ``up`` and ``down``,
     for x [tokens, H], the experts of each token [tokens, k], and their weights [tokens, k].
+
+    ``tiled``: keep x alone, as :func:`~stablelora_kernels.functional.lora_mlp` does; a tile has so
+    many tokens.
 
     Raises:
         ValueError, TypeError: as :func:`~stablelora_kernels.functional.lora_experts`.
@@ -105,7 +110,7 @@ def compute_fused_experts(
     check_stack(rows, up, dtype is not None)
     check_stack(rows.new_empty(0, down.in_features), down, dtype is not None)
     slots = sorted_routing(index, weights, up.lora_A.shape[0])
-    y = lora_experts_mlp_op(rows, slots, gate, up, down)
+    y = lora_experts_mlp_op(rows, slots, gate, up, down, tiled)
     return y.to(x.dtype)
 
 

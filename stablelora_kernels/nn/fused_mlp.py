@@ -1,4 +1,4 @@
-"""``fuse_mlp``: compute a gated MLP, ``down(act(gate(x)) * up(x))``, in one op.
+"""``fuse_mlp`` and ``tile_mlp``: compute a gated MLP, ``down(act(gate(x)) * up(x))``, in one op.
 
 :class:`FusedMLP` takes the forward of an MLP over (``nn/take_over.py``). Each call reads the
 projections again and looks at all that may have changed since: adapters, merging, hooks, training mode, dtypes.
@@ -53,12 +53,15 @@ class GatedMLP:
             are computed by one op for each projection. What can pass, such as a merged layer or a
             hook, is looked at again in each call.
         experts: how many experts it has; None for a single MLP.
+        tiled: whether the op keeps its input alone, as ``tile_mlp`` asked; a number is how many rows
+            a tile has.
     """
 
     name: str
     activation: str | None
     reason: str | None = None
     experts: int | None = None
+    tiled: bool | int = False
 
 
 class State(NamedTuple):
@@ -67,6 +70,8 @@ class State(NamedTuple):
     form: Form
     # The function of a forward that was bound to the instance.
     own_forward: Callable[..., Any] | None
+    # As :func:`~stablelora_kernels.functional.lora_mlp` takes it.
+    tiled: bool | int
 
 
 class FusedMLP(TakesOver):
@@ -113,11 +118,12 @@ def _output(module: nn.Module, state: State, x: object) -> Tensor | None:
         def fits() -> bool:
             return _call_for(module, state, x) is not None
 
-        return lora_mlp_if(fits, x, usual.projections, usual.activation, usual.dropout_p)
+        how = (usual.activation, usual.dropout_p, state.tiled)
+        return lora_mlp_if(fits, x, usual.projections, *how)
     call = _call_for(module, state, x)
     if call is None:
         return None
-    return lora_mlp(x, *call.projections, call.activation, call.dropout_p, True)
+    return lora_mlp(x, *call.projections, call.activation, call.dropout_p, True, state.tiled)
 
 
 class _Call(NamedTuple):
@@ -262,15 +268,16 @@ def _halves(stacked: LoRAWeights) -> list[LoRAWeights]:
     ]
 
 
-def fuse_mlps(model: nn.Module) -> tuple[GatedMLP, ...]:
+def fuse_mlps(model: nn.Module, tiled: bool | int) -> tuple[GatedMLP, ...]:
     """Fuse the gated MLPs and the modules of experts of ``model`` that have an adapter in a
-    projection. Fused ones are checked again.
+    projection, ``tiled`` or not. Fused ones are checked again.
     """
     mlps = []
     for name, module in list(model.named_modules()):
         if isinstance(module, FusableExperts):
-            reason = module.fuse_experts()
-            mlps.append(GatedMLP(name, None, reason, module.module_of_experts().num_experts))
+            reason = module.fuse_experts(tiled)
+            count = module.module_of_experts().num_experts
+            mlps.append(GatedMLP(name, None, reason, count, tiled))
             continue
         children = [child for child in module._modules.values() if child is not None]
         if not any(is_adapted(child) for child in children):
@@ -282,24 +289,24 @@ def fuse_mlps(model: nn.Module) -> tuple[GatedMLP, ...]:
         unfuse_mlps([module])
         form = form_of(module, is_projection)
         if not isinstance(form, Refusal):
-            reason = _fuse(module, form) or reason_form_changed(module, form)
+            reason = _fuse(module, form, tiled) or reason_form_changed(module, form)
             if reason is None:
                 operands = _operands(module, form, None)
                 reason = operands.reason if isinstance(operands, Refusal) else None
-            mlps.append(GatedMLP(name, form.activation, reason))
+            mlps.append(GatedMLP(name, form.activation, reason, tiled=tiled))
         elif is_named:
             mlps.append(GatedMLP(name, None, form.reason))
     return tuple(mlps)
 
 
-def _fuse(module: nn.Module, form: Form) -> str | None:
+def _fuse(module: nn.Module, form: Form, tiled: bool | int) -> str | None:
     """Take the forward of ``module`` over, or return why it cannot be."""
     reason = take_over(module, FusedMLP)
     if reason is not None:
         return reason
     bound = module.__dict__.pop("forward", None)
     own_forward = None if bound is None else bound.__func__
-    module.__dict__[ATTRIBUTE] = State(form, own_forward)
+    module.__dict__[ATTRIBUTE] = State(form, own_forward, tiled)
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,43 @@ def apply_of_known_calls(function: type[torch.autograd.Function]) -> Callable[..
     # Function.apply would ask about every argument, then calls this.
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
+
+
+class _Keep(torch.autograd.Function):
+    """x itself; its node saves x and ``others``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, others: Sequence[Tensor | None]) -> Tensor:
+        # In a list, into which autograd does not look: none of them gets a gradient here.
+        ctx.save_for_backward(x, *others)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class Kept(NamedTuple):
+    """What :func:`keep` returns."""
+
+    # x, as a node's output.
+    x: Tensor
+    # Its ``saved_tensors`` are x and the others. None if there is no node.
+    node: Any
+
+
+def keep(x: Tensor, others: Sequence[Tensor | None]) -> Kept:
+    """Save x and ``others`` in a node in front of the one that computes, which then saves nothing.
+
+    Non-reentrant activation checkpointing computes a layer again up to the last tensor that it has
+    saved: it stops here, if nothing behind the computing node saves a tensor.
+
+    There is no node if x gets no gradient, nor in a compiled graph: the computing node saves then.
+    """
+    if torch.compiler.is_compiling() or not x.requires_grad:
+        return Kept(x, None)
+    x = _Keep.apply(x, others)  # type: ignore[no-untyped-call]
+    return Kept(x, x.grad_fn)
 
 
 def read_by_backward(operands: Sequence[Tensor | None], weights: bool) -> list[Tensor | None]:

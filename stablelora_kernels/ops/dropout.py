@@ -221,6 +221,16 @@ def draw_to_keep(x: Tensor, dropout_p: float) -> Drawn:
     return Drawn(mask, mask, 1 / (1 - share))
 
 
+def draw_from(x: Tensor, dropout_p: float, seed: Tensor) -> Drawn:
+    """Draw x's mask, which is the same for one ``seed``, an int64 on the CPU of which the first word
+    is read.
+    """
+    generator = torch.Generator(x.device)
+    generator.manual_seed(int(seed.view(-1)[0]))
+    mask, share = _draw(x.shape, x.device, dropout_p, generator)
+    return Drawn(mask, mask, 1 / (1 - share))
+
+
 def draw_for_backward(x: Tensor, dropout_p: float) -> Drawn:
     """Draw x's mask so that :func:`drawn_again` gives it to backward with little memory."""
     size = x.numel()

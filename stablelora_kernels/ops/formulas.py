@@ -110,6 +110,15 @@ def project(
     return y.addmm_(s, lora_B.t(), alpha=p.scaling), s
 
 
+def thin_product(x: Tensor, p: Projection, mask: Tensor | None) -> Tensor:
+    """S alone, as :func:`project` computes it."""
+    lora_A = _branch_of(p)[0]
+    if by_float32(x):
+        with without_autocast(x):
+            return product(masked(x.float(), mask), lora_A.float().t()).to(x.dtype)
+    return product(masked(x, mask), lora_A.t())
+
+
 def _in_float32(p: Projection) -> Projection:
     """Without a copy of the weight, which is made when it is read."""
     return Projection(p.weight, _float(p.bias), _float(p.lora_A), _float(p.lora_B), p.scaling)

@@ -1,8 +1,10 @@
-"""x [..., K] as a matrix [M, K], and a result [M, N] with the leading sizes of x."""
+"""x [..., K] as a matrix [M, K], in tiles of rows, and a result [M, N] with the leading sizes of x."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,27 @@ def row_count(x: Tensor) -> int:
     """M of x [..., K]."""
     # Not Size.numel(), which turns symbolic sizes into numbers.
     return math.prod(x.shape[:-1])
+
+
+class RowTile(NamedTuple):
+    """Some of x's rows, of which an op computes all before the next ones."""
+
+    number: int
+    rows: slice
+
+
+def row_tile_count(rows: int, most: int) -> int:
+    """How many tiles of at most ``most`` rows it takes."""
+    return -(-rows // most)
+
+
+def row_tiles(rows: int, most: int) -> Iterator[RowTile]:
+    """As few tiles of so many ``rows`` as there can be, of about one size."""
+    if not rows:
+        return
+    size = -(-rows // row_tile_count(rows, most))
+    for number, start in enumerate(range(0, rows, size)):
+        yield RowTile(number, slice(start, min(start + size, rows)))
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.dropout import draw_keep, draw_seeds
+from stablelora_kernels.ops.dropout import draw_from, draw_keep, draw_seeds, masked
 from stablelora_kernels.reference import dropout_keep_ref
 from stablelora_kernels.reference.rounding import Rounded
 from stablelora_kernels.testing.bounds import Deviation, assert_no_worse, deviations
@@ -105,7 +105,38 @@ def masks(case: Case, operands: Operands) -> list[Mask]:
     op = case.description
     torch.manual_seed(case.seed)
     on_triton = op.has_kernels and case.backend == "triton"
-    return _drawn(op.dropouts(case, operands), torch.device(case.device), on_triton)
+    dropouts = op.dropouts(case, operands)
+    if mask_rows := op.mask_rows(case, operands):
+        return _drawn_in_tiles(dropouts, mask_rows, torch.device(case.device), on_triton)
+    return _drawn(dropouts, torch.device(case.device), on_triton)
+
+
+def _drawn_in_tiles(
+    dropouts: Sequence[Dropout], tile_rows: int, device: torch.device, on_triton: bool
+) -> list[Mask]:
+    """Masks of which each tile of rows has a seed of its own."""
+    if not any(p for _, p in dropouts):
+        return [Mask() for _ in dropouts]
+    rows = math.prod(dropouts[0].shape[:-1])
+    count = -(-rows // tile_rows)
+    seeds = torch.randint(
+        2**63 - 1, (count, len(dropouts), 2), device=device if on_triton else "cpu"
+    )
+    drawn = []
+    for i, (shape, p) in enumerate(dropouts):
+        if not p:
+            drawn.append(Mask())
+            continue
+        parts = []
+        for tile, each in zip(torch.arange(rows).chunk(count) if rows else (), seeds, strict=False):
+            x = torch.ones(len(tile), shape[-1], device=device)
+            if on_triton:
+                parts.append(dropout_keep_ref(len(tile), shape[-1], p, int(each[i, 0])).to(device))
+            else:
+                parts.append(masked(x, draw_from(x, p, each[i]).mask) != 0)
+        keep = torch.cat(parts) if parts else torch.ones(0, shape[-1], dtype=torch.bool)
+        drawn.append(Mask(keep.view(shape), drop_share(p)))
+    return drawn
 
 
 def _drawn(dropouts: Sequence[Dropout], device: torch.device, on_triton: bool) -> list[Mask]:

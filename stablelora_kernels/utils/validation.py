@@ -20,6 +20,17 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_tiles(name: str, value: object) -> bool | int:
+    """``value`` as a bool, or as a tile's rows, an int of at least 1."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be a bool or a tile's rows, got {value!r} of type {type(value).__name__}"
+        )
+    return check_int(name, value, minimum=1)
+
+
 def check_int(name: str, value: object, *, minimum: int) -> int:
     """``value`` as an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -22,6 +22,7 @@ from stablelora_kernels.testing.cases import (
 )
 from stablelora_kernels.testing.inputs import QUANTIZED
 from stablelora_kernels.testing.ops.lora_linear import Group
+from stablelora_kernels.testing.ops.lora_mlp import MLP
 
 # Of x and the weights, and of A and B.
 DTYPES = [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)]
@@ -32,6 +33,7 @@ MAP_NORESERVE = 0x4000
 def small(op: str, rows: int | tuple[int, ...] = 70, **changes: Any) -> Case:
     """A small call of one of OPS, with x of ``rows`` rows, or of these leading sizes."""
     leading = (rows,) if isinstance(rows, int) else rows
+    mlp = Case("mlp", (*leading, 24), (40, 40, 20), (6, 3, 4), scalings=(0.5, 1.5, -0.75))
     found = {
         "linear": Case("linear", (*leading, 24)),
         "branch": Case("branch", (*leading, 24)),
@@ -40,7 +42,8 @@ def small(op: str, rows: int | tuple[int, ...] = 70, **changes: Any) -> Case:
             name: Case("linear", (*leading, 64), quantized=(kinds_of(name)[-1],))
             for name in WEIGHTS
         },
-        "mlp": Case("mlp", (*leading, 24), (40, 40, 20), (6, 3, 4), scalings=(0.5, 1.5, -0.75)),
+        "mlp": mlp,
+        "tiled mlp": mlp.but(op=MLP(tile_rows=32)),
     }[op]
     return found.but(**changes)
 
@@ -54,7 +57,7 @@ def kinds_of(name: str) -> list[str]:
 #: without dropout with fewer than 512; from there on they have an autograd function of their own.
 FEW, MANY = 5, {"torch": 520, "triton": 70}
 #: The kinds of calls that :func:`small` makes.
-OPS = ("linear", "branch", "group", "nf4", "mlp")
+OPS = ("linear", "branch", "group", "nf4", "mlp", "tiled mlp")
 EVERY_OP = (*OPS, *(name for name in WEIGHTS if name not in OPS))
 
 

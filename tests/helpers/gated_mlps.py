@@ -56,6 +56,7 @@ def adapted(
     dropout=0.0,
     targets=TARGETS,
     fuse_projections=False,
+    tile=False,
     **config,
 ):
     """A model, or a module as model["mlp"], with adapters that are not zero; and the report."""
@@ -71,7 +72,8 @@ def adapted(
         "lora_dropout": dropout,
         "init_lora_weights": False,
     } | config
-    fusions = {"fuse_mlp": fuse, "fuse_projections": fuse_projections}
+    asked = {"fuse_mlp": fuse, "tile_mlp": tile, "fuse_projections": fuse_projections}
+    fusions = {name: value for name, value in asked.items() if value}
     if library == "ours":
         is_zero = config.pop("init_lora_weights")
         report = slk.apply_lora(model, **config, **fusions)

@@ -1,5 +1,5 @@
-"""fuse_projections and fuse_mlp in the life of a Llama, on our layers and PEFT's: as the same model
-without.
+"""fuse_projections, fuse_mlp and tile_mlp in the life of a Llama, on our layers and PEFT's: as the
+same model without.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # Above 64 tokens, below which projections are computed one by one.
 IDS = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
 # The ops that a forward of two layers calls.
-FUSED = {"fuse_projections": [3, 2] * 2, "fuse_mlp": ["silu"] * 2}
+FUSED = {"fuse_projections": [3, 2] * 2, "fuse_mlp": ["silu"] * 2, "tile_mlp": ["silu"] * 2}
 NOTES = {
     "fuse_projections": "fused projections: 2 x (q_proj, k_proj, v_proj); 2 x (gate_proj, up_proj)",
     "fuse_mlp": "computed in one op each: 2 x gated MLP (silu)",
+    "tile_mlp": "computed in one op each: 2 x gated MLP (silu) in tiles",
 }
 each_fusion = pytest.mark.parametrize("fusion", FUSED)
 each_library = pytest.mark.parametrize("library", LIBRARIES)
@@ -49,11 +50,18 @@ def llama(dtype=FP64):
 
 def make(library, fusion=None, dropout=0.0, dtype=FP64):
     """The model and the report."""
-    fuse = {"fuse": fusion == "fuse_mlp", "fuse_projections": fusion == "fuse_projections"}
+    fuse = {
+        "fuse": fusion == "fuse_mlp",
+        # 80 rows in three tiles.
+        "tile": 32 if fusion == "tile_mlp" else False,
+        "fuse_projections": fusion == "fuse_projections",
+    }
     return adapted(llama(dtype), library, dropout=dropout, targets=TARGETS, **fuse)
 
 
 def pair(library, fusion, dropout=0.0):
+    """The model fused and not. Tiles draw masks of their own."""
+    dropout = 0.0 if fusion == "tile_mlp" else dropout
     return make(library, fusion, dropout)[0], make(library, None, dropout)[0]
 
 
@@ -70,6 +78,8 @@ def classes_and_hooks(model):
 @each_library
 @each_fusion
 def test_it_trains_as_without(fusion, library, dropout, backend, calls):
+    if fusion == "tile_mlp" and dropout:
+        pytest.skip("tiles draw masks of their own: test_ops_oracle knows them")
     dtype, tolerance = (FP32, 1e-4) if backend == "triton" else (FP64, 1e-10)
     (model, report), (plain, other) = (
         make(library, which, dropout, dtype) for which in (fusion, None)
@@ -122,7 +132,7 @@ def test_replicas_compute_with_their_own_tensors(fusion, library, calls):
         next(p for p in model.parameters() if p.requires_grad).mul_(3)
     assert_same(step(model, IDS, call=other), expected)
     # By identity, a replica of a layer is not in its group.
-    assert calls.fused == (FUSED[fusion] if fusion == "fuse_mlp" else [])
+    assert calls.fused == ([] if fusion == "fuse_projections" else FUSED[fusion])
 
 
 @pytest.mark.covering
@@ -255,9 +265,9 @@ def test_a_call_without_the_keyword_keeps_what_was_asked_for(fusion):
         assert classes_and_hooks(each) == fused
     slk.accelerate_peft(torch.nn.DataParallel(model))
     assert classes_and_hooks(model) == fused
-    (other,) = FUSED.keys() - {fusion}
+    other = "fuse_projections" if fusion != "fuse_projections" else "fuse_mlp"
     notes = slk.accelerate_peft(model, **{other: True}).notes
-    assert set(NOTES.values()) <= {*notes}
+    assert {NOTES[fusion], NOTES[other]} <= {*notes}
     assert NOTES[fusion] in slk.accelerate_peft(model, **{other: False}).notes
     # What was turned off stays off.
     slk.accelerate_peft(model, **{fusion: False})
@@ -278,9 +288,34 @@ def test_layers_of_a_later_adapter_are_fused(fusion):
 def test_what_is_no_bool_is_refused():
     model, _ = make("PEFT")
     before = classes_and_hooks(model)
-    with pytest.raises(TypeError, match="fuse_mlp must be a bool, got 1 of type int"):
-        slk.accelerate_peft(model, fuse_mlp=1)
-    assert classes_and_hooks(model) == before
+    for options, error, message in (
+        ({"fuse_mlp": 1}, TypeError, "fuse_mlp must be a bool, got 1 of type int"),
+        (
+            {"tile_mlp": 2.5},
+            TypeError,
+            "tile_mlp must be a bool or a tile's rows, got 2.5 of type float",
+        ),
+        ({"tile_mlp": 0}, ValueError, "tile_mlp must be at least 1, got 0"),
+        (
+            {"tile_mlp": 64, "fuse_mlp": False},
+            ValueError,
+            "fuse_mlp must not be False with tile_mlp=64",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            slk.accelerate_peft(model, **options)
+        assert classes_and_hooks(model) == before
+
+
+def test_tiles_need_no_other_keyword_and_go_with_the_fusion():
+    model, _ = make("PEFT")
+    assert slk.accelerate_peft(model, tile_mlp=16).mlps[0].tiled == 16
+    assert NOTES["tile_mlp"] in slk.accelerate_peft(model, tile_mlp=True).notes
+    # The MLP stays fused if that was asked for, and tiles go with it.
+    assert NOTES["fuse_mlp"] in slk.accelerate_peft(model, fuse_mlp=True, tile_mlp=False).notes
+    slk.accelerate_peft(model, tile_mlp=True)
+    report = slk.accelerate_peft(model, fuse_mlp=False)
+    assert report.mlps == () == slk.accelerate_peft(model).mlps
 
 
 @each_library

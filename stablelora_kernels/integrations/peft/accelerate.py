@@ -14,6 +14,7 @@ from torch import nn
 
 from stablelora_kernels.integrations.peft.rows_state import ATTRIBUTE, RowsState
 from stablelora_kernels.model.reports import (
+    NO_MLP,
     LoRAReport,
     ReplacedModule,
     SkippedModule,
@@ -39,7 +40,7 @@ from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.modules import check_module, in_fully_sharded, innermost
 from stablelora_kernels.utils.names import unmatched_names
 from stablelora_kernels.utils.refusal import Refusal
-from stablelora_kernels.utils.validation import check_bool, no_argument
+from stablelora_kernels.utils.validation import check_bool, check_tiles, no_argument
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 # The key of a model's __dict__ that holds which fusions were asked for, by keyword.
 FUSIONS = "_stablelora_fusions"
+FUSION_NAMES = ("fuse_projections", "fuse_mlp", "tile_mlp", "fuse_loss")
 # The report's note on a model with several adapters.
 ROWS_ARE_NOT_FUSED = (
     "within adapters_of_rows, fused projections and MLPs compute layer by layer, "
@@ -61,6 +63,7 @@ def accelerate_peft(
     strict: bool = False,
     fuse_projections: bool | None = None,
     fuse_mlp: bool | None = None,
+    tile_mlp: bool | int | None = None,
     fuse_loss: bool | None = None,
 ) -> LoRAReport:
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
@@ -99,6 +102,11 @@ def accelerate_peft(
             module of experts with a router, whatever its gate. The modules of gated MLPs
             get another class of the same name until :func:`restore_peft`, or until PEFT's
             ``unload`` or ``merge_and_unload`` has taken the last adapter out of them.
+        tile_mlp: as ``fuse_mlp``, and keep each MLP's input alone: forward and backward compute a tile
+            of rows at a time, and backward computes gate and up again. For long sequences with
+            activation checkpointing, where it takes no more products than ``fuse_mlp``. True
+            chooses the tile's rows, a number gives them
+            (:func:`~stablelora_kernels.functional.lora_mlp`).
         fuse_loss: compute the loss of a causal language model without its logits, as
             :func:`~stablelora_kernels.apply_lora` does. The head may be adapted or frozen.
 
@@ -109,17 +117,30 @@ def accelerate_peft(
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
-        TypeError: ``model`` is not a module, or a fusion is neither a bool nor None.
-        ValueError: the model has no PEFT LoRA layers; ``strict`` is set and something would be
-            skipped, or a fusion would have no effect; or ``lora_experts`` does not fit packed
-            experts, which PEFT's own forward would compute wrongly. Nothing is changed then.
+        TypeError: ``model`` is not a module, or a fusion is neither a bool nor None; ``tile_mlp`` may
+            be a number.
+        ValueError: ``tile_mlp`` is set and ``fuse_mlp`` is False; the model has no PEFT LoRA layers;
+            ``strict`` is set and something would be skipped, or a fusion would have no effect; or
+            ``lora_experts`` does not fit packed experts, which PEFT's own forward would compute
+            wrongly. Nothing is changed then.
         RuntimeError: the model is within :func:`adapters_of_rows`.
     """
     layers = layers_module()
     _check_no_rows(model, "accelerate_peft")
     before = _fusions_of(model)
-    asked = {"fuse_projections": fuse_projections, "fuse_mlp": fuse_mlp, "fuse_loss": fuse_loss}
-    fusions = before | {k: check_bool(k, v) for k, v in asked.items() if v is not None}
+    asked = {
+        "fuse_projections": fuse_projections,
+        "fuse_mlp": fuse_mlp,
+        "tile_mlp": tile_mlp,
+        "fuse_loss": fuse_loss,
+    }
+    if fuse_mlp is False:
+        if tile_mlp:
+            raise ValueError(
+                f"fuse_mlp must not be False with tile_mlp={tile_mlp!r}, which fuses MLPs"
+            )
+        asked["tile_mlp"] = False
+    fusions = before | {k: _check_fusion(k, v) for k, v in asked.items() if v is not None}
     experts = _experts()
     accelerated: list[nn.Module] = []
     replaced: list[ReplacedModule] = []
@@ -206,7 +227,7 @@ def accelerate_peft(
             f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}"
         )
     notes += fused.notes
-    makes_groups = fusions["fuse_projections"] or fusions["fuse_mlp"]
+    makes_groups = any(fusions[name] for name in ("fuse_projections", "fuse_mlp", "tile_mlp"))
     if makes_groups and len({row.adapter for row in replaced}) > 1:
         notes.append(ROWS_ARE_NOT_FUSED)
     counts = count_parameters(model)
@@ -221,14 +242,19 @@ class _Fused(NamedTuple):
     losses: tuple[LanguageModel, ...]
 
 
-def _fusions_of(model: nn.Module) -> dict[str, bool]:
+def _check_fusion(name: str, value: object) -> bool | int:
+    """``value`` of a keyword as its type asks."""
+    return (check_tiles if name == "tile_mlp" else check_bool)(name, value)
+
+
+def _fusions_of(model: nn.Module) -> dict[str, bool | int]:
     """The fusions that the last call on the model, or on what it wraps, has asked for."""
     check_module(model)
     kept = (module.__dict__[FUSIONS] for module in model.modules() if FUSIONS in module.__dict__)
-    return next(kept, {"fuse_projections": False, "fuse_mlp": False, "fuse_loss": False})
+    return next(kept, dict.fromkeys(FUSION_NAMES, False))
 
 
-def _fuse(model: nn.Module, fusions: Mapping[str, bool], layers: ModuleType) -> _Fused:
+def _fuse(model: nn.Module, fusions: Mapping[str, bool | int], layers: ModuleType) -> _Fused:
     """Fuse the layers of an accelerated model."""
     notes: list[str] = []
     if fusions["fuse_projections"]:
@@ -239,8 +265,8 @@ def _fuse(model: nn.Module, fusions: Mapping[str, bool], layers: ModuleType) -> 
         }
         notes += make_projection_groups(model, named)
     mlps: tuple[GatedMLP, ...] = ()
-    if fusions["fuse_mlp"]:
-        mlps = fuse_mlps(model)
+    if fusions["fuse_mlp"] or fusions["tile_mlp"]:
+        mlps = fuse_mlps(model, fusions["tile_mlp"])
         notes += notes_on_mlps(mlps)
     losses: tuple[LanguageModel, ...] = ()
     if fusions["fuse_loss"]:
@@ -249,11 +275,12 @@ def _fuse(model: nn.Module, fusions: Mapping[str, bool], layers: ModuleType) -> 
     return _Fused(notes, mlps, losses)
 
 
-def _refusal(fused: _Fused, fusions: Mapping[str, bool]) -> str | None:
+def _refusal(fused: _Fused, fusions: Mapping[str, bool | int]) -> str | None:
     """Why ``strict`` does not accept what the fusions did, or None."""
-    if fusions["fuse_mlp"] and all(mlp.reason is not None for mlp in fused.mlps):
+    fuses = fusions["fuse_mlp"] or fusions["tile_mlp"]
+    if fuses and all(mlp.reason is not None for mlp in fused.mlps):
         if not fused.mlps:
-            return "fuse_mlp found no gated MLP with LoRA"
+            return NO_MLP
         return f"fuse_mlp computes no MLP in one op: {list_some(by_reason(fused.mlps))}"
     if fusions["fuse_loss"]:
         kept = [loss for loss in fused.losses if loss.reason is not None]
@@ -264,14 +291,14 @@ def _refusal(fused: _Fused, fusions: Mapping[str, bool]) -> str | None:
 def check_accelerate_options(
     owner: str, options: Mapping[str, object], *, others: Sequence[str] = ()
 ) -> None:
-    """Raise TypeError unless ``options`` of ``owner`` are keywords of :func:`accelerate_peft` with
-    True or False. ``others``: what ``owner`` takes besides.
+    """Raise TypeError or ValueError unless ``options`` of ``owner`` are keywords of
+    :func:`accelerate_peft` with values that it takes. ``others``: what ``owner`` takes besides.
     """
     known = [*accelerate_options(), *others]
     for name, value in options.items():
         if name not in known:
             raise TypeError(no_argument(owner, name, known))
-        check_bool(name, value)
+        _check_fusion(name, value)
 
 
 def accelerate_options() -> list[str]:

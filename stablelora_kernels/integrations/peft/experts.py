@@ -76,7 +76,8 @@ class AcceleratedExperts(FusableExperts, TakesOver):
             if not isinstance(stacks, Refusal):
                 up, down = stacks
                 if self.are_experts_fused(x):
-                    return compute_fused_experts(gate_of(base), up, down, x, *args)
+                    tiled = self.are_experts_tiled()
+                    return compute_fused_experts(gate_of(base), up, down, x, *args, tiled=tiled)
                 return compute_experts(base, up, down, x, *args)
             reason = stacks.reason
         fault = fault_of_packed(self) if self._has_effect() else None

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.ops.cpu_products import by_float32, product
-from stablelora_kernels.ops.dropout import mask_of_rows, masked
-from stablelora_kernels.ops.formulas import Gradients, Wanted, gradients_of, project
+from stablelora_kernels.ops.dropout import mask_of_rows
+from stablelora_kernels.ops.formulas import Gradients, Wanted, gradients_of, project, thin_product
 from stablelora_kernels.ops.lora_experts.call import (
     ExpertsBackwardCall,
     ExpertsForwardCall,
@@ -70,11 +69,7 @@ class ExpertByExpert:
 
     def thin_product(self, expert: ExpertRows, x: Tensor) -> Tensor:
         """S of an expert's rows ``x``."""
-        x = masked(x, self._mask_of(expert))
-        lora_A, _ = self._pair_of(expert.place)
-        if by_float32(x):
-            return product(x.float(), lora_A.float().t()).to(x.dtype)
-        return product(x, lora_A.t())
+        return thin_product(x, self._projection(expert.place, False), self._mask_of(expert))
 
     def gradients(
         self, expert: ExpertRows, x: Tensor | None, grad: Tensor, s: Tensor | None, wanted: Wanted

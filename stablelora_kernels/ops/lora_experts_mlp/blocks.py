@@ -152,7 +152,13 @@ def blocks_backward(call: ExpertsMLPBackwardCall) -> ExpertsMLPGradients:
         tokens = tokens_of_slots[rows]
         weights = weights_of_slots[rows]
         dy = grad[tokens]
-        gate_up, h = hidden_again(call.gate, call.gate_up[rows])
+        x = None if call.x is None else call.x[tokens]
+        g = None if call.gate_up is None else call.gate_up[rows]
+        s_up = None if call.s is None else call.s[rows]
+        if g is None:
+            assert x is not None
+            g, s_up = _outputs(up, block, x)
+        gate_up, h = hidden_again(call.gate, g)
         z = weighted(h.detach(), weights) if wanted.down.a or wanted.down.b else None
         s = None
         if wanted.down.b:
@@ -167,9 +173,7 @@ def blocks_backward(call: ExpertsMLPBackwardCall) -> ExpertsMLPGradients:
         if True not in wanted.up:
             continue
         (dgate_up,) = torch.autograd.grad(h, gate_up, weighted(dz, weights))
-        x = None if call.x is None else call.x[tokens]
-        s = None if call.s is None else call.s[rows]
-        dx = _gradients(up, block, x, dgate_up, s, wanted.up, of_up)
+        dx = _gradients(up, block, x, dgate_up, s_up, wanted.up, of_up)
         if dx is not None:
             assert of_up.dx is not None
             of_up.dx.index_add_(0, tokens, dx.to(of_up.dx.dtype))

@@ -37,11 +37,34 @@ class Routing(NamedTuple):
         """The routing weight of each slot in their order."""
         return self.weights.reshape(-1)[self.order]
 
+    def experts(self) -> Tensor:
+        """The expert of each token's slots, [T, k]; the number of experts for none here."""
+        expert = torch.searchsorted(self.offsets, self.place().to(self.offsets.dtype), right=True)
+        return expert.view_as(self.weights)
+
+    def of_tokens(self, tokens: slice) -> Routing:
+        """That of some tokens alone."""
+        count = self.offsets.shape[0]
+        return sorted_routing(self.experts()[tokens], self.weights[tokens], count)
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """``values`` [slots], in the slots' order, by token: [T, k]."""
+        return values[self.place()].view_as(self.weights)
+
     def place(self) -> Tensor:
         """Where in their order each slot is."""
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(self.slots, device=self.order.device)
         return place
+
+
+def sorted_routing(index: Tensor, weights: Tensor, count: int) -> Routing:
+    """The slots of ``index`` [tokens, k] sorted by expert, of whom there are ``count`` here."""
+    # Experts of other processes have numbers behind the last one here, and so the last rows.
+    expert_of_row, order = torch.sort(index.reshape(-1), stable=True)
+    numbers = torch.arange(count, device=index.device, dtype=expert_of_row.dtype)
+    offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
+    return Routing(order, offsets, weights.reshape(index.shape))
 
 
 class ExpertsMLPForwardCall(NamedTuple):
@@ -79,10 +102,11 @@ class ExpertsMLPWanted(NamedTuple):
 class ExpertsMLPBackwardCall(NamedTuple):
     """The gradients of :class:`ExpertsMLPForwardCall` for dY [T, N]."""
 
-    # Read for the gradient of up's A.
+    # Read for the gradient of up's A, and for G.
     x: Tensor | None
     grad: Tensor
-    gate_up: Tensor
+    # None, as is up's S then: computed again.
+    gate_up: Tensor | None
     # Up's S, read for the gradient of up's B.
     s: Tensor | None
     routing: Routing

@@ -65,7 +65,13 @@ def together_backward(call: ExpertsMLPBackwardCall) -> ExpertsMLPGradients:
     tokens = routing.tokens()
     weights = routing.weights_in_order()
     dy = call.grad[tokens]
-    gate_up, h = hidden_again(call.gate, call.gate_up)
+    g = call.gate_up
+    s_up = call.s
+    if g is None:
+        assert call.x is not None
+        x = call.x[tokens]
+        g, s_up = experts_forward(ExpertsForwardCall(x, up, routing.offsets, wanted.up.b))
+    gate_up, h = hidden_again(call.gate, g)
     z = weighted(h.detach(), weights) if wanted.down.a or wanted.down.b else None
     s = None
     if wanted.down.b:
@@ -81,9 +87,10 @@ def together_backward(call: ExpertsMLPBackwardCall) -> ExpertsMLPGradients:
     if True in wanted.up:
         assert of_down.dx is not None
         (dgate_up,) = torch.autograd.grad(h, gate_up, weighted(of_down.dx, weights))
-        x = None if call.x is None else call.x[tokens]
+        # Not before, since it is as large as all slots.
+        x_again = None if call.x is None else call.x[tokens]
         of_up = experts_backward(
-            ExpertsBackwardCall(x, dgate_up, up, routing.offsets, call.s, wanted.up)
+            ExpertsBackwardCall(x, dgate_up, up, routing.offsets, s_up, wanted.up)
         )
         if of_up.dx is not None:
             of_up = of_up._replace(dx=_sum_of_slots(routing, of_up.dx))

@@ -4,7 +4,7 @@ has the formulas.
     forward   G = gate(X)   U = up(X)   H = act(G) ∘ U   Y = down(H)
     backward  dH = dX of down, for dY   dG = dH ∘ U ∘ act'(G)   dU = dH ∘ act(G)   then gate's and up's gradients for them
 
-Autograd saves X, G, U and each S. Backward computes H and act(G) again where it needs them. The
+Autograd saves X, G, U and each S; ``tiled.py`` saves X alone. Backward computes H and act(G) again where it needs them. The
 kernels keep dropout's masks, and so does the PyTorch path if they are positions or small
 (``ops/dropout.py``); it draws others again from the state of torch's generator, where that can be
 read.
@@ -26,29 +26,27 @@ from stablelora_kernels.ops.autograd import (
     apply_of_known_calls,
     distinct,
     first_derivative,
-    read_by_backward,
 )
 from stablelora_kernels.ops.dropout import draw_dropout, draw_seeds, masked
 from stablelora_kernels.ops.lora_linear.autograd import lora_linear_op
+from stablelora_kernels.ops.lora_mlp.backends import BACKENDS
 from stablelora_kernels.ops.lora_mlp.call import (
-    DOWN,
     MLPBackwardCall,
     MLPFacts,
     MLPForwardCall,
     MLPForwardResults,
-    OfThree,
     Options,
-    each_mask,
     facts_of,
+    if_needed,
 )
-from stablelora_kernels.ops.lora_mlp.torch import mlp_backward_torch, mlp_forward_torch
-from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_bwd, lora_mlp_fwd
-from stablelora_kernels.ops.plans import Backend, Entry, on_torch, tally_of_operators
+from stablelora_kernels.ops.lora_mlp.tiled import first_tile, lora_mlp_tiled
+from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_fwd
+from stablelora_kernels.ops.matrices import as_matrix
+from stablelora_kernels.ops.plans import Entry, tally_of_operators
 from stablelora_kernels.projection import (
     LORA_AS,
     LORA_BS,
     OPERANDS,
-    WEIGHTS,
     Projection,
     operands_of,
     scales_of,
@@ -57,15 +55,6 @@ from stablelora_kernels.quantized import as_plain
 
 # The operands of gate, up and down.
 _OPERAND_COUNT = 3 * OPERANDS
-
-
-_BACKENDS = {
-    "triton": Backend(lora_mlp_fwd, lora_mlp_bwd),
-    "torch": Backend(
-        on_torch(MLPForwardCall.of, mlp_forward_torch),
-        on_torch(MLPBackwardCall.of, mlp_backward_torch),
-    ),
-}
 
 
 def _forward(
@@ -79,7 +68,7 @@ def _forward(
     settings = facts.forward
     if not save:
         settings = settings._replace(save=False, stores_mask=(False, False, False))
-    return _BACKENDS[facts.options.backend].forward(entry, [x, *tensors], settings)
+    return BACKENDS[facts.options.backend].forward(entry, [x, *tensors], settings)
 
 
 def _draw_seeds(
@@ -108,28 +97,9 @@ class _LoRAMLP(torch.autograd.Function):
     def forward(
         ctx: _MLPContext, entry: Entry | None, facts: MLPFacts, x: Tensor, *tensors: Tensor
     ) -> Tensor:
-        needs = facts.backward
-        operands = tensors[:_OPERAND_COUNT]
-        scales = tensors[_OPERAND_COUNT : _OPERAND_COUNT + facts.scale_count]
         results = _forward(facts, entry, x, tensors, save=True)
-        gate, up, down = operands[WEIGHTS]
-        read = read_by_backward(operands, weights=False)
-        read[WEIGHTS] = [
-            gate if needs.need_x else None,
-            up if needs.need_x else None,
-            down if needs.need_h else None,
-        ]
-        # As MLPBackwardCall's tensors behind the gradient.
-        ctx.save_for_backward(
-            x if needs.need_thin_a else None,
-            results.g,
-            results.u,
-            results.s_down if needs.need_b[DOWN] else None,
-            *(results.s if needs.need_thin_b else ()),
-            *read,
-            *scales,
-            *each_mask(results.masks, facts.forward.stores_mask),
-        )
+        call = MLPForwardCall.of([x, *tensors], facts.forward)
+        ctx.save_for_backward(*MLPBackwardCall.tensors_behind_grad(call, results, facts.backward))
         ctx.facts = facts
         return results.y
 
@@ -138,11 +108,11 @@ class _LoRAMLP(torch.autograd.Function):
     def backward(ctx: _MLPContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         facts = ctx.facts
         needs = facts.backward
-        backward = _BACKENDS[facts.options.backend].backward
+        backward = BACKENDS[facts.options.backend].backward
         gradients = backward(None, [grad, *ctx.saved_tensors], needs)
         of_operands: list[Tensor | None] = [None] * _OPERAND_COUNT
-        of_operands[LORA_AS] = _if_needed(gradients.das, needs.need_a)
-        of_operands[LORA_BS] = _if_needed(gradients.dbs, needs.need_b)
+        of_operands[LORA_AS] = if_needed(gradients.das, needs.need_a)
+        of_operands[LORA_BS] = if_needed(gradients.dbs, needs.need_b)
         dx = gradients.dx if needs.need_x else None
         # Neither the scales nor the three seeds have one.
         without_gradient = facts.scale_count + 3
@@ -150,14 +120,6 @@ class _LoRAMLP(torch.autograd.Function):
 
 
 _apply_known = apply_of_known_calls(_LoRAMLP)
-
-
-def _if_needed(gradients: Sequence[Tensor | None], needed: OfThree) -> list[Tensor | None]:
-    """``gradients`` with None in place of those that are not needed."""
-    return [
-        gradient if is_needed else None
-        for gradient, is_needed in zip(gradients, needed, strict=True)
-    ]
 
 
 def lora_mlp_op(
@@ -176,7 +138,7 @@ def lora_mlp_op(
                 facts = facts._replace(tally=tally_of_operators("lora_mlp", x.device))
             entry.facts = facts
     seeds: list[Tensor | None] = [None, None, None]
-    if facts.options.backend == "triton":
+    if facts.options.backend == "triton" and not facts.tile_rows:
         # For every strategy, as ``lora_linear_op`` does.
         seeds = _draw_seeds(x.device, projections, options)
     if facts.strategy == "one by one":
@@ -186,6 +148,8 @@ def lora_mlp_op(
     if facts.tally is not None:
         facts.tally.calls += 1
     scales = scales_of(projections, facts.forward.layouts)
+    if facts.tile_rows:
+        return lora_mlp_tiled(facts, x, [*operands_of(projections), *scales])
     tensors = [*operands_of(projections), *scales, *seeds]
     if facts.strategy == "without gradients":
         return _forward(facts, entry, x, tensors, save=False).y
@@ -202,6 +166,8 @@ def _prefers_operators(facts: MLPFacts, x: Tensor, projections: Sequence[Project
     if facts.options.backend == "torch" or is_alone or not is_on(x.device):
         return False
     tensors = [*operands_of(projections), *scales_of(projections, facts.forward.layouts)]
+    if facts.tile_rows:
+        x = first_tile(as_matrix(x), facts.tile_rows)
     return lora_mlp_fwd.prefers_operators([x, *tensors, None, None, None], facts.forward)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import problem
 from stablelora_kernels.dispatch.tallies import Tally
+from stablelora_kernels.ops.autograd import read_by_backward
 from stablelora_kernels.ops.cpu_products import is_few
 from stablelora_kernels.ops.dropout import scalings_after_dropout
 from stablelora_kernels.ops.formulas import Wanted
@@ -19,6 +20,7 @@ from stablelora_kernels.ops.matrices import row_count
 from stablelora_kernels.ops.plans import Entry
 from stablelora_kernels.projection import (
     OPERANDS,
+    WEIGHTS,
     Projection,
     layouts_of,
     scale_count_of,
@@ -30,6 +32,13 @@ from stablelora_kernels.projection import (
 OfThree = tuple[bool, bool, bool]
 # Where each is among three projections.
 GATE, UP, DOWN = range(3)
+# The most memory of a tile's tensors of F columns by the device's type. A CPU's tile should be in its
+# caches for the most part, and a GPU's should have rows for all of its processors.
+TILE_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
+# G, U, dG, dU, and H or act(G).
+WIDE_TENSORS = 5
+# A tile's rows are a multiple of so many.
+TILE_ALIGNMENT = 128
 
 
 class MLPForwardSettings(NamedTuple):
@@ -40,6 +49,9 @@ class MLPForwardSettings(NamedTuple):
     scalings: tuple[float, ...]
     dropout_p: float
     activation: str
+    # Whether Y is a result.
+    output: bool
+    # Whether what backward needs is.
     save: bool
     # Whether gate's, up's and down's mask is stored.
     stores_mask: OfThree
@@ -68,7 +80,7 @@ class MLPForwardCall(NamedTuple):
 
 
 class MLPForwardResults(NamedTuple):
-    """Y [..., N], and what backward needs of it, which is empty if nothing is saved."""
+    """Y [..., N], and what backward needs of it; empty is what is no result."""
 
     y: Tensor
     # [..., F].
@@ -144,6 +156,29 @@ class MLPBackwardCall(NamedTuple):
         arguments: Any = (*singles, *lists, settings)
         return MLPBackwardCall(*arguments)
 
+    @staticmethod
+    def tensors_behind_grad(
+        forward: MLPForwardCall, results: MLPForwardResults, needs: MLPBackwardSettings
+    ) -> list[Tensor | None]:
+        """A call's tensors behind the gradient, after a forward that has saved them."""
+        gate, up, down = forward.operands[WEIGHTS]
+        read = read_by_backward(forward.operands, weights=False)
+        read[WEIGHTS] = [
+            gate if needs.need_x else None,
+            up if needs.need_x else None,
+            down if needs.need_h else None,
+        ]
+        return [
+            forward.x if needs.need_thin_a else None,
+            results.g,
+            results.u,
+            results.s_down if needs.need_b[DOWN] else None,
+            *(results.s if needs.need_thin_b else ()),
+            *read,
+            *forward.scales,
+            *each_mask(results.masks, forward.settings.stores_mask),
+        ]
+
     @property
     def every_mask(self) -> list[Tensor | None]:
         """Gate's, up's and down's, each of its own."""
@@ -177,6 +212,14 @@ def _of_rank_0(p: Projection, like: Tensor, dtype: torch.dtype) -> Projection:
     )
 
 
+def if_needed(gradients: Sequence[Tensor | None], needed: OfThree) -> list[Tensor | None]:
+    """``gradients`` with None in place of those that are not needed."""
+    return [
+        gradient if is_needed else None
+        for gradient, is_needed in zip(gradients, needed, strict=True)
+    ]
+
+
 def each_mask(masks: Sequence[Tensor], is_stored: Sequence[bool]) -> list[Tensor | None]:
     """Gate's, up's and down's mask, of those that are stored."""
     stored = iter(masks)
@@ -191,6 +234,8 @@ class Options(NamedTuple):
     backend: str
     # Whether gate and up share A, and so its mask.
     shared_mask: bool
+    # Whether autograd keeps x alone (``tiled.py``); a number is how many rows a tile has.
+    tiled: bool | int = False
 
 
 class MLPFacts(NamedTuple):
@@ -202,6 +247,8 @@ class MLPFacts(NamedTuple):
     scale_count: int
     forward: MLPForwardSettings
     backward: MLPBackwardSettings
+    # How many rows a tile has at most; 0: there are no tiles.
+    tile_rows: int
     # "one by one": the projections' own entries.
     members: Sequence[Entry | None]
     # Of calls on the PyTorch path that have a key.
@@ -224,16 +271,11 @@ def facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> 
         shared_mask=options.shared_mask,
     )
     strategy = _strategy_of(x, projections, options, backward)
-    reads_gate_mask = backward.need_x or backward.need_thin_a
-    reads_mask = (
-        reads_gate_mask,
-        reads_gate_mask and not options.shared_mask,
-        backward.need_h or backward.need_a[DOWN],
-    )
-    stores_gate, stores_up, stores_down = [
-        dropout_p > 0 and p.lora_A is not None and is_read
-        for p, is_read in zip(projections, reads_mask, strict=True)
-    ]
+    tile_rows = 0
+    if options.tiled and strategy != "one by one":
+        weight = projections[GATE].weight
+        assert weight is not None
+        tile_rows = rows_of_tile(x, weight.shape[0], options.tiled)
     return MLPFacts(
         strategy=strategy,
         options=options,
@@ -243,13 +285,34 @@ def facts_of(x: Tensor, projections: Sequence[Projection], options: Options) -> 
             scalings,
             dropout_p,
             options.activation,
+            output=True,
             save=True,
-            stores_mask=(stores_gate, stores_up, stores_down),
+            stores_mask=stores_mask(backward, [p.lora_A for p in projections]),
             shared_mask=options.shared_mask,
         ),
         backward=backward,
+        tile_rows=tile_rows,
         members=[Entry(options.backend) for _ in projections if strategy == "one by one"],
     )
+
+
+def stores_mask(needs: MLPBackwardSettings, lora_As: Sequence[Tensor | None]) -> OfThree:
+    """Whether forward stores the mask of gate, up and down, whose A are given."""
+    reads_gate = needs.need_x or needs.need_thin_a
+    reads_down = needs.need_h or needs.need_a[DOWN]
+    gate, up, down = [needs.dropout_p > 0 and lora_A is not None for lora_A in lora_As]
+    return gate and reads_gate, up and reads_gate and not needs.shared_mask, down and reads_down
+
+
+def rows_of_tile(x: Tensor, inner: int, tiled: bool | int) -> int:
+    """How many rows a tile of x [..., K] has at most for F ``inner`` columns: ``tiled``, or where that
+    is True, as many as TILE_BYTES allow.
+    """
+    if tiled is not True:
+        return tiled
+    limit = TILE_BYTES.get(x.device.type, TILE_BYTES["cuda"])
+    rows = limit // (WIDE_TENSORS * max(inner, 1) * x.element_size())
+    return max(TILE_ALIGNMENT, rows // TILE_ALIGNMENT * TILE_ALIGNMENT)
 
 
 def _is_needed(t: Tensor | None) -> bool:

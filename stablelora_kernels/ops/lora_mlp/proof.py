@@ -115,9 +115,9 @@ def compare_forward(
             ("S of down", results.s_down, h, down, keeps[2]),
         ):
             yield Compared(name, s[rows], rounded_s(arithmetic, read, p, keep), arithmetic)
-    yield Compared(
-        "Y", as_matrix(results.y)[rows], rounded_output(arithmetic, h, down, keeps[2]), arithmetic
-    )
+    if settings.output:
+        y = rounded_output(arithmetic, h, down, keeps[2])
+        yield Compared("Y", as_matrix(results.y)[rows], y, arithmetic)
 
 
 class _Output(NamedTuple):
@@ -151,7 +151,7 @@ def forward_by_operators(call: MLPForwardCall) -> MLPForwardResults:
         )
         if is_stored and of_projection.mask is not None
     ]
-    y = of_down.y.view(*leading, of_down.y.shape[1])
+    y = of_down.y.view(*leading, of_down.y.shape[1]) if settings.output else x.new_empty(0)
     if not settings.save:
         inner = of_gate.y.shape[1]
         return MLPForwardResults(

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.activations import ACTIVATIONS, Activation
-from stablelora_kernels.ops.dropout import NOT_DROPPED, Drawn, draw_for_backward, drawn_again
+from stablelora_kernels.ops.dropout import (
+    NOT_DROPPED,
+    Drawn,
+    draw_for_backward,
+    draw_from,
+    drawn_again,
+)
 from stablelora_kernels.ops.formulas import (
     Gradients,
     gradients_of,
     lora_dtype_of,
     project,
+    thin_product,
     to_multiply,
 )
 from stablelora_kernels.ops.lora_mlp.call import (
@@ -32,30 +39,38 @@ from stablelora_kernels.utils.tensors import cast
 
 
 def mlp_forward_torch(call: MLPForwardCall) -> MLPForwardResults:
-    """The call of ``lora_mlp_fwd``. Torch's generator draws the masks, and gate and up each have an S
-    of their own.
+    """The call of ``lora_mlp_fwd``. Torch's generator draws the masks, or one of each seed that is
+    given, and gate and up each have an S of their own.
     """
     settings = call.settings
     x = as_matrix(call.x)
     projections = projections_of(call.operands, call.scales, settings.layouts, settings.scalings)
     gate, up, down = [to_multiply(p, x.dtype) for p in with_branches(projections, x)]
-    of_gate = _draw(x, gate, settings.dropout_p)
-    of_up = of_gate if settings.shared_mask else _draw(x, up, settings.dropout_p)
+    of_gate = _draw(call, GATE, x, gate)
+    of_up = of_gate if settings.shared_mask else _draw(call, UP, x, up)
     g, s_gate = project(x, gate, of_gate.mask)
     u, s_up = project(x, up, of_up.mask)
     h = ACTIVATIONS[settings.activation].forward(g).mul_(u)
-    of_down = _draw(h, down, settings.dropout_p)
-    y, s_down = project(h, down, of_down.mask)
+    of_down = _draw(call, DOWN, h, down)
+    if settings.output:
+        y, s_down = project(h, down, of_down.mask)
+    else:
+        y = h.new_empty(0)
+        s_down = thin_product(h, down, of_down.mask)
     drawn = zip((of_gate, of_up, of_down), settings.stores_mask, strict=True)
     masks = [mask.recipe for mask, is_stored in drawn if is_stored and mask.recipe is not None]
-    return MLPForwardResults(like_rows_of(y, call.x), g, u, [s_gate, s_up], s_down, masks)
+    if settings.output:
+        y = like_rows_of(y, call.x)
+    return MLPForwardResults(y, g, u, [s_gate, s_up], s_down, masks)
 
 
-def _draw(x: Tensor, p: Projection, dropout_p: float) -> Drawn:
-    """The mask of a projection of x; none without a branch."""
+def _draw(call: MLPForwardCall, place: int, x: Tensor, p: Projection) -> Drawn:
+    """The mask of the projection at ``place``, which reads x; none without a branch."""
+    dropout_p = call.settings.dropout_p
     if dropout_p == 0.0 or p.rank == 0:
         return NOT_DROPPED
-    return draw_for_backward(x, dropout_p)
+    seed = call.seeds[place]
+    return draw_for_backward(x, dropout_p) if seed is None else draw_from(x, dropout_p, seed)
 
 
 def mlp_backward_torch(call: MLPBackwardCall) -> MLPBackwardResults:

@@ -51,7 +51,7 @@ def _allocate_forward(call: MLPForwardCall) -> MLPForwardResults:
     saved_rows = row_count(x) if settings.save else 0
     widths = zip((k, k, inner), settings.stores_mask, strict=True)
     return MLPForwardResults(
-        y=x.new_empty((*leading, n)),
+        y=x.new_empty((*(leading if settings.output else (0,)), n)),
         g=x.new_empty((*saved_leading, inner)),
         u=x.new_empty((*saved_leading, inner)),
         s=[x.new_empty((saved_rows, gate.rank + up.rank))],
@@ -63,7 +63,8 @@ def _allocate_forward(call: MLPForwardCall) -> MLPForwardResults:
 @define_launches(
     "lora_mlp_fwd",
     "(Tensor x, Tensor?[] operands, Tensor[] scales, Tensor?[] seeds, int[] layouts, float[] scalings, float dropout_p, "
-    "str activation, bool save, bool[] stores_mask, bool shared_mask) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])",
+    "str activation, bool output, bool save, bool[] stores_mask, bool shared_mask) -> "
+    "(Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])",
     OpTypes(MLPForwardCall, MLPForwardCall.of, MLPForwardSettings, MLPForwardResults),
     _allocate_forward,
     FORWARD,
@@ -71,7 +72,7 @@ def _allocate_forward(call: MLPForwardCall) -> MLPForwardResults:
 def lora_mlp_fwd(
     device: Device, call: MLPForwardCall, results: MLPForwardResults, choice: Choice | None
 ) -> Launches:
-    """Y for x [..., K], and with ``save`` what backward needs. The scalings are s'."""
+    """With ``output`` Y for x [..., K], and with ``save`` what backward needs. The scalings are s'."""
     from stablelora_kernels.launch import lora_mlp
 
     settings = call.settings
@@ -85,7 +86,7 @@ def lora_mlp_fwd(
         masks=each_mask(results.masks, settings.stores_mask),
         dropout_p=settings.dropout_p,
         activation=settings.activation,
-        y=as_matrix(results.y),
+        y=as_matrix(results.y) if settings.output else None,
         g=as_matrix(results.g) if is_saved else None,
         u=as_matrix(results.u) if is_saved else None,
         s=results.s[0] if is_saved else None,

@@ -44,6 +44,8 @@ class ExpertsMLP(Op):
     transposed: bool = False
     # B as PEFT packs it, with the expert fastest.
     packed: bool = False
+    # As ``lora_experts_mlp_op`` takes it.
+    tiled: bool | int = False
     has_kernels = False
     slopes = None
 
@@ -100,7 +102,7 @@ class ExpertsMLP(Op):
             for i, p in enumerate(self.probabilities(case))
         )
         routing = Routing(order, offsets, operands["weights"])
-        return (lora_experts_mlp_op(operands["x"], routing, self.gate, up, down),)
+        return (lora_experts_mlp_op(operands["x"], routing, self.gate, up, down, self.tiled),)
 
     def dropouts(self, case: Case, operands: Operands) -> list[Dropout]:
         rows = operands["index"].numel()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from stablelora_kernels.activations import ACTIVATIONS
-from stablelora_kernels.functional import lora_mlp
+from stablelora_kernels.functional import _projection, lora_mlp
+from stablelora_kernels.ops.lora_mlp.call import Options, facts_of
 from stablelora_kernels.reference.lora import lora_mlp_ref
 from stablelora_kernels.reference.rounding import Rounded, RoundedMLP
 from stablelora_kernels.testing.bounds import MLP_SLOPES
-from stablelora_kernels.testing.cases import Case, Dropout, Mask, Operands, projections
+from stablelora_kernels.testing.cases import Case, Dropout, Mask, Operands, leaves, projections
 from stablelora_kernels.testing.ops.lora_linear import (
     Group,
     numbered,
@@ -21,10 +23,14 @@ from stablelora_kernels.testing.ops.lora_linear import (
 )
 
 
+@dataclass(frozen=True)
 class MLP(Group):
     """gate, up and down. With ``case.shared``, gate's A and its mask are up's too."""
 
     slopes = MLP_SLOPES
+
+    # A tile's rows; 0: there are no tiles.
+    tile_rows: int = 0
 
     def outputs(self, case: Case) -> list[int]:
         return [2]
@@ -40,11 +46,18 @@ class MLP(Group):
 
     def call(self, case: Case, operands: Operands) -> tuple[Tensor, ...]:
         gate, up, down = projections(case, operands)
-        return (lora_mlp(operands["x"], gate, up, down, case.activation, case.p, case.training),)
+        how = (case.activation, case.p, case.training, self.tile_rows or False)
+        return (lora_mlp(operands["x"], gate, up, down, *how),)
 
     def dropouts(self, case: Case, operands: Operands) -> list[Dropout]:
         gate, up, down = super().dropouts(case, operands)
         return [gate, up._replace(p=0.0) if case.shared else up, down]
+
+    def mask_rows(self, case: Case, operands: Operands) -> int:
+        leaf = leaves(case, operands)
+        parts = [_projection(*p) for p in projections(case, leaf)]
+        options = Options(case.activation, case.p, case.backend, case.shared, self.tile_rows)
+        return facts_of(leaf["x"], parts, options).tile_rows
 
     def combined(
         self, case: Case, layer: Callable[[Tensor, int], Tensor], x: Tensor
