@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stablelora_kernels.optim import groups, options, staging, state
 from stablelora_kernels.optim.engine import Gradients, members_of
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import Options, Storage
+from stablelora_kernels.optim.options import Options
 from stablelora_kernels.optim.stability import (
     PairNorms,
     PairStability,
@@ -27,7 +27,7 @@ from stablelora_kernels.optim.stability import (
     stability_of,
     warn_of_skipped,
 )
-from stablelora_kernels.optim.step import DeviceEngines, Snapshot, make_engines, same_objects
+from stablelora_kernels.optim.step import DeviceEngines, Snapshot, same_objects
 from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
 from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
@@ -71,17 +71,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             hyperparameters. Pairs are found by name, across groups. A pair has the ``shrink_ratio``
             of A's group. Frozen parameters are ignored.
         {options}
-        master_weights: keep a float32 master of every bfloat16 or float16 parameter in
-            ``state[p]["master"]``. The launch that updates it writes its nearest rounding to the
-            parameter; nothing is rounded at random. Elements that someone else writes to the
-            parameter replace their master; after an in-place write to ``p.data`` call
-            :meth:`refresh`, or the write is lost.
-        moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or
-            torch.uint8, which saves 6: 8-bit floating-point codes with a float32 scale for each
-            block of 256, not for DTensors. The latter two are rounded at random. A loaded state is
-            converted. During a step the PyTorch path, but not Triton's, holds the new moments and a
-            float32 copy of all parameters, one group's moments in float32, and a copy of gradients
-            that are scaled or clipped.
 
     Raises:
         TypeError: a parameter has no name, or an argument has the wrong type.
@@ -103,16 +92,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self,
         params: Params,
         lr: float | Tensor = options.DEFAULT_LR,
-        *,
-        master_weights: bool = False,
-        moments_dtype: torch.dtype = torch.float32,
         **hyper: Unpack[Options],
     ) -> None:
-        values = options.check_options(options.with_defaults({"lr": lr, **hyper}))
-        self.storage = Storage.checked(moments_dtype, master_weights)
-        defaults = values | self.storage._asdict()
+        defaults = options.check_options(options.with_defaults({"lr": lr, **hyper}))
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
-        checked = groups.check_groups(groups.as_groups(params), [], defaults, self.storage)
+        checked = groups.check_groups(groups.as_groups(params), [], defaults)
         super().__init__(cast("list[dict[str, Any]]", checked), defaults)
         self._frozen = set()
         self._find_pairs()
@@ -216,9 +200,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if "_pairs" not in self.__dict__:
             # The constructor has checked all groups together.
             return super().add_param_group(param_group)
-        # All groups share this value, which is not the default once another was set or loaded.
-        defaults = {**self.defaults, "max_grad_norm": self.max_grad_norm}
-        (checked,) = groups.check_groups([param_group], self._groups, defaults, self.storage)
+        # What all groups share is not the default once another was set or loaded.
+        defaults = {**self.defaults, **groups.shared_options(self._groups[0])}
+        (checked,) = groups.check_groups([param_group], self._groups, defaults)
         super().add_param_group(cast("dict[str, Any]", checked))
         self._find_pairs()
 
@@ -232,7 +216,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self._skipped_on_device: dict[torch.device, Tensor] = getattr(
             self, "_skipped_on_device", {}
         )
-        self._devices = DeviceEngines([])
+        self._devices = DeviceEngines({}, [], {})
         self._last = Snapshot([list(group["params"]) for group in self.param_groups])
 
     @torch._disable_dynamo
@@ -301,24 +285,21 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if capturing and change.written:
             now.versions = None
 
-    def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
+    def _snapshot(self, gradients: Gradients) -> Snapshot:
         """What there is in Python now."""
         params = [local(p) for p in self._params] if self._any_sharded else self._params
-        devices = self._devices
-        now = Snapshot.take(self._groups, params, self.state, devices.watched, devices.on_cpu)
-        if gradients is not None:
-            now.gradients = gradients.layout
-        return now
+        return Snapshot.take(self._groups, params, self.state, self._devices, gradients.layout)
 
     def _build_engines(self) -> None:
         """Check and complete the state, then make one engine for each device that holds parameters."""
         self._last = Snapshot(self._last.params)
-        by_device = members_of(self._groups, self._pairs, self.state, self.storage)
+        by_device = members_of(self._groups, self._pairs, self.state)
         # Frees the memory of those before.
-        self._devices = DeviceEngines([])
-        self._devices = make_engines(by_device, self._pairs, self.storage, self._skipped_on_device)
-        for member in self._devices.members():
-            self.state[member.owner] = state.as_owned(member.entry, member.owner)
+        self._devices = DeviceEngines({}, [], {})
+        self._devices = DeviceEngines(by_device, self._pairs, self._skipped_on_device)
+        for members in by_device.values():
+            for member in members:
+                self.state[member.owner] = state.as_owned(member.entry, member.owner)
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice.
@@ -396,7 +377,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state.load(state_dict, self._groups, self.state, self._pairs, self.storage)
+        state.load(state_dict, self._groups, self.state, self._pairs)
         self._find_pairs()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -404,7 +385,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "storage": self.storage,
             "_reported": self._reported,
             "_skipped_before": self.nonfinite_steps,
             "_experts": self._experts,

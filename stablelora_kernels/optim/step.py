@@ -4,7 +4,7 @@ the engines that it calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 
@@ -18,7 +18,7 @@ from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.dispatch.tallies import Tally, tally_of
 from stablelora_kernels.optim.engine import Change, GradientLayout, Gradients, Member
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import BUILT, LIVE, UPLOADED, Number, Storage
+from stablelora_kernels.optim.options import BUILT, LIVE, UPLOADED, Number
 from stablelora_kernels.optim.proof import step_fault
 from stablelora_kernels.optim.state import Entry
 from stablelora_kernels.optim.torch_step import TorchStep
@@ -26,9 +26,8 @@ from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
 from stablelora_kernels.utils.tensors import local
 
-# Storage is checked as engines are built, and the same in all groups.
 _live_values = itemgetter(*LIVE)
-_built_values = itemgetter(*BUILT, *Storage._fields)
+_built_values = itemgetter(*BUILT)
 _uploaded_values = itemgetter(*UPLOADED)
 # Of a snapshot: what engines stand for, and what they have uploaded.
 _engine_inputs = attrgetter("memory", "backend", "built", "state")
@@ -72,7 +71,7 @@ class Snapshot:
     params: list[list[Tensor]]
     memory: list[int] | None = None
     backend: str = ""
-    # Of each group, the values of BUILT with the storage, and those of UPLOADED.
+    # Of each group, the values of BUILT and those of UPLOADED.
     built: list[tuple[object, ...]] | None = None
     uploaded: list[tuple[object, ...]] | None = None
     # Of tensors among the live hyperparameters their address, or their number if an engine
@@ -90,25 +89,20 @@ class Snapshot:
         groups: Sequence[ParamGroup],
         params: Sequence[Tensor],
         state: Mapping[Tensor, Entry],
-        watched: Sequence[Tensor],
-        on_cpu: bool,
+        engines: DeviceEngines,
+        gradients: GradientLayout | None,
     ) -> Snapshot:
-        """What there is now, without gradients.
-
-        Args:
-            params: all parameters, or this process's shards.
-            watched: those whose versions tell that someone else wrote to them.
-            on_cpu: whether all engines are on the CPU.
-        """
+        """What there is now; ``params`` are all parameters, or this process's shards."""
         return cls(
             params=[list(group["params"]) for group in groups],
             memory=list(map(Tensor.data_ptr, params)),
             backend=settings.backend,
             built=list(map(_built_values, groups)),
             uploaded=list(map(_uploaded_values, groups)),
-            tensors=_live_tensors(groups, on_cpu),
+            tensors=_live_tensors(groups, engines.on_cpu),
             state=state,
-            versions=versions_of(watched),
+            gradients=gradients,
+            versions=versions_of(engines.watched),
         )
 
     def kept(self) -> Snapshot:
@@ -157,27 +151,36 @@ class DeviceEngines:
     """The engines, one a device."""
 
     def __init__(
-        self, engines: Sequence[TorchStep | TritonStep], tallies: Sequence[Tally] = ()
+        self,
+        by_device: Mapping[torch.device, Sequence[Member]],
+        pairs: Sequence[LoRAPair],
+        skipped_on_device: MutableMapping[torch.device, Tensor],
     ) -> None:
-        self.engines = engines
+        """Make them. ``skipped_on_device`` gets a counter of skipped steps where a device has none."""
+        # Before an engine is made: a device may be refused.
+        classes = [_engine_class(device, members) for device, members in by_device.items()]
+        self.engines: list[TorchStep | TritonStep] = []
         # Of the steps of each engine.
-        self._tallies = tallies
-        self.on_cpu = all(engine.device.type == "cpu" for engine in engines)
-        self.any_triton = any(isinstance(engine, TritonStep) for engine in engines)
+        self._tallies: list[Tally] = []
+        for (device, members), engine_class in zip(by_device.items(), classes, strict=True):
+            zero = torch.zeros((), dtype=torch.int32, device=device)
+            skipped = skipped_on_device.setdefault(device, zero)
+            fault = step_fault(members, pairs) if engine_class is TritonStep else ""
+            engine = (TorchStep if fault else engine_class)(members, pairs, skipped)
+            self.engines.append(engine)
+            strategy = ONE_LAUNCH if isinstance(engine, TritonStep) else OPERATORS
+            self._tallies.append(tally_of("stable_adamw", strategy, fault))
+        self.on_cpu = all(engine.device.type == "cpu" for engine in self.engines)
+        self.any_triton = any(isinstance(engine, TritonStep) for engine in self.engines)
         # The parameters, and their shards, whose versions tell that someone else wrote to them. An
         # operation on a DTensor raises its own version, and one on its shard that of the shard.
-        watched = [engine.members[i] for engine in engines for i in engine.watched]
+        watched = [engine.members[i] for engine in self.engines for i in engine.watched]
         shards = [member.param for member in watched if member.param is not member.owner]
         self.watched = [member.owner for member in watched] + shards
         # The tensors that a step writes to, and by how much that raises the sum of the versions
         # watched; None as long as that is not known.
         self._written: list[Tensor] = []
         self._versions_a_step: int | None = None
-
-    def members(self) -> Iterator[Member]:
-        """The members of all engines."""
-        for engine in self.engines:
-            yield from engine.members
 
     def step(
         self,
@@ -218,33 +221,6 @@ class DeviceEngines:
         if self._versions_a_step is None:
             self._versions_a_step = versions_of(self.watched) - last.versions
         last.versions += self._versions_a_step
-
-
-def make_engines(
-    by_device: Mapping[torch.device, Sequence[Member]],
-    pairs: Sequence[LoRAPair],
-    storage: Storage,
-    skipped_on_device: dict[torch.device, Tensor],
-) -> DeviceEngines:
-    """An engine for each device. ``skipped_on_device`` gets a counter of skipped steps where a
-    device has none.
-    """
-    # Before an engine is made: a device may be refused.
-    classes = {device: _engine_class(device, members) for device, members in by_device.items()}
-    engines = []
-    tallies = []
-    for device, members in by_device.items():
-        zero = torch.zeros((), dtype=torch.int32, device=device)
-        skipped = skipped_on_device.setdefault(device, zero)
-        engine_class = classes[device]
-        fault = ""
-        if engine_class is TritonStep:
-            fault = step_fault(members, pairs, storage)
-            engine_class = TorchStep if fault else TritonStep
-        engines.append(engine_class(members, pairs, storage, skipped))
-        strategy = ONE_LAUNCH if engine_class is TritonStep else OPERATORS
-        tallies.append(tally_of("stable_adamw", strategy, fault))
-    return DeviceEngines(engines, tallies)
 
 
 def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:

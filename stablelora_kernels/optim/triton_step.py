@@ -22,7 +22,7 @@ from stablelora_kernels.optim.engine import (
     Setting,
     layout_of,
 )
-from stablelora_kernels.optim.options import LIVE, OPTIONS, LiveName, Number, Storage
+from stablelora_kernels.optim.options import LIVE, OPTIONS, LiveName, Number
 from stablelora_kernels.optim.rounding import seed_word
 from stablelora_kernels.optim.sharding import LatchMonitor
 from stablelora_kernels.optim.staging import upload
@@ -67,7 +67,6 @@ class TritonStep(Engine):
         self,
         members: Sequence[Member],
         pairs: Sequence[LoRAPair],
-        storage: Storage,
         skipped: Tensor,
     ) -> None:
         # Triton is optional, so nothing imports a launcher before it is used.
@@ -76,7 +75,7 @@ class TritonStep(Engine):
         self.launcher = launcher
         # How many chunks each member has, each with its own counters. An empty tensor has one too.
         self.counts = [max(1, -(-member.param.numel() // self.CHUNK)) for member in members]
-        super().__init__(members, pairs, storage, self.counts)
+        super().__init__(members, pairs, self.counts)
         self.watched = sorted({*self.halves, *self.watched})
         self.totals = torch.zeros(len(self.halves), dtype=torch.float32, device=self.device)
         self.sharded = bool(self.grad_sums)
@@ -94,7 +93,7 @@ class TritonStep(Engine):
         self.latch_monitor = LatchMonitor(
             self.latched, [self.firsts[pair.a] for pair in self.pairs]
         )
-        self.flags = self._static_flags(storage)
+        self.flags = self._static_flags()
         self.seeds = [seed_word(setting.group["seed"]) for setting in self.settings]
         # The options that have a column of their name in the table of hyperparameters; live ones
         # may be tensors.
@@ -117,7 +116,7 @@ class TritonStep(Engine):
         # What captured launches read, also when later steps have other tensors.
         self.captured: list[list[Tensor]] = []
 
-    def _static_flags(self, storage: Storage) -> int:
+    def _static_flags(self) -> int:
         """The flags that do not change from step to step."""
         tables = self.launcher.tables
         flags = 0
@@ -126,9 +125,10 @@ class TritonStep(Engine):
                 flags |= flag
         if self.mastered:
             flags |= tables.FLAG_MASTER
-        if storage.moments_dtype is torch.bfloat16:
+        moments_dtype = self.settings[0].group["moments_dtype"]
+        if moments_dtype is torch.bfloat16:
             flags |= tables.FLAG_LOW_MOMENTS
-        if storage.moments_dtype is torch.uint8:
+        if moments_dtype is torch.uint8:
             flags |= tables.FLAG_8BIT_MOMENTS
         if self.sharded:
             flags |= tables.FLAG_SHARDED
