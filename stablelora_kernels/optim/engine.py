@@ -19,15 +19,14 @@ from stablelora_kernels.optim.groups import (
     named_parameters,
     names_for_patterns,
 )
-from stablelora_kernels.optim.options import Number
+from stablelora_kernels.optim.options import LiveValues
 from stablelora_kernels.optim.sharding import Shard, ShardSums, shard_of
 from stablelora_kernels.optim.staging import upload
 from stablelora_kernels.optim.state import (
+    COUNTERS,
     Entry,
-    Layout,
     check_entry,
     complete,
-    layouts_of,
     with_strides_of,
 )
 from stablelora_kernels.pairs import LoRAPair
@@ -116,14 +115,6 @@ class Change(NamedTuple):
     written: bool = True
 
 
-class LiveValues(NamedTuple):
-    """The hyperparameters of ``LIVE``."""
-
-    lr: Number
-    weight_decay: Number
-    shrink_ratio: Number
-
-
 class Setting(NamedTuple):
     """The hyperparameters that some members share: those of their group, but for two of their own."""
 
@@ -159,11 +150,6 @@ class Member(NamedTuple):
     # The state of ``param``.
     entry: Entry
 
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """The tensors that ``entry`` must have."""
-        return layouts_of(self.param, self.setting.group)
-
 
 def members_of(
     groups: Sequence[ParamGroup], pairs: Sequence[LoRAPair], state: Mapping[Tensor, Entry]
@@ -197,7 +183,7 @@ def members_of(
                 shard=shard_of(f"parameter {name!r}", p, base),
                 entry={key: local(value) for key, value in state.get(p, {}).items()},
             )
-            check_entry(member.entry, name, member.param, member.layouts)
+            check_entry(member.entry, name, member.param, group)
             by_device.setdefault(member.param.device, []).append(member)
             base += p.numel()
             position += 1
@@ -243,7 +229,7 @@ class Engine:
         self.device = self.params[0].device
         self.max_grad_norm = members[0].setting.group["max_grad_norm"]
         for member in members:
-            complete(member.entry, member.param, member.layouts)
+            complete(member.entry, member.param, member.setting.group)
         index_of = {id(member.owner): i for i, member in enumerate(members)}
         self.pairs = [
             PairIndices(index_of[id(pair.A)], index_of[id(pair.B)])
@@ -266,19 +252,16 @@ class Engine:
         self.direct = False
         # The index of each member's first counter.
         self.firsts = list(accumulate(counts, initial=0))[:-1]
-        self.steps = self._counters("step", torch.float32, counts, range(len(members)))
-        self.latched = self._counters(
-            "latched_at", torch.int32, counts, [pair.a for pair in self.pairs]
-        )
+        self.steps = self._counters("step", counts, range(len(members)))
+        self.latched = self._counters("latched_at", counts, [pair.a for pair in self.pairs])
 
-    def _counters(
-        self, name: str, dtype: torch.dtype, counts: Sequence[int], owners: Iterable[int]
-    ) -> Tensor:
+    def _counters(self, name: str, counts: Sequence[int], owners: Iterable[int]) -> Tensor:
         """The counter ``name`` of every member, repeated as often as ``counts`` says, as one new
         tensor; zero where a member has none. The host reads nothing.
 
         The entries of the members at ``owners`` become views of their first.
         """
+        dtype = COUNTERS[name]
         zero = torch.zeros((), dtype=dtype, device=self.device)
         values = []
         for member in self.members:

@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,23 @@ from stablelora_kernels.utils.validation import (
 Class = TypeVar("Class")
 # A hyperparameter that a schedule may change: a number, or a 0-d tensor that its owner writes to.
 Number = float | Tensor
-LiveName = Literal["lr", "weight_decay", "shrink_ratio"]
-# Hyperparameters that may be tensors. Schedulers change their numbers between replays of a CUDA
-# graph, too.
-LIVE: tuple[LiveName, ...] = ("lr", "weight_decay", "shrink_ratio")
 # Computed in float32, and rounded at random or from a float32 master.
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 STOP_CONDITIONS = ("norm", "never")
 DEFAULT_LR = 1e-4
+
+
+class LiveValues(NamedTuple):
+    """The hyperparameters that may be tensors. Schedulers change their numbers between replays of a
+    CUDA graph, too.
+    """
+
+    lr: Number
+    weight_decay: Number
+    shrink_ratio: Number
+
+
+LIVE = LiveValues._fields
 
 
 class Options(TypedDict, total=False):

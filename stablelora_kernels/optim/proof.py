@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class _Sampled(NamedTuple):
         p = self.member.param
         group = self.member.setting.group
         aligned = p.data_ptr() % 16 == 0 and p.numel() % 16 == 0
-        tensors = [name for name in LIVE if isinstance(group[name], Tensor)]
+        tensors = [name for name in LIVE if isinstance(self.member.setting.option(name), Tensor)]
         words = [
             str(p.dtype)[6:],
             self.role,
@@ -212,12 +212,13 @@ def _scale(grads: Sequence[Tensor | None], norm: float) -> None:
 
 def _stand_in(setting: Setting, device: torch.device) -> Setting:
     """A setting with live hyperparameters that show, tensors where the user's are."""
-    group: ParamGroup = setting.group.copy()
-    for name in LIVE:
-        is_tensor = isinstance(group[name], Tensor)
-        value = _LIVE[name]
-        group[name] = torch.tensor(value, device=device) if is_tensor else value
-    group["capturable"] = False
+    live = {
+        name: torch.tensor(value, device=device)
+        if isinstance(setting.option(name), Tensor)
+        else value
+        for name, value in _LIVE.items()
+    }
+    group = cast("ParamGroup", {**setting.group, **live, "capturable": False})
     ratio = None if setting.pattern_ratio is None else _LIVE["shrink_ratio"]
     return Setting(group, 1.0 if setting.lr_ratio == 1 else _LR_RATIO, ratio)
 

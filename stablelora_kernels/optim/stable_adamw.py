@@ -8,16 +8,13 @@ what has changed to the engine of each device.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.optim import groups, options, staging, state
-from stablelora_kernels.optim.engine import Gradients, members_of
+from stablelora_kernels.optim import groups, options, state
 from stablelora_kernels.optim.groups import ParamGroup
 from stablelora_kernels.optim.options import Options
 from stablelora_kernels.optim.stability import (
@@ -27,10 +24,9 @@ from stablelora_kernels.optim.stability import (
     stability_of,
     warn_of_skipped,
 )
-from stablelora_kernels.optim.step import DeviceEngines, Snapshot, same_objects
+from stablelora_kernels.optim.step import Steps
 from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
-from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import counted
 
 if TYPE_CHECKING:
@@ -211,13 +207,10 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         found.
         """
         self._pairs = groups.find_pairs(self._groups)
-        self._params = [p for group in self.param_groups for p in group["params"]]
-        self._any_sharded = any(map(is_sharded, self._params))
         self._skipped_on_device: dict[torch.device, Tensor] = getattr(
             self, "_skipped_on_device", {}
         )
-        self._devices = DeviceEngines({}, [], {})
-        self._last = Snapshot([list(group["params"]) for group in self.param_groups])
+        self._steps = Steps(self._groups, self._pairs, self._skipped_on_device)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -235,71 +228,23 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups.warn_of_frozen(self._groups, self._frozen)
-        if not same_objects(
-            [list(group["params"]) for group in self.param_groups], self._last.params
-        ):
+        if not self._steps.are_of(self._groups):
             # Trainers replace the groups' parameters when they shard a model late.
             self._find_pairs()
-        read = local_grad if self._any_sharded else attrgetter("grad")
-        gradients = Gradients.of(list(map(read, self._params)))
+        steps = self._steps
+        gradients = steps.gradients()
         if not gradients.any():
             return loss
         if not self.state and state.is_state_init_step(
-            self._groups, self._params, gradients.tensors
+            self._groups, steps.params, gradients.tensors
         ):
-            self._build_engines()
+            steps.build(self._groups, self.state)
             return loss
-        self._run_engines(gradients)
-        return loss
-
-    def _run_engines(self, gradients: Gradients) -> None:
-        """Tell each engine what has changed since the last step, let it take its step, and keep
-        what this one found for the next.
-        """
-        now = self._snapshot(gradients)
-        capturing = staging.capturing()
-        change = now.since(self._last)
-        if change.build:
-            if capturing:
-                raise RuntimeError(
-                    "run step() once before capturing it in a CUDA graph, so that its tables exist"
-                )
-            self._build_engines()
-            now = self._snapshot(gradients).kept()
-            self._last = dataclasses.replace(now, versions=None)
-        # If an engine raises, the next step uploads everything again.
-        self._last.tensors = None
-        self._last.gradients = None
         # GradScaler sets its scale and its verdict as attributes.
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        self._devices.step(gradients, change, grad_scale, found_inf)
-        now.state = self._last.state
-        self._last = now
-        written = gradients.owners(self._params) if change.gradients else None
-        self._devices.count_write(written, now)
-        # Copies and measurements of a graph exist only once it is replayed.
-        if capturing and (change.hyper or change.gradients):
-            now.tensors = None
-            now.gradients = None
-        if capturing and change.written:
-            now.versions = None
-
-    def _snapshot(self, gradients: Gradients) -> Snapshot:
-        """What there is in Python now."""
-        params = [local(p) for p in self._params] if self._any_sharded else self._params
-        return Snapshot.take(self._groups, params, self.state, self._devices, gradients.layout)
-
-    def _build_engines(self) -> None:
-        """Check and complete the state, then make one engine for each device that holds parameters."""
-        self._last = Snapshot(self._last.params)
-        by_device = members_of(self._groups, self._pairs, self.state)
-        # Frees the memory of those before.
-        self._devices = DeviceEngines({}, [], {})
-        self._devices = DeviceEngines(by_device, self._pairs, self._skipped_on_device)
-        for members in by_device.values():
-            for member in members:
-                self.state[member.owner] = state.as_owned(member.entry, member.owner)
+        steps.take(self._groups, self.state, gradients, grad_scale, found_inf)
+        return loss
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice.
@@ -314,7 +259,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Otherwise it counts, but on Triton the next step still decides the latch by the norms from
         before it.
         """
-        self._last.versions = None
+        self._steps.refresh()
 
     @property
     def nonfinite_steps(self) -> int:
@@ -333,7 +278,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if unreported > 0:
             warn_of_skipped(unreported)
             self._reported += unreported
-        return finite_norms(self._pairs, self._devices.any_triton, local_only)
+        return finite_norms(self._pairs, self._steps.any_triton, local_only)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:

@@ -29,8 +29,9 @@ from stablelora_kernels.utils.validation import counted
 # A parameter's state by name. Counters that a user has put in may be numbers until an engine is
 # built.
 Entry = dict[str, Tensor]
-# Scalars of a parameter's state; its other tensors have the parameter's shape.
-COUNTERS = ("step", "latched_at")
+# Scalars of a parameter's state, of which only an A has the second; its other tensors have the
+# parameter's shape.
+COUNTERS = {"step": torch.float32, "latched_at": torch.int32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What torch.optim.AdamW saves of a group. The latter choose among implementations, and mean nothing
 # here.
@@ -63,11 +64,9 @@ def layouts_of(p: Tensor, group: ParamGroup) -> dict[str, Layout]:
     return layouts
 
 
-def check_entry(
-    entry: Mapping[str, object], name: str, p: Tensor, layouts: Mapping[str, Layout]
-) -> None:
-    """Check the state of the parameter ``name``, which may be someone else's. Missing tensors are
-    made later.
+def check_entry(entry: Mapping[str, object], name: str, p: Tensor, group: ParamGroup) -> None:
+    """Check the state of the parameter ``name`` of ``group``, which may be someone else's. Missing
+    tensors are made later.
     """
     for counter in COUNTERS:
         value = entry.get(counter, 0)
@@ -76,7 +75,7 @@ def check_entry(
             raise ValueError(
                 f"the state of {name!r}: {counter!r} must be a number or a 0-d tensor, got {value!r}"
             )
-    for key, (dtype, shape) in layouts.items():
+    for key, (dtype, shape) in layouts_of(p, group).items():
         if key not in entry:
             continue
         value = entry[key]
@@ -92,10 +91,11 @@ def check_entry(
             )
 
 
-def complete(entry: Entry, p: Tensor, layouts: Mapping[str, Layout]) -> None:
-    """Make what the state of ``p`` lacks: zeros in its strides, and its master. Drop a master that
-    it should not have.
+def complete(entry: Entry, p: Tensor, group: ParamGroup) -> None:
+    """Make what the state of ``p`` in ``group`` lacks: zeros in its strides, and its master. Drop a
+    master that it should not have.
     """
+    layouts = layouts_of(p, group)
     for key, (dtype, shape) in layouts.items():
         if key in entry:
             if shape == p.shape:
@@ -204,9 +204,7 @@ def load(
                 # Its step may be a number, and no pair has latched.
                 entry["step"] = torch.as_tensor(entry["step"], device="cpu")
                 entry["latched_at"] = torch.zeros((), dtype=torch.int32, device="cpu")
-            counters = {"step": torch.float32}
-            if id(p) in halves_a:
-                counters["latched_at"] = torch.int32
+            counters = [*COUNTERS] if id(p) in halves_a else ["step"]
             loaded[p] = _load_entry(entry, name, p, counters, ours)
     warn_of_differences(saved, groups)
     for group, loaded_group in zip(groups, loaded_groups, strict=True):
@@ -387,7 +385,7 @@ def _load_entry(
     entry: Entry,
     name: str,
     p: Tensor,
-    counters: Mapping[str, torch.dtype],
+    counters: Sequence[str],
     group: ParamGroup,
 ) -> Entry:
     """Copies of the saved ``counters``, moments and, if it should have one, master of the
@@ -408,8 +406,8 @@ def _load_entry(
             )
     entry = entry | {field: local_like(entry[field], p) for field in of_full_shape}
     copied: Entry = {}
-    for field, dtype in counters.items():
-        copied[field] = entry[field].detach().to(p.device, dtype, copy=True)
+    for field in counters:
+        copied[field] = entry[field].detach().to(p.device, COUNTERS[field], copy=True)
     for field in MOMENTS:
         copied |= convert_moment(entry, field, shard, layouts[field].dtype)
     if has_master:

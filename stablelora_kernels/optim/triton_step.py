@@ -17,12 +17,11 @@ from stablelora_kernels.optim.engine import (
     Change,
     Engine,
     Gradients,
-    LiveValues,
     Member,
     Setting,
     layout_of,
 )
-from stablelora_kernels.optim.options import LIVE, OPTIONS, LiveName, Number
+from stablelora_kernels.optim.options import LIVE, OPTIONS, LiveValues, Number
 from stablelora_kernels.optim.rounding import seed_word
 from stablelora_kernels.optim.sharding import LatchMonitor
 from stablelora_kernels.optim.staging import upload
@@ -107,7 +106,7 @@ class TritonStep(Engine):
         self.present: Tensor | None = None
         # Hyperparameters in another dtype or on another GPU: by setting and name, a float32 scalar;
         # and by scalar the tensor that each step copies to it.
-        self.cells: dict[tuple[int, LiveName], Tensor] = {}
+        self.cells: dict[tuple[int, str], Tensor] = {}
         self.copied: dict[Tensor, Tensor] = {}
         # The last step's.
         self.stream: int | None = None
@@ -325,7 +324,13 @@ class TritonStep(Engine):
         self.copied = {}
         # The words hold the addresses of these.
         self.live_values = [
-            self._live_as_read(i, setting.live()) for i, setting in enumerate(self.settings)
+            LiveValues(
+                *[
+                    self._as_read((i, name), value)
+                    for name, value in zip(LIVE, setting.live(), strict=True)
+                ]
+            )
+            for i, setting in enumerate(self.settings)
         ]
         self.dynamic = 0
         if any(map(_is_dynamic, self.settings, self.live_values)):
@@ -371,15 +376,7 @@ class TritonStep(Engine):
         row: tables.WordRow = self.launcher.tables.WordRow(seed=self.seeds[i], **addresses)
         return row
 
-    def _live_as_read(self, i: int, live: LiveValues) -> LiveValues:
-        """The live values of setting ``i`` as the launch reads them."""
-        return LiveValues(
-            lr=self._as_read((i, "lr"), live.lr),
-            weight_decay=self._as_read((i, "weight_decay"), live.weight_decay),
-            shrink_ratio=self._as_read((i, "shrink_ratio"), live.shrink_ratio),
-        )
-
-    def _as_read(self, key: tuple[int, LiveName], value: Number) -> Number:
+    def _as_read(self, key: tuple[int, str], value: Number) -> Number:
         """A hyperparameter as the launch reads it: a float, or a float32 scalar on the device that
         keeps its address. Such a scalar is a cell if the owner's tensor has another dtype or GPU;
         each step then copies to it.

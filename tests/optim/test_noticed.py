@@ -18,7 +18,6 @@ from torch import Tensor
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.options import LIVE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.step import DeviceEngines, Snapshot
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import (
@@ -245,13 +244,13 @@ def test_other_gradients_are_no_write_by_others():
 def test_a_tensor_on_the_host_is_compared_by_its_number(key):
     """Beside an engine on a GPU, which does not read it from there."""
     value = torch.tensor(0.1)
-    groups = StableLoRAAdamW(make_pairs(SHAPES), **{key: value}).param_groups
-    engines = DeviceEngines({}, [], {})
-    engines.on_cpu = False
-    first = Snapshot.take(groups, [], {}, engines, None)
-    assert not Snapshot.take(groups, [], {}, engines, None).since(first).hyper
+    optimizer = StableLoRAAdamW(make_pairs(SHAPES), **{key: value})
+    steps, groups = optimizer._steps, optimizer.param_groups
+    steps.on_cpu = False
+    first = steps.snapshot(groups, {}, None)
+    assert not steps.snapshot(groups, {}, None).since(first).hyper
     value.fill_(0.2)
-    assert Snapshot.take(groups, [], {}, engines, None).since(first).hyper
+    assert steps.snapshot(groups, {}, None).since(first).hyper
 
 
 # Changes that do not fit: the next step names them and changes nothing
