@@ -156,7 +156,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         # torch's has the names of all parameters, kilobytes of them, and a line for each setting.
-        lines = [f"{type(self).__name__} ({counted(len(self._pairs), 'LoRA pair')})"]
+        lines = [f"{type(self).__name__} ({counted(len(self._steps.pairs), 'LoRA pair')})"]
         for i, group in enumerate(self.param_groups):
             settings = [
                 f"{key}: {group[key]}"
@@ -189,11 +189,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     @property
     def pairs(self) -> list[LoRAPair]:
         """The pairs, in the order of their first parameter."""
-        return list(self._pairs)
+        return list(self._steps.pairs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters or pairs. It may not leave an A without its B."""
-        if "_pairs" not in self.__dict__:
+        if "_steps" not in self.__dict__:
             # The constructor has checked all groups together.
             return super().add_param_group(param_group)
         # What all groups share is not the default once another was set or loaded.
@@ -206,11 +206,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Find the pairs of ``param_groups`` again, and forget the engines and what the last step
         found.
         """
-        self._pairs = groups.find_pairs(self._groups)
-        self._skipped_on_device: dict[torch.device, Tensor] = getattr(
-            self, "_skipped_on_device", {}
-        )
-        self._steps = Steps(self._groups, self._pairs, self._skipped_on_device)
+        skipped = self._steps.skipped if "_steps" in self.__dict__ else {}
+        self._steps: Steps = Steps(self._groups, groups.find_pairs(self._groups), skipped)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -266,9 +263,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not
         finite. Reads the device.
         """
-        return self._skipped_before + sum(
-            int(skipped) for skipped in self._skipped_on_device.values()
-        )
+        return self._skipped_before + sum(map(int, self._steps.skipped.values()))
 
     def _checked_norms(self, local_only: bool = False) -> list[PairNorms]:
         """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's
@@ -278,7 +273,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if unreported > 0:
             warn_of_skipped(unreported)
             self._reported += unreported
-        return finite_norms(self._pairs, self._steps.any_triton, local_only)
+        return finite_norms(self._steps.pairs, self._steps.any_triton, local_only)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -288,7 +283,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so its pair can neither shrink nor latch.
         """
-        return stability_of(self._pairs, self._checked_norms(), self.state, self._experts or {})
+        return stability_of(
+            self._steps.pairs, self._checked_norms(), self.state, self._experts or {}
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, steps, latches and hyperparameters, seed and shrink ratio included: enough for a
@@ -322,7 +319,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state.load(state_dict, self._groups, self.state, self._pairs)
+        state.load(state_dict, self._groups, self.state, self._steps.pairs)
         self._find_pairs()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
