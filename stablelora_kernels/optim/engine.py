@@ -19,15 +19,14 @@ from stablelora_kernels.optim.groups import (
     named_parameters,
     names_for_patterns,
 )
-from stablelora_kernels.optim.options import Number, Storage
+from stablelora_kernels.optim.options import LiveValues
 from stablelora_kernels.optim.sharding import Shard, ShardSums, shard_of
 from stablelora_kernels.optim.staging import upload
 from stablelora_kernels.optim.state import (
+    COUNTERS,
     Entry,
-    Layout,
     check_entry,
     complete,
-    layouts_of,
     with_strides_of,
 )
 from stablelora_kernels.pairs import LoRAPair
@@ -116,14 +115,6 @@ class Change(NamedTuple):
     written: bool = True
 
 
-class LiveValues(NamedTuple):
-    """The hyperparameters of ``LIVE``."""
-
-    lr: Number
-    weight_decay: Number
-    shrink_ratio: Number
-
-
 class Setting(NamedTuple):
     """The hyperparameters that some members share: those of their group, but for two of their own."""
 
@@ -159,21 +150,14 @@ class Member(NamedTuple):
     # The state of ``param``.
     entry: Entry
 
-    def layouts(self, storage: Storage) -> dict[str, Layout]:
-        """The tensors that ``entry`` must have."""
-        return layouts_of(self.param, storage)
-
 
 def members_of(
-    groups: Sequence[ParamGroup],
-    pairs: Sequence[LoRAPair],
-    state: Mapping[Tensor, Entry],
-    storage: Storage,
+    groups: Sequence[ParamGroup], pairs: Sequence[LoRAPair], state: Mapping[Tensor, Entry]
 ) -> dict[torch.device, list[Member]]:
     """The members on each device, which the halves of a pair must share. Raises ValueError if the
     state does not fit them.
     """
-    check_shared(groups, storage)
+    check_shared(groups)
     halves_b = {id(pair.B) for pair in pairs}
     pair_of_a = {id(pair.A): pair for pair in pairs}
     by_device: dict[torch.device, list[Member]] = {}
@@ -197,9 +181,9 @@ def members_of(
                     (lr_ratio, pattern_ratio), Setting(group, lr_ratio, pattern_ratio)
                 ),
                 shard=shard_of(f"parameter {name!r}", p, base),
-                entry=_local_entry(state.get(p, {}), p),
+                entry={key: local(value) for key, value in state.get(p, {}).items()},
             )
-            check_entry(member.entry, name, member.param, member.layouts(storage))
+            check_entry(member.entry, name, member.param, group)
             by_device.setdefault(member.param.device, []).append(member)
             base += p.numel()
             position += 1
@@ -214,13 +198,6 @@ def members_of(
                 f"pair {pair.name!r}: A is on {pair.A.device} and B on {pair.B.device}; they must share one"
             )
     return by_device
-
-
-def _local_entry(entry: Entry, p: Tensor) -> Entry:
-    """The state of this process's shard of ``p``; ``entry`` itself if ``p`` is no DTensor."""
-    if local(p) is p:
-        return entry
-    return {key: local(value) for key, value in entry.items()}
 
 
 class PairIndices(NamedTuple):
@@ -238,7 +215,6 @@ class Engine:
     Args:
         members: the parameters. Their state is completed, and their counters become views.
         pairs: the pairs of all devices.
-        storage: how state is kept.
         counts: how many equal counters each member has.
     """
 
@@ -246,7 +222,6 @@ class Engine:
         self,
         members: Sequence[Member],
         pairs: Sequence[LoRAPair],
-        storage: Storage,
         counts: Sequence[int],
     ) -> None:
         self.members = members
@@ -254,7 +229,7 @@ class Engine:
         self.device = self.params[0].device
         self.max_grad_norm = members[0].setting.group["max_grad_norm"]
         for member in members:
-            complete(member.entry, member.param, member.layouts(storage))
+            complete(member.entry, member.param, member.setting.group)
         index_of = {id(member.owner): i for i, member in enumerate(members)}
         self.pairs = [
             PairIndices(index_of[id(pair.A)], index_of[id(pair.B)])
@@ -277,19 +252,16 @@ class Engine:
         self.direct = False
         # The index of each member's first counter.
         self.firsts = list(accumulate(counts, initial=0))[:-1]
-        self.steps = self._counters("step", torch.float32, counts, range(len(members)))
-        self.latched = self._counters(
-            "latched_at", torch.int32, counts, [pair.a for pair in self.pairs]
-        )
+        self.steps = self._counters("step", counts, range(len(members)))
+        self.latched = self._counters("latched_at", counts, [pair.a for pair in self.pairs])
 
-    def _counters(
-        self, name: str, dtype: torch.dtype, counts: Sequence[int], owners: Iterable[int]
-    ) -> Tensor:
+    def _counters(self, name: str, counts: Sequence[int], owners: Iterable[int]) -> Tensor:
         """The counter ``name`` of every member, repeated as often as ``counts`` says, as one new
         tensor; zero where a member has none. The host reads nothing.
 
         The entries of the members at ``owners`` become views of their first.
         """
+        dtype = COUNTERS[name]
         zero = torch.zeros((), dtype=dtype, device=self.device)
         values = []
         for member in self.members:

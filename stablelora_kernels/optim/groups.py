@@ -15,9 +15,9 @@ from torch import Tensor
 from stablelora_kernels.optim.options import (
     LOW_PRECISION,
     OPTIONS,
+    SHARED,
     Number,
     Options,
-    Storage,
     check_options,
 )
 from stablelora_kernels.optim.sharding import check_shards
@@ -43,9 +43,7 @@ Named = tuple[str, Tensor]
 
 # The key of a group that holds the name of its adapter, if it has the parameters of one alone.
 ADAPTER = "adapter"
-# The one option that all groups share: it clips the norm of all gradients together.
-_SHARED = "max_grad_norm"
-_PER_ADAPTER = tuple(name for name in OPTIONS if name != _SHARED)
+_PER_ADAPTER = tuple(name for name in OPTIONS if name not in SHARED)
 
 
 class ParamGroup(Options):
@@ -54,6 +52,12 @@ class ParamGroup(Options):
     lr: Number
     params: list[Tensor]
     param_names: list[str]
+
+
+def shared_options(group: ParamGroup) -> dict[str, object]:
+    """The values in ``group`` of the options that all groups share."""
+    values: Mapping[str, object] = group
+    return {name: values[name] for name in SHARED}
 
 
 def named_parameters(group: ParamGroup) -> Iterable[Named]:
@@ -77,14 +81,13 @@ def check_groups(
     new: Sequence[object],
     existing: Sequence[ParamGroup],
     defaults: Mapping[str, object],
-    storage: Storage,
 ) -> list[ParamGroup]:
     """The groups ``new`` as :func:`check_group` returns them, which must also fit together and to
     those ``existing``.
     """
     checked = [check_group(group, defaults) for group in new]
     find_pairs([*existing, *checked])
-    check_shared([*existing, *checked], storage)
+    check_shared([*existing, *checked])
     return checked
 
 
@@ -173,23 +176,19 @@ def _check_both_halves_train(named: Sequence[Named]) -> None:
             )
 
 
-def check_shared(groups: Sequence[ParamGroup], storage: Storage) -> None:
-    """Raise ValueError if groups differ in what they share, or ``storage`` cannot hold the state of
-    one of their parameters.
+def check_shared(groups: Sequence[ParamGroup]) -> None:
+    """Raise ValueError if groups differ in what they share, or 8 bits cannot hold the moments of one
+    of their parameters.
     """
+    expected = shared_options(groups[0]) if groups else {}
     for group in groups:
-        if group["max_grad_norm"] != groups[0]["max_grad_norm"]:
-            raise ValueError(
-                f"max_grad_norm must be one value for all groups, got {groups[0]['max_grad_norm']} and "
-                f"{group['max_grad_norm']}; set optimizer.max_grad_norm to change it in all of them"
-            )
-        for name, value in storage._asdict().items():
-            value_of_group = group.get(name, value)
-            if value_of_group != value:
+        for name, value in shared_options(group).items():
+            if value != expected[name]:
                 raise ValueError(
-                    f"a group's {name} must be the optimizer's, {value}, got {value_of_group}"
+                    f"{name} must be one value for all groups, got {expected[name]} and {value}; "
+                    "change it in all of them"
                 )
-        if storage.moments_dtype is torch.uint8:
+        if group["moments_dtype"] is torch.uint8:
             sharded = [name for name, p in named_parameters(group) if is_sharded(p)]
             if sharded:
                 raise ValueError(
@@ -287,9 +286,9 @@ def check_adapters(adapters: object, named: Sequence[Named], options: Mapping[st
                 raise ValueError(
                     f"adapters[{adapter!r}] may have the keys {', '.join(_PER_ADAPTER)}, got {key!r}"
                 )
-    if options.get(_SHARED) is not None:
+    if options.get("max_grad_norm") is not None:
         raise ValueError(
-            f"{_SHARED} must be None with adapters, got {options[_SHARED]}: "
+            f"max_grad_norm must be None with adapters, got {options['max_grad_norm']}: "
             "it clips the norm of all adapters' gradients together. "
             "Call torch.nn.utils.clip_grad_norm_ for the params of each group instead"
         )

@@ -1,5 +1,5 @@
-"""The optimizer's options: one table of all that a parameter group may set, and how state is kept.
-No check changes its argument.
+"""The optimizer's options: one table of all that a parameter group may set. No check changes its
+argument.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,23 @@ from stablelora_kernels.utils.validation import (
 Class = TypeVar("Class")
 # A hyperparameter that a schedule may change: a number, or a 0-d tensor that its owner writes to.
 Number = float | Tensor
-LiveName = Literal["lr", "weight_decay", "shrink_ratio"]
-# Hyperparameters that may be tensors. Schedulers change their numbers between replays of a CUDA
-# graph, too.
-LIVE: tuple[LiveName, ...] = ("lr", "weight_decay", "shrink_ratio")
 # Computed in float32, and rounded at random or from a float32 master.
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 STOP_CONDITIONS = ("norm", "never")
 DEFAULT_LR = 1e-4
+
+
+class LiveValues(NamedTuple):
+    """The hyperparameters that may be tensors. Schedulers change their numbers between replays of a
+    CUDA graph, too.
+    """
+
+    lr: Number
+    weight_decay: Number
+    shrink_ratio: Number
+
+
+LIVE = LiveValues._fields
 
 
 class Options(TypedDict, total=False):
@@ -50,6 +59,8 @@ class Options(TypedDict, total=False):
     capturable: bool
     max_grad_norm: float | None
     seed: int
+    master_weights: bool
+    moments_dtype: torch.dtype
 
 
 class Option(NamedTuple):
@@ -124,6 +135,16 @@ def check_max_grad_norm(name: str, value: object) -> float | None:
     return check_float(name, value, low=0.0, low_open=True)
 
 
+def _check_moments_dtype(name: str, value: object) -> torch.dtype:
+    """float32, bfloat16 or uint8."""
+    allowed = (torch.float32, torch.bfloat16, torch.uint8)
+    if not isinstance(value, torch.dtype) or value not in allowed:
+        raise ValueError(
+            f"{name} must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {value!r}"
+        )
+    return value
+
+
 # What the constructor takes, groups hold, checkpoints save and steps compare, by name. The kernels'
 # tables name the flags and the columns of those that a kernel reads.
 OPTIONS: dict[str, Option] = {
@@ -196,7 +217,30 @@ OPTIONS: dict[str, Option] = {
         "sets.",
         builds=True,
     ),
+    "master_weights": Option(
+        False,
+        check_bool,
+        'keep a float32 master of every bfloat16 or float16 parameter in ``state[p]["master"]``. '
+        "The launch that updates it writes its nearest rounding to the parameter; nothing is rounded "
+        "at random. Elements that someone else writes to the parameter replace their master; after an "
+        "in-place write to ``p.data`` call :meth:`refresh`, or the write is lost.",
+        builds=True,
+    ),
+    "moments_dtype": Option(
+        torch.float32,
+        _check_moments_dtype,
+        "torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or torch.uint8, which saves "
+        "6: 8-bit floating-point codes with a float32 scale for each block of 256, not for DTensors. "
+        "The latter two are rounded at random. A loaded state is converted. During a step the PyTorch "
+        "path, but not Triton's, holds the new moments and a float32 copy of all parameters, one "
+        "group's moments in float32, and a copy of gradients that are scaled or clipped.",
+        builds=True,
+    ),
 }
+# How state is kept. A loaded state is converted and leaves these options alone.
+STORAGE = ("moments_dtype", "master_weights")
+# The options that all groups share. max_grad_norm clips the norm of all gradients together.
+SHARED = ("max_grad_norm", *STORAGE)
 # The options whose change builds engines anew, and those whose change is uploaded.
 BUILT = tuple(name for name, option in OPTIONS.items() if option.builds)
 UPLOADED = tuple(name for name, option in OPTIONS.items() if not option.builds)
@@ -213,7 +257,7 @@ def with_defaults(options: Mapping[str, object]) -> dict[str, object]:
     """``options``, and the defaults of those that it lacks. TypeError for a name that is no option's."""
     for name in options:
         if name not in OPTIONS:
-            raise TypeError(no_argument("StableLoRAAdamW", name, [*OPTIONS, *Storage._fields]))
+            raise TypeError(no_argument("StableLoRAAdamW", name, [*OPTIONS]))
     return {name: option.default for name, option in OPTIONS.items()} | {**options}
 
 
@@ -222,7 +266,6 @@ def shows_options(cls: type[Class]) -> type[Class]:
     with its default, and its docstring the options' words in place of ``{options}``.
     """
     signature = inspect.signature(cls)
-    keywords = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     shown = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     described: list[str] = []
     for name, option in OPTIONS.items():
@@ -236,34 +279,7 @@ def shows_options(cls: type[Class]) -> type[Class]:
             )
         described += textwrap.wrap(f"{name}: {option.words}", 100 - 8, subsequent_indent=" " * 4)
     # A class keeps its signature in an attribute that only inspect knows.
-    setattr(cls, "__signature__", signature.replace(parameters=[*shown, *keywords]))  # noqa: B010
+    setattr(cls, "__signature__", signature.replace(parameters=shown))  # noqa: B010
     if cls.__doc__:
         cls.__doc__ = cls.__doc__.replace("{options}", "\n        ".join(described))
     return cls
-
-
-class Storage(NamedTuple):
-    """How state is kept: the moments' dtype, and whether bfloat16 and float16 parameters have a
-    float32 master.
-
-    float64 parameters have float64 moments. torch.uint8 stands for 8 bits by blocks: codes in the
-    parameter's shape, and float32 scales in a second tensor named with "_scale".
-    """
-
-    moments_dtype: torch.dtype = torch.float32
-    master_weights: bool = False
-
-    @classmethod
-    def checked(cls, moments_dtype: object, master_weights: object) -> Storage:
-        allowed = (torch.float32, torch.bfloat16, torch.uint8)
-        if not isinstance(moments_dtype, torch.dtype) or moments_dtype not in allowed:
-            raise ValueError(
-                f"moments_dtype must be torch.float32, torch.bfloat16 or torch.uint8 (8 bits by blocks), got {moments_dtype!r}"
-            )
-        return cls(moments_dtype, check_bool("master_weights", master_weights))
-
-    def moment_dtype(self, p: Tensor) -> torch.dtype:
-        return torch.float64 if p.dtype is torch.float64 else self.moments_dtype
-
-    def has_master(self, p: Tensor) -> bool:
-        return self.master_weights and p.dtype in LOW_PRECISION

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch.first_use import Kind, fault_at_first_use
 from stablelora_kernels.optim.engine import Change, Gradients, Member, Setting
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import LIVE, OPTIONS, Storage
+from stablelora_kernels.optim.options import LIVE, OPTIONS
 from stablelora_kernels.optim.sharding import Shard
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
@@ -78,7 +78,7 @@ class _Sampled(NamedTuple):
         p = self.member.param
         group = self.member.setting.group
         aligned = p.data_ptr() % 16 == 0 and p.numel() % 16 == 0
-        tensors = [name for name in LIVE if isinstance(group[name], Tensor)]
+        tensors = [name for name in LIVE if isinstance(self.member.setting.option(name), Tensor)]
         words = [
             str(p.dtype)[6:],
             self.role,
@@ -88,18 +88,18 @@ class _Sampled(NamedTuple):
         ]
         # Numbers choose no other code.
         for name, option in OPTIONS.items():
-            if option.builds and isinstance(option.default, (bool, str)):
+            if option.builds and isinstance(option.default, (bool, str, torch.dtype)):
                 words.append(f"{name} {self.member.setting.option(name)}")
         return ", ".join(words)
 
 
-def step_fault(members: Sequence[Member], pairs: Sequence[LoRAPair], storage: Storage) -> str:
+def step_fault(members: Sequence[Member], pairs: Sequence[LoRAPair]) -> str:
     """Why the kernel must not take the step of these members of a device, or ""."""
     sampled = _sample(members, pairs)
     device = members[0].param.device
     words = sorted({one.words for one in sampled})
-    kind = Kind("stable_adamw", f"{storage}: {'; '.join(words)}")
-    return fault_at_first_use(kind, device, lambda: _find_fault(sampled, storage))
+    kind = Kind("stable_adamw", "; ".join(words))
+    return fault_at_first_use(kind, device, lambda: _find_fault(sampled))
 
 
 def _sample(members: Sequence[Member], pairs: Sequence[LoRAPair]) -> list[_Sampled]:
@@ -130,11 +130,12 @@ def _sample(members: Sequence[Member], pairs: Sequence[LoRAPair]) -> list[_Sampl
     return sampled
 
 
-def _find_fault(sampled: Sequence[_Sampled], storage: Storage) -> str:
+def _find_fault(sampled: Sequence[_Sampled]) -> str:
     """What is wrong with the kernel's steps, in words, or ""."""
-    by_kernel, again = [_run(TritonStep, sampled, storage) for _ in range(2)]
-    by_operators = _run(TorchStep, sampled, storage)
-    astray = 0.0 if storage.moments_dtype is torch.float32 else _ASTRAY
+    by_kernel, again = [_run(TritonStep, sampled) for _ in range(2)]
+    by_operators = _run(TorchStep, sampled)
+    moments_dtype = sampled[0].member.setting.group["moments_dtype"]
+    astray = 0.0 if moments_dtype is torch.float32 else _ASTRAY
     for name, expected in by_operators.items():
         fault = _difference(by_kernel[name], expected, astray)
         if fault:
@@ -146,7 +147,7 @@ def _find_fault(sampled: Sequence[_Sampled], storage: Storage) -> str:
 
 
 def _run(
-    engine_class: type[TorchStep] | type[TritonStep], sampled: Sequence[_Sampled], storage: Storage
+    engine_class: type[TorchStep] | type[TritonStep], sampled: Sequence[_Sampled]
 ) -> dict[str, Tensor]:
     """Parameters and state behind the steps of stand-ins, by name."""
     device = sampled[0].member.param.device
@@ -170,7 +171,7 @@ def _run(
             base += values.numel()
     pairs = [LoRAPair(name, of_pair["A"], of_pair["B"]) for name, of_pair in halves.items()]
     skipped = torch.zeros((), dtype=torch.int32, device=device)
-    engine = engine_class(members, pairs, storage, skipped)
+    engine = engine_class(members, pairs, skipped)
     clips = members[0].setting.group["max_grad_norm"]
     ids_of_a = {id(pair.A) for pair in pairs}
     # Elements of any size, as the formats of moments have them.
@@ -211,12 +212,13 @@ def _scale(grads: Sequence[Tensor | None], norm: float) -> None:
 
 def _stand_in(setting: Setting, device: torch.device) -> Setting:
     """A setting with live hyperparameters that show, tensors where the user's are."""
-    group: ParamGroup = setting.group.copy()
-    for name in LIVE:
-        is_tensor = isinstance(group[name], Tensor)
-        value = _LIVE[name]
-        group[name] = torch.tensor(value, device=device) if is_tensor else value
-    group["capturable"] = False
+    live = {
+        name: torch.tensor(value, device=device)
+        if isinstance(setting.option(name), Tensor)
+        else value
+        for name, value in _LIVE.items()
+    }
+    group = cast("ParamGroup", {**setting.group, **live, "capturable": False})
     ratio = None if setting.pattern_ratio is None else _LIVE["shrink_ratio"]
     return Setting(group, 1.0 if setting.lr_ratio == 1 else _LR_RATIO, ratio)
 

@@ -8,18 +8,15 @@ what has changed to the engine of each device.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.optim import groups, options, staging, state
-from stablelora_kernels.optim.engine import Gradients, members_of
+from stablelora_kernels.optim import groups, options, state
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import Options, Storage
+from stablelora_kernels.optim.options import Options
 from stablelora_kernels.optim.stability import (
     PairNorms,
     PairStability,
@@ -27,10 +24,9 @@ from stablelora_kernels.optim.stability import (
     stability_of,
     warn_of_skipped,
 )
-from stablelora_kernels.optim.step import DeviceEngines, Snapshot, make_engines, same_objects
+from stablelora_kernels.optim.step import Steps
 from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
-from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
 from stablelora_kernels.utils.validation import counted
 
 if TYPE_CHECKING:
@@ -71,17 +67,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             hyperparameters. Pairs are found by name, across groups. A pair has the ``shrink_ratio``
             of A's group. Frozen parameters are ignored.
         {options}
-        master_weights: keep a float32 master of every bfloat16 or float16 parameter in
-            ``state[p]["master"]``. The launch that updates it writes its nearest rounding to the
-            parameter; nothing is rounded at random. Elements that someone else writes to the
-            parameter replace their master; after an in-place write to ``p.data`` call
-            :meth:`refresh`, or the write is lost.
-        moments_dtype: torch.float32; torch.bfloat16, which saves 4 bytes a parameter; or
-            torch.uint8, which saves 6: 8-bit floating-point codes with a float32 scale for each
-            block of 256, not for DTensors. The latter two are rounded at random. A loaded state is
-            converted. During a step the PyTorch path, but not Triton's, holds the new moments and a
-            float32 copy of all parameters, one group's moments in float32, and a copy of gradients
-            that are scaled or clipped.
 
     Raises:
         TypeError: a parameter has no name, or an argument has the wrong type.
@@ -103,16 +88,11 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         self,
         params: Params,
         lr: float | Tensor = options.DEFAULT_LR,
-        *,
-        master_weights: bool = False,
-        moments_dtype: torch.dtype = torch.float32,
         **hyper: Unpack[Options],
     ) -> None:
-        values = options.check_options(options.with_defaults({"lr": lr, **hyper}))
-        self.storage = Storage.checked(moments_dtype, master_weights)
-        defaults = values | self.storage._asdict()
+        defaults = options.check_options(options.with_defaults({"lr": lr, **hyper}))
         # Before the base class adds the groups one by one: the first need not hold whole pairs.
-        checked = groups.check_groups(groups.as_groups(params), [], defaults, self.storage)
+        checked = groups.check_groups(groups.as_groups(params), [], defaults)
         super().__init__(cast("list[dict[str, Any]]", checked), defaults)
         self._frozen = set()
         self._find_pairs()
@@ -176,7 +156,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         # torch's has the names of all parameters, kilobytes of them, and a line for each setting.
-        lines = [f"{type(self).__name__} ({counted(len(self._pairs), 'LoRA pair')})"]
+        lines = [f"{type(self).__name__} ({counted(len(self._steps.pairs), 'LoRA pair')})"]
         for i, group in enumerate(self.param_groups):
             settings = [
                 f"{key}: {group[key]}"
@@ -209,16 +189,16 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     @property
     def pairs(self) -> list[LoRAPair]:
         """The pairs, in the order of their first parameter."""
-        return list(self._pairs)
+        return list(self._steps.pairs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters or pairs. It may not leave an A without its B."""
-        if "_pairs" not in self.__dict__:
+        if "_steps" not in self.__dict__:
             # The constructor has checked all groups together.
             return super().add_param_group(param_group)
-        # All groups share this value, which is not the default once another was set or loaded.
-        defaults = {**self.defaults, "max_grad_norm": self.max_grad_norm}
-        (checked,) = groups.check_groups([param_group], self._groups, defaults, self.storage)
+        # What all groups share is not the default once another was set or loaded.
+        defaults = {**self.defaults, **groups.shared_options(self._groups[0])}
+        (checked,) = groups.check_groups([param_group], self._groups, defaults)
         super().add_param_group(cast("dict[str, Any]", checked))
         self._find_pairs()
 
@@ -226,14 +206,8 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         """Find the pairs of ``param_groups`` again, and forget the engines and what the last step
         found.
         """
-        self._pairs = groups.find_pairs(self._groups)
-        self._params = [p for group in self.param_groups for p in group["params"]]
-        self._any_sharded = any(map(is_sharded, self._params))
-        self._skipped_on_device: dict[torch.device, Tensor] = getattr(
-            self, "_skipped_on_device", {}
-        )
-        self._devices = DeviceEngines([])
-        self._last = Snapshot([list(group["params"]) for group in self.param_groups])
+        skipped = self._steps.skipped if "_steps" in self.__dict__ else {}
+        self._steps: Steps = Steps(self._groups, groups.find_pairs(self._groups), skipped)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -251,74 +225,23 @@ class StableLoRAAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups.warn_of_frozen(self._groups, self._frozen)
-        if not same_objects(
-            [list(group["params"]) for group in self.param_groups], self._last.params
-        ):
+        if not self._steps.are_of(self._groups):
             # Trainers replace the groups' parameters when they shard a model late.
             self._find_pairs()
-        read = local_grad if self._any_sharded else attrgetter("grad")
-        gradients = Gradients.of(list(map(read, self._params)))
+        steps = self._steps
+        gradients = steps.gradients()
         if not gradients.any():
             return loss
         if not self.state and state.is_state_init_step(
-            self._groups, self._params, gradients.tensors
+            self._groups, steps.params, gradients.tensors
         ):
-            self._build_engines()
+            steps.build(self._groups, self.state)
             return loss
-        self._run_engines(gradients)
-        return loss
-
-    def _run_engines(self, gradients: Gradients) -> None:
-        """Tell each engine what has changed since the last step, let it take its step, and keep
-        what this one found for the next.
-        """
-        now = self._snapshot(gradients)
-        capturing = staging.capturing()
-        change = now.since(self._last)
-        if change.build:
-            if capturing:
-                raise RuntimeError(
-                    "run step() once before capturing it in a CUDA graph, so that its tables exist"
-                )
-            self._build_engines()
-            now = self._snapshot(gradients).kept()
-            self._last = dataclasses.replace(now, versions=None)
-        # If an engine raises, the next step uploads everything again.
-        self._last.tensors = None
-        self._last.gradients = None
         # GradScaler sets its scale and its verdict as attributes.
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        self._devices.step(gradients, change, grad_scale, found_inf)
-        now.state = self._last.state
-        self._last = now
-        written = gradients.owners(self._params) if change.gradients else None
-        self._devices.count_write(written, now)
-        # Copies and measurements of a graph exist only once it is replayed.
-        if capturing and (change.hyper or change.gradients):
-            now.tensors = None
-            now.gradients = None
-        if capturing and change.written:
-            now.versions = None
-
-    def _snapshot(self, gradients: Gradients | None = None) -> Snapshot:
-        """What there is in Python now."""
-        params = [local(p) for p in self._params] if self._any_sharded else self._params
-        devices = self._devices
-        now = Snapshot.take(self._groups, params, self.state, devices.watched, devices.on_cpu)
-        if gradients is not None:
-            now.gradients = gradients.layout
-        return now
-
-    def _build_engines(self) -> None:
-        """Check and complete the state, then make one engine for each device that holds parameters."""
-        self._last = Snapshot(self._last.params)
-        by_device = members_of(self._groups, self._pairs, self.state, self.storage)
-        # Frees the memory of those before.
-        self._devices = DeviceEngines([])
-        self._devices = make_engines(by_device, self._pairs, self.storage, self._skipped_on_device)
-        for member in self._devices.members():
-            self.state[member.owner] = state.as_owned(member.entry, member.owner)
+        steps.take(self._groups, self.state, gradients, grad_scale, found_inf)
+        return loss
 
     def refresh(self) -> None:
         """Tell the optimizer that parameters were written to in a way that it cannot notice.
@@ -333,16 +256,14 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Otherwise it counts, but on Triton the next step still decides the latch by the norms from
         before it.
         """
-        self._last.versions = None
+        self._steps.refresh()
 
     @property
     def nonfinite_steps(self) -> int:
         """The number of steps that ``max_grad_norm`` skipped because the gradients' norm was not
         finite. Reads the device.
         """
-        return self._skipped_before + sum(
-            int(skipped) for skipped in self._skipped_on_device.values()
-        )
+        return self._skipped_before + sum(map(int, self._steps.skipped.values()))
 
     def _checked_norms(self, local_only: bool = False) -> list[PairNorms]:
         """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's
@@ -352,7 +273,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         if unreported > 0:
             warn_of_skipped(unreported)
             self._reported += unreported
-        return finite_norms(self._pairs, self._devices.any_triton, local_only)
+        return finite_norms(self._steps.pairs, self._steps.any_triton, local_only)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -362,7 +283,9 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so its pair can neither shrink nor latch.
         """
-        return stability_of(self._pairs, self._checked_norms(), self.state, self._experts or {})
+        return stability_of(
+            self._steps.pairs, self._checked_norms(), self.state, self._experts or {}
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, steps, latches and hyperparameters, seed and shrink ratio included: enough for a
@@ -396,7 +319,7 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state.load(state_dict, self._groups, self.state, self._pairs, self.storage)
+        state.load(state_dict, self._groups, self.state, self._steps.pairs)
         self._find_pairs()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -404,7 +327,6 @@ class StableLoRAAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "storage": self.storage,
             "_reported": self._reported,
             "_skipped_before": self.nonfinite_steps,
             "_experts": self._experts,

@@ -12,8 +12,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from stablelora_kernels.optim.groups import ParamGroup, check_shared, named_parameters
-from stablelora_kernels.optim.options import OPTIONS, Storage, check_options
+from stablelora_kernels.optim.groups import (
+    ParamGroup,
+    check_shared,
+    named_parameters,
+    shared_options,
+)
+from stablelora_kernels.optim.options import LOW_PRECISION, OPTIONS, STORAGE, check_options
 from stablelora_kernels.optim.rounding import NEAREST, decode8, encode8, flat, scales_shape
 from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.pairs import LoRAPair, split_lora_name
@@ -24,8 +29,9 @@ from stablelora_kernels.utils.validation import counted
 # A parameter's state by name. Counters that a user has put in may be numbers until an engine is
 # built.
 Entry = dict[str, Tensor]
-# Scalars of a parameter's state; its other tensors have the parameter's shape.
-COUNTERS = ("step", "latched_at")
+# Scalars of a parameter's state, of which only an A has the second; its other tensors have the
+# parameter's shape.
+COUNTERS = {"step": torch.float32, "latched_at": torch.int32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What torch.optim.AdamW saves of a group. The latter choose among implementations, and mean nothing
 # here.
@@ -44,22 +50,23 @@ class Layout(NamedTuple):
     shape: torch.Size
 
 
-def layouts_of(p: Tensor, storage: Storage) -> dict[str, Layout]:
-    """The tensors that the state of ``p`` must have, counters aside."""
-    dtype = storage.moment_dtype(p)
+def layouts_of(p: Tensor, group: ParamGroup) -> dict[str, Layout]:
+    """The tensors that the state of ``p`` must have in ``group``, counters aside. float64 parameters
+    have float64 moments. torch.uint8 stands for 8 bits by blocks: codes in the parameter's shape,
+    and float32 scales in a second tensor named with "_scale".
+    """
+    dtype = torch.float64 if p.dtype is torch.float64 else group["moments_dtype"]
     layouts = {name: Layout(dtype, p.shape) for name in MOMENTS}
     if dtype is torch.uint8:
         layouts |= {f"{name}_scale": Layout(torch.float32, scales_shape(p)) for name in layouts}
-    if storage.has_master(p):
+    if group["master_weights"] and p.dtype in LOW_PRECISION:
         layouts["master"] = Layout(torch.float32, p.shape)
     return layouts
 
 
-def check_entry(
-    entry: Mapping[str, object], name: str, p: Tensor, layouts: Mapping[str, Layout]
-) -> None:
-    """Check the state of the parameter ``name``, which may be someone else's. Missing tensors are
-    made later.
+def check_entry(entry: Mapping[str, object], name: str, p: Tensor, group: ParamGroup) -> None:
+    """Check the state of the parameter ``name`` of ``group``, which may be someone else's. Missing
+    tensors are made later.
     """
     for counter in COUNTERS:
         value = entry.get(counter, 0)
@@ -68,7 +75,7 @@ def check_entry(
             raise ValueError(
                 f"the state of {name!r}: {counter!r} must be a number or a 0-d tensor, got {value!r}"
             )
-    for key, (dtype, shape) in layouts.items():
+    for key, (dtype, shape) in layouts_of(p, group).items():
         if key not in entry:
             continue
         value = entry[key]
@@ -84,10 +91,11 @@ def check_entry(
             )
 
 
-def complete(entry: Entry, p: Tensor, layouts: Mapping[str, Layout]) -> None:
-    """Make what the state of ``p`` lacks: zeros in its strides, and its master. Drop a master that
-    it should not have.
+def complete(entry: Entry, p: Tensor, group: ParamGroup) -> None:
+    """Make what the state of ``p`` in ``group`` lacks: zeros in its strides, and its master. Drop a
+    master that it should not have.
     """
+    layouts = layouts_of(p, group)
     for key, (dtype, shape) in layouts.items():
         if key in entry:
             if shape == p.shape:
@@ -128,14 +136,13 @@ def load_moment(entry: Entry, name: str, dtype: torch.dtype) -> Tensor:
     return entry[name].to(dtype, copy=True)
 
 
-def convert_moment(entry: Entry, name: str, p: Tensor, storage: Storage) -> Entry:
-    """Copy the saved moment ``name`` of ``p`` in the dtype of ``storage``, rounded to nearest, with
-    scales if it has any.
+def convert_moment(entry: Entry, name: str, p: Tensor, dtype: torch.dtype) -> Entry:
+    """Copy the saved moment ``name`` of ``p`` in ``dtype``, rounded to nearest, with scales if it
+    has any.
     """
     moment = entry[name]
     signed = name == "exp_avg"
     scale_name = f"{name}_scale"
-    dtype = storage.moment_dtype(p)
     if moment.dtype is torch.uint8:
         _check_codes(moment, entry.get(scale_name), name, p)
         codes = moment.detach().to(p.device, copy=True)
@@ -173,15 +180,32 @@ def load(
     groups: Sequence[ParamGroup],
     state: MutableMapping[Tensor, Entry],
     pairs: Sequence[LoRAPair],
-    storage: Storage,
 ) -> None:
     """Load ``state_dict`` into the ``groups`` and the ``state`` of an optimizer. All is checked and
     copied first, so that a state that does not fit changes nothing.
     """
-    saved = check_saved(state_dict, groups)
+    entries, given = _check_form(state_dict)
+    from_adamw = _are_adamws(given)
+    _check_count(len(given), len(groups), from_adamw)
+    saved = [
+        _check_saved_group(i, theirs, ours, from_adamw)
+        for i, (theirs, ours) in enumerate(zip(given, groups, strict=True))
+    ]
     loaded_groups = [with_saved(ours, theirs) for ours, theirs in zip(groups, saved, strict=True)]
-    check_shared(loaded_groups, storage)
-    loaded = load_state(cast("dict[str, Any]", state_dict), saved, groups, pairs, storage)
+    check_shared(loaded_groups)
+    halves_a = {id(pair.A) for pair in pairs}
+    loaded: dict[Tensor, Entry] = {}
+    for theirs, ours in zip(saved, groups, strict=True):
+        for key, (name, p) in zip(theirs["params"], named_parameters(ours), strict=True):
+            if key not in entries:
+                continue
+            entry = dict(entries[key])
+            if from_adamw and "step" in entry:
+                # Its step may be a number, and no pair has latched.
+                entry["step"] = torch.as_tensor(entry["step"], device="cpu")
+                entry["latched_at"] = torch.zeros((), dtype=torch.int32, device="cpu")
+            counters = [*COUNTERS] if id(p) in halves_a else ["step"]
+            loaded[p] = _load_entry(entry, name, p, counters, ours)
     warn_of_differences(saved, groups)
     for group, loaded_group in zip(groups, loaded_groups, strict=True):
         group.update(loaded_group)
@@ -195,7 +219,7 @@ def add_dtypes(state_dict: Mapping[str, Any], groups: Sequence[ParamGroup]) -> N
         saved[_DTYPES] = [p.dtype for p in group["params"]]
 
 
-def is_adamws(saved: Sequence[Mapping[str, object]]) -> bool:
+def _are_adamws(saved: Sequence[SavedGroup]) -> bool:
     """Whether the groups of a state dict are those of ``torch.optim.AdamW``, which has none of
     Stable-LoRA's hyperparameters.
     """
@@ -204,30 +228,23 @@ def is_adamws(saved: Sequence[Mapping[str, object]]) -> bool:
     )
 
 
-def check_saved(state_dict: object, groups: Sequence[ParamGroup]) -> list[SavedGroup]:
-    """The groups of ``state_dict``, checked, with those options of ``groups`` that AdamW or an
-    earlier version lacks.
-    """
-    saved = _check_form(state_dict)
-    from_adamw = is_adamws(saved)
-    if from_adamw and len(saved) != len(groups):
+def _check_count(saved: int, expected: int, from_adamw: bool) -> None:
+    """Raise ValueError unless a state dict has as many groups as the optimizer."""
+    if saved == expected:
+        return
+    if from_adamw:
         raise ValueError(
-            f"state_dict is torch.optim.AdamW's with {counted(len(saved), 'parameter group')}, this optimizer has {len(groups)}. "
+            f"state_dict is torch.optim.AdamW's with {counted(saved, 'parameter group')}, this optimizer has {expected}. "
             "Hugging Face's Trainer makes two, with weight decay and without: an optimizer by StableLoRAAdamWFactory.from_args "
             "has the same two and goes on with these moments. To begin with fresh ones, remove optimizer.pt from the checkpoint"
         )
-    if len(saved) != len(groups):
-        raise ValueError(
-            f"state_dict has {counted(len(saved), 'parameter group')}, the optimizer {len(groups)}"
-        )
-    return [
-        _check_saved_group(i, theirs, ours, from_adamw)
-        for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True))
-    ]
+    raise ValueError(
+        f"state_dict has {counted(saved, 'parameter group')}, the optimizer {expected}"
+    )
 
 
-def _check_form(state_dict: object) -> list[SavedGroup]:
-    """The groups of ``state_dict``, which must be dicts with 'params', beside a state of dicts."""
+def _check_form(state_dict: object) -> tuple[dict[object, Entry], list[SavedGroup]]:
+    """The entries of ``state_dict`` and its groups, which must be dicts with 'params'."""
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
     entries = state_dict["state"]
@@ -242,7 +259,7 @@ def _check_form(state_dict: object) -> list[SavedGroup]:
         if not isinstance(group, dict) or "params" not in group:
             got = f"the keys {sorted(group)}" if isinstance(group, dict) else repr(group)
             raise ValueError(f"group {i} of state_dict must be a dict with 'params', got {got}")
-    return saved
+    return entries, saved
 
 
 def _check_saved_group(
@@ -294,12 +311,12 @@ def _identity(name: str) -> tuple[str, str] | str:
 
 
 def with_saved(group: ParamGroup, saved: SavedGroup) -> ParamGroup:
-    """``group`` with copies of all in ``saved`` but parameters and storage; tensors on the device
-    of those that they replace.
+    """``group`` with copies of all in ``saved`` but parameters and how state is kept; tensors on the
+    device of those that they replace.
     """
     result: dict[str, object] = {**group}
     for key, value in saved.items():
-        if key in ("params", "param_names", _DTYPES, *Storage._fields):
+        if key in ("params", "param_names", _DTYPES, *STORAGE):
             continue
         old = result.get(key)
         new = deepcopy(value)
@@ -321,12 +338,10 @@ def warn_of_differences(saved: Sequence[SavedGroup], groups: Sequence[ParamGroup
             f"max_grad_norm was {asked} and is {first['max_grad_norm']} now, as the other hyperparameters of the loaded state; "
             "set optimizer.max_grad_norm after loading to change it"
         )
-    for name in Storage._fields:
-        here = groups[0].get(name)
-        there = first.get(name, here)
-        if there != here:
+    for name, here in shared_options(groups[0]).items():
+        if name in STORAGE and first[name] != here:
             messages.append(
-                f"the loaded state was saved with {name}={there}; it was converted, since this optimizer has {name}={here}"
+                f"the loaded state was saved with {name}={first[name]}; it was converted, since this optimizer has {name}={here}"
             )
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=7)
@@ -366,46 +381,19 @@ def is_state_init_step(
     return not bool(sums.all_reduce_max_(nonzero.int()) if sums else nonzero)
 
 
-def load_state(
-    state_dict: Mapping[str, Any],
-    saved_groups: Sequence[SavedGroup],
-    groups: Sequence[ParamGroup],
-    pairs: Sequence[LoRAPair],
-    storage: Storage,
-) -> dict[Tensor, Entry]:
-    """Copies of the saved state by parameter: on its device, in its strides and placements, in the
-    dtypes of ``storage``.
-    """
-    halves_a = {id(pair.A) for pair in pairs}
-    from_adamw = is_adamws(state_dict["param_groups"])
-    loaded: dict[Tensor, Entry] = {}
-    for saved, group in zip(saved_groups, groups, strict=True):
-        for key, (name, p) in zip(saved["params"], named_parameters(group), strict=True):
-            if key not in state_dict["state"]:
-                continue
-            entry = dict(state_dict["state"][key])
-            if from_adamw and "step" in entry:
-                # Its step may be a number, and no pair has latched.
-                entry["step"] = torch.as_tensor(entry["step"], device="cpu")
-                entry["latched_at"] = torch.zeros((), dtype=torch.int32, device="cpu")
-            counters = {"step": torch.float32}
-            if id(p) in halves_a:
-                counters["latched_at"] = torch.int32
-            loaded[p] = _load_entry(entry, name, p, counters, storage)
-    return loaded
-
-
 def _load_entry(
     entry: Entry,
     name: str,
     p: Tensor,
-    counters: Mapping[str, torch.dtype],
-    storage: Storage,
+    counters: Sequence[str],
+    group: ParamGroup,
 ) -> Entry:
     """Copies of the saved ``counters``, moments and, if it should have one, master of the
-    parameter ``name``.
+    parameter ``name``: on its device, in its strides and placements.
     """
-    has_master = storage.has_master(p) and "master" in entry
+    shard = local(p.detach())
+    layouts = layouts_of(shard, group)
+    has_master = "master" in layouts and "master" in entry
     of_full_shape = [*MOMENTS, "master"] if has_master else [*MOMENTS]
     for field in (*counters, *of_full_shape):
         shape = torch.Size([]) if field in counters else p.shape
@@ -416,13 +404,12 @@ def _load_entry(
             raise ValueError(
                 f"state_dict's {field!r} of {name!r} must be {list(shape)}, got {list(value.shape)}"
             )
-    shard = local(p.detach())
     entry = entry | {field: local_like(entry[field], p) for field in of_full_shape}
     copied: Entry = {}
-    for field, dtype in counters.items():
-        copied[field] = entry[field].detach().to(p.device, dtype, copy=True)
+    for field in counters:
+        copied[field] = entry[field].detach().to(p.device, COUNTERS[field], copy=True)
     for field in MOMENTS:
-        copied |= convert_moment(entry, field, shard, storage)
+        copied |= convert_moment(entry, field, shard, layouts[field].dtype)
     if has_master:
         copied["master"] = torch.empty_like(shard, dtype=torch.float32).copy_(entry["master"])
     return as_owned(copied, p)

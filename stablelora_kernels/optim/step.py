@@ -4,7 +4,7 @@ the engines that it calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 
@@ -16,19 +16,25 @@ from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.first_use import ONE_LAUNCH, OPERATORS
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.dispatch.tallies import Tally, tally_of
-from stablelora_kernels.optim.engine import Change, GradientLayout, Gradients, Member
+from stablelora_kernels.optim import staging
+from stablelora_kernels.optim.engine import (
+    Change,
+    GradientLayout,
+    Gradients,
+    Member,
+    members_of,
+)
 from stablelora_kernels.optim.groups import ParamGroup
-from stablelora_kernels.optim.options import BUILT, LIVE, UPLOADED, Number, Storage
+from stablelora_kernels.optim.options import BUILT, LIVE, UPLOADED, Number
 from stablelora_kernels.optim.proof import step_fault
-from stablelora_kernels.optim.state import Entry
+from stablelora_kernels.optim.state import Entry, as_owned
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.utils.tensors import local
+from stablelora_kernels.utils.tensors import is_sharded, local, local_grad
 
-# Storage is checked as engines are built, and the same in all groups.
 _live_values = itemgetter(*LIVE)
-_built_values = itemgetter(*BUILT, *Storage._fields)
+_built_values = itemgetter(*BUILT)
 _uploaded_values = itemgetter(*UPLOADED)
 # Of a snapshot: what engines stand for, and what they have uploaded.
 _engine_inputs = attrgetter("memory", "backend", "built", "state")
@@ -38,7 +44,11 @@ _version = attrgetter("_version")
 
 class _NoTensorsAreEqual(TorchFunctionMode):
     """Answers ``==`` between tensors with False. Containers do not ask it about an element that
-    both hold.
+    both hold, so lists and nested dicts are equal if they hold the very same tensors in the same
+    places.
+
+    Every step compares some, so all of the work is Python's own comparison of containers: a tenth
+    of a microsecond a tensor.
     """
 
     def __torch_function__(
@@ -54,72 +64,29 @@ class _NoTensorsAreEqual(TorchFunctionMode):
 _NO_TENSORS_ARE_EQUAL = _NoTensorsAreEqual()
 
 
-def same_objects(now: object, before: object) -> bool:
-    """Whether two lists or nested dicts hold the very same tensors in the same places.
-
-    Every step asks this, so all of the work is Python's own comparison of containers: a tenth of a
-    microsecond a tensor.
-    """
-    with _NO_TENSORS_ARE_EQUAL:
-        return now == before
-
-
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """What a step finds in Python. The fields of one that stands for no step are None."""
+    """What a step finds in Python, of the same parameters. The fields of one that stands for no step
+    are None.
+    """
 
-    # The parameters of each group, and the addresses of all.
-    params: list[list[Tensor]]
+    # The addresses of all parameters.
     memory: list[int] | None = None
     backend: str = ""
-    # Of each group, the values of BUILT with the storage, and those of UPLOADED.
+    # Of each group, the values of BUILT and those of UPLOADED.
     built: list[tuple[object, ...]] | None = None
     uploaded: list[tuple[object, ...]] | None = None
     # Of tensors among the live hyperparameters their address, or their number if an engine
     # elsewhere reads it on the host.
     tensors: list[float] | None = None
-    # The optimizer's own; a snapshot that is kept has a copy.
+    # The optimizer's own; the last step's snapshot has a copy.
     state: Mapping[Tensor, Entry] | None = None
     gradients: GradientLayout | None = None
     # Of the parameters that engines watch.
     versions: int | None = None
 
-    @classmethod
-    def take(
-        cls,
-        groups: Sequence[ParamGroup],
-        params: Sequence[Tensor],
-        state: Mapping[Tensor, Entry],
-        watched: Sequence[Tensor],
-        on_cpu: bool,
-    ) -> Snapshot:
-        """What there is now, without gradients.
-
-        Args:
-            params: all parameters, or this process's shards.
-            watched: those whose versions tell that someone else wrote to them.
-            on_cpu: whether all engines are on the CPU.
-        """
-        return cls(
-            params=[list(group["params"]) for group in groups],
-            memory=list(map(Tensor.data_ptr, params)),
-            backend=settings.backend,
-            built=list(map(_built_values, groups)),
-            uploaded=list(map(_uploaded_values, groups)),
-            tensors=_live_tensors(groups, on_cpu),
-            state=state,
-            versions=versions_of(watched),
-        )
-
-    def kept(self) -> Snapshot:
-        """This one with a copy of the state."""
-        assert self.state is not None
-        self.state = {p: dict(entry) for p, entry in self.state.items()}
-        return self
-
     def since(self, last: Snapshot) -> Change:
-        """What has changed since ``last``, of which the parameters are the same."""
-        # Twice what same_objects does, in one block: every step comes here.
+        """What has changed since ``last``."""
         with _NO_TENSORS_ARE_EQUAL:
             other_engines = _engine_inputs(self) != _engine_inputs(last)
             other_hyper = _hyperparameters(self) != _hyperparameters(last)
@@ -153,15 +120,32 @@ def versions_of(params: Iterable[Tensor]) -> int:
     return sum(map(_version, params))
 
 
-class DeviceEngines:
-    """The engines, one a device."""
+class Steps:
+    """The steps of an optimizer as long as its groups hold the same parameters: what has changed since
+    the last one, and an engine for each device.
+
+    Args:
+        groups: the parameter groups.
+        pairs: the pairs across them.
+        skipped: by device, how many steps were skipped there; an engine counts on.
+    """
 
     def __init__(
-        self, engines: Sequence[TorchStep | TritonStep], tallies: Sequence[Tally] = ()
+        self,
+        groups: Sequence[ParamGroup],
+        pairs: Sequence[LoRAPair],
+        skipped: MutableMapping[torch.device, Tensor],
     ) -> None:
+        self.pairs = pairs
+        self.skipped = skipped
+        self.params_of_groups = [list(group["params"]) for group in groups]
+        self.params = [p for params in self.params_of_groups for p in params]
+        self.any_sharded = any(map(is_sharded, self.params))
+        self._last = Snapshot()
+        self._set_engines([])
+
+    def _set_engines(self, engines: list[TorchStep | TritonStep]) -> None:
         self.engines = engines
-        # Of the steps of each engine.
-        self._tallies = tallies
         self.on_cpu = all(engine.device.type == "cpu" for engine in engines)
         self.any_triton = any(isinstance(engine, TritonStep) for engine in engines)
         # The parameters, and their shards, whose versions tell that someone else wrote to them. An
@@ -174,21 +158,89 @@ class DeviceEngines:
         self._written: list[Tensor] = []
         self._versions_a_step: int | None = None
 
-    def members(self) -> Iterator[Member]:
-        """The members of all engines."""
-        for engine in self.engines:
-            yield from engine.members
+    def are_of(self, groups: Sequence[ParamGroup]) -> bool:
+        """Whether ``groups`` still hold these parameters."""
+        with _NO_TENSORS_ARE_EQUAL:
+            return [list(group["params"]) for group in groups] == self.params_of_groups
 
-    def step(
+    def gradients(self) -> Gradients:
+        """The gradients of all parameters."""
+        read = local_grad if self.any_sharded else attrgetter("grad")
+        return Gradients.of(list(map(read, self.params)))
+
+    def refresh(self) -> None:
+        """Let the next step take all parameters for written to by someone else."""
+        self._last.versions = None
+
+    def snapshot(
         self,
+        groups: Sequence[ParamGroup],
+        state: Mapping[Tensor, Entry],
+        gradients: GradientLayout | None,
+    ) -> Snapshot:
+        """What there is in Python now."""
+        params = [local(p) for p in self.params] if self.any_sharded else self.params
+        return Snapshot(
+            memory=list(map(Tensor.data_ptr, params)),
+            backend=settings.backend,
+            built=list(map(_built_values, groups)),
+            uploaded=list(map(_uploaded_values, groups)),
+            tensors=_live_tensors(groups, self.on_cpu),
+            state=state,
+            gradients=gradients,
+            versions=versions_of(self.watched),
+        )
+
+    def build(self, groups: Sequence[ParamGroup], state: MutableMapping[Tensor, Entry]) -> None:
+        """Check and complete the state, then make one engine for each device that holds parameters."""
+        self._last = Snapshot()
+        by_device = members_of(groups, self.pairs, state)
+        # Before an engine is made: a device may be refused.
+        classes = [_engine_class(device, members) for device, members in by_device.items()]
+        # Frees the memory of those before.
+        self._set_engines([])
+        engines: list[TorchStep | TritonStep] = []
+        # Of the steps of each engine.
+        self._tallies: list[Tally] = []
+        for (device, members), engine_class in zip(by_device.items(), classes, strict=True):
+            zero = torch.zeros((), dtype=torch.int32, device=device)
+            skipped = self.skipped.setdefault(device, zero)
+            fault = step_fault(members, self.pairs) if engine_class is TritonStep else ""
+            engine = (TorchStep if fault else engine_class)(members, self.pairs, skipped)
+            engines.append(engine)
+            strategy = ONE_LAUNCH if isinstance(engine, TritonStep) else OPERATORS
+            self._tallies.append(tally_of("stable_adamw", strategy, fault))
+        self._set_engines(engines)
+        for engine in engines:
+            for member in engine.members:
+                state[member.owner] = as_owned(member.entry, member.owner)
+
+    def take(
+        self,
+        groups: Sequence[ParamGroup],
+        state: MutableMapping[Tensor, Entry],
         gradients: Gradients,
-        change: Change,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Take one step on every device; arguments as
+        """Tell each engine what has changed since the last step, let it take its step, and keep
+        what this one found for the next. Arguments as of
         :meth:`~stablelora_kernels.optim.torch_step.TorchStep.step`, on any device.
         """
+        now = self.snapshot(groups, state, gradients.layout)
+        capturing = staging.capturing()
+        change = now.since(self._last)
+        state_then = self._last.state
+        if change.build:
+            if capturing:
+                raise RuntimeError(
+                    "run step() once before capturing it in a CUDA graph, so that its tables exist"
+                )
+            self.build(groups, state)
+            now = self.snapshot(groups, state, gradients.layout)
+            state_then = {p: dict(entry) for p, entry in state.items()}
+        # If an engine raises, the next step keeps the engines and tells them everything again.
+        self._last = Snapshot(now.memory, now.backend, now.built, state=state_then)
         for engine, tally in zip(self.engines, self._tallies, strict=True):
             tally.calls += 1
             its_gradients = gradients
@@ -202,49 +254,29 @@ class DeviceEngines:
                 _moved_to(engine.device, grad_scale),
                 _moved_to(engine.device, found_inf),
             )
+        now.state = state_then
+        self._last = now
+        self._count_write(gradients.owners(self.params) if change.gradients else self._written)
+        # Copies and measurements of a graph exist only once it is replayed.
+        if capturing and (change.hyper or change.gradients):
+            now.tensors = None
+            now.gradients = None
+        if capturing and change.written:
+            now.versions = None
 
-    def count_write(self, written: list[Tensor] | None, last: Snapshot) -> None:
+    def _count_write(self, written: list[Tensor]) -> None:
         """Raise the version counters of what a step has written, by which autograd notices a
-        backward pass through overwritten values. Count that in ``last``, so that the next step does
-        not take it for someone else's write.
-
-        ``written``: the tensors, or None for those of the step before.
+        backward pass through overwritten values. Count that in the last snapshot, so that the next
+        step does not take it for someone else's write.
         """
-        if written is not None and written is not self._written:
+        if written is not self._written:
             self._written = written
             self._versions_a_step = None
-        torch.autograd.graph.increment_version(self._written)
-        assert last.versions is not None
+        torch.autograd.graph.increment_version(written)
+        assert self._last.versions is not None
         if self._versions_a_step is None:
-            self._versions_a_step = versions_of(self.watched) - last.versions
-        last.versions += self._versions_a_step
-
-
-def make_engines(
-    by_device: Mapping[torch.device, Sequence[Member]],
-    pairs: Sequence[LoRAPair],
-    storage: Storage,
-    skipped_on_device: dict[torch.device, Tensor],
-) -> DeviceEngines:
-    """An engine for each device. ``skipped_on_device`` gets a counter of skipped steps where a
-    device has none.
-    """
-    # Before an engine is made: a device may be refused.
-    classes = {device: _engine_class(device, members) for device, members in by_device.items()}
-    engines = []
-    tallies = []
-    for device, members in by_device.items():
-        zero = torch.zeros((), dtype=torch.int32, device=device)
-        skipped = skipped_on_device.setdefault(device, zero)
-        engine_class = classes[device]
-        fault = ""
-        if engine_class is TritonStep:
-            fault = step_fault(members, pairs, storage)
-            engine_class = TorchStep if fault else TritonStep
-        engines.append(engine_class(members, pairs, storage, skipped))
-        strategy = ONE_LAUNCH if engine_class is TritonStep else OPERATORS
-        tallies.append(tally_of("stable_adamw", strategy, fault))
-    return DeviceEngines(engines, tallies)
+            self._versions_a_step = versions_of(self.watched) - self._last.versions
+        self._last.versions += self._versions_a_step
 
 
 def _engine_class(device: torch.device, members: Sequence[Member]) -> type[TorchStep | TritonStep]:

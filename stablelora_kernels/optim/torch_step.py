@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stablelora_kernels.optim import staging
 from stablelora_kernels.optim.engine import Change, Engine, Gradients, Member
-from stablelora_kernels.optim.options import LOW_PRECISION, Number, Storage
+from stablelora_kernels.optim.options import LOW_PRECISION, Number
 from stablelora_kernels.optim.rounding import (
     MOMENT_WORD,
     Rounding,
@@ -102,12 +102,12 @@ class TorchStep(Engine):
         self,
         members: Sequence[Member],
         pairs: Sequence[LoRAPair],
-        storage: Storage,
         skipped: Tensor,
     ) -> None:
-        super().__init__(members, pairs, storage, [1] * len(members))
+        super().__init__(members, pairs, [1] * len(members))
         self.skipped = skipped
-        self.low_moments = storage.moments_dtype is not torch.float32
+        group = members[0].setting.group
+        self.low_moments = group["moments_dtype"] is not torch.float32
         seeds = [seed_word(member.setting.group["seed"]) for member in members]
         self.seeds = upload(seeds, torch.int32, self.device)
         # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
@@ -116,7 +116,7 @@ class TorchStep(Engine):
         self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
         # Low-precision parameters without a master are computed in float32 copies.
         self.scratch: list[_Scratch] = []
-        for dtype in () if storage.master_weights else LOW_PRECISION:
+        for dtype in () if group["master_weights"] else LOW_PRECISION:
             indices = [i for i, p in enumerate(self.params) if p.dtype is dtype]
             if indices:
                 scratch = _Scratch(dtype, [members[i] for i in indices], indices)

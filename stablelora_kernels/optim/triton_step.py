@@ -17,12 +17,11 @@ from stablelora_kernels.optim.engine import (
     Change,
     Engine,
     Gradients,
-    LiveValues,
     Member,
     Setting,
     layout_of,
 )
-from stablelora_kernels.optim.options import LIVE, OPTIONS, LiveName, Number, Storage
+from stablelora_kernels.optim.options import LIVE, OPTIONS, LiveValues, Number
 from stablelora_kernels.optim.rounding import seed_word
 from stablelora_kernels.optim.sharding import LatchMonitor
 from stablelora_kernels.optim.staging import upload
@@ -67,7 +66,6 @@ class TritonStep(Engine):
         self,
         members: Sequence[Member],
         pairs: Sequence[LoRAPair],
-        storage: Storage,
         skipped: Tensor,
     ) -> None:
         # Triton is optional, so nothing imports a launcher before it is used.
@@ -76,7 +74,7 @@ class TritonStep(Engine):
         self.launcher = launcher
         # How many chunks each member has, each with its own counters. An empty tensor has one too.
         self.counts = [max(1, -(-member.param.numel() // self.CHUNK)) for member in members]
-        super().__init__(members, pairs, storage, self.counts)
+        super().__init__(members, pairs, self.counts)
         self.watched = sorted({*self.halves, *self.watched})
         self.totals = torch.zeros(len(self.halves), dtype=torch.float32, device=self.device)
         self.sharded = bool(self.grad_sums)
@@ -94,7 +92,7 @@ class TritonStep(Engine):
         self.latch_monitor = LatchMonitor(
             self.latched, [self.firsts[pair.a] for pair in self.pairs]
         )
-        self.flags = self._static_flags(storage)
+        self.flags = self._static_flags()
         self.seeds = [seed_word(setting.group["seed"]) for setting in self.settings]
         # The options that have a column of their name in the table of hyperparameters; live ones
         # may be tensors.
@@ -108,7 +106,7 @@ class TritonStep(Engine):
         self.present: Tensor | None = None
         # Hyperparameters in another dtype or on another GPU: by setting and name, a float32 scalar;
         # and by scalar the tensor that each step copies to it.
-        self.cells: dict[tuple[int, LiveName], Tensor] = {}
+        self.cells: dict[tuple[int, str], Tensor] = {}
         self.copied: dict[Tensor, Tensor] = {}
         # The last step's.
         self.stream: int | None = None
@@ -117,7 +115,7 @@ class TritonStep(Engine):
         # What captured launches read, also when later steps have other tensors.
         self.captured: list[list[Tensor]] = []
 
-    def _static_flags(self, storage: Storage) -> int:
+    def _static_flags(self) -> int:
         """The flags that do not change from step to step."""
         tables = self.launcher.tables
         flags = 0
@@ -126,9 +124,10 @@ class TritonStep(Engine):
                 flags |= flag
         if self.mastered:
             flags |= tables.FLAG_MASTER
-        if storage.moments_dtype is torch.bfloat16:
+        moments_dtype = self.settings[0].group["moments_dtype"]
+        if moments_dtype is torch.bfloat16:
             flags |= tables.FLAG_LOW_MOMENTS
-        if storage.moments_dtype is torch.uint8:
+        if moments_dtype is torch.uint8:
             flags |= tables.FLAG_8BIT_MOMENTS
         if self.sharded:
             flags |= tables.FLAG_SHARDED
@@ -325,7 +324,13 @@ class TritonStep(Engine):
         self.copied = {}
         # The words hold the addresses of these.
         self.live_values = [
-            self._live_as_read(i, setting.live()) for i, setting in enumerate(self.settings)
+            LiveValues(
+                *[
+                    self._as_read((i, name), value)
+                    for name, value in zip(LIVE, setting.live(), strict=True)
+                ]
+            )
+            for i, setting in enumerate(self.settings)
         ]
         self.dynamic = 0
         if any(map(_is_dynamic, self.settings, self.live_values)):
@@ -371,15 +376,7 @@ class TritonStep(Engine):
         row: tables.WordRow = self.launcher.tables.WordRow(seed=self.seeds[i], **addresses)
         return row
 
-    def _live_as_read(self, i: int, live: LiveValues) -> LiveValues:
-        """The live values of setting ``i`` as the launch reads them."""
-        return LiveValues(
-            lr=self._as_read((i, "lr"), live.lr),
-            weight_decay=self._as_read((i, "weight_decay"), live.weight_decay),
-            shrink_ratio=self._as_read((i, "shrink_ratio"), live.shrink_ratio),
-        )
-
-    def _as_read(self, key: tuple[int, LiveName], value: Number) -> Number:
+    def _as_read(self, key: tuple[int, str], value: Number) -> Number:
         """A hyperparameter as the launch reads it: a float, or a float32 scalar on the device that
         keeps its address. Such a scalar is a cell if the owner's tensor has another dtype or GPU;
         each step then copies to it.

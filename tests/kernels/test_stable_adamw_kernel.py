@@ -201,7 +201,7 @@ def test_16_bytes_are_read_at_a_time_of_aligned_tensors_alone() -> None:
             first.grad = memory[1:].view_as(first)
         with settings(backend="triton"):
             optimizer.step()
-        (engine,) = optimizer._devices.engines
+        (engine,) = optimizer._steps.engines
         variants = dict(zip(engine.params, engine.memory.addresses[:, 1].tolist(), strict=True))
         assert variants[first] & 1 == is_aligned
         for p, variant in variants.items():

@@ -18,7 +18,6 @@ from torch import Tensor
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.optim.options import LIVE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
-from stablelora_kernels.optim.step import Snapshot
 from stablelora_kernels.pairs import LoRAPair
 from tests.helpers.launches import count_launches
 from tests.helpers.optimizers import (
@@ -80,7 +79,7 @@ def renewed(optimizer: StableLoRAAdamW) -> StableLoRAAdamW:
     groups = [
         {**group, "params": [twins[p] for p in group["params"]]} for group in optimizer.param_groups
     ]
-    other = StableLoRAAdamW(groups, **optimizer.storage._asdict())
+    other = StableLoRAAdamW(groups)
     for p, twin in twins.items():
         if p in optimizer.state:
             other.state[twin] = {key: cloned(value) for key, value in optimizer.state[p].items()}
@@ -245,11 +244,13 @@ def test_other_gradients_are_no_write_by_others():
 def test_a_tensor_on_the_host_is_compared_by_its_number(key):
     """Beside an engine on a GPU, which does not read it from there."""
     value = torch.tensor(0.1)
-    groups = StableLoRAAdamW(make_pairs(SHAPES), **{key: value}).param_groups
-    first = Snapshot.take(groups, [], {}, [], on_cpu=False)
-    assert not Snapshot.take(groups, [], {}, [], on_cpu=False).since(first).hyper
+    optimizer = StableLoRAAdamW(make_pairs(SHAPES), **{key: value})
+    steps, groups = optimizer._steps, optimizer.param_groups
+    steps.on_cpu = False
+    first = steps.snapshot(groups, {}, None)
+    assert not steps.snapshot(groups, {}, None).since(first).hyper
     value.fill_(0.2)
-    assert Snapshot.take(groups, [], {}, [], on_cpu=False).since(first).hyper
+    assert steps.snapshot(groups, {}, None).since(first).hyper
 
 
 # Changes that do not fit: the next step names them and changes nothing
@@ -274,7 +275,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "a master": ("masters", put("master", torch.zeros(8)), f"{OF} 'master' {FITS} torch.float32 [8]"),
     "a sparse gradient": ("float32", lambda o, p: setattr(p, "grad", p.grad.to_sparse()), "gradients must be dense tensors, got"),
     "two clips": ("masters", group(1, max_grad_norm=2.0), "must be one value for all groups, got 0.1 and 2.0"),
-    "another storage": ("float32", group(0, moments_dtype=BF16), "a group's moments_dtype must be the optimizer's"),
+    "another storage": ("float32", group(0, moments_dtype=BF16), "must be one value for all groups, got torch.bfloat16 and"),
     "no name": ("float32", lambda o, p: o.param_groups[1]["params"].pop(), "group 1 has 1 params and 2 param_names: what"),
     "flat, as of ZeRO": ("float32", group(1, params=[torch.zeros(64)]), "group 1 has 1 params and 2 param_names: something"),
 }  # fmt: skip

@@ -151,9 +151,9 @@ SHARED = torch.ones(2, requires_grad=True)
         ([{"params": [SHARED], "param_names": ["a", "b"]}], ValueError, "a group has 1 params and 2 param_names"),
         ([{"params": lora(), "max_grad_norm": 1.0}, {"params": [("w", SHARED)]}], ValueError, "got 1.0 and None"),
         (
-            [{"params": lora(), "moments_dtype": torch.uint8}],
+            [{"params": lora(), "moments_dtype": torch.uint8}, {"params": [("w", SHARED)]}],
             ValueError,
-            "a group's moments_dtype must be the optimizer's, torch.float32, got torch.uint8",
+            "moments_dtype must be one value for all groups, got torch.uint8 and torch.float32",
         ),
     ],
 )  # fmt: skip
