@@ -21,10 +21,10 @@ from benchmarks.common.tables import RESULTS, markdown, write_text
 from benchmarks.lab.mlp_launches import mlp_calls
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.explanation import linear_calls
 from stablelora_kernels.ops.first_use import TURNS, Subject
 from stablelora_kernels.ops.lora_linear.triton import lora_linear_bwd, lora_linear_fwd
 from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_bwd, lora_mlp_fwd
+from stablelora_kernels.ops.meta_calls import linear_calls
 from stablelora_kernels.ops.plans import tensors_of
 from stablelora_kernels.ops.proofs import Compared, plainly
 

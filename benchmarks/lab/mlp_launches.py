@@ -1,5 +1,5 @@
-"""The launches of a gated MLP without the call, as ``stablelora_kernels.explanation`` has them for
-a single layer.
+"""The launches of a gated MLP without the call, as ``stablelora_kernels.ops.meta_calls`` has them
+for a single layer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from stablelora_kernels.dispatch.problem import Device
-from stablelora_kernels.explanation import DTypes, Ways, projection_of, seed_of
 from stablelora_kernels.ops.lora_mlp.call import (
     MLPBackwardCall,
     MLPBackwardSettings,
@@ -19,6 +18,7 @@ from stablelora_kernels.ops.lora_mlp.call import (
     each_mask,
 )
 from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_bwd, lora_mlp_fwd
+from stablelora_kernels.ops.meta_calls import DTypes, Ways, projection_of, seed_of
 from stablelora_kernels.projection import layouts_of, operands_of, scales_of
 
 

@@ -255,7 +255,9 @@ def short(value: Any) -> str:
         return "-".join(dict.fromkeys(short(each) for each in value))
     if isinstance(value, float):
         return f"{value:g}"
-    return SHORT.get(value, str(value)) if isinstance(value, torch.dtype) else str(value)
+    if isinstance(value, torch.dtype):
+        return SHORT.get(value, str(value))
+    return getattr(value, "__name__", str(value))
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

@@ -14,7 +14,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.cli import doctor
 from stablelora_kernels.dispatch import backend, problem
 from stablelora_kernels.dispatch.problem import DEVICES, Device
-from stablelora_kernels.explanation import linear_launches
+from stablelora_kernels.ops.meta_calls import linear_launches
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -18,12 +18,12 @@ from stablelora_kernels.cli.self_test import checks, run_check
 from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import Device, device_of
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.fill_jobs import forward_product
 from stablelora_kernels.launch.thin_products import lora_down
 from stablelora_kernels.ops.dropout import new_mask
+from stablelora_kernels.ops.meta_calls import linear_launches
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.quantized import WEIGHTS
 from stablelora_kernels.reference import StableAdamWRef

@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x
 
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.launch.base import Launch, VendorProduct
+from stablelora_kernels.ops.meta_calls import linear_launches
 from stablelora_kernels.testing.cases import (
     BF16,
     DEVICE,

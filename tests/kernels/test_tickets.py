@@ -19,10 +19,10 @@ from triton.runtime import interpreter
 
 from stablelora_kernels.dispatch.problem import DEVICES, cdiv
 from stablelora_kernels.dispatch.rules import STRATEGIES, Choice
-from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.launch.lora_linear import ForwardCall, forward_launches
+from stablelora_kernels.ops.meta_calls import linear_launches
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, TINY, Case, make, run
 from tests.helpers.case_checks import assert_close, check

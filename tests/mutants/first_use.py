@@ -113,7 +113,6 @@ def groups_of(fault: Fault) -> Sequence[str]:
 def _trials() -> dict[str, list[Trial]]:
     """The trials by group."""
     from stablelora_kernels.dispatch import tiles
-    from stablelora_kernels.dispatch.settings import settings
     from stablelora_kernels.testing.cases import BF16, FP16, FP32, TINY, Case
     from tests.kernels.test_tickets import TILES
     from tests.ops import test_lora_linear_cross_entropy as losses
@@ -181,13 +180,6 @@ def _trials() -> dict[str, list[Trial]]:
         gated.but(shape=(70, 64), quantized=("nf4", "fp8", None), arch="sm_90"),
     ]  # fmt: skip
 
-    def of_rows(shape: str, dtypes: str, strided: bool) -> Trial:
-        def run() -> None:
-            with settings(backend="triton"):
-                rows.test_matches_float64(dtypes, shape, strided, strided, "triton")
-
-        return Trial(f"rows {shape} {dtypes}", run)
-
     def of_loss(case: Case) -> Trial:
         def run() -> None:
             # As that test's own fixture has them: several blocks of columns.
@@ -207,7 +199,7 @@ def _trials() -> dict[str, list[Trial]]:
 
         return Trial(f"step {name} {str(dtype)[6:]}", run)
 
-    adapters = "bfloat16 with float32 adapters"
+    adapters = (BF16, FP32)
     return {
         "chain": [*map(_of_case, chain)],
         "sums": [*map(_of_case, sums)],
@@ -216,9 +208,9 @@ def _trials() -> dict[str, list[Trial]]:
         "gated": [*map(_of_case, mlp[:3])],
         "mlp": [*map(_of_case, mlp[3:]), _of_case(gated.but(p=0.3), _in_other_layouts)],
         "rows": [
-            of_rows("sequences", adapters, True),
-            of_rows("primes", "float32", False),
-            of_rows("many rows", adapters, False),
+            _of_case(rows.of_rows("sequences", adapters, True, "transposed")),
+            _of_case(rows.of_rows("primes")),
+            _of_case(rows.of_rows("many rows", adapters)),
         ],
         "loss": [of_loss(case) for case in losses.CASES],
         "step": [

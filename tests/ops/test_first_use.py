@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
-from stablelora_kernels import explanation
 from stablelora_kernels.dispatch import first_use as kept
 from stablelora_kernels.dispatch.first_use import OPERATORS, Finding, Kind
 from stablelora_kernels.dispatch.tallies import tallies
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.launch import workspace
-from stablelora_kernels.ops import first_use, plans, proofs
+from stablelora_kernels.ops import first_use, meta_calls, plans, proofs
 from stablelora_kernels.ops.lora_linear.proof import FORWARD
 from stablelora_kernels.ops.lora_linear.triton import lora_linear_fwd
 from stablelora_kernels.ops.lora_linear_cross_entropy import triton as cross_entropy
@@ -411,7 +410,7 @@ def test_threads_may_find_out_at_once(monkeypatch) -> None:
     """The interpreter runs one kernel at a time, so the proof is another."""
     started = Barrier(4, timeout=60)
     monkeypatch.setattr(first_use, "_fault_of", lambda *args: started.wait() * "")
-    call = explanation.linear_calls(70, 48, 64, 6, (BF16, FP32), 0.0).forward
+    call = meta_calls.linear_calls(70, 48, 64, 6, (BF16, FP32), 0.0).forward
     with silent(), ThreadPoolExecutor(4) as pool:
         decided = [
             *pool.map(

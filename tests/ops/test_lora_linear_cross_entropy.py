@@ -181,9 +181,15 @@ def test_processors_that_do_not_multiply_low_precision_use_float32(dtype, monkey
     check(head(dtype, reduction="sum"))
 
 
-def test_float16_keeps_small_probabilities():
-    """Of 60,000 equal logits each has a probability of 1.7e-5, a subnormal number in float16."""
-    count = 60_000
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_float16_keeps_small_probabilities(multiplied, monkeypatch):
+    """Of 120,000 equal logits each has a probability of 8e-6, a subnormal number in float16. A
+    processor that does not multiply float16 computes in float32.
+    """
+    monkeypatch.setattr(
+        cpu_products, "MULTIPLIED", dict.fromkeys(cpu_products.MULTIPLIED, multiplied)
+    )
+    count = 120_000
     hidden = torch.ones(4, 8, dtype=FP16, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(count, 8, generator=generator).to(FP16) * 1e-3

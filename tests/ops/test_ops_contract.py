@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from stablelora_kernels.functional import LoRAWeights, lora_linear, lora_mlp
+from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.testing.cases import (
     BF16,
     DEVICE,
@@ -211,6 +212,21 @@ def test_db_may_be_beyond_float16(backend):
     y = lora_linear(x, weight, None, lora_A, lora_B, 1.0)
     (db,) = torch.autograd.grad(y, lora_B, torch.full_like(y, 64))
     assert db.tolist() == [[64.0 * 64 * 32] * 4] * 8
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize(("dtype", "base_dtype"), [(BF16, FP32), (FP32, FP16)], ids=str)
+def test_a_branch_of_zero_leaves_the_other_layers_output_as_it_is(
+    dtype, base_dtype, multiplied, rows, backend, monkeypatch
+):
+    """To the bit, also where it is wider than x, whether or not the processor multiplies x's dtype."""
+    monkeypatch.setattr(
+        cpu_products, "MULTIPLIED", dict.fromkeys(cpu_products.MULTIPLIED, multiplied)
+    )
+    case = small("branch", rows, dtype=dtype, base_dtype=base_dtype, backend=backend)
+    given = make(case)
+    given["lora_B0"].zero_()
+    assert torch.equal(run(case, given)["Y0"], given["base_out"])
 
 
 # Autocast.

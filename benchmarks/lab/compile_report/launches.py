@@ -14,7 +14,6 @@ from benchmarks.lab.mlp_launches import mlp_launches
 from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, SMALL_M, Device
 from stablelora_kernels.dispatch.rules import Choice
-from stablelora_kernels.explanation import linear_launches
 from stablelora_kernels.kernels.stable_adamw import tables
 from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
 from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
@@ -30,6 +29,7 @@ from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
     CrossEntropyCall,
     CrossEntropySettings,
 )
+from stablelora_kernels.ops.meta_calls import linear_launches
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.quantized import WEIGHTS
 

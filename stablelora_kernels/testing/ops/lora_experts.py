@@ -159,7 +159,7 @@ def make_stack(
     ]  # fmt: skip
     lora_A, lora_B = (torch.stack([t[name] for t in experts]) for name in ("lora_A", "lora_B"))
     weight = torch.stack([t["weight"] for t in experts])
-    if case.ranks[i] is None:
+    if not case.ranks[i]:
         lora_A, lora_B = lora_A[:, :0], lora_B[..., :0]
     if packed:
         lora_B = lora_B.permute(1, 2, 0).contiguous().permute(2, 0, 1)

@@ -110,7 +110,7 @@ class Rows(Op):
             layer_by_hand(x[rows], layer, mask, None if base is None else base[rows])
             for rows, _, layer, mask in self.layers(case, operands, masks)
         ]
-        return (torch.cat(parts).view(*operands["x"].shape[:-1], -1),)
+        return (torch.cat(parts).view(*case.shape[:-1], *case.sizes),)
 
     def by_reference(
         self, case: Case, operands: Operands, masks: Sequence[Mask]
@@ -126,7 +126,7 @@ class Rows(Op):
             else:
                 y = base.flatten(0, -2)[rows]
             parts.append(y if branch is None else lora_branch_ref(y, x[rows], *arguments[2:]))
-        return (torch.cat(parts).view(*operands["x"].shape[:-1], -1),)
+        return (torch.cat(parts).view(*case.shape[:-1], *case.sizes),)
 
     def roundings(
         self, case: Case, operands: Operands, masks: Sequence[Mask]

@@ -276,7 +276,7 @@ COMPILED_FOR_AMD = """
 import sys, torch
 from benchmarks.lab.compile_report.machine_code import compile_launch
 from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.explanation import linear_launches
+from stablelora_kernels.ops.meta_calls import linear_launches
 for arch in ("gfx90a", "gfx942"):
     forward, _ = linear_launches(DEVICES[arch], 2048, 4096, 4096, 16, (torch.bfloat16, torch.float32), 0.0)
     assert "chained" in forward[-1].variant
