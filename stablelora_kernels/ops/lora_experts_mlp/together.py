@@ -69,8 +69,8 @@ def together_backward(call: ExpertsMLPBackwardCall) -> ExpertsMLPGradients:
     s_up = call.s
     if g is None:
         assert call.x is not None
-        x = call.x[tokens]
-        g, s_up = experts_forward(ExpertsForwardCall(x, up, routing.offsets, wanted.up.b))
+        rows = call.x[tokens]
+        g, s_up = experts_forward(ExpertsForwardCall(rows, up, routing.offsets, wanted.up.b))
     gate_up, h = hidden_again(call.gate, g)
     z = weighted(h.detach(), weights) if wanted.down.a or wanted.down.b else None
     s = None
@@ -88,9 +88,9 @@ def together_backward(call: ExpertsMLPBackwardCall) -> ExpertsMLPGradients:
         assert of_down.dx is not None
         (dgate_up,) = torch.autograd.grad(h, gate_up, weighted(of_down.dx, weights))
         # Not before, since it is as large as all slots.
-        x_again = None if call.x is None else call.x[tokens]
+        rows = None if call.x is None else call.x[tokens]
         of_up = experts_backward(
-            ExpertsBackwardCall(x, dgate_up, up, routing.offsets, s_up, wanted.up)
+            ExpertsBackwardCall(rows, dgate_up, up, routing.offsets, s_up, wanted.up)
         )
         if of_up.dx is not None:
             of_up = of_up._replace(dx=_sum_of_slots(routing, of_up.dx))
