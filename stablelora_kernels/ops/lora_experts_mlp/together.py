@@ -88,9 +88,9 @@ def together_backward(call: ExpertsMLPBackwardCall) -> ExpertsMLPGradients:
         assert of_down.dx is not None
         (dgate_up,) = torch.autograd.grad(h, gate_up, weighted(of_down.dx, weights))
         # Not before, since it is as large as all slots.
-        rows = None if call.x is None else call.x[tokens]
+        rows_of_up = None if call.x is None else call.x[tokens]
         of_up = experts_backward(
-            ExpertsBackwardCall(rows, dgate_up, up, routing.offsets, s_up, wanted.up)
+            ExpertsBackwardCall(rows_of_up, dgate_up, up, routing.offsets, s_up, wanted.up)
         )
         if of_up.dx is not None:
             of_up = of_up._replace(dx=_sum_of_slots(routing, of_up.dx))
