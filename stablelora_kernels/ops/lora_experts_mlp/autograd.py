@@ -193,7 +193,7 @@ class _Tiles(NamedTuple):
     # Their scalings are s, and they have no mask.
     up: ExpertStack
     down: ExpertStack
-    # Of up's and down's mask in each tile, int64 [tiles, 2]; None without dropout.
+    # Of up's and down's mask in each tile, int64 [tiles, 2, 2]; None without dropout.
     seeds: Tensor | None
     # The most of a tile.
     tokens: int
@@ -372,7 +372,7 @@ def _tiled_op(
     if any(stack.dropout_p and stack.rank for stack in (up, down)):
         count = row_tile_count(x.shape[0], tokens)
         # PyTorch's generators take a seed from the host.
-        seeds = torch.randint(2**63 - 1, (count, 2), device="cpu")
+        seeds = torch.randint(2**63 - 1, (count, 2, 2), device="cpu")
     tiles = _Tiles(routing, gate, up, down, seeds, tokens)
     inputs = (x, routing.weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
