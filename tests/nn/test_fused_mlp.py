@@ -13,6 +13,7 @@ from torch import nn
 
 from stablelora_kernels.nn.fused_mlp import unfuse_mlps
 from stablelora_kernels.testing import EPS, fp8_weight, nf4_weight
+from stablelora_kernels.utils.memory import saved_for_backward
 from tests.helpers.gated_mlps import (
     LIBRARIES,
     MLP,
@@ -216,3 +217,15 @@ def test_hooks_like_accelerates_outlive_it(calls):
     unfuse_mlps(model.modules())
     torch.testing.assert_close(mlp(rows()), expected)
     assert type(mlp) is MLP and calls.mlps == ["silu"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_tiles_keep_the_input_alone(library, calls):
+    """In a model, by the usual path and by the one of a first call."""
+    model, report = adapted(MLP().double(), library, fuse=False, tile=16)
+    assert [mlp.tiled for mlp in report.mlps] == [16]
+    x = rows()
+    for _ in range(2):
+        kept = saved_for_backward(lambda: model(x), [*model.parameters(), x])
+        assert kept == 0
+    assert calls.fused == ["silu"] * 2
