@@ -66,7 +66,7 @@ class Line(NamedTuple):
 
 START = Line("PEFT, `activation_checkpointing=True`", "", PEFT, FROM_LOGITS, False, False)
 LOSS = START._replace(
-    words="`fuse_loss=True`", removes="the logits and their gradients", arm=ACCELERATED,
+    words="`accelerate_peft`, `fuse_loss=True`", removes="the logits and their gradients", arm=ACCELERATED,
     loss=WITHOUT_LOGITS,
 )  # fmt: skip
 NORMS = LOSS._replace(
@@ -75,7 +75,9 @@ NORMS = LOSS._replace(
     liger=True,
 )
 TILES = NORMS._replace(
-    words="`tile_mlp=True`", removes="G, U and their gradients, but for one tile", arm=TILED
+    words="`tile_mlp=True`",
+    removes="the outputs of gate and up and their gradients, but for one tile",
+    arm=TILED,
 )
 OFFLOAD = TILES._replace(
     words='`"offload": True`',
