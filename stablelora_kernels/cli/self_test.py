@@ -28,7 +28,7 @@ from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import Deviation
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, Case, make, run
 from stablelora_kernels.testing.expectations import by_parts, expectations, next_keep
-from stablelora_kernels.testing.ops import CrossEntropy
+from stablelora_kernels.testing.ops import MLP, CrossEntropy
 
 # Exact in 16 bits: the PyTorch path on a CPU draws 16 bits per element and would round another
 # probability.
@@ -83,6 +83,9 @@ CALLS: dict[str, dict[str, Case]] = {
             "mlp", (67, 37), (71, 71, 41), (3, 5, 3), BF16, strategy="one_launch"
         ),
         "dropout, fp16": Case("mlp", (70, 64), (96, 96, 64), (8, 4, 8), FP16, p=DROPOUT),
+        "in tiles, dropout, bf16": Case(
+            MLP(tile_rows=40), (70, 64), (96, 96, 64), (8, 4, 8), BF16, p=DROPOUT
+        ),
         "NF4 and float8, bf16": Case(
             "mlp", (300, 64), (96, 96, 64), (8, 4, 8), BF16, quantized=("nf4 nested", "nf4", "fp8")
         ),

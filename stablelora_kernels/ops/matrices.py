@@ -25,16 +25,19 @@ class RowTile(NamedTuple):
     rows: slice
 
 
+def _row_tile_size(rows: int, most: int) -> int:
+    """The rows of a tile, of which there are at most ``most``: those of all but the last."""
+    return -(-rows // -(-rows // most)) if rows else most
+
+
 def row_tile_count(rows: int, most: int) -> int:
-    """How many tiles of at most ``most`` rows it takes."""
-    return -(-rows // most)
+    """How many tiles :func:`row_tiles` gives."""
+    return -(-rows // _row_tile_size(rows, most))
 
 
 def row_tiles(rows: int, most: int) -> Iterator[RowTile]:
     """As few tiles of so many ``rows`` as there can be, of about one size."""
-    if not rows:
-        return
-    size = -(-rows // row_tile_count(rows, most))
+    size = _row_tile_size(rows, most)
     for number, start in enumerate(range(0, rows, size)):
         yield RowTile(number, slice(start, min(start + size, rows)))
 

@@ -209,9 +209,11 @@ class Op:
         """The masks that a call draws, in their order."""
         return []
 
-    def mask_rows(self, case: Case, operands: Operands) -> int:
-        """Of how many rows each mask is drawn from a seed of its own; 0: of all at once."""
-        return 0
+    def mask_tiles(self, case: Case, operands: Operands) -> list[int]:
+        """Of how many rows a mask is drawn from a seed of its own, and of how many the next one;
+        nothing: all rows at once.
+        """
+        return []
 
     def by_hand(self, case: Case, operands: Operands, masks: Sequence[Mask]) -> tuple[Tensor, ...]:
         """The outputs as a user computes them, operator by operator in x's dtype."""

@@ -106,36 +106,29 @@ def masks(case: Case, operands: Operands) -> list[Mask]:
     torch.manual_seed(case.seed)
     on_triton = op.has_kernels and case.backend == "triton"
     dropouts = op.dropouts(case, operands)
-    if mask_rows := op.mask_rows(case, operands):
-        return _drawn_in_tiles(dropouts, mask_rows, torch.device(case.device), on_triton)
+    if mask_tiles := op.mask_tiles(case, operands):
+        return _drawn_in_tiles(dropouts, mask_tiles, torch.device(case.device), on_triton)
     return _drawn(dropouts, torch.device(case.device), on_triton)
 
 
 def _drawn_in_tiles(
-    dropouts: Sequence[Dropout], tile_rows: int, device: torch.device, on_triton: bool
+    dropouts: Sequence[Dropout], tiles: Sequence[int], device: torch.device, on_triton: bool
 ) -> list[Mask]:
-    """Masks of which each tile of rows has a seed of its own."""
+    """Masks of which each of the ``tiles``, of so many rows, has a seed of its own."""
     if not any(p for _, p in dropouts):
         return [Mask() for _ in dropouts]
-    rows = math.prod(dropouts[0].shape[:-1])
-    count = -(-rows // tile_rows)
-    seeds = torch.randint(
-        2**63 - 1, (count, len(dropouts), 2), device=device if on_triton else "cpu"
-    )
+    where = device if on_triton else "cpu"
+    seeds = torch.randint(2**63 - 1, (len(tiles), len(dropouts), 2), device=where)
     drawn = []
     for i, (shape, p) in enumerate(dropouts):
-        if not p:
-            drawn.append(Mask())
-            continue
         parts = []
-        for tile, each in zip(torch.arange(rows).chunk(count) if rows else (), seeds, strict=False):
-            x = torch.ones(len(tile), shape[-1], device=device)
+        for rows, seed in zip(tiles, seeds[:, i], strict=True):
             if on_triton:
-                parts.append(dropout_keep_ref(len(tile), shape[-1], p, int(each[i, 0])).to(device))
-            else:
-                parts.append(masked(x, draw_from(x, p, each[i]).mask) != 0)
-        keep = torch.cat(parts) if parts else torch.ones(0, shape[-1], dtype=torch.bool)
-        drawn.append(Mask(keep.view(shape), drop_share(p)))
+                parts.append(dropout_keep_ref(rows, shape[-1], p, int(seed[0])).to(device))
+            elif p:
+                x = torch.ones(rows, shape[-1], device=device)
+                parts.append(masked(x, draw_from(x, p, seed).mask) != 0)
+        drawn.append(Mask(torch.cat(parts).view(shape), drop_share(p)) if p else Mask())
     return drawn
 
 

@@ -33,6 +33,7 @@ from stablelora_kernels.optim import proof
 from stablelora_kernels.testing import cases
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP16, FP32, Case
 from stablelora_kernels.testing.expectations import expectations
+from stablelora_kernels.testing.ops.lora_mlp import MLP
 from tests.helpers.optimizers import make_pairs
 from tests.helpers.processes import printed
 from tests.helpers.steps import take_step
@@ -54,6 +55,8 @@ RIGHT = [
     Case("group", (70, 64), (48, 25, 8), (6, 3, 20), FP16, FP32, p=0.1),
     Case("mlp", (70, 64), (48, 48, 24), (6, 3, 20), BF16, FP32, p=0.1, activation="gelu"),
     Case("mlp", (70, 64), (48, 48, 24), (None, 3, None), BF16, BF16, quantized=("nf4",) * 3),
+    # Its forward is once without G and U, and once without Y.
+    Case(MLP(tile_rows=40), (70, 64), (48, 48, 24), (6, 3, 20), BF16, FP32, p=0.1),
 ]
 
 

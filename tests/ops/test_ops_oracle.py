@@ -32,6 +32,7 @@ from stablelora_kernels.testing.cases import (
     run,
 )
 from stablelora_kernels.testing.inputs import QUANTIZED
+from stablelora_kernels.testing.ops.lora_mlp import MLP
 from tests.helpers.case_checks import assert_close, check, table
 from tests.helpers.cases import DTYPES, OPS, kinds_of, separately, small
 from tests.helpers.largest_shares import PROPERTY
@@ -166,6 +167,37 @@ TABLE = [
 ]  # fmt: skip
 
 
+def in_tiles(rows, dtypes, p, layout, backend, options):
+    dtype, lora_dtype = dtypes
+    if dtype == FP64 and (backend == "triton" or layout == "broadcast"):
+        return None
+    if layout == "wider" and dtype == BF16:
+        # See build().
+        return None
+    case = small("tiled mlp", rows, dtype=dtype, lora_dtype=lora_dtype, p=p, backend=backend)
+    case = case.but(layouts=LAYOUTS[layout], **options)
+    return case.but(shape=(*case.shape[:-1], 64)) if "quantized" in options else case
+
+
+# A tile has 32 rows at most: one tile, two of one size, and a last one that is smaller.
+TILED = table(
+    in_tiles,
+    rows=[(24,), (64,), (2, 35), (131,)],
+    dtypes=[*DTYPES, (FP64, FP64)],
+    p=[0.0, 0.1, 0.6],
+    layout=list(LAYOUTS),
+    backend=["torch", "triton"],
+    options=[
+        *({"activation": activation} for activation in ACTIVATIONS),
+        *({"ranks": ranks} for ranks in RANKS),
+        *({"quantized": kinds} for kinds in KINDS),
+        {"ranks": (6, 6, 3), "shared": True},
+        {"bias": (False, True, False)},
+        {"op": MLP(tile_rows=1)},
+    ],
+)
+
+
 # What no pair of the table's values reaches.
 NAMED = [
     # Every rank, through one block or several, with NaN behind the last column of B.
@@ -267,7 +299,7 @@ SUBSETS = [
 WANTED = table(wanting, op=OPS, rows=[5, 70], subset=SUBSETS, backend=["torch", "triton"])
 
 
-@pytest.mark.parametrize("case", [*TABLE, *WANTED, *NAMED], ids=str)
+@pytest.mark.parametrize("case", [*TABLE, *TILED, *WANTED, *NAMED], ids=str)
 def test_matches_the_oracle(case, record_property):
     share, name = check(case, run(case))
     record_property(PROPERTY, (share, f"{name} of {case}"))

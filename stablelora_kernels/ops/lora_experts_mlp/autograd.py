@@ -193,7 +193,7 @@ class _Tiles(NamedTuple):
     # Their scalings are s, and they have no mask.
     up: ExpertStack
     down: ExpertStack
-    # Of up's and down's mask in each tile, int64 [tiles, 2]; None without dropout.
+    # Of up's and down's mask in each tile, int64 [tiles, 2, 2]; None without dropout.
     seeds: Tensor | None
     # The most of a tile.
     tokens: int
@@ -372,7 +372,7 @@ def _tiled_op(
     if any(stack.dropout_p and stack.rank for stack in (up, down)):
         count = row_tile_count(x.shape[0], tokens)
         # PyTorch's generators take a seed from the host.
-        seeds = torch.randint(2**63 - 1, (count, 2), device="cpu")
+        seeds = torch.randint(2**63 - 1, (count, 2, 2), device="cpu")
     tiles = _Tiles(routing, gate, up, down, seeds, tokens)
     inputs = (x, routing.weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
@@ -396,17 +396,16 @@ def lora_experts_mlp_op(
     A slot of no expert here adds nothing, and its routing weight's gradient is zero. ``tiled``: keep
     x alone; a number is how many tokens a tile has.
     """
-    if tiled:
-        with without_autocast(x):
-            return _tiled_op(x, routing, gate, up, down, tiled)
-    up, up_recipe = _drawn(x, routing, up)
-    down, down_recipe = _drawn(x, routing, down)
-    call = ExpertsMLPForwardCall(x, routing, gate, up, down, save=False)
-    inputs = (x, routing.weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B)
     # Autocast would cast what the gate computes, which backward repeats outside of it.
     with without_autocast(x):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            call = call._replace(save=True)
-            y: Tensor = _LoRAExpertsMLP.apply(*inputs, call, up_recipe, down_recipe)  # type: ignore[no-untyped-call]
-            return y
-        return _forward(call).y
+        if tiled:
+            return _tiled_op(x, routing, gate, up, down, tiled)
+        up, up_recipe = _drawn(x, routing, up)
+        down, down_recipe = _drawn(x, routing, down)
+        call = ExpertsMLPForwardCall(x, routing, gate, up, down, save=False)
+        inputs = (x, routing.weights, up.lora_A, up.lora_B, down.lora_A, down.lora_B)
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+            return _forward(call).y
+        call = call._replace(save=True)
+        y: Tensor = _LoRAExpertsMLP.apply(*inputs, call, up_recipe, down_recipe)  # type: ignore[no-untyped-call]
+        return y

@@ -12,6 +12,7 @@ from torch import Tensor
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.ops.lora_experts_mlp.autograd import lora_experts_mlp_op
 from stablelora_kernels.ops.lora_experts_mlp.call import Routing
+from stablelora_kernels.ops.matrices import row_tiles
 from stablelora_kernels.reference.lora import lora_experts_mlp_ref
 from stablelora_kernels.testing.cases import Case, Dropout, Mask, Op, Operands
 from stablelora_kernels.testing.inputs import make_inputs
@@ -104,6 +105,15 @@ class ExpertsMLP(Op):
         routing = Routing(order, offsets, operands["weights"])
         return (lora_experts_mlp_op(operands["x"], routing, self.gate, up, down, self.tiled),)
 
+    def mask_tiles(self, case: Case, operands: Operands) -> list[int]:
+        if not self.tiled:
+            return []
+        tokens = case.shape[0]
+        # In these sizes the default is one tile.
+        most = max(1, tokens) if self.tiled is True else self.tiled
+        rows = [tile.rows for tile in row_tiles(tokens, most)]
+        return [(each.stop - each.start) * self.slots for each in rows]
+
     def dropouts(self, case: Case, operands: Operands) -> list[Dropout]:
         rows = operands["index"].numel()
         return [
@@ -129,5 +139,15 @@ class ExpertsMLP(Op):
             branch = (operands[f"lora_A{i}"], operands[f"lora_B{i}"], case.scalings[i])
             stacks.append((weight, operands[f"bias{i}"], *branch))
         keeps, ps = zip(*masks, strict=True)
-        routing = (operands["index"], operands["weights"])
-        return (lora_experts_mlp_ref(operands["x"], *routing, self.gate, stacks, keeps, ps),)
+        slots = self.mask_tiles(case, operands) or [operands["index"].numel()]
+        of_slots = [[None] * len(slots) if keep is None else keep.split(slots) for keep in keeps]
+        tokens = [count // self.slots for count in slots]
+        by_token = [operands[name].split(tokens) for name in ("x", "index", "weights")]
+        # Each tile sorts its own slots by expert.
+        outputs = [
+            lora_experts_mlp_ref(x, index, weights, self.gate, stacks, [*of_tile], ps)
+            for x, index, weights, of_tile in zip(
+                *by_token, zip(*of_slots, strict=True), strict=True
+            )
+        ]
+        return (torch.cat(outputs),)

@@ -10,6 +10,7 @@ from torch import Tensor
 from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.functional import _projection, lora_mlp
 from stablelora_kernels.ops.lora_mlp.call import Options, facts_of
+from stablelora_kernels.ops.matrices import row_count, row_tiles
 from stablelora_kernels.reference.lora import lora_mlp_ref
 from stablelora_kernels.reference.rounding import Rounded, RoundedMLP
 from stablelora_kernels.testing.bounds import MLP_SLOPES
@@ -53,11 +54,13 @@ class MLP(Group):
         gate, up, down = super().dropouts(case, operands)
         return [gate, up._replace(p=0.0) if case.shared else up, down]
 
-    def mask_rows(self, case: Case, operands: Operands) -> int:
+    def mask_tiles(self, case: Case, operands: Operands) -> list[int]:
         leaf = leaves(case, operands)
         parts = [_projection(*p) for p in projections(case, leaf)]
         options = Options(case.activation, case.p, case.backend, case.shared, self.tile_rows)
-        return facts_of(leaf["x"], parts, options).tile_rows
+        most = facts_of(leaf["x"], parts, options).tile_rows
+        rows = [tile.rows for tile in row_tiles(row_count(leaf["x"]), most)] if most else []
+        return [each.stop - each.start for each in rows]
 
     def combined(
         self, case: Case, layer: Callable[[Tensor, int], Tensor], x: Tensor
