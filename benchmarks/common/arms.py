@@ -16,7 +16,7 @@ FROZEN, PEFT, ACCELERATED, OURS = "frozen", "PEFT", "accelerated PEFT", "ours"
 # The yardstick, by the lines of code of ``benchmarks/common/plain_pytorch.py``.
 PLAIN = "72 lines of PyTorch"
 # What follows the name of an arm that computes several layers in one op.
-MLP_FUSED, PROJECTIONS_FUSED = ", MLP fused", ", projections fused"
+MLP_FUSED, MLP_TILED, PROJECTIONS_FUSED = ", MLP fused", ", MLP in tiles", ", projections fused"
 
 
 def adapt(
@@ -34,7 +34,7 @@ def adapt(
     names end with ``targets``.
 
     It changes ``model``. ``arm`` is one of the names above, ``ACCELERATED`` and ``OURS`` also with
-    ``MLP_FUSED`` or ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. Adapters are float32,
+    ``MLP_FUSED``, ``MLP_TILED`` or ``PROJECTIONS_FUSED``. ``alpha`` is 2 r unless given. Adapters are float32,
     PEFT's default and ours, or with ``float32=False`` in the dtype of ``model``. With
     ``every_mlp=False`` an MLP that can't be fused stays as it is.
 
@@ -43,12 +43,10 @@ def adapt(
             an MLP to its own forward.
     """
     layers, comma, fused = arm.partition(", ")
-    fuse = {
-        "fuse_mlp": comma + fused == MLP_FUSED,
-        "fuse_projections": comma + fused == PROJECTIONS_FUSED,
-    }
+    fusions = {"fuse_mlp": MLP_FUSED, "tile_mlp": MLP_TILED, "fuse_projections": PROJECTIONS_FUSED}
+    fuse = {name: True for name, words in fusions.items() if comma + fused == words}
     every_arm = (FROZEN, PEFT, PLAIN, ACCELERATED, OURS)
-    if layers not in every_arm or (bool(fused) != any(fuse.values())):
+    if layers not in every_arm or (bool(fused) != bool(fuse)):
         raise ValueError(
             f"arm must be {', '.join(every_arm[:-1])} or {OURS}, perhaps fused, got {arm!r}"
         )
@@ -79,7 +77,7 @@ def adapt(
                 )
     if (
         every_mlp
-        and fuse["fuse_mlp"]
+        and fuse.keys() & {"fuse_mlp", "tile_mlp"}
         and (not report.mlps or any(mlp.reason for mlp in report.mlps))
     ):
         raise ValueError(f"every MLP must be fused for {arm!r}, got {report.mlps}")

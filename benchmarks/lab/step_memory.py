@@ -41,7 +41,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.common.arms import FROZEN, MLP_FUSED, PEFT, adapt
+from benchmarks.common.arms import FROZEN, MLP_FUSED, MLP_TILED, PEFT, adapt
 from benchmarks.common.memory import Block, LiveBytes
 from benchmarks.lab.stand_ins import LIGER, counted_attention, liger_loss
 from stablelora_kernels import functional
@@ -50,6 +50,7 @@ from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.ops import plans
 from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as cross_entropy
 from stablelora_kernels.ops.lora_linear_cross_entropy import chunks
+from stablelora_kernels.ops.lora_mlp import tiled
 from stablelora_kernels.ops.lora_mlp import torch as lora_mlp_torch
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,6 +58,7 @@ CPU = "cpu"
 # How the loss is computed: from logits, by this library's op, or by Liger-Kernel's.
 FROM_LOGITS, WITHOUT_LOGITS, LIGER_LOSS = "from logits", "fuse_loss", "Liger's loss"
 LOSS, LAST_LAYER = "the loss", "the last layer"
+INPUTS = "inputs of checkpointed layers"
 
 
 class Shape(NamedTuple):
@@ -109,7 +111,7 @@ def moments(step: Step, tokens: int) -> dict[str, Terms]:
         Step(step.shape, FROZEN, step.loss, liger=step.liger, dtype=step.dtype, where=step.where),
         tokens,
     )
-    graph = "inputs of checkpointed layers" if step.checkpointing else "graphs of other layers"
+    graph = INPUTS if step.checkpointing else "graphs of other layers"
     positions = {"positions": positions_bytes(step, tokens)}
     return {
         LOSS: positions
@@ -280,6 +282,8 @@ def _parts_of(step: Step) -> Iterator[None]:
     patches = [
         (cross_entropy, "lora_linear_cross_entropy", _opened_loss),
         (lora_mlp_torch, "_activation_backward", _activation_backward),
+        (tiled, "_tiled_forward", tiled.forward_in_tiles),
+        (tiled, "_tiled_backward", tiled.backward_in_tiles),
     ]
     if step.where != CPU:
         # Launch plans need Triton, which is optional.
@@ -313,10 +317,10 @@ def _parts_of(step: Step) -> Iterator[None]:
 
 
 def liger_patches(arm: str) -> list[tuple[Any, str, Any]]:
-    """What Liger-Kernel replaces in transformers' file of Llama. The op of ``fuse_mlp`` takes the
-    place of Liger's MLP.
+    """What Liger-Kernel replaces in transformers' file of Llama. The op of ``fuse_mlp`` and
+    ``tile_mlp`` takes the place of Liger's MLP.
     """
-    kept = {"LlamaMLP"} if arm.endswith(MLP_FUSED) else set()
+    kept = {"LlamaMLP"} if arm.endswith((MLP_FUSED, MLP_TILED)) else set()
     return [(modeling_llama, name, LIGER[name]) for name in sorted(LIGER.keys() - kept)]
 
 
