@@ -37,7 +37,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AttentionInterface, LlamaConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
@@ -45,28 +45,35 @@ from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, ORANGE, RED, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, markdown
 from benchmarks.lab import step_memory
-from benchmarks.lab.cluster_plan import ADAPTER, BF16, MODELS, NF4, count
 
 # Not read here: scripts that judge the pages' figures take these from this file.
 from benchmarks.lab.cluster_plan import LOGITS as LOGITS
-from benchmarks.lab.stand_ins import counted_attention
+from benchmarks.lab.cluster_plan import MODELS, count
 from benchmarks.lab.step_memory import (
     FROM_LOGITS,
     LAST_LAYER,
     LIGER_LOSS,
     LINEAR,
-    LOSS,
     WITHOUT_LOGITS,
     Shape,
     Step,
     Terms,
+)
+from stablelora_kernels.integrations.step_memory import (
+    ADAPTER,
+    BF16,
+    COUNTED_ATTENTION,
+    GIB,
+    NF4,
+    USABLE,
+    most_tokens,
+    register_attention,
 )
 from stablelora_kernels.ops.lora_linear_cross_entropy.chunks import (
     GPU_LOGIT_BYTES as GPU_LOGIT_BYTES,
 )
 
 STATIC = RESULTS.parents[1] / "docs" / "_static"
-GIB = 1 << 30
 
 # A gated MLP of M tokens, width K, inner width F and rank r: bfloat16 weights and activations,
 # float32 adapters on all three projections, on a GPU. Parameters do not count. What is kept, in the
@@ -207,8 +214,8 @@ def saved_mib(
     """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of
     rank 16, one sequence.
     """
-    AttentionInterface.register("counted", counted_attention)
-    config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
+    register_attention()
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation=COUNTED_ATTENTION)
     with ExitStack() as stack:
         for target, name, part in step_memory.liger_patches(arm) if liger else ():
             stack.enter_context(mock.patch.object(target, name, part))
@@ -244,8 +251,6 @@ SHAPES = {
     "Llama 3.1 70B": MODELS["llama-70b"],
 }
 TOKENS, CARDS = (2048, 8192), (24, 80)
-# The rest of a card is for what is not counted.
-USABLE = 0.9
 # Of a bfloat16 adapter: value, gradient and both moments, which AdamW keeps in its dtype.
 BF16_ADAPTER = 4 * BF16
 
@@ -306,19 +311,11 @@ class Run(NamedTuple):
         return (self.start + max(sum(terms.values()) for terms in self.at(tokens).values())) / GIB
 
     def most_tokens(self, card: int) -> int:
-        """How many tokens a card of so many GiB holds: both moments grow nearly in proportion to
-        them. The kernels' scratch grows in steps, so the line is corrected where it ends.
-        """
-        room = USABLE * card * GIB - self.start
-        fits = []
-        for moment in (LOSS, LAST_LAYER):
-            few, many = (sum(self.at(tokens)[moment].values()) for tokens in TOKENS)
-            rate = (many - few) / (TOKENS[1] - TOKENS[0])
-            tokens = TOKENS[0] + int((room - few) / rate)
-            if tokens > TOKENS[1]:
-                tokens += int((room - sum(self.at(tokens)[moment].values())) / rate)
-            fits.append(tokens)
-        return max(0, *[min(fits)])
+        """How many tokens a card of so many GiB holds."""
+        return most_tokens(
+            lambda tokens: [sum(terms.values()) for terms in self.at(tokens).values()],
+            USABLE * card * GIB - self.start,
+        )
 
 
 def _step_cells(runs: Sequence[Run]) -> list[str]:
