@@ -12,12 +12,11 @@ hooks
 (``benchmarks.lab.step_memory`` counts them)
 - which argument gains how many tokens
 - which tensors are alive at the peak
-- a step with logits and with ``fuse_loss``, for models of large vocabularies
+- how many tokens fit with which options of ``accelerate_peft`` (``memory_plan``)
 
 The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction``
 saves G and U (src/liger_kernel/ops/swiglu.py), and Unsloth's ``LoRA_MLP`` saves x, G and U
-(unsloth/kernels/fast_lora.py). Frozen weights, adapters and logits come from
-``benchmarks.lab.cluster_plan``.
+(unsloth/kernels/fast_lora.py). Frozen weights and adapters are those of ``memory_plan``.
 """
 
 from __future__ import annotations
@@ -27,12 +26,10 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -48,25 +45,25 @@ from benchmarks.lab import step_memory
 
 # Not read here: scripts that judge the pages' figures take these from this file.
 from benchmarks.lab.cluster_plan import LOGITS as LOGITS
-from benchmarks.lab.cluster_plan import MODELS, count
+from benchmarks.lab.cluster_plan import MODELS
 from benchmarks.lab.step_memory import (
     FROM_LOGITS,
     LAST_LAYER,
     LIGER_LOSS,
     LINEAR,
-    WITHOUT_LOGITS,
     Shape,
     Step,
     Terms,
 )
+from stablelora_kernels.integrations.memory_plan import Decoder, PlannedStep, memory_plan
 from stablelora_kernels.integrations.step_memory import (
     ADAPTER,
     BF16,
     COUNTED_ATTENTION,
     GIB,
-    NF4,
     USABLE,
     most_tokens,
+    patched,
     register_attention,
 )
 from stablelora_kernels.ops.lora_linear_cross_entropy.chunks import (
@@ -216,9 +213,7 @@ def saved_mib(
     """
     register_attention()
     config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation=COUNTED_ATTENTION)
-    with ExitStack() as stack:
-        for target, name, part in step_memory.liger_patches(arm) if liger else ():
-            stack.enter_context(mock.patch.object(target, name, part))
+    with patched(step_memory.liger_patches(arm) if liger else ()):
         with torch.device("meta"):
             layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
             x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -273,7 +268,10 @@ BEST = Arguments("PEFT at its best", PEFT, LIGER_LOSS, False, True)
 OURS = BEST._replace(words="this library", arm=FUSED)
 
 
-_count = cache(lambda name: count(SHAPES[name], 16, "all-linear"))
+@cache
+def decoder_of(name: str) -> Decoder:
+    """The count of a model with this library."""
+    return Decoder(LlamaConfig(**SHAPES[name]), 16, "all-linear", torch.bfloat16, "sm_90")
 
 
 class Run(NamedTuple):
@@ -287,11 +285,8 @@ class Run(NamedTuple):
     @property
     def start(self) -> float:
         """The bytes before any token: weights; adapters with gradients and moments."""
-        model = _count(self.name)
-        an_element = NF4 if self.weights == "NF4" else BF16
         an_adapter = ADAPTER if self.given.float32 else BF16_ADAPTER
-        frozen = an_element * model.layers * model.layer.frozen + BF16 * model.rest
-        return frozen + an_adapter * model.adapters
+        return decoder_of(self.name).start(self.weights.lower(), an_adapter)
 
     def at(self, tokens: int) -> dict[str, Terms]:
         """Bytes by moment and term, beside those before any token."""
@@ -389,25 +384,38 @@ _TERMS_HEADS = {
     OURS.words: OURS.words,
 }
 
-# Models of large vocabularies.
-VOCABULARIES = {
-    "Llama 3.1 8B": ("Llama 3.1 8B", 128_256),
-    "Qwen3 14B": ("Qwen3 14B", 151_936),
-}
+# By model: weights, and the GiB of cards that hold them.
+PLANS = (
+    ("Llama 3.1 8B", "bf16", (24, 80)),
+    ("Llama 3.1 8B", "NF4", (24, 80)),
+    ("Qwen3 14B", "bf16", (80,)),
+    ("Qwen3 14B", "NF4", (24, 80)),
+    ("Llama 3.1 70B", "NF4", (80,)),
+)
 
 
-def loss_table() -> str:
-    """A step with checkpointing and ``fuse_mlp``: with logits, and without them by ``fuse_loss``."""
-    cells = [["model, vocabulary", "weights", *_STEP_HEADS]]
-    for words, (name, vocabulary) in VOCABULARIES.items():
-        assert SHAPES[name]["vocab_size"] == vocabulary
-        for weights in ("bf16", "NF4"):
-            runs = [
-                Run(name, weights, True, Arguments("this library", FUSED, loss))
-                for loss in (FROM_LOGITS, WITHOUT_LOGITS)
-            ]
-            cells.append([f"{words}, {vocabulary:,}", weights, *_step_cells(runs)])
-    return markdown(cells, 2)
+def plan_table() -> str:
+    """The most tokens of ``memory_plan``, with the model's norms and rotary embedding and with
+    Liger-Kernel's.
+    """
+    cells = []
+    for name, weights, cards in PLANS:
+        for card in cards:
+            config = LlamaConfig(**SHAPES[name])
+            plans = [memory_plan(config, gpu_gib=card, weights=weights.lower())]
+            with patched(step_memory.liger_patches(FUSED)):
+                plans.append(memory_plan(config, gpu_gib=card, weights=weights.lower()))
+            most = zip(*[plan.steps for plan in plans], strict=True)
+            tokens = ["→".join(f"{step.tokens:,}" for step in steps) for steps in most]
+            cells.append([name, weights, str(card), *tokens])
+    heads = [_plan_head(step) for step in plans[0].steps]
+    return markdown([["most tokens", "weights", "GiB", *heads], *cells], 3)
+
+
+def _plan_head(step: PlannedStep) -> str:
+    words = [f"`{name}`" for name in step.fusions]
+    words += ["checkpoints"] * (step.checkpoints > 0) + ["offloaded"] * step.offload
+    return ", ".join(words) or "no option"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -421,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fit_table(),
         arguments_table(),
         terms_table(),
-        loss_table(),
+        plan_table(),
     )
     print(*tables, sep="\n\n")
     if not options.draw:

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from peft.tuners import lora
@@ -39,6 +38,8 @@ from stablelora_kernels.integrations.step_memory import (
     Counted,
     count,
     device_of,
+    patched,
+    positions_bytes,
     register_attention,
 )
 
@@ -95,7 +96,7 @@ def moments(step: Step, tokens: int) -> dict[str, Terms]:
         tokens,
     )
     graph = "inputs of checkpointed layers" if step.checkpointing else "graphs of other layers"
-    positions = {"positions": positions_bytes(step, tokens)}
+    positions = {"positions": positions_bytes(tokens, step.shape.head_dim, step.dtype)}
     return {
         LOSS: positions
         | {graph: step.shape.num_hidden_layers * layer.kept}
@@ -110,12 +111,6 @@ def moments(step: Step, tokens: int) -> dict[str, Terms]:
 def peak(step: Step, tokens: int) -> float:
     """The bytes of the larger moment."""
     return max(sum(terms.values()) for terms in moments(step, tokens).values())
-
-
-def positions_bytes(step: Step, tokens: int) -> float:
-    """The cosines and sines of the rotary embedding, and the index of each token."""
-    angles = 2 * step.dtype.itemsize * step.shape.head_dim
-    return tokens * (angles + torch.int64.itemsize)
 
 
 def dequantized_bytes(step: Step) -> float:
@@ -146,8 +141,7 @@ def terms_of(step: Step, blocks: Sequence[Block]) -> Terms:
 @cache
 def count_layer(step: Step, tokens: int) -> Counted:
     """One decoder layer, forward and backward."""
-    with ExitStack() as stack:
-        stack.enter_context(_parts_of(step))
+    with _parts_of(step):
         config = LlamaConfig(
             **step.shape._asdict(),
             attn_implementation="sdpa" if step.where == CPU else COUNTED_ATTENTION,
@@ -168,8 +162,7 @@ def count_layer(step: Step, tokens: int) -> Counted:
 def count_head(step: Step, tokens: int) -> Counted:
     """The last norm, a frozen head and the loss."""
     vocabulary = step.shape.vocab_size
-    with ExitStack() as stack:
-        stack.enter_context(_parts_of(step))
+    with _parts_of(step):
         with torch.device(device_of(step.where)):
             norm: Any = modeling_llama.LlamaRMSNorm(step.shape.hidden_size)
             head = nn.Linear(step.shape.hidden_size, vocabulary, bias=False)
@@ -213,9 +206,7 @@ def _parts_of(step: Step) -> Iterator[None]:
         patches.append((lora.Linear, "forward", Linear4bit.forward))
     if step.liger:
         patches += liger_patches(step.arm)
-    with ExitStack() as stack:
-        for target, name, value in patches:
-            stack.enter_context(mock.patch.object(target, name, value))
+    with patched(patches):
         yield
 
 

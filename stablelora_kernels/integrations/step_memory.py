@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.ops import plans
+from stablelora_kernels.ops.lora_linear_cross_entropy import chunks
 from stablelora_kernels.ops.lora_mlp import tiled
 from stablelora_kernels.ops.lora_mlp import torch as lora_mlp_torch
 from stablelora_kernels.ops.matrices import row_tiles
@@ -271,10 +272,12 @@ def _counted_on(where: str) -> Iterator[None]:
     """In the block, this library's ops are those of ``where``, and compute as they do without a
     dispatch mode. No other thread may train meanwhile.
     """
+    chunks_of = chunks._chunks
     patches: list[tuple[Any, str, Any]] = [
         (lora_mlp_torch, "_activation_backward", _activation_backward),
         # The first tile's gradients are alive when the second one begins; the others take no more.
         (tiled, "row_tiles", lambda rows, most: islice(row_tiles(rows, most), 2)),
+        (chunks, "_chunks", lambda call: islice(chunks_of(call), 2)),
     ]
     if where != CPU:
         # Launch plans need Triton, which is optional.
@@ -294,6 +297,13 @@ def _counted_on(where: str) -> Iterator[None]:
             (plans.PlannedOp, "__call__", plan),
             (Launch, "run", lambda launch, given: None),
         ]
+    with patched(patches):
+        yield
+
+
+@contextmanager
+def patched(patches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """In the block, an object's attribute of that name has that value, for each of ``patches``."""
     with ExitStack() as stack:
         for target, name, value in patches:
             stack.enter_context(mock.patch.object(target, name, value))
@@ -303,6 +313,12 @@ def _counted_on(where: str) -> Iterator[None]:
 def _activation_backward(activation: Any, dh: Tensor, g: Tensor) -> Tensor:
     """The op's own way without a dispatch mode, in the memory of dH."""
     return activation.backward(dh, g, grad_input=dh)  # type: ignore[no-any-return]
+
+
+def positions_bytes(tokens: int, head_dim: int, dtype: torch.dtype) -> int:
+    """The cosines and sines of the rotary embedding, and the index of each token."""
+    angles = 2 * dtype.itemsize * head_dim
+    return tokens * (angles + torch.int64.itemsize)
 
 
 def moments(layers: Sequence[Counted], head: Counted) -> list[int]:
@@ -319,7 +335,7 @@ def most_tokens(moments_at: Callable[[int], Sequence[float]], room: float) -> in
     """How many tokens take at most ``room`` bytes at every moment of ``moments_at(tokens)``.
 
     Moments grow nearly in proportion to tokens. Tiles and the kernels' scratch grow in steps, so
-    the line is corrected where it ends.
+    the line is corrected where it ends, until that changes less than a hundredth.
     """
     few, many = map(moments_at, LENGTHS)
     rates = [(b - a) / (LENGTHS[1] - LENGTHS[0]) for a, b in zip(few, many, strict=True)]
@@ -328,6 +344,8 @@ def most_tokens(moments_at: Callable[[int], Sequence[float]], room: float) -> in
         return min(int((room - size) / rate) for size, rate in zip(at, rates, strict=True))
 
     tokens = LENGTHS[0] + further(few)
-    if tokens > LENGTHS[1]:
-        tokens += further(moments_at(tokens))
+    correction = tokens
+    while tokens > LENGTHS[1] and abs(correction) > tokens / 100:
+        correction = further(moments_at(tokens))
+        tokens += correction
     return max(0, tokens)
