@@ -3,7 +3,7 @@ memory, and by formula.
 
     python -m benchmarks.lab.memory [--draw]
 
-prints six tables in half a minute; ``--draw`` draws the first two into docs/_static:
+prints six tables in a minute; ``--draw`` draws the first two into docs/_static:
 
 - a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with
 hooks
@@ -55,7 +55,12 @@ from benchmarks.lab.step_memory import (
     Step,
     Terms,
 )
-from stablelora_kernels.integrations.memory_plan import Decoder, PlannedStep, memory_plan
+from stablelora_kernels.integrations.memory_plan import (
+    Decoder,
+    MemoryPlan,
+    PlannedStep,
+    memory_plan,
+)
 from stablelora_kernels.integrations.step_memory import (
     ADAPTER,
     BF16,
@@ -394,21 +399,31 @@ PLANS = (
 )
 
 
+class Plans(NamedTuple):
+    """With the model's own norms and rotary embedding, and with Liger-Kernel's."""
+
+    own: MemoryPlan
+    liger: MemoryPlan
+
+
+@cache
+def plans_of(name: str, weights: str, card: int) -> Plans:
+    plan = partial(memory_plan, LlamaConfig(**SHAPES[name]), gpu_gib=card, weights=weights.lower())
+    own = plan()
+    with patched(step_memory.liger_patches(FUSED)):
+        return Plans(own, plan())
+
+
 def plan_table() -> str:
-    """The most tokens of ``memory_plan``, with the model's norms and rotary embedding and with
-    Liger-Kernel's.
-    """
+    """The most tokens of ``memory_plan``."""
     cells = []
     for name, weights, cards in PLANS:
         for card in cards:
-            config = LlamaConfig(**SHAPES[name])
-            plans = [memory_plan(config, gpu_gib=card, weights=weights.lower())]
-            with patched(step_memory.liger_patches(FUSED)):
-                plans.append(memory_plan(config, gpu_gib=card, weights=weights.lower()))
-            most = zip(*[plan.steps for plan in plans], strict=True)
-            tokens = ["→".join(f"{step.tokens:,}" for step in steps) for steps in most]
+            plans = plans_of(name, weights, card)
+            pairs = zip(plans.own.steps, plans.liger.steps, strict=True)
+            tokens = [f"{own.tokens:,}→{liger.tokens:,}" for own, liger in pairs]
             cells.append([name, weights, str(card), *tokens])
-    heads = [_plan_head(step) for step in plans[0].steps]
+    heads = [_plan_head(step) for step in plans.own.steps]
     return markdown([["most tokens", "weights", "GiB", *heads], *cells], 3)
 
 

@@ -52,7 +52,7 @@ class _Options(NamedTuple):
     offload: bool = False
 
 
-# By the time of a step, the cheapest first.
+# In the order in which to try them.
 _ROWS = (
     _Options(),
     _Options(("fuse_loss",)),
@@ -98,8 +98,8 @@ class MemoryPlan:
         gpu_gib: the GPU's memory.
         tokens: those of the step that was asked for, or None.
         start_gib: what is there before any token: weights, adapters, their gradients and moments.
-        steps: a row for each set of options, the fastest step first. Without ``tokens``, each has the
-            most tokens that fit.
+        steps: a row for each set of options, in the order in which to try them. Without ``tokens``,
+            each has the most tokens that fit.
     """
 
     model_type: str
@@ -113,8 +113,8 @@ class MemoryPlan:
 
     @property
     def best(self) -> PlannedStep | None:
-        """The fastest step that fits ``tokens``, or without them the one that fits most; None if
-        none fits.
+        """The first step that fits ``tokens``, or without them the one that fits most; None if none
+        fits.
         """
         fitting = [step for step in self.steps if step.fits]
         if self.tokens is None:
