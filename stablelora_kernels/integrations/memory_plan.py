@@ -326,7 +326,7 @@ class Decoder:
                 config, attn_implementation=attention
             )
             base.to(self._dtype)
-            model = peft.get_peft_model(base, peft.LoraConfig(**self._lora, task_type="CAUSAL_LM"))
+            model = peft.get_peft_model(base, peft.LoraConfig(**self._lora))
         if type(base.lm_head) is not nn.Linear:
             raise ValueError(
                 f"target_modules must leave the head frozen, got {self._lora['target_modules']!r}"
