@@ -274,9 +274,10 @@ OURS = BEST._replace(words="this library", arm=FUSED)
 
 
 @cache
-def decoder_of(name: str) -> Decoder:
+def decoder_of(name: str, weights: str) -> Decoder:
     """The count of a model with this library."""
-    return Decoder(LlamaConfig(**SHAPES[name]), 16, "all-linear", torch.bfloat16, "sm_90")
+    config = LlamaConfig(**SHAPES[name])
+    return Decoder(config, 16, "all-linear", weights.lower(), torch.bfloat16, "sm_90")
 
 
 class Run(NamedTuple):
@@ -291,7 +292,7 @@ class Run(NamedTuple):
     def start(self) -> float:
         """The bytes before any token: weights; adapters with gradients and moments."""
         an_adapter = ADAPTER if self.given.float32 else BF16_ADAPTER
-        return decoder_of(self.name).start(self.weights.lower(), an_adapter)
+        return decoder_of(self.name, self.weights).start(an_adapter)
 
     def at(self, tokens: int) -> dict[str, Terms]:
         """Bytes by moment and term, beside those before any token."""

@@ -186,18 +186,15 @@ def memory_plan(
     config = _config_of(model)
     if TRITON_PROBLEM is not None:
         raise RuntimeError(f"memory_plan plans the launches of a GPU: {TRITON_PROBLEM}")
-    decoder = Decoder(config, r, target_modules, torch.bfloat16, _GPU)
-    start = decoder.start(weights)
+    decoder = Decoder(config, r, target_modules, weights, torch.bfloat16, _GPU)
+    start = decoder.start()
     room = USABLE * gpu_gib * GIB - start
     layers = decoder.layers
 
     def planned(options: _Options) -> PlannedStep:
         def moments_at(length: int, checkpoints: int = layers) -> list[float]:
             are_checkpointed = [options.checkpointing and i < checkpoints for i in range(layers)]
-            taken = decoder.moments(length, options.fusions, are_checkpointed, options.offload)
-            # The largest weight is dequantized for its product.
-            extra = decoder.largest_weight * BF16 if weights == "nf4" else 0
-            return [*[size + extra for size in taken[:-1]], taken[-1]]
+            return decoder.moments(length, options.fusions, are_checkpointed, options.offload)
 
         checkpoints = layers if options.checkpointing else 0
         if tokens is None:
@@ -240,8 +237,8 @@ def _config_of(model: Any) -> Any:
 class Decoder:
     """Counts a step of a model by one of its decoder layers and its head.
 
-    ``dtype``: of weights and activations; adapters are float32. ``where``: as for
-    :func:`~.step_memory.count`.
+    ``weights``: those of the layers, a key of :data:`WEIGHTS`. ``dtype``: of other weights and of
+    activations; adapters are float32. ``where``: as for :func:`~.step_memory.count`.
     """
 
     def __init__(
@@ -249,11 +246,13 @@ class Decoder:
         config: Any,
         r: int,
         target_modules: str | Sequence[str],
+        weights: str,
         dtype: torch.dtype,
         where: str,
     ) -> None:
         self._config = config
         self._lora = {"r": r, "target_modules": target_modules}
+        self._weights = weights
         self._dtype = dtype
         self._where = where
         self._one_layer = cache(self._make_one_layer)
@@ -261,7 +260,7 @@ class Decoder:
         self._head = cache(self._count_head)
         self.layers: int = config.num_hidden_layers
 
-    def start(self, weights: str, an_adapter: float = ADAPTER) -> float:
+    def start(self, an_adapter: float = ADAPTER) -> float:
         """The bytes before any token: of frozen weights, and ``an_adapter`` for each element of A and
         B.
         """
@@ -270,12 +269,7 @@ class Decoder:
         adapters = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters) - adapters
         rest = sum(p.numel() for p in model.parameters()) - adapters - frozen
-        return self.layers * (an_adapter * adapters + WEIGHTS[weights] * frozen) + BF16 * rest
-
-    @property
-    def largest_weight(self) -> int:
-        """The elements of a layer's largest weight."""
-        return max(p.numel() for p in self._one_layer(None).model.layers[0].parameters())
+        return self.layers * (an_adapter * adapters + WEIGHTS[self._weights] * frozen) + BF16 * rest
 
     def input_bytes(self, tokens: int) -> int:
         """A layer's input."""
@@ -302,8 +296,16 @@ class Decoder:
                 away = self.input_bytes(tokens) if are_checkpointed[i] else 0
                 layers[i] = layers[i]._replace(kept=layers[i].kept - away)
         positions = positions_bytes(tokens, self._head_dim, self._dtype)
-        taken = moments(layers, self._head(tokens, "fuse_loss" in fusions))
-        return [size + positions for size in taken]
+        *backwards, loss = moments(layers, self._head(tokens, "fuse_loss" in fusions))
+        in_layers = positions + self._dequantized_bytes()
+        return [*[size + in_layers for size in backwards], loss + positions]
+
+    def _dequantized_bytes(self) -> int:
+        """A layer's largest weight of NF4, which its product reads dequantized."""
+        if self._weights != "nf4":
+            return 0
+        parameters = self._one_layer(None).model.layers[0].parameters()
+        return self._dtype.itemsize * max(p.numel() for p in parameters)
 
     @property
     def _head_dim(self) -> int:

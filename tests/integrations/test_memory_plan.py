@@ -94,7 +94,7 @@ def measured_peak(config: Any, fusions: Any, are_checkpointed: Any, offload: boo
 
 
 def counted_peak(config: Any, fusions: Any, are_checkpointed: Any, offload: bool) -> float:
-    decoder = Decoder(config, 4, "all-linear", torch.float32, CPU)
+    decoder = Decoder(config, 4, "all-linear", "bf16", torch.float32, CPU)
     return max(decoder.moments(TOKENS, fusions, are_checkpointed, offload))
 
 
@@ -157,13 +157,11 @@ def test_a_plan_has_as_few_checkpoints_as_fit():
     plan = slk.memory_plan(LLAMA_8B, gpu_gib=24, weights="nf4", tokens=8192)
     best = plan.best
     assert best is plan.steps[3] and best.fusions == FUSED and 0 < best.checkpoints < plan.layers
-    decoder = Decoder(LLAMA_8B, 16, "all-linear", torch.bfloat16, "sm_90")
+    decoder = Decoder(LLAMA_8B, 16, "all-linear", "nf4", torch.bfloat16, "sm_90")
 
     def gib(checkpoints: int) -> float:
         are_checkpointed = [i < checkpoints for i in range(plan.layers)]
-        *layers, loss = decoder.moments(8192, FUSED, are_checkpointed)
-        # The largest weight is dequantized in a layer.
-        return plan.start_gib + max(max(layers) + 2 * 4096 * 14336, loss) / GIB
+        return (decoder.start() + max(decoder.moments(8192, FUSED, are_checkpointed))) / GIB
 
     assert gib(best.checkpoints) == best.gib <= USABLE * 24 < gib(best.checkpoints - 1)
 
