@@ -12,6 +12,7 @@ from stablelora_kernels.integrations.hf_trainer import (
     StabilityCallback,
     StableLoRAAdamWFactory,
 )
+from stablelora_kernels.integrations.memory_plan import memory_plan
 from stablelora_kernels.integrations.packed_checkpoints import load_packed_experts
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.integrations.peft.rows import adapters_of_rows, losses_of_rows
@@ -49,6 +50,7 @@ __all__ = [
     "load_packed_experts",
     "lora_pairs",
     "losses_of_rows",
+    "memory_plan",
     "reference",
     "restore_peft",
     "save_adapter",

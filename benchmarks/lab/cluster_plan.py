@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import stablelora_kernels as slk
 from benchmarks.common.memory import saved_for_backward
+from stablelora_kernels.integrations.step_memory import ADAPTER, BF16, FP32, NF4
 
 # From the models' published config.json; Qwen3's norms of queries and keys are left out.
 MODELS: dict[str, dict[str, int]] = {
@@ -35,13 +36,8 @@ MODELS: dict[str, dict[str, int]] = {
     "llama-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
                   "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
 }  # fmt: skip
-BF16, FP32 = 2, 4
-# NF4: half a byte, and for 64 elements a byte of absmax and 4/256 for that one's.
-NF4 = 0.5 + (1 + 4 / 256) / 64
 # The logits in bfloat16 and float32, and the gradient of each.
 LOGITS = 2 * (BF16 + FP32)
-# Value, gradient and two moments of A and B.
-ADAPTER = 4 * FP32
 
 
 class Layer(NamedTuple):

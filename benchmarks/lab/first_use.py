@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common.memory import MIB, LiveBytes
+from benchmarks.common.memory import MIB
 from benchmarks.common.tables import RESULTS, markdown, write_text
 from benchmarks.lab.mlp_launches import mlp_calls
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
+from stablelora_kernels.integrations.step_memory import LiveBytes
 from stablelora_kernels.ops.first_use import TURNS, Subject
 from stablelora_kernels.ops.lora_linear.triton import lora_linear_bwd, lora_linear_fwd
 from stablelora_kernels.ops.lora_mlp.triton import lora_mlp_bwd, lora_mlp_fwd

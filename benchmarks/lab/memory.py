@@ -3,7 +3,7 @@ memory, and by formula.
 
     python -m benchmarks.lab.memory [--draw]
 
-prints six tables in half a minute; ``--draw`` draws the first two into docs/_static:
+prints six tables in a minute; ``--draw`` draws the first two into docs/_static:
 
 - a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with
 hooks
@@ -12,12 +12,11 @@ hooks
 (``benchmarks.lab.step_memory`` counts them)
 - which argument gains how many tokens
 - which tensors are alive at the peak
-- a step with logits and with ``fuse_loss``, for models of large vocabularies
+- how many tokens fit with which options of ``accelerate_peft`` (``memory_plan``)
 
 The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction``
 saves G and U (src/liger_kernel/ops/swiglu.py), and Unsloth's ``LoRA_MLP`` saves x, G and U
-(unsloth/kernels/fast_lora.py). Frozen weights, adapters and logits come from
-``benchmarks.lab.cluster_plan``.
+(unsloth/kernels/fast_lora.py). Frozen weights and adapters are those of ``memory_plan``.
 """
 
 from __future__ import annotations
@@ -27,17 +26,15 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AttentionInterface, LlamaConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
@@ -45,28 +42,40 @@ from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.plot_style import BLUE, GREEN, GREY, ORANGE, RED, STYLE, plt, save
 from benchmarks.common.tables import RESULTS, markdown
 from benchmarks.lab import step_memory
-from benchmarks.lab.cluster_plan import ADAPTER, BF16, MODELS, NF4, count
 
 # Not read here: scripts that judge the pages' figures take these from this file.
 from benchmarks.lab.cluster_plan import LOGITS as LOGITS
-from benchmarks.lab.stand_ins import counted_attention
+from benchmarks.lab.cluster_plan import MODELS
 from benchmarks.lab.step_memory import (
     FROM_LOGITS,
     LAST_LAYER,
     LIGER_LOSS,
     LINEAR,
-    LOSS,
-    WITHOUT_LOGITS,
     Shape,
     Step,
     Terms,
+)
+from stablelora_kernels.integrations.memory_plan import (
+    Decoder,
+    MemoryPlan,
+    PlannedStep,
+    memory_plan,
+)
+from stablelora_kernels.integrations.step_memory import (
+    ADAPTER,
+    BF16,
+    COUNTED_ATTENTION,
+    GIB,
+    USABLE,
+    most_tokens,
+    patched,
+    register_attention,
 )
 from stablelora_kernels.ops.lora_linear_cross_entropy.chunks import (
     GPU_LOGIT_BYTES as GPU_LOGIT_BYTES,
 )
 
 STATIC = RESULTS.parents[1] / "docs" / "_static"
-GIB = 1 << 30
 
 # A gated MLP of M tokens, width K, inner width F and rank r: bfloat16 weights and activations,
 # float32 adapters on all three projections, on a GPU. Parameters do not count. What is kept, in the
@@ -207,11 +216,9 @@ def saved_mib(
     """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of
     rank 16, one sequence.
     """
-    AttentionInterface.register("counted", counted_attention)
-    config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation="counted")
-    with ExitStack() as stack:
-        for target, name, part in step_memory.liger_patches(arm) if liger else ():
-            stack.enter_context(mock.patch.object(target, name, part))
+    register_attention()
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation=COUNTED_ATTENTION)
+    with patched(step_memory.liger_patches(arm) if liger else ()):
         with torch.device("meta"):
             layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
             x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -244,8 +251,6 @@ SHAPES = {
     "Llama 3.1 70B": MODELS["llama-70b"],
 }
 TOKENS, CARDS = (2048, 8192), (24, 80)
-# The rest of a card is for what is not counted.
-USABLE = 0.9
 # Of a bfloat16 adapter: value, gradient and both moments, which AdamW keeps in its dtype.
 BF16_ADAPTER = 4 * BF16
 
@@ -268,7 +273,11 @@ BEST = Arguments("PEFT at its best", PEFT, LIGER_LOSS, False, True)
 OURS = BEST._replace(words="this library", arm=FUSED)
 
 
-_count = cache(lambda name: count(SHAPES[name], 16, "all-linear"))
+@cache
+def decoder_of(name: str, weights: str) -> Decoder:
+    """The count of a model with this library."""
+    config = LlamaConfig(**SHAPES[name])
+    return Decoder(config, 16, "all-linear", weights.lower(), torch.bfloat16, "sm_90")
 
 
 class Run(NamedTuple):
@@ -282,11 +291,8 @@ class Run(NamedTuple):
     @property
     def start(self) -> float:
         """The bytes before any token: weights; adapters with gradients and moments."""
-        model = _count(self.name)
-        an_element = NF4 if self.weights == "NF4" else BF16
         an_adapter = ADAPTER if self.given.float32 else BF16_ADAPTER
-        frozen = an_element * model.layers * model.layer.frozen + BF16 * model.rest
-        return frozen + an_adapter * model.adapters
+        return decoder_of(self.name, self.weights).start(an_adapter)
 
     def at(self, tokens: int) -> dict[str, Terms]:
         """Bytes by moment and term, beside those before any token."""
@@ -306,19 +312,11 @@ class Run(NamedTuple):
         return (self.start + max(sum(terms.values()) for terms in self.at(tokens).values())) / GIB
 
     def most_tokens(self, card: int) -> int:
-        """How many tokens a card of so many GiB holds: both moments grow nearly in proportion to
-        them. The kernels' scratch grows in steps, so the line is corrected where it ends.
-        """
-        room = USABLE * card * GIB - self.start
-        fits = []
-        for moment in (LOSS, LAST_LAYER):
-            few, many = (sum(self.at(tokens)[moment].values()) for tokens in TOKENS)
-            rate = (many - few) / (TOKENS[1] - TOKENS[0])
-            tokens = TOKENS[0] + int((room - few) / rate)
-            if tokens > TOKENS[1]:
-                tokens += int((room - sum(self.at(tokens)[moment].values())) / rate)
-            fits.append(tokens)
-        return max(0, *[min(fits)])
+        """How many tokens a card of so many GiB holds."""
+        return most_tokens(
+            lambda tokens: [sum(terms.values()) for terms in self.at(tokens).values()],
+            USABLE * card * GIB - self.start,
+        )
 
 
 def _step_cells(runs: Sequence[Run]) -> list[str]:
@@ -392,25 +390,48 @@ _TERMS_HEADS = {
     OURS.words: OURS.words,
 }
 
-# Models of large vocabularies.
-VOCABULARIES = {
-    "Llama 3.1 8B": ("Llama 3.1 8B", 128_256),
-    "Qwen3 14B": ("Qwen3 14B", 151_936),
-}
+# By model: weights, and the GiB of cards that hold them.
+PLANS = (
+    ("Llama 3.1 8B", "bf16", (24, 80)),
+    ("Llama 3.1 8B", "NF4", (24, 80)),
+    ("Qwen3 14B", "bf16", (80,)),
+    ("Qwen3 14B", "NF4", (24, 80)),
+    ("Llama 3.1 70B", "NF4", (80,)),
+)
 
 
-def loss_table() -> str:
-    """A step with checkpointing and ``fuse_mlp``: with logits, and without them by ``fuse_loss``."""
-    cells = [["model, vocabulary", "weights", *_STEP_HEADS]]
-    for words, (name, vocabulary) in VOCABULARIES.items():
-        assert SHAPES[name]["vocab_size"] == vocabulary
-        for weights in ("bf16", "NF4"):
-            runs = [
-                Run(name, weights, True, Arguments("this library", FUSED, loss))
-                for loss in (FROM_LOGITS, WITHOUT_LOGITS)
-            ]
-            cells.append([f"{words}, {vocabulary:,}", weights, *_step_cells(runs)])
-    return markdown(cells, 2)
+class Plans(NamedTuple):
+    """With the model's own norms and rotary embedding, and with Liger-Kernel's."""
+
+    own: MemoryPlan
+    liger: MemoryPlan
+
+
+@cache
+def plans_of(name: str, weights: str, card: int) -> Plans:
+    plan = partial(memory_plan, LlamaConfig(**SHAPES[name]), gpu_gib=card, weights=weights.lower())
+    own = plan()
+    with patched(step_memory.liger_patches(FUSED)):
+        return Plans(own, plan())
+
+
+def plan_table() -> str:
+    """The most tokens of ``memory_plan``."""
+    cells = []
+    for name, weights, cards in PLANS:
+        for card in cards:
+            plans = plans_of(name, weights, card)
+            pairs = zip(plans.own.steps, plans.liger.steps, strict=True)
+            tokens = [f"{own.tokens:,}→{liger.tokens:,}" for own, liger in pairs]
+            cells.append([name, weights, str(card), *tokens])
+    heads = [_plan_head(step) for step in plans.own.steps]
+    return markdown([["most tokens", "weights", "GiB", *heads], *cells], 3)
+
+
+def _plan_head(step: PlannedStep) -> str:
+    words = [f"`{name}`" for name in step.fusions]
+    words += ["checkpoints"] * (step.checkpoints > 0) + ["offloaded"] * step.offload
+    return ", ".join(words) or "no option"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -424,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fit_table(),
         arguments_table(),
         terms_table(),
-        loss_table(),
+        plan_table(),
     )
     print(*tables, sep="\n\n")
     if not options.draw:

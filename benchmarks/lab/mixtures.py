@@ -21,15 +21,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, PEFT, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.tables import markdown
-from benchmarks.lab.cluster_plan import ADAPTER, BF16, LOGITS, NF4
-from benchmarks.lab.memory import CARDS, FUSED, GIB, TOKENS, USABLE, counted_attention
+from benchmarks.lab.cluster_plan import LOGITS
+from benchmarks.lab.memory import CARDS, FUSED, TOKENS
+from stablelora_kernels.integrations.step_memory import (
+    ADAPTER,
+    BF16,
+    COUNTED_ATTENTION,
+    GIB,
+    NF4,
+    USABLE,
+    register_attention,
+)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK = 16
@@ -78,7 +87,7 @@ MIXTURES = {
             num_key_value_heads=4,
             head_dim=128,
             vocab_size=151936,
-            attn_implementation="counted",
+            attn_implementation=COUNTED_ATTENTION,
         ),
         Qwen3MoeDecoderLayer,
         inner=768,
@@ -95,7 +104,7 @@ MIXTURES = {
             num_key_value_heads=8,
             head_dim=64,
             vocab_size=201088,
-            attn_implementation="counted",
+            attn_implementation=COUNTED_ATTENTION,
         ),
         GptOssDecoderLayer,
         inner=2880,
@@ -130,7 +139,7 @@ class Rest(NamedTuple):
 
 def rest_of(mixture: Mixture, arm: str) -> Rest:
     """A decoder layer without its experts, its attention adapted by ``arm``."""
-    AttentionInterface.register("counted", counted_attention)
+    register_attention()
     kept = []
     # The difference leaves out what does not grow with tokens.
     for tokens in (1024, 2048):

@@ -10,40 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-
-class FlashAttention(torch.autograd.Function):
-    """flash-attention 2 of a causal sequence (csrc/flash_attn/flash_api.cpp).
-
-    Forward keeps q, k, v, its output and a float32 number for each row. Backward takes dQ a second
-    time in float32, the float32 sum of each row's dO ∘ O, and, for fewer heads of k and v than of
-    q, dK and dV by head of q.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        row_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, row_sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _out, row_sums = ctx.saved_tensors
-        gradients = [torch.empty_like(t) for t in (query, key, value)]
-        scratch = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(row_sums)]
-        if key.shape[1] != query.shape[1]:
-            scratch += [torch.empty_like(query), torch.empty_like(query)]
-        del scratch
-        return tuple(gradients)
-
-
-def counted_attention(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: object, **_: object
-) -> tuple[Tensor, None]:
-    """transformers' attention function that keeps what a flash attention kernel keeps."""
-    return FlashAttention.apply(q, k, v).transpose(1, 2), None
-
-
 # Liger-Kernel 0.8.5, src/liger_kernel/ops.
 
 

@@ -1,23 +1,12 @@
-"""The memory of a training step of a Llama with LoRA at its peak, counted on one decoder layer and
-one head.
+"""The memory of a training step of a Llama with LoRA at its peak, by what is alive and who computes:
+PEFT, 72 lines of PyTorch or this library, with or without Liger-Kernel.
 
-A step has two moments that can be its peak:
+``stablelora_kernels.integrations.step_memory`` counts a layer and a head; here they are built, and
+what is alive gets names. What is not PyTorch's operators is counted by what its source allocates:
+beside this library's kernels and flash attention
 
-    the loss          the graphs of all layers, and what the last norm, the head and the loss take
-    the last layer    the graphs of all other layers, and what this layer takes forward or backward
-
-With gradient checkpointing a layer's graph is its input alone until backward computes the layer
-again. Weights, gradients of A and B, and the optimizer's state are not counted here.
-
-The layer and the head are transformers' and PEFT's own modules. Their operators run on tensors
-without memory for a GPU, and on real ones for a CPU, under ``LiveBytes``. On a GPU four things are
-not PyTorch's operators, and each is counted by what its source allocates:
-
-- this library's kernels, by the launch plans of the GPU: what a plan takes as scratch is alive with
-  the op's operands and results (in ``fuse_mlp``'s backward dG and dU)
-- flash attention (``FlashAttention``)
 - Liger-Kernel's norms, rotary embedding and SwiGLU (``LIGER``)
-- Liger-Kernel's loss without logits (``LigerLoss``)
+- Liger-Kernel's loss without logits (``liger_loss``)
 
 ``tests/benchmarks/lab/test_step_memory.py`` holds the count against the measured peaks of whole
 models on a CPU.
@@ -27,34 +16,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, LlamaConfig
+from transformers import LlamaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import FROZEN, MLP_FUSED, MLP_TILED, PEFT, adapt
-from benchmarks.common.memory import Block, LiveBytes
-from benchmarks.lab.stand_ins import LIGER, counted_attention, liger_loss
+from benchmarks.lab.stand_ins import LIGER, liger_loss
 from stablelora_kernels import functional
-from stablelora_kernels.dispatch import backend
-from stablelora_kernels.dispatch.problem import DEVICES
-from stablelora_kernels.ops import plans
-from stablelora_kernels.ops.lora_linear_cross_entropy import autograd as cross_entropy
-from stablelora_kernels.ops.lora_linear_cross_entropy import chunks
-from stablelora_kernels.ops.lora_mlp import tiled
-from stablelora_kernels.ops.lora_mlp import torch as lora_mlp_torch
+from stablelora_kernels.integrations.step_memory import (
+    COUNTED_ATTENTION,
+    CPU,
+    Block,
+    Counted,
+    count,
+    device_of,
+    patched,
+    positions_bytes,
+    register_attention,
+)
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CPU = "cpu"
 # How the loss is computed: from logits, by this library's op, or by Liger-Kernel's.
 FROM_LOGITS, WITHOUT_LOGITS, LIGER_LOSS = "from logits", "fuse_loss", "Liger's loss"
 LOSS, LAST_LAYER = "the loss", "the last layer"
@@ -93,10 +82,6 @@ class Step(NamedTuple):
     where: str = "sm_90"
     r: int = 16
 
-    @property
-    def device(self) -> str:
-        return CPU if self.where == CPU else "meta"
-
 
 # Bytes by term.
 Terms = dict[str, float]
@@ -112,7 +97,7 @@ def moments(step: Step, tokens: int) -> dict[str, Terms]:
         tokens,
     )
     graph = INPUTS if step.checkpointing else "graphs of other layers"
-    positions = {"positions": positions_bytes(step, tokens)}
+    positions = {"positions": positions_bytes(tokens, step.shape.head_dim, step.dtype)}
     return {
         LOSS: positions
         | {graph: step.shape.num_hidden_layers * layer.kept}
@@ -129,12 +114,6 @@ def peak(step: Step, tokens: int) -> float:
     return max(sum(terms.values()) for terms in moments(step, tokens).values())
 
 
-def positions_bytes(step: Step, tokens: int) -> float:
-    """The cosines and sines of the rotary embedding, and the index of each token."""
-    angles = 2 * step.dtype.itemsize * step.shape.head_dim
-    return tokens * (angles + torch.int64.itemsize)
-
-
 def dequantized_bytes(step: Step) -> float:
     """The largest weight of NF4, which its product reads dequantized, in our kernels above 256 rows
     and in bitsandbytes.
@@ -143,7 +122,6 @@ def dequantized_bytes(step: Step) -> float:
     return step.dtype.itemsize * sizes if step.nf4 else 0.0
 
 
-FORWARD, BACKWARD = "forward", "backward"
 INNER, FLOAT32, OTHER = "tensors of the MLP's width", "other float32 tensors", "other tensors"
 
 
@@ -161,22 +139,15 @@ def terms_of(step: Step, blocks: Sequence[Block]) -> Terms:
     return dict(terms)
 
 
-class Counted(NamedTuple):
-    # Alive between forward and backward.
-    kept: int
-    peak: int
-    at_peak: tuple[Block, ...]
-
-
 @cache
 def count_layer(step: Step, tokens: int) -> Counted:
     """One decoder layer, forward and backward."""
-    with ExitStack() as stack:
-        stack.enter_context(_parts_of(step))
+    with _parts_of(step):
         config = LlamaConfig(
-            **step.shape._asdict(), attn_implementation="sdpa" if step.where == CPU else "counted"
+            **step.shape._asdict(),
+            attn_implementation="sdpa" if step.where == CPU else COUNTED_ATTENTION,
         )
-        with torch.device(step.device):
+        with torch.device(device_of(step.where)):
             layer: Any = LlamaDecoderLayer(config, 0).to(step.dtype).requires_grad_(False)
             angles = torch.zeros(1, tokens, config.head_dim, dtype=step.dtype)
         adapt(
@@ -192,9 +163,8 @@ def count_layer(step: Step, tokens: int) -> Counted:
 def count_head(step: Step, tokens: int) -> Counted:
     """The last norm, a frozen head and the loss."""
     vocabulary = step.shape.vocab_size
-    with ExitStack() as stack:
-        stack.enter_context(_parts_of(step))
-        with torch.device(step.device):
+    with _parts_of(step):
+        with torch.device(device_of(step.where)):
             norm: Any = modeling_llama.LlamaRMSNorm(step.shape.hidden_size)
             head = nn.Linear(step.shape.hidden_size, vocabulary, bias=False)
             labels = torch.zeros(1, tokens, dtype=torch.int64)
@@ -221,88 +191,15 @@ def _count(
     exclude: Sequence[Tensor],
     checkpointing: bool = False,
 ) -> Counted:
-    """Run forward and backward on an x that lives as long as ``run`` keeps it."""
     shape = (1, tokens, step.shape.hidden_size)
-    with torch.device(step.device):
-        seed = torch.zeros(1, dtype=step.dtype, requires_grad=True)
-    with LiveBytes([*exclude, seed]) as live:
-
-        def forward(x: Tensor) -> Tensor:
-            with live.phase(FORWARD):
-                return run(x)
-
-        with live.phase(FORWARD):
-            x = _Before.apply(seed, shape)
-        if checkpointing:
-            # The meta device has no generator whose state could be kept.
-            keeps_state = step.device != "meta"
-            y = checkpoint(forward, x, use_reentrant=False, preserve_rng_state=keeps_state)
-        else:
-            y = forward(x)
-        with live.phase(FORWARD):
-            total = _After.apply(y)
-        del y
-        del x
-        kept = live.live
-        with live.phase(BACKWARD):
-            total.backward()
-    return Counted(kept, live.peak, live.at_peak)
-
-
-class _Before(torch.autograd.Function):
-    """Makes x, and takes its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ctx.seed = seed
-        return seed.new_zeros(shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.seed.detach(), None
-
-
-class _After(torch.autograd.Function):
-    """Takes y, and makes its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        ctx.shape = y.shape
-        return y.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.new_ones(ctx.shape)
+    return count(run, shape, step.dtype, step.where, exclude, checkpointing)
 
 
 @contextmanager
 def _parts_of(step: Step) -> Iterator[None]:
-    """In the block, modules and ops are those of the step."""
-    AttentionInterface.register("counted", counted_attention)
-    patches = [
-        (cross_entropy, "lora_linear_cross_entropy", _opened_loss),
-        (lora_mlp_torch, "_activation_backward", _activation_backward),
-        (tiled, "_tiled_forward", tiled.forward_in_tiles),
-        (tiled, "_tiled_backward", tiled.backward_in_tiles),
-    ]
-    if step.where != CPU:
-        # Launch plans need Triton, which is optional.
-        from stablelora_kernels.launch.base import Launch
-
-        device = DEVICES[step.where]
-        answer = backend.Answer("triton", "counted as on a GPU")
-
-        def plan(op: Any, entry: object, tensors: Any, settings: Any) -> Any:
-            # The launches hold their scratch.
-            results, launches = op.plan(device, op._types.call_of(tensors, settings))
-            del launches
-            return results
-
-        patches += [
-            (backend, "explain_backend", lambda given: answer),
-            (plans.PlannedOp, "__call__", plan),
-            (Launch, "run", lambda launch, given: None),
-        ]
+    """In the block, modules are those of the step."""
+    register_attention()
+    patches: list[tuple[Any, str, Any]] = []
     if step.nf4:
         # PEFT's layers around a bitsandbytes layer have a forward of their own.
         from peft.tuners.lora.bnb import Linear4bit
@@ -310,9 +207,7 @@ def _parts_of(step: Step) -> Iterator[None]:
         patches.append((lora.Linear, "forward", Linear4bit.forward))
     if step.liger:
         patches += liger_patches(step.arm)
-    with ExitStack() as stack:
-        for target, name, value in patches:
-            stack.enter_context(mock.patch.object(target, name, value))
+    with patched(patches):
         yield
 
 
@@ -322,16 +217,3 @@ def liger_patches(arm: str) -> list[tuple[Any, str, Any]]:
     """
     kept = {"LlamaMLP"} if arm.endswith((MLP_FUSED, MLP_TILED)) else set()
     return [(modeling_llama, name, LIGER[name]) for name in sorted(LIGER.keys() - kept)]
-
-
-def _opened_loss(*args: Any) -> tuple[Tensor, ...]:
-    """The op's own work, whose operators ``LiveBytes`` sees."""
-    call = chunks._call_of(args)
-    results = chunks._results(call)
-    chunks._compute(call, results)
-    return tuple(results)
-
-
-def _activation_backward(activation: Any, dh: Tensor, g: Tensor) -> Tensor:
-    """The op's own way without a dispatch mode, in the memory of dH."""
-    return activation.backward(dh, g, grad_input=dh)

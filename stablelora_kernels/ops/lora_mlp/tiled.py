@@ -73,7 +73,17 @@ def _empty_output(
     return x.new_empty((*x.shape[:-1], down.shape[0]))
 
 
-def forward_in_tiles(
+# Ops, so that a compiled graph holds one node of a call, and so that a checkpoint's policy can name
+# what it keeps.
+
+
+@define_op(
+    "lora_mlp_tiled_fwd",
+    "(Tensor x, Tensor?[] operands, Tensor[] scales, Tensor? seeds, int[] layouts, float[] scalings, float dropout_p, "
+    "str activation, bool output, bool save, bool[] stores_mask, bool shared_mask, str backend, int tile_rows) -> Tensor",
+    _empty_output,
+)
+def _tiled_forward(
     x: Tensor,
     operands: Sequence[Tensor | None],
     scales: Sequence[Tensor],
@@ -122,7 +132,14 @@ def _sums_like(tensors: Sequence[Tensor | None], needed: Sequence[bool], x: Tens
     ]
 
 
-def backward_in_tiles(
+@define_op(
+    "lora_mlp_tiled_bwd",
+    "(Tensor grad, Tensor x, Tensor?[] operands, Tensor[] scales, Tensor? seeds, int[] layouts, float[] scalings, "
+    "float dropout_p, str activation, bool need_x, bool[] need_a, bool[] need_b, bool shared_mask, str backend, "
+    "int tile_rows) -> (Tensor, Tensor[], Tensor[])",
+    _empty_gradients,
+)
+def _tiled_backward(
     grad: Tensor,
     x: Tensor,
     operands: Sequence[Tensor | None],
@@ -181,23 +198,6 @@ def _with_wide_branches(operands: Sequence[Tensor | None]) -> list[Tensor | None
     for places in (LORA_AS, LORA_BS):
         wide[places] = [None if t is None else _widened(t) for t in operands[places]]
     return wide
-
-
-# Ops, so that a compiled graph holds one node of a call, and so that a checkpoint's policy can name
-# what it keeps.
-_tiled_forward = define_op(
-    "lora_mlp_tiled_fwd",
-    "(Tensor x, Tensor?[] operands, Tensor[] scales, Tensor? seeds, int[] layouts, float[] scalings, float dropout_p, "
-    "str activation, bool output, bool save, bool[] stores_mask, bool shared_mask, str backend, int tile_rows) -> Tensor",
-    _empty_output,
-)(forward_in_tiles)
-_tiled_backward = define_op(
-    "lora_mlp_tiled_bwd",
-    "(Tensor grad, Tensor x, Tensor?[] operands, Tensor[] scales, Tensor? seeds, int[] layouts, float[] scalings, "
-    "float dropout_p, str activation, bool need_x, bool[] need_a, bool[] need_b, bool shared_mask, str backend, "
-    "int tile_rows) -> (Tensor, Tensor[], Tensor[])",
-    _empty_gradients,
-)(backward_in_tiles)
 
 
 class _TiledContext(Context, Protocol):

@@ -298,7 +298,7 @@ def test_the_guides_have_the_tables():
             memory.fit_table(),
             memory.arguments_table(),
             memory.terms_table(),
-            memory.loss_table(),
+            memory.plan_table(),
         ],
     }
     for name, of_page in tables.items():
@@ -333,3 +333,16 @@ def test_the_text_of_will_it_fit_has_the_tables_figures():
     assert plain[0] == 1
     assert f"{plain[1]:.2f} times as many with Liger-Kernel" in text
     assert f"With checkpointing they fit {plain[2]:.2f} times as many" in text
+    small, large = (
+        [[step.tokens for step in plan.steps[3:]] for plan in memory.plans_of(*of)]
+        for of in ((llama, "NF4", 24), ("Llama 3.1 70B", "NF4", 80))
+    )
+    gains = [offloaded / fused for fused, _, offloaded in (*small, *large)]
+    assert f"fits {gains[0]:.1f} times the tokens of `fuse_mlp`" in text
+    assert f"and {gains[2]:.1f} times for the 70B model" in text
+    assert f"norms {gains[1]:.1f} and {gains[3]:.1f} times" in text
+    own, liger = (100 * (tiled / fused - 1) for fused, tiled, _ in small)
+    assert f"gains {own:.0f} % for the 8B model, and {liger:.0f} % with" in text
+    logits = memory.Run(llama, "bf16", True, memory.DEFAULT._replace(arm=memory.FUSED))
+    fused = memory.plans_of(llama, "bf16", 24).own.steps[3]
+    assert f"on {logits.most_tokens(24):,} tokens instead of {fused.tokens:,}" in text

@@ -17,11 +17,10 @@ pytest.importorskip(
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[bench]")
 pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[bench]")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import stablelora_kernels as slk
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, MLP_TILED, PEFT, PLAIN, adapt
-from benchmarks.common.memory import LiveBytes
 from benchmarks.lab import memory, stand_ins, step_memory
 from benchmarks.lab.step_memory import (
     CPU,
@@ -33,6 +32,8 @@ from benchmarks.lab.step_memory import (
     Shape,
     Step,
 )
+from stablelora_kernels.integrations import step_memory as counts
+from stablelora_kernels.integrations.step_memory import LiveBytes
 from stablelora_kernels.ops.lora_mlp import call as lora_mlp_call
 from stablelora_kernels.utils.memory import peak_over_start
 
@@ -136,9 +137,7 @@ def test_live_bytes_are_those_of_storages_that_are_alive():
 def test_a_gpu_differs_from_a_cpu_by_attention_alone(arm, monkeypatch):
     """Where no kernel of this library runs, tensors without memory count what real ones do."""
     # A CPU's own attention takes other memory.
-    monkeypatch.setitem(
-        step_memory.AttentionInterface._global_mapping, "sdpa", stand_ins.counted_attention
-    )
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", counts.counted_attention)
     gpu = Step(SMALL, arm, float32=True, dtype=torch.float32, r=4)
     cpu = gpu._replace(where=CPU)
     # Counts of other tests have the CPU's attention.
@@ -170,7 +169,7 @@ def test_the_most_tokens_fit_and_no_more(given, checkpointing):
     """The table goes by two counts and a line; here that many tokens are counted themselves."""
     run = memory.Run("Llama 3.1 8B", "NF4", checkpointing, given)
     tokens = run.most_tokens(24)
-    room = memory.USABLE * 24
+    room = counts.USABLE * 24
     assert run.gib(int(0.995 * tokens)) <= room < run.gib(int(1.005 * tokens))
 
 
