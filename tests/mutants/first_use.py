@@ -114,6 +114,7 @@ def _trials() -> dict[str, list[Trial]]:
     """The trials by group."""
     from stablelora_kernels.dispatch import tiles
     from stablelora_kernels.testing.cases import BF16, FP16, FP32, TINY, Case
+    from stablelora_kernels.testing.ops.lora_mlp import MLP
     from tests.kernels.test_tickets import TILES
     from tests.ops import test_lora_linear_cross_entropy as losses
     from tests.ops import test_lora_rows as rows
@@ -178,6 +179,8 @@ def _trials() -> dict[str, list[Trial]]:
         gated.but(ranks=(None, 8, 5), strategy="one_launch", arch="sm_80"),
         gated.but(shape=(9, 64), ranks=(6, 6, 3), shared=True, p=0.3),
         gated.but(shape=(70, 64), quantized=("nf4", "fp8", None), arch="sm_90"),
+        # Its forward is once without G and U, and once without Y.
+        gated.but(op=MLP(tile_rows=40), p=0.3, arch="sm_90"),
     ]  # fmt: skip
 
     def of_loss(case: Case) -> Trial:
