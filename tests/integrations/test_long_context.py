@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -310,6 +311,12 @@ def part_of_sequence(rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def batch(rank: int) -> dict[str, Any]:
+    """A sequence of each process's own."""
+    ids = IDS.roll(5 * rank, 1)
+    return {"input_ids": ids, "labels": ids}
+
+
 def two(rank: int, world: int, place: Path) -> dict[str, dict[str, Tensor]]:
     """The gradients by parts of a sequence, and sharded."""
     transformers.AttentionInterface.register("to all parts", attention_to_all_parts)
@@ -334,6 +341,16 @@ def two(rank: int, world: int, place: Path) -> dict[str, dict[str, Tensor]]:
         fully_shard(model, mesh=mesh)
         slk.accelerate_peft(model, **RECIPE)
         found[f"sharded, {checkpoint}"] = gradients(model)
+    for checkpoint in ("non-reentrant", "selective"):
+        model = make()
+        model.get_base_model().activation_checkpointing_enable(CHECKPOINTS[checkpoint])
+        slk.accelerate_peft(model, **RECIPE)
+        of_all = gradients(DistributedDataParallel(model), **batch(rank))
+        # The loss is that of this process alone.
+        del of_all["loss"]
+        found[f"DDP, {checkpoint}"] = {
+            name.removeprefix("module."): t for name, t in of_all.items()
+        }
     return found
 
 
@@ -344,6 +361,9 @@ def test_two_processes(tmp_path):
     this shows that the ops compute a part of a sequence as they compute all of it.
     """
     expected = gradients(make())
+    of_batches = [gradients(make(), **batch(rank)) for rank in range(2)]
+    mean = {name: (of_batches[0][name] + of_batches[1][name]) / 2 for name in expected}
+    del mean["loss"]
     for of_process in spawn(two, 2, tmp_path):
         for way, found in of_process.items():
-            assert_close(found, expected, way)
+            assert_close(found, mean if way.startswith("DDP") else expected, way)
