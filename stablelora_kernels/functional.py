@@ -89,7 +89,9 @@ def lora_linear(
         TypeError: dtypes do not fit.
         RuntimeError: the Triton backend is forced but can't run.
     """
-    return _run(x, (_projection(weight, bias, lora_A, lora_B, scaling),), dropout_p, training)[0]
+    return _run(
+        x, (Projection(weight, bias, lora_A, lora_B, scaling).stored(),), dropout_p, training
+    )[0]
 
 
 def lora_linear_if(
@@ -147,7 +149,8 @@ def lora_linear_group(
             "weights, biases, lora_As, lora_Bs and scalings must have one length, of 1 to "
             f"{MAX_GROUP}, got {', '.join(map(str, lengths))}"
         )
-    projections = [*map(_projection, weights, biases, lora_As, lora_Bs, scalings)]
+    of_each = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
+    projections = [Projection(*arguments).stored() for arguments in of_each]
     return tuple(_run(x, projections, dropout_p, training))
 
 
@@ -214,7 +217,7 @@ def lora_mlp(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
     tiled = check_tiles("tiled", tiled)
-    projections = [_projection(*p) for p in (gate, up, down)]
+    projections = [Projection(*p).stored() for p in (gate, up, down)]
     return _run(x, projections, dropout_p, training, activation=activation, tiled=tiled)[0]
 
 
@@ -331,19 +334,6 @@ def lora_experts(
     )
     check_experts(x, stack, offsets)
     return lora_experts_op(x, stack, offsets)
-
-
-def _projection(
-    weight: Any,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-) -> Projection:
-    """A projection as the ops take it: a quantized weight in its stored parts."""
-    if not isinstance(weight, Tensor):
-        weight = weight.stored
-    return Projection(weight, bias, lora_A, lora_B, scaling)
 
 
 def _run(

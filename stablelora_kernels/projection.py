@@ -38,6 +38,11 @@ class Projection(NamedTuple):
         """r, 0 without a branch."""
         return 0 if self.lora_A is None else self.lora_A.shape[0]
 
+    def stored(self) -> Projection:
+        """Itself as the ops take it, a quantized weight in its stored parts."""
+        weight = self.weight
+        return self._replace(weight=weight.stored) if isinstance(weight, QuantizedWeight) else self
+
 
 def s_unit(dtype: torch.dtype, scaling: float) -> float:
     """What a stored 1 of S = ``scaling`` X A^T means: the power of two that keeps S no larger than

@@ -138,6 +138,10 @@ def test_fused_output_and_gradients_are_pefts(family, calls, nodes):
         assert (len(calls), nodes) == (2, [])
         return
     assert mlp.reason is None and (calls, nodes) == ([], [IDS.numel() * 2])
+    report = slk.accelerate_peft(model, tile_mlp=5)
+    assert any(f"MLP of {E} experts in tiles" in note for note in report.notes)
+    assert_close(results(model), expected, 1e-6 if family == "nemotron_h" else 1e-12)
+    assert (calls, nodes.pop()) == ([], IDS.numel() * 2)
     slk.accelerate_peft(model, fuse_mlp=False)
     assert_close(results(model), expected, 1e-6 if family == "nemotron_h" else 1e-12)
     assert (len(calls), len(nodes)) == (2, 1)
@@ -269,10 +273,10 @@ def story(model: Any, place: Any) -> Iterator[tuple[dict[str, torch.Tensor], boo
     yield results(model.merge_and_unload()), False
 
 
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("fuse", [{}, {"fuse_mlp": True}, {"tile_mlp": 5}], ids=str)
 def test_switched_disabled_merged_copied_and_unloaded(fuse, calls, nodes, tmp_path):
     plain, fast = (with_lora(build("qwen3_moe")) for _ in range(2))
-    slk.accelerate_peft(fast, strict=True, fuse_mlp=fuse)
+    slk.accelerate_peft(fast, strict=True, **fuse)
     told = story(fast, tmp_path / "fast")
     for expected, _ in story(plain, tmp_path / "plain"):
         calls.clear()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stablelora_kernels.activations import ACTIVATIONS
-from stablelora_kernels.functional import _projection, lora_mlp
+from stablelora_kernels.functional import lora_mlp
 from stablelora_kernels.ops.lora_mlp.call import Options, facts_of
 from stablelora_kernels.ops.matrices import row_count, row_tiles
 from stablelora_kernels.reference.lora import lora_mlp_ref
@@ -56,7 +56,7 @@ class MLP(Group):
 
     def mask_tiles(self, case: Case, operands: Operands) -> list[int]:
         leaf = leaves(case, operands)
-        parts = [_projection(*p) for p in projections(case, leaf)]
+        parts = [p.stored() for p in projections(case, leaf)]
         options = Options(case.activation, case.p, case.backend, case.shared, self.tile_rows)
         most = facts_of(leaf["x"], parts, options).tile_rows
         rows = [tile.rows for tile in row_tiles(row_count(leaf["x"]), most)] if most else []
