@@ -353,8 +353,8 @@ def _tokens_of_tile(x: Tensor, routing: Routing, up: ExpertStack, tiled: bool | 
         # A block of experts is a tile already, and needs no packed expert twice.
         return max(1, x.shape[0])
     top_k = routing.weights.shape[1]
-    # G and its gradient, H, Z, their gradients, and X and dX by slots.
-    width = 2 * up.out_features + 4 * up.out_features // 2 + 2 * up.in_features
+    # G and its gradient; H, Z and their gradients, which are half as wide; and X and dX by slots.
+    width = 4 * up.out_features + 2 * up.in_features
     return max(1, TILE_BYTES["cuda"] // (width * max(1, top_k) * x.element_size()))
 
 

@@ -4,7 +4,7 @@ follows from the key of a call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -217,6 +217,23 @@ def if_needed(gradients: Sequence[Tensor | None], needed: OfThree) -> list[Tenso
     return [
         gradient if is_needed else None
         for gradient, is_needed in zip(gradients, needed, strict=True)
+    ]
+
+
+def needed_like(
+    tensors: Sequence[Tensor | None],
+    needed: OfThree,
+    new_like: Callable[..., Tensor],
+    grad: Tensor,
+) -> list[Tensor]:
+    """Memory for the gradients of those ``tensors`` that are needed, as ``new_like`` makes it, and an
+    empty tensor like ``grad`` for each other.
+    """
+    return [
+        new_like(t, memory_format=torch.contiguous_format)
+        if is_needed and t is not None
+        else grad.new_empty(0)
+        for t, is_needed in zip(tensors, needed, strict=True)
     ]
 
 

@@ -31,6 +31,7 @@ from stablelora_kernels.ops.lora_mlp.call import (
     MLPForwardCall,
     MLPForwardSettings,
     if_needed,
+    needed_like,
     stores_mask,
 )
 from stablelora_kernels.ops.matrices import RowTile, as_matrix, row_count, row_tile_count, row_tiles
@@ -64,10 +65,15 @@ def _settings(values: Sequence[Any]) -> list[Any]:
 
 
 def _empty_output(
-    x: Tensor, operands: Sequence[Tensor | None], scales: Sequence[Tensor], *others: Any
+    x: Tensor,
+    operands: Sequence[Tensor | None],
+    scales: Sequence[Tensor],
+    seeds: Tensor | None,
+    layouts: Sequence[int],
+    scalings: Sequence[float],
+    *others: Any,
 ) -> Tensor:
     """Memory for Y [..., N]."""
-    layouts, scalings = others[1:3]
     down = projections_of(operands, scales, layouts, scalings)[DOWN].weight
     assert down is not None
     return x.new_empty((*x.shape[:-1], down.shape[0]))
@@ -88,12 +94,16 @@ def _tiled_forward(
     operands: Sequence[Tensor | None],
     scales: Sequence[Tensor],
     seeds: Tensor | None,
+    layouts: Sequence[int],
+    scalings: Sequence[float],
     *others: Any,
 ) -> Tensor:
-    """Y [..., N] for x [..., K]; ``others`` are MLPForwardSettings, the backend and a tile's rows."""
-    *values, backend, tile_rows = _settings(others)
+    """Y [..., N] for x [..., K]; behind ``seeds`` come MLPForwardSettings, the backend and a tile's
+    rows.
+    """
+    *values, backend, tile_rows = _settings([layouts, scalings, *others])
     settings = MLPForwardSettings(*values)
-    y = _empty_output(x, operands, scales, seeds, *others)
+    y = _empty_output(x, operands, scales, seeds, layouts, scalings)
     rows = as_matrix(x)
     outputs = y.view(rows.shape[0], y.shape[-1])
     for tile in row_tiles(rows.shape[0], tile_rows):
@@ -111,25 +121,15 @@ def _empty_gradients(
     seeds: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Memory for the gradients; empty for those that are not needed."""
+    """Memory for the gradients, zeros for dA and dB; empty for those that are not needed."""
     needs = MLPBackwardSettings(*_settings(others)[:-2])
     lora_As = operands[LORA_AS]
     lora_Bs = operands[LORA_BS]
     # Not empty_like(x), whose strides may overlap.
     dx = x.new_empty(x.shape if needs.need_x else (0,))
-    return dx, _sums_like(lora_As, needs.need_a, x), _sums_like(lora_Bs, needs.need_b, x)
-
-
-def _sums_like(tensors: Sequence[Tensor | None], needed: Sequence[bool], x: Tensor) -> list[Tensor]:
-    """Zeros for the gradients of those ``tensors`` that are needed, and an empty tensor for each
-    other.
-    """
-    return [
-        torch.zeros_like(t, memory_format=torch.contiguous_format)
-        if is_needed and t is not None
-        else x.new_empty(0)
-        for t, is_needed in zip(tensors, needed, strict=True)
-    ]
+    das = needed_like(lora_As, needs.need_a, torch.zeros_like, x)
+    dbs = needed_like(lora_Bs, needs.need_b, torch.zeros_like, x)
+    return dx, das, dbs
 
 
 @define_op(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice
@@ -17,8 +14,8 @@ from stablelora_kernels.ops.lora_mlp.call import (
     MLPForwardCall,
     MLPForwardResults,
     MLPForwardSettings,
-    OfThree,
     each_mask,
+    needed_like,
     with_branches,
 )
 from stablelora_kernels.ops.lora_mlp.proof import BACKWARD, FORWARD
@@ -105,21 +102,9 @@ def _allocate_backward(call: MLPBackwardCall) -> MLPBackwardResults:
         dx = grad.new_empty((*grad.shape[:-1], _size_of(gate)[1]))
     return MLPBackwardResults(
         dx=dx,
-        das=_needed_like(call.operands[LORA_AS], settings.need_a, grad),
-        dbs=_needed_like(call.operands[LORA_BS], settings.need_b, grad),
+        das=needed_like(call.operands[LORA_AS], settings.need_a, torch.empty_like, grad),
+        dbs=needed_like(call.operands[LORA_BS], settings.need_b, torch.empty_like, grad),
     )
-
-
-def _needed_like(tensors: Sequence[Tensor | None], needed: OfThree, grad: Tensor) -> list[Tensor]:
-    """Memory for the gradients of those ``tensors`` that are needed, and an empty tensor for each
-    other.
-    """
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        if is_needed and t is not None
-        else grad.new_empty(0)
-        for t, is_needed in zip(tensors, needed, strict=True)
-    ]
 
 
 @define_launches(
