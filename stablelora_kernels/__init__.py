@@ -11,6 +11,7 @@ from stablelora_kernels.integrations.hf_trainer import (
     AccelerateCallback,
     StabilityCallback,
     StableLoRAAdamWFactory,
+    StableLoRACallback,
 )
 from stablelora_kernels.integrations.memory_plan import memory_plan
 from stablelora_kernels.integrations.packed_checkpoints import load_packed_experts
@@ -24,7 +25,7 @@ from stablelora_kernels.model import (
     save_adapter,
 )
 from stablelora_kernels.nn import LoRALinear
-from stablelora_kernels.optim import PairStability, StabilityLogger, StableLoRAAdamW
+from stablelora_kernels.optim import PairStability, StabilityLogger, StableLoRAAdamW, StableShrink
 from stablelora_kernels.pairs import LoRAPair, lora_pairs
 from stablelora_kernels.status import status
 
@@ -38,6 +39,8 @@ __all__ = [
     "StabilityLogger",
     "StableLoRAAdamW",
     "StableLoRAAdamWFactory",
+    "StableLoRACallback",
+    "StableShrink",
     "__version__",
     "accelerate_peft",
     "adapters_of_rows",

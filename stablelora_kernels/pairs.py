@@ -22,6 +22,14 @@ _ADAPTER = re.compile(
 )
 
 
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, also where DeepSpeed's ZeRO has cut it, stage 3, and has left an
+    empty placeholder.
+    """
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LoRAPair:
     """One LoRA branch: W = W0 + s·B·A.
@@ -41,19 +49,20 @@ class LoRAPair:
     B: torch.Tensor
 
     def __post_init__(self) -> None:
-        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        a, b = tuple(full_shape(self.A)), tuple(full_shape(self.B))
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise ValueError(
                 f"pair {self.name!r}: A must be [r, in] and B [out, r] with one r, got A {list(a)} and B {list(b)}"
             )
 
     def __repr__(self) -> str:
-        return f"LoRAPair({self.name!r}, A {[*self.A.shape]}, B {[*self.B.shape]}, {self.A.dtype}, {self.A.device})"
+        a, b = [*full_shape(self.A)], [*full_shape(self.B)]
+        return f"LoRAPair({self.name!r}, A {a}, B {b}, {self.A.dtype}, {self.A.device})"
 
     @property
     def r(self) -> int:
         """The rank."""
-        return self.A.shape[0]
+        return full_shape(self.A)[0]
 
 
 def split_lora_name(name: str) -> tuple[str, str] | None:
@@ -121,13 +130,13 @@ def lora_pairs(source: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> list[L
             )
         name, parameter = item
         split = split_lora_name(name)
-        if split is not None and parameter.dim() == 2:
+        if split is not None and len(full_shape(parameter)) == 2:
             halves.setdefault(split[0], {})[split[1]] = parameter
     for name, half in halves.items():
         if len(half) == 1:
             (role,) = half
             raise ValueError(
-                f"pair {name!r} has lora_{role} {list(half[role].shape)} but no lora_{other_half(role)}"
+                f"pair {name!r} has lora_{role} {list(full_shape(half[role]))} but no lora_{other_half(role)}"
             )
     return [LoRAPair(name, half["A"], half["B"]) for name, half in halves.items()]
 

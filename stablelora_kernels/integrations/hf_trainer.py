@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from stablelora_kernels.integrations.peft import (
@@ -18,7 +19,8 @@ from stablelora_kernels.integrations.peft import (
     restore_peft,
 )
 from stablelora_kernels.nn.fused_loss import skip_logits_in_evaluation
-from stablelora_kernels.optim import PairStability, StableLoRAAdamW
+from stablelora_kernels.optim import PairStability, StableLoRAAdamW, StableShrink
+from stablelora_kernels.optim.stable_shrink import check_shrink_options, shrinks_of
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import clean, innermost
 from stablelora_kernels.utils.validation import check_bool, no_argument
@@ -158,12 +160,12 @@ class StabilityCallback(_Callback):
 
     Args:
         trainer: the trainer that the callback is added to, a ``Trainer`` or one derived from it, as
-            TRL's. Its optimizer is a :class:`StableLoRAAdamW`, by either way; accelerate's wrapper
-            around it does not matter.
+            TRL's. Its optimizer is a :class:`StableLoRAAdamW`, by either way, or it has a
+            :class:`StableLoRACallback`; accelerate's wrapper around the optimizer does not matter.
 
     Raises:
         TypeError: ``trainer`` is no trainer; or, when training starts, its optimizer is another
-            one.
+            one without a ``StableLoRACallback``.
         ImportError: transformers is not installed.
     """
 
@@ -187,20 +189,10 @@ class StabilityCallback(_Callback):
         It warns if the optimizer has its default learning rate where ``TrainingArguments`` has
         another one.
         """
-        default = inspect.signature(StableLoRAAdamW).parameters["lr"].default
-        groups = _stable_optimizer(self.trainer.optimizer).param_groups
-        rates = [group.get("initial_lr", group["lr"]) for group in groups]
-        if args.learning_rate != default and all(
-            isinstance(rate, float) and rate == default for rate in rates
-        ):
-            warnings.warn(
-                f"the optimizer's lr is {default}, its default, and not learning_rate={args.learning_rate} of TrainingArguments: "
-                "a trainer takes an optimizer as it is. Pass lr to it, or "
-                "optimizer_cls_and_kwargs=StableLoRAAdamWFactory.from_args(args, ...)",
-                UserWarning,
-                stacklevel=2,
-            )
         callbacks = self.trainer.callback_handler.callbacks
+        # One of them may come later, and makes a StableShrink then.
+        if not any(isinstance(callback, StableLoRACallback) for callback in callbacks):
+            _warn_of_default_lr(_stable_optimizer(self.trainer.optimizer), args.learning_rate)
         callbacks.remove(self)
         callbacks.insert(0, self)
 
@@ -219,6 +211,49 @@ class StabilityCallback(_Callback):
             values = _summary(_stable_optimizer(self.trainer.optimizer).stability())
             logs.update(values)
             state.log_history[-1].update(values)
+
+
+class StableLoRACallback(_Callback):
+    """Puts a :class:`~stablelora_kernels.StableShrink` before every step of the Trainer's optimizer,
+    whatever ``optim`` is::
+
+        Trainer(model, TrainingArguments(optim="adafactor", ...), ..., callbacks=[slk.StableLoRACallback(shrink_ratio=5e-4)])
+
+    It does so when training begins, behind the loading of a checkpoint, whose latches and ratio go
+    on. Training again goes on, too. It also works under DeepSpeed's ZeRO. ``shrink`` is the
+    ``StableShrink`` from then on. It derives from transformers' ``TrainerCallback``.
+
+    Args:
+        options: keywords of :class:`~stablelora_kernels.StableShrink`: ``shrink_ratio``, ``seed``.
+
+    Raises:
+        TypeError: there is no such keyword, or a value has another type.
+        ValueError: a value is out of range; or, when training begins, as
+            :class:`~stablelora_kernels.StableShrink`.
+        ImportError: transformers is not installed.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        check_shrink_options("StableLoRACallback", options)
+        self.options = options
+        self.shrink: StableShrink | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Hook into the optimizer, unless an earlier training has."""
+        if model is None or optimizer is None:
+            raise TypeError(
+                f"the trainer must train a model by an optimizer, got {type(model).__name__} and {type(optimizer).__name__}"
+            )
+        if self.shrink is None or self.shrink not in shrinks_of(optimizer):
+            self.shrink = StableShrink(optimizer, model, **self.options)
 
 
 class AccelerateCallback(_Callback):
@@ -297,17 +332,36 @@ def _as_transformers_callback(cls: type) -> type:
     )
 
 
-def _stable_optimizer(optimizer: object) -> StableLoRAAdamW:
-    """The optimizer inside a trainer's or accelerate's wrapper of it."""
+def _warn_of_default_lr(optimizer: StableLoRAAdamW | StableShrink, wanted: float) -> None:
+    """Warn if a StableLoRAAdamW has its default learning rate, and the trainer's arguments another."""
+    if isinstance(optimizer, StableShrink):
+        return
+    default = inspect.signature(StableLoRAAdamW).parameters["lr"].default
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if wanted != default and all(isinstance(rate, float) and rate == default for rate in rates):
+        warnings.warn(
+            f"the optimizer's lr is {default}, its default, and not learning_rate={wanted} of TrainingArguments: "
+            "a trainer takes an optimizer as it is. Pass lr to it, or "
+            "optimizer_cls_and_kwargs=StableLoRAAdamWFactory.from_args(args, ...)",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _stable_optimizer(optimizer: object) -> StableLoRAAdamW | StableShrink:
+    """The optimizer inside a trainer's or accelerate's wrapper of it, or its StableShrink."""
     inner = optimizer
     while not isinstance(inner, StableLoRAAdamW) and hasattr(inner, "optimizer"):
         inner = inner.optimizer
-    if not isinstance(inner, StableLoRAAdamW):
-        raise TypeError(
-            f"trainer must train with a StableLoRAAdamW, got {type(inner).__name__}: pass optimizer_cls_and_kwargs="
-            "StableLoRAAdamWFactory.from_args(args, ...) or optimizers=(StableLoRAAdamW.from_model(...), None)"
-        )
-    return inner
+    if isinstance(inner, StableLoRAAdamW):
+        return inner
+    for shrink in shrinks_of(optimizer):
+        return shrink
+    raise TypeError(
+        f"trainer must train with a StableLoRAAdamW or a StableLoRACallback, got {type(inner).__name__}: pass "
+        "callbacks=[StableLoRACallback(...)], optimizer_cls_and_kwargs=StableLoRAAdamWFactory.from_args(args, ...) or "
+        "optimizers=(StableLoRAAdamW.from_model(...), None)"
+    )
 
 
 def _summary(pairs: Sequence[PairStability]) -> dict[str, float]:

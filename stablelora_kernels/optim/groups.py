@@ -107,7 +107,7 @@ def check_group(group: object, defaults: Mapping[str, object]) -> ParamGroup:
             raise ValueError(
                 f"parameter {name!r} must be a leaf tensor, got the result of {p.grad_fn}"
             )
-    _check_both_halves_train(named)
+    check_halves_train(named)
     where = "a group's " if OPTIONS.keys() & group.keys() else ""
     checked = {
         **group,
@@ -159,7 +159,7 @@ def check_parameter(name: str, p: Tensor) -> None:
         )
 
 
-def _check_both_halves_train(named: Sequence[Named]) -> None:
+def check_halves_train(named: Sequence[Named]) -> None:
     """Raise ValueError for a pair of which one half is trainable and the other frozen."""
     frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
     for name, p in named:

@@ -1,5 +1,5 @@
-"""The kernel of the optimizer's step, proven at its first use: a few steps of stand-ins for a sample
-of the parameters, against the step on PyTorch's operators.
+"""The kernels of the optimizer's step and of the shrinkage alone, proven at their first use: a few
+steps of stand-ins for a sample of the parameters, against the step on PyTorch's operators.
 
 Not proven are the launches that only some steps have: under a GradScaler, and of sharded parameters.
 """
@@ -7,7 +7,7 @@ Not proven are the launches that only some steps have: under a GradScaler, and o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -16,8 +16,17 @@ from torch import Tensor
 from stablelora_kernels.dispatch.first_use import Kind, fault_at_first_use
 from stablelora_kernels.optim.engine import Change, Gradients, Member, Setting
 from stablelora_kernels.optim.groups import ParamGroup
+from stablelora_kernels.optim.latch import Widths
 from stablelora_kernels.optim.options import LIVE, OPTIONS
-from stablelora_kernels.optim.sharding import Shard
+from stablelora_kernels.optim.sharding import Shard, ShardSums
+from stablelora_kernels.optim.shrink import (
+    Counters,
+    Parts,
+    ShrinkMember,
+    ShrinkStep,
+    TorchShrink,
+    TritonShrink,
+)
 from stablelora_kernels.optim.torch_step import TorchStep
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.pairs import LoRAPair
@@ -196,6 +205,74 @@ def _run(
     for member in members:
         results[member.name] = member.param
         results |= {f"{key} of {member.name}": value for key, value in member.entry.items()}
+    return results
+
+
+def shrink_fault(members: Sequence[ShrinkMember], parts: Sequence[Parts]) -> str:
+    """Why the kernel must not shrink these pairs of a device, or ""."""
+    by_words: dict[str, Parts] = {}
+    for member, of_pair in zip(members, parts, strict=True):
+        words = [
+            f"{str(t.dtype)[6:]} {'aligned' if (t.data_ptr() | t.numel()) % 16 == 0 else 'unaligned'}"
+            for t in of_pair[:2]
+        ]
+        cut = "a cut A" if member.shard.columns else "a whole A"
+        by_words.setdefault(", ".join([*words, cut]), of_pair)
+    kind = Kind("stable_shrink", "; ".join(sorted(by_words)))
+    return fault_at_first_use(kind, parts[0].a.device, lambda: _find_shrink_fault(by_words))
+
+
+def _find_shrink_fault(by_words: Mapping[str, Parts]) -> str:
+    """What is wrong with the shrinkage's kernel, in words, or ""."""
+    by_kernel, again = [_run_shrink(TritonShrink, by_words) for _ in range(2)]
+    by_operators = _run_shrink(TorchShrink, by_words)
+    for name, expected in by_operators.items():
+        fault = _difference(by_kernel[name], expected, 0.0)
+        if fault:
+            return f"{name} {fault}"
+    for name, value in by_kernel.items():
+        if not torch.equal(value, again[name]):
+            return f"two runs on the same operands differ in {name}"
+    return ""
+
+
+def _run_shrink(
+    engine_class: type[TorchShrink] | type[TritonShrink], by_words: Mapping[str, Parts]
+) -> dict[str, Tensor]:
+    """Stand-ins for pairs and their counters behind a few shrinkages, by name."""
+    members: list[ShrinkMember] = []
+    stand_ins: list[Parts] = []
+    results: dict[str, Tensor] = {}
+    device = next(iter(by_words.values())).a.device
+    generator = torch.Generator(device).manual_seed(0)
+    base = 0
+    for sizes in _SIZES:
+        for words, of_pair in by_words.items():
+            a, b = (
+                torch.empty_like(t).normal_(0.0, size, generator=generator)
+                for t, size in zip(of_pair[:2], sizes.values(), strict=True)
+            )
+            # What is beside A shrinks as A does.
+            stand_in = Parts(a, b, a.clone())
+            stand_ins.append(stand_in)
+            # Columns that cut a row between any two elements.
+            shard = Shard(base, 3, 7) if "cut" in words else Shard(base)
+            members.append(ShrinkMember(Widths(n=1, m=1), shard))
+            base += a.numel()
+            for part, value in stand_in._asdict().items():
+                results[f"{part} of a pair with {words}, A of {sizes['A']}"] = value
+    counters = Counters(*torch.zeros(2, len(members), dtype=torch.int32, device=device))
+    results |= counters._asdict()
+    engine = engine_class(members, counters, ShardSums([]))
+    for present in (True, False, True):
+        step = ShrinkStep(
+            parts=stand_ins,
+            present=[present] * len(members),
+            ratios=[_LIVE["shrink_ratio"]] * len(members),
+            seeds=[k + 1 for k in range(len(members))],
+            found_inf=None,
+        )
+        engine.step(step)
     return results
 
 

@@ -5,7 +5,7 @@ may stop.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -85,19 +85,20 @@ class ShardSums:
     sharded.
     """
 
-    def __init__(self, owners: Sequence[Tensor]) -> None:
-        """``owners``: the parameter that each value is a sum over."""
+    def __init__(
+        self,
+        owners: Sequence[Tensor],
+        groups_of: Callable[[Tensor], Iterable[torch.distributed.ProcessGroup]] | None = None,
+    ) -> None:
+        """``owners``: the parameter that each value is a sum over. ``groups_of``: the processes that
+        share one; default: those of a DTensor's mesh.
+        """
         groups: dict[str, torch.distributed.ProcessGroup] = {}
         indices_of: dict[str, list[int]] = {}
         for i, owner in enumerate(owners):
-            if not is_sharded(owner):
-                continue
-            for dim, placement in enumerate(owner.placements):
-                # Groups that hold replicas do not count.
-                if not placement.is_replicate() and owner.device_mesh.size(dim) > 1:
-                    group = owner.device_mesh.get_group(dim)
-                    groups[group.group_name] = group
-                    indices_of.setdefault(group.group_name, []).append(i)
+            for group in (groups_of or _mesh_groups)(owner):
+                groups[group.group_name] = group
+                indices_of.setdefault(group.group_name, []).append(i)
         self.sums: list[ProcessSum] = []
         for name, indices in indices_of.items():
             is_of_all = len(indices) == len(owners)
@@ -123,6 +124,16 @@ class ShardSums:
                 value, torch.distributed.ReduceOp.MAX, group=reduction.group
             )
         return value
+
+
+def _mesh_groups(owner: Tensor) -> Iterator[torch.distributed.ProcessGroup]:
+    """The processes among which a DTensor is sharded: a group for each such dimension of the mesh."""
+    if not is_sharded(owner):
+        return
+    for dim, placement in enumerate(owner.placements):
+        # Groups that hold replicas do not count.
+        if not placement.is_replicate() and owner.device_mesh.size(dim) > 1:
+            yield owner.device_mesh.get_group(dim)
 
 
 class Recorded(NamedTuple):

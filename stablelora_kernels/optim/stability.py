@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.optim.sharding import ShardSums
-from stablelora_kernels.optim.state import Entry
-from stablelora_kernels.pairs import LoRAPair, is_stable
-from stablelora_kernels.utils.tensors import local
+from stablelora_kernels.pairs import LoRAPair, full_shape, is_stable
 from stablelora_kernels.utils.validation import check_int
 
 if TYPE_CHECKING:
     from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+    from stablelora_kernels.optim.stable_shrink import StableShrink
 
 COLUMNS = ("step", "pair", "a_norm", "b_norm", "stable", "latched_at")
 
@@ -38,7 +37,9 @@ class PairStability:
         stable: whether ``a_norm <= b_norm`` now, as in the column of the log.
         latched_at: A's step, counted from one, at which the pair latched, or None.
         experts: how many experts' pairs PEFT has stacked in it, for which one latch stands, if the
-            optimizer was made by :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`; else 1.
+            optimizer was made by :meth:`~stablelora_kernels.StableLoRAAdamW.from_model`, or the
+            :class:`~stablelora_kernels.StableShrink` of a model; else 1.
+        steps: the steps that A has taken.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PairStability:
     stable: bool
     latched_at: int | None
     experts: int = 1
+    steps: int = 0
 
     @property
     def latched(self) -> bool:
@@ -63,28 +65,35 @@ class PairNorms(NamedTuple):
     b: float
 
 
+class PairCounts(NamedTuple):
+    """The steps that a pair's A has taken, and the one at which the pair latched, 0 for not yet."""
+
+    steps: int
+    latched_at: int
+
+
 def stability_of(
     pairs: Sequence[LoRAPair],
     norms: Sequence[PairNorms],
-    state: Mapping[Tensor, Entry],
+    counts: Sequence[PairCounts],
     experts: Mapping[str, int],
 ) -> list[PairStability]:
-    """The stability of each pair, from its norms, the optimizer's state, and by name how many
-    experts it stacks.
+    """The stability of each pair, from its norms and counts, and by name how many experts it
+    stacks.
     """
     stability = []
-    for pair, (a, b) in zip(pairs, norms, strict=True):
-        a_norm = a / max(pair.A.shape[1], 1)
-        b_norm = b / max(pair.B.shape[0], 1)
-        latched_at = int(state.get(pair.A, {}).get("latched_at", 0))
+    for pair, (a, b), count in zip(pairs, norms, counts, strict=True):
+        a_norm = a / max(full_shape(pair.A)[1], 1)
+        b_norm = b / max(full_shape(pair.B)[0], 1)
         stability.append(
             PairStability(
                 name=pair.name,
                 a_norm=a_norm,
                 b_norm=b_norm,
                 stable=is_stable(a_norm, b_norm),
-                latched_at=latched_at or None,
+                latched_at=count.latched_at or None,
                 experts=experts.get(pair.name, 1),
+                steps=count.steps,
             )
         )
     return stability
@@ -96,22 +105,27 @@ SMALLEST_NORM, LARGEST_NORM = 1e-15, 1e19
 
 
 def finite_norms(
-    pairs: Sequence[LoRAPair], float32_squares: bool, local_only: bool = False
+    pairs: Sequence[LoRAPair],
+    halves: Sequence[Tensor],
+    sums: ShardSums | None,
+    float32_squares: bool,
 ) -> list[PairNorms]:
     """||A||_F and ||B||_F of every pair, computed in float64.
 
-    The norms of sharded pairs take a collective, so all ranks must call this together;
-    ``local_only`` takes those of this process's shards instead. A warning names pairs whose squares
-    float32 does not hold, if the latch goes by ``float32_squares``.
+    A warning names pairs whose squares float32 does not hold, if the latch goes by
+    ``float32_squares``.
+
+    Args:
+        halves: this process's parts of all A's, then of all B's.
+        sums: over the processes, which must all call this together; None for the parts' own norms.
 
     Raises:
         RuntimeError: a norm is not finite.
     """
-    halves = [p for pair in pairs for p in (pair.A, pair.B)]
-    norms_on_device = [local(p.detach()).norm(dtype=torch.float64) for p in halves]
-    if sums := ShardSums([] if local_only else halves):
-        norms_on_device = list(sums.all_reduce_sum_(torch.stack(norms_on_device).square_()).sqrt_())
-    values = torch.stack([norm.cpu() for norm in norms_on_device]).view(-1, 2).tolist()
+    on_device = [half.norm(dtype=torch.float64) for half in halves]
+    if sums:
+        on_device = list(sums.all_reduce_sum_(torch.stack(on_device).square_()).sqrt_())
+    values = torch.stack([norm.cpu() for norm in on_device]).view(2, -1).t().tolist()
     norms = [PairNorms(a, b) for a, b in values]
     for pair, (a, b) in zip(pairs, norms, strict=True):
         if not (math.isfinite(a) and math.isfinite(b)):
@@ -159,7 +173,8 @@ class StabilityLogger:
     ``every`` accordingly.
 
     Args:
-        optimizer: the optimizer itself, not a trainer's or accelerate's wrapper of it.
+        optimizer: the optimizer itself, not a trainer's or accelerate's wrapper of it; or the
+            :class:`~stablelora_kernels.StableShrink` of another optimizer.
         target: one of:
 
             - the path of a CSV file with the columns step, pair, a_norm (``||A||_F/n``), b_norm
@@ -176,10 +191,14 @@ class StabilityLogger:
         ValueError: ``every`` is below 1, or the file exists and is no stability log.
     """
 
-    def __init__(self, optimizer: StableLoRAAdamW, target: Any, *, every: int = 10) -> None:
+    def __init__(
+        self, optimizer: StableLoRAAdamW | StableShrink, target: Any, *, every: int = 10
+    ) -> None:
         # By its method, since its class imports this file.
         if not callable(getattr(optimizer, "stability", None)):
-            raise TypeError(f"optimizer must be a StableLoRAAdamW, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"optimizer must be a StableLoRAAdamW or a StableShrink, got {type(optimizer).__name__}"
+            )
         check_int("every", every, minimum=1)
         self.optimizer = optimizer
         self.every = every
@@ -211,21 +230,19 @@ class StabilityLogger:
             ValueError: the logger is closed.
         """
         stability = self.optimizer.stability()
-        steps = [
-            int(self.optimizer.state.get(pair.A, {}).get("step", 0))
-            for pair in self.optimizer.pairs
-        ]
         if self._writer is not None:
-            for step, pair in zip(steps, stability, strict=True):
-                self._writer.add_scalar(f"stability/{pair.name}/a_norm", pair.a_norm, step)
-                self._writer.add_scalar(f"stability/{pair.name}/b_norm", pair.b_norm, step)
+            for pair in stability:
+                self._writer.add_scalar(f"stability/{pair.name}/a_norm", pair.a_norm, pair.steps)
+                self._writer.add_scalar(f"stability/{pair.name}/b_norm", pair.b_norm, pair.steps)
             count = sum(pair.latched for pair in stability)
-            self._writer.add_scalar("stability/latched", count, max(steps))
+            self._writer.add_scalar(
+                "stability/latched", count, max(pair.steps for pair in stability)
+            )
         elif self._file is not None:
             writer = csv.writer(self._file, lineterminator="\n")
-            for step, pair in zip(steps, stability, strict=True):
+            for pair in stability:
                 norms = f"{pair.a_norm:.9g}", f"{pair.b_norm:.9g}"
-                writer.writerow([step, pair.name, *norms, int(pair.stable), pair.latched_at])
+                writer.writerow([pair.steps, pair.name, *norms, int(pair.stable), pair.latched_at])
             self._file.flush()
         else:
             raise ValueError("this StabilityLogger is closed")

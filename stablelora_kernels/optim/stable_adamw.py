@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from stablelora_kernels.optim import groups, options, state
 from stablelora_kernels.optim.groups import ParamGroup
 from stablelora_kernels.optim.options import Options
+from stablelora_kernels.optim.sharding import ShardSums
 from stablelora_kernels.optim.stability import (
+    PairCounts,
     PairNorms,
     PairStability,
     finite_norms,
@@ -27,6 +29,7 @@ from stablelora_kernels.optim.stability import (
 from stablelora_kernels.optim.step import Steps
 from stablelora_kernels.pairs import LoRAPair, stacked_experts
 from stablelora_kernels.utils.modules import check_module, clean, innermost
+from stablelora_kernels.utils.tensors import local
 from stablelora_kernels.utils.validation import counted
 
 if TYPE_CHECKING:
@@ -266,14 +269,18 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         return self._skipped_before + sum(map(int, self._steps.skipped.values()))
 
     def _checked_norms(self, local_only: bool = False) -> list[PairNorms]:
-        """The norms of every pair. Warns of steps that were skipped, and of norms that a GPU's
-        float32 does not hold.
+        """The norms of every pair; ``local_only`` takes those of this process's shards. Warns of
+        steps that were skipped, and of norms that a GPU's float32 does not hold.
         """
         unreported = self.nonfinite_steps - self._reported
         if unreported > 0:
             warn_of_skipped(unreported)
             self._reported += unreported
-        return finite_norms(self._steps.pairs, self._steps.any_triton, local_only)
+        pairs = self._steps.pairs
+        owners = [pair.A for pair in pairs] + [pair.B for pair in pairs]
+        halves = [local(p.detach()) for p in owners]
+        sums = None if local_only else ShardSums(owners)
+        return finite_norms(pairs, halves, sums, self._steps.any_triton)
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -283,9 +290,12 @@ class StableLoRAAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a norm is not finite, so its pair can neither shrink nor latch.
         """
-        return stability_of(
-            self._steps.pairs, self._checked_norms(), self.state, self._experts or {}
-        )
+        norms = self._checked_norms()
+        counts = []
+        for pair in self._steps.pairs:
+            entry = self.state.get(pair.A, {})
+            counts.append(PairCounts(int(entry.get("step", 0)), int(entry.get("latched_at", 0))))
+        return stability_of(self._steps.pairs, norms, counts, self._experts or {})
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, steps, latches and hyperparameters, seed and shrink ratio included: enough for a

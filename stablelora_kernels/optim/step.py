@@ -251,8 +251,8 @@ class Steps:
             engine.step(
                 its_gradients,
                 change,
-                _moved_to(engine.device, grad_scale),
-                _moved_to(engine.device, found_inf),
+                moved_to(engine.device, grad_scale),
+                moved_to(engine.device, found_inf),
             )
         now.state = state_then
         self._last = now
@@ -287,7 +287,7 @@ def _engine_class(device: torch.device, members: Sequence[Member]) -> type[Torch
     return TorchStep if has_float64 or resolve_backend(device) == "torch" else TritonStep
 
 
-def _moved_to(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+def moved_to(device: torch.device, scalar: Tensor | None) -> Tensor | None:
     """``scalar`` as float32 on ``device``; of a DTensor, this process's."""
     if scalar is None:
         return None

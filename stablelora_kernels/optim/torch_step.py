@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stablelora_kernels.optim import staging
 from stablelora_kernels.optim.engine import Change, Engine, Gradients, Member
+from stablelora_kernels.optim.latch import LatchRule, Widths
 from stablelora_kernels.optim.options import LOW_PRECISION, Number
 from stablelora_kernels.optim.rounding import (
     MOMENT_WORD,
@@ -110,10 +111,17 @@ class TorchStep(Engine):
         self.low_moments = group["moments_dtype"] is not torch.float32
         seeds = [seed_word(member.setting.group["seed"]) for member in members]
         self.seeds = upload(seeds, torch.int32, self.device)
-        # [2, pairs]: multiplied by these, ||A||_F and ||B||_F become ||A||_F / n and ||B||_F / m.
-        per_n = [1 / max(members[pair.a].owner.shape[1], 1) for pair in self.pairs]
-        per_m = [1 / max(members[pair.b].owner.shape[0], 1) for pair in self.pairs]
-        self.inverse_widths = upload([per_n, per_m], torch.float64, self.device)
+        widths = [
+            Widths(n=members[pair.a].owner.shape[1], m=members[pair.b].owner.shape[0])
+            for pair in self.pairs
+        ]
+        self.rule = LatchRule(widths, self.pair_sums, self.device)
+        # The indices of the pairs that shrink at every step.
+        self.never = {
+            k
+            for k, pair in enumerate(self.pairs)
+            if members[pair.a].setting.group["stop_condition"] == "never"
+        }
         # Low-precision parameters without a master are computed in float32 copies.
         self.scratch: list[_Scratch] = []
         for dtype in () if group["master_weights"] else LOW_PRECISION:
@@ -228,54 +236,14 @@ class TorchStep(Engine):
         live = [k for k, (a, _) in enumerate(self.pairs) if not latched[a] and self.present[a]]
         if not live:
             return _Latch([], None)
-        scaled = self._scaled_norms(live)
-        if _all_shrink_clearly(scaled):
-            return _Latch([self.pairs[k].a for k in live], None)
-        shrinking: list[int] = []
-        any_latches = False
-        for k, a_norm, b_norm in zip(live, *scaled.tolist(), strict=True):
+        verdict = self.rule.decide(live, self.work_a, self.work_b, self.never)
+        for k in verdict.latch:
             a = self.pairs[k].a
-            clear = abs(a_norm - b_norm) > 1e-3 * a_norm and 1e-12 < max(a_norm, b_norm) < math.inf
-            if not clear and not self.pair_sums:
-                a_norm, b_norm = self._scaled_norms_in_float64(k)
-            if not (math.isfinite(a_norm) and math.isfinite(b_norm)):
-                continue
-            if a_norm > b_norm or self.members[a].setting.group["stop_condition"] == "never":
-                shrinking.append(a)
-            else:
-                any_latches = True
-                latched[a] = int(self.steps[a].item()) + 1
-        return _Latch(shrinking, upload(latched, torch.int32, self.device) if any_latches else None)
-
-    def _scaled_norms(self, live: list[int]) -> Tensor:
-        """float64 [2, len(live)]: ||A||_F / n and ||B||_F / m of the pairs ``live``, over all
-        processes.
-        """
-        halves = [self.work_a[k] for k in live] + [self.work_b[k] for k in live]
-        if self.pair_sums:
-            # In float64 throughout, since deciding a close call again would take a second
-            # collective.
-            local_norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64))
-            squares = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.device)
-            squares[:, live] = local_norms.view(2, -1).square()
-            norms = self.pair_sums.all_reduce_sum_(squares.view(-1)).view(2, -1).sqrt()[:, live]
-        else:
-            norms = torch.stack(torch._foreach_norm(halves, 2, self.norm_dtype))
-            norms = norms.double().view(2, -1)
-        if len(live) == len(self.pairs):
-            return norms * self.inverse_widths
-        return norms * self.inverse_widths[:, live]
-
-    def _scaled_norms_in_float64(self, k: int) -> tuple[float, float]:
-        """||A||_F / n and ||B||_F / m of pair ``k``, for close calls and very large or small norms.
-
-        PyTorch's float32 norm of millions of elements is off by 1e-4, and its squares over- and
-        underflow.
-        """
-        inverse_n, inverse_m = self.inverse_widths[:, k].tolist()
-        a_norm = self.work_a[k].double().norm().item()
-        b_norm = self.work_b[k].double().norm().item()
-        return a_norm * inverse_n, b_norm * inverse_m
+            latched[a] = int(self.steps[a].item()) + 1
+        shrinking = [self.pairs[k].a for k in verdict.shrink]
+        return _Latch(
+            shrinking, upload(latched, torch.int32, self.device) if verdict.latch else None
+        )
 
     def _plan(self, shrinking: list[int]) -> list[_FusedCall]:
         """The calls of this step, reused if the same gradients are present and the same A's shrink
@@ -342,16 +310,6 @@ class TorchStep(Engine):
                 word = (copy.steps[k].int() + self.seeds[call.indices[k]]).reshape(1)
                 values |= _rounded_moments(member.entry, moments, mix_(elements ^ mix_(word)))
         return values
-
-
-def _all_shrink_clearly(scaled: Tensor) -> bool:
-    """Whether every ||A||_F / n is so far above ||B||_F / m that float32's errors do not matter, as
-    in most steps; ``scaled`` is [2, pairs].
-    """
-    # A NaN fails the first comparison, an infinity the second. Below the minimum float32 loses some
-    # of the squares.
-    above = bool((scaled[0] * 0.999 > scaled[1].clamp(min=1e-12)).all())
-    return above and bool(scaled.sum() < math.inf)
 
 
 def _rounded_moments(

@@ -93,12 +93,43 @@ class AddressRow(NamedTuple):
     variant: int
 
 
+class PairRow(NamedTuple):
+    """One pair A [r, n], B [m, r] of a shrinkage alone, int64. A column named after a tensor holds
+    its address.
+    """
+
+    a: int
+    b: int
+    # A tensor of A's shape, dtype and strides that shrinks with A, or 0.
+    beside: int
+    a_numel: int
+    b_numel: int
+    # Variants of the code for A's chunks, and what is beside A, and for B's.
+    a_variant: int
+    b_variant: int
+    n: int
+    m: int
+    # Whether A has a gradient.
+    present: int
+    # The pair's part of the rounding key.
+    seed: int
+    # ``base``, ``shard_columns`` and ``shard_pitch`` number the elements of A, as in TensorRow.
+    base: int
+    shard_columns: int
+    shard_pitch: int
+    # The pair's first program, how many of them have chunks of A, and how many there are.
+    first_program: int
+    a_chunks: int
+    chunks: int
+
+
 # Column offsets: a kernel reads ``row + TENSOR.value.numel``. Only the compiler, not the
 # interpreter, unwraps a constexpr, hence ``.value``.
 TENSOR = tl.constexpr(TensorRow(*range(len(TensorRow._fields))))
 HYPER = tl.constexpr(HyperRow(*range(len(HyperRow._fields))))
 WORD = tl.constexpr(WordRow(*range(len(WordRow._fields))))
 ADDRESS = tl.constexpr(AddressRow(*range(len(AddressRow._fields))))
+PAIR = tl.constexpr(PairRow(*range(len(PairRow._fields))))
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 # Variants of a chunk's code: twice the kind, plus one where every address and size is a multiple of
