@@ -162,7 +162,10 @@ def test_what_is_refused(tmp_path):
         TypeError, match="trainer must be a Trainer of transformers, got TrainingArguments"
     ):
         slk.StabilityCallback(plain.args)
-    with pytest.raises(TypeError, match="trainer must train with a StableLoRAAdamW, got AdamW"):
+    with pytest.raises(
+        TypeError,
+        match="trainer must train with a StableLoRAAdamW or a StableLoRACallback, got AdamW",
+    ):
         plain.train()
     assert all(torch.equal(before[name], p) for name, p in trained(plain.model).items())
 

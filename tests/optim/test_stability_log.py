@@ -80,7 +80,7 @@ def test_bad_arguments_change_nothing(tmp_path):
     ):
         with pytest.raises(error, match=message):
             slk.StabilityLogger(optimizer, target, every=every)
-    with pytest.raises(TypeError, match="StableLoRAAdamW, got SGD"):
+    with pytest.raises(TypeError, match="StableLoRAAdamW or a StableShrink, got SGD"):
         slk.StabilityLogger(torch.optim.SGD([torch.zeros(1)], lr=1), path)
     assert other.read_text() == "loss,step\n1,2\n" and not path.exists()
     steps(optimizer, 1)

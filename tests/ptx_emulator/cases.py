@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from stablelora_kernels import StableLoRAAdamW, settings, testing
+from stablelora_kernels import StableLoRAAdamW, StableShrink, settings, testing
 from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.rules import Choice
@@ -299,12 +299,14 @@ def optimizer(
     dtype: torch.dtype = FP32,
     way: str = "",
     latching: bool = False,
+    shrink: bool = False,
     **options: Any,
 ) -> Errors:
     """Steps, compared with those of the PyTorch path. ``way``: "sharded", or "captured" as in the
     capture of a CUDA graph.
 
-    ``latching``: pairs must latch in these steps, some of them and not all.
+    ``latching``: pairs must latch in these steps, some of them and not all. ``shrink``: the steps are
+    those of another optimizer with a StableShrink.
     """
     made, latches = [], []
     for name in ("triton", "torch"):
@@ -312,21 +314,26 @@ def optimizer(
             pairs = make_pairs([*shapes], dtype)
             if way == "sharded":
                 pairs = stack.enter_context(_sharded(pairs))
-            given = {
-                "lr": 1e-2,
-                "weight_decay": 0.1,
-                "seed": 5,
-                "capturable": way == "captured",
-                **options,
-            }
-            each = StableLoRAAdamW(pairs, **given)
+            shrunk: StableLoRAAdamW | StableShrink
+            if shrink:
+                each = torch.optim.SGD([p for pair in pairs for p in (pair.A, pair.B)], lr=1.0)
+                shrunk = StableShrink(each, pairs, seed=5, **options)
+            else:
+                given = {
+                    "lr": 1e-2,
+                    "weight_decay": 0.1,
+                    "seed": 5,
+                    "capturable": way == "captured",
+                    **options,
+                }
+                each = shrunk = StableLoRAAdamW(pairs, **given)
             for step in range(steps):
                 _set_gradients(params_of(each), step)
                 capturing = name == "triton" and way == "captured" and step > 0
                 with mock.patch.object(staging, "capturing", lambda now=capturing: now):
                     each.step()
             made.append([_whole(p.detach()) for p in params_of(each)])
-            latches.append([int(each.state[pair.A]["latched_at"]) for pair in pairs])
+            latches.append([pair.latched_at for pair in shrunk.stability()])
     errors = {"latches": (float(latches[0] != latches[1]), 0.5)}
     if latching:
         errors["no latch"] = float(len({*latches[0]}) == 1), 0.5
@@ -662,3 +669,10 @@ def cases() -> Iterator[Case]:
         ("fp32, sharded, clipped", partial(optimizer, 2, way="sharded", max_grad_norm=0.1)),
     ):  # fmt: skip
         yield Case(f"optimizer {words}", run)
+    two_chunks = [(8, 600, 700), (3, 24, 40), (1, 7, 13)]
+    for words, run in (
+        ("fp32", partial(optimizer, 3, two_chunks, shrink=True, shrink_ratio=0.3, latching=True)),
+        ("bf16", partial(optimizer, 3, two_chunks, BF16, shrink=True, shrink_ratio=0.3, latching=True)),
+        ("fp32, sharded", partial(optimizer, 3, way="sharded", shrink=True, shrink_ratio=0.3)),
+    ):  # fmt: skip
+        yield Case(f"shrink {words}", run)

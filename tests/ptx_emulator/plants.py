@@ -78,6 +78,7 @@ _TICKETS = "linear one_launch bf16/fp32 M300 N520 r16 p0.0, 6 processors"
 _LONG = "linear bf16/fp32 M33 K520 r16 p0.1, long sum"
 _COPIES = "linear branch_first bf16/fp32 M1 N40 r1 p0.5"
 _OPTIMIZER = "optimizer bf16, masters, clipped"
+_SHRINK = "shrink fp32"
 _SPLIT_K = "_lora_linear_split_k_kernel"
 _TMA = "_lora_linear_tma_kernel"
 _DOWN = "_lora_down_kernel"
@@ -86,6 +87,8 @@ _ARRIVAL = r"mbarrier.arrive.expect_tx.shared::cta.b64 _, \1, 0;"
 # By name. One entry serves all GPUs that have the kernel.
 PLANTS = {
     "optimizer-barrier": Plant(_OPTIMIZER, "_stable_adamw_kernel", "step.py", _BARRIER, schedule=_APART),
+    "shrink-barrier": Plant(_SHRINK, "_stable_shrink_kernel", "shrink.py", _BARRIER, schedule=_APART),
+    "shrink-arrival": Plant(_SHRINK, "_stable_shrink_kernel", "common.py", r"\.acq_rel\.", ".relaxed."),
     "split-k-barrier": Plant(_LONG, _SPLIT_K, "common.py", _BARRIER, schedule=_APART),
     "split-k-release": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".acquire."),
     "split-k-acquire": Plant(_LONG, _SPLIT_K, "common.py", r"\.acq_rel\.", ".release."),

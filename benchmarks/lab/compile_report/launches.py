@@ -15,6 +15,7 @@ from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch.problem import MAX_CHAINED_R, SMALL_M, Device
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.kernels.stable_adamw import tables
+from stablelora_kernels.launch import stable_shrink
 from stablelora_kernels.launch.lora_linear_cross_entropy import cross_entropy
 from stablelora_kernels.launch.stable_adamw import Memory, plan_square_sums, plan_stable_adamw
 from stablelora_kernels.ops.lora_linear.call import (
@@ -30,6 +31,7 @@ from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
     CrossEntropySettings,
 )
 from stablelora_kernels.ops.meta_calls import linear_launches
+from stablelora_kernels.optim.shrink import TritonShrink
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.quantized import WEIGHTS
 
@@ -74,6 +76,7 @@ def every_launch(device: Device) -> Iterator[tuple[str, Any]]:
     finally:
         torch.set_float32_matmul_precision(before)
     yield from stable_adamw_launches()
+    yield from stable_shrink_launches()
     yield from cross_entropy_launches()
 
 
@@ -172,6 +175,31 @@ def stable_adamw_launches() -> Iterator[tuple[str, Any]]:
             if wide or not flags:
                 *_, step = plan_stable_adamw(memory, scale, scale, clip, False, flags, *code)
                 yield dtype, step._launch._replace(variant=variant)
+
+
+def stable_shrink_launches() -> Iterator[tuple[str, Any]]:
+    """(dtype, launch) for pairs of one dtype, as :class:`TritonShrink` makes them: plain with AMP,
+    and sharded.
+    """
+    int32, int64, floats = (
+        torch.empty(64, dtype=dtype, device="meta") for dtype in (torch.int32, torch.int64, FP32)
+    )
+    memory = stable_shrink.Memory(int64, int32, floats, int32, int32, int32, floats)
+    for (kind, dtype), wide in product(enumerate(("fp32", "bf16", "fp16")), (True, False)):
+        words, variants = "aligned" if wide else "unaligned", 1 << (2 * kind + wide)
+        for variant, found_inf, sharded in (
+            (f"{words} amp", floats, False),
+            (f"{words} sharded", None, True),
+        ):
+            launch = stable_shrink.plan_stable_shrink(
+                memory,
+                found_inf,
+                summed=sharded,
+                cut=sharded,
+                variants=variants,
+                chunk=TritonShrink.CHUNK,
+            )
+            yield dtype, launch._replace(variant=variant)
 
 
 def cross_entropy_launches() -> Iterator[tuple[str, Any]]:

@@ -21,9 +21,7 @@ from stablelora_kernels.kernels.stable_adamw.tables import N_VARIANTS, PAIR
 
 
 @triton.jit
-def _square_sum(
-    address, start, numel, variant, offsets, VARIANTS: tl.constexpr, N_VARIANTS: tl.constexpr
-):
+def _square_sum(address, start, numel, variant, offsets, VARIANTS: tl.constexpr):
     """The sum of squares of a chunk of the tensor at ``address``."""
     total = tl.full((), 0.0, tl.float32)
     for code in tl.static_range(N_VARIANTS):
@@ -146,7 +144,6 @@ def _stable_shrink_kernel(
             variant,
             tl.arange(0, CHUNK),
             VARIANTS,
-            N_VARIANTS.value,
         )
         tl.store(squares_ptr + program, square)
         last = arrives_last(arrived_ptr + pair, chunks)
@@ -173,7 +170,7 @@ def _stable_shrink_kernel(
                 ratio = tl.load(ratios_ptr + pair)
                 key = mix(step.to(tl.uint32) + tl.load(row + PAIR.value.seed).to(tl.uint32))
                 variant = tl.load(row + PAIR.value.a_variant)
-                for code in tl.static_range(N_VARIANTS.value):
+                for code in tl.static_range(N_VARIANTS):
                     if (VARIANTS >> code) & 1:
                         if variant == code:
                             for column in tl.static_range(2):
