@@ -50,10 +50,12 @@ TRIALS_OF = {
     "kernels/lora/linear_quantized.py": ("forms",),
     "kernels/lora/linear_split_k.py": ("sums", "chain", "forms"),
     "kernels/lora/": ("chain", "sums", "forms", "gated", "long"),
+    "kernels/stable_adamw/shrink.py": ("shrink",),
     "kernels/stable_adamw/": ("step",),
     "kernels/common.py": ("chain", "sums", "gated", "long"),
     "launch/lora_linear_cross_entropy.py": ("loss",),
     "launch/stable_adamw.py": ("step",),
+    "launch/stable_shrink.py": ("shrink",),
     "launch/lora_mlp.py": ("gated", "mlp"),
     "launch/fill_jobs.py": ("forms", "chain", "sums", "gated"),
     "launch/lora_linear.py": ("chain", "forms", "gated", "mlp", "rows"),
@@ -113,12 +115,14 @@ def groups_of(fault: Fault) -> Sequence[str]:
 def _trials() -> dict[str, list[Trial]]:
     """The trials by group."""
     from stablelora_kernels.dispatch import tiles
+    from stablelora_kernels.dispatch.settings import settings
     from stablelora_kernels.testing.cases import BF16, FP16, FP32, TINY, Case
     from stablelora_kernels.testing.ops.lora_mlp import MLP
     from tests.kernels.test_tickets import TILES
     from tests.ops import test_lora_linear_cross_entropy as losses
     from tests.ops import test_lora_rows as rows
     from tests.optim import test_reference as steps
+    from tests.optim import test_stable_shrink as shrinks
 
     small = Case("linear", (70, 64), (48,), (6,), BF16, FP32)
     in_turn = dict.fromkeys(("x", "weight", "lora_A", "lora_B", "grad"), "transposed")
@@ -202,6 +206,14 @@ def _trials() -> dict[str, list[Trial]]:
 
         return Trial(f"step {name} {str(dtype)[6:]}", run)
 
+    def of_shrink(dtype: Any) -> Trial:
+        def run() -> None:
+            with settings(backend="triton"):
+                shrinks.test_a_shrinks_as_the_reference_until_its_pair_latches("triton", dtype)
+                shrinks.test_what_is_beside_a_shrinks_with_it("triton")
+
+        return Trial(f"shrink {str(dtype)[6:]}", run)
+
     adapters = (BF16, FP32)
     return {
         "chain": [*map(_of_case, chain)],
@@ -220,6 +232,7 @@ def _trials() -> dict[str, list[Trial]]:
             *(of_step(name, steps.OPTIONS[name].dtypes[0]) for name in STEPS),
             of_step("masters-clipped", FP16),
         ],
+        "shrink": [*map(of_shrink, (FP32, BF16, FP16))],
     }  # fmt: skip
 
 

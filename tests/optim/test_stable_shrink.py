@@ -267,6 +267,38 @@ def test_empty_sizes_and_equal_norms_latch(backend) -> None:
     assert latches(shrink) == [1, None, 1]
 
 
+def test_long_sums_and_close_calls(backend) -> None:
+    """B's only numbers are behind 128 chunks of the kernel. Norms in bfloat16 would let the second
+    pair shrink.
+    """
+    pair = slk.LoRAPair(
+        "long", torch.ones(1, 4).requires_grad_(), torch.zeros(4096 * 140, 1).requires_grad_()
+    )
+    low = make_pairs([(4, 48, 64)], BF16)[0]
+    with torch.no_grad():
+        pair.B[-1] = 1e6
+        # ||A|| / n = 0.36523 and ||B|| / m = 0.36535, of which bfloat16 has 0.36458.
+        low.A.fill_(1.4609375)
+        low.B.fill_(1.265625)
+    for each in (pair, low):
+        optimizer, shrink = made([each])
+        zero_grads([each])
+        optimizer.step()
+        assert latches(shrink) == [1]
+
+
+def test_what_is_beside_a_shrinks_with_it(backend) -> None:
+    """As of schedule-free optimizers, which have these words in their groups and their state."""
+    pairs = make_pairs(SHAPES[:2])
+    optimizer, _ = made(pairs)
+    optimizer.param_groups[0]["train_mode"] = True
+    z = torch.ones_like(pairs[1].A)
+    optimizer.state[pairs[1].A]["z"] = z
+    zero_grads(pairs)
+    optimizer.step()
+    assert_all_close([z], [torch.full_like(z, 0.9)])
+
+
 def test_nothing_else_is_written(backend) -> None:
     """B, and what lies around A in the same memory, at an address that is no multiple of 16."""
     storage = torch.full((3 * 1409 + 60,), 7.0)
