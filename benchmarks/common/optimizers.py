@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.common.lora_rite import LoRARITE
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.optim.stable_shrink import StableShrink, shrinks_of
 from stablelora_kernels.pairs import LoRAPair
 
 # The paper's ratios. The smallest is the library's default.
@@ -33,7 +34,7 @@ LORA_PLUS = "LoRA+ (PEFT), AdamW fused"
 RIEMANNIAN = "Riemannian (PEFT), AdamW fused"
 RITE = "LoRA-RITE"
 TORCHAO, BITSANDBYTES = "AdamW 8-bit (torchao)", "AdamW 8-bit (bitsandbytes)"
-OURS = "StableLoRAAdamW"
+OURS, SHRINK = "StableLoRAAdamW", "AdamW fused, StableShrink"
 
 
 class Unavailable(RuntimeError):
@@ -96,6 +97,20 @@ def _halves(pairs: Sequence[LoRAPair]) -> list[torch.Tensor]:
 
 def _adamw(pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(_halves(pairs), **options)
+
+
+def _shrunk(pairs: Sequence[LoRAPair], **options: Any) -> torch.optim.Optimizer:
+    optimizer = _adamw(pairs, fused=True, **options)
+    StableShrink(optimizer, pairs, shrink_ratio=SHRINK_RATIO)
+    return optimizer
+
+
+def latches_of(name: str, optimizer: Any) -> list[bool] | None:
+    """Of the arm ``name``: whether each pair has latched. None if the arm has no Algorithm 1."""
+    if name in (OURS, SHRINK):
+        source = optimizer if name == OURS else shrinks_of(optimizer)[0]
+        return [pair.latched for pair in source.stability()]
+    return optimizer.latched if name in (NAIVE, NAIVE_FOREACH) else None
 
 
 def _rite(pairs: Sequence[LoRAPair], **options: Any) -> LoRARITE:
@@ -181,6 +196,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     RITE: _rite,
     TORCHAO: partial(_eight_bits, "torchao.optim"),
     BITSANDBYTES: partial(_eight_bits, "bitsandbytes.optim"),
+    SHRINK: _shrunk,
     OURS: partial(StableLoRAAdamW, shrink_ratio=SHRINK_RATIO),
 }
 ARMS = tuple(_BUILDERS)

@@ -80,18 +80,9 @@ class OptimizerCase(Case):
 
     def check(self) -> None:
         """All pairs kept their state throughout."""
-        for arm in {
-            optimizers.NAIVE,
-            optimizers.NAIVE_FOREACH,
-            optimizers.OURS,
-        } & self.shared.keys():
-            optimizer = self.shared[arm]
-            states = (
-                [pair.latched for pair in optimizer.stability()]
-                if arm == optimizers.OURS
-                else optimizer.latched
-            )
-            if {*states} != {self.state == "latched"}:
+        for arm, optimizer in self.shared.items():
+            states = optimizers.latches_of(arm, optimizer)
+            if states is not None and {*states} != {self.state == "latched"}:
                 raise RuntimeError(
                     f"all pairs of {arm!r} must stay {self.state}, got latched {states}"
                 )
