@@ -24,6 +24,7 @@ from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.pairs import (
     LoRAPair,
     adapter_of,
+    full_shape,
     is_named_parameter,
     layer_name,
     lora_pairs,
@@ -164,7 +165,7 @@ def check_halves_train(named: Sequence[Named]) -> None:
     frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
     for name, p in named:
         split = split_lora_name(name)
-        if split is None or p.dim() != 2 or not p.requires_grad:
+        if split is None or len(full_shape(p)) != 2 or not p.requires_grad:
             continue
         pair, half = split
         missing = other_half(half)
