@@ -208,7 +208,8 @@ def find_pairs(groups: Sequence[ParamGroup]) -> list[LoRAPair]:
             if 0 < len(params) < name_count and all(p.dim() == 1 for p in params):
                 remedy = (
                     "something put flat tensors in the parameters' place, as DeepSpeed's ZeRO does in stages 1 to 3, and no pair "
-                    "can be found in them. Use DistributedDataParallel, fully_shard or ZeRO's stage 0, or torch.optim.AdamW"
+                    "can be found in them. Use StableShrink (in a Trainer StableLoRACallback) with another optimizer such as "
+                    "torch.optim.AdamW; or train under DistributedDataParallel, fully_shard or ZeRO's stage 0"
                 )
             raise ValueError(
                 f"group {i} has {len(params)} params and {name_count} param_names: {remedy}"

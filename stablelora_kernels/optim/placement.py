@@ -49,8 +49,8 @@ class Placement:
             )
             if all(p.dim() == 1 for p in self._places):
                 hint = (
-                    "its parameters are flat, as DeepSpeed makes them: use ZeRO's stage 1, 2 or 3 (in float32 also 0), and give "
-                    "StableShrink the optimizer that deepspeed.initialize returns"
+                    "its parameters are flat, as under DeepSpeed's ZeRO: give StableShrink the optimizer that "
+                    "deepspeed.initialize returns"
                 )
             raise ValueError(
                 f"pair {pair.name!r}: A {list(pair.A.shape)} is not among the {len(self._places)} parameters of the "

@@ -51,11 +51,19 @@ class _Fragment(NamedTuple):
 def zero_optimizer(optimizer: object) -> Any:
     """The optimizer of DeepSpeed's ZeRO, which is around the one that updates partitions: this one,
     or the one inside accelerate's wrapper. None if there is none.
+
+    Raises:
+        ValueError: it is DeepSpeed's optimizer of stage 0 in 16 bits.
     """
     inner: Any = optimizer
     while _names_of(inner) is None:
         if hasattr(inner, "_optimizer_step_pre_hooks") or not hasattr(inner, "optimizer"):
             return None
+        if hasattr(inner, "fp16_groups"):
+            raise ValueError(
+                f"{type(inner).__name__} is DeepSpeed's optimizer of bfloat16 and float16 without ZeRO, whose float32 copies "
+                "StableShrink cannot find: use ZeRO's stage 1, 2 or 3, or float32"
+            )
         inner = inner.optimizer
     return inner
 
@@ -104,6 +112,7 @@ class ZeroPlacement:
             raise ValueError(
                 f"under DeepSpeed's ZeRO the shrink_ratio of group 0 is that of all pairs, but group {own[0]} has one too"
             )
+        self._count = len(groups)
         self._all_groups = groups
         self._names = cast("_Names", _names_of(zero))
         self._fragments = dict(self._find_fragments())
@@ -142,7 +151,7 @@ class ZeroPlacement:
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups. While it steps on one of several, ``param_groups`` has that alone."""
         groups = self.optimizer.param_groups
-        if len(groups) == len(self._all_groups) or self._steps_on(self._partitions[0]):
+        if len(groups) == self._count or self._steps_on(self._partitions[0]):
             self._all_groups = groups
         return self._all_groups
 
