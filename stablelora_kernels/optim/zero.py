@@ -41,7 +41,7 @@ class _Fragment(NamedTuple):
     # The number of the partition, and where they are in it.
     partition: int
     start: int
-    count: int
+    numel: int
     # The first one's index in the parameter.
     first: int
     # The ranks among which the parameter is cut.
@@ -113,7 +113,7 @@ class ZeroPlacement:
                 f"under DeepSpeed's ZeRO the shrink_ratio of group 0 is that of all pairs, but group {own[0]} has one too"
             )
         self._count = len(groups)
-        self._all_groups = groups
+        self._all_groups: list[dict[str, Any]] = groups
         self._names = cast("_Names", _names_of(zero))
         self._fragments = dict(self._find_fragments())
 
@@ -129,8 +129,8 @@ class ZeroPlacement:
                 processes = p.ds_process_group
                 size: int = p.partition_numel()
                 first = min(size * torch.distributed.get_rank(processes), p.ds_numel)
-                count = min(size, p.ds_numel - first)
-                yield p, _Fragment(number, start, count, first, processes)
+                numel = min(size, p.ds_numel - first)
+                yield p, _Fragment(number, start, numel, first, processes)
                 start += size
 
     def _fragment_of_flat(self, number: int, p: Tensor) -> _Fragment:
@@ -177,7 +177,7 @@ class ZeroPlacement:
                 "DeepSpeed has moved a partition out of memory, and StableShrink shrinks only what is in a GPU's or the host's: "
                 "set offload_optimizer's device to 'cpu', not to 'nvme'"
             )
-        return partition.narrow(0, fragment.start, fragment.count)
+        return partition.narrow(0, fragment.start, fragment.numel)
 
     @property
     def _partitions(self) -> list[Tensor]:

@@ -113,7 +113,21 @@ def engine(stage: int, **changes: Any) -> Any:
     made, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config(stage, **changes)
     )
+    if stage == 3:
+        _fill_padding(made.optimizer)
     return made
+
+
+def _fill_padding(zero: Any) -> None:
+    """Put large values where stage 3 leaves memory uninitialized: behind the last element of a
+    parameter, in the last rank's partition.
+    """
+    for partition, parameters in zip(
+        zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True
+    ):
+        pieces = partition.detach().split([p.partition_numel() for p in parameters])
+        for piece, p in zip(pieces, parameters, strict=True):
+            piece[max(0, p.ds_numel - dist.get_rank() * len(piece)) :] = 1e4
 
 
 def train(engine: Any, shrink: slk.StableShrink, steps: range = range(STEPS)) -> Found:
@@ -143,11 +157,15 @@ def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def train_under_ddp(dtype: torch.dtype = torch.float32) -> Found:
-    """The same training without DeepSpeed. In bfloat16, AdamW updates copies in float32, as ZeRO."""
+def train_under_ddp(
+    dtype: torch.dtype = torch.float32, master_dtype: torch.dtype = torch.float32
+) -> Found:
+    """The same training without DeepSpeed. AdamW updates copies in ``master_dtype``, as ZeRO."""
     module = model(dtype)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    masters = {name: nn.Parameter(p.detach().float()) for name, p in trained.items()}
+    masters = {
+        name: nn.Parameter(p.detach().to(master_dtype, copy=True)) for name, p in trained.items()
+    }
     numbers = {p: i for i, p in enumerate(trained.values())}
     by_number = list(masters.values())
     own = [
@@ -161,13 +179,13 @@ def train_under_ddp(dtype: torch.dtype = torch.float32) -> Found:
     for x, target in batches(dist.get_rank(), dtype):
         nn.functional.mse_loss(wrapped(x), target).backward()
         for name, p in trained.items():
-            masters[name].grad = p.grad.float()
+            masters[name].grad = p.grad.to(master_dtype)
             p.grad = None
         optimizer.step()
         seen.append(shrink.stability())
         for name, p in trained.items():
             p.data.copy_(masters[name].data)
-    return Found({name: p.detach() for name, p in masters.items()}, seen, 0)
+    return Found({name: p.detach().float() for name, p in masters.items()}, seen, 0)
 
 
 class _Collectives:

@@ -37,7 +37,11 @@ def _train(place: Path, stage: int | None, resume: bool = False) -> Left:
     AcceleratorState._reset_state(True)
     changes: dict[str, Any] = {"ddp_backend": "gloo"}
     if stage is not None:
-        sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+        sizes = (
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+        )
         config = zero_runs.config(stage) | dict.fromkeys(sizes, "auto")
         changes = {"deepspeed": config, "save_strategy": "steps", "save_steps": 3}
     model = trainer_runs.llama("peft")
