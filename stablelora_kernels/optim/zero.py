@@ -112,6 +112,10 @@ class ZeroPlacement:
             raise ValueError(
                 f"under DeepSpeed's ZeRO the shrink_ratio of group 0 is that of all pairs, but group {own[0]} has one too"
             )
+        if getattr(zero, "elastic_checkpoint", False):
+            raise ValueError(
+                "DeepSpeed's elastic_checkpoint saves no parameter groups, in which StableShrink keeps latches: set it to false"
+            )
         self._count = len(groups)
         self._all_groups: list[dict[str, Any]] = groups
         self._names = cast("_Names", _names_of(zero))

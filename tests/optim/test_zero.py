@@ -172,6 +172,8 @@ def _raise(rank: int, world: int, directory: Path) -> dict[str, str]:
     found["schedule-free"] = error_of(lambda: shrink_of(engine))
     engine = zero_runs.engine(1, optimizer=changed(shrink_ratio=0.1))
     found["two ratios"] = error_of(lambda: shrink_of(engine))
+    engine = zero_runs.engine(1, zero_optimization={"elastic_checkpoint": True})
+    found["elastic"] = error_of(lambda: shrink_of(engine))
     engine = zero_runs.engine(0, **BFLOAT16)
     found["stage 0 in bfloat16"] = error_of(lambda: shrink_of(engine))
     found["StableLoRAAdamW, 2"] = error_of(lambda: _step_of_stable_adamw(2))
@@ -208,6 +210,7 @@ def test_errors_name_a_way_out(tmp_path: Path) -> None:
         "nvme": ["moved a partition out of memory", "'cpu', not to 'nvme'"],
         "schedule-free": ["no schedule-free optimizer under DeepSpeed's ZeRO, got AdamW"],
         "two ratios": ["the shrink_ratio of group 0", "group 1 has one too"],
+        "elastic": ["elastic_checkpoint saves no parameter groups"],
         "stage 0 in bfloat16": ["FP16_UnfusedOptimizer", "ZeRO's stage 1, 2 or 3"],
         "StableLoRAAdamW, 2": ["ValueError", "StableShrink", "StableLoRACallback"],
         "StableLoRAAdamW, 3": ["ValueError", "StableShrink", "StableLoRACallback"],
