@@ -1,6 +1,8 @@
 """Does training under DeepSpeed's ZeRO give what DistributedDataParallel gives?
 
-    DS_ACCELERATOR=cpu python -m benchmarks.lab.zero      # 6 minutes; needs deepspeed, ninja and a C++ compiler
+    DS_ACCELERATOR=cpu python -m benchmarks.lab.zero  # 20 minutes on two busy cores
+
+It needs deepspeed and a C++ compiler.
 
 Trainer takes four steps on two CPU processes, under DistributedDataParallel and under each stage of
 ZeRO: in float32, on a small Llama with PEFT's LoRA, with and without AccelerateCallback. A row says
