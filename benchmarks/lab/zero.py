@@ -1,11 +1,14 @@
 """Does training under DeepSpeed's ZeRO give what DistributedDataParallel gives?
 
-    DS_ACCELERATOR=cpu python -m benchmarks.lab.zero      # 4 minutes; needs deepspeed, ninja and a C++ compiler
+    DS_ACCELERATOR=cpu python -m benchmarks.lab.zero  # 20 minutes on two busy cores
+
+It needs deepspeed and a C++ compiler.
 
 Trainer takes four steps on two CPU processes, under DistributedDataParallel and under each stage of
 ZeRO: in float32, on a small Llama with PEFT's LoRA, with and without AccelerateCallback. A row says
 how many layers the callback put on this library's ops, and the largest difference of A and B from
-those of the same optimizer with PEFT under DistributedDataParallel.
+those of the same optimizer with PEFT under DistributedDataParallel. StableShrink is AdamW with
+StableLoRACallback.
 
 DeepSpeed compiles its communication for CPUs at the first run, which takes a minute. A run that is
 ended meanwhile leaves a file named lock in ~/.cache/torch_extensions, for which all later runs wait.
@@ -25,7 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-OPTIMIZERS = ("AdamW", "StableLoRAAdamW")
+OPTIMIZERS = ("AdamW", "StableLoRAAdamW", "StableShrink")
+SHRINK_RATIO = 0.25
 ARRANGEMENTS = ("ddp", "0", "1", "2", "3")
 ERROR = re.compile(r"\[rank0\]: \w+Error: ")
 
@@ -36,6 +40,7 @@ def train(arrangement: str, optimizer: str, accelerate: bool, out: Path) -> None
     import transformers
 
     import stablelora_kernels as slk
+    from stablelora_kernels.nn.take_over import TakesOver
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -69,9 +74,11 @@ def train(arrangement: str, optimizer: str, accelerate: bool, out: Path) -> None
     )
     extra: dict[str, Any] = {}
     if optimizer == "StableLoRAAdamW":
-        factory = slk.StableLoRAAdamWFactory.from_args(args, shrink_ratio=0.25)
+        factory = slk.StableLoRAAdamWFactory.from_args(args, shrink_ratio=SHRINK_RATIO)
         extra["optimizer_cls_and_kwargs"] = factory
     callbacks: list[Any] = [slk.AccelerateCallback(fuse_mlp=True)] if accelerate else []
+    if optimizer == "StableShrink":
+        callbacks.append(slk.StableLoRACallback(shrink_ratio=SHRINK_RATIO))
     trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=callbacks, **extra)
     trainer.train()
     found = {}
@@ -85,9 +92,9 @@ def train(arrangement: str, optimizer: str, accelerate: bool, out: Path) -> None
             else:
                 found[name] = parameter.detach().clone()
     if trainer.is_world_process_zero():
-        of_layers = [type(module) for module in model.modules() if hasattr(module, "lora_A")]
-        ours = sum(layer.__module__.startswith("stablelora_kernels") for layer in of_layers)
-        torch.save((ours, len(of_layers), found), out)
+        layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+        ours = sum(isinstance(layer, TakesOver) for layer in layers)
+        torch.save((ours, len(layers), found), out)
     torch.distributed.destroy_process_group()
 
 

@@ -24,6 +24,7 @@ from stablelora_kernels.optim.sharding import check_shards
 from stablelora_kernels.pairs import (
     LoRAPair,
     adapter_of,
+    full_shape,
     is_named_parameter,
     layer_name,
     lora_pairs,
@@ -164,7 +165,7 @@ def check_halves_train(named: Sequence[Named]) -> None:
     frozen = {split_lora_name(name) for name, p in named if not p.requires_grad}
     for name, p in named:
         split = split_lora_name(name)
-        if split is None or p.dim() != 2 or not p.requires_grad:
+        if split is None or len(full_shape(p)) != 2 or not p.requires_grad:
             continue
         pair, half = split
         missing = other_half(half)
@@ -207,7 +208,8 @@ def find_pairs(groups: Sequence[ParamGroup]) -> list[LoRAPair]:
             if 0 < len(params) < name_count and all(p.dim() == 1 for p in params):
                 remedy = (
                     "something put flat tensors in the parameters' place, as DeepSpeed's ZeRO does in stages 1 to 3, and no pair "
-                    "can be found in them. Use DistributedDataParallel, fully_shard or ZeRO's stage 0, or torch.optim.AdamW"
+                    "can be found in them. Use StableShrink (in a Trainer StableLoRACallback) with another optimizer such as "
+                    "torch.optim.AdamW; or train under DistributedDataParallel, fully_shard or ZeRO's stage 0"
                 )
             raise ValueError(
                 f"group {i} has {len(params)} params and {name_count} param_names: {remedy}"

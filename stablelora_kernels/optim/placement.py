@@ -36,6 +36,11 @@ class Placement:
             for i, p in enumerate(group["params"])
         }
 
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return self.optimizer.param_groups
+
     def group_of(self, pair: LoRAPair) -> int:
         """The index of the group that has A. ValueError if none has it."""
         if pair.A not in self._places:
@@ -44,8 +49,8 @@ class Placement:
             )
             if all(p.dim() == 1 for p in self._places):
                 hint = (
-                    "its parameters are flat, as under DeepSpeed: give the optimizer that deepspeed.initialize returns, "
-                    "of ZeRO's stages 1 to 3"
+                    "its parameters are flat, as under DeepSpeed's ZeRO: give StableShrink the optimizer that "
+                    "deepspeed.initialize returns"
                 )
             raise ValueError(
                 f"pair {pair.name!r}: A {list(pair.A.shape)} is not among the {len(self._places)} parameters of the "

@@ -37,7 +37,7 @@ from stablelora_kernels.optim.stability import (
 )
 from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
 from stablelora_kernels.optim.step import moved_to
-from stablelora_kernels.optim.zero import ZeroPlacement, is_zero
+from stablelora_kernels.optim.zero import ZeroPlacement, zero_optimizer
 from stablelora_kernels.pairs import LoRAPair, full_shape, lora_pairs, stacked_experts
 from stablelora_kernels.utils.modules import clean, innermost
 from stablelora_kernels.utils.validation import counted, no_argument
@@ -140,7 +140,7 @@ class StableShrink:
 
     @property
     def _groups(self) -> list[_Group]:
-        return cast("list[_Group]", self.optimizer.param_groups)
+        return cast("list[_Group]", self._placement.groups)
 
     def _make_engines(self) -> None:
         """Make one engine for the pairs of each device, with counters of zero."""
@@ -329,9 +329,9 @@ class StableShrink:
 
 def placement_of(optimizer: object) -> Placement | ZeroPlacement:
     """Where the parameters of ``optimizer`` are. TypeError if StableShrink cannot hook into it."""
-    inner = optimizer if is_zero(optimizer) else inner_optimizer(optimizer)
-    if is_zero(inner):
-        return ZeroPlacement(inner)
+    if (zero := zero_optimizer(optimizer)) is not None:
+        return ZeroPlacement(zero)
+    inner = inner_optimizer(optimizer)
     if isinstance(inner, StableLoRAAdamW):
         raise TypeError(
             "optimizer is a StableLoRAAdamW, which shrinks A in its own step: set its shrink_ratio, or give StableShrink another "
