@@ -4,6 +4,7 @@ random words that it goes by, and 8-bit moments by blocks.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ def mix_(x: Tensor) -> Tensor:
     return x
 
 
+# StableShrink asks at every step.
+@functools.lru_cache(maxsize=64)
 def seed_word(seed: int) -> int:
     """The seed's 64 bits as the word of the rounding key, an int32."""
     halves = torch.tensor([seed, seed >> 32], dtype=torch.int64, device="cpu").to(torch.int32)
