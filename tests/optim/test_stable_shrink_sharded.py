@@ -4,6 +4,7 @@ parallelism, how often the processes talk, and checkpoints.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,6 +168,35 @@ def test_one_collective_a_step_until_all_have_latched(spawned, dtype, backend):
             assert found["talks"] == [1] * until + [0] * (STEPS - until), key
 
 
+def load_behind_the_last_latch(world: int) -> list[bool]:
+    """By pair, whether A shrinks again under the first state, long after all have latched."""
+    named = distributed(named_pairs(FP32), world, "fsdp")
+    pairs = slk.lora_pairs([(name, p.requires_grad_()) for name, p in named])
+    optimizer = Descent([p for _, p in named], {"lr": 0.0})
+    shrink = slk.StableShrink(optimizer, pairs, shrink_ratio=RATIO)
+    state = copy.deepcopy(optimizer.state_dict())
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    for pair in pairs:
+        torch.nn.init.ones_(pair.B)
+    for _ in range(LatchMonitor.LAG + 1):
+        optimizer.step()
+    assert all(s.latched_at == 1 for s in shrink.stability())
+    for pair in pairs:
+        torch.nn.init.zeros_(pair.B)
+    optimizer.load_state_dict(state)
+    before = [gather(pair.A) for pair in pairs]
+    optimizer.step()
+    return [
+        torch.equal(gather(pair.A), (1 - RATIO) * a) for pair, a in zip(pairs, before, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_state_that_is_loaded_makes_collectives_again(spawned, backend):
+    assert spawned(2)[0][backend] == [True] * 3
+
+
 # Models
 
 
@@ -286,7 +316,11 @@ def shrink_under_policies(rank: int, world: int, place: Path) -> dict[str, Any]:
 
 
 def work(rank: int, world: int, place: Path) -> dict[str, Any]:
-    return {
+    loaded = {}
+    for backend in ("torch", "triton"):
+        with slk.settings(backend=backend):
+            loaded[backend] = load_behind_the_last_latch(world)
+    return loaded | {
         "placements": run_placements(rank, world, place),
         "models": train_and_resume(rank, world, place),
         "policies": shrink_under_policies(rank, world, place),

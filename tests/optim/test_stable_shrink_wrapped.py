@@ -217,3 +217,23 @@ def test_a_step_that_a_scaler_skips_neither_shrinks_nor_counts(backend, make):
     (_, first), (_, second) = counts(training.shrink)
     # The first batch overflowed, so that the second pair latched in the second step, A's first.
     assert second == 1 and first != 1
+
+
+# A state without it
+
+
+def test_a_state_without_counters_leaves_each_group_its_ratio():
+    pairs = make_pairs(SHAPES)
+    groups = [{"params": [pair.A, pair.B], "shrink_ratio": 0.1 * k} for k, pair in enumerate(pairs)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    shrink = slk.StableShrink(optimizer, pairs, shrink_ratio=0.7)
+    other = torch.optim.SGD([{"params": group["params"]} for group in groups], lr=1.0)
+    before = [pair.A.detach().clone() for pair in pairs]
+    optimizer.load_state_dict(other.state_dict())
+    for pair in pairs:
+        pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+    with pytest.warns(RuntimeWarning, match="'shrink_steps': it was saved without StableShrink"):
+        optimizer.step()
+    assert counts(shrink) == [(1, None)] * 3
+    for k, (pair, a) in enumerate(zip(pairs, before, strict=True)):
+        torch.testing.assert_close(pair.A.detach(), (1 - 0.1 * k) * a)
