@@ -208,6 +208,10 @@ def test_training_twice_goes_on_with_one_shrink(tmp_path):
     trainer.train()
     assert callback.shrink is first
     assert [pair.steps for pair in first.stability()] == [2 * STEPS] * 4
+    # Another trainer has another optimizer.
+    train(tmp_path, callbacks=[callback])
+    assert callback.shrink is not first
+    assert [pair.steps for pair in callback.shrink.stability()] == [STEPS] * 4
 
 
 # Beside other callbacks
