@@ -20,7 +20,8 @@ from stablelora_kernels.integrations.peft import (
 )
 from stablelora_kernels.nn.fused_loss import skip_logits_in_evaluation
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW, StableShrink
-from stablelora_kernels.optim.stable_shrink import check_shrink_options, shrinks_of
+from stablelora_kernels.optim.placement import inner_optimizer
+from stablelora_kernels.optim.stable_shrink import STEPS, check_shrink_options, shrinks_of
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import clean, innermost
 from stablelora_kernels.utils.validation import check_bool, no_argument
@@ -247,13 +248,24 @@ class StableLoRACallback(_Callback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: object,
     ) -> None:
-        """Hook into the optimizer, unless an earlier training has."""
+        """Hook into the optimizer, unless an earlier training has.
+
+        It warns if the training resumes from a checkpoint without the counters of the pairs.
+        """
         if model is None or optimizer is None:
             raise TypeError(
                 f"the trainer must train a model by an optimizer, got {type(model).__name__} and {type(optimizer).__name__}"
             )
-        if self.shrink is None or self.shrink not in shrinks_of(optimizer):
-            self.shrink = StableShrink(optimizer, model, **self.options)
+        if self.shrink is not None and self.shrink in shrinks_of(optimizer):
+            return
+        has_counters = any(STEPS in group for group in inner_optimizer(optimizer).param_groups)
+        self.shrink = StableShrink(optimizer, model, **self.options)
+        if state.global_step and not has_counters:
+            warnings.warn(
+                f"the checkpoint of step {state.global_step} was saved without StableLoRACallback, so no pair has latched in it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 class AccelerateCallback(_Callback):

@@ -4,7 +4,7 @@ random words that it goes by, and 8-bit moments by blocks.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ def mix_(x: Tensor) -> Tensor:
     return x
 
 
-@lru_cache
+# StableShrink asks at every step.
+@functools.lru_cache(maxsize=64)
 def seed_word(seed: int) -> int:
     """The seed's 64 bits as the word of the rounding key, an int32."""
     halves = torch.tensor([seed, seed >> 32], dtype=torch.int64, device="cpu").to(torch.int32)

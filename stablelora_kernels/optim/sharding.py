@@ -156,8 +156,13 @@ class LatchMonitor:
         """``latched``: int32 counters; those at ``indices`` belong to the pairs."""
         self.latched = latched
         self.indices = upload(list(indices), torch.int64, latched.device)
-        self.unlatched = bool(indices)
         self.pending: list[Recorded] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the records: the counters have been replaced."""
+        self.unlatched = self.indices.numel() > 0
+        self.pending = []
 
     def any_unlatched(self) -> bool:
         """Whether some pair had not latched in the last record that has to be known by now."""

@@ -217,6 +217,14 @@ class TritonShrink:
         """Let the device have the ratios; those that are tensors are copied at every step."""
         numbers = [None if isinstance(ratio, Tensor) else ratio for ratio in ratios]
         if numbers != self.numbers:
+            if self.numbers and staging.capturing():
+                was, now = next(
+                    (a, b) for a, b in zip(self.numbers, numbers, strict=True) if a != b
+                )
+                raise RuntimeError(
+                    f"shrink_ratio was {_said(was)} in the last step and is {_said(now)} in the one that a CUDA graph captures: "
+                    "run step() once before the capture; a 0-d tensor as shrink_ratio may change between replays"
+                )
             self._check_not_capturing()
             known = [0.0 if number is None else number for number in numbers]
             self.ratios.copy_(upload(known, torch.float32, self.device))
@@ -286,3 +294,8 @@ class TritonShrink:
 def _any_inf(found_inf: Tensor, sums: ShardSums) -> bool:
     """Whether some process has found an infinite gradient."""
     return bool(sums.all_reduce_max_(found_inf.clone()).item())
+
+
+def _said(ratio: float | None) -> str:
+    """A ratio for an error message; None stands for a tensor's."""
+    return "a tensor" if ratio is None else str(ratio)

@@ -108,18 +108,20 @@ class StableShrink:
         shrink_ratio: float = 5e-4,
         seed: int | None = None,
     ) -> None:
-        self._ratio = cast("Number", OPTIONS[RATIO].check(RATIO, shrink_ratio))
+        ratio = OPTIONS[RATIO].check(RATIO, shrink_ratio)
         self._seed = cast("int", OPTIONS["seed"].check("seed", seed))
         self._placement = placement_of(optimizer)
         self.optimizer = self._placement.optimizer
         self._pairs, self._experts = _trainable_pairs(model_or_pairs)
         _check_first(self._placement, self._pairs)
         self._group_of = [self._placement.group_of(pair) for pair in self._pairs]
-        _check_ratios(self._groups, self._group_of, self._ratio)
+        _check_ratios(self._groups, self._group_of, ratio)
         self._make_engines()
         for index in {*self._group_of}:
-            self._groups[index].setdefault(RATIO, self._ratio)
+            self._groups[index].setdefault(RATIO, ratio)
             self._groups[index].setdefault(SEED, self._seed)
+        # By group, those of the last step: a state that is loaded may have none.
+        self._ratios = self._current_ratios()
         for held in self._held:
             self._groups[held.group].setdefault(held.key, held.counters)
         self._take_over()
@@ -141,6 +143,11 @@ class StableShrink:
     @property
     def _groups(self) -> list[_Group]:
         return cast("list[_Group]", self._placement.groups)
+
+    def _current_ratios(self) -> dict[int, Number]:
+        """The ratio of every group with pairs, by the group's index."""
+        groups = self._groups
+        return {index: groups[index][RATIO] for index in {*self._group_of}}
 
     def _make_engines(self) -> None:
         """Make one engine for the pairs of each device, with counters of zero."""
@@ -224,8 +231,11 @@ class StableShrink:
         for group, key, counters in loaded:
             counters.copy_(groups[group].get(key, torch.zeros_like(counters)))
             groups[group][key] = counters
+        for engine in self._engines:
+            if isinstance(engine, TritonShrink):
+                engine.latch_monitor.restart()
         for index in {held.group for held in loaded}:
-            groups[index].setdefault(RATIO, self._ratio)
+            groups[index].setdefault(RATIO, self._ratios[index])
             groups[index].setdefault(SEED, self._seed)
 
     @torch._disable_dynamo
@@ -261,7 +271,7 @@ class StableShrink:
             return
         self._take_over()
         groups = self._groups
-        self._ratio = groups[self._group_of[0]][RATIO]
+        self._ratios = self._current_ratios()
         words = {index: seed_word(groups[index][SEED]) for index in {*self._group_of}}
         found_inf = placement.found_inf()
         for engine, tally, indices in zip(self._engines, self._tallies, self._members, strict=True):

@@ -74,7 +74,8 @@ def in_training(entries) -> list[dict[str, float]]:
 
 
 def expected_values(optimizer) -> dict[str, float]:
-    pairs = getattr(optimizer, "optimizer", optimizer).stability()
+    stable = optimizer if hasattr(optimizer, "stability") else optimizer.optimizer
+    pairs = stable.stability()
     ratios = [pair.b_norm / pair.a_norm for pair in pairs]
     means = {
         "a_norm": [p.a_norm for p in pairs],
