@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -70,7 +70,7 @@ class KeepsBase(TakesOver):
 
         If it raises, no adapter that it has not merged is left in the weights.
         """
-        if _IS_MERGING in self.__dict__ or not _merges_some(self, adapter_names):
+        if _IS_MERGING in self.__dict__ or not merges_some(self, adapter_names):
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
             return
         _keep(self)
@@ -153,7 +153,15 @@ def keep_until_unmerged(layer: nn.Module) -> None:
         take_over(layer, KeepsBaseOnce)
 
 
-def _merges_some(layer: Any, names: list[str] | None) -> bool:
+def merge_copy(layer: Any) -> None:
+    """Merge the active adapters into the base layer of a PEFT layer's copy, which nothing unmerges:
+    nothing is kept.
+    """
+    layer.__dict__[_IS_MERGING] = True
+    layer.merge()
+
+
+def merges_some(layer: Any, names: list[str] | None = None) -> bool:
     """Whether ``merge`` of a layer would merge an adapter."""
     held = {name for key in layer.adapter_layer_names for name in getattr(layer, key)}
     asked = layer.active_adapters if names is None else names
@@ -186,7 +194,7 @@ def _keep(layer: Any) -> None:
         return
     kept = {}
     for name, parameter in parameters.items():
-        shared = _kept_of.get(parameter)
+        shared: ref[KeptWeight] | None = _kept_of.get(parameter)
         weight = None if shared is None else shared()
         if weight is None or not weight.layers or not weight.is_intact(parameter):
             weight = KeptWeight(parameter.detach().to("cpu", copy=True))
