@@ -57,10 +57,25 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(
             f"model must have LoRALinear layers or PEFT's, got a {type(model).__name__} without any"
         )
-    walk = _Walk(inner, pefts)
     for name, module in inner.named_modules():
-        walk.check(name, module)
-    return walk.entries(inner, "")
+        reason = _reason_against(module)
+        if reason is None and pefts is not None:
+            reason = pefts.reason_against(module)
+        if reason is not None:
+            raise ValueError(f"model must have weights that can be merged, but {name!r} {reason}")
+    return _Walk(inner, pefts).entries(inner, "")
+
+
+def _reason_against(module: nn.Module) -> str | None:
+    """Why the weights of a module cannot be read, in words behind its name, or None."""
+    if computed_parameters(module):
+        return "has a parameter that a parametrization computes, such as packed experts"
+    reasons = (
+        reason_against_reading(name, parameter)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    )
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 class _Walk:
@@ -70,20 +85,6 @@ class _Walk:
         self._pefts = pefts
         self._adapters = None if pefts is None else pefts.Adapters(model)
 
-    def check(self, name: str, module: nn.Module) -> None:
-        """Raise ValueError if the weights of a module cannot be read."""
-        reason = None
-        if computed_parameters(module):
-            reason = "has a parameter that a parametrization computes, such as packed experts"
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                reason = reason or reason_against_reading(key, parameter)
-        if self._pefts is not None:
-            reason = reason or self._pefts.reason_against(module)
-        if reason is not None:
-            raise ValueError(f"model must have weights that can be read, but {name!r} {reason}")
-
-    @torch.no_grad()
     def entries(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         module = innermost(module)
         if self._pefts is not None:
@@ -99,6 +100,7 @@ class _Walk:
             if child is not None:
                 yield from self.entries(child, f"{prefix}{name}.")
 
+    @torch.no_grad()
     def _merged(self, module: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
         if self._adapters is not None and self._adapters.merge_into(parameter):
             return self._adapters.merged(module, name, parameter)  # type: ignore[no-any-return]

@@ -194,13 +194,13 @@ def _keep(layer: Any) -> None:
         return
     kept = {}
     for name, parameter in parameters.items():
-        shared: ref[KeptWeight] | None = _kept_of.get(parameter)
-        weight = None if shared is None else shared()
-        if weight is None or not weight.layers or not weight.is_intact(parameter):
-            weight = KeptWeight(parameter.detach().to("cpu", copy=True))
-            _kept_of[parameter] = ref(weight)
-        weight.layers += 1
-        kept[name] = weight
+        reference: ref[KeptWeight] | None = _kept_of.get(parameter)
+        shared = None if reference is None else reference()
+        if shared is None or not shared.layers or not shared.is_intact(parameter):
+            shared = KeptWeight(parameter.detach().to("cpu", copy=True))
+            _kept_of[parameter] = ref(shared)
+        shared.layers += 1
+        kept[name] = shared
     layer.__dict__[_KEPT] = kept
 
 
