@@ -22,7 +22,8 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each weight of ``model`` with its active LoRA merged, one at a time, without touching the
     model: for the sync of a policy's weights to a server in online RL::
 
-        llm.load_weights(slk.merged_parameters(model))
+        for name, weight in slk.merged_parameters(model):
+            server.load_weights([(name, weight)])
 
     Names, order and values are those of ``state_dict()`` of the model that PEFT's
     ``merge_and_unload()`` would give, to the bit; of ``apply_lora``'s layers, those of

@@ -75,7 +75,8 @@ def accelerate_peft(
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
     Parameters, names, adapters and checkpoints stay PEFT's; only the forward of the current layers
-    changes. It reads the layer's state at each call, so adapters may be added, switched, scaled,
+    changes, and ``unmerge`` gives plain weights back to the bit, from a copy that merged layers keep
+    in the host's memory. The forward reads the layer's state at each call, so adapters may be added, switched, scaled,
     disabled, merged and deleted afterwards. Calls that it does not support run PEFT's own forward.
     Layers that PEFT adds later are not accelerated until this is called again; calling it twice
     changes nothing. A fusion that is not given, or None, stays as the model's last call asked for it;
@@ -408,7 +409,7 @@ def _unmatched(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> list[s
 
 def restore_peft(model: nn.Module) -> None:
     """Undo :func:`accelerate_peft` exactly: every layer, every fused MLP and every model with a fused
-    loss gets its own class back.
+    loss gets its own class back; a merged layer once it is unmerged, to the bit.
 
     A model without such layers stays unchanged.
 
