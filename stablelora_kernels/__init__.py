@@ -14,6 +14,7 @@ from stablelora_kernels.integrations.hf_trainer import (
     StableLoRACallback,
 )
 from stablelora_kernels.integrations.memory_plan import memory_plan
+from stablelora_kernels.integrations.merged_parameters import merged_parameters
 from stablelora_kernels.integrations.packed_checkpoints import load_packed_experts
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.integrations.peft.rows import adapters_of_rows, losses_of_rows
@@ -54,6 +55,7 @@ __all__ = [
     "lora_pairs",
     "losses_of_rows",
     "memory_plan",
+    "merged_parameters",
     "reference",
     "restore_peft",
     "save_adapter",

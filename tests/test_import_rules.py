@@ -113,6 +113,7 @@ BEHIND_IMPORT_EXTRA = {
     "integrations.peft.experts": {"peft"},
     "integrations.peft.faults": {"peft"},
     "integrations.peft.layers": {"peft"},
+    "integrations.peft.merged": {"peft"},
     "integrations.peft.read": {"peft"},
     "integrations.peft.wrappers": {"peft"},
 }

@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from stablelora_kernels.integrations.peft.merging import (
+    KeepsBase,
+    keep_base,
+    keep_until_unmerged,
+    let_go,
+)
 from stablelora_kernels.integrations.peft.rows_state import ATTRIBUTE, RowsState
 from stablelora_kernels.model.reports import (
     NO_MLP,
@@ -35,7 +41,7 @@ from stablelora_kernels.nn.fused_loss import (
 from stablelora_kernels.nn.fused_mlp import GatedMLP, fuse_mlps, unfuse_mlps
 from stablelora_kernels.nn.projection_group import make_projection_groups, remove_projection_groups
 from stablelora_kernels.nn.stacks import stored_parameter
-from stablelora_kernels.nn.take_over import give_back, is_taken_over, take_over
+from stablelora_kernels.nn.take_over import give_back, is_taken_over, own_class, take_over
 from stablelora_kernels.utils.extras import import_extra, release
 from stablelora_kernels.utils.modules import check_module, in_fully_sharded, innermost
 from stablelora_kernels.utils.names import unmatched_names
@@ -69,7 +75,8 @@ def accelerate_peft(
     """Run the LoRA layers of a PEFT model on this library's ops, in place and per instance.
 
     Parameters, names, adapters and checkpoints stay PEFT's; only the forward of the current layers
-    changes. It reads the layer's state at each call, so adapters may be added, switched, scaled,
+    changes, and ``unmerge`` gives plain weights back to the bit, from a copy that merged layers keep
+    in the host's memory. The forward reads the layer's state at each call, so adapters may be added, switched, scaled,
     disabled, merged and deleted afterwards. Calls that it does not support run PEFT's own forward.
     Layers that PEFT adds later are not accelerated until this is called again; calling it twice
     changes nothing. A fusion that is not given, or None, stays as the model's last call asked for it;
@@ -143,6 +150,8 @@ def accelerate_peft(
     fusions = before | {k: _check_fusion(k, v) for k, v in asked.items() if v is not None}
     experts = _experts()
     accelerated: list[nn.Module] = []
+    # Layers whose merge can be undone to the bit.
+    merging: list[nn.Module] = []
     replaced: list[ReplacedModule] = []
     skipped: list[SkippedModule] = []
     # Layers of which PEFT's own forward computes DoRA beside another active adapter.
@@ -151,7 +160,10 @@ def accelerate_peft(
     for name, module in _tuner_layers(model, layers):
         if experts is not None and isinstance(module, experts.ParamWrapper):
             wrappers[name] = module
+            merging.append(module)
             continue
+        if _merges_into_its_base(model, name, module, layers):
+            merging.append(module)
         reason = _reason_layer_stays_pefts(model, name, module, layers)
         if reason is not None:
             skipped.append(SkippedModule(name, reason))
@@ -201,10 +213,15 @@ def accelerate_peft(
     untouched = {
         module for module in model.modules() if not _is_accelerated(module, layers, experts)
     }
+    kept = [module for module in untouched if is_taken_over(module, KeepsBase)]
+    for module in merging:
+        let_go(module)
     for module in accelerated:
         take_over(module, layers.Accelerated)
     for outermost in stacks.values():
         experts.accelerate(model, outermost)  # type: ignore[union-attr]
+    for module in merging:
+        keep_base(module)
     _unfuse(model)
     fused = _fuse(model, fusions, layers)
     refusal = _refusal(fused, fusions) if strict else None
@@ -212,6 +229,8 @@ def accelerate_peft(
         # What fuses is known only once it is tried.
         _unfuse(model)
         _restore(model, untouched, layers, experts)
+        for module in kept:
+            keep_base(module)
         _fuse(model, before, layers)
         raise ValueError(f"strict=True, but {refusal}")
     for module in model.modules():
@@ -390,7 +409,7 @@ def _unmatched(model: nn.Module, wrappers: Mapping[str, ParamWrapper]) -> list[s
 
 def restore_peft(model: nn.Module) -> None:
     """Undo :func:`accelerate_peft` exactly: every layer, every fused MLP and every model with a fused
-    loss gets its own class back.
+    loss gets its own class back; a merged layer once it is unmerged, to the bit.
 
     A model without such layers stays unchanged.
 
@@ -420,11 +439,15 @@ def _restore(
     layers: ModuleType,
     experts: ModuleType | None,
 ) -> None:
-    """Give those of ``modules`` that are accelerated their own class back."""
+    """Give those of ``modules`` that are accelerated their own class back; merged ones once they are
+    unmerged.
+    """
     for module in modules:
         give_back(module, layers.Accelerated)
         if experts is not None and is_taken_over(module, experts.AcceleratedExperts):
             experts.restore(model, module)
+        let_go(module)
+        keep_until_unmerged(module)
 
 
 def _check_no_rows(model: nn.Module, function: str) -> None:
@@ -484,12 +507,30 @@ def _reason_layer_stays_pefts(
     kind = type(module).__name__
     if not isinstance(module, layers.lora.LoraLayer):
         return f"{kind} is not a LoRA layer"
-    if type(module) not in layers.KNOWN and not is_taken_over(module, layers.Accelerated):
+    if own_class(module) not in layers.KNOWN:
         return f"lora.{kind} is not a layer that the ops are known to fit"
     if "forward" in module.__dict__:
         return "its forward was replaced (as accelerate's hooks do)"
-    path = name.split(".")
-    for i in range(len(path)):
-        if isinstance(model.get_submodule(".".join(path[:i])), nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight instead of calling it"
+    if _in_multihead_attention(model, name):
+        return "nn.MultiheadAttention reads its weight instead of calling it"
     return None if len(module.lora_A) else "it holds no adapter"
+
+
+def _in_multihead_attention(model: nn.Module, name: str) -> bool:
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    return any(isinstance(module, nn.MultiheadAttention) for module in around)
+
+
+def _merges_into_its_base(
+    model: nn.Module, name: str, module: BaseTunerLayer, layers: ModuleType
+) -> bool:
+    """Whether PEFT's merge writes to the base layer of a LoRA layer, so that unmerging can give it
+    back.
+
+    It puts other tensors in the place of an ``nn.MultiheadAttention``'s parameters.
+    """
+    if not isinstance(module, layers.lora.LoraLayer) or "forward" in module.__dict__:
+        return False
+    is_attention = isinstance(module.get_base_layer(), nn.MultiheadAttention)
+    return not is_attention and not _in_multihead_attention(model, name)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stablelora_kernels.dispatch.tallies import note_fallback
 from stablelora_kernels.integrations.peft.faults import fault_of_packed
+from stablelora_kernels.integrations.peft.merging import KeepsBase
 from stablelora_kernels.integrations.peft.read import is_observed, plain_tensors
 from stablelora_kernels.integrations.peft.wrappers import (
     nest_as_pefts,
@@ -41,7 +42,7 @@ from stablelora_kernels.nn.stacks import (
     reason_stack_does_not_fit,
     stored_parameter,
 )
-from stablelora_kernels.nn.take_over import TakesOver, give_back, take_over
+from stablelora_kernels.nn.take_over import give_back, take_over
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.utils.modules import is_hooked
 from stablelora_kernels.utils.refusal import Refusal
@@ -55,7 +56,7 @@ class Stacks(NamedTuple):
     skipped: list[SkippedModule]
 
 
-class AcceleratedExperts(FusableExperts, TakesOver):
+class AcceleratedExperts(FusableExperts, KeepsBase):
     """A mixin in front of ``ParamWrapper``. Calls that it does not support run PEFT's forward, and
     raise where that computes packed experts wrongly.
     """

@@ -3,7 +3,8 @@
 
 :class:`Accelerated` takes a layer's forward over, as ``nn/take_over.py`` says: only the instance's
 class changes. Nothing is stored in the instance except its projection group, if
-``fuse_projections`` is set, and the rows' state of ``adapters_of_rows``. So copies, pickles and
+``fuse_projections`` is set, the rows' state of ``adapters_of_rows``, and what unmerging needs
+(``merging.py``). So copies, pickles and
 replicas are accelerated too, and PEFT's own code adds, switches, merges, deletes, saves and loads
 adapters as before. Each call reads the current adapters, scaling, dropout, training mode, and
 whether the layer is merged or disabled (``read.py``).
@@ -23,6 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from stablelora_kernels.dispatch.tallies import note_fallback
+from stablelora_kernels.integrations.peft.merging import KeepsBase
 from stablelora_kernels.integrations.peft.read import (
     NO_ADAPTER,
     OBSERVED,
@@ -36,7 +38,6 @@ from stablelora_kernels.integrations.peft.read import (
 from stablelora_kernels.integrations.peft.rows_state import Rows, RowsState
 from stablelora_kernels.nn.operands import Operand, read_base
 from stablelora_kernels.nn.projection_group import ATTRIBUTE, ProjectionGroup
-from stablelora_kernels.nn.take_over import TakesOver
 from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.utils.refusal import Refusal
 
@@ -55,7 +56,7 @@ _OWN_ARGUMENTS = ("adapter_names", *getattr(_layer, "VARIANT_KWARG_KEYS", ()))
 BY_ROWS = Refusal("computes each adapter's rows within adapters_of_rows")
 
 
-class Accelerated(TakesOver):
+class Accelerated(KeepsBase):
     """A mixin in front of a PEFT class. Calls that it does not support run that class's forward."""
 
     # A default of the class: torch.compile guards that no instance has another, but it would not
