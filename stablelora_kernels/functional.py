@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.activations import ACTIVATIONS
-from stablelora_kernels.cross_entropy import lora_linear_cross_entropy
+from stablelora_kernels.cross_entropy import lora_linear_cross_entropy, lora_linear_log_probs
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.dispatch.problem import MAX_GROUP
 from stablelora_kernels.ops.checks import FLOAT_DTYPES, check, check_experts
@@ -47,6 +47,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_cross_entropy",
     "lora_linear_group",
+    "lora_linear_log_probs",
     "lora_mlp",
 ]
 

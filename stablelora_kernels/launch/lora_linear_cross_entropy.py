@@ -39,7 +39,9 @@ class Loss(Protocol):
 
 
 class Chunk(Protocol):
-    """Logits [M, V], which are columns of a wider matrix; labels [M], and each row's gradient."""
+    """Logits [M, V], which are columns of a wider matrix; labels [M], and each row's gradients of its
+    loss and its entropy.
+    """
 
     @property
     def logits(self) -> Tensor: ...
@@ -50,10 +52,13 @@ class Chunk(Protocol):
     @property
     def row_scale(self) -> Tensor | None: ...
 
+    @property
+    def entropy_scale(self) -> Tensor | None: ...
 
-def cross_entropy(loss: Loss, chunk: Chunk, losses: Tensor) -> Launch:
-    """``losses`` [M] of a chunk's logits, which dZ replaces if gradients are needed. The other columns
-    of their memory are overwritten.
+
+def cross_entropy(loss: Loss, chunk: Chunk, losses: Tensor, entropies: Tensor) -> Launch:
+    """``losses`` [M], and ``entropies`` [M] or empty, of a chunk's logits, which dZ replaces if
+    gradients are needed. The other columns of their memory are overwritten.
     """
     rule = tiles.CROSS_ENTROPY_TILES[0]
     tile: Tile = rule.choice
@@ -69,7 +74,9 @@ def cross_entropy(loss: Loss, chunk: Chunk, losses: Tensor) -> Launch:
         "z_ptr": whole,
         "labels_ptr": chunk.labels,
         "row_scale_ptr": chunk.row_scale,
+        "entropy_scale_ptr": chunk.entropy_scale,
         "losses_ptr": losses,
+        "entropies_ptr": entropies if entropies.numel() else None,
         "V": vocabulary,
         "ignore_index": settings.ignore_index,
         "stride_z": width,
@@ -86,6 +93,8 @@ def cross_entropy(loss: Loss, chunk: Chunk, losses: Tensor) -> Launch:
         gradient=settings.needs_gradient,
         softcap=settings.softcap != 0.0,
         scaled=chunk.row_scale is not None,
+        entropy=bool(entropies.numel()),
+        entropy_gradient=chunk.entropy_scale is not None,
     )
     words = f"1x{tile.BLOCK_N}{flags}"
     return planned(_cross_entropy_kernel, words, plan, plan.programs, arguments, constants)

@@ -204,16 +204,24 @@ def stable_shrink_launches() -> Iterator[tuple[str, Any]]:
 
 def cross_entropy_launches() -> Iterator[tuple[str, Any]]:
     """(dtype, launch) of a head's logits: the loss alone, with its gradient, and with a gradient for
-    each token; with a soft cap and without one.
+    each token; with entropies, and with their gradient; with a soft cap and without one.
     """
     vocabulary = 128_256
     labels = torch.empty(64, dtype=torch.int64, device="meta")
     floats = torch.empty(64, dtype=FP32, device="meta")
     for name, dtype in (("bf16", BF16), ("fp16", FP16), ("fp32", FP32)):
         logits = torch.empty(64, vocabulary, dtype=dtype, device="meta")
-        for softcap, gradient, row_scale in product((0.0, 30.0), (False, True), (None, floats)):
-            if row_scale is not None and not gradient:
-                continue
+        # The gradient by token; whether gradients are needed; entropies, or their gradient.
+        forms = [
+            (None, False, False),
+            (None, True, False),
+            (floats, True, False),
+            (None, False, True),
+            (floats, True, True),
+        ]
+        for softcap, (row_scale, gradient, entropy) in product((0.0, 30.0), forms):
+            entropy_scale = row_scale if entropy else None
+            entropies = floats[: 64 if entropy and not gradient else 0]
             call = CrossEntropyCall(
                 hidden=logits,
                 weight=logits,
@@ -222,8 +230,10 @@ def cross_entropy_launches() -> Iterator[tuple[str, Any]]:
                 lora_B=None,
                 labels=labels,
                 row_scale=row_scale,
+                entropy_scale=entropy_scale,
                 settings=CrossEntropySettings(
                     -100, 1.0, softcap, 1.0, "triton", need_hidden=gradient
                 ),
             )
-            yield name, cross_entropy(call, Chunk(logits, labels, row_scale), floats)
+            chunk = Chunk(logits, labels, row_scale, entropy_scale)
+            yield name, cross_entropy(call, chunk, floats, entropies)

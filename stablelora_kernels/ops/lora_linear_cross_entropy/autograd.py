@@ -12,6 +12,13 @@ dX and dS of a token do not depend on its incoming gradient g_i but by this fact
 in forward, while the logits are there, and backward multiplies rows. So a step takes two products
 with W. dB and dbias sum over tokens. For a sum of losses g is one number, and forward computes them
 too. For losses by token, backward needs the logits of each chunk again: a third product.
+
+``lora_linear_log_probs`` has -L_i by token, and with it the entropy of the softmax:
+
+    H_i = -Σ_v p_v log p_v        dZ += -h p (log p + H) ∘ U'(Z)
+
+The gradient h of H_i does not scale the gradients of L_i. So with entropies forward computes no
+gradient, and backward computes the logits again.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
     CrossEntropyCall,
     CrossEntropyResults,
     CrossEntropySettings,
+    OfTokens,
 )
 from stablelora_kernels.ops.lora_linear_cross_entropy.chunks import lora_linear_cross_entropy
 from stablelora_kernels.utils.tensors import cast
@@ -40,6 +48,10 @@ class _CrossEntropyContext(Context, Protocol):
     summed: bool
     bias_dtype: torch.dtype
     b_dtype: torch.dtype
+
+
+class _EntropyContext(Context, Protocol):
+    settings: CrossEntropySettings
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -63,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
         computed = settings
         if not summed:
             computed = settings._replace(need_b=False, need_bias=False)
-        losses, *gradients = lora_linear_cross_entropy(*tensors, *computed)
+        losses, _, *gradients = lora_linear_cross_entropy(*tensors, *computed)
         # Without a sum, backward computes the logits again for dB and dbias.
         ctx.save_for_backward(*gradients, *(tensors if computed != settings else ()))
         ctx.settings = settings
@@ -112,6 +124,7 @@ def _backward(ctx: _CrossEntropyContext, grad: Tensor) -> tuple[Tensor | None, .
         cast(db, ctx.b_dtype) if settings.need_b else None,
         None,
         None,
+        None,
     )
 
 
@@ -123,6 +136,61 @@ def _sums_by_token(
     call = call._replace(
         row_scale=grad, settings=settings._replace(need_hidden=False, need_s=False)
     )
+    return _computed(call)
+
+
+class _WithEntropies(torch.autograd.Function):
+    """The losses and the entropies by token, with gradients of X, bias, S and B."""
+
+    @staticmethod
+    def forward(
+        ctx: _EntropyContext, settings: CrossEntropySettings, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The tensors are those of :class:`CrossEntropyCall`."""
+        needed = dict(zip(CrossEntropyCall._fields, ctx.needs_input_grad[1:], strict=False))
+        ctx.save_for_backward(*tensors)
+        ctx.settings = settings._replace(
+            need_hidden=needed["hidden"],
+            need_s=needed["s"],
+            need_b=needed["lora_B"],
+            need_bias=needed["bias"],
+        )
+        results = _computed(CrossEntropyCall.of(tensors, settings._replace(need_entropy=True)))
+        return results.losses, results.entropies
+
+    @staticmethod
+    def backward(ctx: _EntropyContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # As _CrossEntropy's.
+            raise RuntimeError(
+                "lora_linear_log_probs can be differentiated once, got a backward with create_graph=True"
+            )
+        return _backward_with_entropies(ctx, *grads)
+
+
+@first_derivative
+def _backward_with_entropies(
+    ctx: _EntropyContext, grad: Tensor, entropy_grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :class:`_WithEntropies`' arguments."""
+    settings = ctx.settings
+    call = CrossEntropyCall.of(ctx.saved_tensors, settings)
+    results = _computed(call._replace(row_scale=grad, entropy_scale=entropy_grad))
+    bias, lora_B = call.bias, call.lora_B
+    return (
+        None,
+        results.dhidden if settings.need_hidden else None,
+        None,
+        results.dbias.to(bias.dtype) if bias is not None and settings.need_bias else None,
+        results.ds if settings.need_s else None,
+        results.db.to(lora_B.dtype) if lora_B is not None and settings.need_b else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _computed(call: CrossEntropyCall) -> CrossEntropyResults:
     return CrossEntropyResults(*lora_linear_cross_entropy(*call[:-1], *call.settings))
 
 
@@ -138,9 +206,21 @@ def _times(t: Tensor, factor: Tensor) -> Tensor:
 def cross_entropy_op(call: CrossEntropyCall, summed: bool) -> Tensor:
     """The losses by token, or their sum, for checked arguments."""
     tensors = call[:-1]
-    inputs = (call.hidden, call.bias, call.s, call.lora_B)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if _wants_gradient(call):
         losses: Tensor = _CrossEntropy.apply(summed, call.settings, *tensors)  # type: ignore[no-untyped-call]
         return losses
     losses = lora_linear_cross_entropy(*tensors, *call.settings)[0]
     return losses.sum() if summed else losses
+
+
+def with_entropies(call: CrossEntropyCall) -> OfTokens:
+    """The losses and the entropies by token, for checked arguments."""
+    if _wants_gradient(call):
+        return OfTokens(*_WithEntropies.apply(call.settings, *call[:-1]))  # type: ignore[no-untyped-call]
+    results = _computed(call._replace(settings=call.settings._replace(need_entropy=True)))
+    return OfTokens(results.losses, results.entropies)
+
+
+def _wants_gradient(call: CrossEntropyCall) -> bool:
+    inputs = (call.hidden, call.bias, call.s, call.lora_B)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

@@ -27,6 +27,7 @@ class CrossEntropySettings(NamedTuple):
     need_s: bool = False
     need_b: bool = False
     need_bias: bool = False
+    need_entropy: bool = False
 
     @property
     def needs_gradient(self) -> bool:
@@ -45,6 +46,8 @@ class CrossEntropyCall(NamedTuple):
     labels: Tensor
     # g by token; None: 1.
     row_scale: Tensor | None
+    # h by token, the gradient of its entropy; None: 0.
+    entropy_scale: Tensor | None
     settings: CrossEntropySettings
 
     @staticmethod
@@ -64,11 +67,12 @@ class CrossEntropyCall(NamedTuple):
 
 
 class CrossEntropyResults(NamedTuple):
-    """The losses [T], and dX [T, H], dS [T, r], dB [V, r] and dbias [V], each times ``unit``; those
-    that are not needed are empty.
+    """The losses [T] and the entropies [T], and dX [T, H], dS [T, r], dB [V, r] and dbias [V], each
+    times ``unit``; those that are not needed are empty.
     """
 
     losses: Tensor
+    entropies: Tensor
     dhidden: Tensor
     ds: Tensor
     db: Tensor
@@ -76,11 +80,21 @@ class CrossEntropyResults(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Logits [rows, V], which dZ replaces, with labels and each row's gradient or None."""
+    """Logits [rows, V], which dZ replaces, with labels, and each row's gradients of loss and entropy
+    or None.
+    """
 
     logits: Tensor
     labels: Tensor
     row_scale: Tensor | None
+    entropy_scale: Tensor | None = None
+
+
+class OfTokens(NamedTuple):
+    """The losses [rows], and the entropies [rows], which are empty if they are not needed."""
+
+    losses: Tensor
+    entropies: Tensor
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

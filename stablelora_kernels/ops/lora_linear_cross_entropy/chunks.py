@@ -59,6 +59,7 @@ def _results(call: CrossEntropyCall) -> CrossEntropyResults:
     rank = 0 if call.s is None else call.s.shape[1]
     return CrossEntropyResults(
         hidden.new_zeros(rows, dtype=sums),
+        hidden.new_zeros(rows if settings.need_entropy else 0, dtype=sums),
         hidden.new_zeros(rows if settings.need_hidden else 0, hidden.shape[1]),
         hidden.new_zeros(rows if settings.need_s else 0, rank),
         hidden.new_zeros(call.vocabulary if settings.need_b else 0, rank, dtype=sums),
@@ -73,8 +74,8 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 @define_op(
     "lora_linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? s, Tensor? lora_B, Tensor labels, Tensor? row_scale, "
-    "int ignore_index, float scaling, float softcap, float logit_scale, str backend, bool need_hidden, bool need_s, "
-    "bool need_b, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? entropy_scale, int ignore_index, float scaling, float softcap, float logit_scale, str backend, bool need_hidden, "
+    "bool need_s, bool need_b, bool need_bias, bool need_entropy) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 def lora_linear_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
@@ -95,8 +96,14 @@ def _compute(call: CrossEntropyCall, results: CrossEntropyResults) -> None:
         hidden = call.hidden[tokens].to(head.dtype)
         s = None if call.s is None else call.s[tokens].to(head.dtype)
         logits = head.logits(hidden, s)
-        row_scale = None if call.row_scale is None else call.row_scale[tokens]
-        results.losses[tokens] = losses_of(call, Chunk(logits, call.labels[tokens], row_scale))
+        scales = [
+            None if scale is None else scale[tokens]
+            for scale in (call.row_scale, call.entropy_scale)
+        ]
+        losses, entropies = losses_of(call, Chunk(logits, call.labels[tokens], *scales))
+        results.losses[tokens] = losses
+        if settings.need_entropy:
+            results.entropies[tokens] = entropies
         # From here on the logits are dZ.
         if settings.need_hidden:
             results.dhidden[tokens] = head.hidden_gradient(logits).to(call.hidden.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.first_use import Kind, fault_at_first_use
-from stablelora_kernels.ops.lora_linear_cross_entropy.call import Chunk
+from stablelora_kernels.ops.lora_linear_cross_entropy.call import Chunk, OfTokens
 from stablelora_kernels.ops.proofs import Compared, StandIns
 from stablelora_kernels.reference.rounding import (
     Arithmetic,
@@ -36,6 +36,11 @@ class Cap(NamedTuple):
     softcap: float
     scale: float
 
+    def of(self, logits: Tensor) -> Tensor:
+        """The logits, transformed, in float64."""
+        u = logits.double() * self.scale
+        return self.softcap * (u / self.softcap).tanh() if self.softcap else u
+
     def slope(self, logits: Tensor) -> Tensor | float:
         """The derivative of the cap in float64, where it is not 0."""
         if not self.softcap:
@@ -44,8 +49,8 @@ class Cap(NamedTuple):
         return (1 - share.square()).clamp(min=2.0**-52)
 
 
-# Returns the losses of a chunk, and leaves dZ in its logits.
-Losses = Callable[[Chunk], Tensor]
+# Returns the losses and entropies of a chunk, and leaves dZ in its logits.
+Losses = Callable[[Chunk], OfTokens]
 
 
 def kernel_fault(
@@ -60,19 +65,20 @@ def kernel_fault(
 
     def find_fault() -> str:
         computed = _stand_in(chunk, ignore_index)
-        losses = by_kernel(computed)
+        found = [*by_kernel(computed), computed.logits]
         again = _stand_in(chunk, ignore_index)
-        repeated = by_kernel(again)
+        repeated = [*by_kernel(again), again.logits]
         # Of the label outside of the vocabulary, which PyTorch's operators may refuse.
-        if not (losses[_UNKNOWN].isnan() and repeated[_UNKNOWN].isnan()):
-            return "the loss of a label outside of the vocabulary is a number"
-        losses[_UNKNOWN] = repeated[_UNKNOWN] = 0.0
-        computed.logits[_UNKNOWN] = again.logits[_UNKNOWN] = 0.0
+        for t in (*found[:2], *repeated[:2]):
+            if not bool(t[_UNKNOWN:][:1].isnan().all()):
+                return "the loss or the entropy of a label outside of the vocabulary is a number"
+        for t in (*found, *repeated):
+            t[_UNKNOWN:][:1] = 0.0
         before = _stand_in(chunk, ignore_index)
-        for compared in _compare(before, computed, losses, cap, by_operators):
+        for compared in _compare(before, computed, OfTokens(*found[:2]), cap, by_operators):
             if fault := compared.fault():
                 return fault
-        if torch.equal(losses, repeated) and torch.equal(computed.logits, again.logits):
+        if all(map(torch.equal, found, repeated)):
             return ""
         return "two runs on the same operands differ"
 
@@ -81,7 +87,7 @@ def kernel_fault(
 
 def _stand_in(chunk: Chunk, ignore_index: int) -> Chunk:
     """A few rows of the same layout, equal ones each time."""
-    logits, labels, row_scale = chunk
+    logits, labels, row_scale, entropy_scale = chunk
     vocabulary = logits.shape[1]
     draw = StandIns(logits.device)
     # Logits are columns of a wider matrix, whose other columns the kernel reads.
@@ -91,28 +97,45 @@ def _stand_in(chunk: Chunk, ignore_index: int) -> Chunk:
     places = (numbers * (vocabulary // ROWS or 1) % vocabulary).to(labels.dtype)
     places[_IGNORED] = ignore_index
     places[_UNKNOWN] = -1 if ignore_index >= 0 else vocabulary
-    scale = None if row_scale is None else row_scale.new_empty(ROWS)
-    return Chunk(stood_in, places, draw.of(scale))
+    scales = [
+        draw.of(None if scale is None else scale.new_empty(ROWS))
+        for scale in (row_scale, entropy_scale)
+    ]
+    return Chunk(stood_in, places, *scales)
 
 
 def _compare(
-    before: Chunk, computed: Chunk, losses: Tensor, cap: Cap, by_operators: Losses
+    before: Chunk, computed: Chunk, found: OfTokens, cap: Cap, by_operators: Losses
 ) -> Iterator[Compared]:
     arithmetic = Arithmetic(computed.logits.dtype)
     exact = before.logits.double()
-    row_scale = None if before.row_scale is None else before.row_scale.double()
+    scales = [
+        None if scale is None else scale.double()
+        for scale in (before.row_scale, before.entropy_scale)
+    ]
     labels = before.labels.clone()
     labels[_UNKNOWN] = labels[_IGNORED]
-    expected = by_operators(Chunk(exact, labels, row_scale))
+    expected, entropies = by_operators(Chunk(exact, labels, *scales))
     exact[_UNKNOWN] = 0.0
     largest = before.logits.double().abs().amax(1)
     relative = unit_roundoff(torch.float32) * (_OPERATIONS + largest)
     yield Compared(
-        "the loss", losses, Rounded(expected, relative * (1 + expected.abs())), arithmetic
+        "the loss", found.losses, Rounded(expected, relative * (1 + expected.abs())), arithmetic
     )
+    log_p = cap.of(before.logits).log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    if entropies.numel():
+        yield Compared(
+            "the entropy", found.entropies, Rounded(entropies, relative * (1 + entropy)), arithmetic
+        )
     rounded = deviation_of_rounding(exact, computed.logits.dtype)
     # Far above the cap, 1 less the square of the share cancels.
-    parts = exact.abs() / cap.slope(before.logits)
+    parts = exact.abs()
+    if scales[1] is not None:
+        # Of the entropy's gradient, in which log p + H may cancel.
+        of_entropy = log_p.exp() * (1 + entropy[:, None] + log_p.abs())
+        parts += abs(cap.scale) * scales[1].abs()[:, None] * of_entropy
+    parts /= cap.slope(before.logits)
     # And a label's probability less 1: the loss has its logarithm.
     at_label = before.labels.where(labels != labels[_IGNORED], 0)[:, None]
     of_label = parts.gather(1, at_label) / -torch.expm1(-expected[:, None])
