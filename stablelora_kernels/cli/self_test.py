@@ -22,7 +22,7 @@ from stablelora_kernels import testing
 from stablelora_kernels.dispatch import backend
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.functional import lora_linear
-from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from stablelora_kernels.optim import StableLoRAAdamW, StableShrink
 from stablelora_kernels.pairs import lora_pairs
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing import Deviation
@@ -122,6 +122,7 @@ def checks() -> list[Check]:
         Check("dropout's mask", "forward and backward", check_mask),
         Check("stable_adamw", "3 steps, fp32", partial(check_step, dtype=FP32)),
         Check("stable_adamw", "3 steps, bf16", partial(check_step, dtype=BF16)),
+        Check("stable_shrink", "3 steps, fp32", partial(check_step, dtype=FP32, by_hook=True)),
     ]
 
 
@@ -253,9 +254,11 @@ def check_mask(device: torch.device) -> list[Deviation]:
     return [Deviation(wrong, 0, "elements")]
 
 
-def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
+def check_step(
+    device: torch.device, *, dtype: torch.dtype, by_hook: bool = False
+) -> list[Deviation]:
     """Three steps over a shrinking pair, one that latches at once and a lone parameter; the latch
-    steps must be the oracle's.
+    steps must be the oracle's. ``by_hook``: the steps of torch's AdamW with a StableShrink.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -272,7 +275,14 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
     settings: dict[str, Any] = {"lr": 1e-2, "shrink_ratio": 5e-3}
 
     ours = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
-    optimizer = StableLoRAAdamW(list(ours.items()), seed=1, **settings)
+    shrunk: StableLoRAAdamW | StableShrink
+    optimizer: torch.optim.Optimizer
+    if by_hook:
+        optimizer = torch.optim.AdamW(ours.values(), lr=settings["lr"])
+        pairs = lora_pairs(ours.items())
+        shrunk = StableShrink(optimizer, pairs, shrink_ratio=settings["shrink_ratio"], seed=1)
+    else:
+        optimizer = shrunk = StableLoRAAdamW(list(ours.items()), seed=1, **settings)
     for step in grads:
         for name, tensor in ours.items():
             tensor.grad = step[name]
@@ -289,7 +299,7 @@ def check_step(device: torch.device, *, dtype: torch.dtype) -> list[Deviation]:
         return named, reference.latched_at
 
     refs, latched_at = plain(torch.float64)
-    latches = {pair.name: pair.latched_at for pair in optimizer.stability()}
+    latches = {pair.name: pair.latched_at for pair in shrunk.stability()}
     if latches != latched_at or sorted(latched_at.values(), key=str) != [1, None]:
         raise AssertionError(f"the pairs must latch at steps {latched_at}, got {latches}")
     baselines = plain(dtype)[0]

@@ -85,7 +85,7 @@ def doctor_json(capsys, *argv: str, status: int = 0):
 
 FAMILIES = {
     "lora_linear", "dropout's mask", "lora_linear_group", "lora_linear_quantized", "lora_branch", "lora_mlp", "lora_experts",
-    "lora_experts_mlp", "lora_linear_cross_entropy", "DoRA", "stable_adamw",
+    "lora_experts_mlp", "lora_linear_cross_entropy", "DoRA", "stable_adamw", "stable_shrink",
 }  # fmt: skip
 # Those that PyTorch's operators compute on every backend.
 WITHOUT_KERNELS = {"lora_experts", "lora_experts_mlp"}

@@ -88,12 +88,18 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _CrossEntropyContext, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Autograd would take a constant incoming gradient for a sign that there is none.
-            raise RuntimeError(
-                "lora_linear_cross_entropy can be differentiated once, got a backward with create_graph=True"
-            )
+        _refuse_second_derivative("lora_linear_cross_entropy")
         return _backward(ctx, grad)
+
+
+def _refuse_second_derivative(name: str) -> None:
+    """Raise RuntimeError in a backward with create_graph=True: autograd would take a constant incoming
+    gradient for a sign that there is none.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} can be differentiated once, got a backward with create_graph=True"
+        )
 
 
 @first_derivative
@@ -160,11 +166,7 @@ class _WithEntropies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _EntropyContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # As _CrossEntropy's.
-            raise RuntimeError(
-                "lora_linear_log_probs can be differentiated once, got a backward with create_graph=True"
-            )
+        _refuse_second_derivative("lora_linear_log_probs")
         return _backward_with_entropies(ctx, *grads)
 
 
