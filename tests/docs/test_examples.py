@@ -22,6 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from examples import (  # noqa: E402
     finetune,
+    grpo_head,
     learning_rates,
     peft_trainer,
     replace_linear,
@@ -382,3 +383,9 @@ def test_learning_rates_trains_eight_adapters(files: list[str], tmp_path: Path, 
     with pytest.raises(SystemExit):
         learning_rates.main([*files, *small])
     assert "--out must be a new directory" in capsys.readouterr().err
+
+
+def test_grpo_with_an_adapter_on_the_head_learns() -> None:
+    """And its first ratios are exactly 1, or it raises."""
+    rewards = grpo_head.main(["--steps", "6"])
+    assert len(rewards) == 6 and rewards[0] < 0.6 < rewards[-1]
