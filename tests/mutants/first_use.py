@@ -42,7 +42,7 @@ SECONDS = 300
 # Of which files faults change kernels or their launches, and the trials that show them, the likeliest
 # first.
 TRIALS_OF = {
-    "kernels/lora/cross_entropy.py": ("loss",),
+    "kernels/lora/cross_entropy.py": ("loss", "entropy"),
     "kernels/lora/gated.py": ("gated", "mlp"),
     "kernels/lora/gate_up.py": ("gated", "mlp"),
     "kernels/lora/chain.py": ("chain", "sums", "gated"),
@@ -120,6 +120,7 @@ def _trials() -> dict[str, list[Trial]]:
     from stablelora_kernels.testing.ops.lora_mlp import MLP
     from tests.kernels.test_tickets import TILES
     from tests.ops import test_lora_linear_cross_entropy as losses
+    from tests.ops import test_lora_linear_log_probs as log_probs
     from tests.ops import test_lora_rows as rows
     from tests.optim import test_reference as steps
     from tests.optim import test_stable_shrink as shrinks
@@ -197,6 +198,18 @@ def _trials() -> dict[str, list[Trial]]:
 
         return Trial(f"loss {case}", run)
 
+    def of_entropy(name: str) -> Trial:
+        def run() -> None:
+            (rule,) = tiles.CROSS_ENTROPY_TILES
+            few = (rule._replace(choice=rule.choice._replace(BLOCK_N=32)),)
+            with (
+                mock.patch.object(tiles, "CROSS_ENTROPY_TILES", few),
+                settings(backend="triton"),
+            ):
+                log_probs.test_as_log_softmax(name, "triton")
+
+        return Trial(f"entropy {name}", run)
+
     def of_step(name: str, dtype: Any) -> Trial:
         def run() -> None:
             # Pairs of the plain one must latch meanwhile.
@@ -228,6 +241,7 @@ def _trials() -> dict[str, list[Trial]]:
             _of_case(rows.of_rows("many rows", adapters)),
         ],
         "loss": [of_loss(case) for case in losses.CASES],
+        "entropy": [*map(of_entropy, ("plain", "cap", "bf16", "fp16"))],
         "step": [
             *(of_step(name, steps.OPTIONS[name].dtypes[0]) for name in STEPS),
             of_step("masters-clipped", FP16),
