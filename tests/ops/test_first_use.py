@@ -773,11 +773,11 @@ def test_a_wrong_loss_kernel_gets_pytorchs_result(spoil, monkeypatch) -> None:
         (gradient,) = torch.autograd.grad(expected, hidden)
     by_kernel = cross_entropy._losses_by_kernel
 
-    def spoiled_kernel(call: Any, chunk: Any) -> Tensor:
-        losses = by_kernel(call, chunk)
-        target = losses if spoil == "the loss" else chunk.logits
+    def spoiled_kernel(call: Any, chunk: Any) -> Any:
+        of_tokens = by_kernel(call, chunk)
+        target = of_tokens.losses if spoil == "the loss" else chunk.logits
         target[(0,) * target.dim()] += 0.01
-        return losses
+        return of_tokens
 
     monkeypatch.setattr(cross_entropy, "_losses_by_kernel", spoiled_kernel)
     with slk.settings(backend="triton"), pytest.warns(RuntimeWarning, match=f"{spoil} is off"):
@@ -956,9 +956,11 @@ def test_a_wrong_loss_shows_in_a_call_of_one_row(change, monkeypatch) -> None:
     path.unlink()
     by_kernel = cross_entropy._losses_by_kernel
 
-    def wrong(call: Any, chunk: Any) -> Tensor:
-        losses = by_kernel(call, chunk)
-        return losses * 2 if change == "doubled" else losses.nan_to_num(nan=1.0)
+    def wrong(call: Any, chunk: Any) -> Any:
+        of_tokens = by_kernel(call, chunk)
+        losses = of_tokens.losses
+        losses = losses * 2 if change == "doubled" else losses.nan_to_num(nan=1.0)
+        return of_tokens._replace(losses=losses)
 
     monkeypatch.setattr(cross_entropy, "_losses_by_kernel", wrong)
     match = "the loss is" if change == "doubled" else "outside of the vocabulary is a number"
