@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.helpers.threads import ONE_THREAD
 
@@ -75,6 +76,39 @@ def no_plans() -> None:
     from stablelora_kernels.ops import plans
 
     plans.clear()
+
+
+@pytest.fixture
+def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty disk and an empty process, with first use on."""
+    from stablelora_kernels.dispatch import first_use
+    from stablelora_kernels.dispatch.settings import settings
+    from stablelora_kernels.ops import plans
+
+    monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path / "cache"))
+    first_use.forget()
+    plans.clear()
+    with settings(first_use="on"):
+        yield
+    first_use.forget()
+    plans.clear()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a head's loss: chunks of 16 tokens, float32 copies of two or three, blocks of 24 rows of the
+    head and 32 columns a step of the kernel.
+    """
+    from stablelora_kernels.dispatch import tiles
+    from stablelora_kernels.ops.lora_linear_cross_entropy import chunks
+    from stablelora_kernels.ops.lora_linear_cross_entropy import torch as loss_torch
+
+    monkeypatch.setattr(chunks, "CPU_LOGIT_BYTES", 0)
+    monkeypatch.setattr(loss_torch, "FLOAT32_ELEMENTS", 256)
+    monkeypatch.setattr(chunks, "BLOCK", 24)
+    (rule,) = tiles.CROSS_ENTROPY_TILES
+    small = rule._replace(choice=rule.choice._replace(BLOCK_N=32))
+    monkeypatch.setattr(tiles, "CROSS_ENTROPY_TILES", (small,))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from benchmarks.common.measure import environment
 from benchmarks.common.memory import resident_over_start
 from benchmarks.common.records import record, write_records
 from benchmarks.common.tables import markdown, with_quartiles
-from stablelora_kernels.functional import lora_linear_cross_entropy
+from stablelora_kernels.functional import lora_linear_cross_entropy, lora_linear_log_probs
 from stablelora_kernels.utils.timing import interleave
 
 VOCABULARY, WIDTH, R = 151_936, 1024, 16
@@ -38,6 +38,7 @@ LOGITS_PEFT = "logits, PEFT on the head"
 WITHOUT = "without logits, frozen head"
 WITHOUT_LORA = "without logits, LoRA on the head"
 BY_TOKEN = "without logits, LoRA on the head, losses by token"
+ENTROPIES = "without logits, LoRA on the head, log-probabilities and entropies"
 ROLES = {LOGITS: "base", LOGITS_PEFT: "rival", WITHOUT_LORA: "ours"}
 Step = Callable[[], Tensor]
 
@@ -62,36 +63,35 @@ def with_logits(model: nn.Module, hidden: Tensor, labels: Tensor) -> Step:
     return lambda: ForCausalLMLoss(model(hidden), labels, VOCABULARY)
 
 
-def without_logits(model: Any, hidden: Tensor, labels: Tensor, reduction: str) -> Step:
-    """The op, on PEFT's adapter if there is one."""
+def without_logits(model: Any, hidden: Tensor, labels: Tensor, arm: str) -> Step:
+    """The op of the arm, on PEFT's adapter if there is one."""
     head = model.base_model.model.lm_head if hasattr(model, "base_model") else model.lm_head
     base = getattr(head, "base_layer", head)
-    lora_A = head.lora_A["default"].weight if base is not head else None
-    lora_B = head.lora_B["default"].weight if base is not head else None
-    scaling = head.scaling["default"] if base is not head else 1.0
-    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    call: dict[str, Any] = {
+        "hidden": hidden,
+        "weight": base.weight,
+        "labels": nn.functional.pad(labels, (0, 1), value=-100)[:, 1:],
+        "bias": None,
+        "lora_A": head.lora_A["default"].weight if base is not head else None,
+        "lora_B": head.lora_B["default"].weight if base is not head else None,
+        "scaling": head.scaling["default"] if base is not head else 1.0,
+    }
 
-    def step() -> Tensor:
-        loss = lora_linear_cross_entropy(
-            hidden,
-            base.weight,
-            shifted,
-            bias=None,
-            lora_A=lora_A,
-            lora_B=lora_B,
-            scaling=scaling,
-            reduction=reduction,
-        )
-        return loss.mean()
+    def entropies() -> Tensor:
+        log_probs, entropy = lora_linear_log_probs(**call)
+        return (log_probs + entropy).mean()
 
-    return step
+    if arm == ENTROPIES:
+        return entropies
+    reduction = "none" if arm == BY_TOKEN else "mean"
+    return lambda: lora_linear_cross_entropy(**call, reduction=reduction).mean()
 
 
 def make(arm: str, tokens: int) -> tuple[nn.Module, Step]:
     """The model of an arm, and its forward."""
     torch.manual_seed(0)
     model: Any = Head()
-    if arm in (LOGITS_PEFT, WITHOUT_LORA, BY_TOKEN):
+    if arm in (LOGITS_PEFT, WITHOUT_LORA, BY_TOKEN, ENTROPIES):
         config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["lm_head"])
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
         fill(model)
@@ -99,11 +99,10 @@ def make(arm: str, tokens: int) -> tuple[nn.Module, Step]:
     labels = torch.randint(0, VOCABULARY, (1, tokens))
     if arm in (LOGITS, LOGITS_PEFT):
         return model, with_logits(model, hidden, labels)
-    reduction = "none" if arm == BY_TOKEN else "mean"
-    return model, without_logits(model, hidden, labels, reduction)
+    return model, without_logits(model, hidden, labels, arm)
 
 
-ARMS = (LOGITS, LOGITS_PEFT, WITHOUT, WITHOUT_LORA, BY_TOKEN)
+ARMS = (LOGITS, LOGITS_PEFT, WITHOUT, WITHOUT_LORA, BY_TOKEN, ENTROPIES)
 
 
 def backward(model: nn.Module, step: Step) -> None:

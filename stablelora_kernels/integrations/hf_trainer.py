@@ -20,8 +20,9 @@ from stablelora_kernels.integrations.peft import (
 )
 from stablelora_kernels.nn.fused_loss import skip_logits_in_evaluation
 from stablelora_kernels.optim import PairStability, StableLoRAAdamW, StableShrink
+from stablelora_kernels.optim.options import check_option
 from stablelora_kernels.optim.placement import inner_optimizer
-from stablelora_kernels.optim.stable_shrink import STEPS, check_shrink_options, shrinks_of
+from stablelora_kernels.optim.stable_shrink import STEPS, shrinks_of
 from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import clean, innermost
 from stablelora_kernels.utils.validation import check_bool, no_argument
@@ -225,18 +226,20 @@ class StableLoRACallback(_Callback):
     ``StableShrink`` from then on. It derives from transformers' ``TrainerCallback``.
 
     Args:
-        options: keywords of :class:`~stablelora_kernels.StableShrink`: ``shrink_ratio``, ``seed``.
+        shrink_ratio, seed: as of :class:`~stablelora_kernels.StableShrink`.
 
     Raises:
-        TypeError: there is no such keyword, or a value has another type.
+        TypeError: an argument has another type.
         ValueError: a value is out of range; or, when training begins, as
             :class:`~stablelora_kernels.StableShrink`.
         ImportError: transformers is not installed.
     """
 
-    def __init__(self, **options: Any) -> None:
-        check_shrink_options("StableLoRACallback", options)
-        self.options = options
+    def __init__(self, *, shrink_ratio: float = 5e-4, seed: int | None = None) -> None:
+        check_option("shrink_ratio", shrink_ratio)
+        check_option("seed", seed)
+        self.shrink_ratio = shrink_ratio
+        self.seed = seed
         self.shrink: StableShrink | None = None
 
     def on_train_begin(
@@ -259,7 +262,7 @@ class StableLoRACallback(_Callback):
         if self.shrink is not None and self.shrink in shrinks_of(optimizer):
             return
         has_counters = any(STEPS in group for group in inner_optimizer(optimizer).param_groups)
-        self.shrink = StableShrink(optimizer, model, **self.options)
+        self.shrink = StableShrink(optimizer, model, shrink_ratio=self.shrink_ratio, seed=self.seed)
         if state.global_step and not has_counters:
             warnings.warn(
                 f"the checkpoint of step {state.global_step} was saved without StableLoRACallback, so no pair has latched in it",

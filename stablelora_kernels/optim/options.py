@@ -250,7 +250,12 @@ def check_options(values: Mapping[str, object], where: str = "") -> dict[str, ob
     """All of ``OPTIONS``, checked and normalized, from ``values`` that may have other keys. ``where``
     prefixes names in errors.
     """
-    return {name: option.check(f"{where}{name}", values[name]) for name, option in OPTIONS.items()}
+    return {name: check_option(name, values[name], where) for name in OPTIONS}
+
+
+def check_option(name: str, value: object, where: str = "") -> object:
+    """``value``, checked and normalized, of one of ``OPTIONS``; ``where`` as above."""
+    return OPTIONS[name].check(f"{where}{name}", value)
 
 
 def with_defaults(options: Mapping[str, object]) -> dict[str, object]:

@@ -7,7 +7,7 @@ Not proven are the launches that only some steps have: under a GradScaler, and o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -141,15 +141,26 @@ def _sample(members: Sequence[Member], pairs: Sequence[LoRAPair]) -> list[_Sampl
 
 def _find_fault(sampled: Sequence[_Sampled]) -> str:
     """What is wrong with the kernel's steps, in words, or ""."""
-    by_kernel, again = [_run(TritonStep, sampled) for _ in range(2)]
-    by_operators = _run(TorchStep, sampled)
     moments_dtype = sampled[0].member.setting.group["moments_dtype"]
     astray = 0.0 if moments_dtype is torch.float32 else _ASTRAY
-    for name, expected in by_operators.items():
-        fault = _difference(by_kernel[name], expected, astray)
+    return _first_fault(lambda: _run(TritonStep, sampled), lambda: _run(TorchStep, sampled), astray)
+
+
+# Results behind the steps of stand-ins, by name.
+_Results = Callable[[], dict[str, Tensor]]
+
+
+def _first_fault(by_kernel: _Results, by_operators: _Results, astray: float) -> str:
+    """How the kernel's results differ from those on PyTorch's operators, or a second time from the
+    first, in words, or "". ``astray`` as of :func:`_difference`.
+    """
+    found = by_kernel()
+    again = by_kernel()
+    for name, expected in by_operators().items():
+        fault = _difference(found[name], expected, astray)
         if fault:
             return f"{name} {fault}"
-    for name, value in by_kernel.items():
+    for name, value in found.items():
         if not torch.equal(value, again[name]):
             return f"two runs on the same operands differ in {name}"
     return ""
@@ -219,21 +230,15 @@ def shrink_fault(members: Sequence[ShrinkMember], parts: Sequence[Parts]) -> str
         cut = "a cut A" if member.shard.columns else "a whole A"
         by_words.setdefault(", ".join([*words, cut]), of_pair)
     kind = Kind("stable_shrink", "; ".join(sorted(by_words)))
-    return fault_at_first_use(kind, parts[0].a.device, lambda: _find_shrink_fault(by_words))
 
+    def find_fault() -> str:
+        return _first_fault(
+            lambda: _run_shrink(TritonShrink, by_words),
+            lambda: _run_shrink(TorchShrink, by_words),
+            astray=0.0,
+        )
 
-def _find_shrink_fault(by_words: Mapping[str, Parts]) -> str:
-    """What is wrong with the shrinkage's kernel, in words, or ""."""
-    by_kernel, again = [_run_shrink(TritonShrink, by_words) for _ in range(2)]
-    by_operators = _run_shrink(TorchShrink, by_words)
-    for name, expected in by_operators.items():
-        fault = _difference(by_kernel[name], expected, 0.0)
-        if fault:
-            return f"{name} {fault}"
-    for name, value in by_kernel.items():
-        if not torch.equal(value, again[name]):
-            return f"two runs on the same operands differ in {name}"
-    return ""
+    return fault_at_first_use(kind, parts[0].a.device, find_fault)
 
 
 def _run_shrink(
@@ -266,7 +271,7 @@ def _run_shrink(
     engine = engine_class(members, counters, ShardSums([]))
     for present in (True, False, True):
         step = ShrinkStep(
-            parts=stand_ins,
+            parts=lambda: stand_ins,
             present=[present] * len(members),
             ratios=[_LIVE["shrink_ratio"]] * len(members),
             seeds=[k + 1 for k in range(len(members))],

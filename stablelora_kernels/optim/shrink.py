@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,7 +40,8 @@ class ShrinkMember(NamedTuple):
 class ShrinkStep(NamedTuple):
     """What a step tells an engine, by pair."""
 
-    parts: list[Parts]
+    # What there is of the pairs now; none of it is asked for once all have latched.
+    parts: Callable[[], list[Parts]]
     # Whether A has a gradient.
     present: list[bool]
     ratios: list[Number]
@@ -105,14 +106,16 @@ class TorchShrink:
         rounded: list[tuple[Tensor, Tensor]] = []
         by_ratio: dict[float, list[Tensor]] = {}
         if live:
-            a, b = [parts.a for parts in step.parts], [parts.b for parts in step.parts]
-            verdict = self.rule.decide(live, a, b, set())
+            parts = step.parts()
+            verdict = self.rule.decide(
+                live, [each.a for each in parts], [each.b for each in parts], set()
+            )
             for k in verdict.latch:
                 latched[k] = steps[k] + 1
             for k in verdict.shrink:
                 value = step.ratios[k]
                 ratio = value.item() if isinstance(value, Tensor) else value
-                for target in (step.parts[k].a, step.parts[k].beside):
+                for target in (parts[k].a, parts[k].beside):
                     if target is None:
                         continue
                     if target.dtype in LOW_PRECISION:
@@ -141,7 +144,7 @@ class TorchShrink:
 
 class TritonShrink:
     """One launch for all pairs of the device, with the interface of :class:`TorchShrink`. The host
-    reads nothing.
+    reads nothing of the device's.
     """
 
     # Elements that a program sums, and that the last program of a pair shrinks at a time.
@@ -175,18 +178,19 @@ class TritonShrink:
     def step(self, step: ShrinkStep) -> None:
         """Shrink or latch each pair whose A has a gradient."""
         self._set_ratios(step.ratios)
-        made_of = list(map(_MadeOf.of, step.parts, step.present, step.seeds))
+        parts = step.parts()
+        made_of = list(map(_MadeOf.of, parts, step.present, step.seeds))
         found_inf = step.found_inf
         if found_inf is not None and self.summed:
             found_inf = self.sums.all_reduce_max_(found_inf.clone())
         if self.memory is None or made_of != self.made_of:
             self._check_not_capturing()
             self.made_of = made_of
-            self._upload_tables(step)
+            self._upload_tables(parts)
             self.launch = None
         assert self.memory is not None
         if self.summed and self.latch_monitor.any_unlatched():
-            halves = [parts.a for parts in step.parts] + [parts.b for parts in step.parts]
+            halves = [each.a for each in parts] + [each.b for each in parts]
             norms = torch.stack(torch._foreach_norm(halves, 2, torch.float64))
             self.memory.squares.copy_(self.sums.all_reduce_sum_(norms.square_()))
         stream = staging.stream_of(self.device)
@@ -201,6 +205,8 @@ class TritonShrink:
             self.launch = self.launcher.Repeated(planned)
             self.found_inf = found_inf
         self.launch.run(self.device)
+        # Autograd then notices a backward pass through what was overwritten.
+        torch.autograd.graph.increment_version([each.a for each in parts])
         if staging.capturing():
             self.captured.append(self.memory)
         if self.summed:
@@ -229,20 +235,23 @@ class TritonShrink:
             known = [0.0 if number is None else number for number in numbers]
             self.ratios.copy_(upload(known, torch.float32, self.device))
             self.numbers = numbers
-        # The pairs of a group, which share its tensor, follow one another.
-        for ratio, of_group in groupby(enumerate(ratios), lambda item: item[1]):
+        # The pairs of a group, which share its tensor, follow one another. Not compared by value,
+        # which would read the device.
+        first = 0
+        for _, of_group in groupby(ratios, id):
+            ratio, *others = of_group
+            last = first + len(others)
             if isinstance(ratio, Tensor):
-                places = [k for k, _ in of_group]
-                cells = self.ratios[places[0] : places[-1] + 1]
-                cells.copy_(ratio.reshape(()), non_blocking=True)
+                self.ratios[first : last + 1].copy_(ratio.reshape(()), non_blocking=True)
+            first = last + 1
 
-    def _upload_tables(self, step: ShrinkStep) -> None:
+    def _upload_tables(self, parts: Sequence[Parts]) -> None:
         """Make the tables of the pairs' addresses and of the programs."""
         rows: list[tables.PairRow] = []
         programs: list[int] = []
         used = 0
-        for k, (member, parts) in enumerate(zip(self.members, step.parts, strict=True)):
-            row = self._row(member, parts, self.made_of[k], len(programs))
+        for k, (member, each) in enumerate(zip(self.members, parts, strict=True)):
+            row = self._row(member, each, self.made_of[k], len(programs))
             rows.append(row)
             programs += [k] * row.chunks
             used |= 1 << row.a_variant | 1 << row.b_variant

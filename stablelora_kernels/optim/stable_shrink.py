@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +18,7 @@ from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.dispatch.tallies import Tally, tally_of
 from stablelora_kernels.optim.groups import check_halves_train, check_parameter
 from stablelora_kernels.optim.latch import Widths
-from stablelora_kernels.optim.options import OPTIONS, Number
+from stablelora_kernels.optim.options import Number, check_option
 from stablelora_kernels.optim.placement import Placement, inner_optimizer
 from stablelora_kernels.optim.proof import shrink_fault
 from stablelora_kernels.optim.rounding import seed_word
@@ -40,12 +42,21 @@ from stablelora_kernels.optim.step import moved_to
 from stablelora_kernels.optim.zero import ZeroPlacement, zero_optimizer
 from stablelora_kernels.pairs import LoRAPair, full_shape, lora_pairs, stacked_experts
 from stablelora_kernels.utils.modules import clean, innermost
-from stablelora_kernels.utils.validation import counted, no_argument
+from stablelora_kernels.utils.validation import counted
 
 # The keys that a parameter group gets.
 RATIO, SEED, STEPS, LATCHED = "shrink_ratio", "shrink_seed", "shrink_steps", "latched_at"
 _Group = MutableMapping[str, Any]
 Hook = Callable[[torch.optim.Optimizer, tuple[Any, ...], dict[str, Any]], object]
+
+
+class _OnDevice(NamedTuple):
+    """The pairs of one device."""
+
+    engine: TorchShrink | TritonShrink
+    tally: Tally
+    # Their numbers among all pairs, those of a group together.
+    numbers: list[int]
 
 
 class _Held(NamedTuple):
@@ -108,15 +119,19 @@ class StableShrink:
         shrink_ratio: float = 5e-4,
         seed: int | None = None,
     ) -> None:
-        ratio = OPTIONS[RATIO].check(RATIO, shrink_ratio)
-        self._seed = cast("int", OPTIONS["seed"].check("seed", seed))
+        ratio = check_option(RATIO, shrink_ratio)
+        self._seed = cast("int", check_option("seed", seed))
         self._placement = placement_of(optimizer)
         self.optimizer = self._placement.optimizer
         self._pairs, self._experts = _trainable_pairs(model_or_pairs)
         _check_first(self._placement, self._pairs)
         self._group_of = [self._placement.group_of(pair) for pair in self._pairs]
         _check_ratios(self._groups, self._group_of, ratio)
-        self._make_engines()
+        self._devices = [
+            self._make_engine(device, numbers)
+            for device, numbers in self._numbers_by_device().items()
+        ]
+        self._held = [*self._counters_by_group()]
         for index in {*self._group_of}:
             self._groups[index].setdefault(RATIO, ratio)
             self._groups[index].setdefault(SEED, self._seed)
@@ -149,11 +164,9 @@ class StableShrink:
         groups = self._groups
         return {index: groups[index][RATIO] for index in {*self._group_of}}
 
-    def _make_engines(self) -> None:
-        """Make one engine for the pairs of each device, with counters of zero."""
+    def _numbers_by_device(self) -> dict[torch.device, list[int]]:
+        """The pairs on each device, by their numbers, those of a group together."""
         by_device: dict[torch.device, list[int]] = {}
-        base = 0
-        bases: list[int] = []
         for k, pair in enumerate(self._pairs):
             a, b, _ = self._placement.parts(pair)
             check_parameter(f"A of pair {pair.name!r}", a)
@@ -163,40 +176,44 @@ class StableShrink:
                     f"pair {pair.name!r}: A is on {a.device} and B on {b.device}; they must share one"
                 )
             by_device.setdefault(a.device, []).append(k)
-            bases.append(base)
-            base += full_shape(pair.A).numel()
-        self._engines: list[TorchShrink | TritonShrink] = []
-        self._tallies: list[Tally] = []
-        # By engine: its pairs, those of a group together.
-        self._members: list[list[int]] = []
-        self._held: list[_Held] = []
-        for number, (device, indices) in enumerate(by_device.items()):
-            indices.sort(key=lambda k: self._group_of[k])
-            members = []
-            for k in indices:
-                pair = self._pairs[k]
-                widths = Widths(n=full_shape(pair.A)[1], m=full_shape(pair.B)[0])
-                shard = self._placement.shard_of(pair, bases[k])
-                members.append(ShrinkMember(widths, shard))
-            zeros = torch.zeros(2, len(indices), dtype=torch.int32, device=device)
-            counters = Counters(steps=zeros[0], latched=zeros[1])
-            pairs = [self._pairs[k] for k in indices]
-            sums = self._placement.sums([pair.A for pair in pairs] + [pair.B for pair in pairs])
-            parts = [self._placement.parts(pair) for pair in pairs]
-            engine_class = _engine_class(device, parts)
-            fault = shrink_fault(members, parts) if engine_class is TritonShrink else ""
-            engine = (TorchShrink if fault else engine_class)(members, counters, sums)
-            self._engines.append(engine)
-            strategy = ONE_LAUNCH if isinstance(engine, TritonShrink) else OPERATORS
-            self._tallies.append(tally_of("stable_shrink", strategy, fault))
-            self._members.append(indices)
+        for numbers in by_device.values():
+            numbers.sort(key=lambda k: self._group_of[k])
+        return by_device
+
+    def _make_engine(self, device: torch.device, numbers: list[int]) -> _OnDevice:
+        """The engine of a device's pairs, with counters of zero."""
+        # Elements of the A's before each pair's, which number those of its own.
+        sizes = [full_shape(pair.A).numel() for pair in self._pairs]
+        bases = [0, *accumulate(sizes)]
+        pairs = [self._pairs[k] for k in numbers]
+        members = [
+            ShrinkMember(
+                Widths(n=full_shape(pair.A)[1], m=full_shape(pair.B)[0]),
+                self._placement.shard_of(pair, bases[k]),
+            )
+            for k, pair in zip(numbers, pairs, strict=True)
+        ]
+        zeros = torch.zeros(2, len(pairs), dtype=torch.int32, device=device)
+        counters = Counters(steps=zeros[0], latched=zeros[1])
+        sums = self._placement.sums([pair.A for pair in pairs] + [pair.B for pair in pairs])
+        parts = self._parts(pairs)
+        engine_class = _engine_class(device, parts)
+        fault = shrink_fault(members, parts) if engine_class is TritonShrink else ""
+        engine = (TorchShrink if fault else engine_class)(members, counters, sums)
+        strategy = ONE_LAUNCH if isinstance(engine, TritonShrink) else OPERATORS
+        return _OnDevice(engine, tally_of("stable_shrink", strategy, fault), numbers)
+
+    def _counters_by_group(self) -> Iterator[_Held]:
+        """The counters of each group's pairs on each device, which are neighbors there."""
+        for device, (engine, _, numbers) in enumerate(self._devices):
             # A group's pairs may be on several devices.
-            suffix = f"_{number}" if number else ""
-            for group in sorted({self._group_of[k] for k in indices}):
-                places = [i for i, k in enumerate(indices) if self._group_of[k] == group]
-                span = slice(places[0], places[-1] + 1)
-                self._held.append(_Held(group, STEPS + suffix, counters.steps[span]))
-                self._held.append(_Held(group, LATCHED + suffix, counters.latched[span]))
+            suffix = f"_{device}" if device else ""
+            first = 0
+            for group, of_group in groupby(self._group_of[k] for k in numbers):
+                span = slice(first, first + len([*of_group]))
+                first = span.stop
+                yield _Held(group, STEPS + suffix, engine.counters.steps[span])
+                yield _Held(group, LATCHED + suffix, engine.counters.latched[span])
 
     def _take_over(self) -> None:
         """Take over what a state dict has put into the groups, where torch replaces them.
@@ -231,7 +248,7 @@ class StableShrink:
         for group, key, counters in loaded:
             counters.copy_(groups[group].get(key, torch.zeros_like(counters)))
             groups[group][key] = counters
-        for engine in self._engines:
+        for engine, _, _ in self._devices:
             if isinstance(engine, TritonShrink):
                 engine.latch_monitor.restart()
         for index in {held.group for held in loaded}:
@@ -274,11 +291,11 @@ class StableShrink:
         self._ratios = self._current_ratios()
         words = {index: seed_word(groups[index][SEED]) for index in {*self._group_of}}
         found_inf = placement.found_inf()
-        for engine, tally, indices in zip(self._engines, self._tallies, self._members, strict=True):
-            pairs = [self._pairs[k] for k in indices]
-            of_pair = [self._group_of[k] for k in indices]
+        for engine, tally, numbers in self._devices:
+            pairs = [self._pairs[k] for k in numbers]
+            of_pair = [self._group_of[k] for k in numbers]
             step = ShrinkStep(
-                parts=[placement.parts(pair) for pair in pairs],
+                parts=partial(self._parts, pairs),
                 present=[placement.has_gradient(pair) for pair in pairs],
                 ratios=[groups[index][RATIO] for index in of_pair],
                 seeds=[words[index] for index in of_pair],
@@ -286,9 +303,10 @@ class StableShrink:
             )
             tally.calls += 1
             engine.step(step)
-            # Autograd then notices a backward pass through what was overwritten.
-            if isinstance(engine, TritonShrink):
-                torch.autograd.graph.increment_version([parts.a for parts in step.parts])
+
+    def _parts(self, pairs: Sequence[LoRAPair]) -> list[Parts]:
+        """What there is of these pairs now: their memory may change from step to step."""
+        return [self._placement.parts(pair) for pair in pairs]
 
     @torch.no_grad()
     def stability(self) -> list[PairStability]:
@@ -301,16 +319,15 @@ class StableShrink:
         self._take_over()
         norms: dict[int, PairNorms] = {}
         counts: dict[int, PairCounts] = {}
-        for engine, indices in zip(self._engines, self._members, strict=True):
-            pairs = [self._pairs[k] for k in indices]
-            parts = [self._placement.parts(pair) for pair in pairs]
+        for engine, _, numbers in self._devices:
+            pairs = [self._pairs[k] for k in numbers]
+            parts = self._parts(pairs)
             halves = [part.a for part in parts] + [part.b for part in parts]
             is_triton = isinstance(engine, TritonShrink)
-            norms |= dict(
-                zip(indices, finite_norms(pairs, halves, engine.sums, is_triton), strict=True)
-            )
+            found = finite_norms(pairs, halves, engine.sums, is_triton)
+            norms |= dict(zip(numbers, found, strict=True))
             steps, latched = engine.counters.steps.tolist(), engine.counters.latched.tolist()
-            counts |= dict(zip(indices, map(PairCounts, steps, latched), strict=True))
+            counts |= dict(zip(numbers, map(PairCounts, steps, latched), strict=True))
         order = range(len(self._pairs))
         return stability_of(
             self._pairs, [norms[k] for k in order], [counts[k] for k in order], self._experts
@@ -361,14 +378,6 @@ def shrinks_of(optimizer: object) -> list[StableShrink]:
     hooks = getattr(inner_optimizer(optimizer), "_optimizer_step_pre_hooks", {})
     owners = [getattr(hook, "__self__", None) for hook in hooks.values()]
     return [owner for owner in owners if isinstance(owner, StableShrink)]
-
-
-def check_shrink_options(owner: str, options: Mapping[str, object]) -> None:
-    """Raise TypeError or ValueError unless ``options``, given to ``owner``, are StableShrink's."""
-    for name, value in options.items():
-        if name not in ("shrink_ratio", "seed"):
-            raise TypeError(no_argument(owner, name, ["shrink_ratio", "seed"]))
-        OPTIONS[name].check(name, value)
 
 
 def _trainable_pairs(
@@ -424,7 +433,7 @@ def _check_ratios(groups: Sequence[_Group], indices: Iterable[int], ratio: objec
         group = groups[index]
         if RATIO not in group:
             continue
-        value = OPTIONS[RATIO].check(f"group {index}'s {RATIO}", group[RATIO])
+        value = check_option(RATIO, group[RATIO], where=f"group {index}'s ")
         if LATCHED in group and value != ratio:
             warnings.warn(
                 f"shrink_ratio is {value}, which was loaded with group {index}, and not {ratio}",

@@ -188,24 +188,22 @@ def _trials() -> dict[str, list[Trial]]:
         gated.but(op=MLP(tile_rows=40), p=0.3, arch="sm_90"),
     ]  # fmt: skip
 
+    def narrow() -> AbstractContextManager[object]:
+        """As those tests' fixture has them: several blocks of columns."""
+        (rule,) = tiles.CROSS_ENTROPY_TILES
+        few = (rule._replace(choice=rule.choice._replace(BLOCK_N=32)),)
+        return mock.patch.object(tiles, "CROSS_ENTROPY_TILES", few)
+
     def of_loss(case: Case) -> Trial:
         def run() -> None:
-            # As that test's own fixture has them: several blocks of columns.
-            (rule,) = tiles.CROSS_ENTROPY_TILES
-            few = (rule._replace(choice=rule.choice._replace(BLOCK_N=32)),)
-            with mock.patch.object(tiles, "CROSS_ENTROPY_TILES", few):
+            with narrow():
                 losses.test_matches_the_oracle(case, "triton")
 
         return Trial(f"loss {case}", run)
 
     def of_entropy(name: str) -> Trial:
         def run() -> None:
-            (rule,) = tiles.CROSS_ENTROPY_TILES
-            few = (rule._replace(choice=rule.choice._replace(BLOCK_N=32)),)
-            with (
-                mock.patch.object(tiles, "CROSS_ENTROPY_TILES", few),
-                settings(backend="triton"),
-            ):
+            with narrow(), settings(backend="triton"):
                 log_probs.test_as_log_softmax(name, "triton")
 
         return Trial(f"entropy {name}", run)

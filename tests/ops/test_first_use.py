@@ -39,7 +39,7 @@ from tests.helpers.processes import printed
 from tests.helpers.steps import take_step
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_known")
 
 LINEAR = Case("linear", (70, 64), (48,), (6,), BF16, FP32, p=0.3)
 RIGHT = [
@@ -58,18 +58,6 @@ RIGHT = [
     # Its forward is once without G and U, and once without Y.
     Case(MLP(tile_rows=40), (70, 64), (48, 48, 24), (6, 3, 20), BF16, FP32, p=0.1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty disk and an empty process, with first use on."""
-    monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path / "cache"))
-    kept.forget()
-    plans.clear()
-    with slk.settings(first_use="on"):
-        yield
-    kept.forget()
-    plans.clear()
 
 
 @contextmanager

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.ops.lora_linear_cross_entropy import chunks
-from stablelora_kernels.ops.lora_linear_cross_entropy import torch as loss_torch
 from stablelora_kernels.ops.lora_linear_cross_entropy.call import (
     Chunk,
     CrossEntropyResults,
@@ -40,7 +38,7 @@ from stablelora_kernels.testing.expectations import eager, expectations, oracle
 from stablelora_kernels.testing.ops import CrossEntropy
 from tests.helpers.operators import Operators
 
-pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs", "small_chunks")
 LEAVES = ("x", "bias0", "lora_A0", "lora_B0")
 # With it a soft cap bends many logits.
 SCALING = 5.8
@@ -101,19 +99,6 @@ CASES = [
     head(ignored=1000),
 ]  # fmt: skip
 FLOAT64_CASES = [case.but(dtype=FP64, lora_dtype=FP64) for case in CASES if case.dtype == FP32]
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Chunks of 16 tokens, float32 copies of two or three, blocks of 24 rows of the head and 32
-    columns a step of the kernel.
-    """
-    monkeypatch.setattr(chunks, "CPU_LOGIT_BYTES", 0)
-    monkeypatch.setattr(loss_torch, "FLOAT32_ELEMENTS", 256)
-    monkeypatch.setattr(chunks, "BLOCK", 24)
-    (rule,) = tiles.CROSS_ENTROPY_TILES
-    small = rule._replace(choice=rule.choice._replace(BLOCK_N=32))
-    monkeypatch.setattr(tiles, "CROSS_ENTROPY_TILES", (small,))
 
 
 def arguments(given: Operands) -> dict[str, Any]:

@@ -12,29 +12,14 @@ import torch
 from torch import Tensor
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.functional import lora_linear_cross_entropy, lora_linear_log_probs
-from stablelora_kernels.ops.lora_linear_cross_entropy import autograd, chunks
-from stablelora_kernels.ops.lora_linear_cross_entropy import torch as loss_torch
+from stablelora_kernels.ops.lora_linear_cross_entropy import autograd
 from stablelora_kernels.ops.lora_linear_cross_entropy.call import CrossEntropySettings
 
-pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs", "small_chunks")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 LEAVES = ("hidden", "bias", "lora_A", "lora_B")
 SCALING = 5.8
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 16 tokens, float32 copies of two or three, blocks of 24 rows of the head and 32
-    columns a step of the kernel.
-    """
-    monkeypatch.setattr(chunks, "CPU_LOGIT_BYTES", 0)
-    monkeypatch.setattr(loss_torch, "FLOAT32_ELEMENTS", 256)
-    monkeypatch.setattr(chunks, "BLOCK", 24)
-    (rule,) = tiles.CROSS_ENTROPY_TILES
-    small = rule._replace(choice=rule.choice._replace(BLOCK_N=32))
-    monkeypatch.setattr(tiles, "CROSS_ENTROPY_TILES", (small,))
 
 
 def operands(
@@ -265,13 +250,12 @@ def test_errors_name_the_argument_and_both_values(changes: dict[str, Any], words
         lora_linear_log_probs(**operands() | changes)
 
 
-def test_first_use_proves_the_kernel_with_entropies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_use_proves_the_kernel_with_entropies(nothing_known: None) -> None:
     pytest.importorskip("triton", reason="runs where Triton is installed")
     from stablelora_kernels.dispatch import first_use
 
-    first_use.forget()
     given = leaves(operands(BF16))
-    with slk.settings(backend="triton", first_use="on"):
+    with slk.settings(backend="triton"):
         sum(v.sum() for v in lora_linear_log_probs(**given)).backward()
     words = [kind.words for _, kind in first_use._findings if "cross_entropy" in kind.op]
     assert any("its gradient True" in word for word in words)

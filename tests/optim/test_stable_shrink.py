@@ -378,8 +378,13 @@ def test_the_kernel_is_one_launch_and_the_host_reads_nothing() -> None:
     pairs = make_pairs([(4, 24, 40)] * 30)
     reads = dict.fromkeys(("item", "tolist", "__bool__", "__int__", "__float__"), fail)
     with slk.settings(backend="triton"):
+        groups = [
+            {"params": halves(pairs[:9]), "shrink_ratio": torch.tensor(0.1)},
+            {"params": halves(pairs[9:20])},
+            {"params": halves(pairs[20:]), "shrink_ratio": torch.tensor(0.2)},
+        ]
         # The fused one takes GradScaler's verdict.
-        optimizer = torch.optim.SGD(halves(pairs), lr=1.0, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=1.0, fused=True)
         shrink = slk.StableShrink(optimizer, pairs)
         zero_grads(pairs)
         optimizer.step()
@@ -392,6 +397,31 @@ def test_the_kernel_is_one_launch_and_the_host_reads_nothing() -> None:
         optimizer.found_inf.fill_(1.0)
         optimizer.step()
     assert [pair.steps for pair in shrink.stability()] == [2] * 30
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_first_use_proves_the_kernel(
+    is_wrong: bool, monkeypatch: pytest.MonkeyPatch, nothing_known: None
+) -> None:
+    """A kernel that is wrong here is retired with one warning, and PyTorch's operators shrink."""
+    pytest.importorskip("triton", reason="runs where Triton is installed")
+    from stablelora_kernels.optim import shrink as engines
+
+    pairs = make_pairs(SHAPES[:2], BF16)
+    if is_wrong:
+        monkeypatch.setattr(engines.TritonShrink, "_set_ratios", lambda engine, ratios: None)
+    with (
+        slk.settings(backend="triton"),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        optimizer, _ = made(pairs)
+        before = pairs[0].A.detach().float()
+        zero_grads(pairs)
+        optimizer.step()
+    assert pairs[0].A.detach().float().norm() < 0.95 * before.norm()
+    said = [str(warning.message) for warning in caught]
+    assert sum("stable_shrink by 'one_launch' is wrong" in words for words in said) == is_wrong
 
 
 # As torch's optimizers are used

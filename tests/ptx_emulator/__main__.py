@@ -48,7 +48,7 @@ QUICK = (
     "group bf16 M130 r16+8+4 p0.1", "group split-K bf16 M66 N64+32+32 K1024 r16 p0.0", "mlp bf16 M130 r16+8+4 p0.1",
     "nf4 nested bf16 M33 N96 K192 r16 p0.1", "fp8 bf16 M300 N64 K128 r16 p0.1", "optimizer bf16, masters, clipped",
     "cross_entropy bf16 M7 V5000 mean softcap None", "cross_entropy fp16 M5 V4096 none softcap 5.0",
-    "optimizer fp32, sharded, latching", "shrink fp32", "shrink fp32, sharded",
+    "log_probs bf16 M5 V5000 softcap None", "optimizer fp32, sharded, latching", "shrink fp32", "shrink fp32, sharded",
     # Tiles by ticket, of more programs than are resident.
     "linear one_launch bf16/fp32 M300 N520 r16 p0.0, 6 processors",
     # Copies of accumulators behind a fence, which are no fault.

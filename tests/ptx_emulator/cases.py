@@ -25,7 +25,7 @@ from stablelora_kernels.activations import ACTIVATIONS
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import Tile
-from stablelora_kernels.functional import lora_linear_cross_entropy
+from stablelora_kernels.functional import lora_linear_cross_entropy, lora_linear_log_probs
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.base import Launch
 from stablelora_kernels.ops.dropout import draw_seeds
@@ -261,9 +261,12 @@ def mlp(
 
 
 def cross_entropy(
-    tokens: int, vocabulary: int, dtype: torch.dtype = BF16, reduction: str = "mean", softcap: float | None = None
+    tokens: int, vocabulary: int, dtype: torch.dtype = BF16, reduction: str = "mean", softcap: float | None = None,
+    entropy: bool = False,
 ) -> Errors:  # fmt: skip
-    """The loss of a head with LoRA and its gradients, compared with the PyTorch path's."""
+    """The loss of a head with LoRA and its gradients, compared with the PyTorch path's. ``entropy``: the
+    negative loss by token, and entropies, with the gradients of both.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -278,15 +281,22 @@ def cross_entropy(
     for name, kind in (("triton", dtype), ("torch", FP64)):
         # In float64 the operands are the same numbers.
         leaves = [t.to(dtype).to(kind).requires_grad_() for t in (hidden, bias, lora_A, lora_B)]
+        call: dict[str, Any] = {
+            "hidden": leaves[0], "weight": weight.to(dtype).to(kind), "labels": labels, "bias": leaves[1], "lora_A": leaves[2],
+            "lora_B": leaves[3], "scaling": SCALING, "softcap": softcap, "logit_scale": 0.7,
+        }  # fmt: skip
         with settings(backend=name):
-            loss = lora_linear_cross_entropy(
-                leaves[0], weight.to(dtype).to(kind), labels, bias=leaves[1], lora_A=leaves[2], lora_B=leaves[3],
-                scaling=SCALING, reduction=reduction, softcap=softcap, logit_scale=0.7,
-            )  # fmt: skip
-            grads = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
-        found.append([loss.detach(), *grads])
+            results = (
+                lora_linear_log_probs(**call)
+                if entropy
+                else (lora_linear_cross_entropy(**call, reduction=reduction),)
+            )
+            given = [upstream.to(result.dtype) for result in results]
+            grads = torch.autograd.grad(results, leaves, given)
+        found.append([*(result.detach() for result in results), *grads])
+    names = [*("loss", "entropy")[: len(found[0]) - 4], "hidden", "bias", "A", "B"]
     errors = {}
-    for name, ours, exact in zip(("loss", "hidden", "bias", "A", "B"), *found, strict=True):
+    for name, ours, exact in zip(names, *found, strict=True):
         # Logits and dZ are rounded to dtype, each once.
         bound = 8 * testing.EPS[dtype] * max(exact.abs().max().item(), 1e-3)
         errors[name] = (ours.double() - exact).abs().max().item(), bound
@@ -654,6 +664,15 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"cross_entropy {WORDS[dtype]} M{tokens} V{vocabulary} {reduction} softcap {softcap}",
             partial(cross_entropy, tokens, vocabulary, dtype, reduction, softcap),
+        )
+    for tokens, vocabulary, dtype, softcap in (
+        (5, 5000, BF16, None),
+        (4, 4099, FP32, 5.0),
+        (3, 33, FP16, None),
+    ):
+        yield Case(
+            f"log_probs {WORDS[dtype]} M{tokens} V{vocabulary} softcap {softcap}",
+            partial(cross_entropy, tokens, vocabulary, dtype, "none", softcap, entropy=True),
         )
     dynamic = {"lr": torch.tensor(1e-2), "shrink_ratio": torch.tensor(5e-4), "lr_ratio_B": 4.0}
     for words, run in (

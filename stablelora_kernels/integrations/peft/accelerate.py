@@ -76,8 +76,9 @@ def accelerate_peft(
 
     Parameters, names, adapters and checkpoints stay PEFT's; only the forward of the current layers
     changes, and ``unmerge`` gives plain weights back to the bit, from a copy that merged layers keep
-    in the host's memory. The forward reads the layer's state at each call, so adapters may be added, switched, scaled,
-    disabled, merged and deleted afterwards. Calls that it does not support run PEFT's own forward.
+    in the host's memory. The forward reads the layer's state at each call, so adapters may be added,
+    switched, scaled, disabled, merged and deleted afterwards. Calls that it does not support run
+    PEFT's own forward.
     Layers that PEFT adds later are not accelerated until this is called again; calling it twice
     changes nothing. A fusion that is not given, or None, stays as the model's last call asked for it;
     at first it is off.

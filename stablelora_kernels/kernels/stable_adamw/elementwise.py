@@ -6,10 +6,15 @@ elements, in the format of ``reference.optimizer.moment8_ref``. SIGNED is true f
 false for the second.
 """
 
+# "and" does not stop at its first false operand in a kernel, so conditions are nested.
+# ruff: noqa: SIM102
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from stablelora_kernels.kernels.stable_adamw.tables import N_VARIANTS
 
 # Elements per scale. Must equal optim.rounding.BLOCK.
 BLOCK = tl.constexpr(256)
@@ -76,6 +81,23 @@ def element_mask(start, numel, offsets, ALIGNED: tl.constexpr):
     if ALIGNED:
         remaining = tl.multiple_of(remaining, 16)
     return offsets < remaining
+
+
+@triton.jit
+def square_sum(address, start, numel, variant, offsets, VARIANTS: tl.constexpr):
+    """The sum of squares of elements ``start + offsets`` below ``numel`` of the tensor at ``address``.
+
+    ``variant``: the tensor's code, one of those whose bits VARIANTS has.
+    """
+    total = tl.full((), 0.0, tl.float32)
+    for code in tl.static_range(N_VARIANTS):
+        if (VARIANTS >> code) & 1:
+            if variant == code:
+                mask = element_mask(start, numel, offsets, code % 2 == 1)
+                pointers = element_pointers(address, start, offsets, code // 2, code % 2 == 1)
+                x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                total = tl.sum(x * x, 0)
+    return total
 
 
 @triton.jit

@@ -15,23 +15,10 @@ from stablelora_kernels.kernels.stable_adamw.elementwise import (
     element_mask,
     element_pointers,
     mix,
+    square_sum,
     stochastic_round,
 )
 from stablelora_kernels.kernels.stable_adamw.tables import N_VARIANTS, PAIR
-
-
-@triton.jit
-def _square_sum(address, start, numel, variant, offsets, VARIANTS: tl.constexpr):
-    """The sum of squares of a chunk of the tensor at ``address``."""
-    total = tl.full((), 0.0, tl.float32)
-    for code in tl.static_range(N_VARIANTS):
-        if (VARIANTS >> code) & 1:
-            if variant == code:
-                mask = element_mask(start, numel, offsets, code % 2 == 1)
-                pointers = element_pointers(address, start, offsets, code // 2, code % 2 == 1)
-                x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                total = tl.sum(x * x, 0)
-    return total
 
 
 @triton.jit
@@ -137,7 +124,7 @@ def _stable_shrink_kernel(
             address, numel = tl.load(row + PAIR.value.b), tl.load(row + PAIR.value.b_numel)
             variant = tl.load(row + PAIR.value.b_variant)
             part = chunk - a_chunks
-        square = _square_sum(
+        square = square_sum(
             address,
             part.to(tl.int64) * CHUNK,
             numel,

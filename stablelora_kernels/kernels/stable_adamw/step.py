@@ -19,6 +19,7 @@ from stablelora_kernels.kernels.stable_adamw.elementwise import (
     one_minus_exp,
     pair_sums,
     span_sum,
+    square_sum,
     stochastic_round,
     store8,
 )
@@ -409,11 +410,5 @@ def _square_sums_kernel(
                 # A master is float32.
                 variant = variant % 2
         if value != 0:
-            for code in tl.static_range(N_VARIANTS):
-                if (VARIANTS >> code) & 1:
-                    if variant == code:
-                        mask = element_mask(start, numel, offsets, code % 2 == 1)
-                        pointers = element_pointers(value, start, offsets, code // 2, code % 2 == 1)
-                        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                        total += tl.sum(x * x, 0)
+            total += square_sum(value, start, numel, variant, offsets, VARIANTS)
     tl.store(sums_ptr + program, total)
