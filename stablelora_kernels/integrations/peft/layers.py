@@ -5,8 +5,8 @@
 class changes. Nothing is stored in the instance except its projection group, if
 ``fuse_projections`` is set, the rows' state of ``adapters_of_rows``, and what unmerging needs
 (``merging.py``). So copies, pickles and replicas are accelerated too, and PEFT's own code adds,
-switches, merges, deletes, saves and loads adapters as before. Each call reads the current adapters, scaling, dropout, training mode, and
-whether the layer is merged or disabled (``read.py``).
+switches, merges, deletes, saves and loads adapters as before. Each call reads the current adapters,
+scaling, dropout, training mode, and whether the layer is merged or disabled (``read.py``).
 """
 
 from __future__ import annotations
