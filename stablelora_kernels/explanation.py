@@ -162,7 +162,7 @@ def explain(
     if branch_only:
         weight = "none"
     elif quantized is not None:
-        weight = WEIGHTS[quantized].zeros(ns[0], K, "meta")
+        weight = WEIGHTS[quantized](ns[0], K, "meta")
     dtypes = (dtype, lora_dtype)
     calls = linear_calls(M, ns, K, ranks[0], dtypes, dropout_p, weight)
     dropout = dropout_p > 0

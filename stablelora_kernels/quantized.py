@@ -1,7 +1,7 @@
 """Frozen weights in 4 and 8 bits: their storage, their sources and their values.
 
-The classes describe the formats; ``reference.nf4_ref`` and ``reference.fp8_ref`` are both formulas
-in float64.
+The classes describe the formats; ``reference.nf4_ref``, ``fp8_ref`` and ``fp4_ref`` are their
+formulas in float64.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from stablelora_kernels.utils.validation import check_int
 # PyTorch dequantizes so many elements at a time, to bound the memory for float32 values and
 # indices.
 _ELEMENTS = 1 << 22
-# nested_absmax, nested_code and offset are the last scales where scales are nested.
-_NESTED_SCALES = 3
+# In place of a number of scales: a weight has one nested scale.
+ALL_SCALES = 1 << 30
 # A dtype whose elements are as large as two of so many bytes.
 _TWICE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
 # OCP Microscaling Formats, version 1.0: the magnitudes of a float of 4 bits, and the bias of a
@@ -38,12 +39,15 @@ class Layout(NamedTuple):
     format: int
     n: int
     k: int
-    # Elements that share a scale, and scales that share a nested one (0 if scales are not nested).
+    # Elements that share a scale, and scales that share a nested one (0 if scales are not nested,
+    # ALL_SCALES if all of them share it).
     blocksize: int
     nested_blocksize: int = 0
     # Of a stack: rows that share a scale, and how many weights there are.
     block_rows: int = 1
     experts: int = 1
+    # Whether scales lie in the tiles that Blackwell's tensor cores read: see _in_rows.
+    swizzled: int = 0
 
     @property
     def name(self) -> str:
@@ -68,7 +72,13 @@ class Layout(NamedTuple):
     @property
     def scale_count(self) -> int:
         """The number of tensors that scale the data."""
-        return FORMATS[self.format].scale_count + (_NESTED_SCALES if self.nested_blocksize else 0)
+        return len(self.scale_names)
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """What kernels call the tensors that scale the data, in their order."""
+        stored = FORMATS[self.format]
+        return stored.scales + (stored.nested if self.nested_blocksize else ())
 
 
 class Format(NamedTuple):
@@ -80,8 +90,10 @@ class Format(NamedTuple):
     name: str
     # Of an element.
     bits: int
-    # How many tensors scale the data, if scales are not nested.
-    scale_count: int
+    # The tensors that scale the data, by their names in kernels.jobs.Packed, and those beside them
+    # where scales are nested.
+    scales: tuple[str, ...]
+    nested: tuple[str, ...]
     # Whether blocks end with their row. Otherwise elements count row after row.
     by_rows: bool
     # The values of some bytes before they are scaled, flat, of the data and the scales.
@@ -123,7 +135,7 @@ def _values_of_float8(data: Tensor, scales: Sequence[Tensor], dtype: torch.dtype
 def _absmax(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     absmax = scales[0].reshape(-1)
     if layout.nested_blocksize:
-        nested_absmax, nested_code, offset = (t.to(dtype) for t in scales[-_NESTED_SCALES:])
+        nested_absmax, nested_code, offset = (t.to(dtype) for t in scales[2:])
         outer = nested_absmax.repeat_interleave(layout.nested_blocksize)[: absmax.numel()]
         absmax = nested_code.index_select(0, absmax.int()) * outer + offset
     return absmax.to(dtype).unsqueeze(1)
@@ -137,21 +149,31 @@ def _scales_by_row(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype)
     return by_block.reshape(-1, blocks)
 
 
+def _float8_scales(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    by_block = scales[0].view(torch.float8_e4m3fn).to(dtype).reshape(-1, 1)
+    return by_block.mul_(scales[1].to(dtype)) if layout.nested_blocksize else by_block
+
+
 def _powers_of_two(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     exponents = scales[0].reshape(-1, 1).int().sub_(_E8M0_BIAS)
     # Each power is computed once and not, as ldexp would, for each element.
     ones = torch.ones_like(exponents, dtype=torch.float32)
-    return torch.ldexp(ones, exponents).to(dtype)
+    powers = torch.ldexp(ones, exponents).to(dtype)
+    return powers.masked_fill_(exponents > _E8M0_BIAS, float("nan"))
 
 
 # The formats of a layout. 0 is a weight that is not quantized.
-NF4, FP4, FP8, MXFP4 = range(1, 5)
+NF4, FP4, FP8, MXFP4, NVFP4 = range(1, 6)
+_NESTED = ("nested_scale", "nested_code", "offset")
 FORMATS = {
     # bitsandbytes' 4 bits: absmax and code. FP4 differs in its code alone.
-    NF4: Format("nf4", 4, 2, False, _values_of_code, _absmax),
-    FP4: Format("fp4", 4, 2, False, _values_of_code, _absmax),
-    FP8: Format("fp8", 8, 1, True, _values_of_float8, _scales_by_row),
-    MXFP4: Format("mxfp4", 4, 1, False, _values_of_e2m1, _powers_of_two),
+    NF4: Format("nf4", 4, ("scale", "code"), _NESTED, False, _values_of_code, _absmax),
+    FP4: Format("fp4", 4, ("scale", "code"), _NESTED, False, _values_of_code, _absmax),
+    FP8: Format("fp8", 8, ("scale",), (), True, _values_of_float8, _scales_by_row),
+    MXFP4: Format("mxfp4", 4, ("scale",), (), False, _values_of_e2m1, _powers_of_two),
+    NVFP4: Format(
+        "nvfp4", 4, ("scale",), ("nested_scale",), False, _values_of_e2m1, _float8_scales
+    ),
 }
 
 
@@ -163,6 +185,8 @@ def dequantize(
     """
     stored = FORMATS[layout.format]
     work = torch.promote_types(dtype, torch.float32)
+    if layout.swizzled:
+        scales = (_in_rows(scales[0], layout), *scales[1:])
     block_scales = stored.block_scales(scales, layout, work)
     # The elements that a row of block_scales scales.
     line = layout.k if stored.by_rows else layout.blocksize
@@ -189,11 +213,21 @@ def dequantize(
     return out[: rows * layout.k].view(rows, layout.k)
 
 
+def _in_rows(swizzled: Tensor, layout: Layout) -> Tensor:
+    """Scales [n, blocks of a row] of swizzled ones: tiles of 128 rows and 4 blocks, row-major, each
+    [32, 4, 4] of row modulo 32, row div 32 and block.
+    """
+    blocks = layout.k // layout.blocksize
+    tiles = swizzled.view(-1, -(-blocks // 4), 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(tiles.shape[0] * 128, -1)[: layout.n, :blocks].contiguous()
+
+
 class Stored(NamedTuple):
     """A quantized weight in the parts that the ops take: its bytes in uint8, its scales and its
     layout.
 
     Scales of NF4: absmax, code and, if nested, nested_absmax, nested_code, offset. Of float8: scale.
+    Of floats of 4 bits: scale and, if there is one, tensor_scale.
     """
 
     data: Tensor
@@ -415,15 +449,145 @@ class FP8Weight:
         return self.stored.dequantize(dtype)
 
 
-# A frozen weight as ``lora_linear`` takes it, and its classes by the names of their formats.
-QuantizedWeight = NF4Weight | FP8Weight
-WEIGHTS: dict[str, type[NF4Weight] | type[FP8Weight]] = {
-    FORMATS[kind.format].name: kind for kind in (NF4Weight, FP8Weight)
+@dataclass(frozen=True, eq=False)
+class FP4Weight:
+    """A frozen weight [N, K] in floats of 4 bits (e2m1) with a scale for each block of a row: NVFP4
+    or MXFP4.
+
+    A byte holds two elements, the first in the lower half. NVFP4 has blocks of 16 with a scale in
+    float8, ``e2m1 · scale · tensor_scale``. MXFP4 (OCP Microscaling Formats, version 1.0) has blocks
+    of 32 with a power of two. Both take no more than 0.5625 bytes an element, if K is a multiple of
+    64 and, swizzled, N one of 128.
+
+    Args:
+        packed: uint8 [N, K / 2], contiguous.
+        scale: [N, K / block], contiguous: float8_e4m3fn for NVFP4, or uint8 for MXFP4, the exponent
+            plus 127.
+        tensor_scale: one float32 that multiplies every scale of NVFP4, or None.
+        swizzled: ``scale`` is [32 ceil(N / 128), 16 ceil(K / block / 4)] in the order that
+            Blackwell's tensor cores read, as torchao stores it.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it and both values.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    tensor_scale: Tensor | None = None
+    swizzled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.packed.dim() != 2 or 0 in self.packed.shape:
+            raise ValueError(
+                f"packed must be [N, K / 2], N and K at least 1, got {list(self.packed.shape)}"
+            )
+        check_tensor("packed", self.packed, torch.uint8, list(self.packed.shape), self.packed)
+        if self.scale.dtype not in _FP4_BLOCKS:
+            raise TypeError(
+                f"scale must be torch.float8_e4m3fn or torch.uint8, got {self.scale.dtype}"
+            )
+        n, k = self.shape
+        if k % self.blocksize:
+            raise ValueError(
+                f"packed must have whole blocks of {self.blocksize} elements in a row, got {k} elements"
+            )
+        blocks = k // self.blocksize
+        shape = [32 * -(-n // 128), 16 * -(-blocks // 4)] if self.swizzled else [n, blocks]
+        check_tensor("scale", self.scale, self.scale.dtype, shape, self.packed)
+        if self.tensor_scale is None:
+            return
+        if self.format == MXFP4:
+            raise ValueError(
+                f"tensor_scale must be None for scales of {self.scale.dtype}, got a tensor"
+            )
+        of_one = [1] if self.tensor_scale.dim() else []
+        check_tensor("tensor_scale", self.tensor_scale, torch.float32, of_one, self.packed)
+
+    @classmethod
+    def zeros(
+        cls, n: int, k: int, device: torch.device | str, dtype: torch.dtype = torch.float8_e4m3fn
+    ) -> FP4Weight:
+        """NVFP4 with a tensor_scale; MXFP4 with uint8, the scale's ``dtype``."""
+        with torch.device(device):
+            scale = torch.zeros(n, k // _FP4_BLOCKS[dtype], dtype=torch.uint8).view(dtype)
+            packed = torch.zeros(n, k // 2, dtype=torch.uint8)
+            return cls(packed, scale, torch.ones(()) if dtype != torch.uint8 else None)
+
+    @classmethod
+    def from_torchao(cls, weight: Any) -> FP4Weight:
+        """The weight of torchao's ``NVFP4Tensor``, as ``NVFP4WeightOnlyConfig`` makes it, or of its
+        ``MXTensor`` in floats of 4 bits, without a copy.
+
+        Raises:
+            TypeError: ``weight`` is something else.
+            ValueError: ``weight`` quantizes activations too.
+        """
+        data, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
+        elements = getattr(weight, "elem_dtype", None)
+        is_fp4 = type(weight).__name__ == "NVFP4Tensor" or str(elements) == "torch.float4_e2m1fn_x2"
+        if not is_fp4 or not isinstance(data, Tensor) or not isinstance(scale, Tensor):
+            kind = type(weight).__name__ + ("" if elements is None else f" of {elements}")
+            raise TypeError(
+                f"weight must be torchao's NVFP4Tensor, or its MXTensor of torch.float4_e2m1fn_x2, got {kind}"
+            )
+        if getattr(weight, "act_quant_kwargs", None) is not None:
+            raise ValueError(
+                f"weight must leave activations as they are, got act_quant_kwargs {weight.act_quant_kwargs}"
+            )
+        if scale.dtype != torch.float8_e4m3fn:
+            scale = scale.view(torch.uint8)
+        tensor_scale = getattr(weight, "per_tensor_scale", None)
+        return cls(data.view(torch.uint8), scale, tensor_scale, weight.is_swizzled_scales)
+
+    @property
+    def format(self) -> int:
+        return MXFP4 if self.scale.dtype == torch.uint8 else NVFP4
+
+    @property
+    def blocksize(self) -> int:
+        """Elements of a row that share a scale."""
+        return _FP4_BLOCKS[self.scale.dtype]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        n, half = self.packed.shape
+        return n, 2 * half
+
+    @property
+    def stored(self) -> Stored:
+        scales = [self.scale.view(torch.uint8)]
+        if self.tensor_scale is not None:
+            scales.append(self.tensor_scale)
+        nested = ALL_SCALES if len(scales) > 1 else 0
+        layout = Layout(
+            self.format, *self.shape, self.blocksize, nested, swizzled=int(self.swizzled)
+        )
+        return Stored(self.packed, tuple(scales), layout)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """W [N, K], computed in float32 and rounded once to ``dtype``."""
+        return self.stored.dequantize(dtype)
+
+
+# The elements of a block by the dtype of its scale.
+_FP4_BLOCKS = {torch.float8_e4m3fn: 16, torch.uint8: 32}
+
+# A frozen weight as ``lora_linear`` takes it. What makes one [n, k] of zeros on a device, by the
+# names of the formats.
+QuantizedWeight = NF4Weight | FP8Weight | FP4Weight
+WEIGHTS: dict[str, Callable[[int, int, torch.device | str], QuantizedWeight]] = {
+    "nf4": NF4Weight.zeros,
+    "fp8": FP8Weight.zeros,
+    "nvfp4": FP4Weight.zeros,
+    "mxfp4": partial(FP4Weight.zeros, dtype=torch.uint8),
 }
 # What reads a parameter of a library, by the name of the parameter's type.
 _READERS: dict[str, Callable[[Any], QuantizedWeight]] = {
     "Params4bit": NF4Weight.from_bitsandbytes,
     "Float8Tensor": FP8Weight.from_torchao,
+    "NVFP4Tensor": FP4Weight.from_torchao,
+    "MXTensor": FP4Weight.from_torchao,
 }
 _NF4_FIELDS = tuple(field.name for field in fields(NF4Weight))
 
@@ -444,8 +608,8 @@ def _has_passed(state: Any, tensors: tuple[Any, ...], sizes: tuple[Any, ...]) ->
 
 
 def is_quantized(weight: Any) -> bool:
-    """Whether ``weight`` is a parameter of bitsandbytes in 4 bits or of torchao in float8, by the
-    name of its type.
+    """Whether ``weight`` is a parameter of bitsandbytes in 4 bits or of torchao in floats of 8 or 4
+    bits, by the name of its type.
     """
     return type(weight).__name__ in _READERS
 
@@ -461,10 +625,19 @@ def read(weight: Any) -> QuantizedWeight:
     """The weight of a parameter for which :func:`is_quantized` holds, without a copy.
 
     Raises:
-        TypeError, ValueError: as :meth:`NF4Weight.from_bitsandbytes` and
-            :meth:`FP8Weight.from_torchao`.
+        TypeError, ValueError: as :meth:`NF4Weight.from_bitsandbytes`, :meth:`FP8Weight.from_torchao`
+            and :meth:`FP4Weight.from_torchao`.
     """
     return _READERS[type(weight).__name__](weight)
+
+
+def reason_unreadable(weight: Any) -> str | None:
+    """Why :func:`read` raises for a parameter for which :func:`is_quantized` holds, or None."""
+    try:
+        read(weight)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def check_power(name: str, value: int) -> None:

@@ -41,18 +41,18 @@ class _PackedWeight(NamedTuple):
 def _packed(weight: Stored) -> _PackedWeight:
     """A stored weight as kernels take it."""
     layout = weight.layout
-    nested = layout.nested_blocksize
-    # In the order of jobs.Packed.
-    scales = [*weight.scales, None, None, None, None, None][:5]
-    packed = jobs.Packed(weight.data, layout.k * layout.bits // 8, *scales)
+    nested, swizzled = layout.nested_blocksize, layout.swizzled > 0
+    scales = dict(zip(layout.scale_names, weight.scales, strict=True))
+    packed = jobs.Packed(weight.data, layout.k * layout.bits // 8, **scales)
     tile = jobs.PackedTile(
         FORMAT=layout.name,
         # A scale a row is no reason to compile a kernel for each width.
         BLOCKSIZE=1 if FORMATS[layout.format].by_rows else layout.blocksize,
         NESTED=nested,
         ALIGNED=layout.aligned,
+        SWIZZLED=swizzled,
     )
-    flags = flag_words(nested=nested > 0, unaligned=not layout.aligned)
+    flags = flag_words(nested=nested > 0, unaligned=not layout.aligned, swizzled=swizzled)
     return _PackedWeight(packed, tile, layout.name + flags)
 
 

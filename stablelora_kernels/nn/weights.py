@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stablelora_kernels.quantized import is_quantized, read
+from stablelora_kernels.quantized import is_quantized, read, reason_unreadable
 from stablelora_kernels.utils.tensors import whole
 
 
@@ -25,10 +25,9 @@ def reason_against_reading(name: str, parameter: Tensor) -> str | None:
     """
     kind = type(parameter)
     if is_quantized(parameter):
-        try:
-            read(parameter)
-        except (TypeError, ValueError) as error:
-            return f"has a {name} that cannot be dequantized: {error}"
+        reason = reason_unreadable(parameter)
+        if reason is not None:
+            return f"has a {name} that cannot be dequantized: {reason}"
     elif kind.__name__ == "Int8Params" or kind.dequantize is not Tensor.dequantize:
         return f"has a {name} that is stored as {kind.__name__}"
     if parameter.is_meta:

@@ -152,7 +152,7 @@ def projection_of(
     if weight == "plain":
         return Projection(_zeros(where, n, k, of=dtype), bias, lora_A, lora_B, 1.0)
     if isinstance(weight, str):
-        weight = WEIGHTS[weight].zeros(n, k, where)
+        weight = WEIGHTS[weight](n, k, where)
     return Projection(weight.stored, bias, lora_A, lora_B, 1.0)
 
 

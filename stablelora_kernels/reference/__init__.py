@@ -6,6 +6,7 @@ Everything computes in the dtype of its arguments; tests pass float64. ``lora`` 
 
 from stablelora_kernels.reference.lora import (
     dropout_keep_ref,
+    fp4_ref,
     fp8_ref,
     lora_branch_grads_ref,
     lora_branch_ref,
@@ -28,6 +29,7 @@ __all__ = [
     "StableAdamWRef",
     "adamw_ref",
     "dropout_keep_ref",
+    "fp4_ref",
     "fp8_ref",
     "lora_branch_grads_ref",
     "lora_branch_ref",

@@ -303,6 +303,38 @@ def fp8_ref(data: Tensor, scale: Tensor) -> Tensor:
     return torch.where(bits >= 128, -value, value) * scale.double()[:, None]
 
 
+def fp4_ref(
+    packed: Tensor, scale: Tensor, tensor_scale: Tensor | None = None, swizzled: bool = False
+) -> Tensor:
+    """W [N, K] in float64 from the tensors of :class:`stablelora_kernels.quantized.FP4Weight`.
+
+    Element k of a row is the lower half of byte k div 2 if k is even, else the upper half: a sign,
+    a 2-bit exponent e and a fraction f of one bit, with the value ``(1 + f/2) 2^(e - 1)``, or
+    ``f/2`` if e is 0. Its scale is that of block k div 16 in float8_e4m3fn, times tensor_scale; or,
+    in uint8, of block k div 32: 2 to the power of the byte less 127, or NaN for 255.
+
+    Swizzled, the scale of row n and block b is byte ``512 t + 16 (n mod 32) + 4 (n mod 128 div 32)
+    + b mod 4``, where t is ``n div 128 · ceil(blocks / 4) + b div 4``.
+    """
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    element = torch.arange(k)
+    byte = packed.long()[:, element // 2]
+    bits = torch.where(element % 2 == 0, byte % 16, byte // 16)
+    exponent, fraction = bits // 2 % 4, (bits % 2).double() / 2
+    value = torch.where(exponent == 0, fraction, (1 + fraction) * torch.exp2(exponent.double() - 1))
+    of_blocks, blocksize = scale, 16
+    if scale.dtype == torch.uint8:
+        powers = torch.exp2(scale.double() - 127)
+        of_blocks, blocksize = powers.where(scale < 255, torch.nan), 32
+    if swizzled:
+        row, block = torch.arange(n)[:, None], torch.arange(k // blocksize)
+        tile = row // 128 * -(-len(block) // 4) + block // 4
+        place = 512 * tile + 16 * (row % 32) + 4 * (row % 128 // 32) + block % 4
+        of_blocks = of_blocks.double().flatten()[place]
+    whole = of_blocks.double() * (1.0 if tensor_scale is None else tensor_scale.double())
+    return torch.where(bits < 8, value, -value) * whole[:, element // blocksize]
+
+
 def philox_ref(seed: int, counter: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64 [..., 4], for each int64
     counter [...].

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.quantized import FORMATS, FP8Weight, NF4Weight, QuantizedWeight
-from stablelora_kernels.reference import fp8_ref, nf4_ref
+from stablelora_kernels.quantized import FORMATS, FP4Weight, FP8Weight, NF4Weight, QuantizedWeight
+from stablelora_kernels.reference import fp4_ref, fp8_ref, nf4_ref
 
 #: The dtypes of a layer by their short names.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,6 +92,28 @@ def fp8_weight(n: int, k: int) -> FP8Weight:
     )
 
 
+def fp4_weight(n: int, k: int, format: str, swizzled: bool = False) -> FP4Weight:
+    """A random weight in NVFP4 or MXFP4, on the CPU."""
+    generator = torch.Generator().manual_seed(n * k)
+    blocks = k // ROW_UNITS[format]
+    packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=generator)
+    shape = (32 * -(-n // 128), 16 * -(-blocks // 4)) if swizzled else (n, blocks)
+    if format == "mxfp4":
+        exponents = torch.randint(121, 127, shape, dtype=torch.uint8, generator=generator)
+        return FP4Weight(packed, exponents, None, swizzled)
+    scale = torch.rand(shape, generator=generator) * 400
+    return FP4Weight(packed, scale.to(torch.float8_e4m3fn), torch.tensor(k**-0.5 / 600), swizzled)
+
+
+#: By formats, what a row's elements are a multiple of.
+ROW_UNITS = {"nf4": 1, "fp8": 1, "nvfp4": 16, "mxfp4": 32}
+
+
+def can_hold(kind: str | None, k: int) -> bool:
+    """Whether rows of k elements can be of ``kind``, a name of QUANTIZED or None."""
+    return kind is None or k % ROW_UNITS[kind.split()[0]] == 0
+
+
 #: Random weights [n, k] by names that begin with that of their format; of a format with several, the
 #: usual one comes last.
 QUANTIZED: dict[str, Callable[[int, int], QuantizedWeight]] = {
@@ -99,9 +121,15 @@ QUANTIZED: dict[str, Callable[[int, int], QuantizedWeight]] = {
     "nf4 128 nested": lambda n, k: nf4_weight(n, k, 128, nested=True),
     "nf4 nested": lambda n, k: nf4_weight(n, k, 64, nested=True),
     "fp8": fp8_weight,
+    "nvfp4": lambda n, k: fp4_weight(n, k, "nvfp4"),
+    "nvfp4 swizzled": lambda n, k: fp4_weight(n, k, "nvfp4", swizzled=True),
+    "mxfp4 swizzled": lambda n, k: fp4_weight(n, k, "mxfp4", swizzled=True),
+    "mxfp4": lambda n, k: fp4_weight(n, k, "mxfp4"),
 }
 #: The oracle of each format.
-REFERENCES: dict[str, Callable[..., Tensor]] = {"nf4": nf4_ref, "fp8": fp8_ref}
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "nf4": nf4_ref, "fp8": fp8_ref, "nvfp4": fp4_ref, "mxfp4": fp4_ref,
+}  # fmt: skip
 
 
 def dequantized_ref(weight: QuantizedWeight) -> torch.Tensor:

@@ -183,7 +183,11 @@ WRONG = [
         TypeError,
         "lora_dtype must be float32 or dtype torch.bfloat16, got torch.float16",
     ),
-    ({"quantized": "int8"}, ValueError, "quantized must be 'nf4', 'fp8' or None, got 'int8'"),
+    (
+        {"quantized": "int8"},
+        ValueError,
+        "quantized must be 'nf4', 'fp8', 'nvfp4', 'mxfp4' or None, got 'int8'",
+    ),
     (
         {"quantized": "nf4", "N": (16, 16)},
         ValueError,

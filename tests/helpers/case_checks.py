@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stablelora_kernels import testing
 from stablelora_kernels.activations import ACTIVATIONS
-from stablelora_kernels.quantized import FORMATS, WEIGHTS
+from stablelora_kernels.quantized import WEIGHTS
 from stablelora_kernels.reference.rounding import Rounded
 from stablelora_kernels.testing.cases import (
     BF16,
@@ -38,6 +38,7 @@ from stablelora_kernels.testing.expectations import (
     as_computed,
     expectations,
 )
+from stablelora_kernels.testing.inputs import ROW_UNITS
 from tests.helpers.cases import DTYPES, kinds_of
 from tests.helpers.covering import covering
 from tests.helpers.launches import count_launches, recorded_launches
@@ -257,6 +258,11 @@ LEADING = [
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "grad", "base_out")
 
 
+def widened(k: int, kinds: Sequence[str | None]) -> int:
+    """The next width from k on that rows of every kind can have."""
+    return k + -k % max(1 if kind is None else ROW_UNITS[kind] for kind in kinds)
+
+
 @st.composite
 def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Case:
     """A call of any op, in sizes that shrink to the smallest."""
@@ -278,13 +284,13 @@ def calls(draw: st.DrawFn, backends: Sequence[str] = ("torch", "triton")) -> Cas
     quantized = (None,)
     if op == "mlp":
         shared, quantized = pick(False, False, True), several(None, None, None, *WEIGHTS)
-        sizes = (sizes[0], sizes[0], sizes[2])
+        k, inner = widened(k, quantized[:2]), widened(sizes[0], quantized[2:])
+        sizes = (inner, inner, sizes[2])
         ranks = (
             (ranks[0], ranks[0], ranks[2]) if shared else tuple(pick(*[r] * 6, None) for r in ranks)
         )
     elif op in WEIGHTS:
-        # A row is whole bytes.
-        k *= 8 // FORMATS[WEIGHTS[op].format].bits
+        k = widened(k, (op,))
         op, quantized = "linear", (pick(*kinds_of(op)),)
     names = ["x", *(f"{kind}{i}" for kind in NAMES[1:5] for i in range(count))]
     wanted = draw(st.sets(st.sampled_from(["base_out", *names])))

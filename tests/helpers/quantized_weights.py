@@ -46,7 +46,13 @@ def torchao(linear: nn.Linear, config: str) -> nn.Linear:
     quantization = pytest.importorskip(
         "torchao.quantization", reason="runs where torchao is installed: pip install .[test]"
     )
-    quantization.quantize_(linear, getattr(quantization, config)())
+    if config.startswith("NVFP4"):
+        configs = pytest.importorskip(
+            "torchao.prototype.mx_formats", reason="runs where torchao has it: pip install .[test]"
+        )
+    else:
+        configs = quantization
+    quantization.quantize_(linear, getattr(configs, config)())
     return linear
 
 

@@ -168,7 +168,13 @@ def test_layers_of_apply_lora(dtype):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("quantize", [bnb_4bit, partial(torchao, config="Float8WeightOnlyConfig")])
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        bnb_4bit,
+        *(partial(torchao, config=f"{name}WeightOnlyConfig") for name in ("Float8", "NVFP4")),
+    ],
+)
 @pytest.mark.parametrize("dora", [False, True])
 def test_quantized_weights_come_dequantized_and_are_not_quantized_again(quantize, dora):
     torch.manual_seed(0)

@@ -22,10 +22,15 @@ from stablelora_kernels.quantized import read
 from stablelora_kernels.reference import StableAdamWRef
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64
 from tests.helpers.peft_models import config, make, peft
-from tests.helpers.quantized_weights import bnb_4bit, bnb_8bit, torchao
+from tests.helpers.quantized_weights import (
+    bnb_4bit,
+    bnb_8bit,
+    torchao,
+    torchao_fp8_a_tensor,
+)
 from tests.helpers.small_models import output
 
-K, N, R = 40, 56, 3
+K, N, R = 40, 48, 3
 TRAINED = ("lora_A", "lora_B", "lora_magnitude_vector")
 WITH_DROPOUT = (
     "adapter 'default' is DoRA with dropout, which needs the base product of two inputs to train; evaluation runs on "
@@ -152,6 +157,7 @@ def test_the_norm_of_a_row_that_is_nothing_is_zero():
         (bnb_4bit, {"compute_dtype": FP32}),
         (bnb_4bit, {"compute_dtype": FP32, "compress_statistics": False}),
         (torchao, {"config": "Float8WeightOnlyConfig"}),
+        (torchao, {"config": "NVFP4WeightOnlyConfig"}),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -304,6 +310,8 @@ def test_what_peft_computes_itself(calls):
     for model, text in ((hooked, "Linear"), (eight, "Linear8bitLt")):
         (row,) = slk.accelerate_peft(model).skipped
         assert row.reason == f"adapter 'default' is DoRA on a {text}, or on a layer with hooks"
+    (row,) = slk.accelerate_peft(one_layer(torchao_fp8_a_tensor(nn.Linear(K, N)))).skipped
+    assert row.reason.startswith("adapter 'default' is DoRA, and weight must have a scale a row")
     offloaded = one_layer()
     # PEFT's option for it needs a GPU.
     offloaded.base_model.model[0].ephemeral_gpu_offload = True

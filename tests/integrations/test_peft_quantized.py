@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*get_apply_tensor_subclass.*", "ignore:.*4-bit linear.*"
 )
 torchao_fp8 = partial(torchao, config="Float8WeightOnlyConfig")
+torchao_nvfp4 = partial(torchao, config="NVFP4WeightOnlyConfig")
 
 
 def make(quantize=bnb_4bit, dtype=FP32, r=3, lora=None, **kwargs):
@@ -73,6 +74,8 @@ READ = {
     "4 bits and x under autocast": (bnb_4bit, BF16, {"compute_dtype": BF16}, BF16),
     "float8, bfloat16": (torchao_fp8, BF16, {}, None),
     "float8, float32": (torchao_fp8, FP32, {}, None),
+    "NVFP4, bfloat16": (torchao_nvfp4, BF16, {}, None),
+    "NVFP4, float32": (torchao_nvfp4, FP32, {}, None),
 }
 
 
@@ -219,6 +222,7 @@ KINDS = {
     "torchao int8": (torchao_int8, None),
     "torchao intx": (torchao_with("IntxWeightOnly"), None),
     "torchao float8": (torchao_fp8, None),
+    "torchao NVFP4": (torchao_nvfp4, None),
     "another library's weight": (scaled, None),
     "compressed-tensors, weights": (partial(compressed_tensors, input_activations=False), None),
     "torchao int8, inputs": (

@@ -27,7 +27,7 @@ from tests.helpers.gated_mlps import (
     rows,
     step,
 )
-from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, fp8_linear
+from tests.helpers.quantized_weights import Linear4bit, bnb_4bit, fp8_linear, torchao
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 pytestmark = pytest.mark.filterwarnings(
@@ -80,6 +80,7 @@ BASES = {
         nf4_weight(64, 64, 64, nested=True), True, BF16
     ),
     "fp8": lambda linear: fp8_linear(fp8_weight(64, 64), BF16),
+    "NVFP4": lambda linear: torchao(linear, "NVFP4WeightOnlyConfig"),
     "bitsandbytes": bnb_4bit,
 }
 QUANTIZED = [("ours", kind) for kind in (*BASES, "nf4 and plain")] + [("PEFT", "bitsandbytes")]

@@ -51,6 +51,7 @@ QUANTIZED: dict[str, Callable[[], Any]] = {
     "fp8": lambda: fp8_linear(fp8_weight(N, K), BF16),
     "bitsandbytes 4-bit": lambda: bnb_4bit(nn.Linear(K, N), BF16),
     "torchao float8": lambda: torchao(nn.Linear(K, N), "Float8WeightOnlyConfig"),
+    "torchao NVFP4": lambda: torchao(nn.Linear(K, N), "NVFP4WeightOnlyConfig"),
 }
 KINDS = PLAIN | QUANTIZED
 DTYPES = {"bfloat16": BF16, "float16": FP16, "float64": FP64, "fp8": BF16}

@@ -13,11 +13,18 @@ import torch
 
 from stablelora_kernels import quantized
 from stablelora_kernels.kernels.lora import linear_quantized
-from stablelora_kernels.quantized import FORMATS, WEIGHTS, FP8Weight, NF4Weight, QuantizedWeight
+from stablelora_kernels.quantized import (
+    FORMATS,
+    WEIGHTS,
+    FP4Weight,
+    FP8Weight,
+    NF4Weight,
+    QuantizedWeight,
+)
 from stablelora_kernels.reference import fp8_ref
 from stablelora_kernels.testing import dequantized_ref, nf4_weight
 from stablelora_kernels.testing.cases import make, run
-from stablelora_kernels.testing.inputs import QUANTIZED, REFERENCES
+from stablelora_kernels.testing.inputs import QUANTIZED, REFERENCES, can_hold, fp4_weight
 from tests.helpers.cases import small
 from tests.helpers.quantized_weights import NF4_FIELDS
 
@@ -36,8 +43,15 @@ def check(weight: QuantizedWeight, dtype: torch.dtype, theirs: torch.Tensor) -> 
     assert exact.abs().max() > 0
 
 
-@pytest.mark.parametrize(("n", "k"), [(7, 33), (48, 64), (5, 200)])
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize(
+    ("kind", "n", "k"),
+    [
+        (kind, n, k)
+        for kind in QUANTIZED
+        for n, k in ((7, 33), (48, 64), (5, 200), (300, 96), (3, 48))
+        if can_hold(kind, k)
+    ],
+)
 def test_values_are_the_references(kind, n, k):
     weight = QUANTIZED[kind](n, k)
     assert torch.equal(weight.dequantize(torch.float64), dequantized_ref(weight))
@@ -49,8 +63,8 @@ def test_every_format_has_a_kernel_a_reference_and_random_weights():
     source = inspect.getsource(linear_quantized._weight_tile.fn)
     assert re.findall(r'FORMAT == "(\w+)"', source) == [*WEIGHTS] == [*REFERENCES]
     assert {kind.split()[0] for kind in QUANTIZED} == {*WEIGHTS}
-    for name, kind in WEIGHTS.items():
-        zeros = kind.zeros(3, 64, "meta")
+    for name, make_zeros in WEIGHTS.items():
+        zeros = make_zeros(3, 64, "meta")
         assert zeros.shape == (3, 64) and zeros.stored.layout.name == name
 
 
@@ -157,6 +171,109 @@ def test_torchao(elements, monkeypatch):
             FP8Weight.from_torchao(given)
 
 
+def mx_formats() -> Any:
+    return pytest.importorskip(
+        "torchao.prototype.mx_formats",
+        reason="runs where torchao is installed: pip install .[test]",
+    )
+
+
+@in_parts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by_tensor", [True, False])
+@pytest.mark.parametrize("swizzled", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (272, 80), (128, 64)])
+def test_torchaos_nvfp4(n, k, swizzled, by_tensor, dtype, elements, monkeypatch):
+    mx_formats()
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
+    torch.manual_seed(n)
+    # Some scales are subnormal in float8.
+    values = torch.randn(n, k) * torch.logspace(-4, 2, n)[:, None]
+    scale = per_tensor_amax_to_scale(values.abs().max()) if by_tensor else None
+    theirs = NVFP4Tensor.to_nvfp4(values, per_tensor_scale=scale, is_swizzled_scales=swizzled)
+    weight = FP4Weight.from_torchao(theirs)
+    assert weight.packed.data_ptr() == theirs.qdata.data_ptr()
+    assert weight.scale.data_ptr() == theirs.scale.data_ptr()
+    check(weight, dtype, theirs.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("swizzled", [True, False])
+def test_torchaos_mxfp4(swizzled, dtype):
+    mx_formats()
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    torch.manual_seed(0)
+    values = torch.randn(200, 160) * torch.logspace(-20, 20, 200)[:, None]
+    theirs = MXTensor.to_mx(values, torch.float4_e2m1fn_x2, 32, is_swizzled_scales=swizzled)
+    weight = FP4Weight.from_torchao(theirs)
+    assert weight.packed.data_ptr() == theirs.qdata.data_ptr()
+    assert weight.scale.data_ptr() == theirs.scale.data_ptr()
+    check(weight, dtype, theirs.dequantize(dtype))
+
+
+def test_torchaos_usual_nvfp4_takes_0_5625_bytes_an_element():
+    config = mx_formats().NVFP4WeightOnlyConfig()
+    linear = torch.nn.Linear(256, 128, dtype=torch.bfloat16)
+    pytest.importorskip("torchao.quantization").quantize_(linear, config)
+    weight = FP4Weight.from_torchao(linear.weight)
+    assert weight.swizzled and weight.tensor_scale is linear.weight.per_tensor_scale
+    check(weight, torch.bfloat16, linear.weight.dequantize())
+    assert weight.packed.nbytes + weight.scale.nbytes == 0.5625 * linear.weight.numel()
+
+
+def test_what_is_no_fp4_weight_of_torchao_is_refused():
+    mx_formats()
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.prototype.mx_formats.nvfp4_tensor import (
+        NVFP4Tensor,
+        QuantizeTensorToNVFP4Kwargs,
+    )
+
+    values = torch.randn(32, 32)
+    activations = NVFP4Tensor.to_nvfp4(values, act_quant_kwargs=QuantizeTensorToNVFP4Kwargs())
+    for given, error, message in (
+        (values, TypeError, "got Tensor$"),
+        (
+            MXTensor.to_mx(values, torch.float8_e4m3fn, 32),
+            TypeError,
+            r"got MXTensor of torch\.float8",
+        ),
+        (
+            activations,
+            ValueError,
+            "weight must leave activations as they are, got act_quant_kwargs",
+        ),
+        (NVFP4Tensor.to_nvfp4(values).t(), ValueError, "packed must be contiguous"),
+    ):
+        with pytest.raises(error, match=message):
+            FP4Weight.from_torchao(given)
+
+
+@pytest.mark.parametrize(
+    ("scale", "block"), [(torch.float8_e4m3fn, 16), (torch.uint8, 32)], ids=str
+)
+def test_fp4_has_every_value_with_every_scale(scale, block):
+    """Also in the interpreted kernel."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 512 // block)
+    weight = FP4Weight(packed, scales.contiguous().view(scale))
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    code = torch.cat((magnitudes, -magnitudes))
+    byte = packed[0].long()
+    values = torch.stack((code[byte % 16], code[byte // 16]), 1).flatten()
+    of_byte = torch.arange(256, dtype=torch.uint8)
+    of_scale = (
+        of_byte.view(scale).double() if block == 16 else of_byte.view(torch.float8_e8m0fnu).double()
+    )
+    expected = values * of_scale[:, None]
+    for got in (dequantized_ref(weight), weight.dequantize(torch.float64)):
+        assert torch.equal(got.nan_to_num(7e77), expected.nan_to_num(7e77))
+    assert expected.isnan().any()
+
+
 # What does not fit.
 
 
@@ -222,3 +339,30 @@ def test_nf4_errors(changes, error, message):
 def test_fp8_errors(data, scale, error, message):
     with pytest.raises(error, match=message):
         FP8Weight(data, scale)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"packed": torch.zeros(4)}, ValueError, r"packed must be \[N, K / 2\], N and K at least 1, got \[4\]"),
+        ({"packed": torch.zeros(4, 16)}, TypeError, "packed must be torch.uint8, got torch.float32"),
+        ({"packed": torch.zeros(32, 4, dtype=torch.uint8).t()}, ValueError, "packed must be contiguous"),
+        ({"packed": torch.zeros(4, 12, dtype=torch.uint8)}, ValueError, "whole blocks of 16 elements in a row, got 24 elements"),
+        ({"scale": torch.zeros(4, 4)}, TypeError, "scale must be torch.float8_e4m3fn or torch.uint8, got torch.float32"),
+        ({"scale": torch.zeros(4, 2, dtype=torch.uint8)}, ValueError, r"scale must be \[4, 1\], got \[4, 2\]"),
+        ({"swizzled": True}, ValueError, r"scale must be \[32, 16\], got \[4, 2\]"),
+        ({"tensor_scale": torch.ones(2)}, ValueError, r"tensor_scale must be \[1\], got \[2\]"),
+        ({"tensor_scale": torch.ones(()).double()}, TypeError, "tensor_scale must be torch.float32, got torch.float64"),
+        (
+            {"scale": torch.zeros(4, 1, dtype=torch.uint8)}, ValueError,
+            "tensor_scale must be None for scales of torch.uint8, got a tensor",
+        ),
+    ],
+)  # fmt: skip
+def test_fp4_errors(changes, error, message):
+    weight = fp4_weight(4, 32, "nvfp4")
+    names = ("packed", "scale", "tensor_scale", "swizzled")
+    fields = {name: getattr(weight, name) for name in names}
+    FP4Weight(**fields)
+    with pytest.raises(error, match=message):
+        FP4Weight(**fields | changes)

@@ -93,7 +93,8 @@ def _tensors_of(weight: Any) -> list[Tensor]:
     mode have no version.
     """
     if not hasattr(weight, "quant_state"):
-        return [weight.qdata, weight.scale]
+        tensors = (weight.qdata, weight.scale, getattr(weight, "per_tensor_scale", None))
+        return [tensor for tensor in tensors if tensor is not None]
     if is_packed_for_cpu(weight):
         return [weight, weight.quant_state.absmax, weight.quant_state.code]
     return [weight, *read(weight).stored.scales]

@@ -41,7 +41,7 @@ from stablelora_kernels.nn.operands import (
 )
 from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.dora import scale_columns
-from stablelora_kernels.quantized import is_quantized
+from stablelora_kernels.quantized import is_packed_for_cpu, is_quantized, reason_unreadable
 from stablelora_kernels.utils.modules import is_hooked, weight_and_bias
 from stablelora_kernels.utils.refusal import Refusal
 from stablelora_kernels.utils.tensors import autocast_dtype, is_sharded
@@ -386,7 +386,12 @@ def read_dora(layer: PeftLayer, adapter: str, between_calls: bool = False) -> Do
             f"adapter {adapter!r} is DoRA on a {type(base).__name__}, or on a layer with hooks"
         )
     weight, bias = weight_and_bias(base)
-    if not is_quantized(weight) and not is_sharded(weight) and not are_plain(weight, bias):
+    if is_quantized(weight):
+        # Products alone read a weight that bitsandbytes has packed for a CPU.
+        reason = None if is_packed_for_cpu(weight) else reason_unreadable(weight)
+        if reason is not None:
+            return Refusal(f"adapter {adapter!r} is DoRA, and {reason}")
+    elif not is_sharded(weight) and not are_plain(weight, bias):
         return Refusal(f"adapter {adapter!r} is DoRA on a {type(weight).__name__}")
     return Dora(base, branch, magnitude.weight)
 

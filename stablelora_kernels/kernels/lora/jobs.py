@@ -179,16 +179,16 @@ class DescribedTile(NamedTuple):
 
 class Packed(NamedTuple):
     """A W [N, K] in 4 or 8 bits, see ``quantized.Stored``: bytes in rows of ``stride``, absmax or
-    scales, code, nested scales.
+    scales, code, nested scales. ``quantized.FORMATS`` says which of them a format has.
     """
 
     data: Any
     stride: Any
     scale: Any
-    code: Any
-    nested_scale: Any
-    nested_code: Any
-    offset: Any
+    code: Any = None
+    nested_scale: Any = None
+    nested_code: Any = None
+    offset: Any = None
 
 
 class PackedTile(NamedTuple):
@@ -196,10 +196,11 @@ class PackedTile(NamedTuple):
     a nested one, 0 if scales are float32.
 
     ALIGNED: no byte and no block lies across two rows, and blocks divide a tile's columns or are
-    divided by them.
+    divided by them. SWIZZLED: scales lie in the tiles that Blackwell's tensor cores read.
     """
 
     FORMAT: str
     BLOCKSIZE: int
     NESTED: int
     ALIGNED: bool
+    SWIZZLED: bool

@@ -2,7 +2,7 @@
 
 Formulas and arguments are in this directory's ``__init__``.
 
-``reference.nf4_ref`` and ``reference.fp8_ref`` define what a stored W means. The loop rounds a
+``reference.nf4_ref``, ``fp8_ref`` and ``fp4_ref`` define what a stored W means. The loop rounds a
 dequantized element to X's dtype before it multiplies, so results equal those of a W that was
 dequantized first.
 """
@@ -72,21 +72,70 @@ def _nf4_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _fp8_tile(w, rows, col0, N, K, COLS: tl.constexpr):
-    """W[rows, col0 : col0 + COLS] in float32 from bytes of e4m3 (1 sign, 4 exponent, 3 fraction
-    bits, no infinities).
-    """
-    cols = col0 + tl.arange(0, COLS).to(tl.int64)
-    row_mask = rows < N
-    mask = row_mask[:, None] & (cols[None, :] < K)
-    bits = tl.load(w.data + rows[:, None] * w.stride + cols[None, :], mask=mask, other=0).to(
-        tl.int16
-    )
+def _e4m3(bits):
+    """Floats of 8 bits (1 sign, 4 exponent, 3 fraction bits, no infinities) in float32."""
+    bits = bits.to(tl.int16)
     # Read as float16, which has one exponent bit more, they are 2^8 too small, subnormal ones
     # included.
     half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    value = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
-    return value * tl.load(w.scale + rows, mask=row_mask, other=0.0)[:, None]
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def _e8m0(bits):
+    """Powers of two, stored as exponents over 127, in float32."""
+    bits = bits.to(tl.int32)
+    # The least is subnormal in float32.
+    power = tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
+    return tl.where(bits == 255, float("nan"), power)
+
+
+@triton.jit
+def _fp8_tile(w, rows, col0, N, K, COLS: tl.constexpr):
+    """W[rows, col0 : col0 + COLS] in float32 from bytes of e4m3."""
+    cols = col0 + tl.arange(0, COLS).to(tl.int64)
+    row_mask = rows < N
+    mask = row_mask[:, None] & (cols[None, :] < K)
+    bits = tl.load(w.data + rows[:, None] * w.stride + cols[None, :], mask=mask, other=0)
+    return _e4m3(bits) * tl.load(w.scale + rows, mask=row_mask, other=0.0)[:, None]
+
+
+@triton.jit
+def _fp4_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
+    """W[rows, col0 : col0 + COLS] in float32 from two floats of 4 bits a byte (1 sign, 2 exponent, 1
+    fraction bits), the first in the lower half. No block lies across two rows.
+    """
+    BLOCKSIZE: tl.constexpr = PACKED.BLOCKSIZE
+    HALF: tl.constexpr = COLS // 2
+    SCALES: tl.constexpr = max(COLS // BLOCKSIZE, 1)
+    row_mask = rows[:, None] < N
+    bytes_ = col0 // 2 + tl.arange(0, HALF).to(tl.int64)
+    mask = row_mask & (bytes_[None, :] < w.stride)
+    pair = tl.load(w.data + rows[:, None] * w.stride + bytes_[None, :], mask=mask, other=0)
+    pair = pair.to(tl.int16)
+    bits = tl.interleave(pair & 15, pair >> 4)
+    # Read as float16, which has three exponent bits more, they are 2^14 too small, subnormal ones
+    # included.
+    half = (((bits & 8) << 12) | ((bits & 7) << 9)).to(tl.float16, bitcast=True)
+    value = half.to(tl.float32) * 16384.0
+    block = col0 // BLOCKSIZE + tl.arange(0, SCALES)[None, :]
+    blocks = K // BLOCKSIZE
+    if PACKED.SWIZZLED:
+        tile_of_scale = rows[:, None] // 128 * tl.cdiv(blocks, 4) + block // 4
+        row = rows[:, None] % 32 * 16 + rows[:, None] % 128 // 32 * 4
+        place = tile_of_scale * 512 + row + block % 4
+    else:
+        place = rows[:, None] * blocks + block
+    scale_bits = tl.load(w.scale + place, mask=row_mask & (block < blocks), other=0)
+    if PACKED.FORMAT == "nvfp4":
+        scale = _e4m3(scale_bits)
+        if w.nested_scale is not None:
+            scale *= tl.load(w.nested_scale)
+    else:
+        scale = _e8m0(scale_bits)
+    ROWS: tl.constexpr = value.shape[0]
+    value = tl.reshape(value, (ROWS, SCALES, COLS // SCALES)) * scale[:, :, None]
+    return tl.reshape(value, (ROWS, COLS))
 
 
 @triton.jit
@@ -96,6 +145,8 @@ def _weight_tile(w, rows, col0, N, K, PACKED: tl.constexpr, COLS: tl.constexpr):
         return _nf4_tile(w, rows, col0, N, K, PACKED, COLS)
     elif PACKED.FORMAT == "fp8":
         return _fp8_tile(w, rows, col0, N, K, COLS)
+    elif PACKED.FORMAT == "nvfp4" or PACKED.FORMAT == "mxfp4":
+        return _fp4_tile(w, rows, col0, N, K, PACKED, COLS)
     else:
         tl.static_assert(False, "the kernel does not read this format")
 
