@@ -7,6 +7,7 @@ from stablelora_kernels._version import __version__
 from stablelora_kernels.dispatch.settings import settings
 from stablelora_kernels.explanation import explain
 from stablelora_kernels.integrations.comparison import compare
+from stablelora_kernels.integrations.compressed_tensors import keep_in_4_bits
 from stablelora_kernels.integrations.hf_trainer import (
     AccelerateCallback,
     StabilityCallback,
@@ -50,6 +51,7 @@ __all__ = [
     "disable_lora",
     "explain",
     "functional",
+    "keep_in_4_bits",
     "load_adapter",
     "load_packed_experts",
     "lora_pairs",

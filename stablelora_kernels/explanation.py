@@ -125,8 +125,8 @@ def explain(
         dropout_p: the probability of dropping an element, in [0, 1).
         lora_dtype: of lora_A and lora_B; float32 by default, as for
             :class:`~stablelora_kernels.LoRALinear`.
-        quantized: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' default) or
-            ``"fp8"``.
+        quantized: None, ``"nf4"`` (blocks of 64 with nested scales, bitsandbytes' default),
+            ``"fp8"``, ``"nvfp4"`` or ``"mxfp4"``.
         branch_only: the branch alone, which reads no weight.
         device: a torch device, or the name of any GPU, present or not: ``"sm_80"``, ``"sm_90"``,
             ``"gfx942"``, ... By default the current GPU, or the CPU if there is none.

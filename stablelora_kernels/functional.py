@@ -29,12 +29,13 @@ from stablelora_kernels.packed_experts import (
     PackedExperts,
 )
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import FP8Weight, NF4Weight, QuantizedWeight
+from stablelora_kernels.quantized import FP4Weight, FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.utils.tensors import autocast_dtype, cast
 from stablelora_kernels.utils.validation import check_float, check_tiles
 
 __all__ = [
     "FLOAT_DTYPES",
+    "FP4Weight",
     "FP8Experts",
     "FP8Weight",
     "LoRAWeights",
@@ -69,11 +70,11 @@ def lora_linear(
         x: [..., K] with any leading sizes and strides, in bfloat16, float16, float32, or float64
             (PyTorch backend only). Under ``torch.autocast``, x, weight and bias are first cast to
             its dtype, as for ``nn.functional.linear``.
-        weight: [N, K] of x's dtype; or an :class:`NF4Weight` or :class:`FP8Weight`, which counts as
-            dequantized to x's dtype. On a GPU, the product's loop dequantizes it; with many rows, a
-            kernel dequantizes it into N K elements that are free after the call. The PyTorch
-            backend takes that memory and about 50 MB more at each call, and again in backward if x
-            requires a gradient.
+        weight: [N, K] of x's dtype; or an :class:`NF4Weight`, :class:`FP8Weight` or
+            :class:`FP4Weight`, which counts as dequantized to x's dtype. On a GPU, the product's
+            loop dequantizes it; with many rows, a kernel dequantizes it into N K elements that are
+            free after the call. The PyTorch backend takes that memory and about 50 MB more at each
+            call, and again in backward if x requires a gradient.
         bias: [N] of x's dtype, or None.
         lora_A: [r, K] of x's dtype or float32. Products are in x's dtype, sums in float32.
         lora_B: [N, r] of lora_A's dtype.

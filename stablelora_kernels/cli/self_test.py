@@ -71,6 +71,8 @@ CALLS: dict[str, dict[str, Case]] = {
         ),
         "NF4, many rows": Case("linear", (300, 128), (72,), (8,), BF16, quantized=("nf4",)),
         "float8": Case("linear", (37, 128), (72,), (8,), BF16, quantized=("fp8",)),
+        "NVFP4": Case("linear", (37, 128), (144,), (8,), BF16, quantized=("nvfp4 swizzled",)),
+        "MXFP4": Case("linear", (37, 128), (72,), (8,), BF16, quantized=("mxfp4",)),
     },
     "lora_branch": {"bf16": Case("branch", (70, 48), (72,), (8,), BF16)},
     "lora_mlp": {

@@ -35,7 +35,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     A weight with an adapter is a new tensor; drop it before the next one, and the peak is one weight
     and its product ``B A``. The others are the model's own, detached: copy what you keep.
 
-    Quantized weights (bitsandbytes' NF4 and FP4, torchao's float8 with a scale a row) come
+    Quantized weights (bitsandbytes' NF4 and FP4, torchao's float8 with a scale a row and NVFP4) come
     dequantized, with the adapter added and not quantized again, in the dtype that they were
     quantized from. ``fully_shard``'s come gathered: call this on all ranks.
 

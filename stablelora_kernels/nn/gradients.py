@@ -35,7 +35,11 @@ def reason_input_gets_no_gradient(layer: nn.Module) -> str | None:
         return "compressed-tensors quantizes the input without a gradient"
     # Subclasses have products of their own, and a parametrized one computes its weight at each
     # access.
-    if type(layer) is not nn.Linear or not _is_of_a_library(layer.weight) or _gives_gradient(layer):
+    # compressed-tensors' layers have no weight before the model's first forward.
+    weight = getattr(layer, "weight", None)
+    if type(layer) is not nn.Linear or weight is None or not _is_of_a_library(weight):
+        return None
+    if _gives_gradient(layer):
         return None
     return f"its {type(layer.weight).__name__}'s product has no gradient for the input"
 

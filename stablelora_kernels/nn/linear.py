@@ -97,8 +97,8 @@ class LoRALinear(nn.Module):
         """Put a LoRA branch on an existing layer. The new layer shares and freezes its weight and
         bias; nothing is copied.
 
-        ``linear`` is an ``nn.Linear`` with a plain weight or torchao's float8 weight with one scale
-        a row, or bitsandbytes' ``Linear4bit`` in NF4 or FP4. The layer over ``Linear4bit`` computes
+        ``linear`` is an ``nn.Linear`` with a plain weight, torchao's float8 weight with one scale a
+        row, or its NVFP4 or MXFP4; or bitsandbytes' ``Linear4bit`` in NF4 or FP4. The layer over ``Linear4bit`` computes
         in its ``compute_dtype``, or in its input's dtype if that is not set. For any other layer,
         such as transformers' ``Conv1D`` or 8-bit ones, use PEFT and
         :func:`~stablelora_kernels.accelerate_peft`.
@@ -418,7 +418,9 @@ def reason_against_lora(linear: object) -> str | None:
     kind = type(linear).__name__
     if not isinstance(linear, nn.Linear):
         return f"is a {kind}, not an nn.Linear; use PEFT and accelerate_peft"
-    weight = linear.weight
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        return "has no weight, as compressed-tensors' layers before the model's first forward; see keep_in_4_bits"
     if kind == "Linear8bitLt" or (type(linear) is not nn.Linear and not is_quantized(weight)):
         return (
             f"is a {kind}, which may compute more than a linear layer; use PEFT and accelerate_peft"

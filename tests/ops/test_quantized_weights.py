@@ -13,6 +13,7 @@ import torch
 
 from stablelora_kernels import quantized
 from stablelora_kernels.kernels.lora import linear_quantized
+from stablelora_kernels.launch.quantized import dequantize
 from stablelora_kernels.quantized import (
     FORMATS,
     WEIGHTS,
@@ -23,8 +24,9 @@ from stablelora_kernels.quantized import (
 )
 from stablelora_kernels.reference import fp8_ref
 from stablelora_kernels.testing import dequantized_ref, nf4_weight
-from stablelora_kernels.testing.cases import make, run
+from stablelora_kernels.testing.cases import DEVICE, make, run
 from stablelora_kernels.testing.inputs import QUANTIZED, REFERENCES, can_hold, fp4_weight
+from stablelora_kernels.testing.ops.lora_linear import on_device
 from tests.helpers.cases import small
 from tests.helpers.quantized_weights import NF4_FIELDS
 
@@ -252,26 +254,41 @@ def test_what_is_no_fp4_weight_of_torchao_is_refused():
             FP4Weight.from_torchao(given)
 
 
+def by_kernel(weight: QuantizedWeight) -> torch.Tensor:
+    """W in float32, by the kernel that dequantizes it before a product."""
+    made = on_device(weight, DEVICE)
+    out = torch.full(weight.shape, torch.nan, device=DEVICE)
+    dequantize(out, made.stored).run(out.device)
+    return out.cpu()
+
+
 @pytest.mark.parametrize(
     ("scale", "block"), [(torch.float8_e4m3fn, 16), (torch.uint8, 32)], ids=str
 )
-def test_fp4_has_every_value_with_every_scale(scale, block):
-    """Also in the interpreted kernel."""
+def test_fp4_has_every_element_with_every_scale(scale, block):
     packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
-    scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 512 // block)
-    weight = FP4Weight(packed, scales.contiguous().view(scale))
+    of_byte = torch.arange(256, dtype=torch.uint8)
+    scales = of_byte[:, None].repeat(1, 512 // block).contiguous().view(scale)
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
     code = torch.cat((magnitudes, -magnitudes))
-    byte = packed[0].long()
-    values = torch.stack((code[byte % 16], code[byte // 16]), 1).flatten()
-    of_byte = torch.arange(256, dtype=torch.uint8)
-    of_scale = (
-        of_byte.view(scale).double() if block == 16 else of_byte.view(torch.float8_e8m0fnu).double()
-    )
-    expected = values * of_scale[:, None]
-    for got in (dequantized_ref(weight), weight.dequantize(torch.float64)):
-        assert torch.equal(got.nan_to_num(7e77), expected.nan_to_num(7e77))
-    assert expected.isnan().any()
+    values = torch.stack((code[packed[0].long() % 16], code[packed[0].long() // 16]), 1).flatten()
+    float8 = torch.float8_e4m3fn if block == 16 else torch.float8_e8m0fnu
+    expected = values * of_byte.view(float8).double()[:, None]
+    weight = FP4Weight(packed, scales)
+    low = by_kernel(weight).double(), weight.dequantize(torch.float32).double()
+    for got in (dequantized_ref(weight), weight.dequantize(torch.float64), *low):
+        # Beside float32's largest number lie products with 2^127.
+        right = expected if got.isinf().sum() == 0 else expected.float().double()
+        assert torch.equal(got.nan_to_num(7e77), right.nan_to_num(7e77))
+    assert expected.isnan().sum() == (2 if block == 16 else 1) * 512
+
+
+@pytest.mark.parametrize("swizzled", [True, False])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_the_kernel_reads_every_scale_of_fp4_at_its_place(format, swizzled):
+    """Two tiles of scales in each direction, whose last ones are not full."""
+    weight = fp4_weight(200, 96 if format == "nvfp4" else 160, format, swizzled)
+    assert torch.equal(by_kernel(weight), weight.dequantize(torch.float32))
 
 
 # What does not fit.

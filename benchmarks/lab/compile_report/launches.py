@@ -34,6 +34,7 @@ from stablelora_kernels.ops.meta_calls import linear_launches
 from stablelora_kernels.optim.shrink import TritonShrink
 from stablelora_kernels.optim.triton_step import TritonStep
 from stablelora_kernels.quantized import WEIGHTS
+from stablelora_kernels.testing.inputs import can_hold
 
 # One of each kind that the tables tell apart, in M and (N, K).
 ROWS = (8, 64, 128, 512, 32768)
@@ -128,7 +129,7 @@ def _calls(device: Device, name: str) -> Iterator[tuple[Callable[[dict[str, Any]
         made = mlp_launches(device, m, (4096, 14336, 4096), r, dtypes, p, activation)
         yield gated, made
     for (m, k, r), kind, p in product(QUANTIZED.get(name, ()), WEIGHTS, DROPOUT):
-        if r == 16 or device.arch == FULL:
+        if (r == 16 or device.arch == FULL) and can_hold(kind, k):
             yield (
                 (lambda named: "PACKED.FORMAT" in named),
                 linear_launches(device, m, 4096, k, r, dtypes, p, kind),

@@ -1,0 +1,96 @@
+"""``keep_in_4_bits``: layers that compressed-tensors stores in NVFP4, for training. Importing needs
+neither compressed-tensors nor torchao.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stablelora_kernels.utils.modules import check_module
+
+_PARAMETERS = {"weight_packed", "weight_scale", "weight_global_scale"}
+# What compressed-tensors sets on a layer.
+_ATTRIBUTES = ("quantization_scheme", "quantization_status", "forward")
+# The handle of its hook, in the model's __dict__.
+_HOOK = "ct_decompress_hook"
+# The dtype of the weights that it decompresses.
+_DTYPE = torch.bfloat16
+
+
+def keep_in_4_bits(model: nn.Module) -> list[str]:
+    """Keep the weights that compressed-tensors stores as NVFP4A16 in 4 bits, in place.
+
+    Otherwise compressed-tensors decompresses the whole model to bfloat16 at its first forward, and
+    PEFT takes its layers only then. Here each such ``nn.Linear`` gets a ``weight`` that is torchao's
+    ``NVFP4Tensor`` of the same bytes, without a copy. PEFT, :func:`~stablelora_kernels.accelerate_peft`
+    and :func:`~stablelora_kernels.apply_lora` read that. Call it before PEFT::
+
+        model = AutoModelForCausalLM.from_pretrained("...-NVFP4A16")
+        slk.keep_in_4_bits(model)
+        model = peft.get_peft_model(model, config)
+
+    compressed-tensors divides by a scale of the whole weight, and torchao multiplies with its
+    inverse: some of the float32 products that are rounded to bfloat16 differ in the last bit. The
+    model cannot be saved by compressed-tensors afterwards; adapters can.
+
+    Args:
+        model: any module. Beside such layers, those in other formats are decompressed, as the first
+            forward would do it. A model without such layers stays as it is.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ImportError: there are such layers, and torchao is not installed.
+        TypeError: ``model`` is not a module.
+    """
+    check_module(model)
+    layers = {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
+    if not layers:
+        return []
+    try:
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+    except ImportError as error:
+        raise ImportError(f"keep_in_4_bits needs torchao: pip install torchao ({error})") from error
+    for layer in layers.values():
+        parameters: Any = {name: layer._parameters.pop(name) for name in _PARAMETERS}
+        weight = NVFP4Tensor(
+            parameters["weight_packed"].detach(),
+            parameters["weight_scale"].detach(),
+            16,
+            _DTYPE,
+            parameters["weight_global_scale"].detach().reciprocal().squeeze(),
+        )
+        # The order of nn.Linear.
+        bias = layer._parameters.pop("bias", None)
+        layer._parameters.update(weight=nn.Parameter(weight, requires_grad=False), bias=bias)
+        for name in _ATTRIBUTES:
+            layer.__dict__.pop(name, None)
+    for module in model.modules():
+        if _HOOK in module.__dict__:
+            _decompress(module)
+    return [*layers]
+
+
+def _decompress(model: nn.Module) -> None:
+    """Decompress what a model's hook would decompress at the first forward. The hook would also put
+    hooks on every module, PEFT's included.
+    """
+    from compressed_tensors.compressors import decompress_module
+
+    for module in model.modules():
+        decompress_module(module)
+    model.__dict__.pop(_HOOK).remove()
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    """Whether compressed-tensors stores a linear layer as NVFP4A16 and has not decompressed it."""
+    if type(layer) is not nn.Linear or layer._parameters.keys() - {"bias"} != _PARAMETERS:
+        return False
+    scheme: Any = layer.__dict__.get("quantization_scheme")
+    scale: Any = layer._parameters["weight_scale"]
+    rounds = scheme is not None and (scheme.input_activations or scheme.output_activations)
+    return scale.dtype == torch.float8_e4m3fn and not rounds

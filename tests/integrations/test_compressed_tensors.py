@@ -1,0 +1,165 @@
+"""keep_in_4_bits: what compressed-tensors stores as NVFP4A16 computes as decompressed, and trains
+with PEFT.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import stablelora_kernels as slk
+from stablelora_kernels import quantized
+from stablelora_kernels.testing.cases import BF16
+
+peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
+pytest.importorskip(
+    "compressed_tensors", reason="runs where compressed-tensors is installed: pip install .[test]"
+)
+pytest.importorskip(
+    "torchao.prototype.mx_formats", reason="runs where torchao is installed: pip install .[test]"
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass.*")
+NAMES = ["0", "2", "3"]
+
+
+def compressed(preset: str = "NVFP4A16", last: str | None = None) -> nn.Sequential:
+    """A model as transformers leaves it: packed layers, and a hook that decompresses them. ``last``:
+    another format of the last layer.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64, bias=False), nn.Linear(64, 32)
+    ).to(BF16)
+    presets = dict.fromkeys(NAMES, preset) | {"3": last or preset}
+    groups = {
+        name: preset_name_to_scheme(preset, [f"re:^{name}$"]) for name, preset in presets.items()
+    }
+    settings = QuantizationConfig(config_groups=groups)
+    apply_quantization_config(model, settings)
+    for name in NAMES:
+        layer, group = model.get_submodule(name), groups[name]
+        blocks = (
+            layer.weight.detach()
+            .float()
+            .unflatten(1, (-1, group.weights.group_size or layer.in_features))
+        )
+        largest = blocks.abs().amax(-1) / 6
+        if hasattr(layer, "weight_global_scale"):
+            layer.weight_global_scale.data.fill_(448 / largest.max())
+            largest = largest * layer.weight_global_scale
+        layer.weight_scale.data.copy_(largest)
+        for other in ("input_global_scale", "output_global_scale"):
+            if hasattr(layer, other):
+                getattr(layer, other).data.fill_(100.0)
+    ModelCompressor(quantization_config=settings).compress_model(model)
+    return model
+
+
+def decompressed(model: nn.Module) -> nn.Module:
+    """A copy whose weights are plain, by compressed-tensors."""
+    from compressed_tensors.compressors import decompress_module
+
+    plain = copy.deepcopy(model)
+    plain._forward_pre_hooks.clear()
+    for name in NAMES:
+        decompress_module(plain.get_submodule(name), leave_decompressed=False)
+    return plain
+
+
+def test_layers_keep_their_bytes_and_compute_as_decompressed():
+    model = compressed()
+    plain = decompressed(model)
+    stored = {
+        name: (layer.weight_packed.data_ptr(), layer.weight_scale.data_ptr())
+        for name in NAMES
+        for layer in (model.get_submodule(name),)
+    }
+    assert slk.keep_in_4_bits(model) == NAMES
+    assert slk.keep_in_4_bits(model) == []
+    x = torch.randn(5, 64, dtype=BF16)
+    # The model's hook decompresses nothing more.
+    assert torch.equal(model(x), plain(x))
+    for name in NAMES:
+        layer = model.get_submodule(name)
+        assert [*layer._parameters] == ["weight", "bias"]
+        weight = quantized.read(layer.weight)
+        assert (weight.packed.data_ptr(), weight.scale.data_ptr()) == stored[name]
+        theirs = plain.get_submodule(name).weight
+        # One scale is inverted first; the products of 4 bits and a scale are rounded once more.
+        torch.testing.assert_close(weight.dequantize(BF16), theirs, rtol=2**-7, atol=0)
+        assert (weight.dequantize(BF16) != theirs).float().mean() < 1e-3
+
+
+def test_pefts_adapters_train_and_a_merge_is_refused(backend, calls):
+    results = []
+    for keep in (False, True):
+        model = compressed()
+        if keep:
+            slk.keep_in_4_bits(model)
+        else:
+            model = decompressed(model)
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+        if keep:
+            assert slk.accelerate_peft(model, strict=True).notes == ()
+        torch.manual_seed(2)
+        x = torch.randn(37, 64, dtype=BF16, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        of_pairs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"y": y, "x": x.grad} | of_pairs)
+    assert calls.layers == {"lora_linear" if backend == "triton" else "lora_branch": 2}
+    assert len(results[0]) == 6 and results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        atol = 2**-5 * value.abs().max().item()
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=atol, msg=name)
+    with pytest.raises(ValueError, match="get_apply_tensor_subclass"):
+        model.merge_adapter()
+
+
+def test_apply_lora_reads_them_and_names_the_way_there():
+    model = compressed()
+    with pytest.raises(ValueError, match=r"has no weight, .* see keep_in_4_bits"):
+        slk.apply_lora(model, ["0", "2"])
+    slk.keep_in_4_bits(model)
+    assert [row.name for row in slk.apply_lora(model, ["0", "2"]).replaced] == ["0", "2"]
+    x = torch.randn(5, 64, dtype=BF16)
+    torch.testing.assert_close(model(x), decompressed(compressed())(x), rtol=2**-6, atol=2**-6)
+
+
+def test_other_formats_beside_them_are_decompressed_at_once():
+    model = compressed(last="MXFP4A16")
+    plain = decompressed(model)
+    assert slk.keep_in_4_bits(model) == NAMES[:2]
+    assert torch.equal(model[3].weight, plain[3].weight) and not model._forward_pre_hooks
+    x = torch.randn(5, 64, dtype=BF16)
+    torch.testing.assert_close(model(x), plain(x), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("preset", ["NVFP4", "MXFP4A16", "FP8_DYNAMIC"])
+def test_other_formats_are_left_alone(preset):
+    model = compressed(preset)
+    names = [*dict(model.named_parameters())]
+    assert slk.keep_in_4_bits(model) == []
+    assert [*dict(model.named_parameters())] == names
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
+        slk.keep_in_4_bits(3)
+    model = compressed()
+    monkeypatch.setitem(sys.modules, "torchao.prototype.mx_formats.nvfp4_tensor", None)
+    with pytest.raises(ImportError, match="keep_in_4_bits needs torchao: pip install torchao"):
+        slk.keep_in_4_bits(model)
+    assert "weight_packed" in dict(model.named_modules())["0"]._parameters
+    assert slk.keep_in_4_bits(nn.Linear(2, 2)) == []
