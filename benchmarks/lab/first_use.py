@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common.memory import MIB
 from benchmarks.common.tables import RESULTS, markdown, write_text
-from benchmarks.lab.mlp_launches import mlp_calls
+from benchmarks.lab.compile_report.launches import mlp_calls
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.integrations.step_memory import LiveBytes

@@ -19,11 +19,11 @@ from typing import NamedTuple
 from benchmarks.common.arms import ACCELERATED, MLP_FUSED, MLP_TILED, PEFT
 from benchmarks.common.tables import markdown
 from benchmarks.lab import step_memory
-from benchmarks.lab.cluster_plan import MODELS
 from benchmarks.lab.step_memory import (
     FROM_LOGITS,
     INPUTS,
     LIGER_LOSS,
+    MODELS,
     WITHOUT_LOGITS,
     Shape,
     Step,

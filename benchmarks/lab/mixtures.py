@@ -28,8 +28,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from benchmarks.common.arms import ACCELERATED, FROZEN, PEFT, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
 from benchmarks.common.tables import markdown
-from benchmarks.lab.cluster_plan import LOGITS
 from benchmarks.lab.memory import CARDS, FUSED, TOKENS
+from benchmarks.lab.step_memory import LOGITS
 from stablelora_kernels.integrations.step_memory import (
     ADAPTER,
     BF16,

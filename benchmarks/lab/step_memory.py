@@ -32,8 +32,10 @@ from benchmarks.common.arms import FROZEN, MLP_FUSED, MLP_TILED, PEFT, adapt
 from benchmarks.lab.stand_ins import LIGER, liger_loss
 from stablelora_kernels import functional
 from stablelora_kernels.integrations.step_memory import (
+    BF16,
     COUNTED_ATTENTION,
     CPU,
+    FP32,
     Block,
     Counted,
     count,
@@ -43,6 +45,17 @@ from stablelora_kernels.integrations.step_memory import (
     register_attention,
 )
 
+# From the models' published config.json; Qwen3's norms of queries and keys are left out.
+MODELS: dict[str, dict[str, int]] = {
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
+    "qwen3-14b": {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
+                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    "llama-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
+}  # fmt: skip
+# The logits in bfloat16 and float32, and the gradient of each.
+LOGITS = 2 * (BF16 + FP32)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # How the loss is computed: from logits, by this library's op, or by Liger-Kernel's.
 FROM_LOGITS, WITHOUT_LOGITS, LIGER_LOSS = "from logits", "fuse_loss", "Liger's loss"

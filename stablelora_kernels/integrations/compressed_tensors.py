@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stablelora_kernels.utils.extras import import_extra
 from stablelora_kernels.utils.modules import check_module
 
 _PARAMETERS = {"weight_packed", "weight_scale", "weight_global_scale"}
@@ -51,13 +52,10 @@ def keep_in_4_bits(model: nn.Module) -> list[str]:
     layers = {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
     if not layers:
         return []
-    try:
-        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
-    except ImportError as error:
-        raise ImportError(f"keep_in_4_bits needs torchao: pip install torchao ({error})") from error
+    torchao = import_extra("torchao.prototype.mx_formats.nvfp4_tensor", "suite", "keep_in_4_bits")
     for layer in layers.values():
         parameters: Any = {name: layer._parameters.pop(name) for name in _PARAMETERS}
-        weight = NVFP4Tensor(
+        weight = torchao.NVFP4Tensor(
             parameters["weight_packed"].detach(),
             parameters["weight_scale"].detach(),
             16,
@@ -79,10 +77,9 @@ def _decompress(model: nn.Module) -> None:
     """Decompress what a model's hook would decompress at the first forward. The hook would also put
     hooks on every module, PEFT's included.
     """
-    from compressed_tensors.compressors import decompress_module
-
+    library = import_extra("compressed_tensors.compressors", "test", "keep_in_4_bits")
     for module in model.modules():
-        decompress_module(module)
+        library.decompress_module(module)
     model.__dict__.pop(_HOOK).remove()
 
 
@@ -91,6 +88,4 @@ def _is_packed(layer: nn.Module) -> bool:
     if type(layer) is not nn.Linear or layer._parameters.keys() - {"bias"} != _PARAMETERS:
         return False
     scheme: Any = layer.__dict__.get("quantization_scheme")
-    scale: Any = layer._parameters["weight_scale"]
-    rounds = scheme is not None and (scheme.input_activations or scheme.output_activations)
-    return scale.dtype == torch.float8_e4m3fn and not rounds
+    return scheme is None or not (scheme.input_activations or scheme.output_activations)

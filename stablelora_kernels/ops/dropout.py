@@ -27,7 +27,7 @@ from stablelora_kernels.utils.tensors import drop_share
 # Up to so many elements of a mask, fewer operators are faster.
 BERNOULLI_UP_TO = 8192
 # Up to this probability, and from so many elements on, a mask is positions: where a draw and two
-# uses of them take less time than those of bools (``python -m benchmarks.lab.masks``).
+# uses of them take less time than those of bools.
 POSITIONS_UP_TO = 0.15
 POSITIONS_FROM = 1 << 15
 # A random 64-bit word gives so many elements 16 bits each.

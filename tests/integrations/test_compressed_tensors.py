@@ -29,7 +29,7 @@ NAMES = ["0", "2", "3"]
 
 def compressed(preset: str = "NVFP4A16", last: str | None = None) -> nn.Sequential:
     """A model as transformers leaves it: packed layers, and a hook that decompresses them. ``last``:
-    another format of the last layer.
+    another format of the last layer. "A and B": A's weights, and B's inputs.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -40,9 +40,11 @@ def compressed(preset: str = "NVFP4A16", last: str | None = None) -> nn.Sequenti
         nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64, bias=False), nn.Linear(64, 32)
     ).to(BF16)
     presets = dict.fromkeys(NAMES, preset) | {"3": last or preset}
-    groups = {
-        name: preset_name_to_scheme(preset, [f"re:^{name}$"]) for name, preset in presets.items()
-    }
+    groups = {}
+    for name, (weights, *inputs) in ((name, of.split(" and ")) for name, of in presets.items()):
+        groups[name] = preset_name_to_scheme(weights, [f"re:^{name}$"])
+        for of in inputs:
+            groups[name].input_activations = preset_name_to_scheme(of, []).input_activations
     settings = QuantizationConfig(config_groups=groups)
     apply_quantization_config(model, settings)
     for name in NAMES:
@@ -146,7 +148,7 @@ def test_other_formats_beside_them_are_decompressed_at_once():
     torch.testing.assert_close(model(x), plain(x), rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("preset", ["NVFP4", "MXFP4A16", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("preset", ["NVFP4", "NVFP4A16 and FP8_DYNAMIC", "MXFP4A16", "FP8_DYNAMIC"])
 def test_other_formats_are_left_alone(preset):
     model = compressed(preset)
     names = [*dict(model.named_parameters())]
@@ -159,7 +161,7 @@ def test_errors(monkeypatch):
         slk.keep_in_4_bits(3)
     model = compressed()
     monkeypatch.setitem(sys.modules, "torchao.prototype.mx_formats.nvfp4_tensor", None)
-    with pytest.raises(ImportError, match="keep_in_4_bits needs torchao: pip install torchao"):
+    with pytest.raises(ImportError, match=r"keep_in_4_bits needs torchao: pip install"):
         slk.keep_in_4_bits(model)
     assert "weight_packed" in dict(model.named_modules())["0"]._parameters
     assert slk.keep_in_4_bits(nn.Linear(2, 2)) == []
