@@ -156,7 +156,7 @@ def _trials() -> dict[str, list[Trial]]:
         Case("linear", (20, 384), (40,), (20,), BF16, FP32, quantized=("nf4 nested",)),
         Case("linear", (20, 384), (40,), (20,), FP16, FP32, quantized=("fp8",)),
         Case("linear", (67, 100), (71,), (3,), BF16, FP32, quantized=("nf4",)),
-        Case("linear", (20, 384), (140,), (20,), BF16, FP32, quantized=("nvfp4 swizzled",)),
+        Case("linear", (20, 352), (140,), (20,), BF16, FP32, quantized=("nvfp4 swizzled",)),
         Case("linear", (67, 96), (71,), (3,), BF16, FP32, quantized=("mxfp4",)),
         Case("branch", (70, 40), (48,), (6,), BF16, FP32, p=0.1, arch="sm_90", layouts=gaps),
         Case("branch", (70, 40), (48,), (20,), FP16, FP32, base_dtype=FP32),
