@@ -54,14 +54,22 @@ _INTRODUCTION = """\
 <!-- Written by python -m benchmarks.lab.page, which overwrites every change made here. -->
 
 Where this library wins and loses in the stored measurements. [Performance](performance.md) explains the main ones,
-[Measuring](../internals/lab.md) the commands and the method.
+[Measuring](measuring.md) the commands and the method.
 
 - A ratio is our time over the rival's, from paired rounds. Below 1 this library is faster.
 - A cell has the median over the cases, then the lowest and the highest case. It is bold if a case is above 1.
 - In float32 on AMD's processors much of the gain is [oneDNN's](performance.md#how-fast-is-one-layer).
 """
+# The last sentence goes once suite_host.csv is measured anew.
+_HOST = """\
+### Host time
+
+Python's time for a call over PEFT's, on the Triton backend, r 16. The CUDA driver under it does nothing, so the
+driver's and the allocator's time are not included. Since this run, a single layer's call has become a few percent slower.
+"""
 _NO_GPU = (
-    "- **All of this is from CPUs, on PyTorch's operators.** No GPU has measured anything yet.\n"
+    "- **All of this is from CPUs, on PyTorch's operators**, but for the host time on Triton. "
+    "No GPU has measured anything yet.\n"
 )
 
 
@@ -126,6 +134,8 @@ def page(results: Path) -> str:
             parts.append(
                 "\n".join([f"Fine-tuning {about}:", "", "```text", *run["verdicts"], "```"])
             )
+        if (here & of_host).any():
+            parts += [_HOST, host_table(ratios[here & of_host]), host_steps(ratios[here & of_host])]
     losses = "\n\n".join(
         filter(None, [_slower(ratios[~of_host]), _lost(files.dropna(subset="run"))])
     )
@@ -178,6 +188,18 @@ def host_table(rows: pd.DataFrame) -> str:
     for name, pattern in HOST_ROWS.items():
         medians = rows[rows["case"].str.match(pattern)].groupby(["arm", "phase"])["median"]
         cells.append([name, *(_cell(medians.get_group(place)) for place in places)])
+    return markdown(cells)
+
+
+def host_steps(rows: pd.DataFrame) -> str:
+    """Host time of an optimizer step over fused AdamW's, by whether gradients stayed in place."""
+    medians = rows.set_index("case")["median"]
+    name = "host step {} tensors r2 width 8, gradients {}"
+    counts = rows["case"].str.extract(r"host step (\d+) tensors", expand=False).dropna().unique()
+    cells = [["an optimizer step over fused AdamW's", "gradients stayed", "gradients moved"]]
+    for count in counts:
+        found = (medians[[name.format(count, way)]] for way in ("kept", "moved"))
+        cells.append([f"{count} tensors", *map(_cell, found)])
     return markdown(cells)
 
 

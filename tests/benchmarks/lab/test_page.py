@@ -74,23 +74,6 @@ def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, c
     )
 
 
-def test_the_host_time_page_has_the_stored_figures():
-    """The table, and each figure of the text as a median over PEFT's or AdamW's."""
-    text = (page.PAGE.parents[1] / "internals" / "host-time.md").read_text(encoding="utf-8")
-    rows = read_records(page.RESULTS / "xeon-amx-2core" / "suite_host.csv")
-    rows = rows[(rows["metric"] == "over_rival") & (rows["role"] == "ours")]
-    assert page.host_table(rows) in text
-    medians = rows.set_index("case")["median"]
-    shown = re.findall(r"^\| (\d+) tensors \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
-    assert len(shown) > 4
-    for tensors, *cells in shown:
-        found = [
-            medians[f"host step {tensors} tensors r2 width 8, gradients {way}"]
-            for way in ("kept", "moved")
-        ]
-        assert [f"{value:.2f}" for value in found] == cells
-
-
 def test_the_performance_page_has_the_figures_of_the_main_jobs():
     text = page.PAGE.with_name("performance.md").read_text(encoding="utf-8")
     forms = {
