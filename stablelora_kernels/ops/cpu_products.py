@@ -2,8 +2,8 @@
 dtype.
 
 On x86, PyTorch uses MKL for float32 and oneDNN for bfloat16. On AMD processors with AVX-512, oneDNN
-takes half of MKL's time: MKL uses only AVX2 on processors that are not Intel's
-(docs/internals/architecture.md). Inductor calls the same operator.
+takes half of MKL's time: MKL uses only AVX2 on processors that are not Intel's.
+Inductor calls the same operator.
 ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN off here as everywhere in PyTorch. Where
 oneDNN does not multiply bfloat16 or float16, products run in float32.
 """

@@ -88,26 +88,14 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys) -> None:
     assert all(text in out for text in said) and content.count("It prints\n") == len(said)
 
 
-def test_the_machine_code_is_what_the_pages_say(tmp_path: Path) -> None:
+def test_the_machine_code_is_what_the_page_says(tmp_path: Path) -> None:
     """In a process that compiles: Triton decides at import whether it interprets."""
-    pages = [
-        ROOT / "docs" / "internals" / name
-        for name in ("adding-a-kernel.md", "kernels-walkthrough.md")
-    ]
-    modules = [write_code(page, tmp_path).stem for page in pages]
-    code = f"import json, {', '.join(modules)}; print(json.dumps([{', '.join(f'{m}.machine_code()' for m in modules)}]))"
-    facts, launches = json.loads(printed(code, PYTHONPATH=f"{tmp_path}:{ROOT}"))
+    module = write_code(ROOT / "docs" / "internals" / "adding-a-kernel.md", tmp_path).stem
+    code = f"import json, {module}; print(json.dumps({module}.machine_code()))"
+    facts = json.loads(printed(code, PYTHONPATH=f"{tmp_path}:{ROOT}"))
     assert (
         facts.items() >= {"spills": 0, "load_bits": 91, "store_bits": 128, "wide_loads": 2}.items()
     )
-    text = text_of(pages[1]).split("## One tensor on the GPU")[1]
-    for name in (
-        "LDGSTS.E.BYPASS.128", "HGMMA.64x16x16", "ATOMG", "MEMBAR.ALL.GPU", "REDG",
-        "UTMALDG.2D", "HGMMA.64x256x16", "LDG.E.STRONG.GPU", "CCTL.IVALL", "UTMASTG.2D",
-    ):  # fmt: skip
-        assert f"`{name}`" in text
-        for launch in launches:
-            assert any(found.startswith(name) for found in launch["instructions"]), name
 
 
 def test_the_tutorials_blocks_are_the_programs() -> None:

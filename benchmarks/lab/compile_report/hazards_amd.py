@@ -1,8 +1,8 @@
 """Faults of kernels compiled for AMD's GPUs that show in their text. Each function yields a line
 for each fault.
 
-docs/internals/amd-memory-model.md says why each instruction is needed. An instruction does not tell
-an atomic's memory order. The text names each instruction's line of source, which does.
+docs/internals/checked-without-a-gpu.md says why each instruction is needed. An instruction does not
+tell an atomic's memory order. The text names each instruction's line of source, which does.
 """
 
 from __future__ import annotations
