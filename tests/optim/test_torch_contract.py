@@ -75,13 +75,17 @@ def test_closure_scheduler_and_zero_grad(backend):
 
 
 def test_backward_through_overwritten_parameters_is_noticed(backend):
-    (pair,) = make_pairs([(4, 8, 8)])
-    optimizer = StableLoRAAdamW([pair])
+    pair, other = make_pairs([(4, 8, 8)] * 2)
+    optimizer = StableLoRAAdamW([pair, other])
     loss = (pair.A.square().sum() + pair.B.square().sum()).square()
     loss.backward(retain_graph=True)
-    optimizer.step()
+    # Without a gradient, nothing is written.
+    of_other = other.A.square().sum()
+    for _ in range(2):
+        optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    of_other.backward()
 
 
 def test_hooks_of_state_dicts(backend):
