@@ -214,6 +214,18 @@ def test_hooks_are_called(place, hook, calls):
     assert seen and calls.layers == made
 
 
+def test_a_and_b_of_two_dtypes_are_pefts_under_autocast(calls):
+    model = make()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = p.data.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output(model)
+        slk.accelerate_peft(model)
+        torch.testing.assert_close(output(model), expected)
+    assert calls.layers == {}
+
+
 def test_a_base_layer_with_another_forward(calls):
     model = make()
     expected = output(model)

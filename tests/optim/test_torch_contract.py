@@ -26,12 +26,15 @@ from tests.helpers.steps import assert_all_close, take_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_grad_scaler_hands_over_scale_and_verdict(backend):
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_grad_scaler_hands_over_scale_and_verdict(max_grad_norm, backend):
     pairs, twins = make_pairs(), make_pairs()
-    optimizer, other = StableLoRAAdamW(pairs, lr=1e-2), StableLoRAAdamW(twins, lr=1e-2)
+    options = {"lr": 1e-2, "max_grad_norm": max_grad_norm}
+    optimizer, other = StableLoRAAdamW(pairs, **options), StableLoRAAdamW(twins, **options)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
-    for poisoned in (False, True, False):
-        loss = sum(
+    # The first gradients have a norm of less than 1, and of more than 1 once they are scaled.
+    for poisoned, size in ((False, 1e-5), (True, 1.0), (False, 1.0)):
+        loss = size * sum(
             (p * torch.arange(p.numel(), device=DEVICE).view_as(p)).sum() for p in halves(pairs)
         )
         scaler.scale(loss).backward()
