@@ -5,6 +5,7 @@ offsets beyond 32 bits.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from stablelora_kernels.dispatch.problem import DEVICES, SMALL_M, Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import draw_keep, keep_of
-from stablelora_kernels.launch import workspace
+from stablelora_kernels.launch import fill_jobs, workspace
 from stablelora_kernels.launch.base import Launch, described
 from stablelora_kernels.launch.lora_linear import (
     BackwardCall,
@@ -71,7 +72,7 @@ SHARING = [
 @pytest.mark.parametrize("case", SHARING, ids=str)
 def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
     """Two programs share every sum of several steps. Run from the last to the first, they leave the
-    same bits, and no counter.
+    same bits, no counter, and what lies behind their parts.
     """
     shared = []
 
@@ -82,6 +83,14 @@ def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
     def from_the_end(x, y, z):
         original(*(size - 1 - i for size, i in zip(builder.grid_dim, (x, y, z), strict=True)))
 
+    def scratch(like, *shape, dtype=None):
+        size = math.prod(shape)
+        memory = torch.full((size + (1 << 18),), 7, dtype=dtype or like.dtype)
+        behind.append(memory[size:])
+        return memory[:size].view(shape)
+
+    behind = []
+    monkeypatch.setattr(fill_jobs, "scratch", scratch)
     monkeypatch.setattr(tiles, "plan_split_k", two)
     first = run(case)
     assert any(shared) and not any_counter()
@@ -91,6 +100,7 @@ def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
     monkeypatch.setattr(builder, "set_grid_idx", from_the_end)
     assert_close(run(case), first)
     assert not any_counter()
+    assert behind and all((memory == 7).all() for memory in behind)
 
 
 @pytest.mark.parametrize(("rows", "counted"), [(5, 3), (600, 5), (5200, 5)])
