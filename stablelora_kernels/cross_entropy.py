@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch.backend import resolve_backend
 from stablelora_kernels.ops.checks import check_cross_entropy
-from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.lora_linear_cross_entropy.autograd import (
     cross_entropy_op,
     with_entropies,
@@ -216,8 +215,8 @@ def _call_of(
     s = None
     if lora_A is not None:
         dropped = torch.nn.functional.dropout(rows, dropout_p, training)
-        with without_autocast(hidden):
-            s = torch.nn.functional.linear(dropped, cast(lora_A, hidden.dtype))
+        # Its operands have autocast's dtype, or float64, which autocast leaves alone.
+        s = torch.nn.functional.linear(dropped, cast(lora_A, hidden.dtype))
     return CrossEntropyCall(
         hidden=rows,
         weight=weight,

@@ -15,16 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stablelora_kernels.quantized import (
-    FP4,
-    FP8,
-    MXFP4,
-    NF4,
-    Layout,
-    check_power,
-    check_tensor,
-    dequantize,
-)
+from stablelora_kernels.formats import FP4, FP8, MXFP4, NF4, Layout, dequantize
+from stablelora_kernels.quantized import check_power, check_tensor
 
 # bitsandbytes' names of its formats.
 _BITSANDBYTES = {"nf4": NF4, "fp4": FP4}

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stablelora_kernels.quantized import Layout, QuantizedWeight, Stored
+from stablelora_kernels.formats import Layout, Stored
+from stablelora_kernels.quantized import QuantizedWeight
 
 # In place of a layout, for a weight that is not quantized.
 _PLAIN = Layout(0, 0, 0, 0)

@@ -18,6 +18,7 @@ PACKAGE = "stablelora_kernels"
 # From the bottom up. A file imports only levels below its own, and its own package.
 LEVELS = (
     {"_version", "utils"},
+    {"formats"},
     {"activations", "config", "pairs", "quantized"},
     {"projection", "packed_experts", "reference", "dispatch"},
     {"kernels"},

@@ -223,12 +223,10 @@ def rank_block(r: int, limit: int) -> int:
     return min(max(16, 1 << (r - 1).bit_length()), limit)
 
 
-def plan_split_k(device: Device, tiles: int, steps: int, programs: int = 2, sums: int = 1) -> int:
-    """Programs that share a tile's ``sums``: enough for ``programs`` on every processor, each with
-    at least 4 steps.
+def plan_split_k(device: Device, tiles: int, steps: int, programs: int = 2) -> int:
+    """Programs that share a tile's sums: enough for ``programs`` on every processor, each with at
+    least 4 steps.
     """
-    if tiles * sums > MAX_SHARED_SUMS:
-        return 1
     splits = min(programs * device.processors // max(tiles, 1), steps // 4, 16)
     return without_empty_parts(steps, max(1, splits))
 
@@ -273,7 +271,7 @@ def down_plan(device: Device, call: Call, projections: int = 1) -> Plan:
     tile, reason = pick_tile(DOWN_GROUP_TILES if projections > 1 else DOWN_TILES, device, call)
     block_r = rank_block(call.r, tile.BLOCK_N)
     tiles = cdiv(call.m, tile.BLOCK_M) * cdiv(call.r, block_r)
-    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K), sums=projections)
+    splits = plan_split_k(device, tiles, cdiv(call.k, tile.BLOCK_K))
     tile = fit(tile, device, tile.BLOCK_K * bytes_of(call, tile.BLOCK_M, projections * block_r))
     return Plan(tile, reason, block_r, tiles, splits)
 
@@ -395,7 +393,7 @@ def weight_grads_plan(
     tiles_a = _grad_tiles(call.n, tile.BLOCK_M, call.r, block_r) if need_a else 0
     tiles_b = _grad_tiles(call.k, tile.BLOCK_M, call.r, block_r) if need_b else 0
     steps = cdiv(call.m, tile.BLOCK_K)
-    splits = plan_split_k(device, tiles_a + tiles_b, steps, sums=projections)
+    splits = plan_split_k(device, tiles_a + tiles_b, steps)
     # A gated MLP's G and U are two operands in place of one.
     operands = 2 if call.gated else 1
     elements = operands * tile.BLOCK_M + projections * block_r

@@ -14,12 +14,13 @@ from stablelora_kernels.dispatch import chained, problem, tiles
 from stablelora_kernels.dispatch.problem import Call, Device, cdiv
 from stablelora_kernels.dispatch.rules import input_precision
 from stablelora_kernels.dispatch.tiles import Plan, Tile
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection, s_unit
-from stablelora_kernels.quantized import QuantizedWeight, Stored
+from stablelora_kernels.quantized import QuantizedWeight
 from stablelora_kernels.utils.tensors import drop_share
 
 

@@ -18,6 +18,7 @@ from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import Device
 from stablelora_kernels.dispatch.rules import Choice, input_precision
 from stablelora_kernels.dispatch.tiles import Plan, Tile
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.linear import _lora_linear_kernel
 from stablelora_kernels.kernels.lora.linear_split_k import _lora_linear_split_k_kernel
@@ -52,7 +53,6 @@ from stablelora_kernels.launch.quantized import dequantize, quantized
 from stablelora_kernels.launch.thin_products import lora_down, weight_grads
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import Stored
 
 
 class ForwardCall(NamedTuple):

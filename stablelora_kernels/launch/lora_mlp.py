@@ -16,6 +16,7 @@ from torch import Tensor
 from stablelora_kernels.dispatch import rules, tiles
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import Choice, input_precision
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.gate_up import (
     _gated_activation_kernel,
@@ -56,7 +57,6 @@ from stablelora_kernels.launch.quantized import dequantize
 from stablelora_kernels.launch.thin_products import lora_down
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import Stored
 
 _ACTIVATION_BLOCK = 2048
 

@@ -12,6 +12,7 @@ from stablelora_kernels.dispatch import tiles
 from stablelora_kernels.dispatch.problem import Device, cdiv
 from stablelora_kernels.dispatch.rules import input_precision
 from stablelora_kernels.dispatch.tiles import Plan, Tile
+from stablelora_kernels.formats import FORMATS, Stored
 from stablelora_kernels.kernels.lora import jobs
 from stablelora_kernels.kernels.lora.linear_quantized import (
     _dequantize_kernel,
@@ -27,7 +28,6 @@ from stablelora_kernels.launch.fill_jobs import (
     product_words,
     shared_sums,
 )
-from stablelora_kernels.quantized import FORMATS, Stored
 
 
 class _PackedWeight(NamedTuple):

@@ -103,7 +103,8 @@ def _call_gives_gradient(layer: nn.Linear) -> bool:
     dtype = (
         layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.get_default_dtype()
     )
-    with torch.inference_mode(False), torch.enable_grad():
+    # It turns gradients on, too.
+    with torch.inference_mode(False):
         x = torch.ones(
             _ROWS, layer.in_features, dtype=dtype, device=layer.weight.device, requires_grad=True
         )

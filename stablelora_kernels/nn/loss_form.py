@@ -93,7 +93,7 @@ def loss_form_of(kind: type) -> LossForm | Refusal:
     statements = function.body
     heads = [place for place, statement in enumerate(statements) if _head_of(statement)]
     losses = [place for place, statement in enumerate(statements) if _is_loss(statement)]
-    if len(heads) != 1 or len(losses) != 1 or heads > losses:
+    if len(heads) != 1 or len(losses) != 1:
         return unknown
     head = _head_of(statements[heads[0]])
     between = statements[heads[0] + 1 : losses[0]]
@@ -128,20 +128,22 @@ def _needs_the_model(function: ast.FunctionDef) -> bool:
 
 
 def _head_of(statement: ast.stmt) -> str | None:
-    """HEAD of ``logits = self.HEAD(...)``; None for another statement."""
+    """HEAD of ``logits = self.HEAD(...)``; None for another statement. Of another module's HEAD,
+    :func:`_count` finds none.
+    """
     if not isinstance(statement, ast.Assign) or ast.unparse(statement.targets[0]) != "logits":
         return None
     call = statement.value
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
         return None
-    return call.func.attr if ast.unparse(call.func.value) == "self" else None
+    return call.func.attr
 
 
 def _is_loss(statement: ast.stmt) -> bool:
     """Whether it is ``if labels is not None: loss = self.loss_function(logits, labels, ...)``."""
     if not isinstance(statement, ast.If) or ast.unparse(statement.test) != "labels is not None":
         return False
-    if len(statement.body) != 1 or statement.orelse:
+    if len(statement.body) != 1:
         return False
     text = ast.unparse(statement.body[0])
     starts = (

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.packed_experts import PackedExperts
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import Stored
 from stablelora_kernels.utils.tensors import is_sharded
 
 #: The dtypes of x. Only the PyTorch backend computes in float64.

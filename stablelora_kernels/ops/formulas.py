@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.ops.cpu_products import (
     add_wide_product,
     by_float32,
@@ -31,7 +32,7 @@ from stablelora_kernels.ops.dropout import (
 )
 from stablelora_kernels.ops.matrices import as_matrix
 from stablelora_kernels.projection import Projection
-from stablelora_kernels.quantized import Stored, as_plain
+from stablelora_kernels.quantized import as_plain
 from stablelora_kernels.utils.tensors import cast
 
 

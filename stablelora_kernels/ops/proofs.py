@@ -18,8 +18,8 @@ from torch import Tensor
 from stablelora_kernels.dispatch.first_use import Unprovable
 from stablelora_kernels.dispatch.problem import Call
 from stablelora_kernels.dispatch.settings import tf32_allowed
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.projection import WEIGHTS, Projection
-from stablelora_kernels.quantized import Stored
 from stablelora_kernels.reference import dropout_keep_ref, unpack_mask
 from stablelora_kernels.reference.rounding import (
     Arithmetic,

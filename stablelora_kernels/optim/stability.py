@@ -131,7 +131,8 @@ def finite_norms(
         if not (math.isfinite(a) and math.isfinite(b)):
             raise RuntimeError(
                 f"pair {pair.name!r} holds values that are not finite: ||A||_F = {a}, ||B||_F = {b}. "
-                "It has not shrunk or latched since; training diverged earlier"
+                "It has not shrunk or latched since. Load a checkpoint from before the step that stored them, and lower lr; "
+                "StableLoRAAdamW's max_grad_norm skips steps whose gradients are not finite"
             )
     for pair, (a, b) in zip(pairs, norms, strict=True):
         if float32_squares and (max(a, b) > LARGEST_NORM or 0 < a < SMALLEST_NORM):

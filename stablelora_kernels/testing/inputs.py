@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from stablelora_kernels.formats import FORMATS
 from stablelora_kernels.pairs import LoRAPair
-from stablelora_kernels.quantized import FORMATS, FP4Weight, FP8Weight, NF4Weight, QuantizedWeight
+from stablelora_kernels.quantized import FP4Weight, FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.reference import fp4_ref, fp8_ref, nf4_ref
 
 #: The dtypes of a layer by their short names.

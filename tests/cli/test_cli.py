@@ -189,6 +189,16 @@ def test_an_interpreter_that_cannot_start_fails_the_self_test(capsys, monkeypatc
     report = doctor_json(capsys, "--interpret", status=1)
     (check,) = report["self_tests"][1]["checks"]
     assert "STABLELORA_STRATEGY must be one of" in check["problem"] and not check["passed"]
+    assert not doctor_json(capsys, status=1)["ok"]
+
+
+def test_an_interpreter_that_a_signal_ends_fails_the_self_test(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    (check,) = doctor._interpreted()
+    assert "it ended early: exit status -9" in check["problem"] and not check["passed"]
 
 
 def test_the_interpreter_has_one_thread_unless_the_user_says_otherwise(tmp_path, monkeypatch):

@@ -249,6 +249,20 @@ def test_a_gpu_is_asked_once(monkeypatch, machine):
     assert asked == [0]
 
 
+def test_each_gpu_and_setting_has_an_answer_of_its_own(monkeypatch, machine):
+    """Behind two answers for others; and "cuda" is the current GPU."""
+    machine((9, 0), (13, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    expected = {0: ["triton", "triton"], 1: ["torch", "triton"], None: ["torch", "triton"]}
+    for index in (0, 1, None, 0):
+        device = CUDA if index is None else torch.device("cuda", index)
+        found = []
+        for name in ("auto", "triton"):
+            with slk.settings(backend=name):
+                found.append(backend.explain_backend(device).backend)
+        assert found == expected[index], device
+
+
 def test_amds_gpus_have_no_compute_capability(monkeypatch, machine):
     machine((9, 4))
     monkeypatch.setattr(torch.version, "hip", "6.4")

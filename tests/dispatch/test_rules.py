@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from stablelora_kernels.dispatch import chained, rules, tiles
+from stablelora_kernels.dispatch import chained, problem, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import STRATEGIES, choose, choose_kernel
 
@@ -190,23 +190,26 @@ def test_s_takes_the_idle_processors_of_a_last_round(direction, dropout, spare, 
     assert (few.tiles, few.splits) == (8, 8)
 
 
-@on_every_gpu
-def test_programs_share_no_more_sums_than_there_are_counters(device):
-    """The widest layers are vocabularies, whose dB has thousands of tiles."""
-    for n, r in itertools.product((4096, 131_072, 262_144), (16, 128, 512)):
-        given = call("backward", 16_384, 4096, n, r, dropout=True)
-        plans = [
-            tiles.co_scheduled_grad_plan(device, given, b, warps)
-            for b in (False, True)
-            for warps in (4, 8)
-        ]
-        plans += chained.chained_plans(device, given, tiles.Tile(128, 128, 64, 8, 4), True)[:2]
-        plans += [
-            tiles.down_plan(device, given),
-            tiles.weight_grads_plan(device, given, True, True).both,
-        ]
-        assert all(plan.splits == 1 or plan.tiles <= tiles.MAX_SHARED_SUMS for plan in plans), given
-        assert n > 4096 or plans[2].splits > 1, given
+def test_a_group_shares_one_read_of_x_if_each_s_fits_in_registers():
+    def is_shared(*changes):
+        return rules.choose_group([call()._replace(**change) for change in changes]).shared
+
+    most, few = problem.MAX_BLOCK_R, {"m": problem.SMALL_M}
+    assert is_shared({}, {"r": most}) and is_shared({"r": most}, {})
+    for other in ({"r": 0}, {"r": most + 1}):
+        assert not is_shared({}, other) and not is_shared(other, {})
+    assert not is_shared(few, few)
+
+
+def test_a_forced_strategy_says_whether_gate_and_up_are_together():
+    """Whatever the table would take for so few rows, or for so many."""
+    for m, together in ((16, False), (4096, True)):
+        assert (rules.choose_gate_up(H100, call(m=m), True).kernel != rules.SEPARATE) == together
+        for strategy in STRATEGIES[1:]:
+            with slk.settings(strategy=strategy):
+                forced = rules.choose_gate_up(H100, call(m=m), True)
+            assert forced == rules.choose_gate_up(H100, call(m=m), True, strategy)
+            assert (forced.kernel != rules.SEPARATE) == (strategy == "one_launch")
 
 
 def test_reasons_use_a_users_names():

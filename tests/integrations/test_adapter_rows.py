@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -270,6 +271,33 @@ def test_contexts_nest_and_end_with_an_exception():
             raise KeyError
         torch.testing.assert_close(model(IDS), outer)
     assert torch.equal(model(IDS), plain)
+
+
+def test_layers_that_are_adapted_later_take_part_in_later_contexts():
+    model = make(("b", {}))
+    slk.accelerate_peft(model)
+    with slk.adapters_of_rows(model, ["b", "b"]):
+        model(IDS)
+    model.add_adapter("c", config(target_modules=["q_proj", "v_proj", "lm_head"]))
+    slk.accelerate_peft(model)
+    with slk.adapters_of_rows(model, ["c", "c"]):
+        found = model(IDS)
+    model.set_adapter("c")
+    torch.testing.assert_close(found, model(IDS))
+
+
+def test_a_context_of_a_wider_model_within_one_of_its_part_is_refused():
+    """The part's layers would leave the open context."""
+    parts = [make(("b", {})), make(("b", {}))]
+    for part in parts:
+        slk.accelerate_peft(part)
+    error = pytest.raises(RuntimeError, match="within adapters_of_rows of this model")
+    with (
+        slk.adapters_of_rows(parts[0], ["b", "default"]),
+        error,
+        slk.adapters_of_rows(nn.ModuleList(parts), ["b", "b"]),
+    ):
+        pass
 
 
 def test_disabled_adapters_are_the_base_for_all_rows():
@@ -725,26 +753,69 @@ class Routed(nn.Module):
         return self.experts[0]["q_proj"](x)
 
 
+Q_PROJ = {"target_modules": ["q_proj"]}
+EMBED = {"target_modules": ["embed", "q_proj"]}
+# The model, the active adapter and adapter b.
 REFUSED = {
-    "DoRA": (Model, {"use_dora": True}, "adapter 'b' is a variant of LoRA"),
-    "an embedding": (
+    "DoRA": (Model, Q_PROJ, {"use_dora": True}, "adapter 'b' is a variant of LoRA"),
+    "an embedding": (Model, Q_PROJ, EMBED, "PEFT's Embedding, which is not accelerated"),
+    "an embedding's active adapter": (
         Model,
-        {"target_modules": ["embed", "q_proj"]},
-        "PEFT's Embedding, which is not accelerated",
+        EMBED,
+        Q_PROJ,
+        "PEFT's Embedding, which is not accelerated, runs adapter 'default' on all rows",
     ),
-    "modules_to_save": (Model, {"modules_to_save": ["lm_head"]}, "PEFT's ModulesToSaveWrapper"),
-    "experts": (Routed, {"target_modules": ["q_proj"]}, "an expert gets tokens of all rows"),
+    "modules_to_save": (
+        Model,
+        Q_PROJ,
+        {"modules_to_save": ["lm_head"]},
+        "PEFT's ModulesToSaveWrapper",
+    ),
+    "experts": (Routed, Q_PROJ, Q_PROJ, "an expert gets tokens of all rows"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_runs_for_all_rows_is_refused(what):
-    kind, lora, reason = REFUSED[what]
-    model = make(("b", lora), model=kind(), target_modules=["q_proj"])
+    kind, active, lora, reason = REFUSED[what]
+    model = make(("b", lora), model=kind(), **active)
     slk.accelerate_peft(model)
     error = pytest.raises(ValueError, match=f"adapters_of_rows cannot run '.*' by rows: {reason}")
     with error, slk.adapters_of_rows(model, ["b", "b"]):
         pass
+
+
+def test_experts_in_a_list_may_have_adapters_that_are_not_named():
+    model = nn.Sequential(OrderedDict(first=nn.Linear(8, 8), routed=Routed()))
+    model = make(
+        ("b", {"target_modules": ["first"]}), model=model, target_modules=["first", "q_proj"]
+    )
+    slk.accelerate_peft(model)
+    with slk.adapters_of_rows(model, ["b", "b"]):
+        model(torch.randn(2, 5, 8))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return super().forward(x) * factor
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = Scaled(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x, factor=3.0)
+
+
+def test_arguments_of_a_base_layer_reach_it():
+    model = make(("b", Q_PROJ), model=Scales(), **Q_PROJ)
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    slk.accelerate_peft(model)
+    with slk.adapters_of_rows(model, ["default", "default"]):
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_layers_that_are_not_accelerated_are_refused():

@@ -94,6 +94,7 @@ def test_axolotls_own_kernels_stay_off(module):
         ({"stablelora": {"fuse_mlp": "yes"}}, TypeError, "fuse_mlp must be a bool, got 'yes'"),
         ({"stablelora": ["fuse_mlp"]}, TypeError, r"stablelora must map keywords .* got \['fuse_mlp'\]"),
         ({"adapter": None}, ValueError, "adapter must be lora or qlora with .*, got None"),
+        ({"adapter": "llama-adapter"}, ValueError, "adapter must be lora or qlora with .*, got 'llama-adapter'"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_before_anything_is_loaded(module, changes, error, message):
@@ -101,8 +102,9 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(module, changes, e
         module.Plugin().register(Settings(settings() | changes))
 
 
-def test_no_section_means_the_defaults(module):
-    cfg = Settings(adapter="qlora")
+@pytest.mark.parametrize("section", [{}, {"stablelora": None}], ids=["none", "empty"])
+def test_no_section_means_the_defaults(module, section):
+    cfg = Settings(adapter="qlora", **section)
     module.Plugin().register(cfg)
     model = llama("peft")
     module.Plugin().post_lora_load(cfg, model)

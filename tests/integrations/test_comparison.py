@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import os
 import random
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import stablelora_kernels as slk
+from stablelora_kernels.integrations import comparison
 from stablelora_kernels.utils.memory import (
     _without_kinetos_lines,
     peak_over_start,
-    saved_for_backward,
 )
 from stablelora_kernels.utils.timing import median_interval
+from tests.helpers.peft_models import make
 from tests.helpers.trainer_runs import llama, rows
 
 MIB = 1 << 20
@@ -46,9 +50,9 @@ def test_the_model_stays_as_it_was(kind):
     if kind == "with gradients":
         model(**batch()).loss.backward()
     before = state_of(model)
-    comparison = slk.compare(model, batch(), rounds=6, fuse_projections=True)
+    compared = slk.compare(model, batch(), rounds=6, fuse_projections=True)
     assert state_of(model) == before
-    assert len(comparison.report.replaced) == 4
+    assert len(compared.report.replaced) == 4
 
 
 def test_optimizers_in_hooks_of_parameters_do_not_step():
@@ -123,40 +127,50 @@ def test_an_error_leaves_it_as_it_was_too():
     assert state_of(model) == before
 
 
-def test_it_counts_what_each_arm_keeps():
-    """One more way to count: the storages that hooks see, with the arms made by hand."""
-    model = llama("peft", dropout=0.2)
-    comparison = slk.compare(model, batch(), rounds=6)
+class Scaled(nn.Module):
+    """One layer, of whose step all is known; and whether its calls train."""
 
-    def saved(arm: torch.nn.Module) -> int:
-        inputs = batch()
-        present = [*arm.parameters(), *arm.buffers(), *inputs.values()]
-        return saved_for_backward(lambda: arm(**inputs).loss, present)
+    modes: ClassVar[list[bool]] = []
 
-    model.train()
-    assert comparison.peft.saved == saved(model)
-    slk.accelerate_peft(model)
-    assert comparison.accelerated.saved == saved(model)
-    assert comparison.accelerated.saved < comparison.peft.saved
-    assert comparison.peft.peak > comparison.peft.saved // 2
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+        self.register_buffer("scale", torch.ones(64, 8))
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        self.modes.append(self.training)
+        return SimpleNamespace(loss=(self.q_proj(x) * self.scale).sum())
+
+
+# The seconds of PEFT's rounds and of ours; the verdict, and the median of the quotients.
+VERDICTS = [
+    ([2.0] * 6, [1.0] * 6, "FASTER", 2.0),
+    ([1.0] * 6, [2.0] * 6, "SLOWER", 0.5),
+    ([1.0, 2.0] * 3, [2.0, 1.0] * 3, "can't be told apart", 1.25),
+]
+
+
+@pytest.mark.parametrize(("of_peft", "of_ours", "verdict", "speed"), VERDICTS)
+def test_a_step_of_known_cost(of_peft, of_ours, verdict, speed, monkeypatch):
+    """Both arms train, whatever the model's mode, and keep S [64, 2], but neither the batch nor a
+    buffer.
+    """
+    seconds = {comparison.PEFT: of_peft, comparison.ACCELERATED: of_ours}
+    monkeypatch.setattr(comparison, "interleave", lambda steps, **_: seconds)
+    monkeypatch.setattr(Scaled, "modes", [])
+    model = make(model=Scaled(), target_modules=["q_proj"])
+    found = slk.compare(model, {"x": torch.randn(64, 8)}, rounds=6)
+    assert not model.training and Scaled.modes and all(Scaled.modes)
+    assert found.peft.saved == found.accelerated.saved == 64 * 2 * 4
+    assert found.peft.peak > found.peft.saved
+    assert (found.peft.ms.median, found.speed.median) == (1e3 * sum(of_peft) / 6, speed)
+    assert verdict in str(found).splitlines()[-1]
 
 
 def test_a_model_that_was_accelerated_before_is_compared_with_pefts_forward():
-    comparison = slk.compare(llama("accelerated", dropout=0.2), batch(), rounds=6)
+    compared = slk.compare(llama("accelerated", dropout=0.2), batch(), rounds=6)
     other = slk.compare(llama("peft", dropout=0.2), batch(), rounds=6)
-    assert comparison.peft.saved == other.peft.saved > comparison.accelerated.saved
-
-
-def test_the_verdict_follows_from_the_interval():
-    model = llama("peft")
-    comparison = slk.compare(model, batch(), rounds=6)
-    text = str(comparison)
-    assert "6 rounds of both arms in turns" in text and "times PEFT's speed" in text
-    low, median, high = comparison.speed.low, comparison.speed.median, comparison.speed.high
-    assert 0 < low <= median <= high
-    verdict = text.splitlines()[-1]
-    expected = "FASTER" if low > 1 else "SLOWER" if high < 1 else "can't be told apart"
-    assert expected in verdict
+    assert compared.peft.saved == other.peft.saved > compared.accelerated.saved
 
 
 def test_what_pefts_forward_computes_is_told():

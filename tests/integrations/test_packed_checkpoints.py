@@ -201,6 +201,26 @@ def test_files_are_those_of_plain_experts_and_merging_is_refused(tmp_path):
     assert fresh.unload()(input_ids=IDS).logits.equal(frozen)
 
 
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_loading_changes_values_alone(is_stored, tmp_path):
+    """Neither what trains, nor a dtype, nor what is tied, whatever the checkpoint has."""
+    plain, state = checkpoint(BF16)
+    plain.config.tie_word_embeddings = True
+    plain.to(FP32)
+    model = without_memory(plain).requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    if is_stored:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    else:
+        model.tie_weights()
+        del state["lm_head.weight"]
+    slk.load_packed_experts(model, write(state, tmp_path))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(p.is_meta for p in model.parameters())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["model.norm.weight"]
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {FP32}
+
+
 def test_only_stacks_of_a_model_with_values(tmp_path):
     """Whatever else the checkpoint holds."""
     plain, state = checkpoint()

@@ -179,12 +179,18 @@ def test_quantized_bases_are_multiplied_not_dequantized_again(
             atol = 1e-5 * expected[name].abs().max().item()
             torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=name)
     assert sums == [(N, 128)]
-    # Each part of the weight is written to. In inference mode, a view of the part would not tell.
-    stored = read(model.base_model.model[0].base_layer.weight).stored
-    for count, part in enumerate((stored.data, *stored.scales), 2):
+    # Each part of the weight is written to, or gets other memory. In inference mode, a view of the
+    # part would not tell.
+    parts = peft_dora._tensors_of(model.base_model.model[0].base_layer.weight)
+    changes = [*((part, False) for part in parts), *((part, True) for part in parts)]
+    for count, (part, exchanges_memory) in enumerate(changes, 2):
+        values = part.data.clone()
         with torch.no_grad():
-            part.mul_(1)
-        for mode in (torch.inference_mode, torch.no_grad):
+            if exchanges_memory:
+                part.data = values
+            else:
+                part.copy_(values)
+        for mode in [torch.no_grad] if exchanges_memory else [torch.inference_mode, torch.no_grad]:
             with mode():
                 model(x)
             assert sums == [(N, 128)] * count

@@ -343,6 +343,9 @@ ALONE = {
     "its down_proj is disabled": lambda wrapper: wrapper.enable_adapters(False),
     "its gate_up_proj is merged": lambda wrapper: wrapper.base_layer.merge(),
     "its down_proj is merged": lambda wrapper: wrapper.merge(),
+    "its down_proj has 0 active adapters": lambda wrapper: setattr(
+        wrapper, "_active_adapter", ["another"]
+    ),
 }
 
 
@@ -773,6 +776,20 @@ def test_what_peft_does_wrong_with_experts_in_4_bits_is_told(names, lost, reorde
         with model.disable_adapter(), plain.disable_adapter():
             off = (model(input_ids=IDS).logits - plain(input_ids=IDS).logits).abs().max().item()
     assert off > 1e-3
+
+
+def test_each_fault_but_another_order_is_wrong_training():
+    faults = ({"lost": ("down_proj",)}, {"repeats": True}, {"remains": True}, {"reorders": True})
+    wrong = [peft_faults.ParametrizedFaults(**fault).trains_wrongly for fault in faults]
+    assert wrong == [True, True, True, False]
+
+
+def test_nested_wrappers_are_told_of_once():
+    names = ("gate_up_proj", "down_proj")
+    outer = peft_faults._adapted(names, frozenset(names))
+    wrappers = [("experts", outer), ("experts.base_layer", outer.base_layer)]
+    (sentence,) = peft_faults.faults_of_wrappers(wrappers)
+    assert "experts.base_layer" not in sentence
 
 
 def test_experts_of_an_unknown_parametrization_are_warned_of():

@@ -17,7 +17,15 @@ from stablelora_kernels.utils.memory import saved_for_backward
 from tests.helpers.peft_models import assert_equal_to_pefts, config, make, one_layer, peft, results
 from tests.helpers.processes import printed
 from tests.helpers.quantized_weights import conv1d
-from tests.helpers.small_models import Model, assert_untouched, llama, output, reasons, snapshot
+from tests.helpers.small_models import (
+    IDS,
+    Model,
+    assert_untouched,
+    llama,
+    output,
+    reasons,
+    snapshot,
+)
 
 lora = peft.tuners.lora
 
@@ -174,32 +182,48 @@ def test_variants_are_named():
 # Where a hook is, and the ops that compute: on the base layer, that computes its own product; on
 # what PEFT's forward calls, none.
 HOOKED = {
-    "base layer": (
-        lambda layer: layer.base_layer.register_forward_hook,
-        {"lora_linear": 3, "lora_branch": 1},
-    ),
-    "A": (lambda layer: layer.lora_A["default"].register_forward_hook, {"lora_linear": 3}),
-    "dropout": (
-        lambda layer: layer.lora_dropout["default"].register_forward_hook,
-        {"lora_linear": 3},
-    ),
-    "layer": (lambda layer: layer.register_forward_hook, {"lora_linear": 4}),
-    "every module": (lambda layer: nn.modules.module.register_module_forward_hook, {}),
+    "base layer": (lambda layer: layer.base_layer, {"lora_linear": 3, "lora_branch": 1}),
+    "A": (lambda layer: layer.lora_A["default"], {"lora_linear": 3}),
+    "B": (lambda layer: layer.lora_B["default"], {"lora_linear": 3}),
+    "dropout": (lambda layer: layer.lora_dropout["default"], {"lora_linear": 3}),
+    "magnitude": (lambda layer: layer.lora_magnitude_vector["default"], {"lora_linear": 3}),
+    "layer": (lambda layer: layer, {"lora_linear": 4}),
+    "every module": (None, {}),
 }
+HOOKS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
 
 
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("place", HOOKED)
-def test_hooks_are_called(place, calls):
-    model, seen = make(), []
+def test_hooks_are_called(place, hook, calls):
+    model, seen = make(use_dora=place == "magnitude"), []
     expected = output(model)
     slk.accelerate_peft(model)
-    register, made = HOOKED[place]
-    handle = register(model.base_model.model.layers[0].q_proj)(
-        lambda module, args, out: seen.append(module)
-    )
-    torch.testing.assert_close(output(model), expected)
+    module_of, made = HOOKED[place]
+    if module_of is None:
+        register = getattr(nn.modules.module, f"register_module_{hook}_hook")
+    else:
+        # Its input wants a gradient, without which there is no backward of the base layer.
+        module = module_of(model.base_model.model.layers[1].q_proj)
+        register = getattr(module, f"register_{hook}_hook")
+    handle = register(lambda *args: seen.append(args[0]))
+    y = model(IDS)
+    y.sum().backward()
     handle.remove()
+    torch.testing.assert_close(y, expected)
     assert seen and calls.layers == made
+
+
+def test_a_and_b_of_two_dtypes_are_pefts_under_autocast(calls):
+    model = make()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = p.data.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output(model)
+        slk.accelerate_peft(model)
+        torch.testing.assert_close(output(model), expected)
+    assert calls.layers == {}
 
 
 def test_a_base_layer_with_another_forward(calls):

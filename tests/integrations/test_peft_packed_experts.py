@@ -351,6 +351,13 @@ def test_one_of_two_stacks_in_4_bits(name, calls):
     slk.accelerate_peft(plain, strict=True)
     assert_close(results(model), results(plain), 1e-5)
     assert sorted(calls) == ["NF4Experts"] + ["Parameter"] * 3
+    # One is enough for PEFT's path to be wrong.
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        with pytest.raises(RuntimeError, match=r"its call is observed, .* trains experts wrongly"):
+            model(input_ids=IDS)
+    finally:
+        handle.remove()
 
 
 def test_frozen_stacks_in_4_bits_beside_an_adapter(calls):

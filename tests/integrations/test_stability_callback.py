@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import stablelora_kernels as slk
+from stablelora_kernels.integrations import hf_trainer
 from tests.helpers.optimizers import make_pairs
 from tests.helpers.processes import needs_gloo, printed, spawn
 from tests.helpers.small_models import IDS, Model, fill_b, lora_options
@@ -69,6 +70,12 @@ def test_it_is_pickled_with_its_trainer():
         assert each is not trainer and each.callback.trainer is each
 
 
+def test_the_optimizer_is_found_in_wrappers_of_wrappers():
+    optimizer = slk.StableLoRAAdamW(make_pairs())
+    twice = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
+    assert hf_trainer._stable_optimizer(twice) is optimizer
+
+
 def in_training(entries) -> list[dict[str, float]]:
     return [entry for entry in entries if "loss" in entry]
 
@@ -100,7 +107,14 @@ def test_a_learning_rate_of_the_arguments_that_does_not_count_is_told(
     say.
     """
     trainer = make_trainer(
-        llama("ours"), tmp_path, "optimizers", settings, max_steps=1, learning_rate=3e-2
+        llama("ours"),
+        tmp_path,
+        "optimizers",
+        settings,
+        max_steps=1,
+        learning_rate=3e-2,
+        # The first step's rate is zero.
+        warmup_steps=1,
     )
     trainer.add_callback(slk.StabilityCallback(trainer))
     trainer.train()

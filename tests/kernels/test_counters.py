@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS
-from stablelora_kernels.launch import base, workspace
+from stablelora_kernels.launch import base, prepared, stable_adamw, workspace
 from stablelora_kernels.testing.cases import BF16, DEVICE, FP32, Case, make, run
 from tests.helpers.launches import specialization
 
@@ -97,6 +100,76 @@ def test_captures_take_no_memory_without_bound(gpu: Gpu, monkeypatch: pytest.Mon
     for gpu.capture in range(1, 9):
         assert len(addresses()) == workspace.LANES
     assert len(workspace._in_use) == 5
+
+
+def test_a_stream_is_the_drivers_and_so_is_its_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the pretended ones above: of the current stream of the tensors' GPU."""
+    captured = False
+
+    def stream(index: int, of: int = 70) -> Any:
+        return SimpleNamespace(cuda_stream=of + index)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", partial(stream, of=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    monkeypatch.setattr(workspace, "_capture_number", lambda handle: 1000 + handle)
+    for captured in (False, True):
+        for device, index in ((torch.device("cuda", 0), 0), (torch.device("cuda"), 1)):
+            capture = 1070 + index if captured else 0
+            expected = workspace._Stream("cuda", index, 70 + index, capture)
+            assert workspace._current_stream(device) == expected
+    assert workspace._current_stream(CPU) == workspace._Stream("cpu", -1, 0, 0)
+
+
+def test_other_streams_find_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream that has written them is waited for."""
+    events: list[str] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *sizes, dtype, device: events.append("zeros") or zeros(sizes)
+    )
+    stream = SimpleNamespace(synchronize=lambda: events.append("waits"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert len(workspace._zeros(3, torch.device("cuda", 1))) == 3 and events == ["zeros", "waits"]
+
+
+def test_launches_of_a_gpu_that_is_not_the_current_one_make_it_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prepared ones of an op, and those that the optimizer repeats."""
+    current, launched = 0, []
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        nonlocal current
+        current, before = device.index, current
+        yield
+        current = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(prepared, "on_device", on_device)
+    call: Any = object.__new__(prepared.Prepared)
+    call._tally = SimpleNamespace(calls=0)
+    call._device, call._on_gpu, call._counts = torch.device("cuda", 1), True, False
+    call._allocations, call._places = [], []
+    call._launch = lambda tensors: launched.append(current)
+    call.run([])
+    assert launched == [1]
+
+    class Kernel:
+        """One that Triton has compiled."""
+
+    def run(device: torch.device) -> None:
+        with on_device(device):
+            launched.append(current)
+
+    monkeypatch.setattr(stable_adamw, "JITFunction", Kernel)
+    monkeypatch.setattr(stable_adamw, "needs_triton", lambda: False)
+    repeated = stable_adamw.Repeated(SimpleNamespace(kernel=Kernel(), run=run))  # type: ignore[arg-type]
+    for _ in range(2):
+        repeated.run(torch.device("cuda", 1))
+    assert launched == [1, 1, 1]
 
 
 class Driver:

@@ -5,6 +5,7 @@ offsets beyond 32 bits.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from stablelora_kernels.dispatch.problem import DEVICES, SMALL_M, Call
 from stablelora_kernels.dispatch.rules import Choice
 from stablelora_kernels.dispatch.tiles import MAX_SHARED_SUMS, Tile
 from stablelora_kernels.kernels.common import draw_keep, keep_of
-from stablelora_kernels.launch import workspace
+from stablelora_kernels.launch import fill_jobs, workspace
+from stablelora_kernels.launch.base import Launch, described
 from stablelora_kernels.launch.lora_linear import (
     BackwardCall,
     ForwardCall,
@@ -28,6 +30,7 @@ from stablelora_kernels.launch.lora_linear import (
     backward_launches,
     forward_launches,
 )
+from stablelora_kernels.ops.meta_calls import linear_launches
 from stablelora_kernels.projection import Projection
 from stablelora_kernels.reference import philox_ref
 from stablelora_kernels.testing import assert_no_worse
@@ -69,7 +72,7 @@ SHARING = [
 @pytest.mark.parametrize("case", SHARING, ids=str)
 def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
     """Two programs share every sum of several steps. Run from the last to the first, they leave the
-    same bits, and no counter.
+    same bits, no counter, and what lies behind their parts.
     """
     shared = []
 
@@ -80,6 +83,14 @@ def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
     def from_the_end(x, y, z):
         original(*(size - 1 - i for size, i in zip(builder.grid_dim, (x, y, z), strict=True)))
 
+    def scratch(like, *shape, dtype=None):
+        size = math.prod(shape)
+        memory = torch.full((size + (1 << 18),), 7, dtype=dtype or like.dtype)
+        behind.append(memory[size:])
+        return memory[:size].view(shape)
+
+    behind = []
+    monkeypatch.setattr(fill_jobs, "scratch", scratch)
     monkeypatch.setattr(tiles, "plan_split_k", two)
     first = run(case)
     assert any(shared) and not any_counter()
@@ -89,6 +100,7 @@ def test_shared_sums_do_not_depend_on_who_is_last(case, monkeypatch):
     monkeypatch.setattr(builder, "set_grid_idx", from_the_end)
     assert_close(run(case), first)
     assert not any_counter()
+    assert behind and all((memory == 7).all() for memory in behind)
 
 
 @pytest.mark.parametrize(("rows", "counted"), [(5, 3), (600, 5), (5200, 5)])
@@ -126,6 +138,35 @@ def test_flags_fit_into_a_lane(device, dtype):
     rules.check_possible(most, "one_launch")
     with pytest.raises(ValueError, match=f"rows up to {most.m}, got {most.m + 1}"):
         rules.check_possible(most._replace(m=most.m + 1), "one_launch")
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=str)
+def test_counters_of_the_widest_layers_fit_into_a_lane(device):
+    """A vocabulary's dB has thousands of tiles."""
+    counted = [
+        t.numel()
+        for n, r in itertools.product((4096, 262_144, (4096, 4096, 4096)), (16, 512))
+        for way in linear_launches(device, 16_384, n, 4096, r, (BF16, FP32), 0.1)
+        for launch in way
+        if isinstance(launch, Launch)
+        for name, t in launch.named.items()
+        if isinstance(t, torch.Tensor) and name.endswith(("chain", "tickets", "counter"))
+    ]
+    assert 0 < max(counted) <= MAX_SHARED_SUMS
+
+
+def test_what_a_descriptor_can_hold():
+    memory = torch.zeros(64 * 64 + 16, dtype=BF16)
+    aligned = -memory.data_ptr() % 16 // memory.itemsize
+    rows = memory[aligned:][: 64 * 64].view(64, 64)
+    assert described(rows) and described(rows[8:, 8:])
+    others = {
+        "address": rows[:, 1:],
+        "stride": memory[aligned:][: 63 * 60].view(63, 60),
+        "columns": rows.t(),
+        "rows of stride 0": rows[:1].expand(64, 64),
+    }
+    assert [name for name, t in others.items() if described(t)] == []
 
 
 # Offsets beyond 32 bits.

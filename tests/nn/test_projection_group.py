@@ -15,6 +15,7 @@ from torch import nn
 
 import stablelora_kernels as slk
 from tests.helpers.gated_mlps import LIBRARIES, Wrapper, adapted, base_of
+from tests.helpers.peft_models import make
 from tests.nn.test_fused_mlp_reasons import set_dropout
 
 # No group gives up unless a test expects the warning.
@@ -174,14 +175,34 @@ def test_layers_of_different_inputs_are_not_siblings():
 @pytest.mark.covering(1)
 @each_library
 def test_siblings_of_two_dropouts_keep_their_own(library, backend, calls):
+    """Although calls of these layouts are known already."""
     found = []
     for fuse in (True, False):
         layer, _ = attention(library, fuse=fuse, dropout=0.2)
+        for _ in range(2):
+            layer(torch.ones(70, 16))
+        calls.clear()
         set_dropout(layer.k_proj, 0.6)
         torch.manual_seed(3)
         found.append(layer(torch.ones(70, 16)))
-    assert calls.groups == []
+        assert calls.groups == []
     torch.testing.assert_close(*found)
+
+
+def test_a_sibling_without_the_active_adapter_computes_alone():
+    model = make(
+        ("b", {"target_modules": ["q_proj"]}),
+        model=Wrapper({"self_attn": Attention()}),
+        target_modules=TARGETS,
+    )
+    layer, x = model.get_base_model()["self_attn"], rows()
+    model.set_adapter("b")
+    expected = layer(x)
+    model.set_adapter("default")
+    slk.accelerate_peft(model, fuse_projections=True)
+    layer(x)
+    model.set_adapter("b")
+    torch.testing.assert_close(layer(x), expected)
 
 
 CHANGES = {

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from stablelora_kernels import settings
@@ -261,6 +262,16 @@ def test_large_masks_are_positions():
         kept = kept_for_backward(y, torch.int32)
         assert (kept is not None) == (shape == (64, 512) and p == 0.15)
         assert kept is None or kept.dim() == 1
+
+
+def test_positions_are_int32_and_those_of_values():
+    cpu = torch.device("cpu")
+    least = dropout.POSITIONS_FROM
+    sizes = (least - 1, least, 2**31 - 1, 2**31)
+    drawn = [dropout._are_positions_drawn(size, cpu, 0.1) for size in sizes]
+    assert drawn == [False, True, True, False]
+    with FakeTensorMode():
+        assert dropout.draw_to_keep(torch.empty(256, 256), 0.1).mask.dtype == torch.bool
 
 
 def test_a_large_mlp_keeps_positions():

@@ -14,6 +14,7 @@ import torch
 from stablelora_kernels.functional import lora_experts, lora_linear
 from stablelora_kernels.ops import cpu_products
 from stablelora_kernels.ops.lora_experts import autograd as op
+from stablelora_kernels.ops.lora_experts import loop
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import (
@@ -161,6 +162,28 @@ def test_what_pytorch_groups(x, weight, grouped, capability, monkeypatch):
     count, n, k = weight.shape
     stack = ExpertStack(weight, None, torch.empty(count, 3, k), torch.empty(count, n, 3), 1.0)
     assert op.can_group(x, stack) == (grouped and capability >= (8, 0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_any_number_of_experts_is_copied_in_a_few_runs(count, monkeypatch):
+    """Each B takes more bytes than a run has: then there are four runs at most."""
+    monkeypatch.setattr(loop, "_BYTES_OF_A_RUN", 1)
+    copied, by_expert = [], loop._by_expert
+    monkeypatch.setattr(
+        loop, "_by_expert", lambda b, dtype: copied.append(len(b)) or by_expert(b, dtype)
+    )
+    stack = ExpertStack(
+        torch.randn(count, N, K), None, torch.randn(count, 3, K), torch.randn(count, N, 3), 2.0
+    )
+    experts = loop.ExpertByExpert(stack, FP32)
+    x = torch.randn(4, K)
+    for place in range(count):
+        y, s = experts.project(loop.ExpertRows(place, 0, 4), x)
+        torch.testing.assert_close(s, x @ stack.lora_A[place].t())
+        torch.testing.assert_close(
+            y, x @ stack.weight[place].t() + 2 * s @ stack.lora_B[place].t(), rtol=1e-5, atol=1e-4
+        )
+    assert sum(copied) == count and len(copied) <= 4
 
 
 @pytest.mark.parametrize("multiplied", [True, False])

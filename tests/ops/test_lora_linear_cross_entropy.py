@@ -425,6 +425,14 @@ def test_autocast_casts_all_but_float32_adapters(reduction):
         assert torch.equal(found[name].to(value.dtype), value), name
 
 
+def test_autocast_leaves_float64_alone():
+    case = head(FP64, FP64).but(backend="torch")
+    given = make(case)
+    found = run(case.but(autocast=True), given)
+    for name, value in run(case, given).items():
+        assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_checkpointing(reduction, reentrant):

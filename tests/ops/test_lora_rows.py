@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
+from stablelora_kernels.ops.lora_rows.autograd import RowsBranch, lora_rows
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64, Case, leaves, make, ours, run
 from stablelora_kernels.testing.ops.lora_rows import Rows, Span
 from tests.helpers.case_checks import check, launches
@@ -77,6 +78,31 @@ def test_matches_float64(dtypes, shape, with_base, layout, backend):
     for name, t in make(case).items():
         assert t is None or torch.equal(given[name], t), f"{name} is the caller's"
     check(case, found, given)
+
+
+@pytest.mark.parametrize("first", [BF16, FP32], ids=str)
+def test_gradients_are_in_the_dtypes_of_their_adapters(first, backend):
+    """PEFT leaves an adapter that is added later in float32 beside others in the base's dtype."""
+    torch.manual_seed(0)
+    x, w = torch.randn(40, 16).to(BF16), torch.randn(24, 16).to(BF16)
+    dtypes = (first, FP32 if first is BF16 else BF16)
+    branches = [
+        RowsBranch(
+            20 * i,
+            20 * i + 20,
+            torch.randn(3, 16).to(dtype).requires_grad_(),
+            torch.randn(24, 3).to(dtype).requires_grad_(),
+            1.5,
+            0.0,
+        )
+        for i, dtype in enumerate(dtypes)
+    ]
+    lora_rows(x, w, None, None, branches).backward(torch.randn(40, 24).to(BF16))
+    for branch in branches:
+        for p in (branch.lora_A, branch.lora_B):
+            # Not only autograd's cast of a rounded one.
+            is_rounded = torch.equal(p.grad, p.grad.to(BF16).to(p.dtype))
+            assert p.grad.dtype == p.dtype and is_rounded == (p.dtype == BF16)
 
 
 def test_rows_without_a_branch_are_the_base_alone(backend):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from stablelora_kernels.formats import Layout
 from stablelora_kernels.functional import (
     FP8Experts,
     MXFP4Experts,
@@ -24,7 +25,6 @@ from stablelora_kernels.ops.dropout import draw_keep
 from stablelora_kernels.ops.lora_experts import autograd as op
 from stablelora_kernels.ops.lora_experts import grouped
 from stablelora_kernels.ops.lora_experts.call import ExpertStack
-from stablelora_kernels.quantized import Layout
 from stablelora_kernels.reference import lora_experts_ref
 from stablelora_kernels.testing import assert_no_worse
 from stablelora_kernels.testing.cases import BF16, FP16, FP32, FP64

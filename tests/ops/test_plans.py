@@ -139,6 +139,20 @@ def test_an_unusual_call_has_no_key(what):
         assert plans.key_of("kind", args) is None
 
 
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_call_that_a_graph_records_is_unusual(captures, monkeypatch):
+    """A prepared launch counts where eager ones do."""
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(plans, "_describe", lambda args, key: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    assert plans.key_of("kind", (torch.zeros(2),)) is not None
+    key = plans.key_of("kind", (torch.zeros(2).as_subclass(OnGpu),))
+    assert (key is None) == captures
+
+
 def test_transformed_and_traced_calls_have_no_key():
     keys: list[Any] = []
 

@@ -11,17 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from stablelora_kernels import quantized
+from stablelora_kernels import formats
+from stablelora_kernels.formats import FORMATS
 from stablelora_kernels.kernels.lora import linear_quantized
 from stablelora_kernels.launch.quantized import dequantize
-from stablelora_kernels.quantized import (
-    FORMATS,
-    WEIGHTS,
-    FP4Weight,
-    FP8Weight,
-    NF4Weight,
-    QuantizedWeight,
-)
+from stablelora_kernels.quantized import WEIGHTS, FP4Weight, FP8Weight, NF4Weight, QuantizedWeight
 from stablelora_kernels.reference import fp8_ref
 from stablelora_kernels.testing import dequantized_ref, nf4_weight
 from stablelora_kernels.testing.cases import DEVICE, make, run
@@ -108,7 +102,7 @@ in_parts = pytest.mark.parametrize("elements", [1 << 22, 128])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_bitsandbytes(kind, n, k, blocksize, nested, dtype, elements, monkeypatch):
     bnb = bitsandbytes()
-    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
+    monkeypatch.setattr(formats, "_ELEMENTS", elements)
     torch.manual_seed(n)
     packed, state = bnb.functional.quantize_4bit(
         torch.randn(n, k, dtype=dtype),
@@ -155,7 +149,7 @@ def test_bitsandbytes_packing_for_cpus_is_refused():
 
 @in_parts
 def test_torchao(elements, monkeypatch):
-    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
+    monkeypatch.setattr(formats, "_ELEMENTS", elements)
     torchao = pytest.importorskip(
         "torchao.quantization", reason="runs where torchao is installed: pip install .[test]"
     )
@@ -189,7 +183,7 @@ def test_torchaos_nvfp4(n, k, swizzled, by_tensor, dtype, elements, monkeypatch)
     mx_formats()
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
-    monkeypatch.setattr(quantized, "_ELEMENTS", elements)
+    monkeypatch.setattr(formats, "_ELEMENTS", elements)
     torch.manual_seed(n)
     # Some scales are subnormal in float8.
     values = torch.randn(n, k) * torch.logspace(-4, 2, n)[:, None]

@@ -83,6 +83,21 @@ def test_groups_and_what_trains():
     assert pickle.loads(pickle.dumps(optimizer)).param_groups[0]["adapter"] == "b"
 
 
+def test_what_the_user_froze_stays_frozen():
+    """PEFT freezes an adapter as a whole; a part of one is the user's choice. Frozen weights alone
+    are no group.
+    """
+    model = make(("b", {"r": 3})).train()
+    frozen = [
+        p for name, p in model.named_parameters() if "layers.0" in name and ".default." in name
+    ]
+    for p in frozen:
+        p.requires_grad_(False)
+    optimizer = slk.StableLoRAAdamW.from_model(model, adapters={"default": {}, "b": {}})
+    assert frozen and not any(p.requires_grad for p in frozen)
+    assert [group.get("adapter") for group in optimizer.param_groups] == ["default", "b"]
+
+
 @pytest.mark.parametrize(
     ("adapters", "options", "error", "match"),
     [

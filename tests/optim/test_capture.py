@@ -206,6 +206,13 @@ def test_tables_are_kept(monkeypatch, sharded):
     assert len(reads.held) > 5 and all(ref() is not None for ref in reads.held)
 
 
+def test_an_uploaded_table_is_a_copy():
+    table = torch.zeros(3)
+    uploaded = staging.upload(table, FP32, torch.device(DEVICE))
+    table.fill_(1)
+    assert not uploaded.any()
+
+
 def test_tables_wait_for_every_stream_that_read_them(monkeypatch):
     optimizer, _ = optimizers(steps=0)
     stream, kept = [7], []

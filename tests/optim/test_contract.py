@@ -287,6 +287,8 @@ def torchs(kind: str, *groups: slice, **options: Any) -> dict[str, Any]:
 
 RENAMED = [LoRAPair(f"other{i}", pair.A, pair.B) for i, pair in enumerate(make_pairs())]
 WIDER = make_pairs([(8, 24, 41), *SHAPES[1:]])
+TRANSPOSED = make_pairs()
+TRANSPOSED[0].A.data = TRANSPOSED[0].A.data.t().contiguous().t()
 # By name a state, and the message.
 UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "SGD": (lambda: torchs("SGD"), "not StableLoRAAdamW's: its group 0 has no 'betas'"),
@@ -318,6 +320,10 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "a lr that is NaN": (
         lambda: state(lambda s: s["param_groups"][0].update(lr=math.nan)),
         "state_dict's group 0: lr must be a finite number in [0, inf), got nan",
+    ),
+    "8 bits in other strides": (
+        lambda: state(pairs=TRANSPOSED, moments_dtype=torch.uint8),
+        "state_dict's 'exp_avg' is in 8 bits, so 'exp_avg_scale' must be [2] and its strides (40, 1), got [2] and (1, 8)",
     ),
     "nothing": (dict, "must be a dict with 'state' and 'param_groups'"),
 }
@@ -354,7 +360,9 @@ def test_wrappers_around_a_model_do_not_matter():
     assert [pair.name for pair in by_model.pairs] == [pair.name for pair in plain.pairs]
     for given, optimizer in ((plain, by_model), (plain, by_name), (by_name, plain)):
         optimizer.param_groups[0]["lr"] = 0.5
+        names = [*optimizer.param_groups[0]["param_names"]]
         optimizer.load_state_dict(given.state_dict())
+        assert optimizer.param_groups[0]["param_names"] == names
         assert (
             all_equal(snapshot(optimizer), snapshot(plain))
             and optimizer.param_groups[0]["lr"] == 0.25

@@ -26,12 +26,15 @@ from tests.helpers.steps import assert_all_close, take_step
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_grad_scaler_hands_over_scale_and_verdict(backend):
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_grad_scaler_hands_over_scale_and_verdict(max_grad_norm, backend):
     pairs, twins = make_pairs(), make_pairs()
-    optimizer, other = StableLoRAAdamW(pairs, lr=1e-2), StableLoRAAdamW(twins, lr=1e-2)
+    options = {"lr": 1e-2, "max_grad_norm": max_grad_norm}
+    optimizer, other = StableLoRAAdamW(pairs, **options), StableLoRAAdamW(twins, **options)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
-    for poisoned in (False, True, False):
-        loss = sum(
+    # The first gradients have a norm of less than 1, and of more than 1 once they are scaled.
+    for poisoned, size in ((False, 1e-5), (True, 1.0), (False, 1.0)):
+        loss = size * sum(
             (p * torch.arange(p.numel(), device=DEVICE).view_as(p)).sum() for p in halves(pairs)
         )
         scaler.scale(loss).backward()
@@ -75,13 +78,17 @@ def test_closure_scheduler_and_zero_grad(backend):
 
 
 def test_backward_through_overwritten_parameters_is_noticed(backend):
-    (pair,) = make_pairs([(4, 8, 8)])
-    optimizer = StableLoRAAdamW([pair])
+    pair, other = make_pairs([(4, 8, 8)] * 2)
+    optimizer = StableLoRAAdamW([pair, other])
     loss = (pair.A.square().sum() + pair.B.square().sum()).square()
     loss.backward(retain_graph=True)
-    optimizer.step()
+    # Without a gradient, nothing is written.
+    of_other = other.A.square().sum()
+    for _ in range(2):
+        optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    of_other.backward()
 
 
 def test_hooks_of_state_dicts(backend):

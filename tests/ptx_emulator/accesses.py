@@ -151,9 +151,10 @@ def _atomic(words: Arithmetic, ins: Instruction) -> Action:
         lanes = c.lanes(mask)
         a, space = address(c)[lanes], c.machine.memory
         operands, view, results = read(c)[lanes], space.views[size], np.zeros(len(lanes), np.uint32)
+        of_cta = range(c.first_warp, c.first_warp + c.warps) if local else None
         for region, here in space.reach(a, a + size, size, c.machine.faults, ins):
             c.machine.races.atomic(
-                region, region.granules(a[here], size), c.warp_of[lanes[here]], ins, a[here]
+                region, region.granules(a[here], size), c.warp_of[lanes[here]], ins, a[here], of_cta
             )
             for i in np.arange(len(lanes))[here]:
                 at = space.at(a[i], size)

@@ -186,6 +186,8 @@ class Races:
         self.owners = [0]
         # What releases left, by address.
         self.released: dict[Any, Snapshot] = {}
+        # The warps of the scopes of atomics with .cta, by address and warp.
+        self.of_ctas: dict[tuple[int, int], range] = {}
 
     # Synchronization.
 
@@ -320,11 +322,33 @@ class Races:
             ins,
         )
 
-    def atomic(self, region: Region, granules: Any, warps: Any, ins: Any, addresses: Any) -> None:
-        """A read and write at once, which races with plain accesses alone."""
+    def atomic(
+        self,
+        region: Region,
+        granules: Any,
+        warps: Any,
+        ins: Any,
+        addresses: Any,
+        of_cta: range | None,
+    ) -> None:
+        """A read and write at once, which races with plain accesses, and with atomics of another
+        CTA if either has the scope of its CTA alone. ``of_cta``: that scope's warps, None for all.
+        """
         self._check_writer(region, granules, warps, ins, False, "atomic", True)
         for address, warp in zip(addresses.tolist(), warps.tolist(), strict=True):
-            region.atomics.setdefault(address & ~3, {})[warp] = int(self.clock[warp, warp])
+            word = address & ~3
+            by_warp = region.atomics.setdefault(word, {})
+            if of_cta is not None:
+                self.of_ctas[word, warp] = of_cta
+            # Few launches have one.
+            for by, epoch in by_warp.items() if self.of_ctas else ():
+                scopes = (of_cta or (by,), self.of_ctas.get((word, by), (warp,)))
+                if self.clock[warp, by] < epoch and (by not in scopes[0] or warp not in scopes[1]):
+                    detail = (
+                        f"{region.name}+{word - region.start}: warp {warp}, atomic of warp {by}"
+                    )
+                    self.faults.add("race (atomics of scope .cta in two CTAs)", ins, detail)
+            by_warp[warp] = int(self.clock[warp, warp])
 
     def _check_atomics(
         self, region: Region, granules: Any, warps: Any, ins: Any, what: str

@@ -66,6 +66,11 @@ def _chain_kernel(x_ptr, s_ptr, flag_ptr, out_ptr, N: tl.constexpr, RELEASE: tl.
 
 
 @triton.jit
+def _count_kernel(counter_ptr, SCOPE: tl.constexpr):
+    tl.atomic_add(counter_ptr, 1, sem="relaxed", scope=SCOPE)
+
+
+@triton.jit
 def _casts_kernel(x_ptr, bf_ptr, h_ptr, i_ptr, e_ptr, n, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0)
@@ -130,6 +135,10 @@ def results(arch: str) -> Iterator[Result]:
             faults,
             sem == "relaxed",
         )
+    for scope in ("gpu", "cta"):
+        counter = torch.zeros(1, dtype=torch.int32)
+        faults = run(_launch(_count_kernel, (4,), (counter,), {"SCOPE": scope}), schedule)
+        yield f"count, {scope}", float(counter.item() != 4), faults, scope == "cta"
     for dtype, precision, limit in (
         (torch.bfloat16, "ieee", 8e-3), (torch.float16, "ieee", 1e-3), (torch.float32, "ieee", 1e-6),
         (torch.float32, "tf32", 2e-3),

@@ -132,7 +132,8 @@ def faults_of_parametrized(names: tuple[str, ...], computed: frozenset[str]) -> 
     # The trial draws none of the user's random numbers, and takes none of the user's modes.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.inference_mode(False), torch.enable_grad():
+        # It turns gradients on, too.
+        with torch.inference_mode(False):
             try:
                 return _try(names, computed)
             except Exception:

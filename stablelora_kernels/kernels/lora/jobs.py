@@ -178,8 +178,8 @@ class DescribedTile(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A W [N, K] in 4 or 8 bits, see ``quantized.Stored``: bytes in rows of ``stride``, absmax or
-    scales, code, nested scales. ``quantized.FORMATS`` says which of them a format has.
+    """A W [N, K] in 4 or 8 bits, see ``formats.Stored``: bytes in rows of ``stride``, absmax or
+    scales, code, nested scales. ``formats.FORMATS`` says which of them a format has.
     """
 
     data: Any

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.dispatch.first_use import is_on
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.ops.autograd import (
     Context,
     apply_of_known_calls,
@@ -69,7 +70,6 @@ from stablelora_kernels.projection import (
     operands_of,
     scales_of,
 )
-from stablelora_kernels.quantized import Stored
 
 _BACKENDS = {
     "triton": Backend(lora_linear_fwd, lora_linear_bwd),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stablelora_kernels.dispatch import rules
 from stablelora_kernels.dispatch.problem import Call
+from stablelora_kernels.formats import Stored
 from stablelora_kernels.ops.cpu_products import product
 from stablelora_kernels.ops.formulas import Wanted, gradients_of, project, to_multiply
 from stablelora_kernels.ops.lora_linear.call import (
@@ -40,7 +41,6 @@ from stablelora_kernels.ops.proofs import (
     with_stand_ins,
 )
 from stablelora_kernels.projection import LORA_AS, Projection, projections_of, s_unit
-from stablelora_kernels.quantized import Stored
 from stablelora_kernels.reference import unpack_mask
 from stablelora_kernels.reference.rounding import Arithmetic, Rounded, RoundedLayer, operand
 
