@@ -48,7 +48,8 @@ class RowsTrainer(_Trainer):
     Args:
         model: a PEFT model after :func:`accelerate_peft`.
         args, data_collator, train_dataset, eval_dataset: Trainer's. The collator gets the rows
-            sorted by adapter, without the names.
+            sorted by adapter, without the names. Each dataset of an ``eval_dataset`` that is a dict
+            has the rows of one adapter.
         adapters: the adapters to train, with the settings of :class:`StableLoRAAdamW` in which each
             differs from ``args``. None: all of the model's.
         names_column: the column of the names.
