@@ -19,6 +19,7 @@ from stablelora_kernels.integrations.merged_parameters import merged_parameters
 from stablelora_kernels.integrations.packed_checkpoints import load_packed_experts
 from stablelora_kernels.integrations.peft import accelerate_peft, restore_peft
 from stablelora_kernels.integrations.peft.rows import adapters_of_rows, losses_of_rows
+from stablelora_kernels.integrations.rows_trainer import RowsTrainer
 from stablelora_kernels.model import (
     LoRAReport,
     apply_lora,
@@ -37,6 +38,7 @@ __all__ = [
     "LoRAPair",
     "LoRAReport",
     "PairStability",
+    "RowsTrainer",
     "StabilityCallback",
     "StabilityLogger",
     "StableLoRAAdamW",

@@ -332,17 +332,19 @@ class AccelerateCallback(_Callback):
 
 
 def _new_callback(cls: type) -> Any:
-    """An empty instance of a callback's class, which derives from ``TrainerCallback`` too."""
-    return object.__new__(_as_transformers_callback(cls))
+    """An empty instance of a callback's class, which derives from ``TrainerCallback`` too, whose
+    other events do nothing.
+    """
+    return object.__new__(derived_from_transformers(cls, "TrainerCallback"))
 
 
 @functools.cache
-def _as_transformers_callback(cls: type) -> type:
-    """``cls``, derived from transformers' ``TrainerCallback`` too, whose other events do nothing."""
+def derived_from_transformers(cls: type, base: str) -> type:
+    """``cls``, derived from transformers' class ``base`` too."""
     transformers = import_extra("transformers", "peft", cls.__name__)
     return type(
         cls.__name__,
-        (cls, transformers.TrainerCallback),
+        (cls, getattr(transformers, base)),
         {"__module__": cls.__module__, "__doc__": cls.__doc__},
     )
 

@@ -7,6 +7,8 @@ its input instead of multiplying, and the loss function computes the loss of it
 shift of labels, ``num_items_in_batch``, a router's loss, the output's class. The output's
 ``logits`` are None, as Liger-Kernel's are. In evaluation, and without labels, the model's own
 forward runs. Each call reads the head again; if the op does not fit it, the model computes logits.
+
+With ``token_losses=True`` the output's loss is that of each token, as ``losses_of_rows`` takes it.
 """
 
 from __future__ import annotations
@@ -76,10 +78,13 @@ class _Call:
     replicas do not meet in it.
     """
 
-    def __init__(self, model: Any, state: State) -> None:
+    def __init__(self, model: Any, state: State, token_losses: bool) -> None:
         self._model = model
         self._state = state
+        self._wants_token_losses = token_losses
         self.withheld: _Withheld | None = None
+        # [rows, tokens], where they are asked for.
+        self.token_losses: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         # A bound method in __dict__ would be a cycle: hidden states would live until Python finds it.
@@ -118,6 +123,7 @@ class _Call:
         transform = self._state.form.transform(self._model)
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        reduction = "mean" if num_items_in_batch is None else "sum"
         loss = lora_linear_cross_entropy(
             hidden,
             weights.weight,  # type: ignore[arg-type]
@@ -127,11 +133,15 @@ class _Call:
             lora_B=weights.lora_B,
             scaling=weights.scaling,
             ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
+            reduction="none" if self._wants_token_losses else reduction,
             softcap=transform.softcap,
             logit_scale=transform.logit_scale,
             dropout_p=operand.dropout_p or 0.0,
         )
+        if self._wants_token_losses:
+            self.token_losses = loss
+            # A router's loss is added to it, which belongs to no token.
+            return loss.sum()
         if num_items_in_batch is None:
             return loss
         if isinstance(num_items_in_batch, Tensor):
@@ -186,9 +196,11 @@ def _forward(
     """The model's own forward; in training with labels, without logits.
 
     ``skip_logits`` says for one call whether to do without them, as in Liger-Kernel's forwards;
-    transformers' Trainer passes it.
+    transformers' Trainer passes it. ``token_losses`` asks for the loss of each token, if it does
+    without them.
     """
     skip_logits = kwargs.pop("skip_logits", None)
+    token_losses = kwargs.pop("token_losses", False)
     state: State | None = model.__dict__.get(ATTRIBUTE)
     if state is not None and not _has_adapter(model, state):
         unfuse_losses([model])
@@ -208,10 +220,12 @@ def _forward(
     if wants_tuple:
         # A tuple does not tell which of its members are the logits.
         kwargs["return_dict"] = True
-    call = _Call(model, state)
+    call = _Call(model, state, token_losses)
     output = own_forward(call, *args, **kwargs)
     if call.withheld is not None:
         fields = {name: value for name, value in output.items() if name != "logits"}
+        if call.token_losses is not None:
+            fields["loss"] = call.token_losses
         output = type(output)(**fields)
     return output.to_tuple() if wants_tuple else output
 
@@ -244,6 +258,13 @@ def fuse_losses(model: nn.Module) -> tuple[LanguageModel, ...]:
         reason = form.reason if isinstance(form, Refusal) else _fuse(module, form)
         models.append(LanguageModel(name, reason))
     return tuple(models)
+
+
+def has_fused_loss(model: nn.Module) -> bool:
+    """Whether a language model in ``model`` may train without logits, so that its forward takes
+    ``token_losses``.
+    """
+    return any(ATTRIBUTE in module.__dict__ for module in model.modules())
 
 
 def notes_on_losses(models: Iterable[LanguageModel]) -> list[str]:

@@ -921,6 +921,67 @@ def test_losses_are_transformers_own():
     )
 
 
+def small_and_fused(**options: Any) -> nn.Module:
+    model = three_adapters(dtype=torch.float32)
+    slk.accelerate_peft(model, fuse_loss=True, **options)
+    train_all(model)
+    return model
+
+
+def test_losses_without_logits_are_those_of_logits():
+    """Of the loss op's tokens, divided by each adapter's own or by the tokens of a whole step."""
+    model = small_and_fused()
+    names = [*NAMES, "__base__"]
+    ids = torch.randint(1, 40, (len(names), 9))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    for num_items in (None, {"a": 30, "b": torch.tensor(20), "c": 10, "__base__": 0}):
+        found, grads = {}, {}
+        for fused in (False, True):
+            model.zero_grad()
+            with slk.adapters_of_rows(model, names):
+                if fused:
+                    output = model(ids, labels=labels, token_losses=True)
+                    assert output.logits is None and output.loss.shape == labels.shape
+                values = output.loss if fused else model(ids).logits
+                losses = slk.losses_of_rows(values, labels, names, num_items=num_items)
+                sum(losses.values()).backward()
+            found[fused] = losses
+            grads[fused] = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        assert [*found[True]] == ["a", "b", "c", "__base__"]
+        torch.testing.assert_close(found[True], found[False])
+        assert len(grads[True]) == len(grads[False]) > 0
+        torch.testing.assert_close(grads[True], grads[False], rtol=1e-4, atol=1e-7)
+        if num_items is not None:
+            own = slk.losses_of_rows(values, labels, names)
+            counts = {name: int((labels[row, 1:] != -100).sum()) for row, name in enumerate(names)}
+            torch.testing.assert_close(own["b"] * counts["b"] / 20, losses["b"])
+
+
+def test_token_losses_leave_a_forward_with_logits_as_it_is():
+    """In evaluation, and where a head is an adapter's own: its logits cannot be of one op."""
+    model = small_and_fused()
+    ids = torch.randint(1, 40, (len(NAMES), 9))
+    with slk.adapters_of_rows(model.eval(), NAMES):
+        output = model(ids, labels=ids, token_losses=True)
+    assert output.logits.shape == (*ids.shape, 40) and output.loss.dim() == 0
+    with pytest.raises(ValueError, match=r"the losses of tokens \[rows, tokens\], .* got \[\] and"):
+        slk.losses_of_rows(output.loss, ids, NAMES)
+    lora = {"target_modules": ["lm_head"]}
+    model = make(("b", lora), model=llama(), **lora).train()
+    slk.accelerate_peft(model, fuse_loss=True)
+    ids = ids[:2] % 11
+    assert model(ids, labels=ids, token_losses=True).loss.shape == ids.shape
+    with slk.adapters_of_rows(model, ["default", "b"]):
+        assert model(ids, labels=ids, token_losses=True).logits.dim() == 3
+
+
+def test_losses_need_a_number_for_each_name():
+    with pytest.raises(
+        ValueError, match="num_items must have each of the names, got none for 'b' in 'a'"
+    ):
+        slk.losses_of_rows(torch.zeros(2, 3), torch.zeros(2, 3), ["a", "b"], num_items={"a": 3})
+
+
 def test_a_loss_without_tokens_is_zero_and_that_of_the_base_has_no_gradient():
     logits = torch.randn(3, 4, 11, requires_grad=True)
     labels = torch.randint(11, (3, 4))

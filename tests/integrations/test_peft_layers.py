@@ -413,3 +413,56 @@ def test_vision_transformers_are_pefts(kind, sizes):
     assert found.keys() == expected.keys() and len(found) > 10
     for name, value in found.items():
         assert (value - expected[name]).norm() <= 1e-9 * expected[name].norm(), name
+
+
+def unet(diffusers):
+    """Stable Diffusion's: its attention projections are linear layers among convolutions."""
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, norm_num_groups=4,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    inputs = {"sample": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 5, 8)}
+    return model, inputs | {"timestep": torch.tensor([3, 7])}
+
+
+def flux(diffusers):
+    """A transformer, whose blocks join the tokens of image and text."""
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    inputs = {"hidden_states": torch.randn(2, 6, 4), "encoder_hidden_states": torch.randn(2, 5, 8)}
+    inputs |= {"pooled_projections": torch.randn(2, 8), "timestep": torch.tensor([0.3, 0.7])}
+    return model, inputs | {"img_ids": torch.randn(6, 3), "txt_ids": torch.zeros(5, 3)}
+
+
+@pytest.mark.parametrize("build", [unet, flux])
+def test_diffusion_models_are_pefts(build):
+    """By diffusers' own ``add_adapter``, on the layers that its training scripts adapt."""
+    diffusers = pytest.importorskip(
+        "diffusers", reason="runs where diffusers is installed: pip install .[test]"
+    )
+    torch.manual_seed(0)
+    model, inputs = build(diffusers)
+    model.add_adapter(
+        peft.LoraConfig(
+            r=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"], init_lora_weights=False
+        )
+    )
+    model.double()
+    inputs = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+    def step() -> dict[str, torch.Tensor]:
+        return results(model, model(**inputs).sample)
+
+    expected = step()
+    report = slk.accelerate_peft(model, strict=True)
+    assert len(report.replaced) >= 6 and not report.skipped
+    found = step()
+    assert found.keys() == expected.keys() and len(found) > 2 * 6
+    for name, value in found.items():
+        assert (value - expected[name]).norm() <= 1e-9 * expected[name].norm(), name

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -178,7 +178,12 @@ def _state_of(layers: Sequence[nn.Module]) -> RowsState:
 
 
 def losses_of_rows(
-    logits: Tensor, labels: Tensor, names: Sequence[str], *, ignore_index: int = -100
+    logits: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    *,
+    ignore_index: int = -100,
+    num_items: Mapping[str, Tensor | int] | None = None,
 ) -> dict[str, Tensor]:
     """Each adapter's next-token loss, by its name: the mean over its own tokens.
 
@@ -188,25 +193,39 @@ def losses_of_rows(
     whose labels are all ignored has a loss of 0, not NaN. The loss of ``"__base__"`` has no
     gradient.
 
+    A model with ``fuse_loss=True`` needs no logits for them. It computes the loss of each token::
+
+        token_losses = model(input_ids, labels=labels, token_losses=True).loss
+        losses = slk.losses_of_rows(token_losses, labels, names)
+
     Args:
-        logits: [rows, tokens, vocabulary].
+        logits: [rows, tokens, vocabulary]; or the losses of tokens [rows, tokens], as above.
         labels: [rows, tokens]; the label at t is what the logits at t - 1 predict.
         names: those of :func:`adapters_of_rows`.
         ignore_index: the label of tokens that do not count.
+        num_items: by adapter, what to divide the sum of its losses by, in place of its tokens in
+            ``labels``: its tokens in all micro-batches of a step, as the ``num_items_in_batch`` of
+            transformers' Trainer.
 
     Raises:
-        ValueError: shapes do not fit each other or ``names``, or the rows of one adapter do not lie
-            together.
+        ValueError: shapes do not fit each other or ``names``, the rows of one adapter do not lie
+            together, or ``num_items`` lacks one of ``names``.
     """
     ranges = ranges_of(names)
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+    if logits.dim() not in (2, 3) or labels.shape != logits.shape[:2]:
         raise ValueError(
-            "logits must be [rows, tokens, vocabulary] and labels [rows, tokens], "
+            "logits must be [rows, tokens, vocabulary], or the losses of tokens [rows, tokens], and labels [rows, tokens], "
             f"got {list(logits.shape)} and {list(labels.shape)}"
         )
     if logits.shape[0] != len(names):
         raise ValueError(
             f"logits must have {len(names)} rows, one for each of the names, got {logits.shape[0]}"
+        )
+    if num_items is not None and (
+        missing := [row for row in ranges if row.adapter not in num_items]
+    ):
+        raise ValueError(
+            f"num_items must have each of the names, got none for {missing[0].adapter!r} in {list_some([*map(repr, num_items)])}"
         )
     # Shifting the labels copies less than leaving out the last logits.
     targets = pad(labels[:, 1:], (0, 1), value=ignore_index).to(logits.device)
@@ -219,8 +238,12 @@ def losses_of_rows(
         if of_rows.dtype != torch.float64:
             of_rows = of_rows.float()
         target = targets[row.start : row.end].flatten()
-        total = cross_entropy(
-            of_rows.flatten(0, 1), target, ignore_index=ignore_index, reduction="sum"
-        )
-        losses[row.adapter] = total / (target != ignore_index).sum().clamp(min=1)
+        if of_rows.dim() == 2:
+            total = of_rows.sum()
+        else:
+            total = cross_entropy(
+                of_rows.flatten(0, 1), target, ignore_index=ignore_index, reduction="sum"
+            )
+        count = (target != ignore_index).sum() if num_items is None else num_items[row.adapter]
+        losses[row.adapter] = total / torch.as_tensor(count, device=total.device).clamp(min=1)
     return losses
