@@ -4,12 +4,14 @@ gradients of both.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
 from stablelora_kernels.functional import lora_linear_cross_entropy, lora_linear_log_probs
@@ -260,3 +262,25 @@ def test_first_use_proves_the_kernel_with_entropies(nothing_known: None) -> None
     words = [kind.words for _, kind in first_use._findings if "cross_entropy" in kind.op]
     assert any("its gradient True" in word for word in words)
     assert not any(first_use._retired.values())
+
+
+def test_checkpointed_and_in_threads() -> None:
+    """In each of four threads as without a checkpoint, to the bit. The interpreter has one thread."""
+    given = operands()
+    weights = [torch.linspace(-1, 1, 37), torch.linspace(2, 0, 37)]
+    with slk.settings(backend="torch"):
+        expected = computed(lora_linear_log_probs, leaves(given), weights)
+
+    def call(*args: Any) -> Any:
+        return lora_linear_log_probs(*args)
+
+    def step(reentrant: bool) -> list[Tensor]:
+        mine = leaves(given)
+        with slk.settings(backend="torch"):
+            values = checkpoint(call, *mine.values(), use_reentrant=reentrant)
+            sum((w * v).sum() for w, v in zip(weights, values, strict=True)).backward()
+        return [*(v.detach() for v in values), *(mine[name].grad for name in LEAVES)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(step, [False, True] * 2):
+            assert all(map(torch.equal, found, expected))
