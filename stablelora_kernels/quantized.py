@@ -305,11 +305,14 @@ class FP4Weight:
         """
         data, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
         elements = getattr(weight, "elem_dtype", None)
+        # torchao 0.15 has another name for it.
+        swizzled = getattr(weight, "is_swizzled_scales", None)
         is_fp4 = type(weight).__name__ == "NVFP4Tensor" or str(elements) == "torch.float4_e2m1fn_x2"
-        if not is_fp4 or not isinstance(data, Tensor) or not isinstance(scale, Tensor):
+        tensors = isinstance(data, Tensor) and isinstance(scale, Tensor)
+        if not is_fp4 or not tensors or swizzled is None:
             kind = type(weight).__name__ + ("" if elements is None else f" of {elements}")
             raise TypeError(
-                f"weight must be torchao's NVFP4Tensor, or its MXTensor of torch.float4_e2m1fn_x2, got {kind}"
+                f"weight must be the NVFP4Tensor of torchao 0.16 or newer, or its MXTensor of torch.float4_e2m1fn_x2, got {kind}"
             )
         if getattr(weight, "act_quant_kwargs", None) is not None:
             raise ValueError(
@@ -318,7 +321,7 @@ class FP4Weight:
         if scale.dtype != torch.float8_e4m3fn:
             scale = scale.view(torch.uint8)
         tensor_scale = getattr(weight, "per_tensor_scale", None)
-        return cls(data.view(torch.uint8), scale, tensor_scale, weight.is_swizzled_scales)
+        return cls(data.view(torch.uint8), scale, tensor_scale, swizzled)
 
     @property
     def format(self) -> int:

@@ -45,14 +45,14 @@ def keep_in_4_bits(model: nn.Module) -> list[str]:
         The names of the layers.
 
     Raises:
-        ImportError: there are such layers, and torchao is not installed.
+        ImportError: there are such layers, and torchao 0.16 or newer is not installed.
         TypeError: ``model`` is not a module.
     """
     check_module(model)
     layers = {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
     if not layers:
         return []
-    torchao = import_extra("torchao.prototype.mx_formats.nvfp4_tensor", "suite", "keep_in_4_bits")
+    torchao = import_extra("torchao.prototype.mx_formats.nvfp4_tensor", "nvfp4", "keep_in_4_bits")
     for layer in layers.values():
         parameters: Any = {name: layer._parameters.pop(name) for name in _PARAMETERS}
         weight = torchao.NVFP4Tensor(
@@ -77,7 +77,7 @@ def _decompress(model: nn.Module) -> None:
     """Decompress what a model's hook would decompress at the first forward. The hook would also put
     hooks on every module, PEFT's included.
     """
-    library = import_extra("compressed_tensors.compressors", "test", "keep_in_4_bits")
+    library = import_extra("compressed_tensors.compressors", "nvfp4", "keep_in_4_bits")
     for module in model.modules():
         library.decompress_module(module)
     model.__dict__.pop(_HOOK).remove()

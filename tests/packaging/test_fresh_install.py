@@ -54,6 +54,14 @@ model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
 assert len(slk.accelerate_peft(model).replaced) == 1
 model(torch.randn(4, 16)).sum().backward()
 """,
+    "nvfp4": """
+from compressed_tensors.compressors import decompress_module
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+made = make_model()
+made[0].weight = torch.nn.Parameter(NVFP4Tensor.to_nvfp4(torch.randn(16, 16)), requires_grad=False)
+assert len(slk.apply_lora(made, ["0"], r=2).replaced) == 1
+made(torch.randn(4, 16)).sum().backward()
+""",
 }
 
 
