@@ -306,10 +306,10 @@ class FP4Weight:
         data, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
         elements = getattr(weight, "elem_dtype", None)
         # torchao 0.15 has another name for it.
-        swizzled = getattr(weight, "is_swizzled_scales", None)
+        swizzled: Any = getattr(weight, "is_swizzled_scales", None)
         is_fp4 = type(weight).__name__ == "NVFP4Tensor" or str(elements) == "torch.float4_e2m1fn_x2"
-        tensors = isinstance(data, Tensor) and isinstance(scale, Tensor)
-        if not is_fp4 or not tensors or swizzled is None:
+        is_fp4 = is_fp4 and swizzled is not None
+        if not is_fp4 or not isinstance(data, Tensor) or not isinstance(scale, Tensor):
             kind = type(weight).__name__ + ("" if elements is None else f" of {elements}")
             raise TypeError(
                 f"weight must be the NVFP4Tensor of torchao 0.16 or newer, or its MXTensor of torch.float4_e2m1fn_x2, got {kind}"
