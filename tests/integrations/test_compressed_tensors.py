@@ -14,6 +14,7 @@ from torch import nn
 import stablelora_kernels as slk
 from stablelora_kernels import quantized
 from stablelora_kernels.testing.cases import BF16
+from tests.helpers.small_models import llama
 
 peft = pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 pytest.importorskip(
@@ -165,3 +166,52 @@ def test_errors(monkeypatch):
         slk.keep_in_4_bits(model)
     assert "weight_packed" in dict(model.named_modules())["0"]._parameters
     assert slk.keep_in_4_bits(nn.Linear(2, 2)) == []
+
+
+@pytest.mark.nightly
+def test_a_checkpoint_of_transformers_trains_in_a_trainer(tmp_path, calls):
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    made = llama(
+        vocab_size=60,
+        num_hidden_layers=1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    ).to(BF16)
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    settings = QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+    apply_quantization_config(made, settings)
+    for layer in made.modules():
+        if hasattr(layer, "weight_scale"):
+            layer.weight_scale.data.fill_(1.0)
+            layer.weight_global_scale.data.fill_(8.0)
+    compressor = ModelCompressor(quantization_config=settings)
+    compressor.compress_model(made)
+    made._forward_pre_hooks.clear()
+    made.save_pretrained(tmp_path / "model")
+    compressor.update_config(tmp_path / "model")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert len(slk.keep_in_4_bits(model)) == 7
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    slk.accelerate_peft(model, strict=True)
+    ids = torch.randint(3, 60, (8, 12)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    given = {"max_steps": 2, "use_cpu": True, "report_to": [], "learning_rate": 1e-2}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), **given), train_dataset=rows)
+    trainer.train()
+    assert calls.layers == {"lora_branch": 14}
+    base = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    assert type(base.weight).__name__ == "NVFP4Tensor" and not hasattr(base, "weight_packed")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    slk.keep_in_4_bits(fresh)
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "run" / "checkpoint-2")
+    slk.accelerate_peft(again, strict=True)
+    tokens = torch.tensor(ids[:2])
+    assert torch.equal(again.eval()(tokens).logits, model.eval()(tokens).logits)
