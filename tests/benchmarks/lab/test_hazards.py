@@ -122,6 +122,7 @@ def found(find, text: str) -> list[str]:
         (unfenced_stores, STORED, "scf.yield", "ttng.fence_async_shared\n      scf.yield"),
         (unfenced_stores, ALLOCATED, "%d = ttng", "ttng.fence_async_shared\n      %d = ttng"),
         (reloaded_scalars, SCALAR, "@%p1", "bar.sync 0;\n @%p1"),
+        (reloaded_scalars, SCALAR.replace("ld", "again: ld"), "@%p1", "bar.sync 0;\n @%p1"),
         (reloaded_scalars, SCALAR, "st.global.b32 [ %rd1 + 0", "st.global.b32 [ %rd1 + 8"),
         (reloaded_scalars, SCALAR, "ld", "add.s64 %rd1, %rd2, %r1;\n ld"),
         (store_round_trips, 2 * WAIT, 2 * WAIT, WAIT),
