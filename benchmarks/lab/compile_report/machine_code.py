@@ -18,8 +18,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.lab.compile_report import hazards, hazards_amd, hazards_fences, hazards_sass
-from benchmarks.lab.compile_report.sass import Program
+from benchmarks.lab.compile_report import hazards, programs
 
 # Of Triton: (3, 9).
 RELEASE = tuple(int(number) for number in triton.__version__.split(".")[:2])
@@ -143,33 +142,25 @@ def read(compiled: Any) -> dict[str, Any]:
     assembler keeps; on AMD's, scalars mostly have instructions of their own.
 
     Raises:
-        HazardError: the code has a fault that a function of the modules ``hazards...`` finds.
+        HazardError: the code has a fault that a function of ``hazards.HAZARDS`` finds.
     """
     asm, reason = compiled.asm, ""
     if "cubin" in asm:
-        machine, ptx = cuobjdump(asm["cubin"]), asm["ptx"]
-        faults = [
-            *hazards.reloaded_scalars(ptx),
-            *hazards.store_round_trips(ptx),
-            *hazards.short_buffers(asm["ttgir"]),
-        ]
-        faults += [
-            *hazards_fences.unfenced_copies(ptx),
-            *hazards_fences.unfenced_stores(asm["ttgir"]),
-        ]
-        program = Program(machine)
-        faults += [*hazards_sass.overwritten_operands(program), *hazards_sass.early_uses(program)]
+        machine, ptx = cuobjdump(asm["cubin"]), programs.ptx(asm["ptx"])
+        faults = hazards.faults(
+            ptx=ptx, ttgir=programs.ttgir(asm["ttgir"]), sass=programs.sass(machine)
+        )
         found = {
             name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine)
         }
         # Some code reserves a stack that it does not use.
         spills = (found["STACK"] + found["LOCAL"]) * bool(re.search(r"\b(?:STL|LDL)\b", machine))
-        registers, reason = found["REG"], serialized(ptx)
+        registers, reason = found["REG"], serialized(asm["ptx"])
         accesses = [
             (each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies
         ]
     else:
-        machine, faults = asm["amdgcn"], [*hazards_amd.faults(asm["amdgcn"])]
+        machine, faults = asm["amdgcn"], hazards.faults(gcn=programs.gcn(asm["amdgcn"]))
         found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", machine)}
         registers, spills = found["vgpr_count"], found["private_segment_fixed_size"]
         accesses = [

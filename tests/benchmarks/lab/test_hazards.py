@@ -14,12 +14,17 @@ pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x
 
 
 from benchmarks.common.tritons import PINNED
-from benchmarks.lab.compile_report import hazards_amd, machine_code, report
-from benchmarks.lab.compile_report.hazards import reloaded_scalars, short_buffers, store_round_trips
-from benchmarks.lab.compile_report.hazards_amd import early_counts
-from benchmarks.lab.compile_report.hazards_fences import unfenced_copies, unfenced_stores
-from benchmarks.lab.compile_report.hazards_sass import early_uses, overwritten_operands
-from benchmarks.lab.compile_report.sass import Program
+from benchmarks.lab.compile_report import hazards, machine_code, programs, report
+from benchmarks.lab.compile_report.hazards import (
+    early_counts,
+    early_uses,
+    overwritten_operands,
+    reloaded_scalars,
+    short_buffers,
+    store_round_trips,
+    unfenced_copies,
+    unfenced_stores,
+)
 from stablelora_kernels.dispatch.backend import judge
 from tests.helpers.processes import python
 
@@ -100,6 +105,12 @@ ALLOCATED = STORED.replace("%b = ttg.memdesc_index %v[%i]", "%b = ttg.local_allo
 )
 
 
+def found(find, text: str) -> list[str]:
+    """The faults of one hazard of the table in code of the kind that it reads."""
+    (kind,) = (kind for kind, finds in hazards.HAZARDS.items() if find in finds)
+    return [*find(getattr(programs, kind)(text))]
+
+
 @pytest.mark.parametrize(
     ("find", "text", "of_fault", "mended"),
     [
@@ -111,6 +122,7 @@ ALLOCATED = STORED.replace("%b = ttg.memdesc_index %v[%i]", "%b = ttg.local_allo
         (unfenced_stores, STORED, "scf.yield", "ttng.fence_async_shared\n      scf.yield"),
         (unfenced_stores, ALLOCATED, "%d = ttng", "ttng.fence_async_shared\n      %d = ttng"),
         (reloaded_scalars, SCALAR, "@%p1", "bar.sync 0;\n @%p1"),
+        (reloaded_scalars, SCALAR.replace("ld", "again: ld"), "@%p1", "bar.sync 0;\n @%p1"),
         (reloaded_scalars, SCALAR, "st.global.b32 [ %rd1 + 0", "st.global.b32 [ %rd1 + 8"),
         (reloaded_scalars, SCALAR, "ld", "add.s64 %rd1, %rd2, %r1;\n ld"),
         (store_round_trips, 2 * WAIT, 2 * WAIT, WAIT),
@@ -122,8 +134,8 @@ ALLOCATED = STORED.replace("%b = ttg.memdesc_index %v[%i]", "%b = ttg.local_allo
 def test_a_fault_is_found_and_the_mended_text_has_none(
     find, text: str, of_fault: str, mended: str
 ) -> None:
-    assert len([*find(text)]) == 1
-    assert [*find(text.replace(of_fault, mended, 1))] == []
+    assert len(found(find, text)) == 1
+    assert found(find, text.replace(of_fault, mended, 1)) == []
 
 
 def sass(
@@ -178,7 +190,7 @@ IN_FLIGHT = """
     ],
 )
 def test_operands_in_flight(group: str, wait: str, overwritten: list[str]) -> None:
-    lines = [*overwritten_operands(Program(sass(IN_FLIGHT.format(group=group, wait=wait))))]
+    lines = found(overwritten_operands, sass(IN_FLIGHT.format(group=group, wait=wait)))
     assert [line.partition(" of the HGMMA")[0] for line in lines] == overwritten
     assert all(
         re.search(r"at 0x[34]0 are overwritten before a wait, first at 0x1?0 \(LDSM", line)
@@ -209,7 +221,7 @@ LOADED = """
     ],
 )
 def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: str) -> None:
-    lines = [*early_uses(Program(sass(LOADED, {0x10: 3}, waits)))]
+    lines = found(early_uses, sass(LOADED, {0x10: 3}, waits))
     be = "is" if registers == "R5" else "are"
     expected = [
         f"{registers} of the LDTM at {load} {be} used before a wait, first at {first}"
@@ -244,7 +256,7 @@ def test_no_row_has_a_fault(code: str, text: str, words: str, monkeypatch) -> No
 def test_a_jump_that_cannot_be_followed() -> None:
     text = IN_FLIGHT.format(group="", wait="BRX R4 -0x40")
     with pytest.raises(ValueError, match="cannot follow BRX R4 -0x40 at 0x50"):
-        list(overwritten_operands(Program(sass(text))))
+        found(overwritten_operands, sass(text))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +279,7 @@ def test_a_jump_that_cannot_be_followed() -> None:
     ],
 )
 def test_registers_of_an_instruction(code: str, writes: list[int], reads: list[int]) -> None:
-    (instruction,) = Program(sass(code)).instructions
+    (instruction,) = programs.sass(sass(code)).instructions
     assert (sorted(instruction.writes), sorted(instruction.reads)) == (writes, reads)
 
 
@@ -322,13 +334,13 @@ def test_faults_planted_in_amds_code_are_found(
     arch: str, find: str, there: str, instead: str, compiled_for_amd: Path
 ) -> None:
     text = (compiled_for_amd / arch).read_text()
-    assert [*hazards_amd.faults(text)] == []
+    assert hazards.faults(gcn=programs.gcn(text)) == []
     places = len(re.findall(there, text))
     # gfx90a has one L2 cache, and so nothing to write back.
     assert places > 0 or (arch == "gfx90a" and "sc1" in there)
     for place in range(places):
         planted = _replaced(text, there, instead, place)
-        assert [*getattr(hazards_amd, find)(planted)], f"not found at match {place}"
+        assert found(getattr(hazards, find), planted), f"not found at match {place}"
 
 
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
@@ -336,7 +348,7 @@ def test_code_for_amd_may_come_from_a_clone_that_is_gone(arch: str, compiled_for
     """Triton's cache does not ask where a kernel's file is, but its text names the file."""
     directory = r'"[^"]*(?=/stablelora_kernels/)'
     text, places = re.subn(directory, '"/gone', (compiled_for_amd / arch).read_text())
-    assert places and [*hazards_amd.faults(text)] == []
+    assert places and hazards.faults(gcn=programs.gcn(text)) == []
 
 
 def _replaced(text: str, there: str, instead: str, place: int) -> str:
