@@ -79,7 +79,7 @@ class Layout(NamedTuple):
 class Format(NamedTuple):
     """How weights are stored: the one place that knows what their bytes mean.
 
-    Kernels read the formats of WEIGHTS by their names.
+    Kernels read the formats of ``quantized.WEIGHTS`` by their names.
     """
 
     name: str
@@ -157,7 +157,8 @@ def _powers_of_two(scales: Sequence[Tensor], layout: Layout, dtype: torch.dtype)
     return powers.masked_fill_(exponents > _E8M0_BIAS, float("nan"))
 
 
-# The formats of a layout. 0 is a weight that is not quantized.
+# The formats of a layout. 0 is a weight that is not quantized. FP4 is bitsandbytes' own format;
+# quantized.FP4Weight is a weight in one of the last two.
 NF4, FP4, FP8, MXFP4, NVFP4 = range(1, 6)
 _NESTED = ("nested_scale", "nested_code", "offset")
 FORMATS = {

@@ -39,13 +39,15 @@ def keep_in_4_bits(model: nn.Module) -> list[str]:
 
     Args:
         model: any module. Beside such layers, those in other formats are decompressed, as the first
-            forward would do it. A model without such layers stays as it is.
+            forward would do it. A model without such layers stays as it is. So does a layer that
+            accelerate moves between devices (a ``device_map`` over several): its hook would be lost.
 
     Returns:
         The names of the layers.
 
     Raises:
-        ImportError: there are such layers, and torchao 0.16 or newer is not installed.
+        ImportError: there are such layers, and torchao 0.16 or newer, or compressed-tensors, is not
+            installed. Nothing has changed then.
         TypeError: ``model`` is not a module.
     """
     check_module(model)
@@ -53,6 +55,7 @@ def keep_in_4_bits(model: nn.Module) -> list[str]:
     if not layers:
         return []
     torchao = import_extra("torchao.prototype.mx_formats.nvfp4_tensor", "nvfp4", "keep_in_4_bits")
+    library = import_extra("compressed_tensors.compressors", "nvfp4", "keep_in_4_bits")
     for layer in layers.values():
         parameters: Any = {name: layer._parameters.pop(name) for name in _PARAMETERS}
         weight = torchao.NVFP4Tensor(
@@ -67,25 +70,22 @@ def keep_in_4_bits(model: nn.Module) -> list[str]:
         layer._parameters.update(weight=nn.Parameter(weight, requires_grad=False), bias=bias)
         for name in _ATTRIBUTES:
             layer.__dict__.pop(name, None)
-    for module in model.modules():
-        if _HOOK in module.__dict__:
-            _decompress(module)
+    for hooked in [module for module in model.modules() if _HOOK in module.__dict__]:
+        # Decompress what the hook would decompress at the first forward: it would also put hooks on
+        # every module, PEFT's included.
+        for module in hooked.modules():
+            library.decompress_module(module)
+        hooked.__dict__.pop(_HOOK).remove()
     return [*layers]
 
 
-def _decompress(model: nn.Module) -> None:
-    """Decompress what a model's hook would decompress at the first forward. The hook would also put
-    hooks on every module, PEFT's included.
-    """
-    library = import_extra("compressed_tensors.compressors", "nvfp4", "keep_in_4_bits")
-    for module in model.modules():
-        library.decompress_module(module)
-    model.__dict__.pop(_HOOK).remove()
-
-
 def _is_packed(layer: nn.Module) -> bool:
-    """Whether compressed-tensors stores a linear layer as NVFP4A16 and has not decompressed it."""
+    """Whether compressed-tensors stores a linear layer as NVFP4A16 and has not decompressed it, and
+    its forward is not accelerate's.
+    """
     if type(layer) is not nn.Linear or layer._parameters.keys() - {"bias"} != _PARAMETERS:
+        return False
+    if "_hf_hook" in layer.__dict__:
         return False
     scheme: Any = layer.__dict__.get("quantization_scheme")
     return scheme is None or not (scheme.input_activations or scheme.output_activations)

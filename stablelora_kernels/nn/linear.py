@@ -98,9 +98,9 @@ class LoRALinear(nn.Module):
         bias; nothing is copied.
 
         ``linear`` is an ``nn.Linear`` with a plain weight, torchao's float8 weight with one scale a
-        row, or its NVFP4 or MXFP4; or bitsandbytes' ``Linear4bit`` in NF4 or FP4. The layer over ``Linear4bit`` computes
-        in its ``compute_dtype``, or in its input's dtype if that is not set. For any other layer,
-        such as transformers' ``Conv1D`` or 8-bit ones, use PEFT and
+        row, or its NVFP4 or MXFP4; or bitsandbytes' ``Linear4bit`` in NF4 or FP4. The layer over
+        ``Linear4bit`` computes in its ``compute_dtype``, or in its input's dtype if that is not set.
+        For any other layer, such as transformers' ``Conv1D`` or 8-bit ones, use PEFT and
         :func:`~stablelora_kernels.accelerate_peft`.
 
         Raises:

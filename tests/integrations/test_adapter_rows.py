@@ -790,9 +790,14 @@ def test_experts_in_a_list_may_have_adapters_that_are_not_named():
     model = make(
         ("b", {"target_modules": ["first"]}), model=model, target_modules=["first", "q_proj"]
     )
+    x = torch.randn(2, 5, 8)
+    model.set_adapter("b")
+    of_b = model(x)
+    model.set_adapter("default")
+    assert not torch.equal(model(x), of_b)
     slk.accelerate_peft(model)
     with slk.adapters_of_rows(model, ["b", "b"]):
-        model(torch.randn(2, 5, 8))
+        torch.testing.assert_close(model(x), of_b)
 
 
 class Scaled(nn.Linear):

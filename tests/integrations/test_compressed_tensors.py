@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,6 @@ def compressed(preset: str = "NVFP4A16", last: str | None = None) -> nn.Sequenti
     """A model as transformers leaves it: packed layers, and a hook that decompresses them. ``last``:
     another format of the last layer. "A and B": A's weights, and B's inputs.
     """
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
     torch.manual_seed(0)
@@ -46,16 +45,24 @@ def compressed(preset: str = "NVFP4A16", last: str | None = None) -> nn.Sequenti
         groups[name] = preset_name_to_scheme(weights, [f"re:^{name}$"])
         for of in inputs:
             groups[name].input_activations = preset_name_to_scheme(of, []).input_activations
-    settings = QuantizationConfig(config_groups=groups)
-    apply_quantization_config(model, settings)
-    for name in NAMES:
-        layer, group = model.get_submodule(name), groups[name]
-        blocks = (
-            layer.weight.detach()
-            .float()
-            .unflatten(1, (-1, group.weights.group_size or layer.in_features))
-        )
-        largest = blocks.abs().amax(-1) / 6
+    compress(model, groups)
+    return model
+
+
+def compress(model: nn.Module, groups: dict[str, Any], **settings: Any) -> Any:
+    """Pack a model's layers by their ranges, as compressed-tensors' own programs do. ``groups``: its
+    schemes. Returns the compressor.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    config = QuantizationConfig(config_groups=groups, **settings)
+    apply_quantization_config(model, config)
+    for layer in model.modules():
+        if not hasattr(layer, "weight_scale"):
+            continue
+        group = layer.quantization_scheme.weights.group_size or layer.in_features
+        largest = layer.weight.detach().float().unflatten(1, (-1, group)).abs().amax(-1) / 6
         if hasattr(layer, "weight_global_scale"):
             layer.weight_global_scale.data.fill_(448 / largest.max())
             largest = largest * layer.weight_global_scale
@@ -63,8 +70,9 @@ def compressed(preset: str = "NVFP4A16", last: str | None = None) -> nn.Sequenti
         for other in ("input_global_scale", "output_global_scale"):
             if hasattr(layer, other):
                 getattr(layer, other).data.fill_(100.0)
-    ModelCompressor(quantization_config=settings).compress_model(model)
-    return model
+    compressor = ModelCompressor(quantization_config=config)
+    compressor.compress_model(model)
+    return compressor
 
 
 def decompressed(model: nn.Module) -> nn.Module:
@@ -157,21 +165,33 @@ def test_other_formats_are_left_alone(preset):
     assert [*dict(model.named_parameters())] == names
 
 
-def test_errors(monkeypatch):
+def test_layers_that_accelerate_moves_keep_its_hook():
+    accelerate = pytest.importorskip("accelerate", reason="runs where accelerate is installed")
+    model = compressed()
+    accelerate.hooks.add_hook_to_module(model[0], accelerate.hooks.AlignDevicesHook("cpu"))
+    forward = model[0].forward
+    plain = decompressed(model)
+    assert slk.keep_in_4_bits(model) == NAMES[1:]
+    assert model[0].forward is forward
+    x = torch.randn(5, 64, dtype=BF16)
+    torch.testing.assert_close(model(x), plain(x), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("package", ["torchao", "compressed_tensors"])
+def test_errors(package, monkeypatch):
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         slk.keep_in_4_bits(3)
-    model = compressed()
-    monkeypatch.setitem(sys.modules, "torchao.prototype.mx_formats.nvfp4_tensor", None)
-    with pytest.raises(ImportError, match=r"keep_in_4_bits needs torchao: pip install"):
+    model = compressed(last="MXFP4A16")
+    modules = {"torchao": "torchao.prototype.mx_formats.nvfp4_tensor"}
+    monkeypatch.setitem(sys.modules, modules.get(package, "compressed_tensors.compressors"), None)
+    with pytest.raises(ImportError, match=f"keep_in_4_bits needs {package}: pip install"):
         slk.keep_in_4_bits(model)
     assert "weight_packed" in dict(model.named_modules())["0"]._parameters
-    assert slk.keep_in_4_bits(nn.Linear(2, 2)) == []
+    assert model._forward_pre_hooks and slk.keep_in_4_bits(nn.Linear(2, 2)) == []
 
 
 @pytest.mark.nightly
 def test_a_checkpoint_of_transformers_trains_in_a_trainer(tmp_path, calls):
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -185,14 +205,7 @@ def test_a_checkpoint_of_transformers_trains_in_a_trainer(tmp_path, calls):
         head_dim=16,
     ).to(BF16)
     scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
-    settings = QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
-    apply_quantization_config(made, settings)
-    for layer in made.modules():
-        if hasattr(layer, "weight_scale"):
-            layer.weight_scale.data.fill_(1.0)
-            layer.weight_global_scale.data.fill_(8.0)
-    compressor = ModelCompressor(quantization_config=settings)
-    compressor.compress_model(made)
+    compressor = compress(made, {"all": scheme}, ignore=["lm_head"])
     made._forward_pre_hooks.clear()
     made.save_pretrained(tmp_path / "model")
     compressor.update_config(tmp_path / "model")

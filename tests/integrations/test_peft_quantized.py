@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import stablelora_kernels as slk
 from stablelora_kernels import quantized
@@ -109,9 +110,10 @@ def test_what_the_kernels_read_is_as_exact_as_pefts(
     check_layer(found, eager, x, weight, bias, pair, grad, scaling, dtype)
 
 
-def test_float8_under_autocast_is_torchaos_product(backend, calls):
+@pytest.mark.parametrize("quantize", [torchao_fp8, torchao_nvfp4], ids=["float8", "NVFP4"])
+def test_torchaos_weights_under_autocast_keep_torchaos_product(quantize, backend, calls):
     """Whose weight we would round otherwise."""
-    model, _ = make(torchao_fp8)
+    model, _ = make(quantize)
     slk.accelerate_peft(model, strict=True)
     with torch.autocast("cpu", BF16):
         model(torch.randn(37, K))
@@ -198,12 +200,22 @@ def test_mixed_batches(quantize, dtype, backend, calls):
     assert calls.layers == {"lora_branch": 1}
 
 
-def test_copies_and_compile(backend):
-    model, _ = make()
+@pytest.mark.parametrize("quantize", [bnb_4bit, torchao_nvfp4], ids=["4 bits", "NVFP4"])
+def test_copies_checkpoints_and_compile(quantize, backend):
+    model, layer = make(quantize)
     x = torch.randn(37, K).requires_grad_()
     slk.accelerate_peft(model, strict=True)
     expected = model(x)
+    wanted = (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    gradients = torch.autograd.grad(expected.sum(), wanted)
     assert torch.equal(copy.deepcopy(model)(x), expected)
+    for use_reentrant in (False, True):
+        again = checkpoint(model, x, use_reentrant=use_reentrant)
+        again.sum().backward()
+        for tensor, gradient in zip(wanted, gradients, strict=True):
+            assert torch.equal(tensor.grad, gradient)
+            tensor.grad = None
+        assert torch.equal(again, expected)
     if backend == "triton":
         # bitsandbytes' own forward can't be compiled whole, as it may change its bias.
         torch._dynamo.reset()

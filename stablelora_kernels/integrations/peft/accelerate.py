@@ -84,9 +84,9 @@ def accelerate_peft(
     at first it is off.
 
     On a plain ``nn.Linear``, the base product and the first adapter are one op. On Triton this also
-    holds for bitsandbytes' 4-bit and torchao's float8 and NVFP4 weights. Any other base layer (otherwise
-    quantized, transformers' Conv1D, with hooks) computes its own product, and one op per adapter
-    adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change that:
+    holds for bitsandbytes' 4-bit weights and torchao's float8 and NVFP4. Any other base layer
+    (otherwise quantized, transformers' Conv1D, with hooks) computes its own product, and one op per
+    adapter adds the branch. Products are in x's dtype, or autocast's. Float32 adapters do not change that:
     PEFT would copy x to float32, this library does not. DoRA without dropout (with dropout in
     evaluation only), and stacks of experts with one active adapter
     (:func:`~stablelora_kernels.functional.lora_experts`), run without anything of the weight's

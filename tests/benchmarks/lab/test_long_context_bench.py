@@ -37,6 +37,14 @@ def test_the_page_has_what_the_command_prints(capsys):
         assert f"{on_host // KIB:,} KiB" in page and f"{100_000 * on_host / KIB**3:.0f} GiB" in page
 
 
+def test_the_readme_has_these_figures():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in readme.splitlines() if " a step at its peak, " in line)
+    shape = SHAPES["8B"]
+    assert f"{TOKENS:,} tokens" in row
+    assert row.endswith(f"| {RIVAL.kib(shape):.0f} KiB | | **{OFFLOAD.kib(shape):.0f} KiB** |")
+
+
 def test_each_line_saves_what_its_shapes_say():
     """In KiB a token. The last layer is the peak from the loss without logits on."""
     for shape in SHAPES.values():
