@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.common.assets import DATASETS, AssetError
-from benchmarks.finetuning.recipe import OUT, Recipe
+from benchmarks.finetuning.recipe import LABELS, OUT, Recipe
 
 _NEEDED = (
     "gguf",
@@ -119,10 +119,25 @@ def _hardware(parser: argparse.ArgumentParser, device: str, dtype: str) -> dict[
     return {"device": device, "dtype": "bfloat16" if in_bf16 else "float32"}
 
 
+def _announce(recipe: Recipe, out: Path) -> None:
+    """Say what runs, before imports and downloads take their time."""
+    limit = recipe.time_limit_s
+    duration = "" if limit is None else f", for at most {limit / 60:.0f} minutes"
+    arms = "; ".join(LABELS[arm] for arm in recipe.arms)
+    print(
+        f"Fine-tuning {recipe.model} on {recipe.data} in {recipe.dtype} on {recipe.device}{duration}.",
+        f"The arms take turns: {arms}.",
+        f"Seeds: {recipe.seeds}; steps of each arm and seed: {recipe.steps}; files go to {out}.",
+        sep="\n",
+        flush=True,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     started = time.perf_counter()
     recipe, out = parse(argv)
+    _announce(recipe, out)
     # torchao and bitsandbytes would list the GPU code that they cannot load.
     logging.disable(logging.WARNING)
     # transformers would warn once a step, in the processes that measure memory too, and break up

@@ -262,10 +262,12 @@ def test_downloads_are_checked_and_leave_all_or_nothing(tmp_path, monkeypatch, c
     # What can't be had ends the command, and leaves no directory of results.
     monkeypatch.setenv("STABLELORA_CACHE", str(file))
     assert command.main(["--out", str(tmp_path / "results"), "--dtype", "fp32"]) == 1
-    assert (
-        "(set by STABLELORA_CACHE)" in capsys.readouterr().err
-        and not (tmp_path / "results").exists()
-    )
+    printed = capsys.readouterr()
+    assert "(set by STABLELORA_CACHE)" in printed.err and not (tmp_path / "results").exists()
+    # What runs is said before anything is loaded.
+    first, second, _ = printed.out.splitlines()
+    assert first == "Fine-tuning smollm2 on plays in float32 on cpu, for at most 6 minutes."
+    assert second.startswith("The arms take turns: frozen; PEFT;")
 
 
 # The worker's sleep holds the output open: it ends once the worker does.
