@@ -52,6 +52,8 @@ def _train(place: Path, stage: int | None, resume: bool = False) -> Left:
         settings=None,
         callbacks=[callback],
         learning_rate=0.05,
+        # Adam divides by small gradients, whose last bits differ.
+        adam_epsilon=1e-7,
         max_grad_norm=0.0,
         logging_steps=1,
         **changes,
@@ -90,7 +92,7 @@ def test_trainer_shrinks_under_zero(tmp_path: Path) -> None:
             got, resumed = left[stage], left[f"{stage}, resumed"]
             assert [pair.latched_at for pair in got.stability] == latches
             for name, value in left["ddp"].parameters.items():
-                # Gradients are averaged in another order, and Adam divides by small ones.
+                # Gradients are averaged in another order.
                 torch.testing.assert_close(got.parameters[name], value, rtol=1e-4, atol=1e-4)
                 assert torch.equal(resumed.parameters[name], got.parameters[name])
             assert resumed.stability == got.stability

@@ -100,8 +100,8 @@ def test_it_shares_a_frozen_layer_and_trains_the_pair_alone(kind):
     assert layer.lora_A.shape == (3, K) and layer.lora_B.shape == (N, 3)
     x = input_of(kind)
     if kind != "fp8":
-        # With B = 0 it starts as its base.
-        torch.testing.assert_close(layer(x), linear(x))
+        # With B = 0 it starts as its base. In evaluation bitsandbytes computes in bfloat16 on some CPUs.
+        torch.testing.assert_close(layer(x), linear.train()(x))
     assert "r=3" in repr(layer) and "scaling=5.33333" in repr(layer)
     assert kind not in QUANTIZED or type(linear.weight).__name__ in repr(layer)
     state = linear.state_dict().keys() | {"lora_A", "lora_B"}
@@ -205,7 +205,8 @@ def test_forward_and_gradients_are_the_functions(kind, backend):
     assert all(torch.equal(value, expected[name]) and value.any() for name, value in found.items())
     assert found["Y0"].dtype == dtype and layer(x[:0]).shape == (0, N)
     with torch.autocast("cpu", BF16):
-        assert layer(x).dtype == BF16
+        # autocast leaves float64 as it is.
+        assert layer(x).dtype == (dtype if kind == "float64" else BF16)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float64"])

@@ -104,7 +104,9 @@ def measured_peak(step: Step) -> int | None:
 def test_the_count_is_the_measured_peak_of_a_whole_model(
     arm, loss, checkpointing, dtypes, dropout, monkeypatch
 ):
-    """Within 3 %. Masks of positions are of random sizes."""
+    """Within 3 %, and a copy of a product's operand that oneDNN makes on CPUs that multiply bfloat16.
+    Masks of positions are of random sizes.
+    """
     # A small model's rows would be one tile.
     monkeypatch.setattr(lora_mlp_call, "rows_of_tile", lambda x, inner, tiled: TOKENS // 2)
     torch.manual_seed(0)
@@ -112,7 +114,11 @@ def test_the_count_is_the_measured_peak_of_a_whole_model(
     step = Step(SMALL, arm, loss, checkpointing, dropout, float32, dtype=dtype, where=CPU, r=4)
     measured = measured_peak(step)
     assert measured is not None
-    assert step_memory.peak(step, TOKENS) == pytest.approx(measured, rel=0.03)
+    copies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    largest = TOKENS * SMALL.intermediate_size * dtype.itemsize
+    counted = step_memory.peak(step, TOKENS)
+    most = counted + largest * (copies and dtype == torch.bfloat16)
+    assert counted / 1.03 <= measured <= most * 1.03
 
 
 def test_live_bytes_are_those_of_storages_that_are_alive():
