@@ -26,13 +26,13 @@ nightly = pytest.mark.nightly
 BY_DAY = [
     small("linear", shape=(5, 520)),
     small("linear", 5, p=0.3),
-    *(small(op) for op in ("linear", "branch", "group", "nf4", "mlp")),
+    *(small(op) for op in ("linear", "branch", "nf4")),
 ]
 BY_NIGHT = [
     small("linear", p=0.3, dtype=BF16),
     small("linear", shape=(300, 16), sizes=(8,)),
     *(small(op, 5) for op in ("branch", "group", "nf4", "mlp")),
-    *(small(op, p=0.3) for op in ("group", "mlp")),
+    *(small(op, p=p) for op in ("group", "mlp") for p in (0.0, 0.3)),
 ]
 
 

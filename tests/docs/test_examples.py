@@ -345,6 +345,7 @@ one_file.main()
 """
 
 
+@pytest.mark.nightly
 @needs_gloo
 def test_the_file_to_copy_trains_one_adapter_in_many_processes(
     files: list[str], tmp_path: Path, elsewhere: dict[str, str]

@@ -116,6 +116,7 @@ def test_it_is_pickled_and_copied(kind, tmp_path):
     assert linear_classes(model).isdisjoint(OF_PEFT)
 
 
+@pytest.mark.nightly
 def test_a_fresh_process_unpickles_it(tmp_path):
     file = tmp_path / "callback"
     file.write_bytes(pickle.dumps(slk.AccelerateCallback(fuse_mlp=True)))
@@ -272,6 +273,7 @@ main(*make_parser().parse_args_and_config())
 """
 
 
+@pytest.mark.nightly
 def test_trls_command_line_in_four_lines(tmp_path):
     """The script of docs/guides/sft.md, for those who start trl sft."""
     assert SCRIPT.strip() in (ROOT / "docs/guides/sft.md").read_text()

@@ -157,7 +157,7 @@ def test_from_args_refuses_an_unknown_keyword_at_once(tmp_path):
         by_args(tmp_path, x=1)
 
 
-@pytest.mark.parametrize("kind", ["peft", "ours"])
+@pytest.mark.parametrize("kind", ["peft", pytest.param("ours", marks=pytest.mark.nightly)])
 def test_a_checkpoint_of_the_trainers_adamw_goes_on(tmp_path, kind):
     """With from_args to what AdamW alone reaches; without it an error says what the file is and
     what to do.
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_the_trainers_adamw_goes_on(tmp_path, kind):
 # Resuming.
 
 CASES = [*itertools.product(("Trainer", "SFTTrainer"), KINDS, ("optimizers", "a factory"))]
-DAY = [("SFTTrainer", "accelerated", "a factory"), ("Trainer", "ours", "optimizers")]
+DAY = [("SFTTrainer", "accelerated", "a factory")]
 MARKED = [case if case in DAY else pytest.param(case, marks=pytest.mark.nightly) for case in CASES]
 
 

@@ -67,6 +67,7 @@ def results(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"Y": y.detach(), "dX": x.grad} | grads
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(), (1,), (70,), (3, 5)])
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_each_adapter_is_evaluated_on_its_own_rows(tmp_path):
     }
 
 
-@pytest.mark.parametrize("way", ["optimizer", "factory"])
+@pytest.mark.parametrize("way", ["optimizer", pytest.param("factory", marks=pytest.mark.nightly)])
 def test_another_optimizer_trains_all_adapters(tmp_path, way):
     """Also one that was made while PEFT had frozen two of three."""
     model = three_adapters()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ class ByHand(transformers.TrainerCallback):
                 self.latched[pair.name] = state.global_step + 1
 
 
+def by_day(values: Iterable[str], *kept: str) -> list[Any]:
+    """Parameters, of which all but ``kept`` are the night's."""
+    return [
+        value if value in kept else pytest.param(value, marks=pytest.mark.nightly)
+        for value in values
+    ]
+
+
 def latches(callback: Any) -> dict[str, int | None]:
     return {pair.name: pair.latched_at for pair in callback.shrink.stability()}
 
@@ -105,7 +114,7 @@ def assert_close(model: torch.nn.Module, other: torch.nn.Module) -> None:
         torch.testing.assert_close(trained(model)[name], value, rtol=1e-5, atol=bound, msg=name)
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("optim", by_day(OPTIMIZERS, "adamw_torch_fused", "sgd"))
 def test_a_shrinks_by_the_rule_under_any_optimizer(tmp_path, optim):
     """With accumulated gradients, clipping and the Trainer's schedule."""
     changes = OPTIMIZERS[optim] | {"optim": optim, "max_grad_norm": 0.5}
@@ -121,7 +130,7 @@ def test_a_shrinks_by_the_rule_under_any_optimizer(tmp_path, optim):
     assert [pair.steps for pair in callback.shrink.stability()] == [STEPS] * 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", by_day(KINDS, "ours"))
 def test_with_adamw_it_is_stable_lora_adamw(tmp_path, kind):
     trainer, callback = train(tmp_path, kind)
     args = transformers.TrainingArguments(**arguments(tmp_path, **ARGS))
@@ -149,7 +158,14 @@ def state_of(trainer: Any, callback: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "optim"),
-    [(kind, "adamw_torch") for kind in KINDS] + [("peft", o) for o in ("sgd", "adamw_bnb_8bit")],
+    [
+        ("accelerated", "adamw_torch"),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in [(kind, "adamw_torch") for kind in ("ours", "peft")]
+            + [("peft", optim) for optim in ("sgd", "adamw_bnb_8bit")]
+        ),
+    ],
 )
 def test_resumes_to_the_bit(tmp_path, kind, optim):
     """With dropout, in a model whose adapters were others, and the generators' states, too."""

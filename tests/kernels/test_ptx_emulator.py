@@ -26,7 +26,7 @@ triton = pytest.importorskip(
 
 BLACKWELL = [pytest.param(arch, marks=pytest.mark.nightly) for arch in ("sm_100", "sm_120")]
 ARCHS = ["sm_80", "sm_90", *BLACKWELL]
-# By day, two on each of Ampere and Hopper.
+# By day, those of Hopper.
 PLANTS = ["optimizer-barrier", "flag-acquire", "wgmma-wait"]
 # Of copies; and of warps and programs. On sm_90, groups of four warps run apart, which a wgmma
 # needs whole; tcgen05 needs whole warps alone.
@@ -64,10 +64,15 @@ from tests.ptx_emulator.__main__ import main
 raise SystemExit(any([main([*{arguments!r}, "--only", name]) for name in {only!r}]))""")
 
 
-# In processes of some cases each: importing Triton takes as long as a case.
-BY_DAY = [name for name in QUICK if name not in LONG]
+# In processes of some cases each: importing Triton takes as long as a case. The third part has the
+# kernels whose programs wait for each other; it runs by day.
+SHORT = [name for name in QUICK if name not in LONG]
 CASES = [
-    *(tuple(BY_DAY[i::3]) for i in range(3)),
+    tuple(SHORT[2::3]),
+    *(
+        pytest.param(names, marks=pytest.mark.nightly)
+        for names in (tuple(SHORT[0::3]), tuple(SHORT[1::3]))
+    ),
     *(pytest.param((name,), marks=pytest.mark.nightly) for name in LONG),
 ]
 
@@ -119,6 +124,7 @@ runpy.run_module("tests.ptx_emulator", run_name="__main__")
     assert done.returncode == (1 if wrong else 0), done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_barriers_of_our_own_suffice() -> None:
     """Triton 3.9 adds a barrier of its own ahead of an atomic that releases, and 3.6 does not: the
     source must have all.
@@ -144,10 +150,8 @@ def test_every_case(arch: str, schedule: str) -> None:
     emulate(*schedule.replace("--warps ", apart).split(), "--arch", arch)
 
 
-@pytest.mark.parametrize(
-    "arch",
-    ["sm_80", "sm_90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("sm_100", "sm_120"))],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_every_planted_fault_changes_the_ptx(arch: str) -> None:
     """Of each kernel that a plant names. Compiled, not run: whether the emulator finds the faults
     is the night's.
@@ -180,7 +184,9 @@ assert main(["--plant", "tma-flag-release", "--arch", "sm_80"]) == 2
 @pytest.mark.parametrize(
     "names", [PLANTS, pytest.param(None, marks=pytest.mark.nightly)], ids=["few", "all"]
 )
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90", *BLACKWELL]
+)
 def test_planted_faults_are_found(arch: str, names: list[str] | None) -> None:
     run(f"""
 from tests.ptx_emulator.__main__ import main

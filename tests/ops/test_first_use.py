@@ -136,6 +136,7 @@ def by_nan(results: Any) -> None:
     first_tensor(results).view(-1)[0] = torch.nan
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("spoil", [by_one_element, by_scale, by_nan])
 @pytest.mark.parametrize("ops", [("fwd",), ("bwd",)])
 @pytest.mark.parametrize(
@@ -774,6 +775,7 @@ def test_a_wrong_loss_kernel_gets_pytorchs_result(spoil, monkeypatch) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], gradient)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize(
     "options",

@@ -145,6 +145,7 @@ def test_a_refusal_names_the_op_and_what_to_do():
     assert call(operands_of(FEW_ROWS)[0]).isfinite().all()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 @pytest.mark.parametrize("op", ["linear", "branch", "group", "mlp"])
 @pytest.mark.parametrize("rows", [FEW_ROWS, MANY_ROWS])

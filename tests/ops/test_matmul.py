@@ -219,6 +219,7 @@ def processor(request, monkeypatch):
 
 # On both sides of the limit where the processor does not multiply the dtype, and of that where it
 # does.
+@pytest.mark.covering
 @pytest.mark.parametrize("rows", [7, 8, 70])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_every_processor_matches_the_oracle(dtype, rows, processor):

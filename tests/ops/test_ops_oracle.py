@@ -178,6 +178,9 @@ def in_tiles(rows, dtypes, p, layout, backend, options):
     if layout == "wider" and dtype == BF16:
         # See build().
         return None
+    if options.get("op") == MLP(tile_rows=1) and rows != (24,):
+        # A launch or more a row.
+        return None
     case = small("tiled mlp", rows, dtype=dtype, lora_dtype=lora_dtype, p=p, backend=backend)
     case = case.but(layouts=LAYOUTS[layout], **options)
     return case.but(shape=(*case.shape[:-1], 64)) if "quantized" in options else case

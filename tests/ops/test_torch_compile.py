@@ -71,7 +71,7 @@ MODULES = {
     "fused model": (lambda: lora_llama(True), tokens(90)),
     "model": (lambda: lora_llama(False), tokens(90)),
 }
-DAY = (("layer", "torch"), ("dropout", "triton"), ("fused model", "torch"))
+DAY = (("layer", "torch"), ("dropout", "triton"))
 KINDS = [
     pytest.param(*each, marks=() if each in DAY else pytest.mark.nightly)
     for each in product(MODULES, ("torch", "triton"))

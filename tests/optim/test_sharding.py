@@ -154,7 +154,10 @@ def run_placements(rank: int, world: int, place: Path) -> dict[tuple[str, str], 
             if name in FEW or way == WAYS[world][0]:
                 with slk.settings(backend=backend):
                     named = distributed(named_parameters(dtype), world, way)
-                    found[name, way] = train(named, overflows=rank == world - 1, **settings)
+                    # Of a process's part; replicas have all-reduced their gradients.
+                    parts = world // 2 if way == "hsdp" else world
+                    overflows = rank % parts == parts - 1
+                    found[name, way] = train(named, overflows, **settings)
     return found
 
 

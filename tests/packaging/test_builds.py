@@ -49,6 +49,7 @@ def test_the_sdist_is_the_package(tmp_path: Path) -> None:
     assert ours | {"stablelora_kernels/py.typed"} <= files
 
 
+@pytest.mark.nightly
 def test_the_wheels_commands(tmp_path: Path) -> None:
     """doctor by the program and as a module."""
     target, wheel = tmp_path / "target", build_wheel(tmp_path, "--no-build-isolation")

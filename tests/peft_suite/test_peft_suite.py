@@ -56,6 +56,7 @@ def sdist(path):
     return path
 
 
+@pytest.mark.nightly
 def test_the_harness_accelerates_and_a_difference_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "MODELS", {})
     (tmp_path / "run").mkdir()
