@@ -36,7 +36,7 @@ EVERY = [
     *(Setting(name, backend) for backend, name in product(BACKENDS, OPTIMIZERS)),
 ]
 # Some of every kind.
-FEW = [*EVERY[:16:5], EVERY[17], *EVERY[21::3]]
+FEW = [*EVERY[:16:8], EVERY[17], *EVERY[21::6]]
 
 
 def flat_while(work: Work, count: int) -> None:

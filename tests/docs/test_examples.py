@@ -297,6 +297,7 @@ def test_by_its_path_from_any_directory(
     assert done.returncode == 0 and f"usage: {program}" in done.stdout, done.stderr
 
 
+@pytest.mark.nightly
 def test_the_file_to_copy_runs_outside_the_clone(
     files: list[str], tmp_path: Path, elsewhere: dict[str, str]
 ) -> None:

@@ -45,6 +45,7 @@ def run(program: str, folder: Path, script: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_it_runs_and_ends_with_the_text_of_an_issue(tmp_path):
     out = run("\n".join(cells("code")), ROOT / "examples", tmp_path / "notebook.py")
     issue = out[out.rindex("First run on a CPU") :]

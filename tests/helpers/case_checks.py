@@ -206,12 +206,14 @@ def held_by(case: Case, besides: Iterable[str] = ()) -> int:
 # Tables and random cases.
 
 
-def table(build: Callable[..., Case | None], drawn: int = 200, **axes: Sequence[Any]) -> list[Any]:
+def table(
+    build: Callable[..., Case | None], drawn: int = 200, by_day: int = 2, **axes: Sequence[Any]
+) -> list[Any]:
     """Parameters for ``pytest.mark.parametrize``: cases that ``build`` makes of random values of
     the axes.
 
     ``build`` returns None for a call that cannot be. Every pair of two axes' values that can be is
-    there by day; at night and on a GPU there are at least ``drawn`` cases.
+    there at night and on a GPU, in at least ``drawn`` cases; by day every ``by_day`` values.
     """
     numbers, rows, cases = random.Random(0), [], []
 
@@ -238,9 +240,9 @@ def table(build: Callable[..., Case | None], drawn: int = 200, **axes: Sequence[
         for pair in product(range(len(ones)), range(len(others))):
             if ((one, pair[0]), (other, pair[1])) not in seen:
                 draw(**{one: pair[0], other: pair[1]})
-    by_day = {*covering(rows)} if DEVICE == "cpu" else {*range(len(rows))}
+    kept = {*covering(rows, by_day)} if DEVICE == "cpu" else {*range(len(rows))}
     return [
-        pytest.param(case, id=str(case), marks=() if i in by_day else pytest.mark.nightly)
+        pytest.param(case, id=str(case), marks=() if i in kept else pytest.mark.nightly)
         for i, case in enumerate(cases)
     ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -119,9 +120,13 @@ def entries(trainer: Any) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("fuse", [False, True], ids=["logits", "fused"])
+@pytest.mark.parametrize(
+    ("fuse", "checkpointing"),
+    [
+        (True, True),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in product((False, True), (False, True)) if not all(case)),
+    ],
+)  # fmt: skip
 def test_each_adapter_trains_as_by_a_trainer_of_its_own(tmp_path, fuse, checkpointing):
     """Ten clipped steps of two micro-batches in float32, with other numbers of rows and tokens."""
     changes = {"gradient_checkpointing": checkpointing}

@@ -137,7 +137,7 @@ def rows(op, **axes):
         "op": [op], "shape": SHAPES, "dtypes": [*DTYPES, (FP64, FP64)], "p": [0.0, 0.1, 0.75], "layout": list(LAYOUTS),
         "strategy": ["torch", "auto", *STRATEGIES[1:]], "arch": ARCHES, "tile": TILES,
     }  # fmt: skip
-    return table(build, **default | axes)
+    return table(build, by_day=1, **default | axes)
 
 
 # Of x, A and B, base_out.
@@ -189,6 +189,7 @@ def in_tiles(rows, dtypes, p, layout, backend, options):
 # A tile has 32 rows at most: one tile, two of one size, and a last one that is smaller.
 TILED = table(
     in_tiles,
+    by_day=1,
     rows=[(24,), (64,), (2, 35), (131,)],
     dtypes=[*DTYPES, (FP64, FP64)],
     p=[0.0, 0.1, 0.6],

@@ -33,7 +33,7 @@ CASES = [
 ASTRAY = {FP32: 0.0, BF16: 0.01, torch.uint8: 0.1}
 
 
-@pytest.mark.covering
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("path", "name", "dtype"), CASES)
 def test_steps_are_the_references(path, name, dtype):
     """In turn, either backend takes two steps and goes on from the other's. Without a gradient

@@ -126,6 +126,7 @@ def _resume(rank: int, world: int, directory: Path) -> dict[str, list[zero_runs.
     return found
 
 
+@pytest.mark.nightly
 def test_resumes_exactly(tmp_path: Path) -> None:
     for found in spawn(_resume, 2, tmp_path):
         for whole, *resumed in found.values():

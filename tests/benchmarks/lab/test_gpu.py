@@ -129,6 +129,7 @@ def collected(*arguments: str) -> list[str]:
     return [line.partition("::")[2] for line in printed.splitlines() if "::" in line]
 
 
+@pytest.mark.nightly
 def test_the_first_tests_come_in_order_and_none_is_left_out():
     first = collected(*stages.DOCTOR, *stages.KERNELS, *stages.LAUNCHES)
     places = [next(place for place, name in enumerate(first) if step in name) for step in STEPS]

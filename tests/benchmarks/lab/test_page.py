@@ -258,24 +258,30 @@ def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatc
     assert found == kept
 
 
+TABLES = {
+    memory.mlp_table: "fusing",
+    memory.layer_table: "peft",
+    memory.terms_table: "will-it-fit",
+    memory.plan_table: "will-it-fit",
+    memory.fit_table: "will-it-fit",
+    memory.arguments_table: "will-it-fit",
+}
+# Each counts steps of many models.
+LONG = (memory.fit_table, memory.arguments_table, memory.plan_table)
+
+
 @needs_triton
-def test_the_guides_have_the_tables():
-    tables = {
-        "fusing": [memory.mlp_table()],
-        "peft": [memory.layer_table(memory.layer_counts())],
-        "will-it-fit": [
-            memory.fit_table(),
-            memory.arguments_table(),
-            memory.terms_table(),
-            memory.plan_table(),
-        ],
-    }
-    for name, of_page in tables.items():
-        text = (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8")
-        for table in of_page:
-            assert table in text, name
+@pytest.mark.parametrize(
+    "table",
+    [pytest.param(t, marks=pytest.mark.nightly) if t in LONG else t for t in TABLES],
+    ids=lambda table: table.__name__,
+)
+def test_the_guides_have_the_tables(table):
+    text = (ROOT / "docs" / "guides" / f"{TABLES[table]}.md").read_text(encoding="utf-8")
+    assert (table(memory.layer_counts()) if table is memory.layer_table else table()) in text
 
 
+@pytest.mark.nightly
 @needs_triton
 def test_the_text_of_will_it_fit_has_the_tables_figures():
     text = (ROOT / "docs" / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
