@@ -4,26 +4,173 @@ from several threads.
 
 from __future__ import annotations
 
+import functools
+import gc
+import hashlib
 import os
 import random
+import sys
 import threading
 import tracemalloc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import stablelora_kernels as slk
 from stablelora_kernels.dispatch.settings import STRATEGIES
 from stablelora_kernels.launch import base
-from tests.helpers import endurance
-from tests.helpers.endurance import GROUP, LAYERS, Setting, Work
+from stablelora_kernels.optim.stable_adamw import StableLoRAAdamW
+from tests.helpers.interpreter import speed_up_interpreter
+from tests.helpers.optimizers import DEVICE, make_pairs, params_of, set_grads, snapshot
 from tests.helpers.processes import answer_of
+from tests.helpers.small_models import fill_b
+from tests.optim.options import OPTIONS
+
+#: One step of something; what it computed, by the step's number.
+Work = Callable[[int], list[Tensor]]
+LAYERS, GROUP = "layers", "group"
+
+
+class Setting(NamedTuple):
+    """What works: layers one by one, a group of them, or an optimizer with a row of
+    tests/optim/options.py.
+    """
+
+    kind: str
+    backend: str
+    dtype: torch.dtype = torch.float32
+    r: int = 3
+    p: float = 0.0
+
+
+class Attention(nn.Module):
+    """q, k and v of one input."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, out in (("q_proj", 24), ("k_proj", 16), ("v_proj", 16)):
+            setattr(self, name, nn.Linear(520, out, dtype=dtype, device=DEVICE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+def make_layers(s: Setting) -> nn.Module:
+    torch.manual_seed(0)
+    model = Attention(s.dtype)
+    slk.apply_lora(
+        model,
+        ["q_proj", "k_proj", "v_proj"],
+        r=s.r,
+        lora_alpha=2 * s.r,
+        lora_dropout=s.p,
+        fuse_projections=s.kind == GROUP,
+    )
+    fill_b(model)
+    return model.train()
+
+
+def make_input(s: Setting, seed: int, rows: int = 70) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 520, generator=generator).to(DEVICE, s.dtype).requires_grad_()
+
+
+def train(s: Setting, model: nn.Module, step: int) -> list[Tensor]:
+    """Outputs and gradients of a call with many rows and, of layers one by one, of one with few;
+    now and then inference, too.
+    """
+    if step % 4 == 3:
+        with torch.no_grad():
+            model(make_input(s, step))
+    model.zero_grad()
+    found = []
+    for rows in (70, 5) if s.kind == LAYERS else (70,):
+        x = make_input(s, step, rows)
+        torch.manual_seed(step)
+        y = model(x)
+        (
+            y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
+        ).sum().backward()
+        found += [y.detach(), x.grad]
+    return found + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def take_step(optimizer: StableLoRAAdamW, step: int) -> list[Tensor]:
+    """With another learning rate, and now and then a missing gradient or a look at the state."""
+    params = params_of(optimizer)
+    set_grads(params, step)
+    if step % 5 == 1:
+        params[step % len(params)].grad = None
+    optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step % 100)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 8 == 0:
+        optimizer.stability()
+        optimizer.state_dict()
+    return snapshot(optimizer)
+
+
+def make(s: Setting) -> Work:
+    if s.kind in (LAYERS, GROUP):
+        return partial(train, s, make_layers(s))
+    row = OPTIONS[s.kind]
+    pairs = make_pairs([(4, 24, 40), (1, 7, 13)], row.dtypes[0])
+    return partial(take_step, row.optimizer(pairs, shrink_ratio=0.1))
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(f"{t.dtype} {tuple(t.shape)}".encode())
+        found.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def go_on(work: Work, backend: str, first: int = 0, count: int = 4) -> str:
+    """The digest of some steps."""
+    with slk.settings(backend=backend):
+        return digest(t for step in range(first, first + count) for t in work(step))
+
+
+def digests(settings: Iterable[Setting]) -> list[str]:
+    """Of the first call of layers, or the first steps of an optimizer."""
+    return [go_on(make(s), s.backend, count=4 if s.kind in OPTIONS else 1) for s in settings]
+
+
+def infer(s: Setting, count: int) -> list[str]:
+    """A worker's part of a data loader: outputs without gradients."""
+    with slk.settings(backend=s.backend), torch.no_grad():
+        model = make_layers(s)
+        return [digest([model(make_input(s, seed))]) for seed in range(count)]
+
+
+def results(calls: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Of each function with its arguments."""
+    speed_up_interpreter()
+    return [function(*args) for function, args in calls]
+
+
+def holdings() -> dict[str, int]:
+    """How many tensors live, and the sizes of all containers and caches of the package's modules."""
+    gc.collect()
+    sizes = {"tensors": sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())}
+    for name, module in list(sys.modules.items()):
+        for attribute, value in (
+            vars(module).items() if name.startswith("stablelora_kernels") else ()
+        ):
+            if isinstance(value, (dict, list, set)) and not attribute.startswith("__"):
+                sizes[f"{name}.{attribute}"] = len(value)
+            elif isinstance(value, functools._lru_cache_wrapper):
+                sizes[f"{name}.{attribute}"] = value.cache_info().currsize
+    return sizes
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 nightly = pytest.mark.nightly
@@ -45,16 +192,16 @@ def flat_while(work: Work, count: int) -> None:
     """
     for step in range(8):
         work(step)
-    before = endurance.holdings()
+    before = holdings()
     tracemalloc.start()
     try:
         for step in range(8, 8 + count // 2):
             work(step)
-        endurance.holdings()
+        holdings()
         traced = tracemalloc.get_traced_memory()[0]
         for step in range(8 + count // 2, 8 + count):
             work(step)
-        now = endurance.holdings()
+        now = holdings()
         grown = tracemalloc.get_traced_memory()[0] - traced
     finally:
         tracemalloc.stop()
@@ -78,7 +225,7 @@ LONG = [
 @pytest.mark.parametrize(("kind", "backend", "count"), LONG)
 def test_long_runs_hold_no_more_memory(kind: str, backend: str, count: int) -> None:
     with slk.settings(backend=backend):
-        flat_while(endurance.make(Setting(kind, backend, p=0.1)), count)
+        flat_while(make(Setting(kind, backend, p=0.1)), count)
 
 
 @pytest.mark.parametrize(
@@ -88,17 +235,15 @@ def test_the_same_bits_again_and_in_another_process(settings: list[Setting]) -> 
     """The spawned process also goes on with pickled optimizers, and infers as a data loader's
     worker would.
     """
-    first = endurance.digests(settings)
+    first = digests(settings)
     shuffled = random.Random(0).sample(range(len(settings)), len(settings))
-    assert [first[i] for i in shuffled] == endurance.digests([settings[i] for i in shuffled])
-    others: list[Any] = [
-        (endurance.infer, (s, 2)) for s in settings if s.kind in (LAYERS, GROUP) and not s.p
-    ]
+    assert [first[i] for i in shuffled] == digests([settings[i] for i in shuffled])
+    others: list[Any] = [(infer, (s, 2)) for s in settings if s.kind in (LAYERS, GROUP) and not s.p]
     for s in (s for s in settings if s.kind in OPTIMIZERS):
-        endurance.go_on(work := endurance.make(s), s.backend)
-        others.append((endurance.go_on, (work, s.backend, 4)))
-    calls = [(endurance.digests, (settings,)), *others]
-    (spawned, *rest), _ = answer_of(partial(endurance.results, calls), "spawn")
+        go_on(work := make(s), s.backend)
+        others.append((go_on, (work, s.backend, 4)))
+    calls = [(digests, (settings,)), *others]
+    (spawned, *rest), _ = answer_of(partial(results, calls), "spawn")
     # Here last, since it changes the optimizers.
     assert [s for s, one, other in zip(settings, first, spawned, strict=True) if one != other] == []
     assert rest == [function(*args) for function, args in others]
@@ -115,9 +260,9 @@ def test_a_forked_worker_computes_the_same(backend: str) -> None:
     and steps.
     """
     layers, steps = Setting(LAYERS, backend), Setting(LOW, backend)
-    endurance.digests([layers, steps])
-    calls: list[Any] = [(endurance.infer, (layers, 3)), (endurance.digests, ([steps],))]
-    assert answer_of(partial(endurance.results, calls), "fork") == (
+    digests([layers, steps])
+    calls: list[Any] = [(infer, (layers, 3)), (digests, ([steps],))]
+    assert answer_of(partial(results, calls), "fork") == (
         [function(*args) for function, args in calls],
         0,
     )
@@ -169,13 +314,10 @@ ROUNDS = [
 def test_threads_with_objects_of_their_own(backend: str, rounds: int) -> None:
     """Forward, backward and steps; each thread sees what it would see alone."""
     with slk.settings(backend=backend):
-        made = [
-            [endurance.make(Setting(kind, backend)) for kind in (LAYERS, GROUP, LOW)]
-            for _ in range(5)
-        ]
+        made = [[make(Setting(kind, backend)) for kind in (LAYERS, GROUP, LOW)] for _ in range(5)]
 
         def work(thread: int) -> list[str]:
-            return [endurance.digest(each(i)) for i in range(rounds) for each in made[thread]]
+            return [digest(each(i)) for i in range(rounds) for each in made[thread]]
 
         alone, before = work(4), sum(base.launch_counts.values())
         assert in_threads(work) == [alone] * 4
@@ -188,12 +330,12 @@ def test_threads_with_objects_of_their_own(backend: str, rounds: int) -> None:
 def test_threads_that_share_a_layer_for_inference(backend: str, rounds: int, kind: str) -> None:
     s = Setting(kind, backend)
     with slk.settings(backend=backend), torch.no_grad():
-        model = endurance.make_layers(s).eval()
-        expected = [model(endurance.make_input(s, seed)) for seed in range(4)]
+        model = make_layers(s).eval()
+        expected = [model(make_input(s, seed)) for seed in range(4)]
 
         def work(i: int) -> list[torch.Tensor]:
             with torch.no_grad():
-                return [model(endurance.make_input(s, i)) for _ in range(rounds)]
+                return [model(make_input(s, i)) for _ in range(rounds)]
 
         with warnings.catch_warnings():
             # A group whose layers are called with several tensors turns itself off and says so.

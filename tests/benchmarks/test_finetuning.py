@@ -25,7 +25,7 @@ from benchmarks.common.tables import RESULTS
 from benchmarks.finetuning import arms, experiment, report
 from benchmarks.finetuning.recipe import Recipe
 from stablelora_kernels.utils.threads import ONE_THREAD
-from tests.helpers.headlines import write_headlines
+from tests.benchmarks.test_arms import write_headlines
 from tests.helpers.small_models import llama
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,10 +4,13 @@ it.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +31,62 @@ from examples import (  # noqa: E402
     replace_linear,
     tutorial,
 )
-from tests.helpers.dying import kills, needs_fork  # noqa: E402
-from tests.helpers.processes import ROOT, needs_gloo  # noqa: E402
+from tests.helpers.processes import ROOT, answer_of, needs_gloo  # noqa: E402
 from tests.helpers.small_models import llama  # noqa: E402
+
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="runs on systems whose processes can be forked and killed"
+)
+# What actions import, once for all of them; what is not installed is left out.
+PRELOAD = [
+    "stablelora_kernels",
+    "safetensors.torch",
+    "tests.helpers.small_models",
+    "examples.replace_linear",
+]
+
+
+def in_child(action: Callable[[], Any]) -> int:
+    """Run ``action``, which can be pickled, in another process. Return the signal that killed it,
+    or 0; raise what it raised.
+
+    The process is forked from one that has imported much and run nothing: in a fork of this one,
+    torch's threads would be missing, and their locks held.
+    """
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    return answer_of(action, "forkserver")[1]
+
+
+def kills(
+    action: Callable[[], Any], prepare: Callable[[], Any], first: int = 1, every: int = 1
+) -> Iterator[None]:
+    """Prepare, run ``action`` in a process that is killed before its file operation ``first``, and
+    yield; then ``every`` later.
+
+    And so on: the last one lives. Deterministic: Python's audit events are counted.
+    """
+    for limit in range(first, 1000, every):
+        prepare()
+        killed = in_child(partial(_killed_at, limit, action))
+        assert killed in (0, signal.SIGKILL)
+        yield
+        if not killed:
+            return
+    raise AssertionError("the action never ends")
+
+
+def _killed_at(limit: int, action: Callable[[], Any]) -> None:
+    count = 0
+
+    def hook(event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "open" or event.startswith(("os.", "shutil.", "fcntl."))
+        if count == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    action()
+
 
 # 336 numbers train; at this rate pairs latch on both sides of the checkpoint.
 SMALL = ["--steps", "6", "--save-every", "3", "--rank", "3", "--lr", "0.1"]

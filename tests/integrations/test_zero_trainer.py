@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import stablelora_kernels as slk
-from tests.helpers import trainer_runs, zero_runs
+from tests.helpers import trainer_runs
 from tests.helpers.processes import needs_gloo, spawn
-from tests.helpers.zero_runs import needs_deepspeed
+from tests.optim.test_zero import config as config_of_stage
+from tests.optim.test_zero import import_deepspeed, needs_deepspeed
 
 pytestmark = [needs_gloo, needs_deepspeed]
 
@@ -42,7 +43,7 @@ def _train(place: Path, stage: int | None, resume: bool = False) -> Left:
             "train_batch_size",
             "gradient_accumulation_steps",
         )
-        config = zero_runs.config(stage) | dict.fromkeys(sizes, "auto")
+        config = config_of_stage(stage) | dict.fromkeys(sizes, "auto")
         changes = {"deepspeed": config, "save_strategy": "steps", "save_steps": 3}
     model = trainer_runs.llama("peft")
     callback = slk.StableLoRACallback(shrink_ratio=0.15)
@@ -72,7 +73,7 @@ def _train(place: Path, stage: int | None, resume: bool = False) -> Left:
 
 
 def _all(rank: int, world: int, directory: Path) -> dict[str, Left]:
-    zero_runs.import_deepspeed()
+    import_deepspeed()
     # What torchrun sets.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", LOCAL_WORLD_SIZE=str(world))
     left = {"ddp": _train(directory / "ddp", None)}

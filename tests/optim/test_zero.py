@@ -2,18 +2,211 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import stablelora_kernels as slk
-from tests.helpers import zero_runs
 from tests.helpers.processes import needs_gloo, spawn
-from tests.helpers.zero_runs import SHRINK_RATIO, STEPS, needs_deepspeed
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="runs where deepspeed is installed: pip install .[test]",
+)
+STEPS, ROWS = 10, 8
+# At these rates some pairs latch on the way, at different steps, and some do not.
+SHRINK_RATIO, LEARNING_RATES = 0.1, (0.2, 0.1)
+
+
+class Branch(nn.Module):
+    """A frozen linear layer with LoRA."""
+
+    def __init__(self, n: int, m: int, r: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(m, n) / n**0.5, requires_grad=False)
+        self.lora_A = nn.Parameter(torch.randn(r, n))
+        self.lora_B = nn.Parameter(torch.zeros(m, r))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.t() + x @ self.lora_A.t() @ self.lora_B.t()
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """No two ranks can share its parameters evenly, and one has fewer elements than there are ranks."""
+    torch.manual_seed(0)
+    sizes = [(13, 7, 3), (7, 5, 1), (5, 1, 1), (1, 9, 3)]
+    layers = [layer for n, m, r in sizes for layer in (Branch(n, m, r), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, which have one half each of some pairs."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    parts = trained[:3], trained[3:]
+    return [{"params": part, "lr": lr} for part, lr in zip(parts, LEARNING_RATES, strict=True)]
+
+
+def adamw(params: Any) -> torch.optim.AdamW:
+    # Small gradients differ by rounding; by this eps their updates do not differ by much more.
+    return torch.optim.AdamW(params, eps=1e-3, weight_decay=0.02)
+
+
+def batches(rank: int, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, ...]]:
+    """This rank's half of every batch."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(STEPS, ROWS, 13, generator=generator)
+    targets = torch.randn(STEPS, ROWS, 9, generator=generator)
+    mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    return [(x[mine].to(dtype), t[mine].to(dtype)) for x, t in zip(inputs, targets, strict=True)]
+
+
+class Found(NamedTuple):
+    """What a training has left on a rank."""
+
+    parameters: dict[str, torch.Tensor]
+    # After every step.
+    stability: list[list[slk.PairStability]]
+    # All-reduces of the library.
+    collectives: int
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed for CPUs, without the communication of its own that it would compile for a minute."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    os.environ.setdefault("RANK", str(dist.get_rank()))
+    os.environ.setdefault("WORLD_SIZE", str(dist.get_world_size()))
+    import deepspeed
+
+    # An attribute of deepspeed.comm by this name is PyTorch itself.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.utils.logger.setLevel("ERROR")
+    return deepspeed
+
+
+def config(stage: int, **changes: Any) -> dict[str, Any]:
+    """DeepSpeed's. Changes of "zero_optimization" are added to it."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    zero |= changes.pop("zero_optimization", {})
+    return {
+        "train_micro_batch_size_per_gpu": ROWS // 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        **changes,
+    }
+
+
+def make_engine(stage: int, **changes: Any) -> Any:
+    """A fresh model in DeepSpeed's engine."""
+    dtype = torch.bfloat16 if "bf16" in changes else torch.float32
+    module = model(dtype)
+    optimizer = changes.pop("optimizer", adamw)(groups(module))
+    deepspeed = import_deepspeed()
+    made, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config(stage, **changes)
+    )
+    if stage == 3:
+        _fill_padding(made.optimizer)
+    return made
+
+
+def _fill_padding(zero: Any) -> None:
+    """Put large values where stage 3 leaves memory uninitialized: behind the last element of a
+    parameter, in the last rank's partition.
+    """
+    for partition, parameters in zip(
+        zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True
+    ):
+        pieces = partition.detach().split([p.partition_numel() for p in parameters])
+        for piece, p in zip(pieces, parameters, strict=True):
+            piece[max(0, p.ds_numel - dist.get_rank() * len(piece)) :] = 1e4
+
+
+def train(engine: Any, shrink: slk.StableShrink, steps: range = range(STEPS)) -> Found:
+    """Train under ZeRO."""
+    seen: list[list[slk.PairStability]] = []
+    handle = shrink.register_step_post_hook(lambda *_: seen.append(shrink.stability()))
+    dtype = next(engine.module.parameters()).dtype
+    mine = batches(dist.get_rank(), dtype)
+    with _Collectives() as counted:
+        for x, target in [mine[step] for step in steps]:
+            engine.backward(nn.functional.mse_loss(engine(x), target))
+            engine.step()
+    handle.remove()
+    return Found(full_parameters(engine), seen, counted.calls)
+
+
+def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
+    """The float32 values of A and B: the model's, or those that the ranks own together."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {
+        name: p.detach().clone()
+        if p.numel() and p.dtype == torch.float32
+        else safe_get_full_fp32_param(p).detach().clone()
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def train_under_ddp(
+    dtype: torch.dtype = torch.float32, master_dtype: torch.dtype = torch.float32
+) -> Found:
+    """The same training without DeepSpeed. AdamW updates copies in ``master_dtype``, as ZeRO."""
+    module = model(dtype)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    masters = {
+        name: nn.Parameter(p.detach().to(master_dtype, copy=True)) for name, p in trained.items()
+    }
+    numbers = {p: i for i, p in enumerate(trained.values())}
+    by_number = list(masters.values())
+    own = [
+        group | {"params": [by_number[numbers[p]] for p in group["params"]]}
+        for group in groups(module)
+    ]
+    optimizer = adamw(own)
+    shrink = slk.StableShrink(optimizer, slk.lora_pairs(masters.items()), shrink_ratio=SHRINK_RATIO)
+    wrapped = nn.parallel.DistributedDataParallel(module)
+    seen = []
+    for x, target in batches(dist.get_rank(), dtype):
+        nn.functional.mse_loss(wrapped(x), target).backward()
+        for name, p in trained.items():
+            masters[name].grad = p.grad.to(master_dtype)
+            p.grad = None
+        optimizer.step()
+        seen.append(shrink.stability())
+        for name, p in trained.items():
+            p.data.copy_(masters[name].data)
+    return Found({name: p.detach().float() for name, p in masters.items()}, seen, 0)
+
+
+class _Collectives:
+    """Counts the all-reduces that this library makes, and not DeepSpeed's."""
+
+    calls = 0
+
+    def __enter__(self) -> _Collectives:
+        self.original = dist.all_reduce
+        dist.all_reduce = self
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += sys._getframe(1).f_globals["__name__"].startswith("stablelora_kernels")
+        return self.original(*args, **kwargs)
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self.original
+
 
 pytestmark = [needs_gloo, needs_deepspeed]
 
@@ -55,28 +248,28 @@ def shrink_of(engine: Any) -> slk.StableShrink:
     return slk.StableShrink(engine.optimizer, engine.module, shrink_ratio=SHRINK_RATIO)
 
 
-def _train(rank: int, world: int, directory: Path) -> dict[str, zero_runs.Found]:
+def _train(rank: int, world: int, directory: Path) -> dict[str, Found]:
     """The training of every case, and without DeepSpeed."""
     # Such as that the loaded state has no counters.
     warnings.filterwarnings("error", module="stablelora_kernels|tests")
     found = {
-        "float32": zero_runs.train_under_ddp(),
-        "bfloat16": zero_runs.train_under_ddp(torch.bfloat16),
-        "masters": zero_runs.train_under_ddp(torch.bfloat16, torch.bfloat16),
+        "float32": train_under_ddp(),
+        "bfloat16": train_under_ddp(torch.bfloat16),
+        "masters": train_under_ddp(torch.bfloat16, torch.bfloat16),
     }
     for name, (stage, changes) in CASES.items():
-        engine = zero_runs.engine(stage, **changes)
-        found[name] = zero_runs.train(engine, shrink_of(engine))
+        engine = make_engine(stage, **changes)
+        found[name] = train(engine, shrink_of(engine))
     return found
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, zero_runs.Found]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
     return spawn(_train, 2, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trains_as_under_ddp(case: str, trained: list[dict[str, zero_runs.Found]]) -> None:
+def test_trains_as_under_ddp(case: str, trained: list[dict[str, Found]]) -> None:
     kind = next((kind for kind in ("masters", "bfloat16") if kind in case), "float32")
     expected = trained[0][kind]
     latches = [pair.latched_at for pair in expected.stability[-1]]
@@ -88,7 +281,7 @@ def test_trains_as_under_ddp(case: str, trained: list[dict[str, zero_runs.Found]
         assert got.collectives == 2 * STEPS
 
 
-def compare(got: zero_runs.Found, expected: zero_runs.Found) -> None:
+def compare(got: Found, expected: Found) -> None:
     """Both have the same latches after every step, and equal values up to float32's rounding."""
     assert got.parameters.keys() == expected.parameters.keys()
     for name, value in expected.parameters.items():
@@ -101,28 +294,28 @@ def compare(got: zero_runs.Found, expected: zero_runs.Found) -> None:
             assert pair.b_norm == pytest.approx(other.b_norm, rel=1e-5, abs=1e-9)
 
 
-def _resume(rank: int, world: int, directory: Path) -> dict[str, list[zero_runs.Found]]:
+def _resume(rank: int, world: int, directory: Path) -> dict[str, list[Found]]:
     """By case: the last steps without a break, and in fresh engines from a checkpoint that is loaded
     before StableShrink is made, and behind it.
     """
     warnings.filterwarnings("error", module="stablelora_kernels|tests")
-    found: dict[str, list[zero_runs.Found]] = {}
+    found: dict[str, list[Found]] = {}
     rest = range(4, STEPS)
     for number, name in enumerate(RESUMED):
         stage, changes = CASES[name]
         place = str(directory / str(number))
-        engine = zero_runs.engine(stage, **changes)
+        engine = make_engine(stage, **changes)
         shrink = shrink_of(engine)
-        zero_runs.train(engine, shrink, range(rest.start))
+        train(engine, shrink, range(rest.start))
         engine.save_checkpoint(place)
-        found[name] = [zero_runs.train(engine, shrink, rest)]
-        engine = zero_runs.engine(stage, **changes)
+        found[name] = [train(engine, shrink, rest)]
+        engine = make_engine(stage, **changes)
         engine.load_checkpoint(place)
-        found[name].append(zero_runs.train(engine, shrink_of(engine), rest))
-        engine = zero_runs.engine(stage, **changes)
+        found[name].append(train(engine, shrink_of(engine), rest))
+        engine = make_engine(stage, **changes)
         shrink = shrink_of(engine)
         engine.load_checkpoint(place)
-        found[name].append(zero_runs.train(engine, shrink, rest))
+        found[name].append(train(engine, shrink, rest))
     return found
 
 
@@ -152,30 +345,28 @@ def _raise(rank: int, world: int, directory: Path) -> dict[str, str]:
 
     def changed(**values: Any) -> Callable[[Any], torch.optim.Optimizer]:
         """Makes the optimizer with these values in each of its groups."""
-        return lambda params: zero_runs.adamw([group | values for group in params])
+        return lambda params: adamw([group | values for group in params])
 
     found: dict[str, str] = {}
-    engine = zero_runs.engine(2)
-    found["another model"] = error_of(lambda: slk.StableShrink(engine.optimizer, zero_runs.model()))
+    engine = make_engine(2)
+    found["another model"] = error_of(lambda: slk.StableShrink(engine.optimizer, model()))
     found["inside"] = error_of(lambda: slk.StableShrink(engine.optimizer.optimizer, engine.module))
     shrink = shrink_of(engine)
     found["a second one"] = error_of(lambda: shrink_of(engine))
     shrink.remove()
     found["removed"] = error_of(lambda: shrink_of(engine))
-    engine = zero_runs.engine(3)
-    found["another model, 3"] = error_of(
-        lambda: slk.StableShrink(engine.optimizer, zero_runs.model())
-    )
+    engine = make_engine(3)
+    found["another model, 3"] = error_of(lambda: slk.StableShrink(engine.optimizer, model()))
     # As offload_optimizer does with the device nvme, for which DeepSpeed compiles an extension.
     engine.optimizer.fp32_partitioned_groups_flat[0].data = torch.empty(0)
     found["nvme"] = error_of(lambda: shrink_of(engine))
-    engine = zero_runs.engine(1, optimizer=changed(train_mode=True))
+    engine = make_engine(1, optimizer=changed(train_mode=True))
     found["schedule-free"] = error_of(lambda: shrink_of(engine))
-    engine = zero_runs.engine(1, optimizer=changed(shrink_ratio=0.1))
+    engine = make_engine(1, optimizer=changed(shrink_ratio=0.1))
     found["two ratios"] = error_of(lambda: shrink_of(engine))
-    engine = zero_runs.engine(1, zero_optimization={"elastic_checkpoint": True})
+    engine = make_engine(1, zero_optimization={"elastic_checkpoint": True})
     found["elastic"] = error_of(lambda: shrink_of(engine))
-    engine = zero_runs.engine(0, **BFLOAT16)
+    engine = make_engine(0, **BFLOAT16)
     found["stage 0 in bfloat16"] = error_of(lambda: shrink_of(engine))
     found["StableLoRAAdamW, 2"] = error_of(lambda: _step_of_stable_adamw(2))
     found["StableLoRAAdamW, 3"] = error_of(lambda: _step_of_stable_adamw(3))
@@ -183,14 +374,14 @@ def _raise(rank: int, world: int, directory: Path) -> dict[str, str]:
 
 
 def _step_of_stable_adamw(stage: int) -> None:
-    module = zero_runs.model()
+    module = model()
     optimizer = slk.StableLoRAAdamW.from_model(module)
-    engine, *_ = zero_runs.import_deepspeed().initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=module,
         optimizer=optimizer,
-        config=zero_runs.config(stage, zero_allow_untested_optimizer=True),
+        config=config(stage, zero_allow_untested_optimizer=True),
     )
-    x, target = zero_runs.batches(0)[0]
+    x, target = batches(0)[0]
     engine.backward(torch.nn.functional.mse_loss(engine(x), target))
     engine.step()
 

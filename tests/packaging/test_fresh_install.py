@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.processes import ROOT
-from tests.helpers.wheel import build_wheel
+from tests.packaging.test_builds import build_wheel
 
 pytestmark = pytest.mark.nightly
 
