@@ -170,13 +170,8 @@ def test_next_tokens_are_predicted_from_those_before_them(tmp_path):
 ERRORS = {
     "--data ./nowhere": "--data: must be plays, sarcasm, reuters-52 or a text file, got ./nowhere",
     "--model ./nowhere": "--model: must be smollm2, minilm, a local directory or a hub id, got ./nowhere",
-    "--out /proc/version/out": "--out: must be a directory that can be written to, got /proc/version/out",
     "--arms loralib": "--arms: invalid choice: 'loralib'",
-    "--seed -1": "--seed: must be in [0, 2**31), got -1",
-    "--steps 0": "--steps: must be at least 1, got 0",
-    "--rank two": "--rank: invalid int value: 'two'",
     "--lr nan": "--lr: must be a positive number, got nan",
-    "--dropout 1": "--dropout: must be in [0, 1), got 1",
     "--device cuda": "--device cuda: ",
 }
 
@@ -345,20 +340,15 @@ HELD_OUT = {arm: [0.5] * 3 for arm in ("frozen", *MIB)}
 FLOORS = {"metric": "accuracy", "majority": 0.6, "held_out": HELD_OUT}
 OURS = "our layers, Stable-LoRA: "
 BROKEN = "training broke or was too short, so its quality says nothing."
-ONE_STEP = {arm: [100.0] for arm in ("frozen", *MIB)}
 # What is made, and what a line of its verdicts ends with; what the stored runs have been told is
 # not repeated here.
 SAID = [
     ({"stable": [102.0] * 10}, 1, f"{OURS}102 ms a step, PEFT 100 ms: 2.0% more time, 0.98x as fast (95% interval 0.98 to 0.98)"),
     # Half of the steps are faster, the other half slower by less.
     ({"stable": [90.0, 105.0] * 5}, 1, "no difference shown, 1.01x as fast (95% interval 0.98 to 1.05)"),
-    ({"seeds": 1} | ONE_STEP, 0, "100 ms a step, PEFT 100 ms (one step: shows nothing)"),
     ({}, 3, "10 MiB saved for backward, PEFT 8: 25% more; 1,001 MiB at the peak, PEFT 1,000: the same"),
     # Student's t with two degrees of freedom is 4.30.
     ({"held_out": {"stable": [3.91, 3.92, 3.89]}}, 6, "3.907, -0.093 ± 0.038 against PEFT (95% interval over seeds): better"),
-    ({"held_out": {"stable": [4.09, 4.08, 4.11]}}, 6, "4.093, +0.093 ± 0.038 against PEFT (95% interval over seeds): worse"),
-    ({"seeds": 1}, 6, "4.000, +0.000 against PEFT (one seed: shows nothing)"),
-    (FLOORS, 4, "held-out accuracy, mean of 3 seeds: frozen 50.0 %, PEFT 50.0 %, largest class 60.0 %"),
     (FLOORS, 7, f"Warning: PEFT ended below the largest class (held-out accuracy 50.0 % against 60.0 %): {BROKEN}"),
     ({"held_out": {"stable": [5.1, 5.2, 5.3]}}, 7, f"below the frozen model (held-out loss 5.200 against 5.000): {BROKEN}"),
     ({"waited": 0.4}, 7, "waited for a CPU 40 % of the time. Ratios of times are fair, since all arms waited, but less exact."),

@@ -44,40 +44,6 @@ def test_the_command_runs_under_the_release_with_its_arguments(
     assert done.stdout == "0.1.2 --triton 0.1.2 b c\n", done.stderr
 
 
-@pytest.mark.parametrize("version", [None, metadata.version("triton")])
-def test_the_installed_release_needs_no_other_process(
-    version: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tritons, "directory_of", lambda version: pytest.fail("fetched"))
-    tritons.run_again("command", version, [])
-
-
-def test_a_release_that_python_does_not_import_is_an_error(
-    unpacked: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(unpacked))
-    monkeypatch.setattr(tritons.metadata, "version", lambda name: "3.9.0")
-    with pytest.raises(
-        tritons.TritonError, match=r"Triton 0\.1\.2 is in .*, but Python imports Triton 3\.9\.0"
-    ):
-        tritons.run_again("command", "0.1.2", [])
-
-
-def test_a_release_that_pip_cannot_fetch_is_an_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STABLELORA_CACHE", str(tmp_path))
-    failed = subprocess.CompletedProcess(
-        [], 1, "", "ERROR: first\nERROR: No matching distribution found\n"
-    )
-    monkeypatch.setattr(tritons.subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(
-        tritons.TritonError, match=r"Triton 9\.9\.9 could not be fetched: ERROR: No matching"
-    ):
-        tritons.directory_of("9.9.9")
-    assert not [*tmp_path.iterdir()]
-
-
 def test_every_pinned_release_is_one_that_the_metadata_allows() -> None:
     requirement = next(
         text for text in metadata.requires("stablelora-kernels") or () if text.startswith("triton")
