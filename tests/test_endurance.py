@@ -217,7 +217,7 @@ def flat_while(work: Work, count: int) -> None:
 
 LOW = "masters-8-bit-moments-clipped"
 LONG = [
-    (GROUP, "torch", 20), ("clipped", "triton", 4),
+    (GROUP, "torch", 10),
     *(pytest.param(kind, backend, 1_000, marks=nightly) for kind in (LAYERS, GROUP, "clipped", LOW) for backend in BACKENDS),
 ]  # fmt: skip
 
@@ -304,7 +304,6 @@ def in_threads(work: Callable[[int], Any], count: int = 4) -> list[Any]:
 
 ROUNDS = [
     ("torch", 20),
-    ("triton", 1),
     *(pytest.param(backend, 200, marks=nightly) for backend in BACKENDS),
 ]
 

@@ -92,7 +92,6 @@ def test_environment_variables_set_the_start_values():
     empty = dict.fromkeys(known, "")
     cases = (
         ({"STABLELORA_FIRST_USE": "0"}, "auto auto off"),
-        ({"STABLELORA_FIRST_USE": "1"}, "auto auto on"),
         (known, "torch branch_first tiles"),
         (empty, "auto auto auto"),
     )

@@ -48,7 +48,7 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("restore", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_it_trains_as_a_model_that_was_accelerated_before(tmp_path, capsys, restore, calls: Calls):
     expected = llama("accelerated", dropout=0.2)
     make_trainer(expected, tmp_path).train()

@@ -569,7 +569,7 @@ def head_llama(fused: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_the_trainer_trains_as_without_it(tmp_path, bf16):
     """Two steps of accumulation, whose losses are sums over num_items_in_batch."""
     found = []
@@ -637,7 +637,10 @@ def own_loss_of_a_script(outputs: Any, labels: Tensor, num_items_in_batch: Any =
     )
 
 
-@pytest.mark.parametrize("reason", ["label_smoothing_factor", "compute_loss_func"])
+@pytest.mark.parametrize(
+    "reason",
+    ["label_smoothing_factor", pytest.param("compute_loss_func", marks=pytest.mark.nightly)],
+)
 def test_what_takes_the_labels_away_trains_as_before_and_warns(tmp_path, reason):
     found = []
     for fused in (False, True):

@@ -240,7 +240,7 @@ def test_resumes_to_the_bit(runs, case):
         assert all(".lora_" in key for key in load_file(folder / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("keeps_dtype", [False, True])
+@pytest.mark.parametrize("keeps_dtype", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_adapters_in_bfloat16_resume_to_the_bit_or_with_a_warning(tmp_path, keeps_dtype):
     """PEFT's load_adapter makes them float32, by which the Trainer resumes; training.md has the line
     that keeps them.

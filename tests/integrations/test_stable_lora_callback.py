@@ -219,6 +219,7 @@ def test_the_ratio_of_the_checkpoint_goes_on(tmp_path):
     assert_same_bits(state_of(*resumed), state_of(*whole))
 
 
+@pytest.mark.nightly
 def test_training_twice_goes_on_with_one_shrink(tmp_path):
     """Also from a checkpoint, which the second training loads into the hooked optimizer."""
     trainer, callback = train(tmp_path, save_strategy="steps", save_steps=HALF)
@@ -237,7 +238,7 @@ def test_training_twice_goes_on_with_one_shrink(tmp_path):
 # Beside other callbacks
 
 
-@pytest.mark.parametrize("stability_first", [False, True])
+@pytest.mark.parametrize("stability_first", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_beside_stability_callback(tmp_path, stability_first):
     """In either order, and beside AccelerateCallback."""
     shrink, reporter = slk.StableLoRACallback(shrink_ratio=RATIO), Reporter()

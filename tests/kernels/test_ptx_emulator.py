@@ -53,7 +53,10 @@ needs_fences = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=needs_fences)])
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param("sm_80", marks=pytest.mark.nightly), pytest.param("sm_90", marks=needs_fences)],
+)
 def test_kernels_of_its_own(arch: str) -> None:
     run(f"from tests.ptx_emulator.validation import main; main({arch!r})")
 
@@ -170,6 +173,7 @@ assert not unplanted and len(here) >= 10, unplanted
 """)
 
 
+@pytest.mark.nightly
 def test_a_fault_that_finds_no_place_is_not_one_that_is_found() -> None:
     """The exit status is none of those of a run."""
     run("""

@@ -450,6 +450,7 @@ def test_checkpointing(reduction, reentrant):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck_and_torch_compile_without_a_break(reduction, backend):

@@ -194,7 +194,7 @@ def everything() -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
     return model, forward
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_after_the_second_round_nothing_is_prepared(compiled):
     """By no op, also where a compiled graph calls it without this library's Python before it."""
     x, (model, forward) = torch.randn(70, 64, device=DEVICE, dtype=BF16), everything()

@@ -201,6 +201,7 @@ CASES = [
 ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("name", "storage"), CASES)
 def test_a_change_is_noticed(backend, name, storage):
     optimizer = trained(storage)
