@@ -134,7 +134,10 @@ class Branch(Group):
         dtype = case.base_dtype or case.dtype
         return tensors | {
             "base_out": base.to(dtype),
-            "grad": tensors["grad"].to(dtype),
+            # All digits of its dtype, of which a product in x's dtype may take fewer.
+            "grad": make_inputs(
+                case.shape, case.sizes[i], 1, dtype=dtype, device=case.device, seed=case.seed + i
+            )["grad"],
             "bias": None,
         }
 

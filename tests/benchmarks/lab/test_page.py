@@ -141,14 +141,15 @@ def test_the_readme_has_the_figures_of_the_stored_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     layer = memory.layer_counts()
     column = "bfloat16 adapters, no dropout"
-    kept = [
-        f"{layer.loc[row, column]:,.0f} MiB"
-        for row in ("PEFT", memory.PLAIN, "`accelerate_peft`, `fuse_mlp`")
-    ]
+    kept_rows = ("PEFT", memory.PLAIN, "`accelerate_peft`, `fuse_mlp`")
+    kept = [f"{layer.loc[row, column]:,.0f} MiB" for row in kept_rows]
     assert "| {} | {} | **{}** |".format(*kept) in readme
     assert (
-        f"default, float32, the first row is {layer.loc['PEFT', 'no dropout']:,.0f} MiB." in readme
+        f"PEFT keeps {layer.loc['PEFT', 'no dropout']:,.0f} MiB in the first row, and the other two"
+        in readme
     )
+    for row in kept_rows[1:]:
+        assert layer.loc[row, "no dropout"] == layer.loc[row, column]
     experts = headline.experts_mib()
     assert f"| {experts['PEFT']:,.0f} MiB | | **{experts['and fuse_mlp']:,.0f} MiB** |" in readme
     case = "mlp 2048x576x1536 r16 fp32 dropout 0.1"
@@ -318,6 +319,9 @@ def test_the_text_of_will_it_fit_has_the_tables_figures():
     assert f"norms {gains[1]:.1f} and {gains[3]:.1f} times" in text
     own, liger = (100 * (tiled / fused - 1) for fused, tiled, _ in small)
     assert f"gains {own:.0f} % for the 8B model, and {liger:.0f} % with" in text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"then fits {own:.0f} % more tokens of an 8B model in NF4 on 24 GiB" in readme
+    assert f"and {liger:.0f} % more with Liger-Kernel's norms" in readme
     logits = memory.Run(llama, "bf16", True, memory.DEFAULT._replace(arm=memory.FUSED))
     fused = memory.plans_of(llama, "bf16", 24).own.steps[3]
     assert f"on {logits.most_tokens(24):,} tokens instead of {fused.tokens:,}" in text
