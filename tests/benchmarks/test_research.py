@@ -78,25 +78,17 @@ def test_the_paper_command_learns_repeats_and_goes_on(tmp_path):
 
 @pytest.mark.nightly
 def test_the_stability_command_runs_and_reports_what_is_stored(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(
-        stability.PRESETS, "quick", stability.Preset((16, 32, 64), 2, (1e-3, 1e-2), 5)
-    )
+    small = stability.Preset((16, 32, 64), 2, (1e-3, 1e-2), 5)
+    monkeypatch.setitem(stability.PRESETS, "quick", small)
     made, again = tmp_path / "made", tmp_path / "again"
     assert __main__.main(["stability", "--out", str(made), "--processes", "1"]) == 0
     shown, runs = capsys.readouterr().out, runner.load(made / "runs.csv")
     assert "Exponents at step 5" in shown and all(arm in shown for arm in stability.ARMS)
     # A row a run, and three of each run with probes.
     assert runs.loss.notna().sum() == 3 * 2 * 7 * 5 and runs.step.notna().sum() == 3 * 2 * 7 * 3 * 3
-    assert all(
-        (made / f"planted_{name}.png").stat().st_size > 10_000
-        for name in ("latch", "learning_rates")
-    )
     (made / "runs.csv").unlink()
     assert __main__.main(["stability", "--stored", str(made), "--out", str(again)]) == 0
     assert capsys.readouterr().out == shown
-    with pytest.raises(SystemExit):
-        __main__.main(["stability", "--stored", str(tmp_path), "--out", str(again)])
-    assert "--stored must hold the CSV files of stability" in capsys.readouterr().err
 
 
 def test_stored_tables_are_those_of_the_stored_runs(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ from benchmarks.common import optimizers
 from benchmarks.common.optimizers import (
     ADAMW_FUSED,
     ARMS,
-    BITSANDBYTES,
     LORA_PLUS,
     OURS,
     RITE,
@@ -86,24 +85,3 @@ def test_lora_rite_does_not_depend_on_the_factorization(b: float) -> None:
     assert (moved @ torch.linalg.qr(a.t())[1].t()).square().mean().sqrt().item() == pytest.approx(
         0.01, rel=1e-3
     )
-
-
-def test_what_cannot_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = LoRAPair(
-        "layer0", *(torch.ones(R, R, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    )
-    package: Any = type("package", (), {"AdamW8bit": lambda *_args, **_options: 1 / 0})
-    for name, module, error, message in (
-        ("SGD", package, ValueError, r"name must be one of 'AdamW fused'.*got 'SGD'"),
-        (RITE, package, Unavailable, "float32 and float64 matrices alone, got {torch.bfloat16}"),
-        (
-            BITSANDBYTES,
-            package,
-            Unavailable,
-            "bitsandbytes.optim can't step on cpu: ZeroDivisionError",
-        ),
-        (TORCHAO, None, Unavailable, "torchao.optim.AdamW8bit can't be imported: AttributeError"),
-    ):
-        monkeypatch.setattr(optimizers, "import_module", lambda _name, module=module: module)
-        with pytest.raises(error, match=message):
-            optimizers.build(name, [pair], lr=LR)

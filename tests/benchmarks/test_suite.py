@@ -36,6 +36,7 @@ from benchmarks.suite.rivals import WARMUP, Case, Parts, Race
 from benchmarks.suite.test_optimizer_step import OptimizerCase, StorageCase
 from benchmarks.suite.test_training_step import PretrainedCase, TrainingCase
 from stablelora_kernels.ops import cpu_products
+from tests.helpers.processes import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -88,40 +89,38 @@ def test_every_arm_runs_once_in_every_round() -> None:
     assert {row["n"] for row in rows if row["arm"] in arms} == {5}
 
 
-def test_the_table_has_the_overhead_first_and_says_where_we_lose() -> None:
-    def printed(mine: float) -> list[str]:
-        """Rounds of 2, 3 and 5 s for the base, of 5, 7 and 11 s for the rival."""
-        both = {"base": (1.0, 1.0), "rival": (2.0, 3.0), "mine": (1.5, mine)}
-        samples = {
-            arm: [{"one": one * i, "two": two} for i in (1, 2, 4)]
-            for arm, (one, two) in both.items()
-        }
-        lines: list[str] = []
-        table.write(lines.append, Race(Fake()).records("all", samples), 0.5)
-        return [" ".join(line.split()) for line in "\n".join(lines).splitlines()]
-
-    lines = printed(6.0)
-    start = lines.index("fake, all")
-    assert lines[start + 1 : start + 7] == [
-        "overhead, ms / rival's ms / base one added_percent two added_percent",
-        "base 3000 1.00 (1.00-1.00) 0 0",
-        "rival 4000 1.00 7000 2.33 (2.27-2.42) 66.67 66.67",
-        "mine 6000 1.50 9000 3.00 (2.70-3.38) 33.33 166.7 SLOWER",
-        "skipped: other: no other here",
-        "FAILED: broken: ZeroDivisionError: division by zero",
-    ]
-    assert lines[-1] == "fake, all: mine takes 1.29 (1.19-1.39) of rival's time"
-    lines = printed(1.0)
-    assert lines[-1] == "Nowhere slower than the rival." and lines[start + 4].endswith("faster")
+@pytest.mark.parametrize(("two", "said"), [(6.0, "SLOWER"), (1.0, "faster")])
+def test_ratios_are_taken_round_by_round_and_losses_are_told(two: float, said: str) -> None:
+    """Rounds of 2, 3 and 5 s for the base, of 5, 7 and 11 s for the rival."""
+    parts = {"base": (1.0, 1.0), "rival": (2.0, 3.0), "mine": (1.5, two)}
+    samples = {
+        arm: [{"one": one * i, "two": two} for i in (1, 2, 4)] for arm, (one, two) in parts.items()
+    }
+    rows = Race(Fake()).records("all", samples)
+    found = {(row["arm"], row["metric"]): row for row in rows}
+    seconds = [1.5 * i + two for i in (1, 2, 4)]
+    for metric, other in (("over_base", (2, 3, 5)), ("over_rival", (5, 7, 11))):
+        row, ratios = found["mine", metric], [a / b for a, b in zip(seconds, other, strict=True)]
+        assert row["median"] == sorted(ratios)[1] and row["n"] == 3
+        assert min(ratios) < row["q1"] < row["median"] < row["q3"] < max(ratios)
+    assert found["mine", "ms"]["median"] == 1e3 * seconds[1]
+    assert found["mine", "overhead_ms"]["median"] == 1e3 * (seconds[1] - 3)
+    lines: list[str] = []
+    table.write(lines.append, rows, 0.5)
+    (line,) = (line for line in "\n".join(lines).splitlines() if line.startswith("mine"))
+    assert line.split()[-1] == said and lines[-1].split()[0] == (
+        "fake," if said == "SLOWER" else "Nowhere"
+    )
+    assert "  skipped: other: no other here" in lines
+    assert "  FAILED: broken: ZeroDivisionError: division by zero" in lines
 
 
 def test_exponents_are_those_of_the_larger_half() -> None:
     point = {"axis": "rank", "arm": "ours", "metric": "ms"}
     times = {1: 50.0, 2: 60.0, 4: 4.0**2, 8: 8.0**2, 16: 16.0**2}
-    points = table.pd.DataFrame(
-        [point | {"size": size, "median": ms} for size, ms in times.items()]
-    )
-    assert table.exponents(points).loc[("rank", "ours"), "ms"] == "2.00 ± 0.00"
+    points = [point | {"size": size, "median": ms} for size, ms in times.items()]
+    found = table.exponents(table.pd.DataFrame(points))
+    assert found.loc[("rank", "ours"), "ms"] == "2.00 ± 0.00"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -183,23 +182,22 @@ def test_host_cases_of_each_kind_run_but_for_triton_without_a_null_driver(kind: 
     )
 
 
-def test_pairs_must_stay_in_their_state_and_fewer_bits_take_fewer_bytes() -> None:
+def test_fewer_bits_take_fewer_bytes() -> None:
+    """Bytes of parameters and moments, by the bits of each."""
+    sizes = {"fp32, moments fp32": 12, "bf16, moments 8 bits": 4, "bf16, moments fp32, master": 14}
+    for arm, size in sizes.items():
+        notes = StorageCase(256, 4, 4, 2, CPU).notes(arm)
+        assert notes["bytes_per_element"] == pytest.approx(size, abs=0.05)
+        assert len(notes["loss"]) == 2
+
+
+def test_pairs_must_stay_in_their_state() -> None:
     case = OptimizerCase(2, 2, 16, "latched", "bf16", CPU)
-    for arm in ("StableLoRAAdamW", "Algorithm 1 by hand, AdamW loop"):
-        case.build(arm)["step"]()
+    case.build("StableLoRAAdamW")["step"]()
     case.check()
     object.__setattr__(case, "state", "shrinking")
     with pytest.raises(RuntimeError, match="must stay shrinking"):
         case.check()
-    for arm, size in {
-        "fp32, moments fp32": 12,
-        "bf16, moments 8 bits": 4,
-        "bf16, moments fp32, master": 14,
-    }.items():
-        notes = StorageCase(256, 4, 4, 2, CPU).notes(arm)
-        assert (
-            notes["bytes_per_element"] == pytest.approx(size, abs=0.05) and len(notes["loss"]) == 2
-        )
 
 
 @pytest.mark.parametrize("kind", [TrainingCase, PretrainedCase])
@@ -220,57 +218,31 @@ def test_a_training_step_trains_every_arms_own_pairs_alone(kind: Any) -> None:
 
 @pytest.mark.nightly
 def test_a_run_as_a_user_starts_it(tmp_path: Path) -> None:
-    """One arm is broken, host cases run over the null driver, figures are kept, and a second run is
-    compared with them.
-    """
+    """One arm is broken, host cases run over the null driver, and figures are kept."""
     (tmp_path / "breakage.py").write_text(
         "from benchmarks.suite import layers\nlayers.by_loralib = lambda *_: 1 / 0"
     )
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTEST", "TRITON_INTERPRET"))
-    }
-    kept["PYTHONPATH"] = str(tmp_path)
+    settings = ("PYTEST", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
 
-    def run(*options: str, suite: str = "tiny") -> str:
-        file = Path(__file__).resolve().parents[2] / "benchmarks" / "suite" / "test_layer.py"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            file,
-            "--suite",
-            suite,
-            *options,
-        ]
-        return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=300).stdout
+    def run(*options: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+        return subprocess.run(
+            [*command, ROOT / "benchmarks" / "suite" / "test_layer.py"],
+            env=kept | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout
 
-    stored = f"--benchmark-json={tmp_path / 'suite.json'}"
-    records = f"--records={tmp_path / 'suite.csv'}"
-    text = run("-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib", stored, records)
+    records = tmp_path / "suite.csv"
+    select = ["-p", "breakage", "-k", "8x16x24 or host", "--arm", "loralib"]
+    text = run("--suite", "tiny", *select, f"--records={records}")
     assert "3 failed" in text and "FAILED: loralib: ZeroDivisionError: division by zero" in text, (
         text
     )
-    assert "/ PEFT's" in text and "skipped: ours, Triton" in text and "Name (time in" not in text
-    found = (
-        read_records(tmp_path / "suite.csv")
-        .query("arm == @OURS_TRITON")
-        .groupby("metric")["median"]
-        .min()
-    )
-    assert found["ms"] > 0 and found["first_over_later"] > 1
-    text = run(
-        "-k",
-        "8x16x24 and not projections",
-        "--arm",
-        "PEFT",
-        f"--benchmark-compare={tmp_path / 'suite.json'}",
-    )
-    assert "3 passed" in text and text.count("(NOW)") >= 3, text
-    assert "timed in turns" not in run("-k", "8x16x24", "--arm", "PEFT", "--benchmark-disable")
+    rows = read_records(records).query("arm == @OURS_TRITON").groupby("metric")["median"].min()
+    assert rows["ms"] > 0 and rows["first_over_later"] > 1
     # Marked cases run only if -m names their mark.
-    text = run("--collect-only", "-q", "-m", "mlp or not mlp", suite="quick")
+    text = run("--suite", "quick", "--collect-only", "-q", "-m", "mlp or not mlp")
     assert "[mlp " in text and "[layer " in text and "[host " not in text and "[width" not in text
