@@ -5,7 +5,6 @@ no kernel that any Triton compiles.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -234,11 +233,7 @@ def test_loads_from_tensor_memory(waits: dict[int, int], registers: str, first: 
     ("code", "text", "words"),
     [
         ("ptx", SCALAR, "a late warp may load"),
-        ("ptx", 2 * WAIT, "2 waits for the end"),
-        ("ptx", COPIED, "of the PTX"),
         ("ttgir", BUFFERS, "2 copies run ahead"),
-        ("ttgir", STORED, "of the TTGIR"),
-        ("sass", sass(IN_FLIGHT.format(group="", wait="NOP")), "R32 to R35 of the HGMMA"),
         ("sass", sass(LOADED), "R5, R8 to R11 of the LDTM"),
     ],
 )
@@ -253,26 +248,14 @@ def test_no_row_has_a_fault(code: str, text: str, words: str, monkeypatch) -> No
         machine_code.read(SimpleNamespace(asm=asm))
 
 
-def test_a_jump_that_cannot_be_followed() -> None:
-    text = IN_FLIGHT.format(group="", wait="BRX R4 -0x40")
-    with pytest.raises(ValueError, match="cannot follow BRX R4 -0x40 at 0x50"):
-        found(overwritten_operands, sass(text))
-
-
 @pytest.mark.parametrize(
     ("code", "writes", "reads"),
     [
         ("IMAD.WIDE.U32 R4, P0, R7, R8.reuse, R10", [4, 5], [7, 8, 10, 11]),
-        ("LDSM.16.MT88.4 R4, [R9+0x20]", [4, 5, 6, 7], [9]),
         ("@P1 LDG.E.128 R4, desc[UR4][R12.64+0x10]", [4, 5, 6, 7], [12, 13]),
         ("STS.64 [R9+UR4], R4", [], [4, 5, 9]),
-        ("SHFL.IDX PT, R4, R5, R6, 0x1f", [4], [5, 6]),
         ("ISETP.GE.AND.EX P3, PT, R80, R67, PT, P4", [], [67, 80]),
-        ("LOP3.LUT P1, RZ, R3, 0x1f, R20, 0xf8, !PT", [], [3, 20]),
-        ("SHF.L.U64.HI R4, R8, 0x1, R9", [4], [8, 9]),
-        ("R2UR UR36, R8", [], [8]),
         ("FADD2 R4, R8.F32x2.HI_LO, R10.F32x2.HI_LO", [4, 5], [8, 9, 10, 11]),
-        ("FADD R4, -RZ, |R8|", [4], [8]),
         ("LDTM.x8 R4, tmem[UR9+0x80]", [*range(4, 12)], []),
         ("HGMMA.64x8x8.F32.TF32 R4, R32, gdesc[UR20], !UPT", [4, 5, 6, 7], [32, 33, 34, 35]),
         ("HGMMA.64x8x8.F32.TF32 R4, gdesc[UR20], R4", [4, 5, 6, 7], [4, 5, 6, 7]),
@@ -303,11 +286,15 @@ LOOK = r"global_atomic_\w+ (v\d+), .* offset:16 (?:sc0|glc)"
 
 
 @pytest.fixture(scope="module")
-def compiled_for_amd(tmp_path_factory) -> Path:
+def compiled_for_amd(tmp_path_factory) -> dict[str, str]:
+    """By architecture. The code may come from a clone that is gone: Triton's cache does not ask where
+    a kernel's file is, but its text names the file.
+    """
     directory = tmp_path_factory.mktemp("amd")
     done = python(COMPILED_FOR_AMD.replace("sys.argv[1]", repr(str(directory))))
     assert done.returncode == 0, done.stderr[-8000:]
-    return directory
+    clone = re.compile(r'"[^"]*(?=/stablelora_kernels/)')
+    return {file.name: clone.sub('"/gone', file.read_text()) for file in directory.iterdir()}
 
 
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
@@ -331,30 +318,16 @@ def compiled_for_amd(tmp_path_factory) -> Path:
     ],
 )  # fmt: skip
 def test_faults_planted_in_amds_code_are_found(
-    arch: str, find: str, there: str, instead: str, compiled_for_amd: Path
+    arch: str, find: str, there: str, instead: str, compiled_for_amd: dict[str, str]
 ) -> None:
-    text = (compiled_for_amd / arch).read_text()
-    assert hazards.faults(gcn=programs.gcn(text)) == []
-    places = len(re.findall(there, text))
+    text = compiled_for_amd[arch]
+    assert '"/gone/' in text and hazards.faults(gcn=programs.gcn(text)) == []
+    places = [*re.finditer(there, text)]
     # gfx90a has one L2 cache, and so nothing to write back.
-    assert places > 0 or (arch == "gfx90a" and "sc1" in there)
-    for place in range(places):
-        planted = _replaced(text, there, instead, place)
-        assert found(getattr(hazards, find), planted), f"not found at match {place}"
-
-
-@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
-def test_code_for_amd_may_come_from_a_clone_that_is_gone(arch: str, compiled_for_amd: Path) -> None:
-    """Triton's cache does not ask where a kernel's file is, but its text names the file."""
-    directory = r'"[^"]*(?=/stablelora_kernels/)'
-    text, places = re.subn(directory, '"/gone', (compiled_for_amd / arch).read_text())
-    assert places and hazards.faults(gcn=programs.gcn(text)) == []
-
-
-def _replaced(text: str, there: str, instead: str, place: int) -> str:
-    """``text`` with ``instead`` at the ``place``-th match alone."""
-    match = [*re.finditer(there, text)][place]
-    return text[: match.start()] + match.expand(instead) + text[match.end() :]
+    assert places or (arch == "gfx90a" and "sc1" in there)
+    for match in places:
+        planted = text[: match.start()] + match.expand(instead) + text[match.end() :]
+        assert found(getattr(hazards, find), planted), f"not found at {match}"
 
 
 HAZARDS = """
