@@ -1,8 +1,7 @@
-"""What a mixture's experts keep for backward, by formula and by hooks; and the guide's table."""
+"""What a mixture's experts keep for backward, by formula and by hooks."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -17,7 +16,6 @@ from benchmarks.lab import mixtures
 from benchmarks.lab.memory import FUSED
 from benchmarks.lab.mixtures import MIXTURES
 
-ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 256
 
 
@@ -61,8 +59,3 @@ def test_experts_keep_what_the_formula_says(arm):
     formula = mixtures.kept_by_experts(small, arm)
     expected = formula.at_once + TOKENS * formula.a_token
     assert expected <= kept <= 1.03 * expected + (4 * small.stack_adapters if arm == PEFT else 0)
-
-
-def test_the_guide_has_the_table():
-    text = (ROOT / "docs" / "guides" / "will-it-fit.md").read_text(encoding="utf-8")
-    assert mixtures.fit_table() in text
