@@ -247,28 +247,19 @@ def test_lora_learns_in_a_real_run(tmp_path):
     found = report.look_up(read_records(tmp_path / "result.csv"))
     # On 16 held-out texts six steps take the loss down by more than any seed could do by chance.
     for arm in ("peft", "accelerated", "stable"):
-        assert (
-            found[arm, "held-out", "loss"].value < found["frozen", "held-out", "loss"].value - 0.2
-        )
-        assert (
-            arm == "peft"
-            or found[arm, "step", arms.SAVED].value < found["peft", "step", arms.SAVED].value
-        )
+        learned = found["frozen", "held-out", "loss"].value - found[arm, "held-out", "loss"].value
+        saved = found["peft", "step", arms.SAVED].value - found[arm, "step", arms.SAVED].value
+        assert learned > 0.2 and (saved > 0 or arm == "peft")
 
 
-MIB = {"peft": (8.0, 1000.0), "accelerated": (6.0, 950.0), "stable": (10.0, 1001.0)}
+OTHERS = ("peft", "accelerated", "stable")
 
 
 def told(metric="loss", seeds=3, held_out=(), majority=None, waited=0.0, **ms):
     """A run of ten steps a seed. ``ms`` are an arm's times of these, ``held_out`` what arms reach
     with each seed.
     """
-    held_out = {
-        "frozen": [5.0] * 3,
-        "peft": [4.0] * 3,
-        "accelerated": [4.0] * 3,
-        "stable": [4.0] * 3,
-    } | dict(held_out)
+    held_out = {"frozen": [5.0] * 3} | dict.fromkeys(OTHERS, [4.0] * 3) | dict(held_out)
     about = {
         "settings": {"model": "m", "data": "d", "arms": [*held_out]},
         "seeds_done": seeds,
@@ -283,36 +274,34 @@ def told(metric="loss", seeds=3, held_out=(), majority=None, waited=0.0, **ms):
                 {"step": i + 1, "forward_ms": x, **times}
                 for i, x in enumerate(ms.get(arm, [100.0] * 10))
             ]
-        result.add(arm, "step", dict(zip((arms.SAVED, arms.PEAK), MIB.get(arm, ()), strict=False)))
     found = report.look_up(report.records(result))
     return found, report.verdicts(result.about, found)
 
 
-HELD_OUT = {arm: [0.5] * 3 for arm in ("frozen", *MIB)} | {"stable": [0.55, 0.56, 0.54]}
+HELD_OUT = dict.fromkeys(("frozen", *OTHERS), [0.5] * 3) | {"stable": [0.55, 0.56, 0.54]}
 FLOORS = {"metric": "accuracy", "majority": 0.6, "held_out": HELD_OUT}
 OURS = "our layers, Stable-LoRA: "
-# What is made, and what a line of its verdicts ends with; what the stored runs have been told is
-# not repeated here.
+# What is made, and how a line of its verdicts ends; what the stored runs have been told is not
+# repeated here.
 SAID = [
-    ({"stable": [102.0] * 10}, 1, f"{OURS}102 ms a step, PEFT 100 ms: 2.0% more time, 0.98x as fast (95% interval 0.98 to 0.98)"),
+    ({"stable": [102.0] * 10}, f"{OURS}102 ms a step, PEFT 100 ms: 2.0% more time, 0.98x as fast (95% interval 0.98 to 0.98)"),
     # Half of the steps are faster, the other half slower by less.
-    ({"stable": [90.0, 105.0] * 5}, 1, "no difference shown, 1.01x as fast (95% interval 0.98 to 1.05)"),
-    ({}, 3, "10 MiB saved for backward, PEFT 8: 25% more; 1,001 MiB at the peak, PEFT 1,000: the same"),
+    ({"stable": [90.0, 105.0] * 5}, "no difference shown, 1.01x as fast (95% interval 0.98 to 1.05)"),
     # Student's t with two degrees of freedom is 4.30.
-    ({"held_out": {"stable": [3.91, 3.92, 3.89]}}, 6, "3.907, -0.093 ± 0.038 against PEFT (95% interval over seeds): better"),
-    (FLOORS, 6, "55.0 %, +5.0 % ± 2.5 % against PEFT (95% interval over seeds): better"),
-    (FLOORS, 7, "Warning: PEFT ended below the largest class (held-out accuracy 50.0 % against 60.0 %): "
-                "training broke or was too short, so its quality says nothing."),
-    ({"waited": 0.4}, 7, "waited for a CPU 40 % of the time. Ratios of times are fair, since all arms waited, but less exact."),
+    ({"held_out": {"stable": [3.91, 3.92, 3.89]}}, "3.907, -0.093 ± 0.038 against PEFT (95% interval over seeds): better"),
+    (FLOORS, "55.0 %, +5.0 % ± 2.5 % against PEFT (95% interval over seeds): better"),
+    (FLOORS, "Warning: PEFT ended below the largest class (held-out accuracy 50.0 % against 60.0 %): "
+             "training broke or was too short, so its quality says nothing."),
+    ({"waited": 0.4}, "waited for a CPU 40 % of the time. Ratios of times are fair, since all arms waited, but less exact."),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("made", "line", "said"), SAID)
-def test_gains_and_losses_are_told_in_the_same_words(made, line, said):
+@pytest.mark.parametrize(("made", "said"), SAID)
+def test_gains_and_losses_are_told_in_the_same_words(made, said):
     _, verdicts = told(**made)
-    assert verdicts[line].endswith(said)
-    # Warnings come after the seven verdicts, and only where there is something to warn of.
-    assert (len(verdicts) > 7) == (line == 7 or "majority" in made)
+    assert len([line for line in verdicts if line.endswith(said)]) == 1
+    # Warnings come only where there is something to warn of.
+    assert (len(verdicts) > 5) == ("majority" in made or "waited" in made)
 
 
 def test_ratios_are_of_the_same_steps_and_settling_steps_do_not_count():
@@ -326,10 +315,8 @@ def test_ratios_are_of_the_same_steps_and_settling_steps_do_not_count():
     assert found["accelerated", "step", report.SPEEDUP][::3] == pytest.approx((1.4, 0.0))
     assert found["accelerated", "step", "% over frozen"][::3] == pytest.approx((100.0, 0.0))
     assert found["peft", "layers", "% over frozen"].value == pytest.approx(180.0)
-    assert (
-        found["frozen", "step", "ms"][:3] == (100.0, 50.0, 100.0)
-        and found["frozen", "step", "ms"].n == 21
-    )
+    ms = found["frozen", "step", "ms"]
+    assert ms[:3] == (100.0, 50.0, 100.0) and ms.n == 21
 
 
 @pytest.mark.parametrize(
