@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,17 +13,6 @@ from benchmarks.common import assets, models
 from benchmarks.finetuning import arms
 from benchmarks.finetuning.recipe import LABELS, Recipe
 from tests.helpers.small_models import llama
-
-
-def write_headlines(path: Path, count: int) -> Path:
-    texts = [f"headline number {i % count}" + " again" * (i % 5) for i in range(count + 3)]
-    lines = [
-        {"input": [{"content": "?"}, {"content": text}], "ideal": str(i % 2)}
-        for i, text in enumerate(texts)
-    ]
-    path.write_text("\n".join(map(json.dumps, [*lines, *lines[:3]])))
-    return path
-
 
 RECIPE = Recipe(
     ("q_proj", "v_proj"), r=3, lora_alpha=12.0, lora_dropout=0.0, steps=6, lr=1e-2, dtype="float32"
