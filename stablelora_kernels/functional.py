@@ -190,7 +190,7 @@ def lora_mlp(
 
     Separate calls with PyTorch's activation, which keep more, take over where a weight or bias
     requires a gradient; where only one of gate's and up's A, or of their B, requires one; below 64
-    rows on the PyTorch backend; and up to 256 rows with quantized weights on the Triton backend.
+    rows on the PyTorch backend; and up to 128 rows with quantized weights on the Triton backend.
 
     Args:
         x: [..., K], as in :func:`lora_linear`.

@@ -128,7 +128,7 @@ def peak(step: Step, tokens: int) -> float:
 
 
 def dequantized_bytes(step: Step) -> float:
-    """The largest weight of NF4, which its product reads dequantized, in our kernels above 256 rows
+    """The largest weight of NF4, which its product reads dequantized, in our kernels above 128 rows
     and in bitsandbytes.
     """
     sizes = step.shape.hidden_size * step.shape.intermediate_size

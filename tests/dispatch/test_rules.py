@@ -12,6 +12,7 @@ import stablelora_kernels as slk
 from stablelora_kernels.dispatch import chained, problem, rules, tiles
 from stablelora_kernels.dispatch.problem import DEVICES, Call
 from stablelora_kernels.dispatch.rules import STRATEGIES, choose, choose_kernel
+from tests.helpers.processes import ROOT
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H100 = DEVICES["sm_90"]
@@ -235,3 +236,16 @@ def test_a_branch_alone_is_one_launch_up_to_its_limits():
         assert strategy(**most) == "one_launch"
         assert strategy(**most | {"m": tiles.MAX_CHAINED_M + 1}) == "two_launches"
         assert strategy(**most | {"r": 129}) == "two_launches"
+
+
+def test_every_page_has_the_limit_of_dequantizing_in_the_loop():
+    places = {
+        "guides/quantized.md": "up to {} rows of x",
+        "guides/long-context.md": "up to {} rows with quantized weights",
+        "guides/will-it-fit.md": "above {} rows a launch dequantizes it",
+    }
+    for name, words in places.items():
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert words.format(problem.IN_LOOP_M) in text, name
+    documented = " ".join((slk.functional.lora_mlp.__doc__ or "").split())
+    assert f"up to {problem.IN_LOOP_M} rows with quantized weights" in documented
