@@ -1,15 +1,13 @@
-"""The main job's arms: fair, on a small Llama that is not pretrained; and the layers that they take."""
+"""The main job's arms: fair, on a small Llama that is not pretrained."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import stablelora_kernels as slk
-from benchmarks.common import assets, models
 from benchmarks.finetuning import arms
 from benchmarks.finetuning.recipe import LABELS, Recipe
 from tests.helpers.small_models import llama
@@ -61,22 +59,3 @@ def test_ratio_zero_trains_as_peft_does(ours):
     for mine, theirs in zip(stable.pairs, peft.pairs, strict=True):
         assert theirs.B.any()
         torch.testing.assert_close((mine.A, mine.B), (theirs.A, theirs.B), rtol=1e-3, atol=1e-5)
-
-
-def test_an_encoders_adapters_all_train(tmp_path, monkeypatch):
-    """A BERT's pooler would get no gradient, and no MLP of its can be fused."""
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    BertModel(BertConfig(vocab_size=64, num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: SimpleNamespace(pad_token="."))
-    backbone, _ = models.load_model(str(tmp_path))
-    recipe = replace(RECIPE, targets=models.linear_names(backbone))
-    for arm in build([*LABELS][1:], recipe, backbone):
-        arms.forward(arm, BATCH, torch.float32).backward()
-        assert len(arm.pairs) == 6 and all(pair.B.grad is not None for pair in arm.pairs)
-    # An encoder has no language model's head, and transformers would draw one.
-    with pytest.raises(assets.AssetError, match="with all its weights"):
-        models.load_model(str(tmp_path), causal=True)
-    with pytest.raises(ValueError, match=r"must name linear .*query.*, got q_porj$"):
-        models.linear_names(backbone, ("query", "q_porj"))

@@ -27,8 +27,6 @@ PTX = """
 	@%p3 st.global.v4.b32 [ %rd2 + 0 ], { %r10, %r11, %r12, %r13 };
 """
 NARROW = "	@%p4 ld.global.b16 	%rs1, [%rd2+8];\n"
-TILE = "	@%p5 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [%r8], [%rd7, {%r3, %r4}], [%r9];\n"
-UNIFORM = "	ld.global.b16 	%rs1, [%rd1];\n	st.global.b32 	[%rd3], %r10;\n"
 GCN = """
 	buffer_load_dwordx4 v[4:7], v1, s[4:7], 0 offen
 	v_mfma_f32_32x32x8_bf16 v[16:31], v[4:5], v[6:7], v[16:31]
@@ -44,12 +42,9 @@ LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due t
     ("more", "machine", "log", "expected"),
     [
         (NARROW, "", "", {"registers": 168, "mma": "", "load_bits": 72, "store_bits": 128}),
-        (TILE + NARROW, "", "", {"load_bits": 91}),
-        (UNIFORM, "", "", {"load_bits": 128, "store_bits": 128}),
         ("	st.global.b32 	[%rd2+4], %r10;\n", "", "", {"store_bits": 80}),
         ("", "HGMMA.64x256x16.F32 R24 ; @P0 UTCHMMA R2", "", {"mma": "HGMMA.64x256x16 UTCHMMA"}),
         ("", 32 * "FFMA R3, R4, R5, R6 ; FFMA2 R4, R6, R8", "", {"mma": "FFMA FFMA2"}),
-        ("", "FFMA R3, R4, R5, R6", "", {"mma": ""}),
         # A stack that no instruction uses is not one of spills.
         ("", "MOV R1, R2", "", {"spills": 0}),
         ("", "@P0 STL [R1+0x8], R3 ;", "", {"spills": 16}),

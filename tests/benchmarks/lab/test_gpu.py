@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -86,25 +85,18 @@ def test_the_first_tests_are_there_and_none_is_left_out():
         assert any(name.startswith(first) for name in names), first
 
 
-def test_a_triton_that_is_known_to_be_wrong_ends_the_run_unless_anyway(
-    monkeypatch, tmp_path, capsys
-):
-    """This machine seems to have an H100, and no section runs."""
+def test_a_triton_that_is_known_to_be_wrong_ends_the_run(monkeypatch, tmp_path, capsys):
+    """This machine seems to have an H100."""
     machine = {"gpu": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0"}
-    wrong = "Triton 3.6.0 makes wrong code of these kernels"
+    verdict = backend.Verdict("Triton 3.6.0 is wrong", "install 3.7.1", "")
     monkeypatch.setattr(command, "environment", lambda: machine)
     monkeypatch.setattr(command.torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(command.torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        backend, "verdict_of", lambda _: backend.Verdict(wrong, "install 3.7.1", "")
-    )
-    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("a section begins"))
+    monkeypatch.setattr(backend, "verdict_of", lambda _: verdict)
     assert command.main(["--out", str(tmp_path)]) == 2
-    assert f"{wrong}; install 3.7.1. --anyway runs it all the same." in capsys.readouterr().err
-    with pytest.raises(pytest.fail.Exception, match="a section begins"):
-        command.main(["--out", str(tmp_path), "--anyway"])
+    assert "wrong; install 3.7.1. --anyway runs it all the same." in capsys.readouterr().err
     (first,) = read_records(tmp_path / "versions.csv").to_dict("records")
-    assert first["note"] == wrong
+    assert first["note"] == verdict.problem
     assert first["case"].startswith("torch 2.11.0, Triton 3.6.0, ptxas ")
 
 
@@ -121,52 +113,50 @@ def test_later(): pass
 ENDS = {
     "failed": ("os._exit(7)", 300.0, "exit status 7"),
     "begun": ("subprocess.Popen(['sleep', '6789']); time.sleep(600)", 60.0, "time was up"),
-    "ok": ("pass", 300.0, "broken here"),
 }
 
 
-FIRST_ROW = {"section": "versions", "case": "torch, Triton, ptxas", "status": "ok", "note": ""}
+@pytest.fixture
+def run_sections(tmp_path, monkeypatch):
+    """Run sections of these names and shares of pytest's arguments, in which a test does ``end``."""
 
+    def run(end: str, sections: dict[str, list[str]], budget: float) -> pd.DataFrame:
+        file, out = tmp_path / "test_some.py", tmp_path / "gpu"
+        file.write_text(TESTS.format(end))
+        out.mkdir()
+        arguments = [str(file), "--rootdir", str(tmp_path)]
+        all_of_them = {name: (1.0, [*arguments, *more]) for name, more in sections.items()}
+        monkeypatch.setattr(command, "SECTIONS", all_of_them)
+        first = {"section": "versions", "case": "torch, Triton, ptxas", "status": "ok", "note": ""}
+        return command.run([*sections], out, budget, {"gpu": "x"}, dry=False, first=first)
 
-def run_sections(names: list[str], out: Path, budget: float) -> pd.DataFrame:
-    return command.run(names, out, budget, {"gpu": "x"}, dry=False, first=FIRST_ROW)
+    return run
 
 
 # A test that hangs takes all of its section's time.
-@pytest.mark.parametrize(
-    "status", ["failed", "ok", pytest.param("begun", marks=pytest.mark.nightly)]
-)
-def test_a_section_leaves_a_row_for_each_test_that_began(status, tmp_path, monkeypatch):
+@pytest.mark.parametrize("status", ["failed", pytest.param("begun", marks=pytest.mark.nightly)])
+def test_a_section_leaves_a_row_for_each_test_that_began(status, run_sections):
     end, seconds, note = ENDS[status]
-    (tmp_path / "test_some.py").write_text(TESTS.format(end))
-    sections = {
-        name: (1.0, [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)])
-        for name in ("smoke", "b")
-    }
-    monkeypatch.setattr(command, "SECTIONS", sections)
-    rows = run_sections(["smoke", "b"], tmp_path, 2 * seconds)
+    rows = run_sections(end, {"smoke": [], "b": []}, 2 * seconds)
     # A failure in the first ends the run.
     assert {*rows.section} == {"versions", "smoke"} and rows.note.dropna().iloc[-1].endswith(note)
     found = rows.set_index(rows.test.fillna(rows.case)).status
     assert (found["a"], found["test_bad"], found["test_ends"]) == ("ok", "failed", status)
-    assert ("test_later" in found) == (status == "ok")
-    assert "smoke test_bad  : E   ValueError: broken here" in report.failures(rows)
-    assert "16384" in (tmp_path / "smoke.csv").read_text()
+    assert "test_later" not in found
     shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert "sleep 6789" not in shown.stdout
 
 
-def test_a_sanitizers_failure_ends_nothing_and_the_archive_has_every_section(tmp_path, monkeypatch):
-    out = tmp_path / "gpu"
-    out.mkdir()
-    (tmp_path / "test_some.py").write_text(TESTS.format("pass"))
-    arguments = [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]
-    sections = {"memcheck": (1.0, arguments), "dram": (1.0, [*arguments, "-k", "good"])}
-    monkeypatch.setattr(command, "SECTIONS", sections)
-    rows = run_sections([*sections], out, 600.0)
-    assert [*rows[rows.section == "memcheck"].status].count("failed") == 1
+def test_a_sanitizers_failure_ends_nothing_and_the_archive_has_every_section(
+    tmp_path, run_sections
+):
+    rows = run_sections("pass", {"memcheck": [], "dram": ["-k", "good"]}, 600.0)
+    out, of_memcheck = tmp_path / "gpu", rows[rows.section == "memcheck"]
+    assert [*of_memcheck.status].count("failed") == 1 and "test_later" in [*of_memcheck.test]
     assert [*rows[rows.section == "dram"].status] == ["ok"], rows.note.dropna().iloc[-1]
-    assert "memcheck test_bad" in (out / "summary.md").read_text()
+    failed = "memcheck test_bad  : E   ValueError: broken here"
+    assert failed in report.failures(rows) and failed in (out / "summary.md").read_text()
+    assert "16384" in (out / "memcheck.csv").read_text()
     # It does not hold itself.
     with tarfile.open(out / "gpu.tar.gz") as archive:
         names = archive.getnames()
@@ -181,32 +171,23 @@ def timed(
     arm: str, us: float, m: int, phase: str, p: float = 0.1, **more: str
 ) -> dict[str, object]:
     sizes = {"m": m, "n_out": 4096, "k": 4096, "r": 16, "dropout": p, "case": f"M {m}, {p}"}
-    about = {
-        "section": "layer",
-        "metric": "us",
-        "mode": "graph",
-        "status": "ok",
-        "role": ROLES.get(arm, ""),
-    }
-    return {**about, **sizes, "phase": phase, "arm": arm, "median": us, **more}
+    about = {"section": "layer", "metric": "us", "mode": "graph", "status": "ok", "phase": phase}
+    return {**about, **sizes, "arm": arm, "role": ROLES.get(arm, ""), "median": us, **more}
 
 
-def results(
-    eager: float, frozen: float, count: int, gib: float, us: float
-) -> list[dict[str, object]]:
+def results(eager: float, frozen: float, count: int, gib: float, us: float) -> pd.DataFrame:
     """Invented rows, in which ours takes 1 us."""
     shapes = [(m, phase, 0.1) for m in report.MANY for phase in ("both", "backward")]
     shapes += [(m, "forward", 0.0) for m in report.FEW]
     arms = {"ours": 1.0, "eager LoRA": eager, "frozen nn.Linear": frozen}
-    rows = [timed(*arm, *shape) for shape in shapes for arm in arms.items()]
-    rows += [
-        {"test": report.LAUNCHES, "case": f"{m}-0.0-forward", "figure": count} for m in report.FEW
-    ]
-    rows += [
-        {"test": "test_a_step_of_many_tensors_is_one_launch", "figure": count, "waits": count - 1}
-    ]
-    rows += [{"test": report.BYTES, "figure": gib}]
-    return [*rows, timed("ours", us, 0, "step", section="step", state="shrinking", dtype="float32")]
+    launches = {"test": report.LAUNCHES, "figure": count}
+    step = {"test": "test_a_step_of_many_tensors_is_one_launch"}
+    return pd.DataFrame(
+        [timed(*arm, *shape) for shape in shapes for arm in arms.items()]
+        + [launches | {"case": f"{m}-0.0-forward"} for m in report.FEW]
+        + [step | {"figure": count, "waits": count - 1}, {"test": report.BYTES, "figure": gib}]
+        + [timed("ours", us, 0, "step", section="step", state="shrinking", dtype="float32")]
+    )
 
 
 def test_a_layer_taken_apart_has_differences_of_two_launches():
@@ -270,7 +251,7 @@ def test_every_part_launches_over_the_null_driver(dropout: float) -> None:
     ids=["met", "missed"],
 )
 def test_targets_are_met_missed_or_not_measured(rows, expected):
-    page = report.page(pd.DataFrame(rows), {"gpu": "x"}, dry=False)
+    page = report.page(rows, {"gpu": "x"}, dry=False)
     verdicts = page.partition("## Targets")[2].partition("##")[0].strip("`\n ").splitlines()
     assert [line.partition(":")[0] for line in verdicts] == expected
 

@@ -233,24 +233,6 @@ def test_no_row_has_a_fault(code: str, text: str, words: str, monkeypatch) -> No
         machine_code.read(SimpleNamespace(asm=asm))
 
 
-@pytest.mark.parametrize(
-    ("code", "writes", "reads"),
-    [
-        ("IMAD.WIDE.U32 R4, P0, R7, R8.reuse, R10", [4, 5], [7, 8, 10, 11]),
-        ("@P1 LDG.E.128 R4, desc[UR4][R12.64+0x10]", [4, 5, 6, 7], [12, 13]),
-        ("STS.64 [R9+UR4], R4", [], [4, 5, 9]),
-        ("ISETP.GE.AND.EX P3, PT, R80, R67, PT, P4", [], [67, 80]),
-        ("FADD2 R4, R8.F32x2.HI_LO, R10.F32x2.HI_LO", [4, 5], [8, 9, 10, 11]),
-        ("LDTM.x8 R4, tmem[UR9+0x80]", [*range(4, 12)], []),
-        ("HGMMA.64x8x8.F32.TF32 R4, R32, gdesc[UR20], !UPT", [4, 5, 6, 7], [32, 33, 34, 35]),
-        ("HGMMA.64x8x8.F32.TF32 R4, gdesc[UR20], R4", [4, 5, 6, 7], [4, 5, 6, 7]),
-    ],
-)
-def test_registers_of_an_instruction(code: str, writes: list[int], reads: list[int]) -> None:
-    (instruction,) = programs.sass(sass(code)).instructions
-    assert (sorted(instruction.writes), sorted(instruction.reads)) == (writes, reads)
-
-
 # A chained forward has a ticket, partial sums, flags and the chain's reset.
 COMPILED_FOR_AMD = """
 import sys, torch
