@@ -53,11 +53,6 @@ def test_loss_and_gradients_are_pefts_own(dropout):
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-11, atol=1e-14, msg=name)
 
 
-def test_evaluation_drops_nothing():
-    logits = [small_model(arm, 0.3).eval()(IDS).logits for arm in (arms.PEFT, arms.PLAIN)]
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-12, atol=1e-14)
-
-
 def test_its_name_has_its_lines_of_code():
     """Lines without comments, docstrings and empty ones."""
     with open(plain_pytorch.__file__, encoding="utf-8") as file:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 from torch import Tensor
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
+)
 
 
 @contextmanager

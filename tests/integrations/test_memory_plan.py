@@ -4,12 +4,13 @@ makes of the count.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers.launches import needs_triton
 
 pytest.importorskip(
     "transformers", reason="runs where transformers is installed: pip install .[peft]"
@@ -27,10 +28,6 @@ from stablelora_kernels.ops.lora_mlp import call
 from stablelora_kernels.utils.memory import peak_over_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
-)
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 256,

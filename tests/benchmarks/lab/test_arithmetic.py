@@ -4,11 +4,12 @@ launches, its least times, and its tables.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers.launches import needs_triton
 
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 
@@ -20,10 +21,6 @@ from benchmarks.common.arms import FROZEN, OURS, PEFT, PLAIN, adapt
 from benchmarks.lab import arithmetic
 from benchmarks.lab.arithmetic import ARMS, GPUS, LAYERS, Gpu, Launch, Layer
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
-)
 # No size divides another.
 SMALL = Layer("a small layer", n=40, k=24, m=7, r=3)
 
@@ -77,14 +74,9 @@ def counted(arm: str, layer: Layer, dropout: bool) -> list[list[tuple[int, int]]
     [(FROZEN, False), *((arm, dropout) for arm in (PEFT, PLAIN) for dropout in (False, True))],
 )
 @pytest.mark.parametrize("layer", [SMALL, LAYERS[3]], ids=lambda layer: layer.name)
-def test_each_launch_is_an_operator_that_pytorch_runs(arm, dropout, layer, monkeypatch):
+@pytest.mark.usefixtures("dropout_of_a_gpu")
+def test_each_launch_is_an_operator_that_pytorch_runs(arm, dropout, layer):
     """With PyTorch's operator for dropout on a GPU, whose mask is bool."""
-    drop = torch.native_dropout
-    monkeypatch.setattr(
-        nn.functional,
-        "dropout",
-        lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0],
-    )
     ways = arithmetic.launches(arm, dropout)
     for way, operators in zip(ways, counted(arm, layer, dropout), strict=True):
         listed = [

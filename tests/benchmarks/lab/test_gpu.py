@@ -85,21 +85,6 @@ def test_the_first_tests_are_there_and_none_is_left_out():
         assert any(name.startswith(first) for name in names), first
 
 
-def test_a_triton_that_is_known_to_be_wrong_ends_the_run(monkeypatch, tmp_path, capsys):
-    """This machine seems to have an H100."""
-    machine = {"gpu": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0"}
-    verdict = backend.Verdict("Triton 3.6.0 is wrong", "install 3.7.1", "")
-    monkeypatch.setattr(command, "environment", lambda: machine)
-    monkeypatch.setattr(command.torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(command.torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(backend, "verdict_of", lambda _: verdict)
-    assert command.main(["--out", str(tmp_path)]) == 2
-    assert "wrong; install 3.7.1. --anyway runs it all the same." in capsys.readouterr().err
-    (first,) = read_records(tmp_path / "versions.csv").to_dict("records")
-    assert first["note"] == verdict.problem
-    assert first["case"].startswith("torch 2.11.0, Triton 3.6.0, ptxas ")
-
-
 TESTS = """
 import os, subprocess, time
 def test_good(record_property):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.launches import needs_triton
 
 pytest.importorskip(
     "transformers", reason="runs where transformers is installed: pip install .[bench]"
@@ -17,10 +18,7 @@ from benchmarks.lab.long_context import OFFLOAD, RECIPE, RIVAL, SHAPES, TOKENS
 
 ROOT = Path(__file__).resolve().parents[3]
 KIB = 1 << 10
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
-)
+pytestmark = needs_triton
 
 
 def test_the_page_has_what_the_command_prints(capsys):

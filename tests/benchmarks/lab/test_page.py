@@ -4,12 +4,13 @@ is what hooks count.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers.launches import needs_triton
 
 pytest.importorskip(
     "transformers", reason="runs where transformers is installed: pip install .[bench]"
@@ -38,11 +39,6 @@ from benchmarks.lab import memory, mixtures
 from benchmarks.lab.page import __main__ as page
 from benchmarks.lab.page import headline
 from tests.helpers.processes import ROOT
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
-)
 
 
 def text_of(name: str) -> str:
@@ -205,18 +201,13 @@ SMALL = {"M": 97, "K": 96, "F": 160, "r": 3}
         *((arm, memory.LLAMA_8B, "meta") for arm in (FROZEN, PEFT)),
     ],
 )
-def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout, monkeypatch):
+@pytest.mark.usefixtures("dropout_of_a_gpu")
+def test_the_formula_is_what_hooks_count(arm, sizes, device, dropout):
     """Ours by the kernels in the interpreter, and PEFT's by the operator that a GPU has for
     dropout, whose mask is bool.
     """
     pytest.importorskip(
         "triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64"
-    )
-    drop = torch.native_dropout
-    monkeypatch.setattr(
-        nn.functional,
-        "dropout",
-        lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0],
     )
     m, k, f, r = sizes.values()
     with torch.device(device):

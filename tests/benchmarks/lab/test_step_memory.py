@@ -4,12 +4,14 @@ against the sources of the GPU kernels that it stands in for.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers.launches import needs_triton
 
 pytest.importorskip(
     "transformers", reason="runs where transformers is installed: pip install .[bench]"
@@ -37,10 +39,6 @@ from stablelora_kernels.ops.lora_mlp import call as lora_mlp_call
 from stablelora_kernels.utils.memory import peak_over_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
-)
 FUSED = ACCELERATED + MLP_FUSED
 TILED = ACCELERATED + MLP_TILED
 SMALL = Shape(
