@@ -37,7 +37,9 @@ def test_the_page_has_what_the_command_prints(capsys):
 
 def test_the_readme_has_these_figures():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (row,) = (line for line in readme.splitlines() if " the peak memory of a training step, " in line)
+    (row,) = (
+        line for line in readme.splitlines() if " the peak memory of a training step, " in line
+    )
     shape = SHAPES["8B"]
     assert f"{TOKENS:,} tokens" in row
     assert row.endswith(f"| {RIVAL.kib(shape):.0f} KiB | | **{OFFLOAD.kib(shape):.0f} KiB** |")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
 from functools import partial
+from itertools import accumulate, cycle
 from typing import Any
 
 import pytest
@@ -107,10 +107,14 @@ def test_ratios_are_of_the_same_rounds(
     assert len(ratios) >= 3 and all(arm in text for arm, _ in samples)
 
 
-def test_a_line_of_shrink_cost_has_its_quotient() -> None:
+def test_a_line_of_shrink_cost_has_its_quotient(monkeypatch) -> None:
+    """By a clock on which the arms take 1, 2 and 4 s."""
+    reads = accumulate(cycle([0, 1, 0, 2, 0, 4]))
+    monkeypatch.setattr(shrink_cost.time, "thread_time", lambda: next(reads))
     lines = [*shrink_cost.rows(((2, 4, 64),), 3)]
-    assert len(lines) == 2 * len(shrink_cost.ARMS)
-    for line, arm in zip(lines, 2 * shrink_cost.ARMS, strict=True):
-        pattern = rf"2 pairs r4 width 64, \w+: {re.escape(arm)} (.+) ms, (.+) \((.+) to (.+)\) of AdamW fused"
-        _, middle, low, high = map(float, re.fullmatch(pattern, line).groups())
-        assert low <= middle <= high and (arm != shrink_cost.ARMS[0] or low == high == 1)
+    assert lines == [
+        f"2 pairs r4 width 64, {state}: {arm} {1e3 * took:.2f} ms, "
+        f"{took}.00 ({took}.00 to {took}.00) of AdamW fused"
+        for state in ("shrinking", "latched")
+        for arm, took in zip(shrink_cost.ARMS, (1, 2, 4), strict=True)
+    ]
