@@ -1,5 +1,5 @@
-"""The page of arithmetic: its formulas against the operators that PyTorch runs and the tensors of our
-launches, its least times, and its tables.
+"""The count of bytes and launches: its formulas against the operators that PyTorch runs and the tensors of our
+launches, its least times, and its table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.arms import FROZEN, OURS, PEFT, PLAIN, adapt
 from benchmarks.lab import arithmetic
-from benchmarks.lab.arithmetic import ARMS, GPUS, LAYERS, Gpu, Launch, Layer
+from benchmarks.lab.arithmetic import ARMS, H100, LAYERS, Gpu, Launch, Layer
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -161,8 +161,10 @@ def test_a_launch_takes_at_least_the_longer_of_its_two_times(monkeypatch) -> Non
 def test_the_committed_page_is_what_the_command_writes(tmp_path, monkeypatch, capsys) -> None:
     text = arithmetic.PAGE.read_text(encoding="utf-8")
     assert arithmetic.page() == text
-    changed = tmp_path / "arithmetic.md"
-    changed.write_text(text.replace("| frozen | 1 + 1 |", "| frozen | 2 + 2 |"), encoding="utf-8")
+    changed = tmp_path / "performance.md"
+    changed.write_text(
+        text.replace(" 4,096 x 4,096 | 336 |", " 4,096 x 4,096 | 337 |"), encoding="utf-8"
+    )
     monkeypatch.setattr(arithmetic, "PAGE", changed)
     assert changed.read_text(encoding="utf-8") != text
     arithmetic.main([])
@@ -170,17 +172,30 @@ def test_the_committed_page_is_what_the_command_writes(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == f"wrote {changed}\n"
 
 
-def test_the_page_has_the_data_sheets_and_the_example() -> None:
+@needs_triton
+def test_the_page_has_the_data_sheet_the_launches_and_the_example() -> None:
     text = arithmetic.PAGE.read_text(encoding="utf-8")
-    for gpu in GPUS:
-        speeds = f"{gpu.operations / 1e12:g} TFLOP/s | {gpu.bandwidth / 1e12:g} TB/s"
-        assert f"| {gpu.name} | {speeds} |" in text
+    speeds = (
+        f"{H100.operations / 1e12:g} TFLOP/s in dense bfloat16 and {H100.bandwidth / 1e12:g} TB/s"
+    )
+    assert f"[{H100.name}]" in text and speeds in text
+    counts = {
+        arm: [
+            "{} + {}".format(*arithmetic.launch_counts(arm, LAYERS[0], dropout))
+            for dropout in (False, True)
+        ]
+        for arm in (PEFT, PLAIN, OURS)
+    }
+    said = "PEFT takes {} launches (forward + backward; with dropout {})"
+    assert said.format(*counts[PEFT]) in text
+    assert "the 72 lines {} ({})".format(*counts[PLAIN]) in text
+    assert counts[OURS] == ["1 + 1", "1 + 1"] and "and this library 1 + 1." in text
     layer = LAYERS[0]
     forward, backward = arithmetic.moved(FROZEN, layer, False)
     multiplied, _ = arithmetic.multiplied(FROZEN, layer)
     assert forward == backward
     assert f"{forward / 1e6:.0f} MB / 3.35 TB/s = {1e6 * forward / 3.35e12:.0f} µs" in text
-    assert f"take 2 · {multiplied / 1e9:.1f} · 10⁹" in text
+    assert f"take 2 · {multiplied / 1e9:.1f} · 10⁹ / 989 TFLOP/s" in text
     assert f"= {2e6 * multiplied / 989e12:.0f} µs" in text
-    least = arithmetic.least_seconds(FROZEN, layer, False, GPUS[0])
+    least = arithmetic.least_seconds(FROZEN, layer, False, H100)
     assert f"the layer's least time is {1e6 * least:.0f} µs" in text

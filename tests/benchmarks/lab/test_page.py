@@ -36,6 +36,7 @@ from benchmarks.common.records import read_records
 from benchmarks.lab import memory
 from benchmarks.lab.page import __main__ as page
 from benchmarks.lab.page import headline
+from benchmarks.lab.step_memory import LIGER_LOSS
 from tests.helpers.processes import ROOT
 
 needs_triton = pytest.mark.skipif(
@@ -75,29 +76,65 @@ def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, c
 
 
 def test_the_performance_page_has_the_figures_of_the_main_jobs():
+    table = page.main_table(page.RESULTS)
+    assert table in page.PAGE.with_name("performance.md").read_text(encoding="utf-8")
+    files = [*page.RESULTS.glob("*/main*/result.csv")]
+    assert table.count("\n") == 1 + len(files) and len(files) >= 6
+    first = read_records(page.RESULTS / "xeon-amx-2core" / "main" / "result.csv")
+    first = first[first["phase"] == "step"].set_index(["arm", "metric"])["median"]
+    speed = first["accelerated", "speedup over PEFT"]
+    peaks = [first[arm, "MiB at the peak"] for arm in ("peft", "accelerated")]
+    (row,) = [line for line in table.splitlines() if "xeon-amx-2core, bfloat16, 0.05 |" in line]
+    assert f"| {speed:.2f} ± " in row and "| {:,.0f} | {:,.0f} |".format(*peaks) in row
+
+
+def test_the_performance_page_has_the_processors_and_the_optimizers_times():
     text = page.PAGE.with_name("performance.md").read_text(encoding="utf-8")
-    forms = {
-        "% over frozen": ".1f",
-        "speedup over PEFT": ".2f",
-        "loss minus PEFT": "+.3f",
-        "MiB at the peak": ",.0f",
+    rows = {
+        "float32": "float32, dropout {}, all",
+        "float32, AVX2 instructions alone": "float32, dropout {}, AVX2, emulated",
+        "bfloat16": "bfloat16, dropout {}, all",
+        "bfloat16, without the processor's bfloat16 instructions": "bfloat16, dropout {}, AVX2, emulated",
     }
-    files = sorted(page.RESULTS.glob("*/main*/result.csv"))
-    assert files
-    for file in files:
-        rows = read_records(file)
-        rows = rows[rows["phase"].isin(("step", "held-out")) & rows["metric"].isin(forms)]
-        assert {*rows["metric"]} == {*forms}
-        for row in rows[
-            (rows["role"] == "ours") | (rows["metric"] == "MiB at the peak")
-        ].itertuples():
-            value = f"{round(row.median, 3) + 0.0:{forms[row.metric]}}"
-            spread = (
-                f" ± {row.half_95:{forms[row.metric].strip('+')}} |"
-                if row.half_95 == row.half_95
-                else " |"
+    for words, case in rows.items():
+        ratios = [
+            stored(
+                "xeon-amx-2core/cpu.csv",
+                f"step, {case.format(dropout)}",
+                "accelerated PEFT",
+                "ms_over_rival",
             )
-            assert value + spread in text, (file, row)
+            for dropout in ("0.0", "0.05")
+        ]
+        plain, bold = ("| {} | {:.2f} | {:.2f} |", "| {} | **{:.2f}** | **{:.2f}** |")
+        assert any(line.format(words, *ratios) in text for line in (plain, bold)), words
+    arms = {
+        "Algorithm 1 by hand, AdamW foreach": "AdamW(foreach=True)` | {:.1f} | {:.1f} |",
+        "AdamW fused": "without Algorithm 1 | {:.1f} | {:.1f} |",
+        "StableLoRAAdamW": "| `StableLoRAAdamW` | **{:.1f}** | {:.1f} |",
+    }
+    for arm, line in arms.items():
+        case = "optimizer 64 pairs r8 width 2048 fp32 {}"
+        times = [
+            stored("xeon-amx-2core/suite_optimizer.csv", case.format(state), arm, "ms")
+            for state in ("shrinking", "latched")
+        ]
+        assert line.format(*times) in text, arm
+
+
+def test_the_page_of_several_adapters_has_the_stored_ratios():
+    text = (ROOT / "docs" / "guides" / "several-adapters.md").read_text(encoding="utf-8")
+    for tokens in (16, 64, 256):
+        ratios = [
+            stored(
+                str(headline.ADAPTERS),
+                f"8 adapters x {tokens} tokens, {dtypes}",
+                "adapters_of_rows",
+                "over_rival",
+            )
+            for dtypes in ("fp32", "bf16", "bf16, adapters too")
+        ]
+        assert f"| {tokens} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
 
 
 def test_the_performance_page_has_the_yardsticks_times_and_bytes():
@@ -163,7 +200,7 @@ def test_the_readme_has_the_figures_of_the_stored_results():
 
 
 def test_the_experts_page_has_the_stored_figures():
-    """Its three tables of the measured layer, and of DoRA beside it."""
+    """Its two tables of the measured layer, and of DoRA beside it."""
     guides = ROOT / "docs" / "guides"
     text = (guides / "experts.md").read_text(encoding="utf-8")
     file = "xeon-avx512bf16-2core/experts.csv"
@@ -173,20 +210,22 @@ def test_the_experts_page_has_the_stored_figures():
         skewed = f"64 experts, {tokens} rows each, skewed, bf16"
         ratios = [stored(file, case, arm, "over_rival") for arm in ours for case in (even, skewed)]
         assert f"| {tokens} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
-        for metric in ("peak_mib", "kept_mib"):
-            arms = ("frozen, grouped_mm", "PEFT", *ours)
-            mib = [stored(file, even, arm, metric) for arm in arms]
-            assert f"| {tokens} | {' | '.join(f'{value:.0f}' for value in mib)} |" in text
-    nf4_file = "xeon-avx512bf16-2core/experts_nf4.csv"
-    for tokens in (32, 128):
-        case = f"64 experts, {tokens} rows each, NF4"
-        ratios = [stored(nf4_file, case, f"{arm}, NF4", "over_rival") for arm in ours]
-        assert f"| {tokens}, in NF4 | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
-        arms = ("frozen", *(f"{arm}, NF4" for arm in ("frozen", "PEFT", *ours)))
-        for metric, words in (("peak_mib", "peak"), ("kept_mib", "kept for backward")):
-            mib = [stored(nf4_file, case, arm, metric) for arm in arms]
-            line = f"| {tokens}: {words} | {' | '.join(f'{value:.0f}' for value in mib)} |"
-            assert line in text
+        arms = ("frozen, grouped_mm", "PEFT", *ours)
+        mib = [stored(file, even, arm, "kept_mib") for arm in arms]
+        assert f"| {tokens} | {' | '.join(f'{value:.0f}' for value in mib)} |" in text
+    packed = [
+        stored(
+            "xeon-avx512bf16-2core/experts_nf4.csv",
+            f"64 experts, {tokens} rows each, NF4",
+            "accelerated PEFT, NF4",
+            "over_rival",
+        )
+        for tokens in (32, 128)
+    ]
+    assert "take {:.2f} and {:.2f} times PEFT 0.18.1's time on 32".format(*packed) in text
+    kept = headline.experts_mib()
+    assert f"keep {kept['PEFT']:,.0f} MiB for backward with PEFT" in text
+    assert f"**{kept['and fuse_mlp']:,.0f} MiB** with `accelerate_peft" in text
     peft_page = (guides / "peft.md").read_text(encoding="utf-8")
     for rows, words in ((256, "{:.2f} times PEFT's time on two cores"), (1024, "{:.2f} and")):
         case = f"DoRA, {rows} rows, bf16"
@@ -263,12 +302,7 @@ def test_the_guides_have_the_tables():
     tables = {
         "fusing": [memory.mlp_table()],
         "peft": [memory.layer_table(memory.layer_counts())],
-        "will-it-fit": [
-            memory.fit_table(),
-            memory.arguments_table(),
-            memory.terms_table(),
-            memory.plan_table(),
-        ],
+        "will-it-fit": [memory.fit_table(), memory.plan_table()],
     }
     for name, of_page in tables.items():
         text = (ROOT / "docs" / "guides" / f"{name}.md").read_text(encoding="utf-8")
@@ -290,7 +324,7 @@ def test_the_text_of_will_it_fit_has_the_tables_figures():
     assert f"fits {gain('NF4', False, 24, memory.BEST, llama):.2f} times the tokens of PEFT" in text
     gains = [gain("NF4", True, 80, memory.BEST, name) for name in memory.SHAPES]
     assert f"it fits {min(gains):.2f} to {max(gains):.2f} times as many" in text
-    float32 = memory.ARGUMENTS["Liger-Kernel"]
+    float32 = memory.DEFAULT._replace(loss=LIGER_LOSS, liger=True)
     with_checkpoints, without = (gain("bf16", each, 80, float32, llama) for each in (True, False))
     assert f"fits {with_checkpoints:.2f} times PEFT's tokens with checkpointing" in text
     assert f"and {without:.2f} times without it" in text
