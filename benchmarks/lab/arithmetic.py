@@ -3,7 +3,7 @@ arithmetic that anyone can check with a pencil. Nothing is measured.
 
     python -m benchmarks.lab.arithmetic
 
-writes the tables of docs/results/arithmetic.md, which has the rules. Tests hold the formulas below
+writes a table of docs/results/performance.md, which has the rules. Tests hold the formulas below
 against the operators that PyTorch runs, and ours against the tensors that the launch takes;
 ``slk.explain`` says how many launches ours are.
 """
@@ -22,7 +22,7 @@ import stablelora_kernels as slk
 from benchmarks.common.arms import FROZEN, OURS, PEFT, PLAIN
 from benchmarks.common.tables import RESULTS, markdown, write_text
 
-PAGE = RESULTS.parents[1] / "docs" / "results" / "arithmetic.md"
+PAGE = RESULTS.parents[1] / "docs" / "results" / "performance.md"
 TOKENS, RANK, DROPOUT = 8192, 16, 0.1
 
 
@@ -57,8 +57,8 @@ class Gpu(NamedTuple):
     bandwidth: float
 
 
-# The page names the data sheets.
-GPUS = Gpu("H100 SXM", 989e12, 3.35e12), Gpu("RTX 4090", 165.2e12, 1.008e12)
+# The page names the data sheet.
+H100 = Gpu("H100 SXM", 989e12, 3.35e12)
 
 
 class Launch(NamedTuple):
@@ -159,35 +159,24 @@ def launch_counts(arm: str, layer: Layer, dropout: bool) -> list[int]:
     return [len(told.forward), len(told.backward)]
 
 
-def layer_table(layer: Layer) -> str:
-    head = ["", "launches", "MB moved", "multiply-adds, 10⁹"]
-    cells = [[*head, *(f"{gpu.name}, least µs" for gpu in GPUS)]]
-    for arm, dropout in ((FROZEN, False), *product((PEFT, PLAIN, OURS), (False, True))):
-        figures = ["{} + {}".format(*launch_counts(arm, layer, dropout))]
-        figures.append("{:,.0f} + {:,.0f}".format(*(b / 1e6 for b in moved(arm, layer, dropout))))
-        figures.append("{:,.1f} + {:,.1f}".format(*(c / 1e9 for c in multiplied(arm, layer))))
-        figures += [f"{1e6 * least_seconds(arm, layer, dropout, gpu):,.0f}" for gpu in GPUS]
-        cells.append([f"{arm}, dropout" if dropout else arm, *figures])
-    return f"**{layer.name}**: N = {layer.n:,}, K = {layer.k:,}\n\n{markdown(cells)}"
-
-
-def launch_table(arm: str) -> str:
-    cells = [["", "launch", "bytes", "multiply-adds"]]
-    for name, way in zip(Arm._fields, ARMS[arm], strict=True):
-        cells += [[name, each.does + " *" * each.dropout, *each[1:3]] for each in way]
-    return f"**{arm}**\n\n{markdown(cells, 4)}"
+def layers_table() -> str:
+    """Bytes and least times of every layer, without dropout and with it."""
+    names = {FROZEN: "frozen", PEFT: "PEFT", PLAIN: PLAIN, OURS: "ours"}
+    heads = [f"{what}: {name}" for what in ("MB", "µs") for name in names.values()]
+    cells = [["layer, N x K", *heads]]
+    for layer, dropout in product(LAYERS, (False, True)):
+        row = [f"{layer.name}, {layer.n:,} x {layer.k:,}{', dropout' * dropout}"]
+        row += [f"{sum(moved(arm, layer, dropout)) / 1e6:,.0f}" for arm in names]
+        row += [f"{1e6 * least_seconds(arm, layer, dropout, H100):,.0f}" for arm in names]
+        cells.append(row)
+    return markdown(cells)
 
 
 def page() -> str:
-    """The page's text, with its tables made anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    by_name = {"layers": map(layer_table, LAYERS), "launches": map(launch_table, ARMS)}
-    for name, tables in by_name.items():
-        head, rest = text.split(f"<!-- {name} -->")
-        _, tail = rest.split(f"<!-- end of {name} -->")
-        made = "\n\n".join(tables)
-        text = f"{head}<!-- {name} -->\n\n{made}\n\n<!-- end of {name} -->{tail}"
-    return text
+    """The page's text, with its table made anew."""
+    head, rest = PAGE.read_text(encoding="utf-8").split("<!-- layers -->")
+    _, tail = rest.split("<!-- end of layers -->")
+    return f"{head}<!-- layers -->\n\n{layers_table()}\n\n<!-- end of layers -->{tail}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

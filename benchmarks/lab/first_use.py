@@ -3,7 +3,7 @@ and time it, the memory beside the call's own, and the float64 operations of the
 
     python -m benchmarks.lab.first_use
 
-writes the table of docs/guides/first-use.md. Nothing is launched: the launches are listed as the
+prints a table, of which docs/guides/first-use.md has the largest figures. Nothing is launched: the launches are listed as the
 ops plan them for an H100, and PyTorch's part runs on the CPU, on zeros in the place of weights.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common.memory import MIB
-from benchmarks.common.tables import RESULTS, markdown, write_text
+from benchmarks.common.tables import markdown
 from benchmarks.lab.compile_report.launches import mlp_calls
 from stablelora_kernels.dispatch.problem import DEVICES
 from stablelora_kernels.dispatch.rules import Choice
@@ -29,7 +29,6 @@ from stablelora_kernels.ops.meta_calls import linear_calls
 from stablelora_kernels.ops.plans import tensors_of
 from stablelora_kernels.ops.proofs import Compared, plainly
 
-PAGE = RESULTS.parents[1] / "docs" / "guides" / "first-use.md"
 TOKENS, RANK, DROPOUT = 4096, 16, 0.05
 # (N, K) of an 8B Llama's projections.
 LAYERS = {
@@ -112,18 +111,10 @@ def table() -> str:
     return markdown(cells)
 
 
-def page() -> str:
-    """The page's text, with its table made anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, rest = text.split("<!-- costs -->")
-    tail = rest.split("<!-- end of costs -->")[1]
-    return f"{head}<!-- costs -->\n\n{table()}\n\n<!-- end of costs -->{tail}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.lab.first_use", description=__doc__)
     parser.parse_args(argv)
-    print(f"wrote {write_text(PAGE, page())}")
+    print(table())
 
 
 if __name__ == "__main__":

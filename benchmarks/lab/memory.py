@@ -1,17 +1,14 @@
 """What PEFT and this library save for backward, and what fits a GPU. Counted on tensors without
 memory, and by formula.
 
-    python -m benchmarks.lab.memory [--draw]
+    python -m benchmarks.lab.memory
 
-prints six tables in a minute; ``--draw`` draws the first two into docs/_static:
+prints four tables in a minute:
 
-- a gated MLP of an 8B Llama on a GPU, tensor by tensor, by formula; tests compare the formula with
-hooks
+- a gated MLP of an 8B Llama on a GPU, by formula; tests compare the formula with hooks
 - one decoder layer of that model, counted by hooks
 - *Will it fit?*: a training step's memory at its peak, and the most tokens that fit 24 and 80 GiB
 (``benchmarks.lab.step_memory`` counts them)
-- which argument gains how many tokens
-- which tensors are alive at the peak
 - how many tokens fit with which options of ``accelerate_peft`` (``memory_plan``)
 
 The MLP's rows that cannot be counted here follow from source code: Liger's ``LigerSiLUMulFunction``
@@ -23,15 +20,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from transformers import LlamaConfig
@@ -39,12 +33,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
-from benchmarks.common.plot_style import BLUE, GREEN, GREY, ORANGE, RED, STYLE, plt, save
-from benchmarks.common.tables import RESULTS, markdown
+from benchmarks.common.tables import markdown
 from benchmarks.lab import step_memory
 from benchmarks.lab.step_memory import (
     FROM_LOGITS,
-    LAST_LAYER,
     LIGER_LOSS,
     LINEAR,
     MODELS,
@@ -75,16 +67,13 @@ from stablelora_kernels.ops.lora_linear_cross_entropy.chunks import (
     GPU_LOGIT_BYTES as GPU_LOGIT_BYTES,
 )
 
-STATIC = RESULTS.parents[1] / "docs" / "_static"
-
 # A gated MLP of M tokens, width K, inner width F and rank r: bfloat16 weights and activations,
-# float32 adapters on all three projections, on a GPU. Parameters do not count. What is kept, in the
-# order of the plot:
+# float32 adapters on all three projections, on a GPU. Parameters do not count. What is kept:
 GROUPS = X, G, U, ACT, H, COPIES, MASKS, SMALL = (
     "X", "G", "U", "act(G)", "H = act(G) ∘ U", "float32 copies of X and H", "masks", "S, A and B",
 )  # fmt: skip
 # Llama 3's 8B, and the tokens of one step.
-LLAMA_8B, LAYERS = {"M": 8192, "K": 4096, "F": 14336, "r": 16}, 32
+LLAMA_8B = {"M": 8192, "K": 4096, "F": 14336, "r": 16}
 # Bytes by group, and by unit: of "MK", "MF" and "Mr".
 Groups = dict[str, dict[str, float]]
 _GATED: Groups = {G: {"MF": 2}, U: {"MF": 2}}
@@ -122,58 +111,15 @@ def kept(dropout: bool, **sizes: int) -> pd.DataFrame:
 
 
 def mlp_table() -> str:
-    cells = [
-        [
-            "kept by an MLP",
-            "bytes, no dropout",
-            "MiB",
-            "32 layers, GiB",
-            "MiB, dropout",
-            "32 layers, GiB",
-        ]
-    ]
+    cells = [["kept by an MLP", "bytes, no dropout", "MiB, no dropout", "MiB, dropout"]]
     totals = [kept(dropout, **LLAMA_8B).sum(axis=1, min_count=1) / MIB for dropout in (False, True)]
     for row, (terms, _) in MLP_ROWS.items():
         counts = sum(map(Counter, terms.values()), Counter())
         words = " + ".join(f"{counts[unit]} {unit}" for unit in ("MK", "MF", "Mr") if counts[unit])
         cells.append([row, words])
-        for mib in (total[row] for total in totals):
-            cells[-1] += (
-                ["", ""] if math.isnan(mib) else [f"{mib:,.0f}", f"{LAYERS * mib / 1024:.1f}"]
-            )
+        mib = [total[row] for total in totals]
+        cells[-1] += ["" if math.isnan(each) else f"{each:,.0f}" for each in mib]
     return markdown(cells, 2)
-
-
-def draw(
-    frames: dict[str, pd.DataFrame], colors: Sequence[str], size: tuple[float, float], file: str
-) -> Path:
-    """A panel of bars for each title: of each row's MiB, stacked by column, and their sum."""
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, len(frames), figsize=size, layout="constrained", sharex=True, sharey=True
-        )
-        for axis, (title, mib) in zip(panels, frames.items(), strict=True):
-            labels = [textwrap.fill(row.replace("`", ""), 26) for row in mib.index]
-            mib.set_axis(labels).plot.barh(
-                ax=axis, stacked=True, width=0.64, color=colors, legend=False
-            )
-            for place, total in enumerate(mib.sum(axis=1)):
-                axis.text(
-                    total,
-                    place,
-                    f" {total:,.0f}" if total else " its function has no dropout",
-                    va="center",
-                )
-            axis.set(title=title, xlabel="MiB kept for backward")
-            axis.grid(axis="y", visible=False)
-        panels[0].set_xlim(0, 1.25 * max(mib.sum(axis=1).max() for mib in frames.values()))
-        panels[0].invert_yaxis()
-        if frames[title].columns.equals(pd.Index(GROUPS)):
-            # S is too thin to be seen.
-            figure.legend(
-                axis.containers[:-1], GROUPS[:-1], loc="outside lower center", ncols=7, fontsize=9
-            )
-    return save(figure, STATIC / file)
 
 
 # One decoder layer, counted.
@@ -250,7 +196,7 @@ SHAPES = {
     "Qwen3 14B": MODELS["qwen3-14b"],
     "Llama 3.1 70B": MODELS["llama-70b"],
 }
-TOKENS, CARDS = (2048, 8192), (24, 80)
+TOKENS, CARDS = 8192, (24, 80)
 # Of a bfloat16 adapter: value, gradient and both moments, which AdamW keeps in its dtype.
 BF16_ADAPTER = 4 * BF16
 
@@ -258,7 +204,6 @@ BF16_ADAPTER = 4 * BF16
 class Arguments(NamedTuple):
     """What a user gives PEFT and the Trainer."""
 
-    words: str
     arm: str
     loss: str = FROM_LOGITS
     # ``autocast_adapter_dtype=False`` makes them bfloat16.
@@ -267,10 +212,17 @@ class Arguments(NamedTuple):
     liger: bool = False
 
 
-DEFAULT = Arguments("PEFT", PEFT)
-# Two documented arguments.
-BEST = Arguments("PEFT at its best", PEFT, LIGER_LOSS, False, True)
-OURS = BEST._replace(words="this library", arm=FUSED)
+DEFAULT = Arguments(PEFT)
+# PEFT at its best, by two documented arguments.
+BEST = Arguments(PEFT, LIGER_LOSS, False, True)
+OURS = BEST._replace(arm=FUSED)
+# By model and its weights. A bfloat16 model of 14B needs 80 GiB, one of 70B more.
+FITS = (
+    ("Llama 3.1 8B", "bf16"),
+    ("Llama 3.1 8B", "NF4"),
+    ("Qwen3 14B", "NF4"),
+    ("Llama 3.1 70B", "NF4"),
+)
 
 
 @cache
@@ -321,74 +273,26 @@ class Run(NamedTuple):
 
 def _step_cells(runs: Sequence[Run]) -> list[str]:
     """Of runs side by side: a step's GiB, and the most tokens of each card."""
-    cells = ["→".join(f"{run.gib(tokens):.1f}" for run in runs) for tokens in TOKENS]
+    cells = ["→".join(f"{run.gib(TOKENS):.1f}" for run in runs)]
     for card in CARDS:
         most = [run.most_tokens(card) for run in runs]
         cells.append("→".join(f"{tokens:,}" for tokens in most) if any(most) else "none")
     return cells
 
 
-_STEP_HEADS = [f"{tokens:,} tokens, GiB" for tokens in TOKENS]
-_STEP_HEADS += [f"most tokens, {card} GiB" for card in CARDS]
+_STEP_HEADS = [f"{TOKENS:,} tokens, GiB", *(f"most tokens, {card} GiB" for card in CARDS)]
 
 
 def fit_table() -> str:
     """PEFT by default, PEFT at its best, and this library with the same arguments."""
     cells = [["model", "weights", "checkpointing", "before any token, GiB", *_STEP_HEADS]]
-    for name, weights, checkpointing in product(SHAPES, ("bf16", "NF4"), (False, True)):
+    for (name, weights), checkpointing in product(FITS, (False, True)):
         runs = [Run(name, weights, checkpointing, given) for given in (DEFAULT, BEST, OURS)]
         starts = "→".join(f"{run.start / GIB:.1f}" for run in runs)
         row = [name, weights, "yes" if checkpointing else "no", starts]
         cells.append(row + _step_cells(runs))
     return markdown(cells, 3)
 
-
-# By column of the table of arguments.
-ARGUMENTS = {
-    "logits": DEFAULT,
-    "Liger-Kernel": DEFAULT._replace(loss=LIGER_LOSS, liger=True),
-    "Liger-Kernel, bfloat16 adapters": BEST,
-}
-
-
-def arguments_table() -> str:
-    """The most tokens of an 8B Llama in bfloat16 on 80 GiB, by who computes and with which
-    arguments.
-    """
-    heads = [f"{words}{comma}" for comma in ("", ", checkpointing") for words in ARGUMENTS]
-    cells = [["most tokens", *heads]]
-    for arm in (PEFT, PLAIN, ACCELERATED, FUSED):
-        row = [LAYER_ROWS[LayerRow(arm)]]
-        for checkpointing, given in product((False, True), ARGUMENTS.values()):
-            run = Run("Llama 3.1 8B", "bf16", checkpointing, given._replace(arm=arm))
-            row.append(f"{run.most_tokens(80):,}")
-        cells.append(row)
-    return markdown(cells)
-
-
-def terms_table() -> str:
-    """What is alive at the peak of a checkpointed step of an 8B Llama, KiB a token."""
-    tokens = TOKENS[1]
-    columns = {}
-    for given in (DEFAULT._replace(loss=LIGER_LOSS), BEST, OURS):
-        terms = Run("Llama 3.1 8B", "bf16", True, given).at(tokens)[LAST_LAYER]
-        columns[given] = {name: size / tokens / 1024 for name, size in terms.items()}
-    names = {name: None for terms in columns.values() for name in terms}
-    cells = [["alive at the peak, KiB a token", *[_TERMS_HEADS[given.words] for given in columns]]]
-    for name in names:
-        values = [terms.get(name, 0.0) for terms in columns.values()]
-        if max(values) >= 0.05:
-            cells.append([name, *[f"{value:.1f}" for value in values]])
-    sums = [sum(terms.values()) for terms in columns.values()]
-    cells.append(["together", *[f"{value:.1f}" for value in sums]])
-    return markdown(cells)
-
-
-_TERMS_HEADS = {
-    DEFAULT.words: "PEFT, a loss without logits",
-    BEST.words: BEST.words,
-    OURS.words: OURS.words,
-}
 
 # By model: weights, and the GiB of cards that hold them.
 PLANS = (
@@ -436,29 +340,9 @@ def _plan_head(step: PlannedStep) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.lab.memory")
-    parser.add_argument("--draw", action="store_true", help="draw the figures of docs/_static")
-    options = parser.parse_args(argv)
-    counts = layer_counts()
-    tables = (
-        mlp_table(),
-        layer_table(counts),
-        fit_table(),
-        arguments_table(),
-        terms_table(),
-        plan_table(),
-    )
+    parser.parse_args(argv)
+    tables = (mlp_table(), layer_table(layer_counts()), fit_table(), plan_table())
     print(*tables, sep="\n\n")
-    if not options.draw:
-        return
-    mlp = {
-        title: kept(dropout, **LLAMA_8B) / MIB
-        for title, dropout in (("no dropout", False), ("dropout", True))
-    }
-    colors = (GREY, BLUE, "#7fb0dc", "#f0a202", ORANGE, RED, "#7a1f3d", GREEN)
-    draw(mlp, colors, (11.0, 4.3), "fused-mlp-memory.png")
-    layer = {title: pd.DataFrame(np.diag(values), counts.index) for title, values in counts.items()}
-    layer_colors = (GREY, BLUE, BLUE, ORANGE, GREEN, GREEN, GREEN)
-    draw(layer, layer_colors, (11.0, 3.4), "memory.png")
 
 
 if __name__ == "__main__":

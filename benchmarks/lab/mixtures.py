@@ -216,8 +216,7 @@ def step_of(mixture: Mixture, arm: str, is_packed: bool, checkpointing: bool) ->
 def fit_table() -> str:
     """PEFT's and ours, PEFT's in bfloat16 alone: it trains no packed experts right."""
     heads = ["model", "experts", "checkpointing", "before any token, GiB"]
-    heads += [f"{tokens:,} tokens, GiB" for tokens in TOKENS]
-    heads += [f"most tokens, {card} GiB" for card in CARDS]
+    heads += [f"{TOKENS:,} tokens, GiB", *(f"most tokens, {card} GiB" for card in CARDS)]
     rows = [heads]
     for (name, mixture), is_packed, checkpointing in product(
         MIXTURES.items(), (False, True), (False, True)
@@ -227,10 +226,7 @@ def fit_table() -> str:
         kind = mixture.packed[0] if is_packed else "bf16"
         row = [name, kind, "yes" if checkpointing else "no"]
         row.append("→".join(f"{step.start / GIB:.1f}" for step in steps))
-        for tokens in TOKENS:
-            row.append(
-                "→".join(f"{(step.start + tokens * step.a_token) / GIB:.1f}" for step in steps)
-            )
+        row.append("→".join(f"{(step.start + TOKENS * step.a_token) / GIB:.1f}" for step in steps))
         for card in CARDS:
             row.append("→".join(_most_tokens(step, card) for step in steps))
         rows.append(row)

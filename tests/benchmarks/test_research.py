@@ -115,6 +115,20 @@ def test_stored_tables_are_those_of_the_stored_runs(tmp_path, monkeypatch):
     assert said in (RESULTS.parents[1] / "docs" / "guides" / "optimizer.md").read_text(
         encoding="utf-8"
     )
+    page = (RESULTS.parents[1] / "docs" / "results" / "reproduction.md").read_text(encoding="utf-8")
+    best = pd.read_csv(STORED / "paper" / "headline.csv").query("steps < 1500")
+    for arm in ("LoRA+", "Riemannian", "LoRA-RITE", "Stable-LoRA"):
+        row = "|"
+        for model, task in (
+            ("minilm", "sarcasm"),
+            ("minilm", "reuters-52"),
+            ("smollm2", "sarcasm"),
+        ):
+            (cell,) = best[
+                best.arm.str.startswith(arm) & (best.model == model) & (best.task == task)
+            ].itertuples()
+            row += f" {cell.minus_adamw:+.2f} ± {cell.minus_adamw_95:.2f} |"
+        assert row in page, arm
     runs = runner.load(STORED / "paper" / "runs.csv")
     (untrained,) = {*runs.test[(runs.lr == 0) & (runs.task == "plays")]}
     assert report.FALLEN["plays"] == pytest.approx(untrained, abs=5e-4)

@@ -275,8 +275,8 @@ main(*make_parser().parse_args_and_config())
 
 @pytest.mark.nightly
 def test_trls_command_line_in_four_lines(tmp_path):
-    """The script of docs/guides/sft.md, for those who start trl sft."""
-    assert SCRIPT.strip() in (ROOT / "docs/guides/sft.md").read_text()
+    """The script of docs/guides/trainers.md, for those who start trl sft."""
+    assert SCRIPT.strip() in (ROOT / "docs/guides/trainers.md").read_text()
     torch.manual_seed(0)
     base = llama("peft").unload()
     base.save_pretrained(tmp_path / "model")

@@ -311,7 +311,7 @@ DOUBTS = [
     *((m, 4096, 4096, 16, 0.0) for m in (128, 256, 384)),
     *((m, 4096, 14336, 16, 0.1) for m in (512, 4096)),
 ]
-# A layer whose bytes docs/results/arithmetic.md counts, also with fewer rows and without dropout.
+# A layer whose bytes docs/results/performance.md counts, also with fewer rows and without dropout.
 HEADLINE = [(m, 4096, 4096, 16, p) for p in DROPOUT for m in (8192, 2048)]
 SHAPES = [(m, *nk, r, p) for m, nk, r, p in product(ROWS, SIZES, RANKS, DROPOUT)]
 # Those that the targets name come first.

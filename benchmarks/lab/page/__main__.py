@@ -1,4 +1,4 @@
-"""docs/results/benchmarks.md and the README's figure, from the results stored in benchmarks/results
+"""docs/results/benchmarks.md, a table of performance.md and the README's figure, from the results stored in benchmarks/results
 and nothing else.
 
     python -m benchmarks.lab.page [--check]
@@ -18,7 +18,7 @@ import pandas as pd
 
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS, markdown, write_text
-from benchmarks.finetuning.report import HEADING, MOST_WAITING, adapters
+from benchmarks.finetuning.report import HEADING, MOST_WAITING
 from benchmarks.lab.page import headline
 from stablelora_kernels.utils.timing import PACKAGES
 
@@ -49,11 +49,11 @@ HOST_ROWS = {
     "a branch on another layer's output": "host branch",
 }
 _INTRODUCTION = """\
-# Benchmarks
+# Where does it win and lose?
 
 <!-- Written by python -m benchmarks.lab.page, which overwrites every change made here. -->
 
-Where this library wins and loses in the stored measurements. [Performance](performance.md) explains the main ones,
+Every stored comparison, by machine. [Performance](performance.md) explains the main ones,
 [Measuring](measuring.md) the commands and the method.
 
 - A ratio is our time over the rival's, from paired rounds. Below 1 this library is faster.
@@ -112,6 +112,36 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.concat(ratios, ignore_index=True), table.sort_values("machine", kind="stable")
 
 
+# What the table of main jobs has of each: columns, and their arm, metric and format.
+_MAIN = (
+    ("times PEFT's speed: one line", "accelerated", "speedup over PEFT", ".2f"),
+    ("our layers", "stable", "speedup over PEFT", ".2f"),
+    ("% over the frozen step: PEFT", "peft", "% over frozen", ".0f"),
+    ("one line", "accelerated", "% over frozen", ".0f"),
+    ("kept, MiB: PEFT", "peft", "MiB saved for backward", ",.0f"),
+    ("one line", "accelerated", "MiB saved for backward", ",.0f"),
+    ("peak, MiB: PEFT", "peft", "MiB at the peak", ",.0f"),
+    ("one line", "accelerated", "MiB at the peak", ",.0f"),
+    ("held-out loss minus PEFT's: one line", "accelerated", "loss minus PEFT", "+.3f"),
+)
+
+
+def main_table(results: Path) -> str:
+    """A row for each stored run of ``python -m benchmarks``; a figure with an interval has its half."""
+    cells = [["machine, dtype, dropout", *(head for head, *_ in _MAIN)]]
+    for file in sorted(results.glob("*/main*/result.csv")):
+        rows = read_records(file)
+        settings = rows.attrs["environment"]["settings"]
+        by = rows[rows["phase"].isin(("step", "held-out"))].set_index(["arm", "metric"])
+        row = [f"{file.parts[-3]}, {settings['dtype']}, {settings['lora_dropout']:g}"]
+        for _, arm, metric, form in _MAIN:
+            median, half = by.loc[(arm, metric), ["median", "half_95"]]
+            spread = f" ± {half:{form.strip('+')}}" if half == half else ""
+            row.append(f"{round(median, 3) + 0.0:{form}}{spread}")
+        cells.append(row)
+    return markdown(cells)
+
+
 def page(results: Path) -> str:
     """The page's text: answers by machine, then every loss, then the files."""
     ratios, files = read(results)
@@ -124,16 +154,6 @@ def page(results: Path) -> str:
         parts.append(f"## {found.get('gpu') or found['cpu']}, {found['cores']} cores (`{machine}`)")
         if (here & ~of_host).any():
             parts.append(ratio_table(ratios[here & ~of_host]))
-        # The first is the default's. The verdicts of the others are in their tables, under "Every
-        # figure".
-        for run in mine["run"].dropna().iloc[:1]:
-            settings = run["settings"]
-            about = (
-                f"{settings['model']} on {settings['data']}, {adapters(run)}, {settings['dtype']}"
-            )
-            parts.append(
-                "\n".join([f"Fine-tuning {about}:", "", "```text", *run["verdicts"], "```"])
-            )
         if (here & of_host).any():
             parts += [_HOST, host_table(ratios[here & of_host]), host_steps(ratios[here & of_host])]
     losses = "\n\n".join(

@@ -1,15 +1,14 @@
-"""The page of arithmetic: its formulas against the operators that PyTorch runs and the tensors of our
-launches, its least times, and its tables.
+"""The count of bytes and launches: its formulas against the operators that PyTorch runs and the tensors of our
+launches, its least times, and its table.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-from tests.helpers.launches import needs_triton
 
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[test]")
 
@@ -19,10 +18,21 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.arms import FROZEN, OURS, PEFT, PLAIN, adapt
 from benchmarks.lab import arithmetic
-from benchmarks.lab.arithmetic import ARMS, GPUS, LAYERS, Gpu, Launch, Layer
+from benchmarks.lab.arithmetic import ARMS, H100, LAYERS, Gpu, Launch, Layer
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="runs where Triton is installed, for launch plans: Linux on x86-64 and aarch64",
+)
 # No size divides another.
 SMALL = Layer("a small layer", n=40, k=24, m=7, r=3)
+
+
+class Counted(NamedTuple):
+    """One operator."""
+
+    moved: int
+    multiplied: int
 
 
 class Counter(TorchDispatchMode):
@@ -30,8 +40,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Of each, the bytes moved and the multiply-adds.
-        self.operators: list[tuple[int, int]] = []
+        self.operators: list[Counted] = []
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -48,11 +57,11 @@ class Counter(TorchDispatchMode):
         if name in ("mm", "addmm_"):
             left, right = given[-2:]
             multiplied = left.shape[0] * left.shape[1] * right.shape[1]
-        self.operators.append((sum(t.nbytes for t in read + made), multiplied))
+        self.operators.append(Counted(sum(t.nbytes for t in read + made), multiplied))
         return result
 
 
-def counted(arm: str, layer: Layer, dropout: bool) -> list[list[tuple[int, int]]]:
+def counted(arm: str, layer: Layer, dropout: bool) -> list[list[Counted]]:
     """The operators of a layer's forward, and of its backward."""
     with torch.device("meta"):
         linear = nn.Linear(layer.k, layer.n, bias=False, dtype=torch.bfloat16)
@@ -74,9 +83,14 @@ def counted(arm: str, layer: Layer, dropout: bool) -> list[list[tuple[int, int]]
     [(FROZEN, False), *((arm, dropout) for arm in (PEFT, PLAIN) for dropout in (False, True))],
 )
 @pytest.mark.parametrize("layer", [SMALL, LAYERS[3]], ids=lambda layer: layer.name)
-@pytest.mark.usefixtures("dropout_of_a_gpu")
-def test_each_launch_is_an_operator_that_pytorch_runs(arm, dropout, layer):
+def test_each_launch_is_an_operator_that_pytorch_runs(arm, dropout, layer, monkeypatch):
     """With PyTorch's operator for dropout on a GPU, whose mask is bool."""
+    drop = torch.native_dropout
+    monkeypatch.setattr(
+        nn.functional,
+        "dropout",
+        lambda x, p=0.5, training=True, inplace=False: drop(x, p, training)[0],
+    )
     ways = arithmetic.launches(arm, dropout)
     for way, operators in zip(ways, counted(arm, layer, dropout), strict=True):
         listed = [
@@ -129,38 +143,59 @@ def test_every_lora_layer_has_the_same_multiply_adds(layer: Layer) -> None:
 
 
 def test_a_launch_takes_at_least_the_longer_of_its_two_times(monkeypatch) -> None:
-    """X has 336 bytes, and MNK is 6,720: the first takes 336 s, the second 13,440 s."""
+    for arm in ARMS:
+        moved = sum(arithmetic.moved(arm, SMALL, True))
+        operations = 2 * sum(arithmetic.multiplied(arm, SMALL))
+        slow_memory = Gpu("slow memory", operations=1e30, bandwidth=10.0)
+        slow_units = Gpu("slow units", operations=10.0, bandwidth=1e30)
+        for gpu, expected in ((slow_memory, moved / 10), (slow_units, operations / 10)):
+            found = arithmetic.least_seconds(arm, SMALL, True, gpu)
+            assert found == pytest.approx(expected, rel=1e-9)
+    # X has 336 bytes, and MNK is 6,720: the first takes 336 s, the second 13,440 s.
     pair = arithmetic.Arm((Launch("moves", "X"),), (Launch("multiplies", "X", "MNK"),))
     monkeypatch.setitem(ARMS, FROZEN, pair)
     assert arithmetic.least_seconds(FROZEN, SMALL, False, Gpu("one", 1.0, 1.0)) == 336 + 13_440
-    # Memory that is slow enough decides alone.
-    slow = Gpu("slow memory", operations=1e30, bandwidth=10.0)
-    moved = sum(arithmetic.moved(OURS, SMALL, True))
-    found = arithmetic.least_seconds(OURS, SMALL, True, slow)
-    assert found == pytest.approx(moved / 10, rel=1e-9)
 
 
 @needs_triton
-def test_the_committed_page_is_what_the_command_writes(tmp_path, monkeypatch) -> None:
+def test_the_committed_page_is_what_the_command_writes(tmp_path, monkeypatch, capsys) -> None:
     text = arithmetic.PAGE.read_text(encoding="utf-8")
-    monkeypatch.setattr(arithmetic, "PAGE", tmp_path / "arithmetic.md")
-    changed = text.replace("| frozen | 1 + 1 |", "| frozen | 2 + 2 |")
-    arithmetic.PAGE.write_text(changed, encoding="utf-8")
+    assert arithmetic.page() == text
+    changed = tmp_path / "performance.md"
+    changed.write_text(
+        text.replace(" 4,096 x 4,096 | 336 |", " 4,096 x 4,096 | 337 |"), encoding="utf-8"
+    )
+    monkeypatch.setattr(arithmetic, "PAGE", changed)
+    assert changed.read_text(encoding="utf-8") != text
     arithmetic.main([])
-    assert arithmetic.PAGE.read_text(encoding="utf-8") == text != changed
+    assert changed.read_text(encoding="utf-8") == text
+    assert capsys.readouterr().out == f"wrote {changed}\n"
 
 
-def test_the_page_has_the_data_sheets_and_the_example() -> None:
+@needs_triton
+def test_the_page_has_the_data_sheet_the_launches_and_the_example() -> None:
     text = arithmetic.PAGE.read_text(encoding="utf-8")
-    for gpu in GPUS:
-        speeds = f"{gpu.operations / 1e12:g} TFLOP/s | {gpu.bandwidth / 1e12:g} TB/s"
-        assert f"| {gpu.name} | {speeds} |" in text
+    speeds = (
+        f"{H100.operations / 1e12:g} TFLOP/s in dense bfloat16 and {H100.bandwidth / 1e12:g} TB/s"
+    )
+    assert f"[{H100.name}]" in text and speeds in text
+    counts = {
+        arm: [
+            "{} + {}".format(*arithmetic.launch_counts(arm, LAYERS[0], dropout))
+            for dropout in (False, True)
+        ]
+        for arm in (PEFT, PLAIN, OURS)
+    }
+    said = "PEFT takes {} launches (forward + backward; with dropout {})"
+    assert said.format(*counts[PEFT]) in text
+    assert "the 72 lines {} ({})".format(*counts[PLAIN]) in text
+    assert counts[OURS] == ["1 + 1", "1 + 1"] and "and this library 1 + 1." in text
     layer = LAYERS[0]
     forward, backward = arithmetic.moved(FROZEN, layer, False)
     multiplied, _ = arithmetic.multiplied(FROZEN, layer)
     assert forward == backward
     assert f"{forward / 1e6:.0f} MB / 3.35 TB/s = {1e6 * forward / 3.35e12:.0f} µs" in text
-    assert f"take 2 · {multiplied / 1e9:.1f} · 10⁹" in text
+    assert f"take 2 · {multiplied / 1e9:.1f} · 10⁹ / 989 TFLOP/s" in text
     assert f"= {2e6 * multiplied / 989e12:.0f} µs" in text
-    least = arithmetic.least_seconds(FROZEN, layer, False, GPUS[0])
+    least = arithmetic.least_seconds(FROZEN, layer, False, H100)
     assert f"the layer's least time is {1e6 * least:.0f} µs" in text

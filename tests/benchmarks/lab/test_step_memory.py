@@ -134,7 +134,7 @@ def test_a_gpu_differs_from_a_cpu_by_attention_alone(arm, monkeypatch):
 @needs_triton
 def test_the_peak_of_fuse_mlp_has_dg_and_du():
     """On a GPU they are scratch of the kernels' launch plans, beside G and U."""
-    tokens = memory.TOKENS[1]
+    tokens = memory.TOKENS
     shape = Shape(**memory.SHAPES["Llama 3.1 8B"])
     terms = step_memory.moments(Step(shape, FUSED, WITHOUT_LOGITS, True), tokens)[LAST_LAYER]
     two = 2 * 2 * tokens * shape.intermediate_size
