@@ -121,6 +121,31 @@ def documented_names() -> set[str]:
     return names
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them, and those that the page sets itself."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    made = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*made, *re.findall(r'<a id="([^"]+)"', text)}
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"]
+)
+def test_links_of_pages_outside_the_site_lead_somewhere(name: str) -> None:
+    """Sphinx checks those of docs/."""
+    page = ROOT / name
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    lost = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = page if not file else (page.parent / file).resolve()
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(link)
+    assert lost == [] and (links or name == "SECURITY.md")
+
+
 def test_reference_has_every_public_name() -> None:
     public = {f"stablelora_kernels.{name}" for name in slk.__all__}
     public -= {f"stablelora_kernels.{name}" for name in ("functional", "reference", "__version__")}
