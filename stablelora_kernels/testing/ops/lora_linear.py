@@ -136,7 +136,12 @@ class Branch(Group):
             "base_out": base.to(dtype),
             # All digits of its dtype, of which a product in x's dtype may take fewer.
             "grad": make_inputs(
-                case.shape, case.sizes[i], 1, dtype=dtype, device=case.device, seed=case.seed + i
+                (*case.shape[:-1], 1),
+                case.sizes[i],
+                1,
+                dtype=dtype,
+                device=case.device,
+                seed=case.seed + i,
             )["grad"],
             "bias": None,
         }
