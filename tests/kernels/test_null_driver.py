@@ -128,17 +128,26 @@ LOWEST_ADDRESS = 0x400000
 
 
 def renamed(calls: list[Any], names: dict[int, str]) -> list[Any]:
-    """Calls with the operands' names for their addresses, and "own" for what a call has allocated."""
+    """Calls with the operands' names for their addresses. What a call has allocated gets numbers in
+    the order in which a launch takes it: a view stays another place than its tensor's.
+    """
 
-    def rename(argument: Any) -> Any:
-        if isinstance(argument, bytes):
-            address = int.from_bytes(argument[:8], sys.byteorder)
-            return names.get(address, "own"), argument[8:]
-        if isinstance(argument, int) and argument >= LOWEST_ADDRESS:
-            return names.get(argument, "own")
-        return argument
+    def of_launch(arguments: list[Any]) -> list[Any]:
+        own: dict[int, str] = {}
 
-    return [(*head, [rename(argument) for argument in arguments]) for *head, arguments in calls]
+        def named(address: int) -> str:
+            return names.get(address) or own.setdefault(address, f"own {len(own)}")
+
+        def rename(argument: Any) -> Any:
+            if isinstance(argument, bytes):
+                return named(int.from_bytes(argument[:8], sys.byteorder)), argument[8:]
+            if isinstance(argument, int) and argument >= LOWEST_ADDRESS:
+                return named(argument)
+            return argument
+
+        return [rename(argument) for argument in arguments]
+
+    return [(*head, of_launch(arguments)) for *head, arguments in calls]
 
 
 def operands(case: Case = LINEAR) -> Operands:
