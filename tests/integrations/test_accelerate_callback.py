@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -179,6 +180,13 @@ def two(rank: int, world: int, place: Path, way: str) -> tuple[list[torch.Tensor
         layers=sum(calls.layers.values()), groups=len(calls.groups), mlps=len(calls.mlps)
     )
     gradients = [whole(p.grad) for p in model.parameters() if p.requires_grad]
+    if way == "fully_shard":  # as docs/guides/training.md saves
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
+        values = get_model_state_dict(model, options=options)
+        if rank == 0:
+            model.save_pretrained(place / "adapter", state_dict=values)
     return gradients, counted
 
 
@@ -196,6 +204,11 @@ def test_two_processes(tmp_path, way):
     for one, other, alone in zip(first, second, expected, strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-7)
+    if way == "fully_shard":
+        loaded = peft.PeftModel.from_pretrained(llama("peft").unload(), tmp_path / "adapter")
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                assert torch.equal(loaded.get_parameter(name), p)
 
 
 def one(rank: int, world: int, place: Path) -> None:
