@@ -221,8 +221,12 @@ ON_GPU = DEVICE == "cuda"
 LONG_RUN = {"torch": 1_000, "triton": 1_000 if ON_GPU else 100}
 LONG = [
     (GROUP, "torch", 10),
-    *(pytest.param(kind, backend, LONG_RUN[backend], marks=nightly) for kind in (LAYERS, GROUP, "clipped", LOW) for backend in BACKENDS),
-]  # fmt: skip
+    *(
+        pytest.param(kind, backend, LONG_RUN[backend], marks=nightly)
+        for kind in (LAYERS, GROUP, "clipped", LOW)
+        for backend in BACKENDS
+    ),
+]
 
 
 @pytest.mark.parametrize(("kind", "backend", "count"), LONG)
