@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import stablelora_kernels as slk
+from stablelora_kernels.ops import dropout as masks
 from stablelora_kernels.testing.cases import BF16, make, ours, run
 from tests.helpers.case_checks import check_compiled
 from tests.helpers.cases import EVERY_OP, small
@@ -78,6 +79,13 @@ KINDS = [
 ]
 
 
+@pytest.fixture
+def masks_of_compiled_code(monkeypatch):
+    """Compiled code does not look at a mask's size: uncompiled code draws as it does."""
+    monkeypatch.setattr(masks, "BERNOULLI_UP_TO", 0)
+
+
+@pytest.mark.usefixtures("masks_of_compiled_code")
 @pytest.mark.parametrize(("kind", "backend"), KINDS, indirect=["backend"])
 def test_changing_shapes(kind, backend):
     """Below and above the rows up to which calls are made of plain operators, in training and in
@@ -166,7 +174,7 @@ def test_export_of_a_model(fused, backend):
 # Every op
 
 
-@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.usefixtures("poisoned_outputs", "masks_of_compiled_code")
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("rows", "p"), [(5, 0.0), (70, 0.0), (70, 0.3)])
 @pytest.mark.parametrize("op", [*EVERY_OP, "shared"])
