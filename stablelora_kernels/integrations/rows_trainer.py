@@ -338,7 +338,7 @@ def _check_options(
         refused[best] = (args.load_best_model_at_end, "each adapter has a best step of its own")
         devices = args.n_gpu if args.n_gpu > 1 else None
         refused["args.n_gpu"] = (devices, "start a process for each device, as torchrun does")
-        if not has_optimizer and not args.optim.startswith("adamw_torch"):
+        if not has_optimizer and args.optim not in ("adamw_torch", "adamw_torch_fused"):
             reason = "StableLoRAAdamW trains the adapters, or what optimizers= or optimizer_cls_and_kwargs= give"
             refused["args.optim"] = (args.optim.value, reason)
     for name, (value, reason) in refused.items():

@@ -20,6 +20,7 @@ from stablelora_kernels.model.reports import (
     count_parameters,
     list_some,
     notes_on_gradients,
+    notes_on_compute_dtypes,
     notes_on_heads,
     notes_on_mlps,
 )
@@ -202,7 +203,7 @@ def fuse(
     wrong = notes_on_gradients(model) + notes_on_heads(model)
     for note in wrong:
         warnings.warn(note, stacklevel=3)
-    notes = notes + wrong
+    notes = notes + wrong + notes_on_compute_dtypes(model)
     rows = []
     for name in names:
         layer = layers[name]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -214,6 +215,25 @@ def notes_on_heads(model: nn.Module) -> list[str]:
             "name it in PEFT's modules_to_save, or let its parameters require gradients after apply_lora"
         ]
     return []
+
+
+def notes_on_compute_dtypes(model: nn.Module) -> list[str]:
+    """A note on weights in bitsandbytes' 4 bits that a 16-bit model computes in float32, the default
+    of transformers' ``BitsAndBytesConfig``.
+    """
+    names = []
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        # The dtype from which bitsandbytes quantized the weight.
+        dtype = getattr(state, "dtype", torch.float32)
+        if dtype != torch.float32 and getattr(module, "compute_dtype", None) == torch.float32:
+            names.append(name)
+    if not names:
+        return []
+    return [
+        f"{list_some(names)}: computed in float32 in a 16-bit model, which is slow, and under accelerate_peft bitsandbytes "
+        "computes it: give BitsAndBytesConfig bnb_4bit_compute_dtype=torch.bfloat16"
+    ]
 
 
 def by_reason(modules: Iterable[SkippedModule | GatedMLP]) -> list[str]:

@@ -29,7 +29,7 @@ def bnb_4bit(
         "bias": linear.bias is not None,
     } | options
     layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **options)
-    layer.load_state_dict(linear.state_dict())
+    layer.to(linear.weight.dtype).load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
 

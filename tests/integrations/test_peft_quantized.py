@@ -141,6 +141,19 @@ OWN = {
 }
 
 
+@pytest.mark.parametrize(("compute_dtype", "notes"), [(FP32, 1), (BF16, 0), (None, 0)])
+def test_a_note_says_that_a_16_bit_model_computes_in_float32(compute_dtype, notes):
+    """As of transformers' BitsAndBytesConfig without bnb_4bit_compute_dtype."""
+    model, _ = make(dtype=BF16, compute_dtype=compute_dtype)
+    plain = nn.Sequential(bnb_4bit(nn.Linear(K, N, dtype=BF16), compute_dtype=compute_dtype))
+    for report in (slk.accelerate_peft(model), slk.apply_lora(plain, ["0"], r=3)):
+        found = [note for note in report.notes if "bnb_4bit_compute_dtype" in note]
+        assert len(found) == notes
+    # A float32 model computes in float32.
+    model, _ = make(dtype=FP32, compute_dtype=FP32)
+    assert not slk.accelerate_peft(model).notes
+
+
 @pytest.mark.parametrize(("options", "change", "settles"), OWN.values(), ids=OWN)
 def test_what_only_the_layer_itself_computes(options, change, settles, calls):
     """On Triton, whose kernels would read the weight."""

@@ -28,6 +28,7 @@ from stablelora_kernels.model.reports import (
     count_parameters,
     list_some,
     notes_on_gradients,
+    notes_on_compute_dtypes,
     notes_on_heads,
     notes_on_mlps,
     stacks_without_adapter,
@@ -241,7 +242,7 @@ def accelerate_peft(
     notes = faults + _unmatched(model, wrappers)
     if any(parameter.requires_grad for parameter in model.parameters()):
         notes += notes_on_heads(model)
-    notes += _notes_on_stacks(model, wrappers)
+    notes += _notes_on_stacks(model, wrappers) + notes_on_compute_dtypes(model)
     if beside:
         notes.append(
             f"PEFT's own forward computes DoRA beside another active adapter: {list_some(beside)}"
