@@ -19,8 +19,8 @@ from stablelora_kernels.model.reports import (
     SkippedModule,
     count_parameters,
     list_some,
-    notes_on_gradients,
     notes_on_compute_dtypes,
+    notes_on_gradients,
     notes_on_heads,
     notes_on_mlps,
 )

@@ -351,7 +351,7 @@ BASE = [{"input_ids": [3, 4], "labels": [3, 4], "adapter": "__base__"}] * 6
         ({"compute_loss_func": len}, ValueError, "cannot take compute_loss_func=<built-in function len>: an adapter's"),
         ({"changes": {"label_smoothing_factor": 0.1}}, ValueError, "cannot take args.label_smoothing_factor=0.1: an"),
         ({"changes": {"optim": "adafactor"}}, ValueError, "cannot take args.optim='adafactor': StableLoRAAdamW trains"),
-        ({"changes": {"optim": "adamw_torch_8bit"}}, ValueError, "cannot take args.optim='adamw_torch_8bit': StableLoRAAdamW trains"),
+        ({"changes": {"optim": "adamw_torch_8bit"}}, ValueError, "cannot take args.optim='adamw_torch_8bit'"),
         (
             {"changes": {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}},
             ValueError, "cannot take args.load_best_model_at_end=True: each adapter has a best step",

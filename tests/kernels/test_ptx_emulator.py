@@ -80,7 +80,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("names", CASES, ids=lambda names: names[0])
+@pytest.mark.parametrize("names", CASES, ids=", ".join)
 @pytest.mark.parametrize(
     "arch", [pytest.param("sm_80", marks=pytest.mark.nightly), "sm_90", *BLACKWELL]
 )

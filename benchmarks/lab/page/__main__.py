@@ -53,7 +53,8 @@ _INTRODUCTION = """\
 
 <!-- Written by python -m benchmarks.lab.page, which overwrites every change made here. -->
 
-Every stored comparison, by machine. [Performance](performance.md) explains the main ones,
+Every stored comparison of the suite (`python -m pytest benchmarks`) and of the fine-tuning run
+(`python -m benchmarks`), by machine. [Performance](performance.md) explains the main ones,
 [Measuring](measuring.md) the commands and the method.
 
 - A ratio is our time over the rival's, from paired rounds. Below 1 this library is faster.
@@ -67,6 +68,10 @@ _HOST = """\
 Python's time for a call over PEFT's, on the Triton backend, r 16. The CUDA driver under it does nothing, so the
 driver's and the allocator's time are not included. Since this run, a single layer's call has become a few percent slower.
 """
+_LOSES = (
+    "A case is here if three of four rounds are slower than the rival's. "
+    "A cell has the median and the quartiles of the rounds."
+)
 _NO_GPU = (
     "- **All of this is from CPUs, on PyTorch's operators**, but for the host time on Triton. "
     "No GPU has measured anything yet.\n"
@@ -115,13 +120,13 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 # What the table of main jobs has of each: columns, and their arm, metric and format.
 _MAIN = (
     ("times PEFT's speed: one line", "accelerated", "speedup over PEFT", ".2f"),
-    ("our layers", "stable", "speedup over PEFT", ".2f"),
+    ("times PEFT's speed: our layers", "stable", "speedup over PEFT", ".2f"),
     ("% over the frozen step: PEFT", "peft", "% over frozen", ".0f"),
-    ("one line", "accelerated", "% over frozen", ".0f"),
+    ("% over the frozen step: one line", "accelerated", "% over frozen", ".0f"),
     ("kept, MiB: PEFT", "peft", "MiB saved for backward", ",.0f"),
-    ("one line", "accelerated", "MiB saved for backward", ",.0f"),
+    ("kept, MiB: one line", "accelerated", "MiB saved for backward", ",.0f"),
     ("peak, MiB: PEFT", "peft", "MiB at the peak", ",.0f"),
-    ("one line", "accelerated", "MiB at the peak", ",.0f"),
+    ("peak, MiB: one line", "accelerated", "MiB at the peak", ",.0f"),
     ("held-out loss minus PEFT's: one line", "accelerated", "loss minus PEFT", "+.3f"),
 )
 
@@ -161,8 +166,9 @@ def page(results: Path) -> str:
     )
     parts += [
         "## Where it loses",
+        _LOSES,
         losses or "Nowhere in what is stored.",
-        "## Every figure",
+        "## Commands of these figures",
         _files(files),
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
@@ -216,7 +222,11 @@ def host_steps(rows: pd.DataFrame) -> str:
     medians = rows.set_index("case")["median"]
     name = "host step {} tensors r2 width 8, gradients {}"
     counts = rows["case"].str.extract(r"host step (\d+) tensors", expand=False).dropna().unique()
-    cells = [["an optimizer step over fused AdamW's", "gradients stayed", "gradients moved"]]
+    heads = (
+        "gradients in their old memory",
+        "in new memory, as after `zero_grad(set_to_none=True)`",
+    )
+    cells = [["an optimizer step over fused AdamW's", *heads]]
     for count in counts:
         found = (medians[[name.format(count, way)]] for way in ("kept", "moved"))
         cells.append([f"{count} tensors", *map(_cell, found)])
@@ -241,7 +251,7 @@ def _slower(ratios: pd.DataFrame) -> str:
         for row in rows.loc[rows.groupby(["machine", "case", "arm"], sort=False)["median"].idxmax()].itertuples()
     ]  # fmt: skip
     return (
-        markdown([["machine", "case", "arm", "the rival", "of its time"], *cells], 4)
+        markdown([["machine", "case", "ours", "the rival", "of its time"], *cells], 4)
         if cells
         else ""
     )

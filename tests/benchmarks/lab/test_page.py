@@ -52,7 +52,7 @@ def test_the_committed_page_is_of_the_committed_results(tmp_path, monkeypatch, c
     assert page.main(["--check"]) == 0, capsys.readouterr().out
     text = page.PAGE.read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b", text)
-    losses = text.split("## Where it loses")[1].split("## Every figure")[0]
+    losses = text.split("## Where it loses")[1].split("## Commands of these figures")[0]
     ratios, _ = page.read(page.RESULTS)
     ratios = ratios[~ratios["case"].str.startswith("host ")]
     for (machine, case, arm), rows in ratios.groupby(["machine", "case", "arm"]):
@@ -223,12 +223,12 @@ def test_the_experts_page_has_the_stored_figures():
     kept = headline.experts_mib()
     assert f"keep {kept['PEFT']:,.0f} MiB for backward with PEFT" in text
     assert f"**{kept['and fuse_mlp']:,.0f} MiB** with `accelerate_peft" in text
-    peft_page = (guides / "peft.md").read_text(encoding="utf-8")
+    performance = (guides.parent / "results" / "performance.md").read_text(encoding="utf-8")
     for rows, words in ((256, "{:.2f} times PEFT's time on two cores"), (1024, "{:.2f} and")):
         case = f"DoRA, {rows} rows, bf16"
         with_amx = stored("xeon-amx-2core/experts.csv", case, "accelerated PEFT", "over_rival")
         without = stored(file, case, "accelerated PEFT", "over_rival")
-        assert words.format(with_amx) in peft_page and f"{without:.2f} times" in peft_page
+        assert words.format(with_amx) in performance and f"{without:.2f} times" in performance
 
 
 def test_the_description_of_the_readmes_figure_has_what_the_figure_shows():
