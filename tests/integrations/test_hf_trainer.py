@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import stablelora_kernels as slk
 from tests.helpers import trainer_runs
-from tests.helpers.processes import needs_gloo, spawn
+from tests.helpers.processes import needs_gloo, printed, spawn
 from tests.helpers.small_models import llama as small_llama
 from tests.helpers.trainer_runs import (
     KINDS,
@@ -307,3 +307,20 @@ def test_without_peft_two_processes_train_as_one(tmp_path):
     for found in spawn(trained_without_peft, 2, tmp_path):
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_without_transformers_each_class_says_what_to_install():
+    """In one process: importing torch takes two seconds."""
+    names = ("AccelerateCallback", "StabilityCallback", "StableLoRACallback", "RowsTrainer")
+    code = f"""
+import sys; sys.modules["transformers"] = None
+import stablelora_kernels as slk
+for name in {names!r}:
+    try: getattr(slk, name)(*[None] * (name in ("StabilityCallback", "RowsTrainer")))
+    except ImportError as error: print(error)
+"""
+    said = printed(code).splitlines()
+    for name, line in zip(names, said, strict=True):
+        assert line.startswith(
+            f"{name} needs transformers: pip install 'stablelora-kernels[peft]' ("
+        )

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import stablelora_kernels as slk
 from stablelora_kernels.integrations import hf_trainer
 from tests.helpers.optimizers import make_pairs
-from tests.helpers.processes import needs_gloo, printed, spawn
+from tests.helpers.processes import needs_gloo, spawn
 from tests.helpers.small_models import IDS, Model, fill_b, lora_options
 from tests.helpers.trainer_runs import llama, make_trainer, trained, transformers
 
@@ -183,16 +183,6 @@ def test_what_is_refused(tmp_path):
     ):
         plain.train()
     assert all(torch.equal(before[name], p) for name, p in trained(plain.model).items())
-
-
-def test_without_transformers_it_says_what_to_install():
-    code = (
-        "import sys; sys.modules['transformers'] = None\nimport stablelora_kernels as slk\n"
-        "try: slk.StabilityCallback(None)\nexcept ImportError as error: print(error)"
-    )
-    assert printed(code).startswith(
-        "StabilityCallback needs transformers: pip install 'stablelora-kernels[peft]' ("
-    )
 
 
 def values_of(optimizer) -> dict[str, float]:
