@@ -117,6 +117,7 @@ PRESETS = {
     ],
     # Nearly two epochs: rates at which the method acts, and time for them to converge.
     "long": [Study(*MINILM, 1500, 32, (1e-4, 3e-4, 1e-3), EXTREMES, TWO, headline_seeds=5)],
+    "smollm2-headlines": [Study("smollm2", "sarcasm", "bf16", 150, 16)],
     # At last a step at a learning rate of zero: what the language model has before any training.
     "smollm2": [
         Study("smollm2", "plays", "bf16", 100, 4, ratios=EXTREMES),

@@ -18,6 +18,7 @@ import pandas as pd
 
 from benchmarks.common.records import read_records
 from benchmarks.common.tables import RESULTS, markdown, write_text
+from benchmarks.finetuning.recipe import Recipe
 from benchmarks.finetuning.report import HEADING, MOST_WAITING
 from benchmarks.lab.page import headline
 from stablelora_kernels.utils.timing import PACKAGES
@@ -53,8 +54,8 @@ _INTRODUCTION = """\
 
 <!-- Written by python -m benchmarks.lab.page, which overwrites every change made here. -->
 
-Every stored comparison of the suite (`python -m pytest benchmarks`) and of the fine-tuning run
-(`python -m benchmarks`), by machine. [Performance](performance.md) explains the main ones,
+The stored comparisons of the suite (`python -m pytest benchmarks`), summed up by machine; the CSV files have every case.
+[Performance](performance.md) has the table of the fine-tuning run and explains the main results,
 [Measuring](measuring.md) the commands and the method.
 
 - A ratio is our time over the rival's, from paired rounds. Below 1 this library is faster.
@@ -109,6 +110,8 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         # The default is bfloat16 where the hardware has it.
         command = "python -m benchmarks" + " --dtype fp32" * (run["settings"]["dtype"] == "float32")
         command += " --dropout 0" * (run["settings"]["lora_dropout"] == 0)
+        steps = run["settings"]["steps"]
+        command += f" --steps {steps}" * (steps != Recipe.steps)
         environment = run["environment"] | {"waited_share": run.get("waited_share", 0.0)}
         files.append(
             (path.parents[1].name, f"{path.parent.name}/table.txt", command, environment, run)
@@ -120,7 +123,7 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 # What the table of main jobs has of each: columns, and their arm, metric and format.
 _MAIN = (
     ("times PEFT's speed: one line", "accelerated", "speedup over PEFT", ".2f"),
-    ("times PEFT's speed: our layers", "stable", "speedup over PEFT", ".2f"),
+    ("times PEFT's speed: our layers, StableLoRAAdamW", "stable", "speedup over PEFT", ".2f"),
     ("% over the frozen step: PEFT", "peft", "% over frozen", ".0f"),
     ("% over the frozen step: one line", "accelerated", "% over frozen", ".0f"),
     ("kept, MiB: PEFT", "peft", "MiB saved for backward", ",.0f"),
