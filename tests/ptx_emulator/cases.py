@@ -278,7 +278,7 @@ def cross_entropy(
     labels[::3] = -100
     upstream = draw(tokens) if reduction == "none" else torch.tensor(1.0)
     found = []
-    for name, kind in (("triton", dtype), ("torch", FP64)):
+    for name, kind in (("triton", dtype), ("torch", dtype), ("torch", FP64)):
         # In float64 the operands are the same numbers.
         leaves = [t.to(dtype).to(kind).requires_grad_() for t in (hidden, bias, lora_A, lora_B)]
         call: dict[str, Any] = {
@@ -296,10 +296,12 @@ def cross_entropy(
         found.append([*(result.detach() for result in results), *grads])
     names = [*("loss", "entropy")[: len(found[0]) - 4], "hidden", "bias", "A", "B"]
     errors = {}
-    for name, ours, exact in zip(names, *found, strict=True):
-        # Logits and dZ are rounded to dtype, each once.
+    for name, ours, eager, exact in zip(names, *found, strict=True):
+        # Logits and dZ are rounded to dtype, each once; and a float32 product over the vocabulary
+        # is PyTorch's, whose error depends on the processor.
         bound = 8 * testing.EPS[dtype] * max(exact.abs().max().item(), 1e-3)
-        errors[name] = (ours.double() - exact).abs().max().item(), bound
+        error, of_eager = ((t.double() - exact).abs().max().item() for t in (ours, eager))
+        errors[name] = error, max(bound, 2 * of_eager)
     return errors
 
 
