@@ -232,7 +232,7 @@ def notes_on_compute_dtypes(model: nn.Module) -> list[str]:
         return []
     return [
         f"{list_some(names)}: computed in float32 in a 16-bit model, which is slow, and under accelerate_peft bitsandbytes "
-        "computes it: give BitsAndBytesConfig bnb_4bit_compute_dtype=torch.bfloat16"
+        "computes it: give BitsAndBytesConfig the model's dtype as bnb_4bit_compute_dtype"
     ]
 
 

@@ -297,11 +297,14 @@ def cross_entropy(
     names = [*("loss", "entropy")[: len(found[0]) - 4], "hidden", "bias", "A", "B"]
     errors = {}
     for name, ours, eager, exact in zip(names, *found, strict=True):
-        # Logits and dZ are rounded to dtype, each once; and a float32 product over the vocabulary
-        # is PyTorch's, whose error depends on the processor.
+        # Logits and dZ are rounded to dtype, each once.
         bound = 8 * testing.EPS[dtype] * max(exact.abs().max().item(), 1e-3)
         error, of_eager = ((t.double() - exact).abs().max().item() for t in (ours, eager))
-        errors[name] = error, max(bound, 2 * of_eager)
+        if dtype == FP32:
+            # PyTorch's product sums over the vocabulary in float32, on some processors one after
+            # another.
+            bound = max(bound, 2 * of_eager)
+        errors[name] = error, bound
     return errors
 
 
