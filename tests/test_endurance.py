@@ -224,7 +224,7 @@ def long_run(kind: str, backend: str) -> int:
     """
     if backend == "torch" or DEVICE == "cuda":
         return 1_000
-    return 40 if kind in (LAYERS, GROUP) else 300
+    return 16 if kind in (LAYERS, GROUP) else 300
 
 
 LONG = [
