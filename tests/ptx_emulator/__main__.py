@@ -1,5 +1,8 @@
 """Run the library's compiled kernels on a CPU and print a table, then every fault.
 
+Without options of the schedule, cases take six in turn: copies that land late or early; warps and
+programs in step, one by one, or at random.
+
 Exit status: 0 without any fault; 1 with a fault or a wrong number; 2 if the options fit no case; 3
 if --plant planted nothing, or its case could not run to the end, so that nobody knows whether the
 fault is found.
@@ -59,16 +62,35 @@ NOTHING_FITS, NOTHING_PLANTED = 2, 3
 # GPUs whose PTX the emulator knows.
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-random")
+# Those that the cases of a whole run take in turn, a case another one on each GPU: copies that land
+# late or early, times an order of warps and programs.
+SCHEDULES = [
+    Schedule(landing=landing, **others)
+    for others in (
+        {},
+        {"warps": "first", "order": "reverse", "resident": 1},
+        {"warps": "random", "order": "random", "resident": 3, "seed": 1},
+    )
+    for landing in ("late", "early")
+]
 
 
-def schedule_of(options: argparse.Namespace, arch: str) -> Schedule:
-    """The schedule that the command line asks for. A quick run's is that in which most faults have
-    been seen.
+def schedule_of(options: argparse.Namespace, arch: str, number: int) -> Schedule:
+    """The schedule of case ``number``: what the command line asks for, else the next of
+    ``SCHEDULES``. A quick run's is that in which most faults have been seen.
     """
-    quick = Schedule(arch, "early", "groups-first" if arch == "sm_90" else "first", "reverse", 1, 4)
     names = ("landing", "warps", "order", "seed", "resident")
     asked = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return (quick if options.quick else Schedule(arch))._replace(**asked)
+    if options.quick:
+        schedule = Schedule(arch, "early", "first", "reverse", 1, 4)
+    elif asked:
+        schedule = Schedule(arch)
+    else:
+        schedule = SCHEDULES[(number + ARCHS.index(arch)) % len(SCHEDULES)]._replace(arch=arch)
+    # Of groups of four warps on sm_90, which a wgmma needs whole; tcgen05 needs whole warps alone.
+    if schedule.warps and arch == "sm_90":
+        schedule = schedule._replace(warps=f"groups-{schedule.warps}")
+    return schedule._replace(**asked)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -81,17 +103,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them"
     )
-    help_ = "of copies and tcgen05.mma (default: late)"
+    help_ = "of copies and tcgen05.mma (late, if another option of the schedule is given)"
     parser.add_argument("--landing", choices=("late", "early", "random"), help=help_)
     parser.add_argument(
         "--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart"
     )
     parser.add_argument(
-        "--order", choices=("forward", "reverse", "random"), help="of the CTAs (default: forward)"
+        "--order", choices=("forward", "reverse", "random"), help="of the CTAs (forward, likewise)"
     )
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
     parser.add_argument(
-        "--resident", type=int, metavar="N", help="CTAs that run at a time (default: all)"
+        "--resident", type=int, metavar="N", help="CTAs that run at a time (all, likewise)"
     )
     help_ = (
         "each kernel in a few cases, copies early, warps apart, four CTAs at a time, the last first"
@@ -116,7 +138,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[Case, Schedule]]:
     found = []
     for arch in options.arch:
         plant = PLANTS.get(options.plant)
-        for case in cases():
+        for number, case in enumerate(cases()):
             if plant is not None and not (case.name == plant.case and arch in plant.archs):
                 continue
             if options.quick and case.name not in QUICK:
@@ -125,7 +147,9 @@ def chosen(options: argparse.Namespace) -> list[tuple[Case, Schedule]]:
                 found.append(
                     (
                         case,
-                        plant.schedule._replace(arch=arch) if plant else schedule_of(options, arch),
+                        plant.schedule._replace(arch=arch)
+                        if plant
+                        else schedule_of(options, arch, number),
                     )
                 )
     return found
@@ -178,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not outcome.right:
             details += [
                 f"{schedule.arch} {case.name}: {line}"
-                for line in (outcome.words, *launches, *faults)
+                for line in (f"{outcome.words}: {schedule}", *launches, *faults)
             ]
     if options.plant and not planted:
         return _refuse(f"no code for {options.plant} to be planted in", NOTHING_PLANTED)
