@@ -223,7 +223,8 @@ def notes_on_compute_dtypes(model: nn.Module) -> list[str]:
     """
     names = []
     for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        # Not getattr: PEFT's trainable tokens compute their weight, which fails on meta tensors.
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
         # The dtype from which bitsandbytes quantized the weight.
         dtype = getattr(state, "dtype", torch.float32)
         if dtype != torch.float32 and getattr(module, "compute_dtype", None) == torch.float32:
@@ -231,8 +232,9 @@ def notes_on_compute_dtypes(model: nn.Module) -> list[str]:
     if not names:
         return []
     return [
-        f"{list_some(names)}: computed in float32 in a 16-bit model, which is slow, and under accelerate_peft bitsandbytes "
-        "computes it: give BitsAndBytesConfig the model's dtype as bnb_4bit_compute_dtype"
+        f"{list_some(names)}: computed in float32 in a 16-bit model, which is slow. For inputs of 16 bits no op computes "
+        "their MLPs, and under accelerate_peft bitsandbytes computes them. Give BitsAndBytesConfig the model's dtype as "
+        "bnb_4bit_compute_dtype"
     ]
 
 

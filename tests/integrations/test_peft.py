@@ -284,3 +284,16 @@ def test_adapters_that_do_not_fit_are_pefts_own(calls):
                 parameter.data = parameter.data.double()
         model(x)
     assert calls.layers == {"lora_linear": 1}
+
+
+def test_adapters_that_are_still_on_meta(calls):
+    """As ``PeftModel.from_pretrained(low_cpu_mem_usage=True)`` makes them, before it loads their values.
+    The weight of trainable tokens is computed from them.
+    """
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}
+    of_peft = make(model=llama(), **options)
+    model = peft.get_peft_model(llama(), config(**options), low_cpu_mem_usage=True)
+    slk.accelerate_peft(model)
+    model.load_state_dict(of_peft.state_dict(), assign=True)
+    torch.testing.assert_close(output(model.eval()), output(of_peft))
+    assert calls.layers == {"lora_linear": 2}
