@@ -78,15 +78,13 @@ def reloaded_scalars(ptx: Program) -> Iterator[str]:
             loaded.add(access.address)
 
 
-def store_round_trips(ptx: Program) -> Iterator[str]:
-    """More than one wait until stores of tiles are in memory.
+def store_waits(ptx: Program) -> int:
+    """The number of waits until stores of tiles are in memory.
 
     A kernel needs one, before it ends. Between tiles it only waits until their shared memory has
-    been read.
+    been read; a longer wait costs time, and is no hazard.
     """
-    waits = sum(each.text.endswith("cp.async.bulk.wait_group 0") for each in ptx.instructions)
-    if waits > 1:
-        yield f"{waits} waits for the end of stores of tiles"
+    return sum(each.text.endswith("cp.async.bulk.wait_group 0") for each in ptx.instructions)
 
 
 _COPY = re.compile(r"async_(?:tma_)?copy_global_to_local")
@@ -414,7 +412,7 @@ def _last(pattern: re.Pattern[str], texts: Sequence[str]) -> int:
 
 # By kind of code, which is the name of its reader in programs.py.
 HAZARDS: dict[str, tuple[Callable[[Program], Iterator[str]], ...]] = {
-    "ptx": (reloaded_scalars, store_round_trips, unfenced_copies),
+    "ptx": (reloaded_scalars, unfenced_copies),
     "ttgir": (short_buffers, unfenced_stores),
     "sass": (overwritten_operands, early_uses),
     "gcn": (early_counts, late_releases, early_acquires, cached_polls, endless_loops),

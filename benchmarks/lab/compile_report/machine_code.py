@@ -144,7 +144,7 @@ def read(compiled: Any) -> dict[str, Any]:
     Raises:
         HazardError: the code has a fault that a function of ``hazards.HAZARDS`` finds.
     """
-    asm, reason = compiled.asm, ""
+    asm, reason, store_waits = compiled.asm, "", 0
     if "cubin" in asm:
         machine, ptx = cuobjdump(asm["cubin"]), programs.ptx(asm["ptx"])
         faults = hazards.faults(
@@ -156,6 +156,7 @@ def read(compiled: Any) -> dict[str, Any]:
         # Some code reserves a stack that it does not use.
         spills = (found["STACK"] + found["LOCAL"]) * bool(re.search(r"\b(?:STL|LDL)\b", machine))
         registers, reason = found["REG"], serialized(asm["ptx"])
+        store_waits = hazards.store_waits(ptx)
         accesses = [
             (each.store, each.bits) for each in hazards.ptx_accesses(ptx) if each and each.varies
         ]
@@ -175,6 +176,7 @@ def read(compiled: Any) -> dict[str, Any]:
     names, scalar = {*_MATRIX.findall(machine)}, re.findall(r"\bFFMA2?\b", machine)
     names |= {*scalar} if not names and len(scalar) >= FEWEST_FMAS else set()
     row = {"registers": registers, "spills": spills, "serialized": reason}
+    row["store_waits"] = store_waits
     row["mma"] = " ".join(sorted(names)) if "tt.dot" in asm["ttir"] else ""
     for column, wanted in (("load_bits", False), ("store_bits", True)):
         bits = [each for store, each in accesses if store == wanted]

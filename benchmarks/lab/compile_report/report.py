@@ -12,7 +12,7 @@ there is one:
 - code that does not compile, or needs more memory than the GPU has
 - WGMMAs of Hopper each of which ptxas lets wait for the last
 - under Triton 3.9, whose code the bounds are for: spills, a kernel without its matrix instructions,
-narrow loads or stores
+narrow loads or stores, waits for stores of tiles between tiles (Triton 3.8 has these on Hopper)
 
 A launch takes 1 to 5 s of one core, all of them up to 40 minutes on two cores; 0.5 s once Triton has
 it in its cache.
@@ -117,6 +117,8 @@ def faults_of(label: Label, figures: dict[str, Any], tensor_columns: int = 0) ->
         yield f"serialized: {figures['serialized']}"
     if not triton.__version__.startswith(f"{TRITON}."):
         return
+    if figures["store_waits"] > 1:
+        yield f"{figures['store_waits']} waits for the end of stores of tiles, one is enough"
     if figures["spills"] > (allowed := allowed_spills(label)):
         yield f"{figures['spills']} bytes of spills a thread, at most {allowed} are allowed"
     if not label.kernel.startswith("lora"):

@@ -35,6 +35,8 @@ GCN = """
     .private_segment_fixed_size: 24
     .vgpr_count:     152
 """
+# Until stores of tiles are in memory; and until their shared memory has been read.
+WAIT = "\tcp.async.bulk.wait_group \t0;\n\tcp.async.bulk.wait_group.read \t0;\n"
 LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due to X in the function '_kernel'"
 
 
@@ -49,6 +51,7 @@ LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due t
         ("", "MOV R1, R2", "", {"spills": 0}),
         ("", "@P0 STL [R1+0x8], R3 ;", "", {"spills": 16}),
         ("wgmma", "", LOG, {"serialized": "C7511 X"}),
+        (2 * WAIT, "", "", {"store_waits": 2}),
     ],
 )
 def test_what_is_read(
@@ -71,7 +74,7 @@ def test_amds_assembly() -> None:
         "load_bits": 80,
         "store_bits": 16,
     }
-    assert found == expected | {"serialized": ""}
+    assert found == expected | {"serialized": "", "store_waits": 0}
 
 
 CLEAN = {
@@ -80,6 +83,7 @@ CLEAN = {
     "shared_bytes": 65_536,
     "mma": "HGMMA.64x16x16 HGMMA.64x64x16",
     "serialized": "",
+    "store_waits": 0,
     "load_bits": 128,
     "store_bits": 96,
 }
@@ -103,6 +107,7 @@ def label_of(words: str) -> report.Label:
         (HOPPER, {"mma": "HMMA.16816"}, {"mma": "HGMMA.64x8x16"}, "they must be HGMMA"),
         (HOPPER.replace("y", "small y"), {"mma": ""}, {"mma": "HMMA.16816"}, "are none"),
         (AMD, ON_AMD | {"mma": "FFMA"}, ON_AMD, "MMA or mfma"),
+        (HOPPER, {"store_waits": 2}, {}, "2 waits for the end of stores of tiles"),
         (HOPPER, {"load_bits": 89}, {"load_bits": 90}, "load_bits 89, at least 90"),
         (HOPPER, {"store_bits": 95}, {"store_bits": 96}, "store_bits 95, at least 96"),
     ],

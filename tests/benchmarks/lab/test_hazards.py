@@ -20,7 +20,6 @@ from benchmarks.lab.compile_report.hazards import (
     overwritten_operands,
     reloaded_scalars,
     short_buffers,
-    store_round_trips,
     unfenced_copies,
     unfenced_stores,
 )
@@ -32,7 +31,6 @@ SCALAR = """
     ld.global.b32 { %r2 }, [ %rd1 + 0 ];
     @%p1 st.global.b32 [ %rd1 + 0 ], { %r4 };
 """
-WAIT = "cp.async.bulk.wait_group \t0;\n cp.async.bulk.wait_group.read \t0;\n"
 BUFFERS = """
     %x_1 = ttg.local_alloc : () -> !ttg.memdesc<2x16x128xbf16, #shared>
     %v_1 = ttg.memdesc_index %x_1[%c0] : !ttg.memdesc<3x16x128xbf16>
@@ -173,7 +171,6 @@ WAITS = "WARPGROUP.DEPBAR.LE gsb0, 0x"
         (reloaded_scalars, SCALAR, "@%p1", "bar.sync 0;\n @%p1"),
         (reloaded_scalars, SCALAR.replace("ld", "again: ld"), "@%p1", "bar.sync 0;\n @%p1"),
         (reloaded_scalars, SCALAR, "ld", "add.s64 %rd1, %rd2, %r1;\n ld"),
-        (store_round_trips, 2 * WAIT, 2 * WAIT, WAIT),
         (short_buffers, BUFFERS, "memdesc<2x", "memdesc<3x"),
         # The second product is a group of its own, which a wait for the first leaves in flight.
         (overwritten_operands, sass(IN_FLIGHT.format(", gsb0", WAITS + "1")), WAITS + "1", WAITS + "0"),
