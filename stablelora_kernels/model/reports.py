@@ -232,9 +232,9 @@ def notes_on_compute_dtypes(model: nn.Module) -> list[str]:
     if not names:
         return []
     return [
-        f"{list_some(names)}: computed in float32 in a 16-bit model, which is slow. For inputs of 16 bits no op computes "
-        "their MLPs, and under accelerate_peft bitsandbytes computes them. Give BitsAndBytesConfig the model's dtype as "
-        "bnb_4bit_compute_dtype"
+        f"{list_some(names)}: computed in float32 in a 16-bit model, which is slow. With 16-bit inputs, no MLP of such "
+        "layers is computed in one op, and under accelerate_peft bitsandbytes computes each layer. Give "
+        "BitsAndBytesConfig the model's dtype as bnb_4bit_compute_dtype"
     ]
 
 

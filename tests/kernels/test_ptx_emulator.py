@@ -136,7 +136,7 @@ assert len(outcomes) == 2 and not wrong, wrong
 @pytest.mark.nightly
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
 def test_every_case(arch: str) -> None:
-    """Under this environment's Triton; on sm_90, where most faults were, under each, below."""
+    """Under this environment's Triton; on sm_90, where most faults were, under each, above."""
     emulate("--arch", arch)
 
 

@@ -1,7 +1,8 @@
 """Run the library's compiled kernels on a CPU and print a table, then every fault.
 
-Without options of the schedule, cases take six in turn: copies that land late or early; warps and
-programs in step, one by one, or at random.
+Without --landing, --warps, --order, --seed and --resident, the cases take six schedules in turn:
+copies that land late or early; warps and programs in step, one by one, or at random. With one of
+these options, the others are late, in step, forward, without turns, and all at a time.
 
 Exit status: 0 without any fault; 1 with a fault or a wrong number; 2 if the options fit no case; 3
 if --plant planted nothing, or its case could not run to the end, so that nobody knows whether the
@@ -62,8 +63,7 @@ NOTHING_FITS, NOTHING_PLANTED = 2, 3
 # GPUs whose PTX the emulator knows.
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 WARPS = ("first", "last", "random", "groups-first", "groups-last", "groups-random")
-# Those that the cases of a whole run take in turn, a case another one on each GPU: copies that land
-# late or early, times an order of warps and programs.
+# The cases of a whole run take these in turn, and each case another one on each GPU.
 SCHEDULES = [
     Schedule(landing=landing, **others)
     for others in (
@@ -103,18 +103,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="cases with all WORDS, with + between them"
     )
-    help_ = "of copies and tcgen05.mma (late, if another option of the schedule is given)"
+    help_ = "of copies and tcgen05.mma"
     parser.add_argument("--landing", choices=("late", "early", "random"), help=help_)
     parser.add_argument(
         "--warps", choices=WARPS, help="run warps, or the groups of four that wgmma needs, apart"
     )
-    parser.add_argument(
-        "--order", choices=("forward", "reverse", "random"), help="of the CTAs (forward, likewise)"
-    )
+    parser.add_argument("--order", choices=("forward", "reverse", "random"), help="of the CTAs")
     parser.add_argument("--seed", type=int, help="let CTAs take turns at random, some seldom")
-    parser.add_argument(
-        "--resident", type=int, metavar="N", help="CTAs that run at a time (all, likewise)"
-    )
+    parser.add_argument("--resident", type=int, metavar="N", help="CTAs that run at a time")
     help_ = (
         "each kernel in a few cases, copies early, warps apart, four CTAs at a time, the last first"
     )

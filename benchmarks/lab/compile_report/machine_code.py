@@ -139,7 +139,8 @@ def read(compiled: Any) -> dict[str, Any]:
     ``mma``: the instructions of a kernel's products by shape, ``HGMMA.64x256x16``: the matrix
     units', else FFMA. ``load_bits`` and ``store_bits``: means over the accesses in the text to
     addresses that differ between threads. On NVIDIA's GPUs they are read from PTX, whose widths the
-    assembler keeps; on AMD's, scalars mostly have instructions of their own.
+    assembler keeps; on AMD's, scalars mostly have instructions of their own. ``store_waits``: those of
+    Hopper, see ``hazards.store_waits``.
 
     Raises:
         HazardError: the code has a fault that a function of ``hazards.HAZARDS`` finds.
@@ -175,8 +176,12 @@ def read(compiled: Any) -> dict[str, Any]:
         raise HazardError("; ".join(faults))
     names, scalar = {*_MATRIX.findall(machine)}, re.findall(r"\bFFMA2?\b", machine)
     names |= {*scalar} if not names and len(scalar) >= FEWEST_FMAS else set()
-    row = {"registers": registers, "spills": spills, "serialized": reason}
-    row["store_waits"] = store_waits
+    row = {
+        "registers": registers,
+        "spills": spills,
+        "serialized": reason,
+        "store_waits": store_waits,
+    }
     row["mma"] = " ".join(sorted(names)) if "tt.dot" in asm["ttir"] else ""
     for column, wanted in (("load_bits", False), ("store_bits", True)):
         bits = [each for store, each in accesses if store == wanted]

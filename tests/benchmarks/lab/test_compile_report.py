@@ -37,6 +37,8 @@ GCN = """
 """
 # Until stores of tiles are in memory; and until their shared memory has been read.
 WAIT = "\tcp.async.bulk.wait_group \t0;\n\tcp.async.bulk.wait_group.read \t0;\n"
+# Until stores of tiles are in memory; and until their shared memory has been read.
+WAIT = "\tcp.async.bulk.wait_group \t0;\n\tcp.async.bulk.wait_group.read \t0;\n"
 LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due to X in the function '_kernel'"
 
 
@@ -51,6 +53,7 @@ LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due t
         ("", "MOV R1, R2", "", {"spills": 0}),
         ("", "@P0 STL [R1+0x8], R3 ;", "", {"spills": 16}),
         ("wgmma", "", LOG, {"serialized": "C7511 X"}),
+        (2 * WAIT, "", "", {"store_waits": 2}),
         (2 * WAIT, "", "", {"store_waits": 2}),
     ],
 )
@@ -108,6 +111,7 @@ def label_of(words: str) -> report.Label:
         (HOPPER.replace("y", "small y"), {"mma": ""}, {"mma": "HMMA.16816"}, "are none"),
         (AMD, ON_AMD | {"mma": "FFMA"}, ON_AMD, "MMA or mfma"),
         (HOPPER, {"store_waits": 2}, {}, "2 waits for the end of stores of tiles"),
+        (HOPPER, {"store_waits": 2}, {}, "2 waits for the end of stores of tiles"),
         (HOPPER, {"load_bits": 89}, {"load_bits": 90}, "load_bits 89, at least 90"),
         (HOPPER, {"store_bits": 95}, {"store_bits": 96}, "store_bits 95, at least 96"),
     ],
@@ -118,6 +122,14 @@ def test_a_bound_that_is_not_kept_is_a_fault(
     (line,) = report.faults_of(label_of(label), CLEAN | bad)
     assert fault in line
     assert [*report.faults_of(label_of(label), CLEAN | good)] == []
+
+
+@pytest.mark.parametrize(("version", "faults"), [("3.6.0", 1), ("3.8.0", 0), ("3.9.0", 1)])
+def test_waits_for_stores_are_faults_but_of_triton_3_8(
+    version: str, faults: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(report.triton, "__version__", version)
+    assert len([*report.faults_of(label_of(HOPPER), CLEAN | {"store_waits": 2})]) == faults
 
 
 def test_a_fault_of_one_launch_fails_the_command(monkeypatch, capsys) -> None:
