@@ -90,15 +90,19 @@ def _down_plan(device: Device, call: Call, product: Tile) -> Plan:
     block_r = rank_block(call.r, min(tile.BLOCK_N, 128 if device.tma else 16 * product.num_warps))
     # A matrix instruction has 64 rows for each four warps.
     rows = max(tile.BLOCK_M, 16 * product.num_warps)
+    drawn = call.dropout and not call.masked
     depth = tile.BLOCK_K
     if call.dtype != torch.float32:
         depth = max(64, tile.BLOCK_K * tile.BLOCK_M // rows)
+    elif drawn:
+        # A wider part of a mask would spill registers beside float32's products of 64 rows.
+        depth = 16
     tile = Tile(rows, tile.BLOCK_N, depth, product.num_warps, tile.num_stages)
     tiles = cdiv(call.m, rows) * cdiv(call.r, block_r)
     # The product's shared memory leaves room for one program a processor.
     splits = plan_split_k(device, tiles, cdiv(call.k, depth), programs=1)
     # What a mask leaves of X passes through shared memory.
-    masked_x = bytes_of(call, rows * depth) if call.dropout and not call.masked else 0
+    masked_x = bytes_of(call, rows * depth) if drawn else 0
     tile = _deeper(tile, device, depth * bytes_of(call, rows, block_r), call, product, masked_x)
     return Plan(tile, reason, block_r, tiles, splits)
 

@@ -93,6 +93,8 @@ SPLIT_K_TILES = (
          "many rows, few tiles: each row of x serves 128 columns, and each column 128 rows"),
     Rule(lambda d, c: c.m > problem.SMALL_M, Tile(128, 64, 64, 4, 4),
          "one tile holds all rows, so W is read once; narrow tiles let twice as many programs read it"),
+    Rule(lambda d, c: c.dtype == torch.float32 and c.m > 16, Tile(64, 64, 32, 4, 4),
+         "float32: no larger tile fits in registers"),
     Rule(lambda d, c: c.dtype == torch.float32, Tile(16, 64, 64, 4, 3), "float32: twice the bytes an element"),
     Rule(lambda d, c: d.shared_limit < 100_000, Tile(16, 64, 64, 4, 3), "little shared memory"),
     Rule(lambda d, c: True, Tile(16, 64, 128, 4, 4), "narrow tiles keep many bytes of W in flight"),
