@@ -277,7 +277,10 @@ def test_adapters_that_do_not_fit_are_pefts_own(calls):
     assert torch.equal(model(x), expected) and not calls.layers
     with torch.autocast("cpu", BF16):
         assert model(x).dtype == BF16
-        assert calls.layers == {"lora_linear": 1}
+    # Outside autocast they fit no more than before.
+    assert torch.equal(model(x), expected)
+    assert calls.layers == {"lora_linear": 1}
+    with torch.autocast("cpu", BF16):
         # Autocast would cast these to the same dtype. PEFT casts the activations to float64 first.
         for name, parameter in model.named_parameters():
             if "lora_" in name:

@@ -152,6 +152,15 @@ def test_the_norm_of_a_row_that_is_nothing_is_zero():
     assert left.isfinite().all() and left.max() <= 1e-3
 
 
+def parts_of(weight) -> list[torch.Tensor]:
+    """What a quantized weight's values come from, without NF4's 16 levels, which nobody changes."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+        return [weight, state.absmax, *nested]
+    parts = (getattr(weight, name, None) for name in ("qdata", "scale", "per_tensor_scale"))
+    return [part for part in parts if part is not None]
+
+
 @pytest.mark.parametrize(
     ("quantize", "options"),
     [
@@ -182,7 +191,7 @@ def test_quantized_bases_are_multiplied_not_dequantized_again(
     assert sums == [(N, 128)]
     # Each part of the weight is written to, or gets other memory. In inference mode, a view of the
     # part would not tell.
-    parts = peft_dora._tensors_of(model.base_model.model[0].base_layer.weight)
+    parts = parts_of(model.base_model.model[0].base_layer.weight)
     changes = [*((part, False) for part in parts), *((part, True) for part in parts)]
     for count, (part, exchanges_memory) in enumerate(changes, 2):
         values = part.data.clone()
