@@ -61,6 +61,13 @@ _ROWS = (
     _Options(("fuse_loss", "tile_mlp"), checkpointing=True),
     _Options(("fuse_loss", "tile_mlp"), checkpointing=True, offload=True),
 )
+# Without LoRA in its MLPs, a model has none to fuse.
+_ROWS_WITHOUT_MLP = (
+    _Options(),
+    _Options(("fuse_loss",)),
+    _Options(("fuse_loss",), checkpointing=True),
+    _Options(("fuse_loss",), checkpointing=True, offload=True),
+)
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,9 @@ class MemoryPlan:
         gpu_gib: the GPU's memory.
         tokens: those of the step that was asked for, or None.
         start_gib: what is there before any token: weights, adapters, their gradients and moments.
-        steps: a row for each set of options, in the order in which to try them. Without ``tokens``,
-            each has the most tokens that fit.
+        steps: a row for each set of options, in the order in which to try them; without LoRA in
+            the MLPs, none has ``fuse_mlp`` or ``tile_mlp``. Without ``tokens``, each has the most
+            tokens that fit.
     """
 
     model_type: str
@@ -174,9 +182,8 @@ def memory_plan(
         RuntimeError: Triton is not installed, whose launches are planned.
         TypeError: ``gpu_gib`` is not a number, or ``tokens`` or ``r`` not an int.
         ValueError: ``model`` is no dense decoder of a supported type; ``gpu_gib`` is not between
-            0 and 1,024;
-            ``tokens`` or ``r`` is below 1; ``weights`` is unknown; or ``target_modules`` adapts the
-            head, or nothing.
+            0 and 1,024; ``tokens`` or ``r`` is below 1; ``weights`` is unknown; or
+            ``target_modules`` adapts the head, or nothing.
     """
     gpu_gib = check_float("gpu_gib", gpu_gib, low=0, high=1024, low_open=True)
     if tokens is not None:
@@ -187,6 +194,7 @@ def memory_plan(
     if TRITON_PROBLEM is not None:
         raise RuntimeError(f"memory_plan plans the launches of a GPU: {TRITON_PROBLEM}")
     decoder = Decoder(config, r, target_modules, weights, torch.bfloat16, _GPU)
+    rows = _ROWS if decoder.adapts_mlp() else _ROWS_WITHOUT_MLP
     start = decoder.start()
     room = USABLE * gpu_gib * GIB - start
     layers = decoder.layers
@@ -219,7 +227,7 @@ def memory_plan(
             fits=length > 0 and size <= room,
         )
 
-    steps = tuple(map(planned, _ROWS))
+    steps = tuple(map(planned, rows))
     return MemoryPlan(config.model_type, layers, r, weights, gpu_gib, tokens, start / GIB, steps)
 
 
@@ -299,6 +307,11 @@ class Decoder:
         *backwards, loss = moments(layers, self._head(tokens, "fuse_loss" in fusions))
         in_layers = positions + self._dequantized_bytes()
         return [*[size + in_layers for size in backwards], loss + positions]
+
+    def adapts_mlp(self) -> bool:
+        """Whether there is LoRA in the MLPs."""
+        mlp = self._one_layer(None).model.layers[0].mlp
+        return any(parameter.requires_grad for parameter in mlp.parameters())
 
     def _dequantized_bytes(self) -> int:
         """A layer's largest weight of NF4, which its product reads dequantized."""

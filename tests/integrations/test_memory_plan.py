@@ -50,6 +50,8 @@ LLAMA_8B = LlamaConfig(
 FUSED = ("fuse_loss", "fuse_mlp")
 TILED = ("fuse_loss", "tile_mlp")
 NONE, ALL, EVERY_SECOND = (False,) * 4, (True,) * 4, (True, False) * 2
+# PEFT's default for Llama.
+OF_ATTENTION = ("q_proj", "v_proj")
 
 
 def config_of(model_type: str) -> Any:
@@ -67,10 +69,12 @@ def to_host(function: Any, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
-def measured_peak(config: Any, fusions: Any, are_checkpointed: Any, offload: bool) -> int | None:
+def measured_peak(
+    config: Any, fusions: Any, are_checkpointed: Any, offload: bool, targets: Any = "all-linear"
+) -> int | None:
     """The most bytes that PyTorch's allocator has handed out in a step of a whole model."""
     base = AutoModelForCausalLM.from_config(config)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
     slk.accelerate_peft(model, strict=True, **dict.fromkeys(fusions, True))
     model.train()
     base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,8 +94,10 @@ def measured_peak(config: Any, fusions: Any, are_checkpointed: Any, offload: boo
     return peak_over_start(run, torch.device(CPU))
 
 
-def counted_peak(config: Any, fusions: Any, are_checkpointed: Any, offload: bool) -> float:
-    decoder = Decoder(config, 4, "all-linear", "bf16", torch.float32, CPU)
+def counted_peak(
+    config: Any, fusions: Any, are_checkpointed: Any, offload: bool, targets: Any = "all-linear"
+) -> float:
+    decoder = Decoder(config, 4, targets, "bf16", torch.float32, CPU)
     return max(decoder.moments(TOKENS, fusions, are_checkpointed, offload))
 
 
@@ -117,6 +123,29 @@ def test_the_count_is_the_measured_peak_of_a_whole_model(
     step = (config_of("llama"), fusions, are_checkpointed, offload)
     measured = measured_peak(*step)
     assert counted_peak(*step) == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("fusions", "are_checkpointed", "offload"),
+    [((), NONE, False), (("fuse_loss",), ALL, False), (("fuse_loss",), EVERY_SECOND, True)],
+    ids=str,
+)
+def test_the_count_with_lora_on_attention_alone(fusions, are_checkpointed, offload):
+    step = (config_of("llama"), fusions, are_checkpointed, offload, OF_ATTENTION)
+    measured = measured_peak(*step)
+    assert counted_peak(*step) == pytest.approx(measured, rel=0.03)
+
+
+@needs_triton
+def test_a_plan_with_lora_on_attention_alone_fuses_no_mlp():
+    plan = slk.memory_plan(LLAMA_8B, gpu_gib=24, weights="nf4", target_modules=OF_ATTENTION)
+    rows = [(step.fusions, step.checkpoints, step.offload) for step in plan.steps]
+    fused = ("fuse_loss",)
+    assert rows == [((), 0, False), (fused, 0, False), (fused, 32, False), (fused, 32, True)]
+    # With LoRA on one projection of an MLP there is something to fuse.
+    targets = (*OF_ATTENTION, "down_proj")
+    plan = slk.memory_plan(LLAMA_8B, gpu_gib=24, weights="nf4", target_modules=targets)
+    assert [step.fusions for step in plan.steps][2:] == [FUSED, FUSED, TILED, TILED]
 
 
 @pytest.mark.nightly

@@ -36,7 +36,6 @@ GCN = """
     .vgpr_count:     152
 """
 # Until stores of tiles are in memory; and until their shared memory has been read.
-WAIT = "\tcp.async.bulk.wait_group \t0;\n\tcp.async.bulk.wait_group.read \t0;\n"
 # Until stores of tiles are in memory; and until their shared memory has been read.
 WAIT = "\tcp.async.bulk.wait_group \t0;\n\tcp.async.bulk.wait_group.read \t0;\n"
 LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due to X in the function '_kernel'"
@@ -53,7 +52,6 @@ LOG = "(C7511) Potential Loss: wgmma.mma_async instructions are serialized due t
         ("", "MOV R1, R2", "", {"spills": 0}),
         ("", "@P0 STL [R1+0x8], R3 ;", "", {"spills": 16}),
         ("wgmma", "", LOG, {"serialized": "C7511 X"}),
-        (2 * WAIT, "", "", {"store_waits": 2}),
         (2 * WAIT, "", "", {"store_waits": 2}),
     ],
 )
@@ -110,7 +108,6 @@ def label_of(words: str) -> report.Label:
         (HOPPER, {"mma": "HMMA.16816"}, {"mma": "HGMMA.64x8x16"}, "they must be HGMMA"),
         (HOPPER.replace("y", "small y"), {"mma": ""}, {"mma": "HMMA.16816"}, "are none"),
         (AMD, ON_AMD | {"mma": "FFMA"}, ON_AMD, "MMA or mfma"),
-        (HOPPER, {"store_waits": 2}, {}, "2 waits for the end of stores of tiles"),
         (HOPPER, {"store_waits": 2}, {}, "2 waits for the end of stores of tiles"),
         (HOPPER, {"load_bits": 89}, {"load_bits": 90}, "load_bits 89, at least 90"),
         (HOPPER, {"store_bits": 95}, {"store_bits": 96}, "store_bits 95, at least 96"),
