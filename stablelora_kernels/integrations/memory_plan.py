@@ -164,7 +164,8 @@ def memory_plan(
 
     A plan's checkpoints are non-reentrant, and on the first layers. After
     ``model.activation_checkpointing_enable({"use_reentrant": False}, offload=...)``, set
-    ``layer.gradient_checkpointing = False`` on each of the other layers.
+    ``layer.gradient_checkpointing = False`` on each of the other layers. Before transformers 5.23,
+    the method is called ``gradient_checkpointing_enable``.
 
     Args:
         model: a transformers config, or a model that has one; of a PEFT model the config alone is
