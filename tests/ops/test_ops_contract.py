@@ -204,8 +204,14 @@ def test_tiny_gradients_in_float16_are_not_lost(rows, backend):
     check(case, run(case, given), given)
 
 
-def test_db_may_be_beyond_float16(backend):
-    """A and B in float32 beside float16: a sum of 131,072 is theirs to hold."""
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_db_may_be_beyond_float16(multiplied, backend, monkeypatch):
+    """A and B in float32 beside float16: a sum of 131,072 is theirs to hold, whether or not the
+    processor multiplies float16.
+    """
+    monkeypatch.setattr(
+        cpu_products, "MULTIPLIED", dict.fromkeys(cpu_products.MULTIPLIED, multiplied)
+    )
     ones = {"x": torch.ones(64, 32), "weight": torch.zeros(8, 32), "lora_A": torch.ones(4, 32)}
     x, weight, lora_A = (t.half().to(DEVICE) for t in ones.values())
     lora_A, lora_B = lora_A.float(), torch.ones(8, 4, device=DEVICE, requires_grad=True)

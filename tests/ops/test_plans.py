@@ -46,6 +46,7 @@ from tests.helpers.precision import switched
 
 pytest.importorskip("triton", reason="runs where Triton is installed: Linux on x86-64 and aarch64")
 
+from stablelora_kernels.launch import lora_linear as linear_launches
 from stablelora_kernels.launch import prepared as prepared_launches
 
 
@@ -334,10 +335,19 @@ def test_a_copy_that_a_launcher_makes_is_made_in_each_call():
             assert torch.equal(found[0], ours(CALL, given)[0])
 
 
-def test_a_group_computes_its_s_once():
+def test_a_group_computes_its_s_once(monkeypatch):
     """In one launch, which reads x once; the products read what it stored."""
     case = small("group", 70, strategy="one_launch", arch="sm_80")
     given = leaves(case, make(case))
+    computes_s = []
+    linear = linear_launches.linear
+
+    def spy(*args, chained=False, **options):
+        computes_s.append(chained)
+        return linear(*args, chained=chained, **options)
+
+    monkeypatch.setattr(linear_launches, "linear", spy)
     with forced(case), count_launches() as made:
         ours(case, given)
     assert made == {"_lora_down_kernel": 1, "_lora_linear_kernel": 3}
+    assert computes_s == [False] * 3
