@@ -4,6 +4,9 @@ and ``fully_shard``.
 
 from __future__ import annotations
 
+from types import FunctionType, MethodType
+
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,7 +18,7 @@ _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` may do more than run its class's forward."""
+    """Whether calling ``module`` may do something else than its class's forward."""
     # Runs at every call of a layer: nn.Module's __getattr__ would take longer.
     attributes = module.__dict__
     hooks = (
@@ -24,7 +27,27 @@ def is_hooked(module: nn.Module) -> bool:
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
     )
-    return bool(hooks) or "forward" in attributes
+    return bool(hooks) or ("forward" in attributes and not _is_kernelized(module))
+
+
+def _is_kernelized(module: nn.Module) -> bool:
+    """Whether the instance's forward is as the ``kernels`` library binds it, which transformers
+    5.25 calls for each model that it loads: that of its class, or of a kernel's layer, which
+    computes the same.
+    """
+    forward = module.__dict__["forward"]
+    if not isinstance(forward, MethodType) or forward.__self__ is not module:
+        return False
+    function, kind = forward.__func__, type(module)
+    if function is kind.forward:
+        return True
+    # Dynamo cannot trace what follows.
+    if torch.compiler.is_compiling() or not isinstance(function, FunctionType):
+        return False
+    layer = function.__globals__.get(function.__qualname__.partition(".")[0])
+    # The layers that transformers chooses say that they can be compiled.
+    is_kernels = hasattr(layer, "can_torch_compile") and hasattr(kind, "kernel_layer_name")
+    return is_kernels and getattr(layer, "forward", None) is function
 
 
 def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

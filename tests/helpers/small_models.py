@@ -4,7 +4,9 @@ changed nothing.
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -150,3 +152,15 @@ def output(model):
     with torch.no_grad():
         out = model(IDS)
     return getattr(out, "logits", out)
+
+
+def holds_kernels(model: nn.Module) -> bool:
+    """Whether the kernels library gave ``model`` functions, which cannot be pickled."""
+    return any("_kernel_funcs" in module.__dict__ for module in model.modules())
+
+
+def unpickled(model: nn.Module) -> nn.Module:
+    """A pickle's copy; a deep copy of a model that cannot be pickled."""
+    if holds_kernels(model):
+        return copy.deepcopy(model)
+    return pickle.loads(pickle.dumps(model))

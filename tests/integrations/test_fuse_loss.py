@@ -11,7 +11,6 @@ import functools
 import gc
 import importlib
 import inspect
-import pickle
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from stablelora_kernels.nn import fused_loss, loss_form
 from stablelora_kernels.utils.refusal import Refusal
 from tests.helpers.architectures import build
 from tests.helpers.operators import Operators
-from tests.helpers.small_models import fill_b, remove_lora
+from tests.helpers.small_models import fill_b, remove_lora, unpickled
 from tests.helpers.small_models import llama as small_llama
 from tests.helpers.trainer_runs import make_trainer, trained, transformers
 
@@ -315,7 +314,7 @@ def test_copies_pickles_and_signatures():
     assert isinstance(base, transformers.LlamaForCausalLM)
     assert type(base).__name__ == "LlamaForCausalLM" and base.config.architectures is None
     expected = results(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (copy.deepcopy(model), unpickled(model)):
         assert isinstance(other.get_base_model(), fused_loss.FusedLoss)
         assert_equal(results(other), expected)
         slk.restore_peft(other)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
-import pickle
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -41,6 +41,7 @@ from tests.helpers.moe_models import (
 from tests.helpers.packed_stacks import in_4_bits
 from tests.helpers.peft_models import make
 from tests.helpers.quantized_weights import compressed_tensors
+from tests.helpers.small_models import unpickled
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -265,7 +266,7 @@ def story(model: Any, place: Any) -> Iterator[tuple[dict[str, torch.Tensor], boo
     yield results(model), False
     model.set_adapter("default")
     yield results(copy.deepcopy(model)), True
-    yield results(pickle.loads(pickle.dumps(model))), True
+    yield results(unpickled(model)), True
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     yield results(model), True
@@ -532,6 +533,17 @@ def test_what_is_not_fused_is_named_and_takes_two_ops(reason, change, calls, nod
     assert_close(late, expected)
     if change is train_activation:
         assert any("act_fn" in name for name in expected)
+
+
+def test_an_activation_whose_forward_the_kernels_library_bound_is_fused(calls, nodes):
+    """As transformers 5.25 does for each model that it loads, where it has no other kernel."""
+    model = with_lora(build("qwen3_moe", "batched_mm"))
+    expected = results(model)
+    (act_fn,) = (module for name, module in model.named_modules() if name.endswith("act_fn"))
+    act_fn.forward = MethodType(type(act_fn).forward, act_fn)
+    assert all(mlp.reason is None for mlp in slk.accelerate_peft(model, fuse_mlp=True).mlps)
+    assert_close(results(model), expected)
+    assert (len(calls), len(nodes)) == (0, 1)
 
 
 def test_the_report_says_what_is_fused():

@@ -4,6 +4,9 @@ call looks at.
 
 from __future__ import annotations
 
+from functools import partial
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
@@ -266,3 +269,101 @@ def test_a_layer_that_is_merged_after_calls_of_the_same_layouts(library, calls):
     assert torch.allclose(mlp(rows()), expected) and len(calls.mlps) == 1
     mlp.up_proj.unmerge()
     assert torch.allclose(mlp(rows()), expected) and len(calls.mlps) == 2
+
+
+# Forwards that the kernels library binds, as transformers 5.25 does for each model that it loads.
+
+
+class Gelu(nn.Module):
+    """A layer of a kernel that computes what nn.GELU does."""
+
+    can_torch_compile = True
+
+    def forward(self, x):
+        return nn.functional.gelu(x)
+
+
+class OfNoKernel(nn.Module):
+    def forward(self, x):
+        return nn.functional.gelu(x)
+
+
+def gelu(self, x):
+    return nn.functional.gelu(x)
+
+
+def bound(forward):
+    """The activation's forward replaced as the library does."""
+    return lambda act: setattr(act, "forward", MethodType(forward, act))
+
+
+KERNELS = {"its own": bound(nn.GELU.forward), "a layer's": bound(Gelu.forward)}
+OTHERS = {
+    "of a class of no kernel": bound(OfNoKernel.forward),
+    "a function's": bound(gelu),
+    "of another instance": lambda act: setattr(act, "forward", nn.GELU().forward),
+    "not bound": lambda act: setattr(act, "forward", nn.functional.gelu),
+    "no function's": bound(partial(gelu)),
+}
+
+
+@pytest.mark.parametrize("library", ["ours", "PEFT"])
+@pytest.mark.parametrize("bind", KERNELS.values(), ids=KERNELS)
+def test_an_activation_whose_forward_is_a_kernels_is_fused(bind, library, calls, monkeypatch):
+    """Bound before or after the MLP was fused, in eager mode and compiled; and unbound again."""
+    monkeypatch.setattr(nn.GELU, "kernel_layer_name", "GeLU", raising=False)
+    models = [model.double() for model in pair(lambda: MLP(nn.GELU(), bias=True), library)]
+    x = rows(torch.float64)
+    expected = step(models[1], x)
+    bind(mlp_of(models[0]).act_fn)
+    assert reported(models[0]) is None
+    found = step(models[0], x)
+    assert len(calls.mlps) == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    # Compiled code fuses none but the class's own.
+    compiled = torch.compile(models[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), models[1](x))
+    del mlp_of(models[0]).act_fn.forward
+    step(models[0], x)
+    assert len(calls.mlps) > 1
+
+
+@pytest.mark.parametrize("bind", OTHERS.values(), ids=OTHERS)
+def test_an_activation_whose_forward_is_anothers_is_not_fused(bind, calls, monkeypatch):
+    monkeypatch.setattr(nn.GELU, "kernel_layer_name", "GeLU", raising=False)
+    model, plain = pair(lambda: MLP(nn.GELU()))
+    for each in (model, plain):
+        bind(mlp_of(each).act_fn)
+    found, expected = step(model, rows()), step(plain, rows())
+    assert calls.mlps == [] and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert reported(model) == f"'act_fn' {REPLACED}"
+
+
+def test_a_kernels_layer_in_the_place_of_another_class_is_not_its(calls):
+    """A class that does not name the layer that it computes."""
+    model, _ = pair(lambda: MLP(nn.GELU()))
+    bound(Gelu.forward)(mlp_of(model).act_fn)
+    step(model, rows())
+    assert calls.mlps == [] and reported(model) == f"'act_fn' {REPLACED}"
+
+
+def test_the_kernels_library_leaves_mlps_fused(calls):
+    """It binds each class's own forward where it has no kernel for the device."""
+    # "kernels" alone is the folder of the kernels' tests.
+    pytest.importorskip(
+        "kernels.layer", reason="runs where the kernels library is: transformers 5.25 brings it"
+    )
+    import kernels
+
+    @kernels.use_kernel_forward_from_hub("stablelora_kernels_test")
+    class Named(nn.SiLU):
+        pass
+
+    model, plain = pair(lambda: MLP(Named()))
+    kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
+    assert "forward" in mlp_of(model).act_fn.__dict__
+    found, expected = step(model, rows()), step(plain, rows())
+    assert len(calls.mlps) == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
