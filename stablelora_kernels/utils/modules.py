@@ -32,8 +32,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _is_kernelized(module: nn.Module) -> bool:
     """Whether the instance's forward is as the ``kernels`` library binds it, which transformers
-    5.25 calls for each model that it loads: that of its class, or of a kernel's layer, which
-    computes the same.
+    5.25 calls for each model that it loads: that of its class, or, without weights, that of a
+    kernel's layer, which computes the same.
     """
     forward = module.__dict__["forward"]
     if not isinstance(forward, MethodType) or forward.__self__ is not module:
@@ -43,6 +43,8 @@ def _is_kernelized(module: nn.Module) -> bool:
         return True
     # Dynamo cannot trace what follows.
     if torch.compiler.is_compiling() or not isinstance(function, FunctionType):
+        return False
+    if module._parameters:
         return False
     layer = function.__globals__.get(function.__qualname__.partition(".")[0])
     # The layers that transformers chooses say that they can be compiled.

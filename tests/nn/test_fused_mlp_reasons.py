@@ -15,6 +15,7 @@ import stablelora_kernels as slk
 from stablelora_kernels import functional
 from stablelora_kernels.activations import TITLES
 from stablelora_kernels.testing import nf4_weight
+from stablelora_kernels.utils.modules import is_hooked
 from tests.helpers.gated_mlps import (
     INNER,
     MLP,
@@ -346,6 +347,18 @@ def test_a_kernels_layer_in_the_place_of_another_class_is_not_its(calls):
     bound(Gelu.forward)(mlp_of(model).act_fn)
     step(model, rows())
     assert calls.mlps == [] and reported(model) == f"'act_fn' {REPLACED}"
+
+
+def test_a_layer_with_weights_keeps_its_kernel(monkeypatch):
+    """A kernel may read them in another way, in 8 bits say."""
+    monkeypatch.setattr(nn.Linear, "kernel_layer_name", "Linear", raising=False)
+    model = nn.Sequential(nn.Linear(4, 4))
+    bound(nn.Linear.forward)(model[0])
+    assert not is_hooked(model[0])
+    bound(Gelu.forward)(model[0])
+    assert is_hooked(model[0])
+    with pytest.raises(ValueError, match="forward was replaced"):
+        slk.apply_lora(model, ["0"])
 
 
 def test_the_kernels_library_leaves_mlps_fused(calls):
