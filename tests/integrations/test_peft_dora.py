@@ -292,6 +292,7 @@ def test_with_dropout_only_evaluation_is_ours(backend, calls):
     torch.manual_seed(3)
     found = model.train()(x)
     assert not calls.layers
+    assert f"PEFT's own forward of 1 x 0: {WITH_DROPOUT}" in str(slk.status(model))
     evaluated = model.eval()(x)
     assert calls.layers == {"lora_linear": 1}
     slk.restore_peft(model)

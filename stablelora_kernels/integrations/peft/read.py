@@ -233,8 +233,9 @@ class Dora(NamedTuple):
         then the base layer's.
         """
         branch = self.branch
-        # With dropout, DoRA needs the base product of two inputs.
-        if branch.dropout_p or not branch.fits(x):
+        if branch.dropout_p:
+            return Refusal(self._reason_against_dropout())
+        if not branch.fits(x):
             return _not_fitting(x)
         operand = read_base(self.base, x)
         if isinstance(operand, Base):
@@ -274,8 +275,9 @@ class Dora(NamedTuple):
 
     def reason_against_training(self) -> str | None:
         """As :meth:`Branches.reason_against_training`."""
-        if not self.branch.dropout_p_in_training:
-            return None
+        return self._reason_against_dropout() if self.branch.dropout_p_in_training else None
+
+    def _reason_against_dropout(self) -> str:
         return (
             f"adapter {self.branch.name!r} is DoRA with dropout, which needs the base product of two inputs to train; "
             "evaluation runs on the ops"
