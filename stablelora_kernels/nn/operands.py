@@ -217,9 +217,15 @@ def group_key(layer: Any) -> Hashable:
     rest.
     """
     base = getattr(layer, "base_layer", layer)
-    is_plain = type(base) is nn.Linear or base is layer
-    # A layer of another type gets a key of its own.
-    return (layer.in_features, base.weight.dtype) if is_plain else id(layer)
+    weight_dtype = base.weight.dtype if has_plain_weight(layer) else type(base)
+    return layer.in_features, weight_dtype
+
+
+def has_plain_weight(layer: Any) -> bool:
+    """Whether a projection group may ever compute a layer: not one with a quantized weight."""
+    base = getattr(layer, "base_layer", layer)
+    is_linear = type(base) is nn.Linear or base is layer
+    return is_linear and not is_quantized(base.weight)
 
 
 def compute_group(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
@@ -271,9 +277,11 @@ def reason_against_group(layer: nn.Module) -> str | None:
     """Why :func:`compute_group` leaves a layer and its group to themselves as the layer is now,
     or None.
     """
+    if not has_plain_weight(layer):
+        base = getattr(layer, "base_layer", layer)
+        is_read = is_quantized(getattr(base, "weight", None))
+        return "has a quantized weight" if is_read else f"is a {type(base).__name__}"
     operand = read_layer(layer, None)
     if isinstance(operand, Refusal):
         return operand.reason
-    if operand.weights.lora_A is None:
-        return "has no active adapter"
-    return "has a quantized weight" if is_quantized(operand.weights.weight) else None
+    return "has no active adapter" if operand.weights.lora_A is None else None

@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stablelora_kernels.nn.operands import compute_group, group_key, reason_against_group
+from stablelora_kernels.nn.operands import (
+    compute_group,
+    group_key,
+    has_plain_weight,
+    reason_against_group,
+)
 from stablelora_kernels.utils.tensors import autocast_dtype
 
 # Names of projections that a module calls with one tensor, in the order of the calls.
@@ -137,6 +142,8 @@ def make_projection_groups(model: nn.Module, layers: Mapping[str, nn.Module]) ->
     groups = _find_projection_groups(model, layers)
     remove_projection_groups(layers.values())
     for names in groups:
+        if not all(has_plain_weight(layers[name]) for name in names):
+            continue
         group = ProjectionGroup(names, [layers[name] for name in names])
         parent = model.get_submodule(names[0].rpartition(".")[0])
         group.hook = parent.register_forward_hook(group.after_forward, always_call=True)

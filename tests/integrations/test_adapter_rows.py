@@ -156,7 +156,8 @@ def test_each_adapter_trains_as_alone(family, reentrant, dropout, fuse):
                 assert abs(loss.item() - losses[name].item()) <= 1e-12
                 for key, p in of_adapter(alone, name).items():
                     grad = together.get_parameter(key).grad
-                    assert p.grad.any() and (grad - p.grad).norm() <= 1e-12 * p.grad.norm(), key
+                    # From the second step on, the parameters are up to 1e-12 apart.
+                    assert p.grad.any() and (grad - p.grad).norm() <= 1e-11 * p.grad.norm(), key
                 optimizers[name].step()
                 optimizers[name].zero_grad()
             optimizer.step()

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+from torch import nn
 
 import stablelora_kernels as slk
 from tests.helpers.peft_models import config, make, own_forwards
-from tests.helpers.quantized_weights import torchao
+from tests.helpers.quantized_weights import bnb_4bit, torchao
 from tests.helpers.small_models import IDS, llama
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -59,6 +60,15 @@ def prepares_for_hotswap(model: Any) -> None:
     hotswap.prepare_model_for_compiled_hotswap(model)
 
 
+def in_4_bits(model):
+    """``model`` with each nn.Linear but the head in NF4."""
+    for parent in [module for module in model.model.modules() if module._modules]:
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, bnb_4bit(child))
+    return model
+
+
 FUSED = "fused projections: 2 x (q_proj, k_proj, v_proj); 2 x (gate_proj, up_proj)"
 NOT_FUSED = "projections that are not fused: 2 x (q_proj, k_proj, v_proj): 'q_proj' "
 ONE_OP, NOT_IN_ONE_OP = "computed in one op each: 2 x gated MLP (silu)", "mlp: 'gate_proj' "
@@ -84,6 +94,9 @@ SETTINGS = {
     "float8": Setting(
         {}, f"{NOT_FUSED}has a quantized weight", f"{NOT_IN_ONE_OP}has a quantized weight",
         base=lambda model: torchao(model, "Float8WeightOnlyConfig"),
+    ),
+    "NF4": Setting(
+        {}, f"{NOT_FUSED}has a quantized weight", f"{NOT_IN_ONE_OP}has a quantized weight", base=in_4_bits,
     ),
 }  # fmt: skip
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 import stablelora_kernels as slk
+from stablelora_kernels.nn.projection_group import ATTRIBUTE
 from tests.helpers.gated_mlps import LIBRARIES, Wrapper, adapted, base_of
 from tests.helpers.peft_models import make
+from tests.helpers.quantized_weights import bnb_4bit
 from tests.nn.test_fused_mlp_reasons import set_dropout
 
 # No group gives up unless a test expects the warning.
@@ -164,6 +166,20 @@ def test_siblings_that_are_not_called_with_one_tensor_go_apart(library, calls):
     calls.clear()
     torch.testing.assert_close([found, layer(x, keys)], [plain(x, keys)] * 2)
     assert calls.groups == []
+
+
+def test_quantized_siblings_are_named_and_cost_no_call_more(calls):
+    model = nn.ModuleDict({"self_attn": Attention()})
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(model["self_attn"], name, bnb_4bit(getattr(model["self_attn"], name)))
+    report = slk.apply_lora(model, "all-linear", r=2, fuse_projections=True)
+    names = "1 x (q_proj, k_proj, v_proj)"
+    assert (
+        report.notes[-1]
+        == f"projections that are not fused: {names}: 'q_proj' has a quantized weight"
+    )
+    assert not any(ATTRIBUTE in module.__dict__ for module in model.modules())
+    assert not model["self_attn"]._forward_hooks and calls.groups == []
 
 
 def test_layers_of_different_inputs_are_not_siblings():
