@@ -77,8 +77,12 @@ def test_each_kernel_of_the_library(arch: str, names: tuple[str, ...]) -> None:
 
 
 def test_kernels_of_blackwell() -> None:
-    """By day, of few rows: products in tensor memory, packed float32."""
-    emulate("--quick", "--arch", "sm_100,sm_120", only=("linear few_rows",))
+    """By day, of few rows: products in tensor memory, packed float32. The library refuses a B200
+    under older Tritons than 3.9, whose code for it has races.
+    """
+    runs_on_b200 = not judge((10, 0), triton.__version__).problem
+    archs = "sm_100,sm_120" if runs_on_b200 else "sm_120"
+    emulate("--quick", "--arch", archs, only=("linear few_rows",))
 
 
 @pytest.mark.nightly
