@@ -362,7 +362,7 @@ def _run(
     kind = ("projections", activation, shared_mask, gradients, fits is None, dtype, tiles)
     values: list[Any] = [x, base, dropout_p, training]
     for p in projections:
-        values += p
+        values.extend(p)
     key = key_of(kind, values)
     entry = find(key)
     if entry is None and fits is not None and not fits():
