@@ -107,6 +107,9 @@ def project(
     y = wide_product(x, weight.t(), p.bias)
     if p.scaling == 0:
         return with_branch(y, s, lora_B, p.scaling), s
+    if torch.compiler.is_compiling():
+        # torch 2.11 gives a compiled autograd function gradients of zeros if it wrote to its output.
+        return torch.addmm(y, s, lora_B.t(), alpha=p.scaling), s
     # In place, the branch needs no second activation.
     return y.addmm_(s, lora_B.t(), alpha=p.scaling), s
 

@@ -214,3 +214,30 @@ def test_every_operator_passes_opcheck(case, p, wanted):
             torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), arguments
         )
         torch.library.opcheck(operator, leaf)
+
+
+@pytest.mark.parametrize("op", ["linear", "group", "mlp"])
+def test_a_traced_function_does_not_write_to_its_output(op, backend):
+    """Under torch 2.11 its gradients would be zeros."""
+    if backend != "torch":
+        pytest.skip("traces PyTorch's operators: the kernels are ops, which return their outputs")
+    case = small(op, 70, p=0.0)
+    given, names = make(case), case.wanted_names
+    results = []
+
+    def backend_of(graph, example_inputs):
+        for name, module in graph.named_children():
+            if name.startswith("fwd"):
+                (output,) = module.graph.find_nodes(op="output")
+                results.extend(output.all_input_nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *tensors: ours(case, given | dict(zip(names, tensors, strict=True))),
+        backend=backend_of,
+        fullgraph=True,
+    )
+    compiled(*[given[name].clone().requires_grad_() for name in names])
+    assert results
+    assert not [node for node in results if node.op == "call_method" and node.target.endswith("_")]
