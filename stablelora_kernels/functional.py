@@ -362,6 +362,7 @@ def _run(
     kind = ("projections", activation, shared_mask, gradients, fits is None, dtype, tiles)
     values: list[Any] = [x, base, dropout_p, training]
     for p in projections:
+        # Not by +=, which torch.compile of torch 2.11 refuses with a NamedTuple.
         values.extend(p)
     key = key_of(kind, values)
     entry = find(key)

@@ -61,13 +61,10 @@ _ROWS = (
     _Options(("fuse_loss", "tile_mlp"), checkpointing=True),
     _Options(("fuse_loss", "tile_mlp"), checkpointing=True, offload=True),
 )
-# Without LoRA in its MLPs, a model has none to fuse.
-_ROWS_WITHOUT_MLP = (
-    _Options(),
-    _Options(("fuse_loss",)),
-    _Options(("fuse_loss",), checkpointing=True),
-    _Options(("fuse_loss",), checkpointing=True, offload=True),
-)
+
+
+def _without_mlp(row: _Options) -> _Options:
+    return row._replace(fusions=tuple(name for name in row.fusions if name == "fuse_loss"))
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,8 @@ def memory_plan(
     if TRITON_PROBLEM is not None:
         raise RuntimeError(f"memory_plan plans the launches of a GPU: {TRITON_PROBLEM}")
     decoder = Decoder(config, r, target_modules, weights, torch.bfloat16, _GPU)
-    rows = _ROWS if decoder.adapts_mlp() else _ROWS_WITHOUT_MLP
+    # Without LoRA in its MLPs, a model has none to fuse, and some rows become the same.
+    rows = _ROWS if decoder.adapts_mlp() else dict.fromkeys(map(_without_mlp, _ROWS))
     start = decoder.start()
     room = USABLE * gpu_gib * GIB - start
     layers = decoder.layers

@@ -217,12 +217,14 @@ def group_key(layer: Any) -> Hashable:
     rest.
     """
     base = getattr(layer, "base_layer", layer)
-    weight_dtype = base.weight.dtype if has_plain_weight(layer) else type(base)
-    return layer.in_features, weight_dtype
+    kind = base.weight.dtype if has_plain_weight(layer) else type(base)
+    return layer.in_features, kind
 
 
 def has_plain_weight(layer: Any) -> bool:
-    """Whether a projection group may ever compute a layer: not one with a quantized weight."""
+    """Whether the layer is this library's or around an ``nn.Linear``, and its weight is not
+    quantized. A projection group computes no other.
+    """
     base = getattr(layer, "base_layer", layer)
     is_linear = type(base) is nn.Linear or base is layer
     return is_linear and not is_quantized(base.weight)

@@ -4,8 +4,10 @@ a graph break.
 
 from __future__ import annotations
 
+import ast
 import shutil
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,27 +219,49 @@ def test_every_operator_passes_opcheck(case, p, wanted):
 
 
 @pytest.mark.parametrize("op", ["linear", "group", "mlp"])
-def test_a_traced_function_does_not_write_to_its_output(op, backend):
-    """Under torch 2.11 its gradients would be zeros."""
-    if backend != "torch":
-        pytest.skip("traces PyTorch's operators: the kernels are ops, which return their outputs")
+def test_a_traced_function_does_not_write_to_its_output(op):
+    """Under torch 2.11 its gradients would be zeros. The kernels are ops, which write to nothing."""
     case = small(op, 70, p=0.0)
     given, names = make(case), case.wanted_names
     results = []
 
-    def backend_of(graph, example_inputs):
+    def read_graph(graph, example_inputs):
         for name, module in graph.named_children():
             if name.startswith("fwd"):
                 (output,) = module.graph.find_nodes(op="output")
                 results.extend(output.all_input_nodes)
         return graph.forward
 
+    def function(*tensors):
+        return ours(case, given | dict(zip(names, tensors, strict=True)))
+
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda *tensors: ours(case, given | dict(zip(names, tensors, strict=True))),
-        backend=backend_of,
-        fullgraph=True,
-    )
-    compiled(*[given[name].clone().requires_grad_() for name in names])
+    compiled = torch.compile(function, backend=read_graph, fullgraph=True)
+    with slk.settings(backend="torch"):
+        compiled(*[given[name].clone().requires_grad_() for name in names])
     assert results
     assert not [node for node in results if node.op == "call_method" and node.target.endswith("_")]
+
+
+def test_no_isinstance_of_a_union():
+    """Dynamo of torch 2.10 cannot trace one: it raises."""
+    package = Path(slk.__file__).parent
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")}
+    nodes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
+    unions = {
+        ast.unparse(node.targets[0])
+        for _, node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp)
+    }
+    assert "QuantizedWeight" in unions
+    tested = [
+        (path, node.args[1])
+        for path, node in nodes
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass")
+    ]
+    of_unions = [
+        f"{path.name}:{kind.lineno}"
+        for path, kind in tested
+        if isinstance(kind, ast.BinOp) or ast.unparse(kind) in unions
+    ]
+    assert len(tested) > 100 and of_unions == []
