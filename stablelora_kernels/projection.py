@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stablelora_kernels.formats import Layout, Stored
-from stablelora_kernels.quantized import QUANTIZED_WEIGHTS, QuantizedWeight
+from stablelora_kernels.quantized import QuantizedWeight
 
 # In place of a layout, for a weight that is not quantized.
 _PLAIN = Layout(0, 0, 0, 0)
@@ -42,9 +42,7 @@ class Projection(NamedTuple):
     def stored(self) -> Projection:
         """Itself as the ops take it, a quantized weight in its stored parts."""
         weight = self.weight
-        return (
-            self._replace(weight=weight.stored) if isinstance(weight, QUANTIZED_WEIGHTS) else self
-        )
+        return self._replace(weight=weight.stored) if isinstance(weight, QuantizedWeight) else self
 
 
 def s_unit(dtype: torch.dtype, scaling: float) -> float:

@@ -357,11 +357,9 @@ class FP4Weight:
 # The elements of a block by the dtype of its scale.
 _FP4_BLOCKS = {torch.float8_e4m3fn: 16, torch.uint8: 32}
 
-# A frozen weight as ``lora_linear`` takes it.
+# A frozen weight as ``lora_linear`` takes it. What makes one [n, k] of zeros on a device, by the
+# names of the formats.
 QuantizedWeight = NF4Weight | FP8Weight | FP4Weight
-# For isinstance: torch.compile of torch 2.10 traces none of a union.
-QUANTIZED_WEIGHTS = (NF4Weight, FP8Weight, FP4Weight)
-# What makes one [n, k] of zeros on a device, by the names of the formats.
 WEIGHTS: dict[str, Callable[[int, int, torch.device | str], QuantizedWeight]] = {
     "nf4": NF4Weight.zeros,
     "fp8": FP8Weight.zeros,

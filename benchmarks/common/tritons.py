@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.common.assets import cache_dir
 
-# The releases that the CUDA builds of torch 2.10 to 2.15 pin. A new one is added once its kernels
+# The releases that the CUDA builds of torch 2.11 to 2.15 pin. A new one is added once its kernels
 # are proven: CONTRIBUTING.md.
 PINNED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 

@@ -20,7 +20,7 @@ from stablelora_kernels.kernels.lora.jobs import Gate, Matrix
 from stablelora_kernels.launch import workspace
 from stablelora_kernels.launch.workspace import counters, scratch
 from stablelora_kernels.projection import Projection, s_unit
-from stablelora_kernels.quantized import QUANTIZED_WEIGHTS
+from stablelora_kernels.quantized import QuantizedWeight
 from stablelora_kernels.utils.tensors import drop_share
 
 
@@ -78,7 +78,7 @@ def _branch_of(p: Projection) -> tuple[Tensor, Tensor]:
 
 
 def _weight_of(p: Projection) -> Tensor | Stored | None:
-    assert not isinstance(p.weight, QUANTIZED_WEIGHTS)
+    assert not isinstance(p.weight, QuantizedWeight)
     return p.weight
 
 

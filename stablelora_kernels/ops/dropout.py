@@ -287,6 +287,9 @@ def applicable(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _as_float(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Inductor vectorizes both, and that of torch 2.11 has no view of a bool.
+        return keep.to(dtype)
     # PyTorch vectorizes the conversion from uint8, but not from bool.
     return keep.view(torch.uint8).to(dtype)
 

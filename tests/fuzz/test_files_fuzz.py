@@ -4,6 +4,7 @@ and changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from stablelora_kernels.model.adapters import load_adapter, save_adapter
 from stablelora_kernels.model.apply import apply_lora
@@ -174,8 +176,12 @@ def test_odd_configs(original, replaced, data, has_lora):
 
 
 names = st.text(max_size=30) | st.sampled_from(["²", "9" * 5000, "\x1b[31m", "\r"])
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64,
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool,
           torch.float8_e4m3fn, torch.uint8]  # fmt: skip
+# safetensors before 0.7 writes no complex numbers.
+with contextlib.suppress(KeyError):
+    save({"": torch.zeros(1, dtype=torch.complex64)})
+    DTYPES.append(torch.complex64)
 
 
 @given(
