@@ -77,6 +77,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nanobind, under Triton, reports all that is alive at the end as leaked
+
+
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """Each test's calls are first calls: a test may have changed what launches depend on, such as a
