@@ -70,8 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays. A Trainer collects garbage at each start, and would look through
-    all of it, half a second each time.
+    """Leave what is imported by now out of garbage collection. Each Trainer collects at its start,
+    which would take half a second.
     """
     gc.collect()
     gc.freeze()
