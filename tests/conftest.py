@@ -69,7 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_frozen() -> None:
     """Leave what is imported by now out of garbage collection. Each Trainer collects at its start,
     which would take half a second.
     """

@@ -71,6 +71,8 @@ class Rounded:
     deviation: Tensor
     # A zero for each number that was rounded on the way, in units of its rounding's deviation.
     errors: frozenset[Tensor] = frozenset()
+    # How many distinct numbers there are, and which of them each element is, once that is known.
+    distinct: tuple[int, Tensor] | None = None
 
     @property
     def exact(self) -> Tensor:
@@ -100,10 +102,14 @@ class Rounded:
         if not torch.is_grad_enabled():
             return Rounded(self.value, torch.hypot(self.deviation, amount))
         # Equal numbers are rounded alike, such as those in all rows behind an expanded x.
-        distinct, place = self.exact.float().unique(return_inverse=True)
-        error = torch.zeros_like(distinct, dtype=torch.float64).requires_grad_()
+        if (distinct := self.distinct) is None:
+            numbers, place = self.exact.float().unique(return_inverse=True)
+            distinct = numbers.numel(), place
+        count, place = distinct
+        error = torch.zeros(count, dtype=torch.float64, device=place.device, requires_grad=True)
         value = self.value + amount * error[place]
-        return Rounded(value, torch.hypot(self.deviation, amount), self.errors | {error})
+        deviation = torch.hypot(self.deviation, amount)
+        return Rounded(value, deviation, self.errors | {error}, distinct)
 
     def stored(self, dtype: torch.dtype, times: int = 1) -> Rounded:
         """The same after ``times`` roundings to ``dtype``."""

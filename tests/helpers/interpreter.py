@@ -22,6 +22,7 @@ def speed_up_interpreter() -> None:
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     _patch_language_once_a_launch(interpreter)
+    _find_builtins_once(interpreter)
     _keep_numpy_types(interpreter)
     _keep_block_types(interpreter.tl)
     _shift_bfloat16(interpreter)
@@ -63,6 +64,23 @@ def _patch_language_once_a_launch(interpreter: Any) -> None:
         return scope
 
     interpreter._patch_lang = patch
+
+
+def _find_builtins_once(interpreter: Any) -> None:
+    """It looks through all of ``triton.language`` for them, at every launch."""
+    known: dict[Any, list[tuple[str, Any]]] = {}
+
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        if (members := known.get(package)) is None:
+            members = known[package] = [
+                (name, member)
+                for name, member in inspect.getmembers(package)
+                if interpreter.tl.core.is_builtin(member)
+            ]
+        for name, member in members:
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
 
 
 def _keep_numpy_types(interpreter: Any) -> None:
@@ -119,6 +137,8 @@ def _shift_bfloat16(interpreter: Any) -> None:
     def convert(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
         if source.name == "bf16" and target.name == "fp32":
             return data.astype("uint32") << 16
+        if source.name == "fp32" and target.name == "bf16" and rounding_mode is None:
+            return (data.view("uint32") >> 16).astype("uint16")
         return original(data, source, target, rounding_mode)
 
     interpreter._convert_float = convert

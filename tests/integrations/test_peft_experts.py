@@ -742,6 +742,8 @@ IN_4_BITS = {("gate_up_proj", "down_proj"): (("down_proj",), True), ("down_proj"
 @pytest.mark.parametrize(
     ("names", "lost", "reorders"), [(names, *rest) for names, rest in IN_4_BITS.items()], ids=str
 )
+# bitsandbytes would compile what dequantizes on a CPU, in seconds.
+@torch.compiler.set_stance("force_eager")
 def test_what_peft_does_wrong_with_experts_in_4_bits_is_told(names, lost, reorders):
     """If this fails with a new PEFT, that trains them right: the texts here, in experts.md and in
     errors.md say otherwise.

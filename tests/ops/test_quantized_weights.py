@@ -100,6 +100,8 @@ in_parts = pytest.mark.parametrize("elements", [1 << 22, 128])
     [(48, 64, 64), (53, 37, 64), (30, 100, 128), (1, 1, 64), (65, 512, 256)],
 )
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
+# bitsandbytes would compile what dequantizes on a CPU, in seconds.
+@torch.compiler.set_stance("force_eager")
 def test_bitsandbytes(kind, n, k, blocksize, nested, dtype, elements, monkeypatch):
     bnb = bitsandbytes()
     monkeypatch.setattr(formats, "_ELEMENTS", elements)
