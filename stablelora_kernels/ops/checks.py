@@ -45,6 +45,8 @@ def _check_projection(
     lora_B = p.lora_B
     _check_scaling(f"{of}scaling", p.scaling)
     if base is not None:
+        if not isinstance(base, Tensor):
+            raise TypeError(f"base_out must be a Tensor, got {type(base).__name__}")
         if base.dim() < 1 or x.dim() < 1 or base.shape[:-1] != x.shape[:-1]:
             raise ValueError(
                 f"base_out must be [..., N] with x's leading sizes to fit x {list(x.shape)}, got {list(base.shape)}"

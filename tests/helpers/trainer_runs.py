@@ -1,5 +1,5 @@
-"""Trainings by Hugging Face's Trainer, TRL's SFTTrainer and accelerate, whole or resumed; as a
-program in a fresh process.
+"""Trainings by Hugging Face's Trainer and TRL's SFTTrainer, whole or resumed; as a program in a
+fresh process.
 
 python -m tests.helpers.trainer_runs DIRECTORY CASE...: resume runs that ``train_whole`` left under
 DIRECTORY; a case is its three words with slashes between them.

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.helpers.op_calls import Calls, counted_ops
 from tests.helpers.processes import ROOT, needs_gloo, printed, spawn
 from tests.helpers.trainer_runs import (
     STEPS,
+    arguments,
     llama,
     make_trainer,
     peft,
@@ -276,6 +278,42 @@ import stablelora_kernels as slk
 trainer.DEFAULT_CALLBACKS.append(slk.AccelerateCallback(fuse_mlp=True))
 main(*make_parser().parse_args_and_config())
 """
+
+
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_trls_preference_trainers_train_as_with_peft(name, tmp_path, calls: Calls):
+    """They call ``disable_adapter`` for the reference policy, and GRPOTrainer generates."""
+    datasets, trl = (
+        pytest.importorskip(module, reason=f"runs where {module} is installed: pip install .[test]")
+        for module in ("datasets", "trl")
+    )
+    from tokenizers import pre_tokenizers
+
+    words = tokenizer()
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    data = {"prompt": ["w3 w4", "w5 w6 w7"] * 8}
+    # An Adam's step would make much of a gradient's last bits.
+    settings = arguments(tmp_path, optim="sgd", learning_rate=30.0, max_steps=3)
+    options: dict[str, Any] = {"processing_class": words}
+    if name == "DPO":
+        data |= {"chosen": [" w8 w9 w3"] * 16, "rejected": [" w9"] * 16}
+    else:
+        settings |= {"num_generations": 2, "max_completion_length": 6}
+        options["reward_funcs"] = lambda completions, **_: [float(len(set(c))) for c in completions]
+    changes = []
+    for callbacks in ([], [slk.AccelerateCallback(tile_mlp=True)]):
+        calls.clear()
+        trainer = getattr(trl, f"{name}Trainer")(
+            llama("peft"), args=getattr(trl, f"{name}Config")(**settings), callbacks=callbacks,
+            train_dataset=datasets.Dataset.from_dict(data), **options,
+        )  # fmt: skip
+        before = trained(trainer.model)
+        trainer.train()
+        changes.append({key: p - before[key] for key, p in trained(trainer.model).items()})
+        assert any(calls.layers.values()) == bool(callbacks)
+    for key, change in changes[0].items():
+        assert change.any(), key
+        torch.testing.assert_close(changes[1][key], change, rtol=0, atol=1e-3 * change.abs().max())
 
 
 @pytest.mark.nightly

@@ -167,6 +167,7 @@ REFUSED = {
     ],
     "branch": [
         *bad_pairs("", 4, 6, 2, r"base_out \[5, 4\]"),
+        ({"base_out": (zeros(5, 4), zeros(5))}, TypeError, "base_out must be a Tensor, got tuple"),
         ({"base_out": zeros(4, 4)}, ValueError, r"base_out must be \[..., N\] .* fit x \[5, 6\], got \[4, 4\]"),
         ({"base_out": zeros()}, ValueError, r"base_out must be .* got \[\]"),
         ({"x": zeros()}, ValueError, r"base_out must be .* fit x \[\], got \[5, 4\]"),
