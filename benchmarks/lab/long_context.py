@@ -29,7 +29,7 @@ from benchmarks.lab.step_memory import (
     Step,
 )
 
-SHAPES = {"8B": Shape(**MODELS["llama-8b"]), "70B": Shape(**MODELS["llama-70b"])}
+SHAPES = {"8B": MODELS["llama-8b"], "70B": MODELS["llama-70b"]}
 TOKENS = 65_536
 TILED = ACCELERATED + MLP_TILED
 

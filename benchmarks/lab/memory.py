@@ -28,8 +28,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
@@ -40,7 +38,6 @@ from benchmarks.lab.step_memory import (
     LIGER_LOSS,
     LINEAR,
     MODELS,
-    Shape,
     Step,
     Terms,
 )
@@ -155,7 +152,6 @@ def saved_mib(
     arm: str,
     dropout: float,
     float32: bool = True,
-    sizes: dict[str, int] = MODELS["llama-8b"],
     tokens: int = 4096,
     liger: bool = False,
 ) -> float:
@@ -163,12 +159,15 @@ def saved_mib(
     rank 16, one sequence.
     """
     register_attention()
-    config = LlamaConfig(**{**sizes, "num_hidden_layers": 1}, attn_implementation=COUNTED_ATTENTION)
-    with patched(step_memory.liger_patches(arm) if liger else ()):
+    shape = MODELS["llama-8b"]
+    config = shape.config(attn_implementation=COUNTED_ATTENTION)
+    with patched(step_memory.liger_patches(shape, arm) if liger else ()):
         with torch.device("meta"):
-            layer: Any = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(False)
-            x = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-            angles = torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16)
+            layer: Any = (
+                shape.part("DecoderLayer")(config, 0).to(torch.bfloat16).requires_grad_(False)
+            )
+            x = torch.empty(1, tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            angles = torch.empty(1, tokens, shape.head_dim, dtype=torch.bfloat16)
         model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
         owned = [*model.parameters(), *model.buffers(), angles]
         forward = partial(layer, x, position_embeddings=(angles, angles))
@@ -228,8 +227,9 @@ FITS = (
 @cache
 def decoder_of(name: str, weights: str) -> Decoder:
     """The count of a model with this library."""
-    config = LlamaConfig(**SHAPES[name])
-    return Decoder(config, 16, "all-linear", weights.lower(), torch.bfloat16, "sm_90")
+    return Decoder(
+        SHAPES[name].config(), 16, "all-linear", weights.lower(), torch.bfloat16, "sm_90"
+    )
 
 
 class Run(NamedTuple):
@@ -249,7 +249,7 @@ class Run(NamedTuple):
     def at(self, tokens: int) -> dict[str, Terms]:
         """Bytes by moment and term, beside those before any token."""
         step = Step(
-            Shape(**SHAPES[self.name]),
+            SHAPES[self.name],
             self.given.arm,
             self.given.loss,
             self.checkpointing,
@@ -313,9 +313,9 @@ class Plans(NamedTuple):
 
 @cache
 def plans_of(name: str, weights: str, card: int) -> Plans:
-    plan = partial(memory_plan, LlamaConfig(**SHAPES[name]), gpu_gib=card, weights=weights.lower())
+    plan = partial(memory_plan, SHAPES[name].config(), gpu_gib=card, weights=weights.lower())
     own = plan()
-    with patched(step_memory.liger_patches(FUSED)):
+    with patched(step_memory.liger_patches(SHAPES[name], FUSED)):
         return Plans(own, plan())
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 # Liger-Kernel 0.8.5, src/liger_kernel/ops.
 
@@ -48,9 +47,9 @@ class _SiLUMul(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-class LigerMLP(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SiLUMul.apply(self.gate_proj(x), self.up_proj(x)))
+def liger_mlp(self: Any, x: Tensor) -> Tensor:
+    """The forward of a gated MLP."""
+    return self.down_proj(_SiLUMul.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class _Rope(torch.autograd.Function):
@@ -65,12 +64,9 @@ class _Rope(torch.autograd.Function):
         return tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (dq, dk))
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: object) -> tuple[Tensor, ...]:
+def liger_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: object) -> tuple[Tensor, ...]:
+    """In place of ``apply_rotary_pos_emb``."""
     return _Rope.apply(q, k)
-
-
-# In place of modeling_llama's.
-LIGER = {"LlamaRMSNorm": LigerRMSNorm, "LlamaMLP": LigerMLP, "apply_rotary_pos_emb": _rotate}
 
 
 class _Loss(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The memory of a training step of a Llama with LoRA at its peak, by what is alive and who computes:
+"""The memory of a training step of a Llama or Qwen3 with LoRA at its peak, by what is alive and who computes:
 PEFT, 72 lines of PyTorch or this library, with or without Liger-Kernel.
 
 ``stablelora_kernels.integrations.step_memory`` counts a layer and a head; here they are built, and
@@ -18,18 +18,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.common.arms import FROZEN, MLP_FUSED, MLP_TILED, PEFT, adapt
-from benchmarks.lab.stand_ins import LIGER, liger_loss
+from benchmarks.lab.stand_ins import LigerRMSNorm, liger_loss, liger_mlp, liger_rotate
 from stablelora_kernels import functional
 from stablelora_kernels.integrations.step_memory import (
     BF16,
@@ -45,15 +44,6 @@ from stablelora_kernels.integrations.step_memory import (
     register_attention,
 )
 
-# From the models' published config.json; Qwen3's norms of queries and keys are left out.
-MODELS: dict[str, dict[str, int]] = {
-    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-    "qwen3-14b": {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
-                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-    "llama-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-}  # fmt: skip
 # The logits in bfloat16 and float32, and the gradient of each.
 LOGITS = 2 * (BF16 + FP32)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,7 +54,7 @@ INPUTS = "inputs of checkpointed layers"
 
 
 class Shape(NamedTuple):
-    """A Llama's sizes, by transformers' names."""
+    """A decoder's sizes, by transformers' names."""
 
     hidden_size: int
     intermediate_size: int
@@ -73,6 +63,30 @@ class Shape(NamedTuple):
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
+    # Of ``FAMILIES``.
+    model_type: str = "llama"
+
+    def config(self, **options: object) -> PreTrainedConfig:
+        return AutoConfig.for_model(**self._asdict(), **options)
+
+    def part(self, name: str) -> Any:
+        """The class of the family in transformers that ends with ``name``."""
+        return getattr(self.modeling, FAMILIES[self.model_type] + name)
+
+    @property
+    def modeling(self) -> Any:
+        """transformers' file of the family."""
+        return import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
+
+
+# By transformers' name: what the names of its classes begin with.
+FAMILIES = {"llama": "Llama", "qwen3": "Qwen3"}
+# From the models' published config.json.
+MODELS = {
+    "llama-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256),
+    "qwen3-14b": Shape(5120, 17408, 40, 40, 8, 128, 151936, "qwen3"),
+    "llama-70b": Shape(8192, 28672, 80, 64, 8, 128, 128256),
+}
 
 
 class Step(NamedTuple):
@@ -156,13 +170,13 @@ def terms_of(step: Step, blocks: Sequence[Block]) -> Terms:
 def count_layer(step: Step, tokens: int) -> Counted:
     """One decoder layer, forward and backward."""
     with _parts_of(step):
-        config = LlamaConfig(
-            **step.shape._asdict(),
-            attn_implementation="sdpa" if step.where == CPU else COUNTED_ATTENTION,
-        )
+        attention = "sdpa" if step.where == CPU else COUNTED_ATTENTION
+        config = step.shape.config(attn_implementation=attention)
         with torch.device(device_of(step.where)):
-            layer: Any = LlamaDecoderLayer(config, 0).to(step.dtype).requires_grad_(False)
-            angles = torch.zeros(1, tokens, config.head_dim, dtype=step.dtype)
+            layer: Any = (
+                step.shape.part("DecoderLayer")(config, 0).to(step.dtype).requires_grad_(False)
+            )
+            angles = torch.zeros(1, tokens, step.shape.head_dim, dtype=step.dtype)
         adapt(
             nn.ModuleDict({"layer": layer}), step.arm, LINEAR, r=step.r, dropout=step.dropout,
             float32=step.float32,
@@ -178,7 +192,7 @@ def count_head(step: Step, tokens: int) -> Counted:
     vocabulary = step.shape.vocab_size
     with _parts_of(step):
         with torch.device(device_of(step.where)):
-            norm: Any = modeling_llama.LlamaRMSNorm(step.shape.hidden_size)
+            norm: Any = step.shape.part("RMSNorm")(step.shape.hidden_size)
             head = nn.Linear(step.shape.hidden_size, vocabulary, bias=False)
             labels = torch.zeros(1, tokens, dtype=torch.int64)
         for module in (norm, head):
@@ -219,14 +233,19 @@ def _parts_of(step: Step) -> Iterator[None]:
 
         patches.append((lora.Linear, "forward", Linear4bit.forward))
     if step.liger:
-        patches += liger_patches(step.arm)
+        patches += liger_patches(step.shape, step.arm)
     with patched(patches):
         yield
 
 
-def liger_patches(arm: str) -> list[tuple[Any, str, Any]]:
-    """What Liger-Kernel replaces in transformers' file of Llama. The op of ``fuse_mlp`` and
+def liger_patches(shape: Shape, arm: str) -> list[tuple[Any, str, Any]]:
+    """What Liger-Kernel replaces in transformers' file of the family. The op of ``fuse_mlp`` and
     ``tile_mlp`` takes the place of Liger's MLP.
     """
-    kept = {"LlamaMLP"} if arm.endswith((MLP_FUSED, MLP_TILED)) else set()
-    return [(modeling_llama, name, LIGER[name]) for name in sorted(LIGER.keys() - kept)]
+    patches: list[tuple[Any, str, Any]] = [
+        (shape.modeling, f"{FAMILIES[shape.model_type]}RMSNorm", LigerRMSNorm),
+        (shape.modeling, "apply_rotary_pos_emb", liger_rotate),
+    ]
+    if not arm.endswith((MLP_FUSED, MLP_TILED)):
+        patches.append((shape.part("MLP"), "forward", liger_mlp))
+    return patches

@@ -19,13 +19,14 @@ pytest.importorskip(
 pytest.importorskip("peft", reason="runs where peft is installed: pip install .[bench]")
 pytest.importorskip("matplotlib", reason="runs where matplotlib is installed: pip install .[bench]")
 
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import stablelora_kernels as slk
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, MLP_TILED, PEFT, PLAIN, adapt
 from benchmarks.lab import memory, stand_ins, step_memory
 from benchmarks.lab.step_memory import (
     CPU,
+    FAMILIES,
     FROM_LOGITS,
     LAST_LAYER,
     LINEAR,
@@ -60,8 +61,8 @@ BFLOAT16 = (torch.bfloat16, False)
 
 def measured_peak(step: Step) -> int | None:
     """The most bytes that PyTorch's allocator has handed out in a step of a whole model."""
-    config = LlamaConfig(**step.shape._asdict(), use_cache=False)
-    base = LlamaForCausalLM(config).to(step.dtype).requires_grad_(False)
+    config = step.shape.config(use_cache=False)
+    base = AutoModelForCausalLM.from_config(config).to(step.dtype).requires_grad_(False)
     model = adapt(base, step.arm, LINEAR, r=step.r, dropout=step.dropout, float32=step.float32)
     model.train()
     base.enable_input_require_grads()
@@ -96,8 +97,9 @@ def measured_peak(step: Step) -> int | None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("loss", [FROM_LOGITS, WITHOUT_LOGITS])
 @pytest.mark.parametrize("arm", [FROZEN, PEFT, PLAIN, ACCELERATED, FUSED, TILED])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_count_is_the_measured_peak_of_a_whole_model(
-    arm, loss, checkpointing, dtypes, dropout, monkeypatch
+    family, arm, loss, checkpointing, dtypes, dropout, monkeypatch
 ):
     """Within 3 %, and a copy of a product's operand that oneDNN makes on CPUs that multiply bfloat16.
     Masks of positions are of random sizes.
@@ -106,7 +108,8 @@ def test_the_count_is_the_measured_peak_of_a_whole_model(
     monkeypatch.setattr(lora_mlp_call, "rows_of_tile", lambda x, inner, tiled: TOKENS // 2)
     torch.manual_seed(0)
     dtype, float32 = dtypes
-    step = Step(SMALL, arm, loss, checkpointing, dropout, float32, dtype=dtype, where=CPU, r=4)
+    shape = SMALL._replace(model_type=family)
+    step = Step(shape, arm, loss, checkpointing, dropout, float32, dtype=dtype, where=CPU, r=4)
     measured = measured_peak(step)
     assert measured is not None
     copies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -135,7 +138,7 @@ def test_a_gpu_differs_from_a_cpu_by_attention_alone(arm, monkeypatch):
 def test_the_peak_of_fuse_mlp_has_dg_and_du():
     """On a GPU they are scratch of the kernels' launch plans, beside G and U."""
     tokens = memory.TOKENS
-    shape = Shape(**memory.SHAPES["Llama 3.1 8B"])
+    shape = memory.SHAPES["Llama 3.1 8B"]
     terms = step_memory.moments(Step(shape, FUSED, WITHOUT_LOGITS, True), tokens)[LAST_LAYER]
     two = 2 * 2 * tokens * shape.intermediate_size
     width = "tensors of the MLP's width, made by"
@@ -189,7 +192,7 @@ LABELS = torch.zeros(128, dtype=torch.int64)
 LIGER_CASES: dict[str, tuple[str, tuple[Any, ...], Callable[..., Any], list[tuple[int, ...]]]] = {
     "rms_norm": ("LigerRMSNormFunction", (WEIGHT, 1e-6), lambda x: stand_ins._RMSNorm.apply(x, WEIGHT), [(2, 64, 48)]),
     "swiglu": ("LigerSiLUMulFunction", (), stand_ins._SiLUMul.apply, [(2, 64, 96)] * 2),
-    "rope": ("LigerRopeFunction", (ANGLES, ANGLES), lambda q, k: stand_ins._rotate(q, k, ANGLES, ANGLES),
+    "rope": ("LigerRopeFunction", (ANGLES, ANGLES), lambda q, k: stand_ins.liger_rotate(q, k, ANGLES, ANGLES),
              [(1, 4, 64, 32), (1, 1, 64, 32)]),
     "fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyFunction", (HEAD, LABELS),
                                    lambda x: stand_ins._Loss.apply(x, HEAD), [(128, 48)]),
