@@ -127,7 +127,8 @@ def compare(
         model: a ``PeftModel``, or any module that contains PEFT's LoRA layers, accelerated or not.
         batch: the keywords of its forward, with ``labels``, on the model's device.
         rounds: timed rounds, at least 6.
-        options: keywords of ``accelerate_peft``, such as ``fuse_mlp=True``.
+        options: keywords of ``accelerate_peft``, such as ``fuse_mlp=True``; fusions that are not
+            given are those of the model, if it is accelerated.
 
     Raises:
         ImportError: peft is not installed, or is older than 0.16.
@@ -154,9 +155,10 @@ def compare(
             "with is_trainable=True, or call model.set_adapter(name)"
         )
     of_peft = _copy_sharing_weights(inner)
-    restore_peft(of_peft)
-    # Of this copy, not of the model: so both arms share the copied buffers.
+    # Of this copy, not of the model: so both arms share the copied buffers. Before restore_peft,
+    # which would forget the fusions of an accelerated model.
     accelerated = _copy_sharing_weights(of_peft, shares_buffers=True)
+    restore_peft(of_peft)
     report = accelerate_peft(accelerated, **options)
     arms = {PEFT: of_peft.train(), ACCELERATED: accelerated.train()}
     device = next(inner.parameters()).device

@@ -19,6 +19,7 @@ from stablelora_kernels.model.reports import (
     SkippedModule,
     count_parameters,
     list_some,
+    new_heads,
     notes_on_compute_dtypes,
     notes_on_gradients,
     notes_on_heads,
@@ -60,8 +61,8 @@ def apply_lora(
     Args:
         model: any module.
         target_modules: as in PEFT, a collection of names, each of which matches a module's whole
-            dotted name or its end after a dot; or "all-linear", every ``nn.Linear`` but the output
-            head; or any other string, a regular expression for the whole dotted name.
+            dotted name or its end after a dot; or "all-linear", every ``nn.Linear`` but the head
+            of a transformers model; or any other string, a regular expression for the whole dotted name.
         r, lora_alpha, lora_dropout, use_rslora: those of :class:`LoRALinear`.
         fuse_projections: compute layers together whose names say that they share an input (q, k and
             v of an attention; gate and up of an MLP). The first layer's call computes the whole
@@ -260,8 +261,13 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
             except (AttributeError, NotImplementedError):
                 continue
             if isinstance(head, nn.Module):
-                heads[head] = 'it is the output head, which "all-linear" leaves out'
+                heads[head] = _OUTPUT_HEAD
+    for head in new_heads(model)[1].values():
+        heads |= dict.fromkeys(head.modules(), _OUTPUT_HEAD)
     return heads
+
+
+_OUTPUT_HEAD = 'it is the output head, which "all-linear" leaves out'
 
 
 def _reason_to_skip(model: nn.Module, path: str, module: nn.Module) -> str | None:

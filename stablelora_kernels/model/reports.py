@@ -189,8 +189,10 @@ _NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Segmenta
 _HEADS = ("classifier", "score", "qa_outputs", "head")
 
 
-def notes_on_heads(model: nn.Module) -> list[str]:
-    """A note if the head of a transformers model stays frozen, though a new head has random values."""
+def new_heads(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
+    """The modules by name that are the head of a transformers model for classification or the like,
+    which is new in each fine-tuning; before them the name of the model's class.
+    """
     for module in model.modules():
         kinds = type(module).__mro__
         if not any(
@@ -200,21 +202,30 @@ def notes_on_heads(model: nn.Module) -> list[str]:
         ):
             continue
         body = getattr(type(module), "base_model_prefix", "")
-        heads = [
-            name
+        heads = {
+            name: child
             for name, child in module.named_children()
             if (name != body if body in module._modules else name.endswith(_HEADS))
             and any(True for _ in child.parameters())
-            and not any(parameter.requires_grad for parameter in child.parameters())
-        ]
-        if not heads:
-            return []
-        names = ", ".join(map(repr, heads))
-        return [
-            f"{names} of {type(module).__name__} stays frozen; if it is new, its values are random: "
-            "name it in PEFT's modules_to_save, or let its parameters require gradients after apply_lora"
-        ]
-    return []
+        }
+        return type(module).__name__, heads
+    return "", {}
+
+
+def notes_on_heads(model: nn.Module) -> list[str]:
+    """A note if the head of a transformers model stays frozen, though a new head has random values."""
+    of, heads = new_heads(model)
+    frozen = [
+        repr(name)
+        for name, head in heads.items()
+        if not any(parameter.requires_grad for parameter in head.parameters())
+    ]
+    if not frozen:
+        return []
+    return [
+        f"{', '.join(frozen)} of {of} stays frozen; if it is new, its values are random: "
+        "name it in PEFT's modules_to_save, or let its parameters require gradients after apply_lora"
+    ]
 
 
 def notes_on_compute_dtypes(model: nn.Module) -> list[str]:

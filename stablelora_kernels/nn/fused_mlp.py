@@ -123,7 +123,8 @@ def _output(module: nn.Module, state: State, x: object) -> Tensor | None:
     call = _call_for(module, state, x)
     if call is None:
         return None
-    return lora_mlp(x, *call.projections, call.activation, call.dropout_p, True, state.tiled)
+    y = lora_mlp(x, *call.projections, call.activation, call.dropout_p, True, state.tiled)
+    return y.to(x.dtype) if call.casts else y
 
 
 class _Call(NamedTuple):
@@ -134,6 +135,8 @@ class _Call(NamedTuple):
     activation: str
     # That of now: 0 in evaluation. All projections with an adapter have the same.
     dropout_p: float
+    # Whether the module returns its input's dtype under autocast.
+    casts: bool = False
 
 
 def _usual_call(module: nn.Module, state: State) -> _Call | None:
@@ -180,7 +183,10 @@ def _call_for(module: nn.Module, state: State, x: Tensor) -> _Call | None:
     shares_A = form.gate.half is None and gate.lora_A is up.lora_A is not None
     if dropout_p is None or (shares_A and dropout_p > 0):
         return None
-    return _Call((gate, up, down), form.activation, dropout_p)
+    # Down gets the dtype that gate and up return.
+    inner_casts = operands[form.gate.name].casts or operands[form.up.name].casts
+    casts = inner_casts and operands[form.down.name].casts
+    return _Call((gate, up, down), form.activation, dropout_p, casts)
 
 
 def _shape(projection: LoRAWeights) -> tuple[int, ...]:

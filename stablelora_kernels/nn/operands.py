@@ -44,6 +44,8 @@ class Operand(NamedTuple):
     added: tuple[Addend, ...] = ()
     # Why a gated MLP cannot take the layer, though a projection group can.
     reason_against_mlp: str | None = None
+    # Whether the layer returns its input's dtype under autocast, as bitsandbytes' layers do.
+    casts: bool = False
 
 
 class Base(NamedTuple):
@@ -77,10 +79,7 @@ def read_layer(layer: nn.Module, x: Tensor | None) -> Operand | Refusal:
     if is_adapted(layer):
         return Refusal("runs PEFT's own forward; the report's skipped modules say why")
     base = read_base(layer, x)
-    if isinstance(base, Refusal):
-        return base
-    reason = reason_to_cast(base, x)
-    return frozen_operand(base) if reason is None else Refusal(reason)
+    return base if isinstance(base, Refusal) else frozen_operand(base, x)
 
 
 def read_usual_layer(layer: nn.Module) -> Operand | None:
@@ -197,16 +196,15 @@ def _quantized_operand(
     return Base(stored, bias, dtype)
 
 
-def reason_to_cast(base: Base, x: Tensor | None) -> str | None:
-    """Why a quantized base layer must return its product by itself, or None: it casts it."""
-    if x is None or isinstance(base.weight, Tensor) or base.dtype == x.dtype:
-        return None
-    return f"would cast its result from {base.dtype} to {x.dtype}"
+def casts(base: Base, x: Tensor | None) -> bool:
+    """Whether a base layer casts its product to the dtype of ``x``."""
+    return x is not None and not isinstance(base.weight, Tensor) and base.dtype != x.dtype
 
 
-def frozen_operand(base: Base) -> Operand:
-    """The operand of a base layer without an adapter."""
-    return Operand(LoRAWeights(base.weight, base.bias, None, None, 1.0), None, base.dtype)
+def frozen_operand(base: Base, x: Tensor | None) -> Operand:
+    """The operand of a base layer without an adapter, for an input ``x``."""
+    weights = LoRAWeights(base.weight, base.bias, None, None, 1.0)
+    return Operand(weights, None, base.dtype, casts=casts(base, x))
 
 
 # Groups

@@ -173,6 +173,18 @@ def test_a_model_that_was_accelerated_before_is_compared_with_pefts_forward():
     assert compared.peft.saved == other.peft.saved > compared.accelerated.saved
 
 
+def test_the_fusions_of_an_accelerated_model_are_compared_too():
+    """As accelerate_peft leaves them that are not given."""
+    model = llama("peft", dropout=0.2)
+    slk.accelerate_peft(model, fuse_loss=True, fuse_projections=True)
+    fusions = [note for note in slk.accelerate_peft(model).notes if "fused" in note]
+    before = state_of(model)
+    compared = slk.compare(model, batch(), rounds=6, fuse_projections=False)
+    assert len(fusions) == 1 and state_of(model) == before
+    left = slk.accelerate_peft(model, fuse_projections=False).notes
+    assert compared.report.notes == left and left
+
+
 def test_what_pefts_forward_computes_is_told():
     model = llama("peft", dropout=0.2)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj

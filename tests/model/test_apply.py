@@ -380,3 +380,29 @@ def test_a_new_head_that_stays_frozen_is_told():
         assert note in slk.apply_lora(model, ["q_proj"]).notes
     # A head with LoRA trains.
     assert not slk.apply_lora(model, ["score"]).notes
+
+
+def test_all_linear_leaves_a_new_head_out():
+    """LoRA on it would keep its random weight frozen, and save_adapter would lose that."""
+    transformers = pytest.importorskip(
+        "transformers", reason="runs where transformers is installed: pip install .[test]"
+    )
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    roberta = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes))
+    # The head's parts are in a module of their own.
+    parts = ["classifier.dense", "classifier.out_proj"]
+    made = {
+        "score": transformers.LlamaForSequenceClassification(llama().config),
+        "classifier": roberta,
+    }
+    for head, model in made.items():
+        with pytest.warns(UserWarning, match=f"'{head}' of .* stays frozen"):
+            report = slk.apply_lora(model, "all-linear")
+        left_out = [head] if head == "score" else parts
+        assert reasons(report) == dict.fromkeys(left_out, SKIPPED["a llama's head"][2]["lm_head"])
+        assert report.replaced

@@ -137,6 +137,33 @@ def test_autocast_and_low_precision(library, dtype, autocast, lora_dtype, calls)
     assert_same(*results, 8 * EPS[BF16])
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    ("plain", "dtype"),
+    [("", FP32), ("gate_proj", FP32), ("gate_proj, up_proj", BF16), ("down_proj", BF16)],
+)
+def test_float32_activations_of_four_bits_under_autocast(plain, dtype, backend, calls):
+    """As PEFT's prepare_model_for_kbit_training leaves them. bitsandbytes' layers return their input's
+    dtype; those that are ``plain``, autocast's.
+    """
+
+    def make():
+        module = MLP(width=64, inner=64).to(BF16)
+        for name in {"gate_proj", "up_proj", "down_proj"} - {*plain.split(", ")}:
+            setattr(module, name, bnb_4bit(getattr(module, name), compute_dtype=BF16))
+        module.is_loaded_in_4bit = True
+        return module
+
+    x = torch.randn(70, 64)
+    results = []
+    for model, _ in reported_pair(make, "PEFT", dropout=0.2):
+        with torch.autocast("cpu", BF16):
+            results.append(step(model, x.clone().requires_grad_()))
+    assert calls.mlps == ["silu"]
+    assert results[0]["y"].dtype == results[1]["y"].dtype == dtype
+    assert_same(*results, 8 * EPS[BF16])
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("make", [MLP, Stacked])
 @each_library

@@ -34,10 +34,10 @@ from stablelora_kernels.nn.operands import (
     Base,
     Operand,
     are_plain,
+    casts,
     frozen_operand,
     is_readable,
     read_base,
-    reason_to_cast,
 )
 from stablelora_kernels.ops.cpu_products import without_autocast
 from stablelora_kernels.ops.dora import scale_columns
@@ -190,11 +190,8 @@ class Branches(NamedTuple):
         base = read_base(self.base, x)
         if isinstance(base, Refusal):
             return base
-        reason = reason_to_cast(base, x)
-        if reason is not None:
-            return Refusal(reason)
         if not self.branches:
-            return frozen_operand(base)
+            return frozen_operand(base, x)
         first, *others = self.branches
         bias = base.bias
         dropout_p = first.dropout_p_in_training
@@ -204,7 +201,14 @@ class Branches(NamedTuple):
             dropout_p = first.dropout_p
             bias = first.bias_with(base)
         weights = LoRAWeights(base.weight, bias, first.lora_A, first.lora_B, first.scaling)
-        return Operand(weights, dropout_p, base.dtype, tuple(others), self._reason_against_mlp())
+        return Operand(
+            weights,
+            dropout_p,
+            base.dtype,
+            tuple(others),
+            self._reason_against_mlp(),
+            casts(base, x),
+        )
 
     def _reason_against_mlp(self) -> str | None:
         """Why a gated MLP does not take these branches, though a projection group does."""
