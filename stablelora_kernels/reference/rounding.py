@@ -41,7 +41,7 @@ from stablelora_kernels.reference.lora import activation_ref
 
 # The shares of |A| |B| and of √n |A B| in the standard deviation of a sum, in units of u.
 CANCELING, AGREEING = 1 / 2, 1 / 4
-# Operations that round an activation function, or its derivative.
+# Operations that round an activation function, its derivative, an exponential or a logarithm.
 OF_ACTIVATION = 4
 # code · absmax + offset, times code, in float32.
 OF_DEQUANTIZING = 3
@@ -391,6 +391,80 @@ class RoundedDoRA:
         )
         gradients["magnitude"] = (sums.stored(storage) * (1 / self.norms)[:, None]).stored(storage)
         return gradients
+
+
+class RoundedLoss:
+    """Cross-entropy of logits Z [M, V] for labels [M]: L = log Σ exp U - U[label] of each row, with U
+    = softcap · tanh(logit_scale · Z / softcap).
+    """
+
+    def __init__(
+        self,
+        arithmetic: Arithmetic,
+        z: Rounded,
+        labels: Tensor,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        self.arithmetic = arithmetic
+        sums = arithmetic.sums
+        self.scale, self.slope = logit_scale, None
+        u = z if logit_scale == 1.0 else (z * logit_scale).stored(sums)
+        if softcap is not None:
+            tanh = torch.tanh(u.value / softcap)
+            slope, t = 1 - tanh.square(), tanh.detach()
+            self.slope = Rounded(
+                slope, u.deviation * (2 * t * slope.detach() / softcap).abs(), u.errors
+            ).rounded(deviation_of_rounding(torch.ones_like(t), sums) * math.sqrt(OF_ACTIVATION))
+            # The quotient and the product are rounded too.
+            u = Rounded(softcap * tanh, u.deviation * slope.detach(), u.errors).stored(
+                sums, times=OF_ACTIVATION + 2
+            )
+        largest = u.exact.amax(1, keepdim=True)
+        # The difference is rounded, and again as it is multiplied for a power of two.
+        self.shifted = Rounded(u.value - largest, u.deviation, u.errors).stored(sums, times=2)
+        e = self.shifted.exact.exp()
+        powers = Rounded(
+            self.shifted.value.exp(), e * self.shifted.deviation, self.shifted.errors
+        ).stored(sums, times=OF_ACTIVATION)
+        ones = torch.ones_like(e.T[:, :1])
+        # Its own rounding. Those of the powers are in what is computed from both.
+        self.total = arithmetic.product(
+            Rounded(powers.value, torch.zeros_like(e), powers.errors),
+            Rounded(ones, torch.zeros_like(ones)),
+        )
+        self.p = e / e.sum(1, keepdim=True)
+        self.labels = torch.nn.functional.one_hot(labels, e.shape[1]).double()
+        self.q = self.p - self.labels
+        # Of U and of the power together, relative to the power.
+        self.relative = torch.where(e > 0, powers.deviation / e, 0.0)
+        self.powers = powers
+
+    def losses(self) -> Rounded:
+        """L [M, 1], not stored."""
+        variance = (self.q * self.relative).square().sum(1, keepdim=True)
+        total = self.total.exact
+        deviation = torch.hypot(variance.sqrt(), self.total.deviation / total)
+        target = (self.shifted.value * self.labels).sum(1, keepdim=True)
+        logarithm = deviation_of_rounding(total.log(), self.arithmetic.sums)
+        loss = Rounded(self.total.value.log() - target, deviation, self.total.errors)
+        return loss.rounded(logarithm * math.sqrt(OF_ACTIVATION))
+
+    def backward(self, grad: Tensor) -> Rounded:
+        """dZ [M, V] for an exact gradient of L [M]."""
+        sums, storage = self.arithmetic.sums, self.arithmetic.storage
+        # An error d of U makes one of p (d - Σ p d) in p.
+        square = self.relative.square()
+        variance = (1 - 2 * self.p) * square + (self.p.square() * square).sum(1, keepdim=True)
+        own = self.p * (self.total.deviation / self.total.exact)
+        deviation = torch.hypot(self.p * variance.clamp(min=0).sqrt(), own)
+        p = Rounded(self.powers.value / self.total.value, deviation, self.total.errors).stored(sums)
+        q = Rounded(p.value - self.labels, p.deviation, p.errors).stored(sums)
+        dz = (q * (grad * self.scale)[:, None]).stored(sums)
+        dz = (dz if self.slope is None else dz * self.slope).stored(storage, times=2)
+        # The product and the branch that read it have the same errors: (a + b)² is at most 2 (a² +
+        # b²).
+        return Rounded(dz.value, math.sqrt(2) * dz.deviation, dz.errors)
 
 
 def derivatives(g: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -405,6 +405,26 @@ def test_memory_is_that_of_a_chunk_not_of_all_tokens(monkeypatch):
     assert of_op == {160 * 32, 160 * 4, 4 * 32, 101 * 4}
 
 
+def test_behind_the_rows_of_logits_are_zeros(monkeypatch):
+    """oneDNN's products in bfloat16 on AMX multiply what lies there by 0, which NaN survives."""
+    monkeypatch.setattr(chunks, "CPU_LOGIT_BYTES", 1 << 20)
+    monkeypatch.setattr(chunks, "BLOCK", 8192)
+    behind = []
+    product = chunks.product
+
+    def watched(dz, rows):
+        whole = torch.as_strided(dz, (dz.shape[0], dz.stride(0)), dz.stride(), dz.storage_offset())
+        behind.append(whole[:, dz.shape[1] :].clone())
+        return product(dz, rows)
+
+    monkeypatch.setattr(chunks, "product", watched)
+    case = head(BF16, FP32, shape=(64, 32)).but(backend="torch")
+    found = run(case, make(case))
+    assert all(t.isfinite().all() for t in found.values())
+    # Of the rows with labels.
+    assert [(*t.shape, t.count_nonzero().item()) for t in behind] == [(52, 11, 0)]
+
+
 def test_the_second_derivative_is_refused():
     """PyTorch's ``once_differentiable`` alone would take a constant incoming gradient for an answer."""
     given = leaves(head(), make(head()))

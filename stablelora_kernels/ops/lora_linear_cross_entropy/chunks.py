@@ -161,7 +161,12 @@ class Head:
         ]
         rows = min(_rows_of_chunk(call), call.labels.shape[0])
         width = -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        self._memory = call.hidden.new_empty(rows, width, dtype=self.dtype)[:, :vocabulary]
+        memory = call.hidden.new_empty(rows, width, dtype=self.dtype)
+        if memory.device.type == "cpu":
+            # oneDNN's bfloat16 products on AMX multiply what lies behind a row by 0, which NaN
+            # survives (oneDNN's issue 5717).
+            memory[:, vocabulary:] = 0
+        self._memory = memory[:, :vocabulary]
 
     def _rows(self, block: slice) -> Tensor:
         """A block of W in the dtype of the products."""

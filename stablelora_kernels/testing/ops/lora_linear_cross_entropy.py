@@ -11,17 +11,16 @@ from torch import Tensor
 
 from stablelora_kernels.functional import lora_linear_cross_entropy
 from stablelora_kernels.reference import lora_linear_cross_entropy_ref
+from stablelora_kernels.reference.rounding import Rounded, RoundedLoss
 from stablelora_kernels.testing.cases import FP32, FP64, Case, Mask, Op, Operands, projections
 from stablelora_kernels.testing.inputs import make_inputs
-from stablelora_kernels.testing.ops.lora_linear import layer_by_hand
+from stablelora_kernels.testing.layers import as_rows
+from stablelora_kernels.testing.ops.lora_linear import layer_by_hand, numbered, rounded_layers
 
 
 @dataclass(frozen=True)
 class CrossEntropy(Op):
-    """The loss of a head, for the hidden states x. Its results are "Y0", the loss, and gradients.
-
-    The bound is by the baseline's error alone: the loss's rounding is not analyzed.
-    """
+    """The loss of a head, for the hidden states x. Its results are "Y0", the loss, and gradients."""
 
     reduction: str = "mean"
     softcap: float | None = None
@@ -85,6 +84,29 @@ class CrossEntropy(Op):
         self, case: Case, operands: Operands, masks: Sequence[Mask]
     ) -> tuple[Tensor, ...]:
         return (self.loss(case, operands, lora_linear_cross_entropy_ref),)
+
+    def roundings(
+        self, case: Case, operands: Operands, masks: Sequence[Mask]
+    ) -> dict[str, Rounded]:
+        (layer,) = rounded_layers(case, operands, [Mask()])
+        labels, grad = operands["labels"].flatten(), operands["grad0"].double()
+        counts = labels >= 0
+        z = layer.forward(as_rows(operands["x"], case.arithmetic))
+        loss = RoundedLoss(layer.arithmetic, z, labels.clamp(min=0), self.logit_scale, self.softcap)
+        weights = counts.double() / (counts.sum() if self.reduction == "mean" else 1)
+        losses = loss.losses() * weights[:, None]
+        if self.reduction == "none":
+            gradients = layer.backward(loss.backward(weights * grad.flatten()))
+        else:
+            ones = torch.ones_like(losses.exact)
+            losses = layer.arithmetic.product(losses.T, Rounded(ones, torch.zeros_like(ones)))
+            storage = layer.arithmetic.storage
+            # They are multiplied by the loss's gradient after the products.
+            gradients = {
+                name: (t * grad).stored(storage)
+                for name, t in layer.backward(loss.backward(weights)).items()
+            }
+        return {"Y0": losses.stored(FP32), "x": gradients["x"]} | numbered([gradients])
 
     def dtype_of(self, case: Case, name: str, value: Any) -> torch.dtype:
         """Logits are rounded to x's dtype, though the loss is float32."""
