@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import stablelora_kernels as slk
 from stablelora_kernels.optim.sharding import LatchMonitor
-from tests.helpers.distributed_training import ROWS, batches, compare, gather
+from tests.helpers.distributed_training import EPS, ROWS, batches, compare, gather
 from tests.helpers.optimizers import make_pairs, set_grads
 from tests.helpers.processes import needs_gloo, spawn
 from tests.optim.test_sharding import NO_SCATTER, WAYS, distributed, make_model
@@ -222,7 +222,7 @@ Shrunk = tuple[torch.optim.Optimizer, slk.StableShrink]
 
 def adamw(model: torch.nn.Module, **changes: Any) -> Shrunk:
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, **{"lr": 0.1, **changes})
+    optimizer = torch.optim.AdamW(params, **{"lr": 0.1, "eps": EPS, **changes})
     return optimizer, slk.StableShrink(optimizer, model, shrink_ratio=0.1, seed=7)
 
 
