@@ -173,7 +173,7 @@ def test_the_committed_page_is_what_the_command_writes(tmp_path, monkeypatch, ca
 
 
 @needs_triton
-def test_the_page_has_the_data_sheet_the_launches_and_the_example() -> None:
+def test_the_page_has_the_data_sheet_and_the_launches() -> None:
     text = arithmetic.PAGE.read_text(encoding="utf-8")
     speeds = (
         f"{H100.operations / 1e12:g} TFLOP/s in dense bfloat16 and {H100.bandwidth / 1e12:g} TB/s"
@@ -194,8 +194,6 @@ def test_the_page_has_the_data_sheet_the_launches_and_the_example() -> None:
     forward, backward = arithmetic.moved(FROZEN, layer, False)
     multiplied, _ = arithmetic.multiplied(FROZEN, layer)
     assert forward == backward
-    assert f"{forward / 1e6:.0f} MB / 3.35 TB/s = {1e6 * forward / 3.35e12:.0f} µs" in text
-    assert f"take 2 · {multiplied / 1e9:.1f} · 10⁹ / 989 TFLOP/s" in text
-    assert f"= {2e6 * multiplied / 989e12:.0f} µs" in text
-    least = arithmetic.least_seconds(FROZEN, layer, False, H100)
-    assert f"the layer's least time is {1e6 * least:.0f} µs" in text
+    # By hand: 168 MB / 3.35 TB/s = 50 µs, and 2 · 137.4 · 10⁹ / 989 TFLOP/s = 278 µs, twice.
+    assert (round(forward / 1e6), round(multiplied / 1e8)) == (168, 1374)
+    assert round(1e6 * arithmetic.least_seconds(FROZEN, layer, False, H100)) == 556
