@@ -275,7 +275,7 @@ from trl.scripts.sft import main, make_parser
 
 import stablelora_kernels as slk
 
-trainer.DEFAULT_CALLBACKS.append(slk.AccelerateCallback(fuse_mlp=True))
+trainer.DEFAULT_CALLBACKS.append(slk.AccelerateCallback(tile_mlp=True))
 main(*make_parser().parse_args_and_config())
 """
 

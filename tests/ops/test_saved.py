@@ -78,7 +78,7 @@ def test_an_mlp_holds_g_and_u(shared, dtype, p, backend):
 
 @pytest.mark.parametrize(("p", "limit"), [(0.0, 512), (0.5, 64)])
 def test_fewer_rows_take_plain_operators(p, limit):
-    """As docs/limitations.md says. With dropout these keep the masked x, the op does not."""
+    """With dropout these keep the masked x, the op does not."""
     for rows in (limit - 1, limit):
         case = small("linear", rows, p=p, backend="torch")
         with forced(case):
