@@ -22,12 +22,15 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.common.arms import ACCELERATED, FROZEN, MLP_FUSED, PEFT, PLAIN, adapt
 from benchmarks.common.memory import MIB, saved_for_backward
@@ -63,6 +66,7 @@ from stablelora_kernels.integrations.step_memory import (
 from stablelora_kernels.ops.lora_linear_cross_entropy.chunks import (
     GPU_LOGIT_BYTES as GPU_LOGIT_BYTES,
 )
+from stablelora_kernels.ops.plans import NAMESPACE
 
 # A gated MLP of M tokens, width K, inner width F and rank r: bfloat16 weights and activations,
 # float32 adapters on all three projections, on a GPU. Parameters do not count. What is kept:
@@ -140,12 +144,32 @@ LAYER_ROWS = {
     LayerRow(FUSED): "`accelerate_peft`, `fuse_mlp`",
     LayerRow(FUSED, liger=True): "the same, Liger-Kernel",
 }
-# Dropout, and whether adapters are float32 (PEFT's default) or bfloat16.
-COLUMNS = {
-    "no dropout": (0.0, True),
-    "dropout 0.05": (0.05, True),
-    "bfloat16 adapters, no dropout": (0.0, False),
+# The arguments of saved_mib. Without more words adapters are float32, PEFT's default.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "no dropout": {"dropout": 0.0},
+    "dropout 0.05": {"dropout": 0.05},
+    "autocast, no dropout": {"dropout": 0.0, "autocast": True},
+    "bfloat16 adapters, no dropout": {"dropout": 0.0, "float32": False},
 }
+
+
+class _WithoutProducts(TorchDispatchMode):
+    """Matrix products on a CPU give memory that nobody has written."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == NAMESPACE:
+            # What the op does on a CPU is Python, whose operators come here.
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+        if func is torch.ops.aten.addmm_.default:
+            return args[0]
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            on_meta = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args)
+            return torch.empty_like(func(*on_meta, **kwargs), device="cpu")
+        return func(*args, **kwargs)
 
 
 def saved_mib(
@@ -154,10 +178,13 @@ def saved_mib(
     float32: bool = True,
     tokens: int = 4096,
     liger: bool = False,
+    autocast: bool = False,
 ) -> float:
     """MiB that a decoder layer's graph keeps: bfloat16 weights, float32 or bfloat16 adapters of
     rank 16, one sequence.
     """
+    # PyTorch has no autocast for tensors without memory.
+    device = torch.device("cpu" if autocast else "meta")
     register_attention()
     shape = MODELS["llama-8b"]
     config = shape.config(attn_implementation=COUNTED_ATTENTION)
@@ -166,18 +193,26 @@ def saved_mib(
             layer: Any = (
                 shape.part("DecoderLayer")(config, 0).to(torch.bfloat16).requires_grad_(False)
             )
+        model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
+        model.to_empty(device=device)
+        with device:
             x = torch.empty(1, tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             angles = torch.empty(1, tokens, shape.head_dim, dtype=torch.bfloat16)
-        model = adapt(layer, arm, LINEAR, r=16, dropout=dropout, float32=float32).train()
         owned = [*model.parameters(), *model.buffers(), angles]
-        forward = partial(layer, x, position_embeddings=(angles, angles))
-        return saved_for_backward(forward, owned) / MIB
+
+        def forward() -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return layer(x, position_embeddings=(angles, angles))
+
+        with _WithoutProducts() if autocast else nullcontext():
+            return saved_for_backward(forward, owned) / MIB
 
 
+@cache
 def layer_counts() -> pd.DataFrame:
     """By row and column, the MiB that a layer of an 8B Llama saves on 4,096 tokens."""
     found = {
-        name: [saved_mib(row.arm, *column, liger=row.liger) for row in LAYER_ROWS]
+        name: [saved_mib(row.arm, liger=row.liger, **column) for row in LAYER_ROWS]
         for name, column in COLUMNS.items()
     }
     return pd.DataFrame(found, index=[*LAYER_ROWS.values()])
